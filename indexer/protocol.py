@@ -1,0 +1,44 @@
+"""What the engine asks of the Memory Indexer, and what it answers. Picklable, free of Ray."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class PredictRequest:
+    """Which chunks will this sequence need next?
+
+    ``index_slots``: int64 [chunks], the arena slot whose index record belongs to each completed chunk, in order; -1
+    where the chunk has not reached the arena yet (it is hot, and scored 0). ``generations``: int64 [chunks], the
+    slots' generations. ``queries``: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's
+    heads. ``local_lse``: float32 [query_heads], log-sum-exp of these queries' scaled logits over the tail's tokens, so
+    that the softmax has its whole denominator (-inf where there are none).
+    """
+
+    sequence_id: str
+    arena_path: str
+    index_slots: npt.NDArray[np.int64]
+    generations: npt.NDArray[np.int64]
+    queries: npt.NDArray[np.float32]
+    local_lse: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``scores``: float32 [chunks], larger is needed sooner; ``missing``: chunks whose index keys could not be read."""
+
+    sequence_id: str
+    scores: npt.NDArray[np.float32]
+    missing: tuple[int, ...] = ()
+
+
+class Indexer(Protocol):
+    """Scores chunks off the critical path."""
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]: ...
+
+    def close(self) -> None: ...

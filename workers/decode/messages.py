@@ -1,0 +1,80 @@
+"""What crosses the line between the HTTP side and the engine. Frozen, picklable, free of torch and Ray."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Policy = Literal["lookahead", "recency", "random", "full"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Greedy when ``temperature`` is 0.
+
+    ``seed`` makes sampling reproducible: the random number used for a token is a pure function of
+    (seed, position), whatever else is in the batch.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """A request's wishes for its KV cache; ``None`` takes the server's setting."""
+
+    policy: Policy | None = None
+    keep_ratio: float | None = None
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """One request's account of its context. Sizes in bytes, times in seconds.
+
+    ``context_chunks`` counts all chunks of the sequence, ``resident_chunks`` those its last step could read,
+    ``recalled_chunks`` the cold → hot copies made for it, ``kept_ratio`` the mean over decode steps of
+    resident / context chunks.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    context_chunks: int = 0
+    resident_chunks: int = 0
+    recalled_chunks: int = 0
+    late_windows: int = 0
+    keep_ratio: float = 1.0
+    context_bytes: int = 0
+    resident_bytes: int = 0
+    queue_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step's news of one request: new tokens and the text they complete (possibly none yet).
+
+    The last event of a request has ``finish_reason`` and ``stats``; ``error`` goes with ``finish_reason="error"``.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+    stats: SequenceStats | None = None
+    error: str | None = None
+    prefill_tokens_done: int = 0

@@ -1,0 +1,33 @@
+"""Errors of the floors below `cluster/`: each says what, why and what to do."""
+
+
+class ForecacheError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UnsupportedModelError(ForecacheError):
+    """The model can't be served exactly; the message says what in it and why."""
+
+
+class InvalidRequestError(ForecacheError):
+    """The request itself is wrong; sending it again unchanged can't help. ``param`` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class OverloadedError(ForecacheError):
+    """No room now; the same request may be served later."""
+
+
+class ArenaError(ForecacheError):
+    """The shared-memory arena can't be made, mapped or trusted."""
+
+
+class ChunkLostError(ForecacheError):
+    """A chunk that was held can't be read back (owner gone, checksum wrong)."""
+
+
+class CatalogUnavailableError(ForecacheError):
+    """Redis does not answer."""
