@@ -1,0 +1,34 @@
+"""Numbers the engine exposes; `cluster/metrics.py` alone maps them to Prometheus."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name."""
+
+    running: int = 0
+    waiting: int = 0
+    hot_slots: int = 0
+    hot_slots_used: int = 0
+    hot_slots_referenced: int = 0
+    chunk_bytes: int = 0
+    resident_ratio: float = 1.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    recalled_chunks: int = 0
+    recall_bytes: int = 0
+    recall_s: float = 0.0
+    written_back_chunks: int = 0
+    evicted_chunks: int = 0
+    windows: int = 0
+    late_windows: int = 0
+    lost_chunks: int = 0
+    prefetch_stall_s: float = 0.0
+    finished_requests: int = 0
+    cancelled_requests: int = 0
+    failed_requests: int = 0
+    steps: int = 0
+    step_s: float = 0.0
