@@ -1,0 +1,68 @@
+"""The kernels' public face: Triton for CUDA tensors, plain PyTorch for all others.
+
+Triton is imported at the first CUDA call, so this module also works where Triton does not exist.
+"""
+
+from torch import Tensor
+
+from forecache.kernels import reference
+
+
+def sparse_decode(
+    q: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    chunk_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.sparse_decode`."""
+    if q.is_cuda:
+        from forecache.kernels import sparse_decode as triton_kernel
+
+        launch = triton_kernel.sparse_decode
+    else:
+        launch = reference.sparse_decode
+    return launch(
+        q,
+        kv,
+        layer,
+        block_table,
+        context_lens,
+        scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        chunk_mass=chunk_mass,
+    )
+
+
+def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.merge_partials`."""
+    if out_a.is_cuda:
+        from forecache.kernels import merge_partials as triton_kernel
+
+        return triton_kernel.merge_partials(out_a, lse_a, out_b, lse_b)
+    return reference.merge_partials(out_a, lse_a, out_b, lse_b)
+
+
+def store_kv(k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor) -> None:
+    """See `reference.store_kv`."""
+    if k.is_cuda:
+        from forecache.kernels import store_kv as triton_kernel
+
+        triton_kernel.store_kv(k, v, kv, layer, slots, offsets)
+    else:
+        reference.store_kv(k, v, kv, layer, slots, offsets)
+
+
+def gather_layer(kv: Tensor, layer: int | Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference.gather_layer`. With CUDA ``slots``, ``kv`` may be pinned or registered host memory."""
+    if slots.is_cuda:
+        from forecache.kernels import gather_layer as triton_kernel
+
+        return triton_kernel.gather_layer(kv, layer, slots)
+    return reference.gather_layer(kv, layer, slots)
