@@ -1,0 +1,345 @@
+"""The shared-memory file of a node's cold chunks: one process owns it, every worker of the node maps it."""
+
+import fcntl
+import json
+import mmap
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+
+from forecache.workers.errors import ArenaError, ChunkLostError
+from forecache.workers.memory.keys import KEY_BYTES, ChunkKey
+from forecache.workers.memory.layout import ChunkLayout
+
+if TYPE_CHECKING:  # protocol.py names Arena in its annotations
+    from forecache.workers.memory.protocol import SlotRef
+
+FILE_PREFIX = "forecache-"
+MAGIC = b"forecach"
+VERSION = 1
+PAGE_BYTES = 4096
+CHUNKS_ALIGNMENT_BYTES = 2 << 20
+
+OPEN = 0
+"""Header state: the bytes are nobody's, or a writer is not done with them."""
+SEALED = 1
+"""Header state: the bytes are those of the header's key."""
+
+HEADER = np.dtype(
+    {
+        "names": ["key", "generation", "state", "checksum", "index_checksum"],
+        "formats": [(np.uint8, KEY_BYTES), np.uint64, np.uint32, np.uint64, np.uint64],
+        "offsets": [0, 16, 24, 32, 40],
+        "itemsize": 64,
+    }
+)
+
+
+def _align(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class ArenaDescription:
+    """What the first page of the file says; the places of its three arrays follow from it. Sizes in bytes."""
+
+    layout_fingerprint: str
+    index_fingerprint: str
+    slots: int
+    nbytes: int
+    index_nbytes: int
+
+    @property
+    def index_start(self) -> int:
+        return _align(PAGE_BYTES + self.slots * HEADER.itemsize, PAGE_BYTES)
+
+    @property
+    def chunks_start(self) -> int:
+        return _align(self.index_start + self.slots * self.index_nbytes, CHUNKS_ALIGNMENT_BYTES)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.chunks_start + self.slots * self.nbytes
+
+
+class Arena:
+    """Slots of ``nbytes`` chunk bytes and ``index_nbytes`` index bytes, each with a 64-byte header.
+
+    ``chunks`` (uint8 ``[slots, nbytes]``) and ``index`` (uint8 ``[slots, index_nbytes]``) are tensors over
+    the mapping itself, which lives as long as any of them, also after :meth:`close` and :meth:`unlink`.
+
+    Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It keeps a lock on
+    the file, which the kernel lets go when the owner dies.
+    """
+
+    chunks: torch.Tensor
+    index: torch.Tensor
+
+    def __init__(self, path: Path, fd: int, description: ArenaDescription, *, owner: bool) -> None:
+        """Takes over ``fd``. Use :meth:`create`, :meth:`adopt` or :meth:`attach`."""
+        self.path = path
+        self.owner = owner
+        self.description = description
+        self._fd = fd
+        # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
+        mapping = mmap.mmap(fd, description.file_bytes)
+        slots = description.slots
+        self._headers: npt.NDArray[np.void] = np.ndarray(slots, HEADER, mapping, PAGE_BYTES)
+        self._generations: npt.NDArray[np.uint64] = self._headers["generation"]
+        index_shape, chunks_shape = (slots, description.index_nbytes), (slots, description.nbytes)
+        self._index = np.ndarray(index_shape, np.uint8, mapping, description.index_start)
+        self._chunks = np.ndarray(chunks_shape, np.uint8, mapping, description.chunks_start)
+        self.index = torch.from_numpy(self._index)
+        self.chunks = torch.from_numpy(self._chunks)
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        name: str,
+        *,
+        layout: ChunkLayout,
+        index_nbytes: int,
+        index_fingerprint: str,
+        capacity_bytes: int,
+    ) -> "Arena":
+        """A new file ``directory/forecache-<name>`` of ``capacity_bytes``, as many slots as fit.
+
+        Raises :class:`ArenaError` when not one slot fits, the name is taken, or the memory can't be reserved.
+        """
+        description = _fit(layout, index_nbytes, index_fingerprint, capacity_bytes)
+        path = directory / f"{FILE_PREFIX}{name}"
+        fd = _create_locked(path)
+        try:
+            try:
+                # A sparse file would be killed by SIGBUS at the first write that finds no memory.
+                os.posix_fallocate(fd, 0, description.file_bytes)
+            except OSError as error:
+                raise ArenaError(
+                    f"can't reserve the arena {path}: {description.file_bytes} bytes needed, "
+                    f"{_free_bytes(directory)} bytes free in {directory} ({error.strerror}). "
+                    "Lower --cold-bytes or choose another --arena-dir."
+                ) from error
+            text = json.dumps(asdict(description)).encode()
+            page = VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+            if len(MAGIC) + len(page) > PAGE_BYTES:
+                raise ArenaError(f"the fingerprints are too long for the first page of {path}")
+            os.pwrite(fd, page, len(MAGIC))
+            os.pwrite(fd, MAGIC, 0)  # last: a file without it is not finished
+            return cls(path, fd, description, owner=True)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, path: Path | str) -> "Arena":
+        """Map an arena that another process owns. Raises :class:`ArenaError` if there is none at ``path``."""
+        path = Path(path)
+        fd = _open(path)
+        try:
+            return cls(path, fd, _read_description(path, fd), owner=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def adopt(cls, path: Path) -> "Arena":
+        """Become the owner of an arena whose owner died. Raises :class:`ArenaError` if there is none."""
+        fd = _open(path)
+        try:
+            if not (_lock(fd) and _is_at(fd, path)):
+                raise ArenaError(f"the arena {path} has a living owner: give this one another name")
+            return cls(path, fd, _read_description(path, fd), owner=True)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def slots(self) -> int:
+        return self.description.slots
+
+    @property
+    def layout_fingerprint(self) -> str:
+        return self.description.layout_fingerprint
+
+    @property
+    def index_fingerprint(self) -> str:
+        return self.description.index_fingerprint
+
+    def headers(self) -> npt.NDArray[np.void]:
+        """A read-only view of all headers: ``HEADER [slots]``."""
+        view = self._headers.view()
+        view.flags.writeable = False
+        return view
+
+    def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Generations of ``slots``, both ``[n]``, as they are now."""
+        return self._generations[slots]
+
+    def seal(self, ref: "SlotRef", key: ChunkKey) -> None:
+        """Write the slot's header: its chunk and index bytes are those of ``key``; their xxh3_64.
+
+        The writer calls it once both are copied. Raises :class:`ChunkLostError` if the slot was given away.
+        """
+        if self._generations[ref.slot] != ref.generation:
+            raise ChunkLostError(
+                f"slot {ref.slot} of {self.path} was given away before it was written: reserve again"
+            )
+        header = self._headers[ref.slot]
+        header["checksum"], header["index_checksum"] = self._digests(ref.slot)
+        header["key"] = np.frombuffer(key, np.uint8)
+        header["state"] = SEALED
+
+    def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
+        """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
+        header = self._headers[ref.slot]
+        return bool(
+            header["state"] == SEALED
+            and header["generation"] == ref.generation
+            and header["key"].tobytes() == key
+        )
+
+    def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
+        """Is the slot still ``ref``, and are its bytes those that were sealed as ``key``?
+
+        A reader that copies, then finds True here, has copied the right bytes: the generation is compared
+        again after the checksums.
+        """
+        if not self.is_sealed(ref, key):
+            return False
+        header = self._headers[ref.slot]
+        sealed = (int(header["checksum"]), int(header["index_checksum"]))
+        return sealed == self._digests(ref.slot) and self.is_sealed(ref, key)
+
+    def _digests(self, slot: int) -> tuple[int, int]:
+        return (
+            xxhash.xxh3_64_intdigest(self._chunks[slot]),
+            xxhash.xxh3_64_intdigest(self._index[slot]),
+        )
+
+    def renew(self, slot: int) -> int:
+        """Give ``slot`` away (owner only): every reference to it goes stale. Returns the new generation."""
+        header = self._headers[slot]
+        header["state"] = OPEN
+        header["generation"] += np.uint64(1)
+        return int(header["generation"])
+
+    def clear(self, slot: int) -> None:
+        """The bytes of ``slot`` are no chunk any more (owner only); its generation stays."""
+        self._headers[slot]["state"] = OPEN
+
+    def close(self) -> None:
+        """Let go of the file and the owner's lock. Tensors over the mapping stay valid."""
+        if self._fd < 0:
+            return
+        if self.owner:
+            # The mapping has a duplicate of the descriptor, which would keep the lock.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        os.close(self._fd)
+        self._fd = -1
+
+    def unlink(self) -> None:
+        """Remove the file's name; its memory is freed when the last process has unmapped it."""
+        self.path.unlink(missing_ok=True)
+
+
+def remove_abandoned(directory: Path) -> list[Path]:
+    """Delete the arena files in ``directory`` whose owner is gone; return which."""
+    return [path for path in sorted(directory.glob(f"{FILE_PREFIX}*")) if _remove_if_abandoned(path)]
+
+
+def _remove_if_abandoned(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except (FileNotFoundError, PermissionError):
+        return False  # gone meanwhile, or another user's
+    try:
+        if not _lock(fd) or not _is_at(fd, path):
+            return False
+        # An unfinished file has no magic yet; all else without it is not ours to delete.
+        if os.fstat(fd).st_size and os.pread(fd, len(MAGIC), 0) not in (MAGIC, bytes(len(MAGIC))):
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(fd)
+
+
+def _fit(
+    layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int
+) -> ArenaDescription:
+    slot_bytes = layout.nbytes + index_nbytes + HEADER.itemsize
+
+    def with_slots(slots: int) -> ArenaDescription:
+        return ArenaDescription(layout.fingerprint, index_fingerprint, slots, layout.nbytes, index_nbytes)
+
+    slots = capacity_bytes // slot_bytes
+    while slots > 0 and (excess := with_slots(slots).file_bytes - capacity_bytes) > 0:
+        slots -= max(1, excess // slot_bytes)
+    if slots < 1:
+        raise ArenaError(
+            f"--cold-bytes {capacity_bytes} holds no chunk: one of {layout.nbytes} bytes needs an arena of "
+            f"{with_slots(1).file_bytes} bytes. Raise --cold-bytes."
+        )
+    return with_slots(slots)
+
+
+def _create_locked(path: Path) -> int:
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ArenaError(f"can't create the arena {path} ({error.strerror}): see --arena-dir") from error
+        # Someone's remove_abandoned may have come before the lock: then the name is free again.
+        if _lock(fd) and _is_at(fd, path):
+            return fd
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ArenaError(f"can't open the arena {path} ({error.strerror}): is its tier running?") from error
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_description(path: Path, fd: int) -> ArenaDescription:
+    page = os.pread(fd, PAGE_BYTES, 0)
+    version, length = (int.from_bytes(page[i : i + 4], "little") for i in (8, 12))
+    if page[:8] != MAGIC or version != VERSION:
+        raise ArenaError(f"{path} is no arena of version {VERSION}: delete it")
+    try:
+        fields: dict[str, Any] = json.loads(page[16 : 16 + length])
+        description = ArenaDescription(**fields)
+    except (ValueError, TypeError) as error:
+        raise ArenaError(f"the first page of {path} is damaged: delete it") from error
+    if os.fstat(fd).st_size != description.file_bytes:
+        raise ArenaError(f"{path} has {os.fstat(fd).st_size} bytes, not {description.file_bytes}: delete it")
+    return description
+
+
+def _free_bytes(directory: Path) -> int:
+    stat = os.statvfs(directory)
+    return stat.f_bavail * stat.f_frsize
