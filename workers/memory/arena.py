@@ -74,7 +74,7 @@ class Arena:
     ``chunks`` (uint8 ``[slots, nbytes]``) and ``index`` (uint8 ``[slots, index_nbytes]``) are tensors over
     the mapping itself, which lives as long as any of them, also after :meth:`close` and :meth:`unlink`.
 
-    Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It keeps a lock on
+    Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It has a lock on
     the file, which the kernel lets go when the owner dies.
     """
 
@@ -113,7 +113,7 @@ class Arena:
 
         Raises :class:`ArenaError` when not one slot fits, the name is taken, or the memory can't be reserved.
         """
-        description = _fit(layout, index_nbytes, index_fingerprint, capacity_bytes)
+        description = describe(layout, index_nbytes, index_fingerprint, capacity_bytes)
         path = directory / f"{FILE_PREFIX}{name}"
         fd = _create_locked(path)
         try:
@@ -272,9 +272,10 @@ def _remove_if_abandoned(path: Path) -> bool:
         os.close(fd)
 
 
-def _fit(
+def describe(
     layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int
 ) -> ArenaDescription:
+    """The arena of as many slots as fit in ``capacity_bytes``. Raises :class:`ArenaError` if none does."""
     slot_bytes = layout.nbytes + index_nbytes + HEADER.itemsize
 
     def with_slots(slots: int) -> ArenaDescription:

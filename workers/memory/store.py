@@ -17,8 +17,8 @@ class ArenaStore:
     """The owner's side of an arena: `ColdMemory` in-process, safe to call from any thread.
 
     A slot is in one of three places: ``_free``; ``_idle`` (stored, held by nobody, least recently used
-    first); or held by at least one holder. A held slot is *stored* when ``_stored`` leads to it. Otherwise it is
-    private to its holder (reserved and not committed, committed second, or dropped), and freed by it.
+    first); or held by at least one holder. A held slot is *stored* when ``_stored`` leads to it; else it is
+    private to its holder (reserved and not committed, committed second, or dropped) and freed by it.
 
     An arena that was adopted from a dead owner keeps its sealed chunks.
     """

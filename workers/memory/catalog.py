@@ -1,0 +1,188 @@
+"""Which memory tier holds which chunk, in Redis: tiers write it, all read it, and it is only a hint.
+
+Schema, under the prefix ``forecache:``
+
+- ``chunk:<16 bytes of key>``: hash of tier id -> incarnation in which it said so; expires unless said again.
+- ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``;
+  expires with the tier's heartbeat.
+- ``tiers``: set of tier ids, some of them perhaps expired.
+
+An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
+after a tier has died.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.memory.keys import ChunkKey
+
+CHUNK_PREFIX = b"forecache:chunk:"
+TIER_PREFIX = b"forecache:tier:"
+TIERS_KEY = b"forecache:tiers"
+
+CHUNK_EXPIRY_S = 3600
+"""Entries of chunks are gone after this time; tiers publish again well before."""
+BATCH_KEYS = 1000
+"""Keys of one pipelined write, so that no single one keeps Redis long from answering others."""
+
+# KEYS: chunks in order; ARGV[1]: prefix of tier records. Follows the tiers that hold every chunk so far.
+LONGEST_PREFIX = """
+local chunks, tiers = 0, {}
+for i, key in ipairs(KEYS) do
+  local entries = redis.call('HGETALL', key)
+  local holding, any = {}, false
+  for j = 1, #entries, 2 do
+    local tier, incarnation = entries[j], entries[j + 1]
+    local living = tiers[tier]
+    if i == 1 then living = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
+    if living == incarnation then holding[tier], any = living, true end
+  end
+  if not any then break end
+  chunks, tiers = i, holding
+end
+local reply = {chunks}
+for tier in pairs(tiers) do reply[#reply + 1] = tier end
+return reply
+"""
+
+
+@dataclass(frozen=True)
+class TierRecord:
+    """What a tier says of itself with each heartbeat. ``incarnation`` differs in each life of the tier."""
+
+    tier_id: str
+    incarnation: str
+    node_id: str
+    slots: int
+    used_slots: int
+    heartbeat_unix_s: float = 0.0
+
+
+class Catalog:
+    """A client of the catalog, safe to call from any thread.
+
+    Every method raises :class:`CatalogUnavailableError` when Redis does not answer within ``timeout_s``.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float = 1.0) -> None:
+        """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects with the first call."""
+        self._url = url
+        try:
+            self._redis = redis.Redis.from_url(
+                url,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # Once more, at once: a pooled connection may be of a server that has restarted since.
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError as error:
+            raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
+        self._longest_prefix = self._redis.register_script(LONGEST_PREFIX)
+
+    def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
+        """The tier lives, for ``expiry_s`` more. False if it was not known: publish everything again."""
+        name = TIER_PREFIX + record.tier_id.encode()
+        fields: dict[Any, Any] = {
+            "incarnation": record.incarnation,
+            "node_id": record.node_id,
+            "slots": record.slots,
+            "used_slots": record.used_slots,
+            "heartbeat_unix_s": time.time(),
+        }
+        with self._errors():
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.hget(name, "incarnation")
+            pipeline.hset(name, mapping=fields)
+            pipeline.pexpire(name, max(1, int(expiry_s * 1000)))
+            pipeline.sadd(TIERS_KEY, record.tier_id)
+            known, *_ = pipeline.execute()
+        return bool(known == record.incarnation.encode())
+
+    def publish(self, tier_id: str, incarnation: str, keys: Iterable[ChunkKey]) -> None:
+        """The tier holds these chunks."""
+        for batch in _batches(keys):
+            with self._errors():
+                pipeline = self._redis.pipeline(transaction=False)
+                for key in batch:
+                    pipeline.hset(CHUNK_PREFIX + key, tier_id, incarnation)
+                    pipeline.expire(CHUNK_PREFIX + key, CHUNK_EXPIRY_S)
+                pipeline.execute()
+
+    def withdraw(self, tier_id: str, keys: Iterable[ChunkKey]) -> None:
+        """The tier holds these chunks no longer."""
+        for batch in _batches(keys):
+            with self._errors():
+                pipeline = self._redis.pipeline(transaction=False)
+                for key in batch:
+                    pipeline.hdel(CHUNK_PREFIX + key, tier_id)
+                pipeline.execute()
+
+    def remove_tier(self, tier_id: str) -> None:
+        """The tier ends: all it has published is void."""
+        with self._errors():
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.delete(TIER_PREFIX + tier_id.encode())
+            pipeline.srem(TIERS_KEY, tier_id)
+            pipeline.execute()
+
+    def longest_prefix(self, keys: Sequence[ChunkKey]) -> tuple[int, list[str]]:
+        """The most of ``keys``, from the first, that a living tier holds; and which tiers hold them.
+
+        One round trip (three, the first time a Redis server meets the script).
+        """
+        if not keys:
+            return 0, []
+        with self._errors():
+            chunks, *tier_ids = self._longest_prefix(
+                keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX]
+            )
+        return int(chunks), sorted(tier_id.decode() for tier_id in tier_ids)
+
+    def tiers(self) -> list[TierRecord]:
+        """All living tiers, by id."""
+        with self._errors():
+            tier_ids = sorted(cast(set[bytes], self._redis.smembers(TIERS_KEY)))
+            pipeline = self._redis.pipeline(transaction=False)
+            for tier_id in tier_ids:
+                pipeline.hgetall(TIER_PREFIX + tier_id)
+            records = pipeline.execute()
+            expired = [tier_id for tier_id, record in zip(tier_ids, records, strict=True) if not record]
+            if expired:
+                self._redis.srem(TIERS_KEY, *expired)
+        return [
+            TierRecord(
+                tier_id.decode(),
+                record[b"incarnation"].decode(),
+                record[b"node_id"].decode(),
+                int(record[b"slots"]),
+                int(record[b"used_slots"]),
+                float(record[b"heartbeat_unix_s"]),
+            )
+            for tier_id, record in zip(tier_ids, records, strict=True)
+            if record
+        ]
+
+    def close(self) -> None:
+        self._redis.close()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.RedisError as error:
+            raise CatalogUnavailableError(f"Redis at {self._url} does not answer: {error}") from error
+
+
+def _batches(keys: Iterable[ChunkKey]) -> Iterator[list[ChunkKey]]:
+    iterator = iter(keys)
+    while batch := list(islice(iterator, BATCH_KEYS)):
+        yield batch
