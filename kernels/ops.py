@@ -24,10 +24,18 @@ def sparse_decode(
     if q.is_cuda:
         from forecache.kernels import sparse_decode as triton_kernel
 
-        launch = triton_kernel.sparse_decode
-    else:
-        launch = reference.sparse_decode
-    return launch(
+        return triton_kernel.sparse_decode(
+            q,
+            kv,
+            layer,
+            block_table,
+            context_lens,
+            scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            chunk_mass=chunk_mass,
+        )
+    return reference.sparse_decode(
         q,
         kv,
         layer,

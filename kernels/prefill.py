@@ -19,11 +19,14 @@ def prefill_attention(
     ``past``: segments (k, v) of earlier tokens, each ``[kv_heads, n, head_dim]``, in any order, read one at
     a time. Returns out like ``q``, lse float32 ``[tokens, heads]``.
     """
+    tokens, kv_heads = q.shape[0], k.shape[0]
     out, lse = attend_block(q, k, v, scale, causal=True)
+    # float32 sums: over many segments bfloat16's rounding would add up
+    rows, out, lse = _fold(q, kv_heads), _fold(out.float(), kv_heads), _fold(lse, kv_heads)
     for past_k, past_v in past:
         if past_k.shape[1]:
-            out, lse = merge_partials(out, lse, *attend_block(q, past_k, past_v, scale, causal=False))
-    return out, lse
+            out, lse = merge_partials(out, lse, *_fused(rows, past_k, past_v, scale, causal=False))
+    return _unfold(out.to(q.dtype), tokens), _unfold(lse, tokens)
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -33,40 +36,50 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool)
     ``causal``, ``n`` equals ``tokens`` and token ``i`` sees keys 0 to ``i``. Returns out like ``q``, lse
     float32 ``[tokens, heads]``.
     """
-    tokens, heads, head_dim = q.shape
+    tokens, heads, _ = q.shape
     kv_heads, n, _ = k.shape
     assert heads % kv_heads == 0, f"{heads} query heads do not divide into {kv_heads} groups"
     assert not causal or n == tokens, f"a causal block has as many keys ({n}) as queries ({tokens})"
-    group = heads // kv_heads
     if not causal or tokens == 1:
-        # Without a mask all rows of a group are alike: folding its heads into the tokens reads K/V once.
-        folded = q.reshape(tokens, kv_heads, group, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-        out, lse = _fused(folded.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale, causal=False)
-        out = out.reshape(kv_heads, tokens, group, head_dim).transpose(0, 1)
-        lse = lse.reshape(kv_heads, tokens, group).transpose(0, 1)
-        return out.reshape(q.shape), lse.reshape(tokens, heads)
-    rows = q.transpose(0, 1).unsqueeze(0)
-    keys, values = (_repeat_heads(x, group).unsqueeze(0) for x in (k, v))
-    out, lse = _fused(rows, keys, values, scale, causal=True)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        out, lse = _fused(_fold(q, kv_heads), k, v, scale, causal=False)
+        return _unfold(out, tokens), _unfold(lse, tokens)
+    group = heads // kv_heads
+    out, lse = _fused(q.transpose(0, 1), _repeat_heads(k, group), _repeat_heads(v, group), scale, causal=True)
+    return out.transpose(0, 1), lse.transpose(0, 1)
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """``[tokens, heads, ...]`` to ``[kv_heads, tokens * group, ...]``.
+
+    Without a mask all (token, head of the group) rows are alike, and K/V are read once for the group.
+    """
+    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).transpose(0, 1).flatten(1, 2)
+
+
+def _unfold(x: Tensor, tokens: int) -> Tensor:
+    """The inverse of `_fold`."""
+    return x.reshape(x.shape[0], tokens, -1, *x.shape[2:]).transpose(0, 1).flatten(1, 2)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """One fused attention call, ``[1, heads, rows, head_dim]`` each; lse ``[1, heads, rows]``."""
+    """One fused attention call over as many KV heads as query heads: ``[heads, rows or n, head_dim]``."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0.0, causal, scale=scale
+        )
     elif q.dtype in (torch.bfloat16, torch.float16):
-        if can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, False)):
+        batch = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        if can_use_cudnn_attention(SDPAParams(*batch, None, 0.0, causal, False)):
             out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-                q, k, v, None, True, 0.0, causal, scale=scale
+                *batch, None, True, 0.0, causal, scale=scale
             )
         else:
-            out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
+            out, lse, *_ = aten._scaled_dot_product_flash_attention(*batch, 0.0, causal, scale=scale)
     else:
-        positions = torch.arange(q.shape[2], device=q.device) if causal else None
-        out, lse = reference.attend_exact(q[0], k[0], v[0], scale, positions)
-    return out.reshape(q.shape), lse.reshape(q.shape[:-1])
+        positions = torch.arange(q.shape[1], device=q.device) if causal else None
+        out, lse = reference.attend_exact(q, k, v, scale, positions)
+    return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
 def _repeat_heads(x: Tensor, group: int) -> Tensor:

@@ -85,17 +85,18 @@ def store_kv(k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tenso
     """Write one layer's new keys and values into their places in the pool.
 
     ``k``, ``v``: ``[tokens, kv_heads, head_dim]``; ``slots``, ``offsets``: int64 ``[tokens]``, the chunk
-    slot and the position in the chunk. Slot -1 is padding and not written.
+    slot and the position in the chunk. Slot -1 is padding and not written. Values too large for an fp8 pool
+    become its largest.
     """
     kept = slots >= 0
     if not kept.all():
         k, v, slots, offsets = k[kept], v[kept], slots[kept], offsets[kept]
     for part, x in enumerate((k, v)):
-        x = x.to(kv.dtype)
         pool = kv
         if kv.dtype.itemsize == 1:  # indexing writes bytes, not fp8
-            pool, x = kv.view(torch.uint8), x.view(torch.uint8)
-        pool[slots, layer, part, :, offsets] = x
+            largest = torch.finfo(kv.dtype).max
+            pool, x = kv.view(torch.uint8), x.clamp(-largest, largest).to(kv.dtype).view(torch.uint8)
+        pool[slots, layer, part, :, offsets] = x.to(pool.dtype)
 
 
 def gather_layer(kv: Tensor, layer: int | Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

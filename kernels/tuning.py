@@ -1,0 +1,89 @@
+"""Launch settings of the decode kernel, found by `tests/benchmarks/bench_kernels.py --sweep`.
+
+Nothing is tuned while serving: a request's first token must not wait for a search.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+_WAVE_EFFICIENCY = 0.95
+_LARGE_GROUP = 32
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How `sparse_decode` covers the keys.
+
+    ``block_tokens`` keys are read at a time (a power of two), ``num_stages - 1`` blocks ahead;
+    ``programs_per_sm`` is how many such programs run on a multiprocessor at once.
+    """
+
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+# (GPU family, bytes of a K/V element, padded head dim). With all programs of a multiprocessor counted, 64
+# KiB or more are in flight while one block is worked on: block_tokens * head_dim * itemsize * 2 for K and
+# V, * (num_stages - 2) * programs_per_sm.
+_DECODE = {
+    ("hopper", 1, 64): DecodeConfig(64, 4, 5, 4),
+    ("hopper", 1, 128): DecodeConfig(64, 4, 4, 3),
+    ("hopper", 1, 256): DecodeConfig(32, 4, 4, 3),
+    ("hopper", 2, 64): DecodeConfig(64, 4, 4, 4),
+    ("hopper", 2, 128): DecodeConfig(64, 4, 3, 3),
+    ("hopper", 2, 256): DecodeConfig(32, 4, 3, 3),
+    ("hopper", 4, 64): DecodeConfig(32, 4, 3, 3),
+    ("hopper", 4, 128): DecodeConfig(32, 8, 3, 2),
+    ("hopper", 4, 256): DecodeConfig(16, 8, 3, 2),
+}
+# Groups of 32 query heads and more: the accumulator needs the registers of more warps.
+_DECODE_LARGE_GROUP = {
+    ("hopper", 1, 128): DecodeConfig(64, 8, 4, 2),
+    ("hopper", 2, 128): DecodeConfig(64, 8, 3, 2),
+    ("hopper", 2, 256): DecodeConfig(32, 8, 3, 2),
+}
+_DEFAULT = DecodeConfig(32, 4, 2, 2)
+
+
+def decode_config(dtype: torch.dtype, head_dim: int, group: int, family: str) -> DecodeConfig:
+    """Settings for a pool of ``dtype``, ``group`` query heads per KV head, on a GPU of ``family``."""
+    key = (family, dtype.itemsize, max(64, 1 << (head_dim - 1).bit_length()))
+    if group >= _LARGE_GROUP and key in _DECODE_LARGE_GROUP:
+        return _DECODE_LARGE_GROUP[key]
+    return _DECODE.get(key, _DEFAULT)
+
+
+@cache
+def decode_splits(rows: int, max_blocks: int, places: int) -> int:
+    """Splits of each of ``rows`` (sequence, KV head) pairs on a GPU that runs ``places`` programs at once.
+
+    The fewest that nearly fill the last wave of programs. Made from shapes alone, so that a captured graph
+    serves every length.
+    """
+
+    def efficiency(splits: int) -> float:
+        programs = rows * splits
+        return programs / (-(-programs // places) * places)
+
+    candidates = range(1, max(1, min(max_blocks, places)) + 1)
+    good = (splits for splits in candidates if efficiency(splits) >= _WAVE_EFFICIENCY)
+    return next(good, max(candidates, key=efficiency))
+
+
+@cache
+def gpu_family(device: torch.device) -> str:
+    """``hopper``, or ``other``: a family without measurements of its own."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "other"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "hopper" if major == 9 else "other"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
