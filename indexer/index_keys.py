@@ -42,9 +42,7 @@ class IndexSpec:
 
     def __post_init__(self) -> None:
         if len(self.query_to_kv) != len(self.query_heads):
-            raise ValueError(
-                f"{len(self.query_heads)} query heads but {len(self.query_to_kv)} entries in query_to_kv"
-            )
+            raise ValueError(f"{len(self.query_heads)} query heads but {len(self.query_to_kv)} entries in query_to_kv")
         if self.kind == "bounds" and not self.dtype.is_floating_point:
             raise ValueError(f"bounds are stored as floating point, not {self.dtype}")
 
@@ -192,18 +190,14 @@ def score_chunks(
     2406.10774), softmax over chunks, then the mean over heads.
     """
     if queries.shape != (len(spec.query_heads), spec.head_dim):
-        raise ValueError(
-            f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}"
-        )
+        raise ValueError(f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}")
     chunks = len(records) if slots is None else len(slots)
     lse = queries.new_empty(len(spec.query_heads), chunks)
     block = max(1, min(BLOCK_HEAD_ELEMENTS // spec.head_elements, BLOCK_BYTES // spec.nbytes))
     for start in range(0, chunks, block):
-        if slots is None:
-            rows = records[start : start + block]
-        else:
-            rows = records.index_select(0, slots[start : start + block])
-        lse[:, start : start + block] = _chunk_lse(spec, rows, queries)
+        part = slice(start, start + block)
+        rows = records[part] if slots is None else records.index_select(0, slots[part])
+        lse[:, part] = _chunk_lse(spec, rows, queries)
     total = torch.logaddexp(lse.logsumexp(1), local_lse)
     mass = (lse - total.unsqueeze(1)).exp()
     return mass.amax(0) if spec.kind == "tokens" else mass.mean(0)
@@ -221,9 +215,7 @@ def _chunk_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> to
     scales = None
     if spec.scale_nbytes:
         end = spec.key_nbytes + spec.scale_nbytes
-        scales = (
-            rows[:, spec.key_nbytes : end].view(torch.float16).view(chunks, len(spec.kv_heads), -1).float()
-        )
+        scales = rows[:, spec.key_nbytes : end].view(torch.float16).view(chunks, len(spec.kv_heads), -1).float()
     lse = queries.new_empty(len(spec.query_heads), chunks)
     for kv, members in enumerate(spec.queries_of_kv):
         group = list(members)

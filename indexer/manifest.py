@@ -42,8 +42,8 @@ class CalibrationRecord(BaseModel):
 class RetrievalManifest(BaseModel):
     """The retrieval heads of one model, best first.
 
-    The model is told by its shape and, where the manifest has them, by its name and the fingerprint of its
-    weights.
+    The model is told by its shape and, where both sides know them, by the fingerprint of its weights or by its name:
+    "smollm2-135m" also fits "SmolLM2-135M-Instruct", whose heads do the same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,17 +62,13 @@ class RetrievalManifest(BaseModel):
     @model_validator(mode="after")
     def _heads_exist(self) -> Self:
         if self.attention_heads % self.kv_heads:
-            raise ValueError(
-                f"{self.attention_heads} attention heads are not a multiple of {self.kv_heads} KV heads"
-            )
+            raise ValueError(f"{self.attention_heads} attention heads are not a multiple of {self.kv_heads} KV heads")
         pairs = [(head.layer, head.head) for head in self.heads]
         if len(set(pairs)) != len(pairs):
             raise ValueError("a head is listed twice")
         for layer, head in pairs:
             if layer >= self.layers or head >= self.attention_heads:
-                raise ValueError(
-                    f"head ({layer}, {head}) is not one of {self.layers} x {self.attention_heads}"
-                )
+                raise ValueError(f"head ({layer}, {head}) is not one of {self.layers} x {self.attention_heads}")
         return self
 
     @classmethod
@@ -114,7 +110,7 @@ class RetrievalManifest(BaseModel):
         if self.weights_fingerprint and weights_fingerprint:
             if self.weights_fingerprint != weights_fingerprint:
                 differences.append("the weights differ")
-        elif self.model_name and model_name and _plain(self.model_name) != _plain(model_name):
+        elif self.model_name and model_name and not _same_family(self.model_name, model_name):
             differences.append(f"model_name is {model_name}, the manifest's {self.model_name}")
         return differences
 
@@ -168,6 +164,7 @@ def _packaged() -> Iterator[RetrievalManifest]:
             yield RetrievalManifest.model_validate_json(file.read_text(encoding="utf-8"))
 
 
-def _plain(name: str) -> str:
-    """A name as people vary it: last part of a path or hub id, lower case."""
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+def _same_family(one: str, other: str) -> bool:
+    """Whether the last part of one name, path or hub id begins with the other's, whatever the case."""
+    one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
+    return one.startswith(other) or other.startswith(one)

@@ -23,9 +23,7 @@ def budget_chunks(chunks: int, keep_ratio: float, config: SelectionConfig) -> in
     max(⌈keep_ratio·n⌉, sink + recency + 4, min_chunks), at most n; recency is itself a share of the budget.
     """
     budget = max(math.ceil(keep_ratio * chunks), config.min_chunks)
-    while (
-        budget < chunks and budget - recency_chunks(budget, config) < config.sink_chunks + LEAST_SCORED_CHUNKS
-    ):
+    while budget < chunks and budget - recency_chunks(budget, config) < config.sink_chunks + LEAST_SCORED_CHUNKS:
         budget += 1
     return min(chunks, budget)
 

@@ -1,0 +1,58 @@
+"""The indexer as a Ray actor: one per node, shared by the node's workers, over the node's mapped arena."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.scorer import Attach, LocalIndexer
+
+
+class IndexerUnavailableError(RuntimeError):
+    """The indexer actor is dead or too slow; scoring in this process (`LocalIndexer`) still works."""
+
+
+@ray.remote(num_cpus=0)
+class IndexerActor:
+    """``attach`` maps an arena by its path; it travels by pickle, so it must be a function of a module."""
+
+    def __init__(self, spec: IndexSpec, threads: int, attach: Attach) -> None:
+        self._indexer = LocalIndexer(spec, threads, attach)
+
+    def predict(self, request: PredictRequest) -> Prediction:
+        return self._indexer.predict(request).result()
+
+
+class RemoteIndexer:
+    """An :class:`forecache.indexer.protocol.Indexer` that asks an :class:`IndexerActor`.
+
+    A future fails with :class:`IndexerUnavailableError` ``deadline_s`` after it was asked for, or when the actor
+    dies, and with the actor's own error if the request was wrong. The actor is not ended by :meth:`close`.
+    """
+
+    def __init__(self, handle: "ActorHandle[Any]", deadline_s: float) -> None:
+        self._handle = handle
+        self._deadline_s = deadline_s
+        # one waiter is enough: the actor answers in order too
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer-wait")
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        answer: ray.ObjectRef[Prediction] = self._handle.predict.remote(request)
+        return self._waiter.submit(self._wait, answer, time.monotonic() + self._deadline_s)
+
+    def close(self) -> None:
+        """Drop the answers that wait; returns within the deadline."""
+        self._waiter.shutdown(wait=True, cancel_futures=True)
+
+    def _wait(self, answer: "ray.ObjectRef[Prediction]", deadline: float) -> Prediction:
+        try:
+            return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+        except GetTimeoutError as error:
+            raise IndexerUnavailableError(f"the indexer actor did not answer within {self._deadline_s:g} s") from error
+        except RayActorError as error:
+            raise IndexerUnavailableError(f"the indexer actor is gone: {error}") from error

@@ -1,0 +1,105 @@
+"""Prediction in this process, over index keys that lie in a mapped arena."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forecache.indexer.index_keys import IndexSpec, score_chunks
+from forecache.indexer.protocol import Prediction, PredictRequest
+
+
+class ArenaIndexView(Protocol):
+    """What scoring needs of a mapped arena."""
+
+    @property
+    def index(self) -> torch.Tensor:
+        """uint8 [slots, index_nbytes]: one record per slot, sharing the mapping."""
+        ...
+
+    @property
+    def index_fingerprint(self) -> str:
+        """:attr:`IndexSpec.fingerprint` of the records."""
+        ...
+
+    def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Generations of ``slots``, both [n], as they are now."""
+        ...
+
+
+Attach = Callable[[str], ArenaIndexView]
+"""Maps the arena at a path."""
+
+
+def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> Prediction:
+    """Score the chunks of ``request`` whose records can be read; the others get 0.
+
+    A slot's generation is read before its record and again after it: one that was given away meanwhile, or already
+    had been, is ``missing``. Raises ValueError if the arena's records are of another kind than ``spec``.
+    """
+    if arena.index_fingerprint != spec.fingerprint:
+        raise ValueError(
+            f"the arena {request.arena_path} holds index keys {arena.index_fingerprint}, this indexer reads "
+            f"{spec.fingerprint}: start both with the same manifest and chunk size"
+        )
+    # copies: what came from another process is read-only, which torch.from_numpy does not take
+    queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
+    asked = np.flatnonzero(request.index_slots >= 0)
+    readable = asked[request.index_slots[asked] < len(arena.index)]
+    chunks = _unchanged(arena, request, readable)
+    while True:
+        slots = torch.from_numpy(request.index_slots[chunks])
+        mass = score_chunks(spec, arena.index, queries, local_lse, slots)
+        unchanged = _unchanged(arena, request, chunks)
+        if len(unchanged) == len(chunks):
+            break
+        # a half-written record spoils the softmax of all the others
+        chunks = unchanged
+    scores = np.zeros(len(request.index_slots), dtype=np.float32)
+    scores[chunks] = mass.numpy()
+    return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, chunks).tolist()))
+
+
+def _unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Those of ``chunks`` whose slots still have the generations asked for."""
+    now = arena.generation(request.index_slots[chunks]).astype(np.int64)
+    unchanged: npt.NDArray[np.int64] = chunks[now == request.generations[chunks]]
+    return unchanged
+
+
+class LocalIndexer:
+    """An :class:`forecache.indexer.protocol.Indexer` with one thread of its own, in this process.
+
+    ``threads``: CPU threads of the scoring itself. ``attach`` is called once per arena path, and again after a
+    prediction that had something missing: the arena may have been made anew under the same path.
+    """
+
+    def __init__(self, spec: IndexSpec, threads: int, attach: Attach) -> None:
+        self._spec = spec
+        self._attach = attach
+        self._arenas: dict[str, ArenaIndexView] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
+        # torch keeps one number per thread, and one more that threads started later begin with: put that back
+        others = torch.get_num_threads()
+        self._pool.submit(torch.set_num_threads, threads).result()
+        torch.set_num_threads(others)
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        return self._pool.submit(self._predict, request)
+
+    def close(self) -> None:
+        """Finish the prediction under way, drop those that wait, unmap the arenas."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._arenas.clear()
+
+    def _predict(self, request: PredictRequest) -> Prediction:
+        path = request.arena_path
+        if path not in self._arenas:
+            self._arenas[path] = self._attach(path)
+        prediction = predict(self._spec, self._arenas[path], request)
+        if prediction.missing:
+            del self._arenas[path]
+        return prediction
