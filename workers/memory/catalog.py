@@ -74,7 +74,7 @@ class Catalog:
     """
 
     def __init__(self, url: str, *, timeout_s: float = 1.0) -> None:
-        """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects with the first call."""
+        """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects when first used."""
         self._url = url
         try:
             self._redis = redis.Redis.from_url(
@@ -142,9 +142,7 @@ class Catalog:
         if not keys:
             return 0, []
         with self._errors():
-            chunks, *tier_ids = self._longest_prefix(
-                keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX]
-            )
+            chunks, *tier_ids = self._longest_prefix(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
         return int(chunks), sorted(tier_id.decode() for tier_id in tier_ids)
 
     def tiers(self) -> list[TierRecord]:

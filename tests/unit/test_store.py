@@ -1,0 +1,355 @@
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.protocol import ColdMemory, SlotRef
+from forecache.workers.memory.store import ArenaStore
+
+LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+SLOTS = 5
+KEYS = [bytes([i]) * 16 for i in range(1, 10)]
+HOLDERS = ["a/0", "a/1", "b/0"]
+
+
+def small_arena(directory: Path, slots: int = SLOTS) -> Arena:
+    return Arena.create(
+        directory,
+        "store",
+        layout=LAYOUT,
+        index_nbytes=8,
+        index_fingerprint="index",
+        capacity_bytes=(2 << 20) + slots * LAYOUT.nbytes,
+    )
+
+
+def write(arena: Arena, key: ChunkKey, ref: SlotRef) -> None:
+    arena.chunks[ref.slot] = key[0]
+    arena.index[ref.slot] = key[0]
+    arena.seal(ref, key)
+
+
+def store_chunks(store: ColdMemory, holder: str, keys: list[ChunkKey]) -> list[SlotRef]:
+    """Reserve, write and commit; the slots stay held."""
+    reservations = store.reserve(holder, keys)
+    fresh = [(r.key, r.ref) for r in reservations if not r.stored]
+    for key, ref in fresh:
+        write(store.arena, key, ref)
+    store.commit(holder, fresh)
+    return [r.ref for r in reservations]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArenaStore:
+    return ArenaStore(small_arena(tmp_path))
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Several holders against a model: what is stored, who holds what, what each holder has still to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored: dict[ChunkKey, SlotRef] = {}
+        self.held: dict[str, set[SlotRef]] = {}
+        self.unwritten: dict[str, list[tuple[ChunkKey, SlotRef]]] = {holder: [] for holder in HOLDERS}
+        self.good: dict[SlotRef, ChunkKey] = {}  # sealed, and not found wrong
+        self.given: set[SlotRef] = set()
+        self.heard: dict[ChunkKey, int] = {}
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.arena = small_arena(Path(self.directory.name))
+        assert self.arena.slots == SLOTS
+        self.store = ArenaStore(self.arena, self.hear)
+
+    def teardown(self) -> None:
+        self.arena.close()
+        self.directory.cleanup()
+
+    def hear(self, key: ChunkKey, stored: bool) -> None:
+        self.heard[key] = self.heard.get(key, 0) + (1 if stored else -1)
+
+    def all_held(self) -> set[SlotRef]:
+        return set().union(*self.held.values())
+
+    def see(self, holder: str, key: ChunkKey, ref: SlotRef) -> None:
+        assert self.stored[key] == ref
+        assert self.arena.check(ref, key)
+        self.held.setdefault(holder, set()).add(ref)
+
+    @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), max_size=6))
+    def reserve(self, holder: str, keys: list[ChunkKey]) -> None:
+        needed = sum(key not in self.stored for key in keys)
+        kept = {self.stored[key].slot for key in keys if key in self.stored}
+        held_slots = {ref.slot for ref in self.all_held()}
+        if needed > SLOTS - len(held_slots | kept):
+            before = self.store.stats()
+            with pytest.raises(OverloadedError, match="--cold-bytes"):
+                self.store.reserve(holder, keys)
+            assert self.store.stats() == before
+            return
+        reservations = self.store.reserve(holder, keys)
+        assert [r.key for r in reservations] == keys
+        assert [r.stored for r in reservations] == [key in self.stored for key in keys]
+        for reservation in reservations:
+            if reservation.stored:
+                self.see(holder, reservation.key, reservation.ref)
+        for reservation in reservations:
+            ref = reservation.ref
+            if reservation.stored:
+                continue
+            assert ref.slot not in held_slots | kept, "a held slot was given away"
+            assert ref not in self.given, "a generation was given twice"
+            held_slots.add(ref.slot)
+            self.given.add(ref)
+            self.held.setdefault(holder, set()).add(ref)
+            self.unwritten[holder].append((reservation.key, ref))
+            for key, victim in list(self.stored.items()):
+                if victim.slot == ref.slot:
+                    del self.stored[key]
+
+    @rule(holder=st.sampled_from(HOLDERS), count=st.integers(1, 4))
+    def write_and_commit(self, holder: str, count: int) -> None:
+        ready, self.unwritten[holder] = self.unwritten[holder][:count], self.unwritten[holder][count:]
+        for key, ref in ready:
+            write(self.arena, key, ref)
+            self.good[ref] = key
+        self.store.commit(holder, ready)
+        for key, ref in ready:
+            self.stored.setdefault(key, ref)
+
+    @precondition(lambda self: any(self.unwritten.values()))
+    @rule(data=st.data())
+    def commit_what_is_not_mine_or_not_written(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from([h for h in HOLDERS if self.unwritten[h]]))
+        with pytest.raises(ChunkLostError):
+            self.store.commit(data.draw(st.sampled_from(HOLDERS)), [self.unwritten[holder][0]])
+
+    @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), max_size=5))
+    def hold(self, holder: str, keys: list[ChunkKey]) -> None:
+        for key, ref in zip(keys, self.store.hold(holder, keys), strict=True):
+            assert (ref is not None) == (key in self.stored)
+            if ref is not None:
+                self.see(holder, key, ref)
+
+    @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), max_size=5))
+    def hold_prefix(self, holder: str, keys: list[ChunkKey]) -> None:
+        refs = self.store.hold_prefix(holder, keys)
+        assert len(refs) == next((i for i, key in enumerate(keys) if key not in self.stored), len(keys))
+        for key, ref in zip(keys, refs, strict=False):
+            self.see(holder, key, ref)
+
+    @rule(holder=st.sampled_from(HOLDERS))
+    def release(self, holder: str) -> None:
+        self.store.release(holder)
+        self.held.pop(holder, None)
+        self.unwritten[holder] = []
+
+    @rule(worker=st.sampled_from(["a/", "b/"]))
+    def release_worker(self, worker: str) -> None:
+        expected = [holder for holder in self.held if holder.startswith(worker)]
+        assert self.store.release_prefix(worker) == len(expected)
+        for holder in expected:
+            del self.held[holder]
+            self.unwritten[holder] = []
+
+    @precondition(lambda self: self.stored)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.stored)))
+        ref = self.stored.pop(key)
+        dropped = self.store.stats().dropped_chunks
+        self.store.drop(key, ref)
+        self.store.drop(key, ref)  # the second reader that finds it wrong
+        assert self.store.stats().dropped_chunks == dropped + 1
+        del self.good[ref]
+        assert not self.arena.check(ref, key)
+
+    @precondition(lambda self: self.stored)
+    @rule(data=st.data())
+    def drop_of_an_older_generation_changes_nothing(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.stored)))
+        ref = self.stored[key]
+        self.store.drop(key, SlotRef(ref.slot, ref.generation - 1))
+        assert self.arena.check(ref, key)
+
+    @invariant()
+    def integrity(self) -> None:
+        self.store.check_integrity()
+
+    @invariant()
+    def held_slots_are_as_they_were_handed_out(self) -> None:
+        for ref in self.all_held():
+            assert self.arena.generation(np.array([ref.slot]))[0] == ref.generation
+            if ref in self.good:
+                assert self.arena.check(ref, self.good[ref])
+
+    @invariant()
+    def store_and_listener_agree_with_the_model(self) -> None:
+        assert set(self.store.keys()) == set(self.stored)
+        assert {key for key, count in self.heard.items() if count} == set(self.stored)
+        assert set(self.heard.values()) <= {0, 1}
+        held_slots = {ref.slot for ref in self.all_held()}
+        stored_slots = {ref.slot for ref in self.stored.values()}
+        stats = self.store.stats()
+        assert stats.slots == SLOTS
+        assert stats.held_slots == len(held_slots)
+        assert stats.used_slots == len(held_slots | stored_slots)
+        assert stats.stored_chunks == len(self.stored)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_least_recently_used_goes_first_and_a_sequence_loses_its_end_first(store: ArenaStore) -> None:
+    store_chunks(store, "first", KEYS[0:3])
+    store_chunks(store, "second", KEYS[3:5])
+    store.release("first")
+    store.release("second")
+    assert store.hold("reader", KEYS[1:2]) != [None]
+    store.release("reader")
+    gone = []
+    for new in (KEYS[5], KEYS[6], KEYS[7]):
+        before = set(store.keys())
+        store_chunks(store, "third", [new])
+        gone += sorted(before - set(store.keys()))
+    assert gone == [KEYS[2], KEYS[0], KEYS[4]]
+    assert store.stats().evicted_chunks == 3
+    store.check_integrity()
+
+
+def test_chunks_of_a_call_do_not_evict_each_other(store: ArenaStore) -> None:
+    store_chunks(store, "writer", KEYS[:SLOTS])
+    store.release("writer")
+    reservations = store.reserve("reader", [KEYS[5], *KEYS[: SLOTS - 1]])
+    assert [r.stored for r in reservations] == [False] + [True] * (SLOTS - 1)
+    assert set(store.keys()) == set(KEYS[: SLOTS - 1])
+    with pytest.raises(OverloadedError, match="of 5 slots 0 are free, 0 can be evicted"):
+        store.reserve("late", [KEYS[6]])
+
+
+def test_refused_reservation_changes_nothing(store: ArenaStore) -> None:
+    store_chunks(store, "writer", KEYS[:SLOTS])
+    store.release("writer")
+    with pytest.raises(OverloadedError, match="0 can be evicted"):
+        store.reserve("reader", KEYS[: SLOTS + 1])
+    assert store.stats().held_slots == 0
+    assert set(store.keys()) == set(KEYS[:SLOTS])
+
+
+def test_commit_of_what_another_holds_is_refused(store: ArenaStore) -> None:
+    [reservation] = store.reserve("a", KEYS[:1])
+    write(store.arena, KEYS[0], reservation.ref)
+    with pytest.raises(ChunkLostError, match="not reserved by b"):
+        store.commit("b", [(KEYS[0], reservation.ref)])
+    assert store.keys() == []
+
+
+def test_second_writer_of_a_chunk_keeps_a_private_slot(store: ArenaStore) -> None:
+    [first], [second] = store.reserve("a", KEYS[:1]), store.reserve("b", KEYS[:1])
+    assert first.ref.slot != second.ref.slot
+    assert not (first.stored or second.stored)
+    for reservation, holder in ((second, "b"), (first, "a")):
+        write(store.arena, KEYS[0], reservation.ref)
+        store.commit(holder, [(KEYS[0], reservation.ref)])
+    assert store.hold("reader", KEYS[:1]) == [second.ref]
+    assert store.arena.check(first.ref, KEYS[0])
+    assert store.stats().used_slots == 2
+    store.release("a")
+    assert store.stats().used_slots == 1
+    store.check_integrity()
+
+
+def test_reserved_and_never_committed_is_freed(store: ArenaStore) -> None:
+    [reservation] = store.reserve("a", KEYS[:1])
+    write(store.arena, KEYS[0], reservation.ref)
+    store.release("a")
+    assert store.stats().used_slots == 0
+    assert store.hold("reader", KEYS[:1]) == [None]
+    with pytest.raises(ChunkLostError, match="reserve again"):
+        store.commit("a", [(KEYS[0], reservation.ref)])
+
+
+def test_commit_is_of_all_or_nothing_and_wants_a_seal(store: ArenaStore) -> None:
+    one, two = store.reserve("a", KEYS[:2])
+    write(store.arena, KEYS[0], one.ref)
+    with pytest.raises(ChunkLostError, match="without a seal"):
+        store.commit("a", [(KEYS[0], one.ref), (KEYS[1], two.ref)])
+    assert store.keys() == []
+    store.commit("a", [(KEYS[0], one.ref)])
+    store.commit("a", [(KEYS[0], one.ref)])  # an answer was lost, and the writer says it again
+    assert store.keys() == [KEYS[0]]
+
+
+def test_dropped_chunk_stays_with_its_holders_and_can_be_written_anew(store: ArenaStore) -> None:
+    [ref] = store_chunks(store, "a", KEYS[:1])
+    assert store.hold("b", KEYS[:1]) == [ref]
+    store.drop(KEYS[0], ref)
+    [again] = store_chunks(store, "b", KEYS[:1])
+    assert again.slot != ref.slot
+    store.release("a")
+    assert store.stats().used_slots == 2
+    store.release("b")
+    assert store.stats().used_slots == 1
+    assert store.hold("c", KEYS[:1]) == [again]
+    store.check_integrity()
+
+
+def test_adopted_arena_keeps_its_sealed_chunks(store: ArenaStore) -> None:
+    refs = store_chunks(store, "a", KEYS[:2])
+    store.reserve("b", KEYS[2:4])
+    store.drop(KEYS[1], refs[1])
+    store.arena.close()
+    heard: list[tuple[ChunkKey, bool]] = []
+    successor = ArenaStore(Arena.adopt(store.arena.path), lambda key, stored: heard.append((key, stored)))
+    assert heard == [(KEYS[0], True)]
+    assert successor.stats().used_slots == 1
+    assert successor.hold("c", KEYS[:3]) == [refs[0], None, None]
+    assert successor.arena.check(refs[0], KEYS[0])
+    successor.check_integrity()
+
+
+def test_integrity_check_finds_damage(store: ArenaStore) -> None:
+    [ref] = store_chunks(store, "a", KEYS[:1])
+    store.arena.clear(ref.slot)
+    with pytest.raises(AssertionError, match="its header does not say so"):
+        store.check_integrity()
+
+
+def test_threads_that_compete_for_slots(tmp_path: Path) -> None:
+    store = ArenaStore(small_arena(tmp_path, slots=8))
+    errors: list[BaseException] = []
+
+    def work(worker: int) -> None:
+        generator = np.random.default_rng(worker)
+        try:
+            for step in range(200):
+                holder = f"{worker}/{step}"
+                keys = [KEYS[i] for i in generator.choice(len(KEYS), 2, replace=False)]
+                refs = store_chunks(store, holder, keys)
+                assert all(store.arena.check(ref, key) for key, ref in zip(keys, refs, strict=True))
+                store.release(holder)
+        except BaseException as error:  # noqa: BLE001 (handed to the test's thread)
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    store.check_integrity()
+    assert store.stats().held_slots == 0
+    assert store.stats().evicted_chunks > 0
