@@ -15,13 +15,17 @@ class EngineConfig(BaseModel):
     model: str = Field("smollm2-135m", description="built-in name, local Hugging Face directory or hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    max_model_len: int | None = Field(None, gt=0, description="longest prompt + answer, in tokens; default: the model's")
+    max_model_len: int | None = Field(
+        None, gt=0, description="longest prompt + answer, in tokens; default: the model's"
+    )
     keep_ratio: float = Field(0.135, gt=0, le=1, description="resident chunks / all chunks of a sequence")
     policy: Policy = Field("lookahead", description="what chooses the resident set")
     chunk_tokens: int = Field(64, ge=16, le=1024, description="tokens of one chunk")
     window_steps: int = Field(64, ge=1, description="decode steps between two resident sets")
     lead_steps: int = Field(8, ge=0, description="steps before a boundary at which its prediction is asked for")
-    late_policy: Literal["keep", "wait"] = Field("keep", description="an answer that is late: keep the old set, or wait")
+    late_policy: Literal["keep", "wait"] = Field(
+        "keep", description="an answer that is late: keep the old set, or wait"
+    )
     hot_bytes: int = Field(1 << 30, gt=0, description="bytes of the hot pool")
     max_batch_size: int = Field(16, ge=1, description="sequences decoded together")
     prefill_chunk_tokens: int = Field(512, ge=16, description="most prompt tokens of one step")

@@ -55,17 +55,17 @@ class ChunkLayout:
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def view(self, slots: torch.Tensor, name: str) -> torch.Tensor:
-        """A typed view ``[slots, *shape]`` of field ``name`` over ``slots``: uint8 ``[slots, nbytes]``, any row stride."""
+        """A typed view ``[slots, *shape]`` of field ``name`` over uint8 ``[slots, nbytes]``, of any row stride."""
         field = next(f for f in self.fields if f.name == name)
         start = self.offsets[name]
         rows = slots[:, start : start + field.nbytes].view(field.dtype)
-        return rows.unflatten(1, field.shape)
+        stride = slots.stride(0) // field.dtype.itemsize
+        inner = torch.empty(field.shape, device="meta").stride()
+        return rows.as_strided((len(slots), *field.shape), (stride, *inner))
 
 
 def attention_layout(
     model: str, *, layers: int, kv_heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
 ) -> ChunkLayout:
     """Llama-like models: one field ``kv: [layers, 2, kv_heads, chunk_tokens, head_dim]``."""
-    return ChunkLayout(
-        model, chunk_tokens, (Field("kv", (layers, 2, kv_heads, chunk_tokens, head_dim), dtype),)
-    )
+    return ChunkLayout(model, chunk_tokens, (Field("kv", (layers, 2, kv_heads, chunk_tokens, head_dim), dtype),))

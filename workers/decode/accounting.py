@@ -1,0 +1,138 @@
+"""What may be asked of the engine, and the account of what it did."""
+
+from dataclasses import dataclass
+
+from forecache.workers.decode.backbone import Backbone
+from forecache.workers.decode.messages import FinishReason, GenerateRequest, SequenceStats
+from forecache.workers.decode.scheduler import Scheduler
+from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.stats import EngineStats
+from forecache.workers.errors import InvalidRequestError
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.prefetcher import Recalled
+
+
+def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int) -> None:
+    """Raise :class:`InvalidRequestError` for a request that can never be served."""
+    prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
+    limit, layout = backbone.max_model_len, backbone.layout
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    if answer < 1:
+        raise InvalidRequestError(f"max_tokens must be at least 1, not {answer}", param="max_tokens")
+    if prompt + answer > limit:
+        raise InvalidRequestError(
+            f"the model's context is {limit} tokens, but the request asks for {prompt + answer}: "
+            f"{prompt} in the prompt and up to {answer} in the answer.",
+            param="messages",
+        )
+    vocabulary = backbone.config.vocab_size
+    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
+        raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param="prompt")
+    keep_ratio = request.cache.keep_ratio
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise InvalidRequestError(f"keep_ratio must be in (0, 1], not {keep_ratio}", param="forecache.keep_ratio")
+    chunks = -(-(prompt + answer) // layout.chunk_tokens)
+    if chunks > cold_slots:
+        raise InvalidRequestError(
+            f"prompt and answer may need {chunks} chunks of {layout.nbytes} bytes, but cold memory holds {cold_slots}. "
+            "Shorten the prompt, lower max_tokens or raise --cold-bytes.",
+            param="messages",
+        )
+
+
+def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
+    """The account a client gets of its request."""
+    counters = seq.counters
+    chunks = len(seq.chunks) + 1
+    resident = chunks if seq.streamed else len(seq.resident) + 1
+    arrived, admitted = counters.arrived_s, counters.admitted_s
+    return SequenceStats(
+        prompt_tokens=seq.prompt_len,
+        cached_tokens=counters.cached_tokens,
+        completion_tokens=len(seq.output_ids),
+        context_chunks=chunks,
+        resident_chunks=resident,
+        recalled_chunks=counters.recalled_chunks,
+        late_windows=counters.late_windows,
+        keep_ratio=counters.kept_sum / counters.kept_steps if counters.kept_steps else 1.0,
+        context_bytes=chunks * chunk_bytes,
+        resident_bytes=resident * chunk_bytes,
+        queue_s=0.0 if admitted is None else admitted - arrived,
+        time_to_first_token_s=0.0 if counters.first_token_s is None else counters.first_token_s - arrived,
+    )
+
+
+@dataclass
+class EngineCounters:
+    """Sums since start; the engine's thread writes, :meth:`snapshot` may be called from any."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    recalled_chunks: int = 0
+    recall_bytes: int = 0
+    recall_s: float = 0.0
+    written_back_chunks: int = 0
+    lost_chunks: int = 0
+    windows: int = 0
+    late_windows: int = 0
+    prefetch_stall_s: float = 0.0
+    finished_requests: int = 0
+    cancelled_requests: int = 0
+    failed_requests: int = 0
+    steps: int = 0
+    step_s: float = 0.0
+
+    def step(self, duration_s: float) -> None:
+        self.steps += 1
+        self.step_s += duration_s
+
+    def recall(self, done: Recalled, chunk_bytes: int) -> None:
+        self.recalled_chunks += done.recalled_bytes // chunk_bytes
+        self.recall_bytes += done.recalled_bytes
+        self.recall_s += done.duration_s
+        self.lost_chunks += len(done.lost)
+
+    def leave(self, seq: Sequence, reason: FinishReason) -> None:
+        """``seq`` ended for ``reason``."""
+        self.windows += seq.counters.windows
+        self.late_windows += seq.counters.late_windows
+        if reason == "cancelled":
+            self.cancelled_requests += 1
+        elif reason == "error":
+            self.failed_requests += 1
+        else:
+            self.finished_requests += 1
+
+    def snapshot(self, pool: HotPool, scheduler: Scheduler) -> EngineStats:
+        running = list(scheduler.running)
+        ratios = [(len(seq.resident) + 1) / (len(seq.chunks) + 1) for seq in running if seq.decode_steps]
+        return EngineStats(
+            running=len(running),
+            waiting=len(scheduler.waiting),
+            hot_slots=pool.num_slots,
+            hot_slots_used=pool.used,
+            hot_slots_referenced=pool.referenced,
+            chunk_bytes=pool.layout.nbytes,
+            resident_ratio=sum(ratios) / len(ratios) if ratios else 1.0,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated_tokens,
+            prefix_queried_tokens=self.prefix_queried_tokens,
+            prefix_hit_tokens=self.prefix_hit_tokens,
+            recalled_chunks=self.recalled_chunks,
+            recall_bytes=self.recall_bytes,
+            recall_s=self.recall_s,
+            written_back_chunks=self.written_back_chunks,
+            evicted_chunks=pool.evicted_chunks,
+            windows=self.windows,
+            late_windows=self.late_windows,
+            lost_chunks=self.lost_chunks,
+            prefetch_stall_s=self.prefetch_stall_s,
+            finished_requests=self.finished_requests,
+            cancelled_requests=self.cancelled_requests,
+            failed_requests=self.failed_requests,
+            steps=self.steps,
+            step_s=self.step_s,
+        )

@@ -1,0 +1,128 @@
+"""The engine in a thread of its own, talked to from an asyncio program."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator
+from concurrent.futures import Future
+
+from forecache.workers.decode.engine import Engine
+from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.stats import EngineStats
+from forecache.workers.errors import ForecacheError
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 1.0
+
+
+class EngineDeadError(ForecacheError):
+    """The engine's thread ended on an error; the process should be replaced."""
+
+
+class AsyncEngine:
+    """Runs ``engine`` until :meth:`close`. All coroutines belong to one event loop; the engine to its thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._inbox: deque[tuple[GenerateRequest, Future[None]]] = deque()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="forecache-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        """The request's events, the last with a finish reason. Leaving the iteration early cancels the request.
+
+        Raises :class:`forecache.workers.errors.InvalidRequestError` before the first event for one that can't be served,
+        and :class:`EngineDeadError` when the engine is no more.
+        """
+        self.check_health()
+        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        accepted: Future[None] = Future()
+        self._streams[request.request_id] = (asyncio.get_running_loop(), queue)
+        finished = False
+        try:
+            self._inbox.append((request, accepted))
+            self._engine.wake()
+            await asyncio.wrap_future(accepted)
+            while not finished:
+                event = await queue.get()
+                if event is None:
+                    self.check_health()
+                    return
+                finished = event.finish_reason is not None
+                yield event
+        finally:
+            self._streams.pop(request.request_id, None)
+            if not finished:
+                self.cancel(request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Stop a request soon; unknown ids are fine."""
+        self._engine.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    @property
+    def alive(self) -> bool:
+        return self._failure is None and self._thread.is_alive()
+
+    def check_health(self) -> None:
+        """Raise :class:`EngineDeadError` when the engine's thread has ended."""
+        if not self.alive:
+            raise EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}") from self._failure
+
+    def close(self) -> None:
+        """Cancel what runs and end the thread."""
+        self._closing = True
+        self._engine.wake()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                while self._inbox:
+                    self._accept(*self._inbox.popleft())
+                for event in self._engine.step():
+                    self._deliver(event)
+                if self._engine.idle and not self._inbox and not self._closing:
+                    self._engine.wait_for_work(IDLE_WAIT_S)
+        except BaseException as error:
+            logger.exception("the engine stopped")
+            self._failure = error
+        finally:
+            self._shut_down()
+
+    def _accept(self, request: GenerateRequest, accepted: Future[None]) -> None:
+        if not accepted.set_running_or_notify_cancel():
+            return
+        try:
+            self._engine.add_request(request)
+        except ForecacheError as error:
+            accepted.set_exception(error)
+        else:
+            accepted.set_result(None)
+
+    def _deliver(self, event: TokenEvent) -> None:
+        stream = self._streams.get(event.request_id)
+        if stream is not None:
+            loop, queue = stream
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    def _shut_down(self) -> None:
+        """Tell everybody who waits, then give the engine's memory back."""
+        if self._failure is None:
+            self._engine.close()
+        error = EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}")
+        while self._inbox:
+            _, accepted = self._inbox.popleft()
+            if accepted.set_running_or_notify_cancel():
+                accepted.set_exception(error)
+        for loop, queue in list(self._streams.values()):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, None)

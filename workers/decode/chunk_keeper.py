@@ -1,0 +1,82 @@
+"""Keeps three views of a sequence's chunks in step: its own list, the hot pool, and cold memory."""
+
+import itertools
+import time
+
+from forecache.workers.decode.accounting import EngineCounters
+from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.window import WindowCycle
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, WrittenBack
+
+
+class ChunkKeeper:
+    """From the search for a stored prefix, through chunks that complete, to letting all of them go."""
+
+    def __init__(self, pool: HotPool, prefetcher: Prefetcher, windows: WindowCycle, counters: EngineCounters) -> None:
+        self._pool = pool
+        self._prefetcher = prefetcher
+        self._windows = windows
+        self._counters = counters
+        self._holders: dict[str, Sequence] = {}
+
+    def locate(self, seq: Sequence) -> None:
+        """``seq`` is admitted: find and hold what cold memory has of its prefix."""
+        self._holders[seq.holder] = seq
+        self._prefetcher.hold_prefix(seq.holder, tuple(seq.reusable_keys()))
+
+    def located(self, held: PrefixHeld) -> None:
+        """The stored prefix of a sequence is known: prefill goes on behind it."""
+        seq = self._holders.get(held.holder)
+        if seq is None:
+            return  # it left meanwhile; its release is queued behind this hold
+        for key, ref in zip(seq.reusable_keys(), held.refs, strict=False):
+            chunk = seq.complete_chunk()
+            assert chunk.key == key
+            chunk.ref = ref
+        seq.num_computed = len(seq.chunks) * seq.chunk_tokens
+        seq.state = State.PREFILL
+        if seq.counters.admitted_s is None:
+            seq.counters.admitted_s = time.perf_counter()
+            seq.counters.cached_tokens = seq.num_computed
+            self._counters.prefix_queried_tokens += seq.prompt_len
+            self._counters.prefix_hit_tokens += seq.num_computed
+
+    def computed(self, seq: Sequence, tokens: int) -> None:
+        """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory."""
+        seq.num_computed += tokens
+        while seq.tail_tokens >= seq.chunk_tokens:
+            number = len(seq.chunks)
+            chunk = seq.complete_chunk()
+            slot = seq.open_slots.pop(number)
+            self._pool.complete(slot, chunk.key, dirty=True)
+            self._prefetcher.write_back(seq.holder, chunk.key, slot)
+            if seq.state is State.DECODE and not seq.streamed:
+                seq.resident[number] = slot
+            else:
+                self._pool.release(slot)
+
+    def written_back(self, done: WrittenBack) -> Sequence | None:
+        """A chunk reached cold memory, or did not: then the sequence that can't go on without it is returned."""
+        self._pool.mark_clean(done.slot)
+        seq = self._holders.get(done.holder)
+        if done.ref is None:
+            self._pool.discard(done.key)
+            return seq
+        self._counters.written_back_chunks += 1
+        if seq is not None and done.key in seq.chunk_of:
+            seq.chunk_of[done.key].ref = done.ref
+        return None
+
+    def let_go(self, seq: Sequence) -> None:
+        """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
+        self._windows.forget(seq)
+        for slot in itertools.chain(seq.resident.values(), seq.open_slots.values()):
+            self._pool.release(slot)
+        seq.resident.clear()
+        seq.open_slots.clear()
+        for chunk in seq.chunks:
+            if not chunk.exact:
+                self._pool.discard(chunk.key)
+        self._prefetcher.release(seq.holder)
+        self._holders.pop(seq.holder, None)

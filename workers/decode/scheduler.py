@@ -1,0 +1,163 @@
+"""Who runs in the next step: admission within the hot pool and cold memory, decode rows, prefill slices."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.model_runner import Plan, StreamPart
+from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.window import WindowCycle
+from forecache.workers.memory.hot_pool import HotPool
+
+STREAMED_SHARE = 4
+"""A sequence whose full attention is streamed takes every fourth step while others decode."""
+
+RATE_SMOOTHING = 0.5
+
+
+@dataclass
+class PrefillRate:
+    """How many prompt tokens fit in a given time, learned from the steps made.
+
+    A token after ``past`` others costs as much work as (``linear_equal`` + past) · a constant: ``linear_equal`` is the
+    past at which attention costs as much as all the rest of the model.
+    """
+
+    linear_equal: float
+    work_per_s: float | None = None
+
+    def observe(self, tokens: int, past: int, duration_s: float) -> None:
+        rate = self._work(tokens, past) / max(duration_s, 1e-6)
+        self.work_per_s = (
+            rate if self.work_per_s is None else (RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * self.work_per_s)
+        )
+
+    def tokens_in(self, duration_s: float, past: int) -> int | None:
+        """Tokens after ``past`` that take about ``duration_s``; ``None`` before anything was seen."""
+        if self.work_per_s is None:
+            return None
+        return int(self.work_per_s * duration_s / (self.linear_equal + past))
+
+    def _work(self, tokens: int, past: int) -> float:
+        return tokens * (self.linear_equal + past + tokens / 2)
+
+
+class Scheduler:
+    """First come, first served. Owns the queue and the list of running sequences."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pool: HotPool,
+        windows: WindowCycle,
+        *,
+        cold_slots: int,
+        linear_equal: float,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._windows = windows
+        self._cold_slots = cold_slots
+        self._steps = 0
+        self.rate = PrefillRate(linear_equal)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.stalled = False
+
+    def add(self, seq: Sequence, *, first: bool = False) -> None:
+        if first:
+            self.waiting.appendleft(seq)
+        else:
+            self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """``seq`` leaves, wherever it is."""
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self.waiting.remove(seq)
+
+    def admit(self, located: Callable[[Sequence], None]) -> None:
+        """Let in from the queue's head what fits beside what runs; ``located`` is called for each."""
+        while self.waiting and len(self.running) < self._config.max_batch_size:
+            seq = self.waiting[0]
+            self._reserve(seq)
+            slots = sum(other.reserved_slots for other in self.running)
+            cold = sum(other.max_chunks for other in self.running)
+            if slots + seq.reserved_slots > self._pool.num_slots or cold + seq.max_chunks > self._cold_slots:
+                return
+            self.waiting.popleft()
+            self.running.append(seq)
+            seq.state = State.LOCATING
+            located(seq)
+
+    def _reserve(self, seq: Sequence) -> None:
+        """Hot slots promised to ``seq``: its budget, half of it again for a turn, and the chunks a window can add."""
+        budget = self._windows.budget(seq, seq.max_chunks)
+        added = self._config.window_steps // seq.chunk_tokens + 2
+        full = seq.max_chunks + 1
+        need = full if budget >= seq.max_chunks else min(full, budget + -(-budget // 2) + added)
+        seq.streamed = need > self._pool.num_slots
+        prefill = self._config.prefill_chunk_tokens // seq.chunk_tokens + 1
+        seq.reserved_slots = min(full, prefill, self._pool.num_slots) if seq.streamed else need
+
+    def next_plan(self) -> Plan:
+        """The next step's work, with slots allocated for every token it computes. May be empty."""
+        self._steps += 1
+        self.stalled = False
+        decode: list[Sequence] = []
+        streams: list[StreamPart] = []
+        ready = [seq for seq in self.running if seq.state is State.DECODE and not self._windows.blocked(seq)]
+        rows = [seq for seq in ready if not seq.streamed]
+        prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
+        for seq in rows:
+            if self._open(seq, 1):
+                decode.append(seq)
+        for seq in ready:
+            alone = not rows and not prefilling
+            if seq.streamed and (alone or self._steps % STREAMED_SHARE == 0) and self._open(seq, 1):
+                streams.append(StreamPart(seq, 1))
+        budget = self._config.prefill_chunk_tokens
+        for seq in prefilling:
+            if budget < 1:
+                break
+            tokens = self._prefill_tokens(seq, budget, beside=bool(decode or streams))
+            tokens = self._open(seq, tokens)
+            if tokens:
+                last = seq.num_computed + tokens == seq.prefill_target
+                streams.append(StreamPart(seq, tokens, probe=last and self._needs_mass(seq)))
+                budget -= tokens
+                if decode or len(streams) > 1:
+                    break
+        capture = tuple(i for i, seq in enumerate(decode) if self._windows.wants_queries(seq))
+        return Plan(tuple(decode), tuple(streams), capture)
+
+    def _needs_mass(self, seq: Sequence) -> bool:
+        return seq.policy == "lookahead" and not seq.streamed
+
+    def _prefill_tokens(self, seq: Sequence, budget: int, *, beside: bool) -> int:
+        """Alone, a step is as large as the batch allows (it can be aborted between layers); beside running streams it
+        is sized to take ``prefill_slice_s``."""
+        tokens = min(seq.prefill_target - seq.num_computed, budget)
+        if beside:
+            fitting = self.rate.tokens_in(self._config.prefill_slice_s, seq.num_computed)
+            tokens = min(tokens, max(fitting or 0, 16))
+        room = seq.reserved_slots * seq.chunk_tokens - seq.tail_tokens
+        return min(tokens, room)
+
+    def _open(self, seq: Sequence, tokens: int) -> int:
+        """Make sure the next ``tokens`` of ``seq`` have slots; returns for how many that worked."""
+        first, last = (
+            seq.num_computed // seq.chunk_tokens,
+            (seq.num_computed + tokens - 1) // seq.chunk_tokens,
+        )
+        for number in range(first, last + 1):
+            if number not in seq.open_slots:
+                slot = self._pool.allocate()
+                if slot is None:
+                    # every other slot is referenced or on its way to cold memory: the copy thread will free some
+                    self.stalled = True
+                    return max(0, number * seq.chunk_tokens - seq.num_computed)
+                seq.open_slots[number] = slot
+        return tokens

@@ -1,0 +1,158 @@
+"""One request inside the engine: its tokens, its chunks, and which of them are resident."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
+from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
+from forecache.workers.memory.protocol import SlotRef
+
+NO_SLOT = -1
+
+
+class State(Enum):
+    """Where a sequence is. It only moves forward, but for a restart after a lost chunk."""
+
+    WAITING = auto()
+    LOCATING = auto()
+    PREFILL = auto()
+    RECALLING = auto()
+    DECODE = auto()
+    FINISHED = auto()
+
+
+@dataclass
+class Chunk:
+    """A completed chunk of one sequence.
+
+    ``ref`` is its place in the arena, once it has one; ``exact`` says that no token of it was computed over a partial
+    resident set, so that others may use it.
+    """
+
+    key: ChunkKey
+    ref: SlotRef | None
+    exact: bool
+
+
+@dataclass
+class Counters:
+    """What a request cost so far."""
+
+    cached_tokens: int = 0
+    recalled_chunks: int = 0
+    late_windows: int = 0
+    windows: int = 0
+    kept_sum: float = 0.0
+    kept_steps: int = 0
+    arrived_s: float = field(default_factory=time.perf_counter)
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+
+
+class Sequence:
+    """Tokens and chunks of one request.
+
+    ``token_ids`` is the prompt and what has been generated; the K/V of the first ``num_computed`` of them is in chunks.
+    ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
+    ``open_slots`` does so for chunks that are still being filled.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        holder: str,
+        root: ChunkKey,
+        chunk_tokens: int,
+        keep_ratio: float,
+        policy: Policy,
+    ) -> None:
+        self.request = request
+        self.holder = holder
+        self.root = root
+        self.chunk_tokens = chunk_tokens
+        self.keep_ratio = keep_ratio
+        self.policy = policy
+        self.state = State.WAITING
+        self.token_ids = list(request.prompt_token_ids)
+        self.prompt_len = len(self.token_ids)
+        self.num_computed = 0
+        self.prefill_target = self.prompt_len
+        self.restarts = 0
+        self.chunks: list[Chunk] = []
+        self.chunk_of: dict[ChunkKey, Chunk] = {}
+        self.open_slots: dict[int, int] = {}
+        self.open_exact = True
+        self.resident: dict[int, int] = {}
+        self.streamed = False
+        self.reserved_slots = 0
+        self.decode_steps = 0
+        self.counters = Counters()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def cache(self) -> CacheOptions:
+        return self.request.cache
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def max_len(self) -> int:
+        """Longest this sequence can become, in tokens."""
+        return self.prompt_len + self.sampling.max_tokens
+
+    @property
+    def max_chunks(self) -> int:
+        return -(-self.max_len // self.chunk_tokens)
+
+    @property
+    def tail_tokens(self) -> int:
+        """Computed tokens in the chunk that is not full yet."""
+        return self.num_computed - len(self.chunks) * self.chunk_tokens
+
+    @property
+    def partial(self) -> bool:
+        """Whether a decode step of it leaves completed chunks unread."""
+        return not self.streamed and len(self.resident) < len(self.chunks)
+
+    def reusable_keys(self) -> Iterator[ChunkKey]:
+        """Keys of the chunks that a prefix hit may fill; at least one token is left to compute."""
+        return prefix_keys(self.root, self.token_ids[: self.prefill_target - 1], self.chunk_tokens)
+
+    def complete_chunk(self) -> Chunk:
+        """The tokens of the first open chunk are all computed: name it and add it to the chunks."""
+        start = len(self.chunks) * self.chunk_tokens
+        parent = self.chunks[-1].key if self.chunks else self.root
+        exact = self.open_exact and (not self.chunks or self.chunks[-1].exact)
+        if not exact and (not self.chunks or self.chunks[-1].exact):
+            # what was decoded over a partial resident set must not meet anybody else's prefix
+            parent = child_key(parent, [ord(c) for c in f"private {self.holder}"])
+        key = child_key(parent, self.token_ids[start : start + self.chunk_tokens])
+        chunk = Chunk(key, None, exact)
+        self.chunks.append(chunk)
+        self.chunk_of[key] = chunk
+        self.open_exact = True
+        return chunk
+
+    def start_over(self, holder: str) -> None:
+        """Forget all chunks: the tokens so far are to be computed again, held in the name of ``holder``."""
+        self.restarts += 1
+        self.holder = holder
+        self.chunks.clear()
+        self.chunk_of.clear()
+        self.num_computed = 0
+        self.prefill_target = len(self.token_ids)
+        self.decode_steps = 0
+        self.open_exact = True
+        self.state = State.WAITING

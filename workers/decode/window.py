@@ -1,0 +1,267 @@
+"""The window cycle of design §5: when a sequence's resident set is predicted, recalled and swapped.
+
+A turn belongs to a boundary. Its prediction is asked some steps ahead; its copies run while decoding goes on over the
+old set; at the boundary, between two steps, the new set takes over. What comes late takes over when it is there.
+"""
+
+import logging
+import zlib
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forecache.indexer.config import SelectionConfig
+from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.indexer.selection import budget_chunks, select
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.prefetcher import Prefetcher, Recalled, RecallItem
+
+logger = logging.getLogger(__name__)
+
+FIRST_BOUNDARY = 2
+"""Decode steps before the first swap: the first step gives the first answer token's queries, the second hides the copy."""
+
+
+@dataclass
+class Turn:
+    """A resident set in the making, for the first ``chunks`` chunks of a sequence.
+
+    ``future`` is the prediction while it is awaited. Then ``selected`` are the chosen chunks, and ``wanted`` those of
+    them that the old set lacks, until the pool has slots for all; then they are in ``incoming`` with their slots,
+    referenced in the pool, and ``ticket`` names the recall that fills ``copying``.
+    """
+
+    boundary: int
+    chunks: int
+    future: Future[Prediction] | None = None
+    selected: frozenset[int] | None = None
+    incoming: dict[int, int] = field(default_factory=dict)
+    copying: list[RecallItem] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    ticket: int | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.selected is not None and not self.wanted and self.ticket is None
+
+
+class WindowCycle:
+    """Turns of all sequences of one engine. Runs in the engine's thread."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        selection: SelectionConfig,
+        spec: IndexSpec,
+        pool: HotPool,
+        arena: Arena,
+        prefetcher: Prefetcher,
+        indexer: Indexer,
+        runner: ModelRunner,
+    ) -> None:
+        self._config = config
+        self._selection = selection
+        self._spec = spec
+        self._pool = pool
+        self._arena_path = str(arena.path)
+        self._prefetcher = prefetcher
+        self._indexer = indexer
+        self._runner = runner
+        self._turns: dict[str, Turn] = {}
+        self._boundaries: dict[str, int] = {}
+        self.failed_predictions = 0
+
+    def budget(self, seq: Sequence, chunks: int) -> int:
+        """Chunks of ``seq`` that may be resident when it has ``chunks``."""
+        if seq.policy == "full":
+            return chunks
+        return budget_chunks(chunks, seq.keep_ratio, self._selection)
+
+    def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
+        """Prefill is over: choose the first set from the last prompt tokens' attention ``mass`` [chunks].
+
+        ``None`` will do where scores do not matter: for other policies, and when everything is kept.
+        """
+        self._boundaries[seq.request_id] = FIRST_BOUNDARY
+        turn = Turn(boundary=0, chunks=len(seq.chunks))
+        self._turns[seq.request_id] = turn
+        self._choose(seq, turn, None if mass is None else mass[: len(seq.chunks)])
+
+    def wants_queries(self, seq: Sequence) -> bool:
+        """Whether the coming step's queries are needed for a prediction."""
+        return seq.policy == "lookahead" and self._due(seq)
+
+    def after_step(self, seq: Sequence, queries: torch.Tensor | None) -> None:
+        """A decode step of ``seq`` is done; ask for the next turn if it is time.
+
+        ``queries``: that step's, [query heads, head_dim], where :meth:`wants_queries` asked for them.
+        """
+        seq.decode_steps += 1
+        if not self._due(seq, done=True):
+            return
+        turn = Turn(self._boundaries[seq.request_id], len(seq.chunks))
+        if seq.policy != "lookahead":
+            self._turns[seq.request_id] = turn
+            self._choose(seq, turn, None)
+        elif queries is not None:
+            turn.future = self._indexer.predict(self._request(seq, queries))
+            self._turns[seq.request_id] = turn
+
+    def poll(self, seq: Sequence) -> None:
+        """At a step's edge: take an answered prediction further, swap a set whose boundary is here."""
+        turn = self._turns.get(seq.request_id)
+        if turn is None:
+            return
+        if turn.future is not None and turn.future.done():
+            error = turn.future.exception()
+            if error is not None:
+                # a prediction is a hint: without it the old set serves on, and the loss is counted
+                logger.warning("no prediction for %s, its resident set stays: %s", seq.request_id, error)
+                self.failed_predictions += 1
+                self._finish(seq, turn)
+                return
+            scores = turn.future.result().scores
+            turn.future = None
+            self._choose(seq, turn, scores)
+        if turn.wanted:
+            self._bring_in(seq, turn)
+        if turn.ready and seq.decode_steps >= turn.boundary:
+            self._swap(seq, turn)
+
+    def blocked(self, seq: Sequence) -> bool:
+        """Whether ``seq`` must not step now: its first set is not there, or it waits for late ones."""
+        turn = self._turns.get(seq.request_id)
+        if turn is None or seq.decode_steps < turn.boundary:
+            return False
+        return turn.boundary == 0 or self._config.late_policy == "wait"
+
+    def recalled(self, done: Recalled, sequences: dict[str, Sequence]) -> Sequence | None:
+        """A recall is over. Returns the sequence it was for when chunks of it were lost."""
+        for request_id, turn in self._turns.items():
+            if turn.ticket == done.ticket:
+                seq = sequences[request_id]
+                turn.ticket = None
+                for item in turn.copying:
+                    if item not in done.lost:
+                        self._pool.complete(item.slot, item.key, dirty=False)
+                return seq if done.lost else None
+        return None
+
+    def forget(self, seq: Sequence) -> None:
+        """``seq`` is leaving: give back the slots of a turn in the making. Not while it is :meth:`busy`."""
+        turn = self._turns.pop(seq.request_id, None)
+        self._boundaries.pop(seq.request_id, None)
+        if turn is not None:
+            if turn.future is not None:
+                turn.future.cancel()
+            for slot in turn.incoming.values():
+                self._pool.release(slot)
+
+    def busy(self, seq: Sequence) -> bool:
+        """Whether a copy into slots of ``seq`` is running."""
+        turn = self._turns.get(seq.request_id)
+        return turn is not None and turn.ticket is not None
+
+    def incoming(self, seq: Sequence) -> list[int]:
+        """Slots referenced for a set in the making."""
+        turn = self._turns.get(seq.request_id)
+        return [] if turn is None else list(turn.incoming.values())
+
+    def _due(self, seq: Sequence, *, done: bool = False) -> bool:
+        """Whether the step that is coming (or, with ``done``, was just made) is the one to ask after."""
+        if seq.streamed or seq.request_id in self._turns or self.budget(seq, seq.max_chunks) >= seq.max_chunks:
+            return False
+        boundary = self._boundaries[seq.request_id]
+        previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
+        ask = max(previous, boundary - self._config.lead_steps)
+        return seq.decode_steps + (0 if done else 1) >= ask
+
+    def _request(self, seq: Sequence, queries: torch.Tensor) -> PredictRequest:
+        slots = np.full(len(seq.chunks), -1, dtype=np.int64)
+        generations = np.zeros(len(seq.chunks), dtype=np.int64)
+        local = [(seq.open_slots[len(seq.chunks)], seq.tail_tokens)] if seq.tail_tokens else []
+        for number, chunk in enumerate(seq.chunks):
+            if chunk.ref is not None:
+                slots[number], generations[number] = chunk.ref.slot, chunk.ref.generation
+            elif number in seq.resident:
+                local.append((seq.resident[number], seq.chunk_tokens))
+        lse = self._runner.local_lse(queries, local)
+        return PredictRequest(
+            seq.request_id, self._arena_path, slots, generations, queries.cpu().numpy(), lse.cpu().numpy()
+        )
+
+    def _choose(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None) -> None:
+        """Choose the set of ``turn`` by ``scores`` [chunks], as far as the sequence's reserved slots go."""
+        rng = np.random.default_rng([self._config.seed, seq.sampling.seed % 2**32, seq.decode_steps])
+        chosen = select(
+            scores,
+            policy=seq.policy,
+            chunks=turn.chunks,
+            budget=self.budget(seq, turn.chunks),
+            config=self._selection,
+            rng=rng,
+        ).tolist()
+        wanted = [number for number in chosen if number not in seq.resident]
+        if scores is not None and len(scores):
+            wanted.sort(key=lambda number: -scores[number])
+        room = seq.reserved_slots - len(seq.resident) - len(seq.open_slots)
+        turn.selected = frozenset(chosen) - frozenset(wanted[room:])
+        turn.wanted = wanted[:room]
+        self._bring_in(seq, turn)
+
+    def _bring_in(self, seq: Sequence, turn: Turn) -> None:
+        """Take the wanted chunks that are hot, and start the recall of the others, most wanted first.
+
+        Does nothing while the pool lacks slots: the reservation says that they will be there once others' completed
+        chunks are in cold memory.
+        """
+        cold = [number for number in turn.wanted if self._pool.lookup(seq.chunks[number].key) is None]
+        if len(cold) > self._pool.available - (len(turn.wanted) - len(cold)):
+            return
+        for number in turn.wanted:
+            slot = self._pool.lookup(seq.chunks[number].key)
+            if slot is not None:
+                turn.incoming[number] = self._pool.acquire(slot)
+        for number in cold:
+            chunk, slot = seq.chunks[number], self._pool.allocate()
+            assert slot is not None and chunk.ref is not None
+            turn.incoming[number] = slot
+            turn.copying.append(RecallItem(chunk.key, chunk.ref, slot))
+        turn.wanted = []
+        seq.counters.recalled_chunks += len(turn.copying)
+        if turn.copying:
+            turn.ticket = self._prefetcher.recall(turn.copying)
+
+    def _swap(self, seq: Sequence, turn: Turn) -> None:
+        """The new set takes over; chunks completed since it was chosen stay."""
+        assert turn.selected is not None
+        for number in [n for n in seq.resident if n < turn.chunks and n not in turn.selected]:
+            self._pool.release(seq.resident.pop(number))
+        seq.resident.update(turn.incoming)
+        turn.incoming = {}
+        if turn.boundary:
+            seq.counters.windows += 1
+            seq.counters.late_windows += seq.decode_steps > turn.boundary
+        self._finish(seq, turn)
+        if seq.state is State.RECALLING:
+            seq.state = State.DECODE
+
+    def _finish(self, seq: Sequence, turn: Turn) -> None:
+        """Drop the turn and set the next boundary: doubling up to a window, then window by window, staggered."""
+        del self._turns[seq.request_id]
+        if turn.boundary == 0:
+            return
+        window = self._config.window_steps
+        following = turn.boundary * 2 if turn.boundary * 2 <= window else turn.boundary + window
+        if turn.boundary * 2 > window >= turn.boundary:
+            # once, at the end of the early boundaries, so that sequences that started together part
+            following -= zlib.crc32(np.asarray(seq.token_ids[:64], dtype="<i4").tobytes()) % max(window // 2, 1)
+        self._boundaries[seq.request_id] = max(following, seq.decode_steps + 1)

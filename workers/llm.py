@@ -1,0 +1,178 @@
+"""The engine in-process, without Ray: for scripts, notebooks, tests and benchmarks."""
+
+import itertools
+import os
+import uuid
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.scorer import LocalIndexer
+from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.engine import Engine
+from forecache.workers.decode.index_spec import choose_index_spec
+from forecache.workers.decode.loader import resolve_model
+from forecache.workers.decode.messages import (
+    CacheOptions,
+    FinishReason,
+    GenerateRequest,
+    Policy,
+    SamplingParams,
+    SequenceStats,
+)
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.decode.verify import verify_backbone
+from forecache.workers.errors import ForecacheError
+from forecache.workers.memory.arena import Arena, remove_abandoned
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.store import ArenaStore
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. ``text`` is empty when the tokenizer was skipped."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    stats: SequenceStats
+
+
+class LLM:
+    """One model with its hot pool, cold memory and indexer in this process.
+
+    Keyword arguments are the fields of :class:`EngineConfig` and :class:`MemoryConfig`. Close it (or use it in a
+    ``with`` statement): it owns a file in shared memory.
+
+    >>> with LLM("smollm2-135m", keep_ratio=0.135) as llm:
+    ...     print(llm.generate(["The capital of France is"], max_tokens=8)[0].text)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        skip_tokenizer: bool = False,
+        selection: SelectionConfig | None = None,
+        indexer: IndexerConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        memory = MemoryConfig(**{k: settings.pop(k) for k in list(settings) if k in MemoryConfig.model_fields})
+        self.config = EngineConfig(model=model, **settings)
+        indexer = indexer or IndexerConfig()
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.model_path: Path = resolve_model(model)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        if not skip_tokenizer:
+            self.tokenizer = load_tokenizer(self.model_path)
+        backbone = load_backbone(
+            self.model_path,
+            dtype=self.config.dtype,
+            device=self.config.device,
+            chunk_tokens=self.config.chunk_tokens,
+            max_model_len=self.config.max_model_len,
+        )
+        spec = choose_index_spec(indexer.manifest, model, backbone)
+        verify_backbone(backbone, spec)
+        remove_abandoned(memory.arena_dir)
+        self._arena = Arena.create(
+            memory.arena_dir,
+            f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+            layout=backbone.layout,
+            index_nbytes=spec.nbytes,
+            index_fingerprint=spec.fingerprint,
+            capacity_bytes=memory.cold_bytes,
+        )
+        self.memory = ArenaStore(self._arena)
+        self._indexer = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
+        self.engine = Engine(
+            backbone,
+            self.tokenizer,
+            self.config,
+            selection or SelectionConfig(),
+            self.memory,
+            self._indexer,
+            spec,
+        )
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Seq[str] | Seq[Seq[int]],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Seq[str] = (),
+        ignore_eos: bool = False,
+        policy: Policy | None = None,
+        keep_ratio: float | None = None,
+        cache_salt: str = "",
+    ) -> list[Completion]:
+        """Complete every prompt (text, or token ids as they are) in one batch; answers come in the prompts' order.
+
+        Raises :class:`forecache.workers.errors.InvalidRequestError` before anything runs if a prompt can't be served.
+        """
+        sampling = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos)
+        cache = CacheOptions(policy, keep_ratio, cache_salt)
+        ids = [self._add(prompt, sampling, cache) for prompt in prompts]
+        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+        texts = dict.fromkeys(ids, "")
+        done: dict[str, Completion] = {}
+        try:
+            while len(done) < len(ids):
+                for event in self.engine.step():
+                    if event.request_id not in tokens:
+                        continue
+                    tokens[event.request_id] += event.token_ids
+                    texts[event.request_id] += event.text
+                    if event.finish_reason is not None:
+                        if event.error is not None or event.stats is None:
+                            raise ForecacheError(event.error or "the request ended without its account")
+                        done[event.request_id] = Completion(
+                            tokens[event.request_id],
+                            texts[event.request_id],
+                            event.finish_reason,
+                            event.stats,
+                        )
+        except BaseException:
+            for request_id in ids:
+                self.engine.cancel(request_id)
+            raise
+        return [done[request_id] for request_id in ids]
+
+    def _add(self, prompt: str | Seq[int], sampling: SamplingParams, cache: CacheOptions) -> str:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ForecacheError("text prompts need a tokenizer; this LLM was made with skip_tokenizer=True")
+            tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            tokens = list(prompt)
+        request_id = f"local-{next(self._ids)}"
+        self.engine.add_request(GenerateRequest(request_id, tuple(tokens), sampling, cache))
+        return request_id
+
+    def close(self) -> None:
+        """Free the hot pool, the cold memory and its file."""
+        self.engine.close()
+        self._indexer.close()
+        self._arena.unlink()
+        self._arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,156 @@
+"""The hot pool: a fixed array of chunk slots on the compute device, with reference counts.
+
+A slot is in exactly one of four states:
+
+- *free*: holds nothing;
+- *referenced*: in a block table or the target of a copy; never reused;
+- *dirty*: completed and unreferenced, but not yet in cold memory; never reused;
+- *cached*: clean, unreferenced, found by its key; the least recently used one is evicted first.
+
+The pool belongs to one thread, the engine's. Copies into and out of slots are made elsewhere, always on slots that are
+referenced or dirty here.
+"""
+
+from collections import OrderedDict
+
+import torch
+
+from forecache.workers.errors import ForecacheError
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.layout import ChunkLayout
+
+
+class HotPool:
+    """``slots`` chunks of ``layout`` on ``device``."""
+
+    def __init__(self, layout: ChunkLayout, slots: int, device: torch.device) -> None:
+        if slots < 1:
+            raise ForecacheError(f"the hot pool needs at least one slot of {layout.nbytes} bytes; raise --hot-bytes")
+        self.layout = layout
+        self.num_slots = slots
+        self.memory = torch.zeros(slots, layout.nbytes, dtype=torch.uint8, device=device)
+        self.evicted_chunks = 0
+        self._references = [0] * slots
+        self._keys: list[ChunkKey | None] = [None] * slots
+        self._dirty = [False] * slots
+        self._slot_of: dict[ChunkKey, int] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    def view(self, field: str) -> torch.Tensor:
+        """Typed view ``[slots, *field shape]``."""
+        return self.layout.view(self.memory, field)
+
+    @property
+    def available(self) -> int:
+        """Slots that :meth:`allocate` can hand out now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def used(self) -> int:
+        """Slots that hold something."""
+        return self.num_slots - len(self._free)
+
+    @property
+    def referenced(self) -> int:
+        return sum(1 for count in self._references if count)
+
+    def references(self, slot: int) -> int:
+        """How often ``slot`` is referenced."""
+        return self._references[slot]
+
+    def lookup(self, key: ChunkKey) -> int | None:
+        """The slot that holds the chunk ``key``, if it is hot."""
+        return self._slot_of.get(key)
+
+    def allocate(self) -> int | None:
+        """A slot with one reference and no content, evicting if needed; ``None`` when none can be had now."""
+        if self._free:
+            slot = self._free.pop()
+        elif self._cached:
+            slot, _ = self._cached.popitem(last=False)
+            self._forget(slot)
+            self.evicted_chunks += 1
+        else:
+            return None
+        self._references[slot] = 1
+        return slot
+
+    def acquire(self, slot: int) -> int:
+        """One more reference to a slot that holds a chunk."""
+        if self._references[slot] == 0:
+            self._cached.pop(slot, None)
+        self._references[slot] += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """One reference less."""
+        assert self._references[slot] > 0, f"slot {slot} is released more often than acquired"
+        self._references[slot] -= 1
+        self._settle(slot)
+
+    def complete(self, slot: int, key: ChunkKey, *, dirty: bool) -> None:
+        """A referenced slot now holds the chunk ``key``; ``dirty`` when cold memory has no copy of it yet.
+
+        If an equal chunk is hot already, that one stays the one to be found; this slot is freed when it is let go.
+        """
+        assert self._references[slot] > 0, f"slot {slot} is completed but not referenced"
+        self._dirty[slot] = dirty
+        self._keys[slot] = key
+        self._slot_of.setdefault(key, slot)
+
+    def mark_clean(self, slot: int) -> None:
+        """The slot's chunk is in cold memory: it may be evicted once unreferenced."""
+        self._dirty[slot] = False
+        self._settle(slot)
+
+    def discard(self, key: ChunkKey) -> None:
+        """Nobody will ask for ``key`` again: do not keep it once it is clean and unreferenced."""
+        slot = self._slot_of.pop(key, None)
+        if slot is not None:
+            self._settle(slot)
+
+    def evict_all(self) -> int:
+        """Evict every cached slot; returns how many. For tests and for `policy: full` comparisons."""
+        count = len(self._cached)
+        while self._cached:
+            slot, _ = self._cached.popitem(last=False)
+            self._forget(slot)
+            self._free.append(slot)
+        self.evicted_chunks += count
+        return count
+
+    def _settle(self, slot: int) -> None:
+        if self._references[slot] or self._dirty[slot]:
+            return
+        key = self._keys[slot]
+        if key is not None and self._slot_of.get(key) == slot:
+            self._cached[slot] = None
+            self._cached.move_to_end(slot)
+            return
+        self._cached.pop(slot, None)
+        self._keys[slot] = None
+        self._free.append(slot)
+
+    def _forget(self, slot: int) -> None:
+        key = self._keys[slot]
+        assert key is not None
+        del self._slot_of[key]
+        self._keys[slot] = None
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` if a slot is in no state, in two, or findable under a wrong key."""
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a slot is free twice"
+        for slot in range(self.num_slots):
+            referenced, dirty, key = self._references[slot] > 0, self._dirty[slot], self._keys[slot]
+            states = [slot in free, referenced or dirty, slot in cached]
+            assert sum(states) == 1, f"slot {slot}: free, in use, cached = {states}"
+            assert self._references[slot] >= 0, f"slot {slot} has {self._references[slot]} references"
+            if slot in free:
+                assert key is None, f"free slot {slot} has a key"
+            if slot in cached:
+                assert key is not None and self._slot_of.get(key) == slot, f"cached slot {slot} can't be found"
+        for key, slot in self._slot_of.items():
+            assert self._keys[slot] == key, f"key {key.hex()} leads to slot {slot}, which holds another chunk"
+            assert slot not in free, f"key {key.hex()} leads to a free slot"
