@@ -1,0 +1,149 @@
+"""`forecache`: the command line. What a command needs is imported when it runs, so that `--help` is quick."""
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from forecache.cluster.config import add_flags, config_from_args
+from forecache.cluster.session import run_in_own_session
+from forecache.workers.errors import ForecacheError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 the command says no, 2 it could not be carried out."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        from forecache.cluster import bench
+
+        return _plainly(lambda: bench.main(arguments[1:]))
+    args = _parser().parse_args(arguments)
+    command: Command = args.command
+    return _plainly(lambda: command(args))
+
+
+def _plainly(command: Callable[[], int]) -> int:
+    """Errors of ours are one sentence on stderr; anything else is a bug and keeps its traceback."""
+    try:
+        return command()
+    except ForecacheError as error:
+        print(f"forecache: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="forecache", description="Serve language models over contexts far larger than GPU memory."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start a cluster and serve a model over HTTP")
+    add_flags(serve)
+    serve.set_defaults(command=_serve)
+
+    doctor = commands.add_parser("doctor", help="tell what this machine has, and what will not work")
+    doctor.set_defaults(command=_doctor)
+
+    demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
+    demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
+    demo.add_argument("--tokens", type=int, default=6500, help="length of the document (default: 6500)")
+    demo.add_argument(
+        "--keep-ratio", type=float, default=0.135, help="resident chunks / all (default: 0.135)"
+    )
+    demo.set_defaults(command=_demo)
+
+    indexer = commands.add_parser("indexer", help="the Memory Indexer").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    calibrate = indexer.add_parser(
+        "calibrate", help="find a model's retrieval heads and write their manifest"
+    )
+    calibrate.add_argument("--model", required=True, help="built-in name, directory or hub id")
+    calibrate.add_argument("--out", required=True, type=Path, help="file to write")
+    calibrate.add_argument("--documents", type=int, default=96, help="generated documents (default: 96)")
+    calibrate.set_defaults(command=_calibrate)
+
+    commands.add_parser("bench", help="measure this machine (see `forecache bench --help`)", add_help=False)
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(command=_version)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config = config_from_args(args)
+
+    def serve() -> int:
+        with _status() as say:
+            from forecache.cluster import serving
+
+            def ready(url: str) -> None:
+                say("")
+                print(f"forecache serves {config.model_name} at {url}/v1", flush=True)
+
+            serving.run(config, say, ready)
+        return 0
+
+    return run_in_own_session(lambda: _plainly(serve))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from forecache.cluster import doctor
+
+    return doctor.run()
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from forecache.cluster import demo
+
+    return demo.run(args.model, args.tokens, args.keep_ratio)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    with _status() as say:
+        from forecache.workers.decode.calibrate import calibrate
+        from forecache.workers.decode.loader import resolve_model
+
+        manifest = calibrate(resolve_model(args.model, say), documents=args.documents)
+        manifest.save(args.out)
+    print(f"{args.out}: {len(manifest.heads)} retrieval heads")
+    return 0
+
+
+def _version(args: argparse.Namespace) -> int:
+    print(importlib.metadata.version("forecache"))
+    return 0
+
+
+@contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done and for how long; one line each where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: print(text, file=sys.stderr, flush=True) if text else None
+        return
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("starting")
+
+        def say(text: str) -> None:
+            progress.reset(task, description=text, visible=bool(text))
+
+        yield say
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""All settings of a served cluster: one model, filled from flags or a YAML file."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.errors import ForecacheError
+from forecache.workers.memory.config import MemoryConfig
+
+_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+class ConfigError(ForecacheError):
+    """A setting is wrong; the message names it as the user wrote it."""
+
+
+def parse_bytes(value: object) -> object:
+    """``"4GiB"``, ``"512 MB"``, ``"1.5gib"`` or ``"1024"`` → bytes. What is not a string passes through.
+
+    Raises:
+        ValueError: the string is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(
+            f"{value!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB or TiB"
+        )
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class ServeConfig(BaseModel):
+    """Everything ``forecache serve`` can be told. Times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: EngineConfig = Field(default_factory=lambda: EngineConfig())
+    memory: MemoryConfig = Field(default_factory=lambda: MemoryConfig())
+    selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
+    indexer: IndexerConfig = Field(default_factory=lambda: IndexerConfig())
+
+    host: str = Field("127.0.0.1", description="address the HTTP server listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")
+    served_model_name: str | None = Field(
+        None, description="name clients ask for; default: what --model says"
+    )
+    workers: int = Field(1, ge=1, description="decode worker replicas")
+    address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
+    redis_url: str | None = Field(
+        None, description="Redis of your own for the catalog; default: an embedded server"
+    )
+    ray_num_cpus: int | None = Field(
+        None, ge=1, description="logical CPUs of the Ray started here; default: workers + 1"
+    )
+    object_store_bytes: Size = Field(
+        128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here"
+    )
+    max_ongoing_requests: int = Field(
+        256, ge=1, description="requests one worker accepts, running and waiting"
+    )
+    start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")
+    stop_deadline_s: float = Field(
+        20.0, gt=0, description="longest wait for running requests and actors at the end"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, values: Any) -> Any:
+        """Lets every ``*_bytes`` setting of the sections be written as text, like ``4GiB``."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {k: parse_bytes(v) if k.endswith("_bytes") else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in requests and metrics."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        path = Path(self.engine.model).expanduser()
+        return path.resolve().stem if path.exists() else self.engine.model
+
+
+def _settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
+    """(flag, path in ServeConfig, field) of every setting. Sections are flat but for the indexer's, whose names are common."""
+    for name, field in ServeConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            prefix = "indexer-" if name == "indexer" else ""
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield f"--{prefix}{inner.replace('_', '-')}", (name, inner), inner_field
+        else:
+            yield f"--{name.replace('_', '-')}", (name,), field
+
+
+def _choices(field: FieldInfo) -> list[str] | None:
+    return list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else None
+
+
+def _default_text(field: FieldInfo, path: tuple[str, ...]) -> str:
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is None:
+        return ""
+    if path[-1].endswith("_bytes") and default % 2**20 == 0:
+        return (
+            f" (default: {default >> 30}GiB)" if default % 2**30 == 0 else f" (default: {default >> 20}MiB)"
+        )
+    return f" (default: {default:.4g})" if isinstance(default, float) else f" (default: {default})"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting, with its description and default, and ``--config FILE``."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings, by section; flags win over it"
+    )
+    for flag, path, field in _settings():
+        choices = _choices(field)
+        parser.add_argument(
+            flag,
+            dest=".".join(path),
+            default=argparse.SUPPRESS,
+            choices=choices,
+            metavar=None if choices else path[-1].rsplit("_", 1)[-1].upper(),
+            help=f"{field.description or ''}{_default_text(field, path)}".replace("%", "%%"),
+        )
+
+
+def config_from_args(args: argparse.Namespace) -> ServeConfig:
+    """The settings of parsed flags over those of the file they name.
+
+    Raises:
+        ConfigError: the file can't be read, or a setting is unknown or out of range.
+    """
+    values = read_yaml(args.config) if getattr(args, "config", None) else {}
+    for _, path, _ in _settings():
+        given = getattr(args, ".".join(path), None)
+        if given is None:
+            continue
+        section = values.setdefault(path[0], {}) if len(path) == 2 else values
+        if not isinstance(section, dict):
+            raise ConfigError(f"{args.config}: {path[0]} must be a section of settings, got {section!r}")
+        section[path[-1]] = given
+    try:
+        return ServeConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping a settings file holds.
+
+    Raises:
+        ConfigError: no file, no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the settings file {file} can't be read: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"the settings file {file} must hold a mapping, such as `port: 8000`, not {values!r}"
+        )
+    return TypeAdapter(dict[str, Any]).validate_python(values)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, with the flag to change."""
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    flags = {setting: flag for flag, setting, _ in _settings()}
+    name = flags.get(path) or ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting named {name}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {first['input']!r})" if name else message

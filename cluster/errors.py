@@ -1,0 +1,105 @@
+"""Typed errors → the error objects of OpenAI's HTTP API."""
+
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from forecache.workers.errors import (
+    CatalogUnavailableError,
+    ChunkLostError,
+    ForecacheError,
+    InvalidRequestError,
+    OverloadedError,
+)
+
+
+class StartError(ForecacheError):
+    """The cluster can't be started here; the message says what to change."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer don't fit the model's context."""
+
+
+class UnknownModelError(InvalidRequestError):
+    """No such model is served."""
+
+
+class WorkerLostError(ForecacheError):
+    """The worker of a request died before its answer was complete."""
+
+
+@dataclass(frozen=True)
+class ApiError:
+    """An HTTP status and the four fields of ``{"error": {…}}``."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def kind(self) -> str:
+        """The label of ``forecache_errors_total``: the code, else the type."""
+        return self.code or self.type
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, "invalid_request_error", param, code)
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first fault pydantic found, named by its field."""
+    first = error.errors(include_url=False)[0]
+    # pydantic puts the tried variant of a union into the path, such as "str" or "list[int]": no field of the user's
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    path = [part for part in path if part not in ("str", "int", "float", "bool")]
+    param = ".".join(path) or None
+    message = first["msg"].removeprefix("Value error, ")
+    match first["type"]:
+        case "missing":
+            return invalid_request(
+                f"missing required parameter: {param!r}", param, "missing_required_parameter"
+            )
+        case "extra_forbidden":
+            return invalid_request(f"unknown parameter: {param!r}", param, "unknown_parameter")
+    return invalid_request(f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+def from_http_status(status: int, method: str, path: str, detail: str) -> ApiError:
+    """Errors the web framework raised itself: no such path, method not allowed."""
+    match status:
+        case 404:
+            return ApiError(404, f"no such path: {path}", "invalid_request_error", code="unknown_url")
+        case 405:
+            message = f"{method} is not allowed on {path}"
+            return ApiError(405, message, "invalid_request_error", code="method_not_allowed")
+    return ApiError(status, detail, "invalid_request_error" if status < 500 else "server_error")
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """What to tell the client of an exception of ours; one that is not is an internal error without details."""
+    match error:
+        case ValidationError():
+            return from_validation(error)
+        case ContextLengthError():
+            return invalid_request(str(error), error.param, "context_length_exceeded")
+        case UnknownModelError():
+            return ApiError(404, str(error), "invalid_request_error", error.param, "model_not_found")
+        case InvalidRequestError():
+            return invalid_request(str(error), error.param, "invalid_value")
+        case OverloadedError():
+            return ApiError(503, str(error), "server_error", code="overloaded")
+        case WorkerLostError():
+            return ApiError(503, str(error), "server_error", code="worker_lost")
+        case ChunkLostError() | CatalogUnavailableError():
+            return ApiError(503, str(error), "server_error", code="memory_unavailable")
+        case ForecacheError():
+            return ApiError(500, str(error), "server_error", code="internal_error")
+    return ApiError(
+        500, "internal error; the server's log has the details", "server_error", code="internal_error"
+    )

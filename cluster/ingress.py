@@ -1,0 +1,85 @@
+"""The Serve deployment that speaks HTTP, and its way to the decode workers."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Self
+
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from forecache.cluster.api import Api
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.errors import WorkerLostError
+from forecache.cluster.metrics import Metrics
+from forecache.cluster.prompts import PromptEncoder
+from forecache.workers.decode.loader import resolve_model
+from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.decode.worker import WorkerStats
+
+STATS_DEADLINE_S = 5.0
+
+
+class ServeTokenStream:
+    """A worker's events through Ray Serve, with Ray's errors turned into ours."""
+
+    def __init__(self, response: DeploymentResponseGenerator) -> None:
+        self._response = response
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        try:
+            event: TokenEvent = await self._response.__anext__()
+            return event
+        except RayTaskError as error:
+            # Ray hands over the worker's exception as a class of both kinds
+            raise getattr(error, "cause", error) from None
+        except (RayActorError, TaskCancelledError) as error:
+            raise WorkerLostError("the worker of this request died; send the request again") from error
+        except DeploymentUnavailableError as error:
+            raise WorkerLostError("no worker is running") from error
+
+    def cancel(self) -> None:
+        self._response.cancel()
+
+
+class ServeWorkers:
+    """All replicas of the decode deployment."""
+
+    def __init__(self, handle: "DeploymentHandle[Any]") -> None:
+        self._handle = handle
+
+    def generate(self, request: GenerateRequest) -> ServeTokenStream:
+        return ServeTokenStream(self._handle.options(stream=True).generate.remote(request))
+
+    async def stats(self) -> Sequence[WorkerStats]:
+        """Stats of the replicas that answer within ``STATS_DEADLINE_S``.
+
+        Raises:
+            WorkerLostError: no replica is up, or none answers.
+        """
+        try:
+            answers = await self._handle.broadcast("stats").results_async(
+                timeout_s=STATS_DEADLINE_S, return_exceptions=True
+            )
+        except (TimeoutError, DeploymentUnavailableError) as error:
+            raise WorkerLostError(f"no worker answers: {error}") from error
+        reached = [answer for answer in answers if isinstance(answer, WorkerStats)]
+        if not reached:
+            raise WorkerLostError("no worker answers")
+        return reached
+
+
+class Ingress:
+    """Holds what the HTTP application needs; Serve builds the application from it in the replica."""
+
+    def __init__(self, config: ServeConfig, max_model_len: int, workers: "DeploymentHandle[Any]") -> None:
+        tokenizer = load_tokenizer(resolve_model(config.engine.model))
+        self._encoder = PromptEncoder(tokenizer, max_model_len)
+        self._metrics = Metrics(config.model_name)
+        self._workers = ServeWorkers(workers)
+
+    def __serve_build_asgi_app__(self: Self) -> Any:
+        return Api(self._workers, self._encoder, self._metrics).app()

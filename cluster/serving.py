@@ -1,0 +1,239 @@
+"""From settings to a running cluster, and back to nothing: Ray, Redis, the Serve application."""
+
+import logging
+import re
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+
+from forecache.cluster import preflight
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.errors import StartError
+from forecache.cluster.ingress import Ingress
+from forecache.cluster.redis_server import EmbeddedRedis
+from forecache.cluster.router import PrefixAffinityRouter
+from forecache.workers.decode.loader import resolve_model
+from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
+from forecache.workers.memory.arena import remove_abandoned
+
+logger = logging.getLogger(__name__)
+
+APPLICATION = "forecache"
+NAMESPACE = "forecache"
+POLL_S = 0.2
+ROUTING_STATS_PERIOD_S = 2.0
+
+Say = Callable[[str], None]
+"""Told, in a few words, what is being done."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for it
+    """SIGINT or SIGTERM came."""
+
+
+@contextmanager
+def running(config: ServeConfig, say: Say) -> Iterator[str]:
+    """The cluster, ready; yields its URL. Everything it started is stopped at the end, also when the start fails.
+
+    Raises:
+        ForecacheError: it can't be started; the message says what to change.
+    """
+    preflight.check(config)
+    say(f"looking for the model {config.engine.model}")
+    path = resolve_model(config.engine.model, say)
+    max_model_len = preflight.max_model_len(path, config.engine.max_model_len)
+    port = config.port or preflight.free_port(config.host)
+    settings = config.model_copy(update={"port": port})
+    with ExitStack() as stack:
+        stack.callback(remove_abandoned, config.memory.arena_dir)  # last: of tiers that could not end in order
+        say("starting Ray" if config.address is None else f"joining Ray at {config.address}")
+        stack.enter_context(_ray(config))
+        redis_url = config.redis_url
+        if redis_url is None:
+            # other nodes must reach it when there may be any
+            host = None if config.address is None else ray.util.get_node_ip_address()
+            redis_url = stack.enter_context(EmbeddedRedis(host)).url
+        run = uuid.uuid4().hex[:12]
+        stack.callback(_stop_node_actors, run, config.stop_deadline_s)
+        stack.enter_context(_serve(settings))
+        _deploy(settings, max_model_len, WorkerSettings(
+            engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
+            namespace=NAMESPACE, run=run, redis_url=redis_url,
+        ))  # fmt: skip
+        say("loading the model")
+        _wait_until_running(config.start_deadline_s)
+        host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
+        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def _ray(config: ServeConfig) -> Iterator[None]:
+    """Ray, started here with sizes of our choice, or joined."""
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    try:
+        if config.address is None:
+            ray.init(
+                address="local",
+                num_cpus=config.ray_num_cpus or config.workers + 1,
+                object_store_memory=config.object_store_bytes,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=config.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = (
+            f"the Ray cluster at {config.address} can't be joined"
+            if config.address
+            else "Ray can't be started"
+        )
+        raise StartError(f"{where}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _serve(config: ServeConfig) -> Iterator[None]:
+    """Ray Serve with its HTTP proxies; a Serve that others run on a joined cluster is not taken over."""
+    if config.address is not None and serve.status().applications:
+        names = ", ".join(serve.status().applications)
+        raise StartError(
+            f"the Ray cluster at {config.address} already serves {names}: stop that first (`serve shutdown`), or use "
+            "another cluster"
+        )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is not ours to tell
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.EveryNode,
+            http_options=HTTPOptions(host=config.host, port=config.port),
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+    except (RayServeException, RuntimeError, ValueError, TimeoutError) as error:
+        raise StartError(
+            f"the HTTP server can't be started on {config.host}:{config.port}: {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        serve.shutdown()
+
+
+def _stop_node_actors(run: str, deadline_s: float) -> None:
+    """End the memory tiers, which free their arenas, and the indexers that this run's workers made on their nodes."""
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    for name in names:
+        if not name.startswith(f"{run}-"):
+            continue
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+            if name.startswith(f"{run}-tier-"):
+                ray.get(actor.shutdown.remote(), timeout=deadline_s)
+            ray.kill(actor)
+        except (ValueError, RayError) as error:
+            logger.warning("%s did not end in order: %s", name, error)
+
+
+def _deploy(config: ServeConfig, max_model_len: int, settings: WorkerSettings) -> None:
+    """The application: the ingress in front of `workers` replicas of the decode worker."""
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    decode = serve.deployment(DecodeWorker).options(
+        name="DecodeWorker",
+        num_replicas=config.workers,
+        max_ongoing_requests=config.max_ongoing_requests,
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixAffinityRouter,
+            request_router_kwargs={
+                "chunk_tokens": config.engine.chunk_tokens,
+                "namespace": settings.namespace,
+                "run": settings.run,
+                "redis_url": settings.redis_url,
+            },
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+        ),
+        graceful_shutdown_wait_loop_s=POLL_S,
+        graceful_shutdown_timeout_s=config.stop_deadline_s,
+        max_constructor_retry_count=1,
+        logging_config=quiet,
+    )
+    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+        name="Ingress",
+        # health, readiness and metrics must get through when every worker is full
+        max_ongoing_requests=config.max_ongoing_requests * config.workers + 64,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_wait_loop_s=POLL_S,
+        graceful_shutdown_timeout_s=config.stop_deadline_s,
+        max_constructor_retry_count=1,
+        logging_config=quiet,
+    )
+    application = ingress.bind(config, max_model_len, decode.bind(settings))
+    serve.run_many(
+        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+
+
+def _wait_until_running(deadline_s: float) -> None:
+    """Raises :class:`StartError` with the workers' reason when the application fails or takes too long."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        application = serve.status().applications.get(APPLICATION)
+        if application is not None:
+            if application.status == ApplicationStatus.RUNNING:
+                return
+            if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                messages = [application.message, *(d.message for d in application.deployments.values())]
+                raise StartError(_reason("\n".join(messages)))
+        time.sleep(POLL_S)
+    raise StartError(
+        f"the cluster was not ready within {deadline_s:.0f} s: see --start-deadline-s, and Ray's logs"
+    )
+
+
+def _reason(message: str) -> str:
+    """The sentence of our own error inside a traceback that Serve hands over as text, else its last line."""
+    ours = re.findall(r"forecache\.[\w.]+Error: (.+)", message)
+    if ours:
+        return str(ours[-1])
+    lines = [line for line in message.splitlines() if line.strip()]
+    return f"a worker can't be started: {lines[-1] if lines else 'no reason given'}; see /tmp/ray/session_latest/logs"
+
+
+def run(config: ServeConfig, say: Say, ready: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM. ``ready`` is told the URL."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            return  # already on the way out: a second signal must not leave half a cluster
+        stop.set()
+        raise Stopped
+
+    def listen() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+
+    listen()
+    try:
+        with running(config, say) as url:
+            listen()  # ray.init put its own handler for SIGTERM
+            ready(url)
+            while True:
+                signal.pause()
+    except Stopped:
+        say("stopped")

@@ -1,0 +1,169 @@
+"""What requests may hold, and that what may not is refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from forecache.cluster.errors import ApiError, from_exception
+from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest, usage
+from forecache.workers.decode.messages import SequenceStats
+from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+def refused(kind: type[ChatCompletionRequest] | type[CompletionRequest], body: Any) -> ApiError:
+    with pytest.raises((ValidationError, InvalidRequestError)) as raised:
+        kind.model_validate(body)
+    return from_exception(raised.value)
+
+
+def test_defaults() -> None:
+    request = ChatCompletionRequest.model_validate(CHAT)
+    sampling = request.sampling(7)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 1.0, 1.0, 0)
+    assert sampling.stop == () and not sampling.ignore_eos
+    assert request.answer_tokens() is None and not request.include_usage
+    assert CompletionRequest.model_validate(COMPLETION).answer_tokens() == 16
+
+
+def test_all_that_is_served() -> None:
+    request = ChatCompletionRequest.model_validate(
+        {
+            **CHAT,
+            "temperature": 0,
+            "top_p": 0.5,
+            "top_k": 3,
+            "max_tokens": 5,
+            "max_completion_tokens": 6,
+            "seed": -1,
+            "stop": ["a", "b"],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "forecache": {"policy": "random", "keep_ratio": 0.5, "cache_salt": "s"},
+        }
+    )
+    sampling, cache = request.sampling(6), request.cache()
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (0, 0.5, 3, ("a", "b"))
+    assert 0 <= sampling.seed < 2**63
+    assert request.answer_tokens() == 6 and request.include_usage
+    assert (cache.policy, cache.keep_ratio, cache.cache_salt) == ("random", 0.5, "s")
+
+
+def test_a_seed_is_drawn_when_none_is_given() -> None:
+    request = ChatCompletionRequest.model_validate(CHAT)
+    assert len({request.sampling(1).seed for _ in range(8)}) == 8
+
+
+def test_content_parts_are_joined_and_developer_is_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = ChatCompletionRequest.model_validate(
+        {**CHAT, "messages": [{"role": "developer", "content": parts}]}
+    )
+    assert request.messages[0].for_template() == {"role": "system", "content": "ab"}
+
+
+def test_one_stop_string_is_a_list_of_one() -> None:
+    assert ChatCompletionRequest.model_validate({**CHAT, "stop": "x"}).stop == ("x",)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"n": 1},
+        {"presence_penalty": 0.0, "frequency_penalty": 0},
+        {"user": "u", "metadata": {"a": "b"}},
+        {"logprobs": False, "tools": [], "response_format": {"type": "text"}},
+        {"temperature": None, "stop": None, "seed": None, "stream_options": None},
+    ],
+)
+def test_neutral_openai_fields_pass(field: dict[str, Any]) -> None:
+    assert ChatCompletionRequest.model_validate({**CHAT, **field}).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("field", "param", "code"),
+    [
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"temperature": "1"}, "temperature", "invalid_value"),
+        ({"temperature": float("inf")}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": 1.5}, "top_p", "invalid_value"),
+        ({"top_k": -1}, "top_k", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"stop": ["a"] * 5}, "stop", "invalid_value"),
+        ({"stop": [""]}, "stop.0", "invalid_value"),
+        ({"stop": 3}, "stop", "invalid_value"),
+        ({"n": 2}, "n", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools", "invalid_value"),
+        ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"best_friend": 1}, "best_friend", "unknown_parameter"),
+        ({"forecache": {"policy": "clever"}}, "forecache.policy", "invalid_value"),
+        ({"forecache": {"keep_ratio": 0}}, "forecache.keep_ratio", "invalid_value"),
+        ({"forecache": {"keep_ration": 1}}, "forecache.keep_ration", "unknown_parameter"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content",
+            "invalid_value",
+        ),
+        ({"messages": [{"role": "user", "content": [7]}]}, "messages.0.content", "invalid_value"),
+    ],
+)
+def test_a_wrong_field_is_named(field: dict[str, Any], param: str, code: str) -> None:
+    error = refused(ChatCompletionRequest, {**CHAT, **field})
+    assert (error.status, error.type, error.param, error.code) == (400, "invalid_request_error", param, code)
+
+
+def test_missing_and_wrong_bodies() -> None:
+    assert refused(ChatCompletionRequest, {"model": "m"}).param == "messages"
+    assert refused(ChatCompletionRequest, {"messages": CHAT["messages"]}).param == "model"
+    assert "JSON object" in refused(ChatCompletionRequest, [1]).message
+
+
+@pytest.mark.parametrize("prompt", ["text", [1, 2, 3], ["text"]])
+def test_prompts(prompt: Any) -> None:
+    request = CompletionRequest.model_validate({**COMPLETION, "prompt": prompt})
+    assert request.prompt_text() == (None if prompt == [1, 2, 3] else "text")
+
+
+@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, "a"], [-1], 5, None])
+def test_wrong_prompts(prompt: Any) -> None:
+    error = refused(CompletionRequest, {**COMPLETION, "prompt": prompt})
+    assert error.status == 400 and error.param is not None and error.param.startswith("prompt")
+
+
+def test_usage_shape() -> None:
+    told = usage(SequenceStats(prompt_tokens=10, completion_tokens=3, cached_tokens=4, context_chunks=7))
+    assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (10, 3, 13)
+    assert told["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert told["forecache"]["context_chunks"] == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (OverloadedError("full"), 503, "overloaded"),
+        (ForecacheError("odd"), 500, "internal_error"),
+        (InvalidRequestError("bad", "top_p"), 400, "invalid_value"),
+    ],
+)
+def test_typed_errors_have_their_status(error: ForecacheError, status: int, code: str) -> None:
+    said = from_exception(error)
+    assert (said.status, said.code, said.message) == (status, code, str(error))
+
+
+def test_an_unexpected_error_tells_no_details() -> None:
+    said = from_exception(KeyError("secret"))
+    assert said.status == 500 and "secret" not in json.dumps(said.body())

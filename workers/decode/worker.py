@@ -1,0 +1,239 @@
+"""The Ray Serve replica around one engine, and the actors of its node that it needs: memory tier and indexer."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from forecache.indexer.actor import IndexerActor, RemoteIndexer
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.manifest import ManifestError
+from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.indexer.scorer import LocalIndexer
+from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
+from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.engine import Engine
+from forecache.workers.decode.index_spec import choose_index_spec
+from forecache.workers.decode.loader import model_name, resolve_model
+from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.errors import ChunkLostError, UnsupportedModelError
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.protocol import TierStats
+from forecache.workers.memory.remote import RemoteMemory
+from forecache.workers.memory.tier import MemoryTier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """One worker's numbers; ``tier`` is None when its memory tier does not answer."""
+
+    worker_id: str
+    node_id: str
+    engine: EngineStats
+    tier: TierStats | None
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All a worker is told. ``run`` names this start of the cluster: its actors and arenas carry it."""
+
+    engine: EngineConfig
+    memory: MemoryConfig
+    selection: SelectionConfig
+    indexer: IndexerConfig
+    namespace: str
+    run: str
+    redis_url: str | None = None
+
+    def actor_name(self, kind: str, node_id: str) -> str:
+        """Name of the ``kind`` ("tier" or "indexer") actor of a node, also of the tier's arena."""
+        return actor_name(self.run, kind, node_id)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that Ray should give each worker."""
+        device = self.engine.device
+        return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+
+
+def actor_name(run: str, kind: str, node_id: str) -> str:
+    return f"{run}-{kind}-{node_id[:16]}"
+
+
+class FallbackIndexer:
+    """The node's indexer actor; once that one fails, its work is done in this process (design §5.8)."""
+
+    def __init__(self, actor: Indexer, make_local: Callable[[], Indexer]) -> None:
+        self._actor: Indexer | None = actor
+        self._make_local = make_local
+
+    @cached_property
+    def _local(self) -> Indexer:
+        return self._make_local()
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        if self._actor is None:
+            return self._local.predict(request)
+        answer: Future[Prediction] = Future()
+        answer.set_running_or_notify_cancel()
+        self._actor.predict(request).add_done_callback(lambda future: self._settle(request, future, answer))
+        return answer
+
+    def close(self) -> None:
+        if self._actor is not None:
+            self._actor.close()
+        if "_local" in self.__dict__:
+            self._local.close()
+
+    def _settle(self, request: PredictRequest, asked: Future[Prediction], answer: Future[Prediction]) -> None:
+        error = asked.exception()
+        if error is None:
+            answer.set_result(asked.result())
+            return
+        if self._actor is not None:
+            logger.warning("the indexer actor failed (%s): scoring in the worker from now on", error)
+            self._actor = None
+        self._local.predict(request).add_done_callback(lambda future: _copy(future, answer))
+
+
+def _copy(source: Future[Prediction], target: Future[Prediction]) -> None:
+    error = source.exception()
+    if error is None:
+        target.set_result(source.result())
+    else:
+        target.set_exception(error)
+
+
+class DecodeWorker:
+    """One engine behind Ray Serve. Its node's memory tier and indexer are made by the first worker there."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        """Loads the model. Raises a :class:`ForecacheError` that says what is in the way."""
+        config = settings.engine
+        # Ray limits OpenMP to the replica's logical CPUs; those are for placement, these are for the model
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._worker_id = serve.get_replica_context().replica_id.unique_id
+        path = resolve_model(config.model)
+        backbone = load_backbone(
+            path,
+            dtype=config.dtype,
+            device=config.device,
+            chunk_tokens=config.chunk_tokens,
+            max_model_len=config.max_model_len,
+        )
+        try:
+            spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
+        except ManifestError as error:
+            raise UnsupportedModelError(str(error)) from error
+        self._tier_id = settings.actor_name("tier", self._node_id)
+        self._layout_fingerprint = backbone.layout.fingerprint
+        tier = self._on_this_node(
+            MemoryTier,
+            self._tier_id,
+            settings,
+            settings.memory,
+            backbone.layout,
+            tier_id=self._tier_id,
+            index_nbytes=spec.nbytes,
+            index_fingerprint=spec.fingerprint,
+            redis_url=settings.redis_url,
+        )
+        self._memory = RemoteMemory(tier, settings.memory.call_deadline_s)
+        actor = self._on_this_node(
+            IndexerActor,
+            settings.actor_name("indexer", self._node_id),
+            settings,
+            spec,
+            settings.indexer.threads,
+            Arena.attach,
+        )
+        self._indexer = FallbackIndexer(
+            RemoteIndexer(actor, settings.memory.call_deadline_s),
+            lambda: LocalIndexer(spec, settings.indexer.threads, Arena.attach),
+        )
+        engine = Engine(
+            backbone,
+            load_tokenizer(path),
+            config,
+            settings.selection,
+            self._memory,
+            self._indexer,
+            spec,
+            self._worker_id,
+        )
+        self._engine = AsyncEngine(engine)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Events of one request; the request is cancelled when the caller stops listening.
+
+        Raises :class:`InvalidRequestError` or :class:`OverloadedError` before the first event.
+        """
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                yield event
+
+    async def stats(self) -> WorkerStats:
+        """This worker's numbers now."""
+        tier = await asyncio.to_thread(self._tier_stats)
+        return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), tier)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What the router reads every few seconds."""
+        stats = self._engine.stats()
+        return {
+            "layout_fingerprint": self._layout_fingerprint,
+            "tier_id": self._tier_id,
+            "running": stats.running,
+            "waiting": stats.waiting,
+        }
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises: the engine's thread has ended."""
+        if not self._engine.alive:
+            raise EngineDeadError("the engine's thread has ended")
+
+    def __del__(self) -> None:
+        """Serve calls it when the replica stops."""
+        if hasattr(self, "_engine"):
+            self._engine.close()
+            self._indexer.close()
+            self._memory.close()
+
+    def _tier_stats(self) -> TierStats | None:
+        try:
+            return self._memory.stats()
+        except ChunkLostError:
+            return None
+
+    def _on_this_node(
+        self, kind: Any, name: str, settings: WorkerSettings, *args: object, **kwargs: object
+    ) -> "ActorHandle[Any]":
+        """The node's actor ``name``, made by whoever asks first. It outlives this worker, and is restarted by Ray."""
+        actor: ActorHandle[Any] = kind.options(
+            name=name,
+            namespace=settings.namespace,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(self._node_id, soft=False),
+        ).remote(*args, **kwargs)
+        return actor
