@@ -36,7 +36,7 @@ _DECODE = {
     ("hopper", 2, 64): DecodeConfig(64, 4, 4, 4),
     ("hopper", 2, 128): DecodeConfig(64, 4, 3, 3),
     ("hopper", 2, 256): DecodeConfig(32, 4, 3, 3),
-    ("hopper", 4, 64): DecodeConfig(32, 4, 3, 3),
+    ("hopper", 4, 64): DecodeConfig(32, 4, 4, 3),
     ("hopper", 4, 128): DecodeConfig(32, 8, 3, 2),
     ("hopper", 4, 256): DecodeConfig(16, 8, 3, 2),
 }
