@@ -146,7 +146,7 @@ def _user_message(text: str, question: str) -> str:
 def _prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     """The message ready for its reply; a tokenizer without a chat template gets plain text."""
     if tokenizer.chat_template is None:
-        return f"{message}\n\nAnswer: "
+        return f"{message}\n\nAnswer:"
     return str(
         tokenizer.apply_chat_template(
             [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True

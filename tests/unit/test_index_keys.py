@@ -1,0 +1,268 @@
+"""Index records and their scores, against plain attention in float64, and prediction over an arena."""
+
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forecache.indexer.index_keys import IndexSpec, encode_chunk, encode_chunks, score_chunks
+from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.scorer import LocalIndexer
+
+QUERY_HEADS = ((3, 1), (0, 0), (3, 0), (5, 2), (0, 5))
+KV_HEADS = ((0, 0), (0, 2), (3, 0), (5, 1))
+QUERY_TO_KV = (2, 0, 2, 3, 1)
+HEAD_DIM = 16
+CHUNK_TOKENS = 8
+
+
+def tokens_spec(dtype: torch.dtype) -> IndexSpec:
+    return IndexSpec("tokens", QUERY_HEADS, KV_HEADS, QUERY_TO_KV, HEAD_DIM, CHUNK_TOKENS, 0.25, dtype)
+
+
+def random_keys(chunks: int, heads: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(chunks, heads, CHUNK_TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def random_queries(heads: int, seed: int = 1) -> torch.Tensor:
+    return 2 * torch.randn(heads, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def exact_scores(spec: IndexSpec, keys: torch.Tensor, queries: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """Softmax over every key and the local part, per query head; mass per chunk; maximum over heads. float64."""
+    best = torch.zeros(len(keys), dtype=torch.float64)
+    for row, kv in enumerate(spec.query_to_kv):
+        logits = keys[:, kv].double().flatten(0, 1) @ queries[row].double() * spec.scale
+        weights = torch.cat([logits, local_lse[row : row + 1].double()]).softmax(0)[:-1]
+        best = torch.maximum(best, weights.view(len(keys), -1).sum(1))
+    return best
+
+
+def test_a_bounds_spec_covers_every_head() -> None:
+    spec = IndexSpec.bounds(6, 6, 3, HEAD_DIM, chunk_tokens=CHUNK_TOKENS)
+    assert len(spec.query_heads) == 36
+    assert spec.kv_heads == tuple((layer, kv) for layer in range(6) for kv in range(3))
+    assert spec.query_to_kv[:6] == (0, 0, 1, 1, 2, 2)
+    assert spec.scale == HEAD_DIM**-0.5
+    assert spec.nbytes == 18 * 2 * HEAD_DIM * 2
+
+
+def test_record_sizes() -> None:
+    assert tokens_spec(torch.float32).nbytes == 4 * CHUNK_TOKENS * HEAD_DIM * 4
+    assert tokens_spec(torch.int8).nbytes == 4 * CHUNK_TOKENS * HEAD_DIM + 4 * CHUNK_TOKENS * 2
+    assert IndexSpec("tokens", ((0, 0),), ((0, 0),), (0,), 12, 5, 1.0, torch.int8).nbytes == 128  # 60 + 10, rounded up
+
+
+def test_fingerprint_names_the_bytes() -> None:
+    spec = tokens_spec(torch.int8)
+    fewer_queries = IndexSpec("tokens", ((5, 2),), KV_HEADS, (3,), HEAD_DIM, CHUNK_TOKENS, 1.0, torch.int8)
+    assert spec.fingerprint == fewer_queries.fingerprint
+    assert spec.fingerprint != tokens_spec(torch.bfloat16).fingerprint
+    assert spec.fingerprint != IndexSpec.bounds(6, 6, 3, HEAD_DIM, chunk_tokens=CHUNK_TOKENS).fingerprint
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02), (torch.int8, 0.02)])
+@settings(max_examples=20, deadline=None)
+@given(chunks=st.integers(1, 70), seed=st.integers(0, 1000), local=st.booleans())
+def test_token_scores_are_the_attention_mass(
+    dtype: torch.dtype, tolerance: float, chunks: int, seed: int, local: bool
+) -> None:
+    spec = tokens_spec(dtype)
+    keys, queries = random_keys(chunks, len(KV_HEADS), seed), random_queries(len(QUERY_HEADS), seed + 1)
+    lse = torch.linspace(-1, 4, len(QUERY_HEADS)) if local else torch.full((len(QUERY_HEADS),), -torch.inf)
+    scores = score_chunks(spec, encode_chunks(spec, keys), queries, lse)
+    assert scores.dtype == torch.float32
+    expected = exact_scores(spec, keys, queries, lse)
+    assert (scores - expected).norm() <= tolerance * expected.norm()
+
+
+def test_blocks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = tokens_spec(torch.int8)
+    records = encode_chunks(spec, random_keys(50, len(KV_HEADS)))
+    queries, lse = random_queries(len(QUERY_HEADS)), torch.zeros(len(QUERY_HEADS))
+    whole = score_chunks(spec, records, queries, lse)
+    monkeypatch.setattr("forecache.indexer.index_keys.BLOCK_BYTES", 7 * spec.nbytes)
+    torch.testing.assert_close(score_chunks(spec, records, queries, lse), whole)
+
+
+def test_slots_pick_rows_of_a_table() -> None:
+    spec = tokens_spec(torch.int8)
+    table = encode_chunks(spec, random_keys(30, len(KV_HEADS)))
+    queries, lse = random_queries(len(QUERY_HEADS)), torch.zeros(len(QUERY_HEADS))
+    slots = torch.tensor([7, 2, 29, 11])
+    picked = score_chunks(spec, table, queries, lse, slots)
+    torch.testing.assert_close(picked, score_chunks(spec, table[slots], queries, lse))
+
+
+def test_one_chunk_is_encoded_like_many() -> None:
+    spec = tokens_spec(torch.int8)
+    keys = random_keys(3, len(KV_HEADS))
+    assert torch.equal(encode_chunk(spec, keys[1]), encode_chunks(spec, keys)[1])
+
+
+def test_int8_keeps_zeros_and_takes_half_precision() -> None:
+    spec = tokens_spec(torch.int8)
+    keys = random_keys(2, len(KV_HEADS)).bfloat16()
+    keys[0] = 0
+    records = encode_chunks(spec, keys)
+    scores = score_chunks(spec, records, random_queries(len(QUERY_HEADS)), torch.zeros(len(QUERY_HEADS)))
+    assert scores.isfinite().all()
+    assert not records[0, : spec.key_nbytes].any()
+
+
+def test_no_chunks_have_no_scores() -> None:
+    spec = tokens_spec(torch.int8)
+    empty = torch.empty(0, spec.nbytes, dtype=torch.uint8)
+    lse = torch.zeros(len(QUERY_HEADS))
+    assert score_chunks(spec, empty, random_queries(len(QUERY_HEADS)), lse).shape == (0,)
+
+
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20, deadline=None)
+def test_bounds_rank_by_what_no_key_exceeds(seed: int) -> None:
+    spec = IndexSpec.bounds(1, 1, 1, HEAD_DIM, chunk_tokens=CHUNK_TOKENS, dtype=torch.float32)
+    keys, query = random_keys(20, 1, seed), random_queries(1, seed + 1)
+    scores = score_chunks(spec, encode_chunks(spec, keys), query, torch.full((1,), -torch.inf)).double()
+    products = keys[:, 0].double() * query[0].double() * spec.scale
+    bound = products.amax(1).sum(1)
+    assert (products.sum(2).amax(1) <= bound).all()
+    torch.testing.assert_close(scores, bound.softmax(0), rtol=1e-4, atol=1e-7)
+
+
+def test_bounds_are_averaged_over_heads() -> None:
+    spec = IndexSpec.bounds(2, 4, 2, HEAD_DIM, chunk_tokens=CHUNK_TOKENS, dtype=torch.float32)
+    records, queries = encode_chunks(spec, random_keys(9, 4)), random_queries(8)
+    scores = score_chunks(spec, records, queries, torch.full((8,), -torch.inf))
+    torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    spec = tokens_spec(torch.int8)
+    with pytest.raises(ValueError, match="keys have shape"):
+        encode_chunks(spec, random_keys(2, len(KV_HEADS) + 1))
+    with pytest.raises(ValueError, match="queries have shape"):
+        score_chunks(spec, torch.empty(0, spec.nbytes, dtype=torch.uint8), random_queries(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="query_to_kv"):
+        IndexSpec("tokens", QUERY_HEADS, KV_HEADS, (0,), HEAD_DIM, CHUNK_TOKENS, 1.0, torch.int8)
+    with pytest.raises(ValueError, match="floating point"):
+        IndexSpec.bounds(1, 1, 1, HEAD_DIM, chunk_tokens=CHUNK_TOKENS, dtype=torch.int8)
+
+
+class Table:
+    """An arena's index part in ordinary memory; ``overwrites`` slots change hands while they are read."""
+
+    def __init__(self, spec: IndexSpec, keys: torch.Tensor) -> None:
+        self.index_fingerprint = spec.fingerprint
+        self.index = encode_chunks(spec, keys)
+        self.generations = np.arange(len(keys), dtype=np.uint64) + 100
+        self.overwrites: list[int] = []
+        self.reads = 0
+
+    def generation(self, slots: np.ndarray) -> np.ndarray:
+        self.reads += 1
+        if self.reads > 1 and self.overwrites:
+            for slot in self.overwrites:
+                self.generations[slot] += 1
+                self.index[slot] = 255  # int8 -1 with a NaN scale
+            self.overwrites = []
+        return self.generations[slots]
+
+
+def make_request(table: Table, slots: list[int]) -> PredictRequest:
+    index_slots = np.array(slots, dtype=np.int64)
+    generations = np.where(index_slots >= 0, table.generations[index_slots].astype(np.int64), 0)
+    queries = random_queries(len(QUERY_HEADS)).numpy()
+    return PredictRequest("s", "arena", index_slots, generations, queries, np.zeros(len(QUERY_HEADS), np.float32))
+
+
+def ask(table: Table, request: PredictRequest) -> Prediction:
+    indexer = LocalIndexer(tokens_spec(torch.int8), 1, lambda _path: table)
+    try:
+        future: Future[Prediction] = indexer.predict(request)
+        return future.result(30)
+    finally:
+        indexer.close()
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table(tokens_spec(torch.int8), random_keys(20, len(KV_HEADS)))
+
+
+def expected_scores(table: Table, request: PredictRequest, slots: list[int]) -> np.ndarray:
+    spec = tokens_spec(torch.int8)
+    rows, queries = table.index[slots], torch.from_numpy(request.queries)
+    return score_chunks(spec, rows, queries, torch.from_numpy(request.local_lse)).numpy()
+
+
+def test_chunks_are_scored_in_their_order_and_hot_ones_get_zero(table: Table) -> None:
+    request = make_request(table, [4, -1, 19, 0])
+    prediction = ask(table, request)
+    assert prediction.sequence_id == "s"
+    assert prediction.missing == ()
+    np.testing.assert_allclose(prediction.scores[[0, 2, 3]], expected_scores(table, request, [4, 19, 0]), rtol=1e-5)
+    assert prediction.scores[1] == 0
+
+
+def test_a_slot_of_another_generation_is_missing(table: Table) -> None:
+    request = make_request(table, [4, 5, 6])
+    table.generations[5] += 1
+    prediction = ask(table, request)
+    assert prediction.missing == (1,)
+    np.testing.assert_allclose(prediction.scores[[0, 2]], expected_scores(table, request, [4, 6]), rtol=1e-5)
+    assert prediction.scores[1] == 0
+
+
+def test_a_slot_overwritten_while_it_is_read_spoils_no_other(table: Table) -> None:
+    request = make_request(table, [4, 5, 6])
+    expected = expected_scores(table, request, [4, 6])
+    table.overwrites = [5]
+    prediction = ask(table, request)
+    assert prediction.missing == (1,)
+    np.testing.assert_allclose(prediction.scores[[0, 2]], expected, rtol=1e-5)
+
+
+def test_a_slot_past_the_arena_is_missing(table: Table) -> None:
+    request = make_request(table, [4, 5])
+    request.index_slots[1] = 20
+    assert ask(table, request).missing == (1,)
+
+
+def test_read_only_arrays_are_taken(table: Table) -> None:
+    request = make_request(table, [1, 2])
+    for array in (request.index_slots, request.generations, request.queries, request.local_lse):
+        array.flags.writeable = False
+    assert (ask(table, request).scores > 0).all()
+
+
+def test_an_arena_of_other_index_keys_is_refused(table: Table) -> None:
+    request = make_request(table, [1])
+    table.index_fingerprint = "another"
+    with pytest.raises(ValueError, match="same manifest"):
+        ask(table, request)
+
+
+def test_an_arena_is_mapped_once_and_again_after_something_was_missing(table: Table) -> None:
+    mapped: list[str] = []
+
+    def attach(path: str) -> Table:
+        mapped.append(path)
+        return table
+
+    indexer = LocalIndexer(tokens_spec(torch.int8), 1, attach)
+    good, bad = make_request(table, [1]), make_request(table, [2])
+    bad.generations[0] += 1
+    for request in (good, good, bad, good):
+        indexer.predict(request).result(30)
+    indexer.close()
+    assert mapped == ["arena", "arena"]
+
+
+def test_the_callers_threads_are_left_alone(table: Table) -> None:
+    before = torch.get_num_threads()
+    indexer = LocalIndexer(tokens_spec(torch.int8), before + 1, lambda _path: table)
+    assert torch.get_num_threads() == before
+    indexer.close()
