@@ -1,0 +1,150 @@
+"""The indexer in a process of its own, over a real arena."""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from forecache.indexer.actor import IndexerActor, IndexerUnavailableError, RemoteIndexer
+from forecache.indexer.index_keys import IndexSpec, encode_chunks
+from forecache.indexer.protocol import PredictRequest
+from forecache.indexer.scorer import LocalIndexer
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.store import ArenaStore
+
+pytestmark = pytest.mark.cluster
+
+LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=16, chunk_tokens=16, dtype=torch.float32)
+SPEC = IndexSpec("tokens", ((0, 0), (1, 1)), ((0, 0), (1, 0)), (0, 1), 16, 16, 0.25, torch.int8)
+CHUNKS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    # Ray's workers can't import a module of the test folder.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Arena]:
+    arena = Arena.create(
+        tmp_path,
+        "test",
+        layout=LAYOUT,
+        index_nbytes=SPEC.nbytes,
+        index_fingerprint=SPEC.fingerprint,
+        capacity_bytes=(4 << 20) + CHUNKS * LAYOUT.nbytes,
+    )
+    yield arena
+    arena.close()
+    arena.unlink()
+
+
+@pytest.fixture
+def request_of_stored_chunks(arena: Arena) -> PredictRequest:
+    """Chunks with random index keys, stored as a worker stores them; the third one is hot only."""
+    store = ArenaStore(arena)
+    reservations = store.reserve("worker/s", [bytes([number]) * 16 for number in range(1, CHUNKS + 1)])
+    generator = torch.Generator().manual_seed(0)
+    records = encode_chunks(SPEC, torch.randn(CHUNKS, 2, 16, 16, generator=generator))
+    for reservation, record in zip(reservations, records, strict=True):
+        arena.index[reservation.ref.slot] = record
+        arena.seal(reservation.ref, reservation.key)
+    store.commit("worker/s", [(reservation.key, reservation.ref) for reservation in reservations])
+    slots = np.array([reservation.ref.slot for reservation in reservations], dtype=np.int64)
+    slots[2] = -1
+    return PredictRequest(
+        "s",
+        str(arena.path),
+        slots,
+        np.array([reservation.ref.generation for reservation in reservations], dtype=np.int64),
+        torch.randn(2, 16, generator=generator).numpy(),
+        np.zeros(2, dtype=np.float32),
+    )
+
+
+def start(spec: IndexSpec = SPEC, attach: Any = Arena.attach, deadline_s: float = 60) -> tuple[Any, RemoteIndexer]:
+    actor = IndexerActor.remote(spec, 1, attach)
+    return actor, RemoteIndexer(actor, deadline_s)
+
+
+def test_the_actor_scores_as_the_worker_would(request_of_stored_chunks: PredictRequest) -> None:
+    local = LocalIndexer(SPEC, 1, Arena.attach)
+    expected = local.predict(request_of_stored_chunks).result(60)
+    local.close()
+    _, remote = start()
+    prediction = remote.predict(request_of_stored_chunks).result(60)
+    remote.close()
+    assert prediction.sequence_id == "s"
+    assert prediction.missing == ()
+    assert prediction.scores[2] == 0
+    assert np.delete(prediction.scores, 2).min() > 0
+    np.testing.assert_array_equal(prediction.scores, expected.scores)
+
+
+def test_chunks_that_were_given_away_are_missing(arena: Arena, request_of_stored_chunks: PredictRequest) -> None:
+    _, remote = start()
+    request_of_stored_chunks.generations[5] += 1
+    assert remote.predict(request_of_stored_chunks).result(60).missing == (5,)
+    remote.close()
+
+
+def test_answers_come_to_those_who_asked(request_of_stored_chunks: PredictRequest) -> None:
+    _, remote = start()
+    requests = [
+        PredictRequest(
+            f"s{number}",
+            request_of_stored_chunks.arena_path,
+            request_of_stored_chunks.index_slots[: number + 1],
+            request_of_stored_chunks.generations[: number + 1],
+            request_of_stored_chunks.queries,
+            request_of_stored_chunks.local_lse,
+        )
+        for number in range(CHUNKS)
+    ]
+    futures = [remote.predict(request) for request in requests]
+    for number, future in enumerate(futures):
+        prediction = future.result(60)
+        assert (prediction.sequence_id, len(prediction.scores)) == (f"s{number}", number + 1)
+    remote.close()
+
+
+def test_an_arena_with_other_index_keys_is_refused(request_of_stored_chunks: PredictRequest) -> None:
+    other = IndexSpec("tokens", ((0, 0),), ((0, 0),), (0,), 16, 16, 0.25, torch.int8)
+    _, remote = start(other)
+    with pytest.raises(ValueError, match="same manifest"):
+        remote.predict(request_of_stored_chunks).result(60)
+    remote.close()
+
+
+def test_a_dead_actor_is_named(request_of_stored_chunks: PredictRequest) -> None:
+    actor, remote = start()
+    remote.predict(request_of_stored_chunks).result(60)
+    ray.kill(actor)
+    with pytest.raises(IndexerUnavailableError, match="gone"):
+        remote.predict(request_of_stored_chunks).result(60)
+    remote.close()
+
+
+def never_mapped(path: str) -> Arena:
+    time.sleep(3600)
+    return Arena.attach(path)
+
+
+def test_an_actor_that_hangs_is_given_up_at_the_deadline(request_of_stored_chunks: PredictRequest) -> None:
+    actor, remote = start(attach=never_mapped, deadline_s=0.5)
+    with pytest.raises(IndexerUnavailableError, match=r"did not answer within 0\.5 s"):
+        remote.predict(request_of_stored_chunks).result(60)
+    remote.close()
+    ray.kill(actor)
