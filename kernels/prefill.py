@@ -71,9 +71,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tu
     elif q.dtype in (torch.bfloat16, torch.float16):
         batch = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         if can_use_cudnn_attention(SDPAParams(*batch, None, 0.0, causal, False)):
-            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-                *batch, None, True, 0.0, causal, scale=scale
-            )
+            out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*batch, None, True, 0.0, causal, scale=scale)
         else:
             out, lse, *_ = aten._scaled_dot_product_flash_attention(*batch, 0.0, causal, scale=scale)
     else:

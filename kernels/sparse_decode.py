@@ -1,9 +1,10 @@
 """Decode attention over a block table in Triton: flash decoding, split over the keys.
 
-Stage 1: one program per (sequence, KV head, split) reads its share of the sequence's blocks once, for all
-query heads of the group. Stage 2: one program per (sequence, query head, slice of the head) merges the
-splits by log-sum-exp. The grids depend on shapes only, and lengths, slots and the layer are read on the
-GPU: the launch can be captured in a CUDA graph. The same in PyTorch: `reference.sparse_decode`.
+Stage 1: one program per (sequence, KV head, split) reads its share of the sequence's blocks once, for all query
+heads of the group. Stage 2: one program per (sequence, query head, slice of the head) merges the splits by
+log-sum-exp. The grids depend on shapes only, and lengths, slots and the layer are read on the GPU: the launch
+can be captured in a CUDA graph. What changes while serving (batch, splits, width of the block table) is never
+a compile-time constant. The same in PyTorch: `reference.sparse_decode`.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -24,15 +25,13 @@ LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _count_blocks(
-    context_len, CHUNK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr
-):
+def _count_blocks(context_len, CHUNK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr):
     """Blocks of the full chunks, and those of the last chunk that are not empty."""
     rest = context_len % CHUNK_TOKENS
     return context_len // CHUNK_TOKENS * BLOCKS_PER_CHUNK + tl.cdiv(rest, BLOCK)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "max_splits", "table_stride", "block_lse_stride"])
 def _split_kernel(
     q,  # [batch, heads, HEAD_DIM]
     kv,  # [slots, layers, 2, kv_heads, CHUNK_TOKENS, HEAD_DIM]
@@ -41,8 +40,8 @@ def _split_kernel(
     context_lens,  # [batch]
     k_scale,  # [slots, layers, kv_heads]
     v_scale,  # [slots, layers, kv_heads]
-    part_out,  # [batch, heads, MAX_SPLITS, HEAD_DIM] float32
-    part_lse,  # [batch, heads, MAX_SPLITS] float32, base 2
+    part_out,  # [batch, heads, max_splits, HEAD_DIM] float32
+    part_lse,  # [batch, heads, max_splits] float32, base 2
     block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     scale_log2e,
     q_batch_stride,
@@ -53,6 +52,7 @@ def _split_kernel(
     kv_head_stride,
     scale_slot_stride,
     scale_layer_stride,
+    max_splits,
     table_stride,
     block_lse_stride,
     GROUP: tl.constexpr,
@@ -62,7 +62,6 @@ def _split_kernel(
     CHUNK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_CHUNK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_MASS: tl.constexpr,
@@ -71,7 +70,7 @@ def _split_kernel(
     heads = tl.num_programs(1) * GROUP
     context_len = tl.load(context_lens + i_seq)
     blocks = _count_blocks(context_len, CHUNK_TOKENS, BLOCK, BLOCKS_PER_CHUNK)
-    splits = tl.minimum(blocks, MAX_SPLITS)
+    splits = tl.minimum(blocks, max_splits)
     if i_split >= splits:
         return
     first_block = (i_split * blocks) // splits
@@ -135,21 +134,22 @@ def _split_kernel(
         if HAS_MASS:
             tl.store(p_block_lse + i_block, b_new_max + tl.log2(b_block_sum), mask=m_group)
 
-    o_part = ((i_seq * heads + o_query).to(tl.int64)) * MAX_SPLITS + i_split
+    o_part = ((i_seq * heads + o_query).to(tl.int64)) * max_splits + i_split
     tl.store(part_lse + o_part, b_max + tl.log2(b_sum), mask=m_group)
     p_out = part_out + o_part[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_out, b_out / b_sum[:, None], mask=m_group[:, None] & m_dim[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits", "max_chunks"])
 def _merge_kernel(
-    part_out,  # [batch, heads, MAX_SPLITS, HEAD_DIM] float32
-    part_lse,  # [batch, heads, MAX_SPLITS] float32, base 2
+    part_out,  # [batch, heads, max_splits, HEAD_DIM] float32
+    part_lse,  # [batch, heads, max_splits] float32, base 2
     block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     context_lens,  # [batch]
     out,  # [batch, heads, HEAD_DIM]
     lse,  # [batch, heads] float32
     chunk_mass,  # [batch, heads, max_chunks] float32
+    max_splits,
     max_chunks,
     HEAD_DIM: tl.constexpr,
     DIM_SLICE: tl.constexpr,
@@ -158,14 +158,13 @@ def _merge_kernel(
     CHUNK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_CHUNK: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     HAS_MASS: tl.constexpr,
 ):
     i_slice, i_head, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_seq.to(tl.int64) * tl.num_programs(1) + i_head
     context_len = tl.load(context_lens + i_seq)
     blocks = _count_blocks(context_len, CHUNK_TOKENS, BLOCK, BLOCKS_PER_CHUNK)
-    splits = tl.minimum(blocks, MAX_SPLITS)
+    splits = tl.minimum(blocks, max_splits)
     o_split = tl.arange(0, SPLIT_BLOCK)
     o_dim = i_slice * DIM_SLICE + tl.arange(0, DIM_SLICE)
     m_dim = o_dim < HEAD_DIM
@@ -175,7 +174,7 @@ def _merge_kernel(
     b_out = tl.zeros([DIM_SLICE], tl.float32)
     for first in range(0, splits, SPLIT_BLOCK):
         m_split = first + o_split < splits
-        o_part = i_row * MAX_SPLITS + first + o_split
+        o_part = i_row * max_splits + first + o_split
         b_lse = tl.load(part_lse + o_part, mask=m_split, other=-float("inf"))
         # [SPLIT_BLOCK, DIM_SLICE]
         p_part = part_out + o_part[:, None] * HEAD_DIM + o_dim[None, :]
@@ -258,7 +257,6 @@ def sparse_decode(
         "CHUNK_TOKENS": chunk_tokens,
         "BLOCK": block,
         "BLOCKS_PER_CHUNK": blocks_per_chunk,
-        "MAX_SPLITS": splits,
         "HAS_MASS": chunk_mass is not None,
     }
     _split_kernel[(splits, kv_heads, batch)](
@@ -276,6 +274,7 @@ def sparse_decode(
         *q.stride()[:2],
         *kv.stride()[:4],
         *(k_scale.stride()[:2] if k_scale is not None else (0, 0)),
+        splits,
         block_table.stride(0),
         max_blocks,
         GROUP=group,
@@ -296,9 +295,10 @@ def sparse_decode(
         out,
         lse,
         chunk_mass,
+        splits,
         max_chunks,
         DIM_SLICE=dim_slice,
-        SPLIT_BLOCK=min(128, triton.next_power_of_2(splits)),
+        SPLIT_BLOCK=64,
         CHUNK_BLOCK=128,
         num_warps=4,
         **shared,
