@@ -74,9 +74,7 @@ class Api:
         return await self._guarded(lambda: self._complete(http, CompletionRequest))
 
     async def models(self) -> Response:
-        return JSONResponse(
-            {"object": "list", "data": [model_object(self._metrics.model_name, self._created)]}
-        )
+        return JSONResponse({"object": "list", "data": [model_object(self._metrics.model_name, self._created)]})
 
     async def model(self, name: str) -> Response:
         async def answer() -> Response:
@@ -108,17 +106,13 @@ class Api:
             self._metrics.workers.update(())
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _complete(
-        self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]
-    ) -> Response:
+    async def _complete(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
         request = kind.model_validate(await read_json(http))
         self._check_model(request.model)
         tokens, max_tokens = await self._encoder.encode(request)
         chat = kind is ChatCompletionRequest
         request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        answer = AnswerFormat(
-            request_id, int(time.time()), request.model, chat, len(tokens), request.include_usage
-        )
+        answer = AnswerFormat(request_id, int(time.time()), request.model, chat, len(tokens), request.include_usage)
         source = self._workers.generate(
             GenerateRequest(request_id, tokens, request.sampling(max_tokens), request.cache())
         )
@@ -174,9 +168,7 @@ async def read_json(http: Request) -> Any:
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the body is not valid UTF-8: {error.reason} at byte {error.start}"
-        ) from error
+        raise InvalidRequestError(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -53,17 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
     demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
     demo.add_argument("--tokens", type=int, default=6500, help="length of the document (default: 6500)")
-    demo.add_argument(
-        "--keep-ratio", type=float, default=0.135, help="resident chunks / all (default: 0.135)"
-    )
+    demo.add_argument("--keep-ratio", type=float, default=0.135, help="resident chunks / all (default: 0.135)")
     demo.set_defaults(command=_demo)
 
-    indexer = commands.add_parser("indexer", help="the Memory Indexer").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    calibrate = indexer.add_parser(
-        "calibrate", help="find a model's retrieval heads and write their manifest"
-    )
+    indexer = commands.add_parser("indexer", help="the Memory Indexer").add_subparsers(required=True, metavar="COMMAND")
+    calibrate = indexer.add_parser("calibrate", help="find a model's retrieval heads and write their manifest")
     calibrate.add_argument("--model", required=True, help="built-in name, directory or hub id")
     calibrate.add_argument("--out", required=True, type=Path, help="file to write")
     calibrate.add_argument("--documents", type=int, default=96, help="generated documents (default: 96)")
@@ -107,9 +101,15 @@ def _demo(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     with _status() as say:
         from forecache.workers.decode.calibrate import calibrate
-        from forecache.workers.decode.loader import resolve_model
+        from forecache.workers.decode.loader import model_name, resolve_model
 
-        manifest = calibrate(resolve_model(args.model, say), documents=args.documents)
+        path = resolve_model(args.model, say)
+        manifest = calibrate(
+            path,
+            documents=args.documents,
+            model_name=model_name(args.model),
+            progress=lambda done, documents: say(f"document {done} of {documents}"),
+        )
         manifest.save(args.out)
     print(f"{args.out}: {len(manifest.heads)} retrieval heads")
     return 0

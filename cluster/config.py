@@ -44,9 +44,7 @@ def parse_bytes(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
     if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(
-            f"{value!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB or TiB"
-        )
+        raise ValueError(f"{value!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB or TiB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -65,27 +63,17 @@ class ServeConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address the HTTP server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")
-    served_model_name: str | None = Field(
-        None, description="name clients ask for; default: what --model says"
-    )
+    served_model_name: str | None = Field(None, description="name clients ask for; default: what --model says")
     workers: int = Field(1, ge=1, description="decode worker replicas")
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
-    redis_url: str | None = Field(
-        None, description="Redis of your own for the catalog; default: an embedded server"
-    )
+    redis_url: str | None = Field(None, description="Redis of your own for the catalog; default: an embedded server")
     ray_num_cpus: int | None = Field(
         None, ge=1, description="logical CPUs of the Ray started here; default: workers + 1"
     )
-    object_store_bytes: Size = Field(
-        128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here"
-    )
-    max_ongoing_requests: int = Field(
-        256, ge=1, description="requests one worker accepts, running and waiting"
-    )
+    object_store_bytes: Size = Field(128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here")
+    max_ongoing_requests: int = Field(256, ge=1, description="requests one worker accepts, running and waiting")
     start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")
-    stop_deadline_s: float = Field(
-        20.0, gt=0, description="longest wait for running requests and actors at the end"
-    )
+    stop_deadline_s: float = Field(20.0, gt=0, description="longest wait for running requests and actors at the end")
 
     @model_validator(mode="before")
     @classmethod
@@ -129,9 +117,7 @@ def _default_text(field: FieldInfo, path: tuple[str, ...]) -> str:
     if default is None:
         return ""
     if path[-1].endswith("_bytes") and default % 2**20 == 0:
-        return (
-            f" (default: {default >> 30}GiB)" if default % 2**30 == 0 else f" (default: {default >> 20}MiB)"
-        )
+        return f" (default: {default >> 30}GiB)" if default % 2**30 == 0 else f" (default: {default >> 20}MiB)"
     return f" (default: {default:.4g})" if isinstance(default, float) else f" (default: {default})"
 
 
@@ -186,9 +172,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"the settings file {file} must hold a mapping, such as `port: 8000`, not {values!r}"
-        )
+        raise ConfigError(f"the settings file {file} must hold a mapping, such as `port: 8000`, not {values!r}")
     return TypeAdapter(dict[str, Any]).validate_python(values)
 
 

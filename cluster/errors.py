@@ -62,9 +62,7 @@ def from_validation(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     match first["type"]:
         case "missing":
-            return invalid_request(
-                f"missing required parameter: {param!r}", param, "missing_required_parameter"
-            )
+            return invalid_request(f"missing required parameter: {param!r}", param, "missing_required_parameter")
         case "extra_forbidden":
             return invalid_request(f"unknown parameter: {param!r}", param, "unknown_parameter")
     return invalid_request(f"{param}: {message}" if param else message, param, "invalid_value")
@@ -100,6 +98,4 @@ def from_exception(error: BaseException) -> ApiError:
             return ApiError(503, str(error), "server_error", code="memory_unavailable")
         case ForecacheError():
             return ApiError(500, str(error), "server_error", code="internal_error")
-    return ApiError(
-        500, "internal error; the server's log has the details", "server_error", code="internal_error"
-    )
+    return ApiError(500, "internal error; the server's log has the details", "server_error", code="internal_error")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -30,22 +30,16 @@ class _Counter:
 
 
 _ENGINE_COUNTERS = (
-    _Counter(
-        "forecache_prefix_cache_queries", "Prompt tokens looked up in the cache.", "prefix_queried_tokens"
-    ),
+    _Counter("forecache_prefix_cache_queries", "Prompt tokens looked up in the cache.", "prefix_queried_tokens"),
     _Counter("forecache_prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_hit_tokens"),
-    _Counter(
-        "forecache_recalled_chunks", "Chunks copied from cold memory to the hot pool.", "recalled_chunks"
-    ),
+    _Counter("forecache_recalled_chunks", "Chunks copied from cold memory to the hot pool.", "recalled_chunks"),
     _Counter("forecache_recall_bytes", "Bytes copied from cold memory to the hot pool.", "recall_bytes"),
     _Counter(
         "forecache_written_back_chunks",
         "Chunks copied from the hot pool to cold memory.",
         "written_back_chunks",
     ),
-    _Counter(
-        "forecache_prefetch_stall_seconds", "Seconds that steps waited for a recall.", "prefetch_stall_s"
-    ),
+    _Counter("forecache_prefetch_stall_seconds", "Seconds that steps waited for a recall.", "prefetch_stall_s"),
     _Counter("forecache_lookahead_windows", "Windows begun.", "windows"),
     _Counter("forecache_lookahead_late", "Windows whose prediction or copies were late.", "late_windows"),
     _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
@@ -74,12 +68,8 @@ class WorkerCollector(Collector):
             family = CounterMetricFamily(counter.name, counter.help, labels=["model_name"])
             family.add_metric([self._model_name], total)
             yield family
-        yield self._gauge(
-            "forecache_num_requests_running", "Requests in the batch.", sum(e.running for e in engines)
-        )
-        yield self._gauge(
-            "forecache_num_requests_waiting", "Requests not admitted.", sum(e.waiting for e in engines)
-        )
+        yield self._gauge("forecache_num_requests_running", "Requests in the batch.", sum(e.running for e in engines))
+        yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", sum(e.waiting for e in engines))
         yield self._gauge(
             "forecache_hot_pool_usage_perc",
             "Hot slots that live sequences reference / all, 0 to 1.",
@@ -95,9 +85,7 @@ class WorkerCollector(Collector):
         yield self._gauge(
             "forecache_memory_tier_usage_perc",
             "Arena slots in use / all, over the nodes, 0 to 1.",
-            _ratio(
-                sum(tier.used_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())
-            ),
+            _ratio(sum(tier.used_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
         )
         yield self._gauge("forecache_workers", "Decode workers that answered.", len(self._workers))
 
@@ -122,17 +110,14 @@ class Metrics:
     """The ingress' registry: its own request series, and what the workers report."""
 
     def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # a series per series, of use to nobody here
         self.model_name = model_name
         self.workers = WorkerCollector(model_name)
         self._registry = CollectorRegistry(auto_describe=True)
         self._registry.register(self.workers)
-        self._first_token_s = self._histogram(
-            "forecache_time_to_first_token_seconds", "Request to first token."
-        )
+        self._first_token_s = self._histogram("forecache_time_to_first_token_seconds", "Request to first token.")
         self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Between two tokens.")
-        self._end_to_end_s = self._histogram(
-            "forecache_e2e_request_latency_seconds", "Request to last token."
-        )
+        self._end_to_end_s = self._histogram("forecache_e2e_request_latency_seconds", "Request to last token.")
         self._queue_s = self._histogram("forecache_request_queue_time_seconds", "Request to admission.")
         self._errors = Counter(
             "forecache_errors",

@@ -120,7 +120,7 @@ class _Request(_Strict):
     def _drop_neutral(cls, values: Any) -> Any:
         """Takes out fields that ask for nothing; one that asks for something not offered is refused by name."""
         if not isinstance(values, dict):
-            raise ValueError("the body must be a JSON object")
+            raise InvalidRequestError("the body must be a JSON object")
         kept = {}
         for name, value in values.items():
             neutral = _NEUTRAL.get(name)

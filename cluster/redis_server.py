@@ -100,9 +100,7 @@ class EmbeddedRedis:
         ]
         pairs = zip(options[::2], options[1::2], strict=True)
         settings.touch(mode=0o600)
-        settings.write_text(
-            "".join(f"{name.removeprefix('--')} {value}\n" for name, value in pairs), encoding="utf-8"
-        )
+        settings.write_text("".join(f"{name.removeprefix('--')} {value}\n" for name, value in pairs), encoding="utf-8")
         log = self._directory / "redis.log"
         with log.open("wb") as output:
             self._process = subprocess.Popen(

@@ -99,10 +99,7 @@ class PrefixAffinityRouter(RequestRouter):
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
         keys = self._keys(request, candidate_replicas)
         stored = await self._stored_chunks(keys, candidate_replicas)
-        loads = {
-            name: self.replica_queue_len_cache.get(replica.replica_id) or 0
-            for name, replica in replicas.items()
-        }
+        loads = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
         ranks = rank(loads, self._memory.prefix_chunks(keys), stored, self._imbalance)
         return [[replicas[name] for name in names] for names in ranks]
 
@@ -112,11 +109,7 @@ class PrefixAffinityRouter(RequestRouter):
             self._memory.record(self._keys(request, list(self.curr_replicas.values())), _name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        left = [
-            replica
-            for name, replica in self.curr_replicas.items()
-            if name not in {r.replica_id for r in replicas}
-        ]
+        left = [replica for name, replica in self.curr_replicas.items() if name not in {r.replica_id for r in replicas}]
         super().update_replicas(replicas)
         for replica in left:
             self._reclaim(replica)
@@ -136,9 +129,7 @@ class PrefixAffinityRouter(RequestRouter):
         root = root_key(layout, request.cache.cache_salt)
         return list(prefix_keys(root, request.prompt_token_ids, self._chunk_tokens))
 
-    async def _stored_chunks(
-        self, keys: list[ChunkKey], replicas: Sequence[RunningReplica]
-    ) -> dict[str, int]:
+    async def _stored_chunks(self, keys: list[ChunkKey], replicas: Sequence[RunningReplica]) -> dict[str, int]:
         """Worker → chunks of the longest prefix in its own node's memory tier."""
         if self._catalog is None or not keys or time.monotonic() < self._catalog_asleep_until_s:
             return {}
@@ -149,9 +140,7 @@ class PrefixAffinityRouter(RequestRouter):
             self._catalog_asleep_until_s = time.monotonic() + CATALOG_RETRY_S
             return {}
         return {
-            _name(replica.replica_id): chunks
-            for replica in replicas
-            if replica.routing_stats.get("tier_id") in tiers
+            _name(replica.replica_id): chunks for replica in replicas if replica.routing_stats.get("tier_id") in tiers
         }
 
 

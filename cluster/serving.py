@@ -1,5 +1,6 @@
 """From settings to a running cluster, and back to nothing: Ray, Redis, the Serve application."""
 
+import io
 import logging
 import re
 import signal
@@ -7,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any
 
@@ -57,6 +58,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[str]:
     port = config.port or preflight.free_port(config.host)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
+        silence = stack.enter_context(ExitStack())
         stack.callback(remove_abandoned, config.memory.arena_dir)  # last: of tiers that could not end in order
         say("starting Ray" if config.address is None else f"joining Ray at {config.address}")
         stack.enter_context(_ray(config))
@@ -72,6 +74,8 @@ def running(config: ServeConfig, say: Say) -> Iterator[str]:
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
+        # Ray prints that Serve's controller was killed; it is, by Serve, each time it is shut down
+        stack.callback(lambda: silence.enter_context(redirect_stdout(io.StringIO())))
         say("loading the model")
         _wait_until_running(config.start_deadline_s)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
@@ -94,11 +98,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
         else:
             ray.init(address=config.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = (
-            f"the Ray cluster at {config.address} can't be joined"
-            if config.address
-            else "Ray can't be started"
-        )
+        where = f"the Ray cluster at {config.address} can't be joined" if config.address else "Ray can't be started"
         raise StartError(f"{where}: {error}") from error
     try:
         yield
@@ -123,9 +123,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
     except (RayServeException, RuntimeError, ValueError, TimeoutError) as error:
-        raise StartError(
-            f"the HTTP server can't be started on {config.host}:{config.port}: {error}"
-        ) from error
+        raise StartError(f"the HTTP server can't be started on {config.host}:{config.port}: {error}") from error
     try:
         yield
     finally:
@@ -134,7 +132,9 @@ def _serve(config: ServeConfig) -> Iterator[None]:
 
 def _stop_node_actors(run: str, deadline_s: float) -> None:
     """End the memory tiers, which free their arenas, and the indexers that this run's workers made on their nodes."""
-    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    names = [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE
+    ]
     for name in names:
         if not name.startswith(f"{run}-"):
             continue
@@ -200,9 +200,7 @@ def _wait_until_running(deadline_s: float) -> None:
                 messages = [application.message, *(d.message for d in application.deployments.values())]
                 raise StartError(_reason("\n".join(messages)))
         time.sleep(POLL_S)
-    raise StartError(
-        f"the cluster was not ready within {deadline_s:.0f} s: see --start-deadline-s, and Ray's logs"
-    )
+    raise StartError(f"the cluster was not ready within {deadline_s:.0f} s: see --start-deadline-s, and Ray's logs")
 
 
 def _reason(message: str) -> str:

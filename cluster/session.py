@@ -53,7 +53,7 @@ def _serve_and_exit(serve: Callable[[], int], parent: int, signals: set[signal.S
             status = serve()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - nobody above could print it: this process ends here
         traceback.print_exc()
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)

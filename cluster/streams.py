@@ -97,16 +97,12 @@ class AnswerFormat:
     include_usage: bool = False
 
     def whole(self, text: str, finish_reason: str, stats: SequenceStats) -> dict[str, Any]:
-        said: dict[str, Any] = (
-            {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        )
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [choice], "usage": usage(stats)}
 
-    def chunk(
-        self, text: str | None, finish_reason: str | None = None, *, first: bool = False
-    ) -> dict[str, Any]:
+    def chunk(self, text: str | None, finish_reason: str | None = None, *, first: bool = False) -> dict[str, Any]:
         said: dict[str, Any]
         if self.chat:
             delta = {"role": "assistant"} if first else {}
