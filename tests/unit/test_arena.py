@@ -101,8 +101,8 @@ def test_another_mapping_sees_the_same_bytes(arena: Arena) -> None:
     other.index[2] = 6
     other.seal(ref, KEY)
     assert arena.check(ref, KEY)
-    assert arena.chunks[2].unique().tolist() == [5]
-    assert arena.index[2].unique().tolist() == [6]
+    assert (arena.chunks[2] == 5).all()
+    assert (arena.index[2] == 6).all()
     assert other.generation(np.array([2, 1])).tolist() == [1, 0]
 
 
@@ -232,7 +232,7 @@ def test_the_arena_of_a_killed_owner_is_adopted_or_removed(tmp_path: Path) -> No
         owner.send_signal(signal.SIGKILL)
     adopted = Arena.adopt(path)
     assert adopted.check(SlotRef(1, 1), KEY)
-    assert adopted.chunks[1].unique().tolist() == [7]
+    assert (adopted.chunks[1] == 7).all()
     assert remove_abandoned(tmp_path) == []
     adopted.close()
     assert remove_abandoned(tmp_path) == [path]

@@ -189,9 +189,7 @@ class Arena:
         The writer calls it once both are copied. Raises :class:`ChunkLostError` if the slot was given away.
         """
         if self._generations[ref.slot] != ref.generation:
-            raise ChunkLostError(
-                f"slot {ref.slot} of {self.path} was given away before it was written: reserve again"
-            )
+            raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
         header = self._headers[ref.slot]
         header["checksum"], header["index_checksum"] = self._digests(ref.slot)
         header["key"] = np.frombuffer(key, np.uint8)
@@ -201,9 +199,7 @@ class Arena:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
         header = self._headers[ref.slot]
         return bool(
-            header["state"] == SEALED
-            and header["generation"] == ref.generation
-            and header["key"].tobytes() == key
+            header["state"] == SEALED and header["generation"] == ref.generation and header["key"].tobytes() == key
         )
 
     def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
@@ -272,9 +268,7 @@ def _remove_if_abandoned(path: Path) -> bool:
         os.close(fd)
 
 
-def describe(
-    layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int
-) -> ArenaDescription:
+def describe(layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int) -> ArenaDescription:
     """The arena of as many slots as fit in ``capacity_bytes``. Raises :class:`ArenaError` if none does."""
     slot_bytes = layout.nbytes + index_nbytes + HEADER.itemsize
 

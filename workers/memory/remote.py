@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from forecache.workers.errors import ChunkLostError
+from forecache.workers.errors import ArenaError, ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
@@ -20,10 +20,15 @@ class RemoteMemory:
     :class:`ChunkLostError` if the tier does not answer in ``deadline_s``; it may do what was asked even so.
     """
 
-    def __init__(self, tier: "ActorHandle[Any]", deadline_s: float) -> None:
+    def __init__(self, tier: "ActorHandle[Any]", deadline_s: float, *, start_deadline_s: float = 120.0) -> None:
+        """Waits ``start_deadline_s`` for a tier that is just being made: reserving a large arena takes a while.
+
+        Raises :class:`ArenaError` when the tier could not make its arena.
+        """
         self._tier = tier
-        self._deadline_s = deadline_s
+        self._deadline_s = start_deadline_s
         self._arena = Arena.attach(cast(str, self._call("arena_path")))
+        self._deadline_s = deadline_s
 
     @property
     def arena(self) -> Arena:
@@ -67,8 +72,11 @@ class RemoteMemory:
         except RayTaskError as error:
             raise error.cause from error  # the tier's own, typed error
         except GetTimeoutError as error:
-            raise ChunkLostError(
-                f"the memory tier did not answer {method} within {self._deadline_s} s"
-            ) from error
+            raise ChunkLostError(f"the memory tier did not answer {method} within {self._deadline_s} s") from error
+        except RayActorError as error:
+            if error.actor_init_failed:
+                # Ray gives the tier's own error as text only; its last line is the type and the sentence.
+                raise ArenaError(f"no memory tier: {str(error).splitlines()[-1].partition(': ')[2]}") from error
+            raise ChunkLostError(f"the memory tier can't be reached for {method}: {error}") from error
         except RayError as error:
             raise ChunkLostError(f"the memory tier can't be reached for {method}: {error}") from error

@@ -103,13 +103,9 @@ class ArenaStore:
             held = self._held.get(holder, {})
             for key, ref in refs:
                 if ref.slot not in held or self._keys[ref.slot] != key:
-                    raise ChunkLostError(
-                        f"slot {ref.slot} is not reserved by {holder} any more: reserve again"
-                    )
+                    raise ChunkLostError(f"slot {ref.slot} is not reserved by {holder} any more: reserve again")
                 if not self._arena.is_sealed(ref, key):
-                    raise ChunkLostError(
-                        f"slot {ref.slot} was committed by {holder} without a seal: write again"
-                    )
+                    raise ChunkLostError(f"slot {ref.slot} was committed by {holder} without a seal: write again")
             for key, ref in refs:
                 if key not in self._stored:
                     self._insert(key, ref.slot)
@@ -170,19 +166,13 @@ class ArenaStore:
             for slot, count in enumerate(counts):
                 places = [slot in free, slot in self._idle, count > 0]
                 assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, idle, held"
-                assert (self._keys[slot] is None) == (slot in free), (
-                    f"slot {slot}: a key and free, or neither"
-                )
+                assert (self._keys[slot] is None) == (slot in free), f"slot {slot}: a key and free, or neither"
             for slot in self._idle:
-                assert self._stored.get(self._keys[slot] or b"") == slot, (
-                    f"slot {slot} is idle and not stored"
-                )
+                assert self._stored.get(self._keys[slot] or b"") == slot, f"slot {slot} is idle and not stored"
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
                 ref = SlotRef(slot, self._generation(slot))
-                assert self._arena.is_sealed(ref, key), (
-                    f"slot {slot} is stored and its header does not say so"
-                )
+                assert self._arena.is_sealed(ref, key), f"slot {slot} is stored and its header does not say so"
 
     # Below: called with the lock held.
 

@@ -58,6 +58,7 @@ class MemoryTier:
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s)
             self._store = ArenaStore(self._arena, listener=self._publisher.changed)
             self._publisher.start(self._store)
+        # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
         atexit.register(self.shutdown)
 
     def arena_path(self) -> str:
@@ -98,10 +99,6 @@ class MemoryTier:
             self._publisher.stop()
         self._arena.unlink()
         self._arena.close()
-
-    def __ray_shutdown__(self) -> None:
-        """Ray calls it when the actor ends without being killed."""
-        self.shutdown()
 
 
 def _open_arena(
@@ -162,9 +159,7 @@ class CatalogPublisher:
         self._wake.set()
 
     def start(self, store: ArenaStore) -> None:
-        self._thread = threading.Thread(
-            target=self._run, args=(store,), name="catalog-publisher", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(store,), name="catalog-publisher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -187,9 +182,7 @@ class CatalogPublisher:
                 self._publish(store)
             except CatalogUnavailableError as error:
                 if not backoff_s:
-                    logger.warning(
-                        "chunks of %s are not published until it is back: %s", self._tier_id, error
-                    )
+                    logger.warning("chunks of %s are not published until it is back: %s", self._tier_id, error)
                 backoff_s = min(MAX_BACKOFF_S, max(0.1, 2 * backoff_s))
                 self._next_heartbeat_s = 0.0
                 self._stopping.wait(backoff_s * uniform(0.5, 1))
@@ -207,9 +200,7 @@ class CatalogPublisher:
             changes, self._pending = self._pending, {}
         try:
             self._catalog.withdraw(self._tier_id, [key for key, stored in changes.items() if not stored])
-            self._catalog.publish(
-                self._tier_id, self._incarnation, [key for key, stored in changes.items() if stored]
-            )
+            self._catalog.publish(self._tier_id, self._incarnation, [key for key, stored in changes.items() if stored])
         except CatalogUnavailableError:
             with self._lock:
                 self._pending = {**changes, **self._pending}

@@ -1,0 +1,296 @@
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from forecache.workers.errors import ArenaError, ChunkLostError, OverloadedError
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.remote import RemoteMemory
+from forecache.workers.memory.tier import MemoryTier
+
+TIER: Any = MemoryTier  # mypy does not see what Ray's decorator makes of the class
+
+pytestmark = pytest.mark.cluster
+
+LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+SLOTS = 8
+KEYS = [bytes([i]) * 16 for i in range(1, 20)]
+
+
+class Worker:
+    """What a decode worker does with cold memory, in a process of its own. A chunk's bytes follow from its key."""
+
+    def __init__(self, name: str, tier: Any) -> None:
+        self.name = name
+        self.memory = RemoteMemory(tier, deadline_s=20)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def write(self, sequence: str, keys: list[bytes], *, commit: bool = True) -> list[bool]:
+        """Reserve and write ``keys``, and keep them held. True for each that was stored already."""
+        holder = f"{self.name}/{sequence}"
+        reservations = self.memory.reserve(holder, keys)
+        arena = self.memory.arena
+        fresh = [(r.key, r.ref) for r in reservations if not r.stored]
+        for key, ref in fresh:
+            arena.chunks[ref.slot] = key[0]
+            arena.index[ref.slot] = key[0]
+            arena.seal(ref, key)
+        if commit:
+            self.memory.commit(holder, fresh)
+        return [r.stored for r in reservations]
+
+    def read(self, sequence: str, keys: list[bytes]) -> list[int]:
+        """The first byte of each chunk of the stored prefix, which stays held; -1 where the checksum is wrong."""
+        arena = self.memory.arena
+        refs = self.memory.hold_prefix(f"{self.name}/{sequence}", keys)
+        values = [int(arena.chunks[ref.slot][0]) for ref in refs]
+        good = [arena.check(ref, key) for ref, key in zip(refs, keys, strict=False)]
+        return [value if is_good else -1 for value, is_good in zip(values, good, strict=True)]
+
+    def release(self, sequence: str) -> None:
+        self.memory.release(f"{self.name}/{sequence}")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come about in 30 s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    # Ray's workers can't import a module of the test folder.
+    cloudpickle: Any = ray.cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.fixture
+def arena_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "shm"
+    directory.mkdir()
+    return directory
+
+
+StartTier = Callable[..., Any]
+
+
+@pytest.fixture
+def start_tier(arena_dir: Path, redis_server: Any) -> Iterator[StartTier]:
+    """Starts tiers; each is shut down and has freed its file when the test ends."""
+    started = []
+
+    def start(tier_id: str = "tier", cold_bytes: int = (2 << 20) + SLOTS * LAYOUT.nbytes, **options: Any) -> Any:
+        tier = TIER.options(**options).remote(
+            MemoryConfig(cold_bytes=cold_bytes, arena_dir=arena_dir, heartbeat_s=0.1),
+            LAYOUT,
+            tier_id=tier_id,
+            index_nbytes=16,
+            index_fingerprint="index",
+            redis_url=redis_server.url,
+        )
+        ray.get(tier.arena_path.remote(), timeout=60)
+        started.append(tier)
+        return tier
+
+    yield start
+    for tier in started:
+        ray.get(tier.shutdown.remote(), timeout=30)
+        ray.kill(tier)
+    assert list(arena_dir.iterdir()) == []
+
+
+@pytest.fixture
+def catalog(redis_server: Any) -> Iterator[Catalog]:
+    catalog = Catalog(redis_server.url)
+    yield catalog
+    catalog.close()
+
+
+def start_worker(name: str, tier: Any) -> Any:
+    return ray.remote(Worker).options(num_cpus=0).remote(name, tier)
+
+
+def get(ref: Any) -> Any:
+    return ray.get(ref, timeout=60)
+
+
+def process_of(tier: Any) -> int:
+    return int(get(tier.__ray_call__.remote(lambda self: os.getpid())))
+
+
+def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier, catalog: Catalog) -> None:
+    tier = start_tier()
+    a, b = start_worker("a", tier), start_worker("b", tier)
+    assert get(a.write.remote("0", KEYS[:3])) == [False] * 3
+    assert get(b.read.remote("0", KEYS[:5])) == [1, 2, 3]
+    assert get(b.write.remote("0", KEYS[:4])) == [True, True, True, False]
+    assert get(b.write.remote("1", KEYS[10:12], commit=False)) == [False, False]
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["tier"]))
+    [record] = catalog.tiers()
+    assert (record.node_id, record.slots) == (ray.get_runtime_context().get_node_id(), SLOTS)
+
+    get(a.release.remote("0"))
+    assert get(tier.stats.remote()).held_slots == 6
+    os.kill(get(b.pid.remote()), signal.SIGKILL)
+    with pytest.raises(ray.exceptions.RayActorError):
+        get(b.pid.remote())
+    assert get(tier.release_worker.remote("b")) == 2
+    stats = get(tier.stats.remote())
+    assert (stats.held_slots, stats.used_slots, stats.stored_chunks) == (0, 4, 4)
+    get(tier.check_integrity.remote())
+    assert get(a.read.remote("1", KEYS[:5])) == [1, 2, 3, 4]
+
+    # All room is had again; what was held by the dead one is evicted in favour of the living.
+    assert get(a.write.remote("1", KEYS[4:8])) == [False] * 4
+    memory = RemoteMemory(tier, deadline_s=20)
+    with pytest.raises(OverloadedError, match="0 can be evicted"):
+        memory.reserve("driver/0", KEYS[8:9])
+    memory.close()
+
+
+def test_wrong_chunk_is_forgotten_everywhere(start_tier: StartTier, catalog: Catalog) -> None:
+    tier = start_tier()
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:3]))
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    memory = RemoteMemory(tier, deadline_s=20)
+    refs = memory.hold_prefix("driver/0", KEYS[:3])
+    memory.arena.chunks[refs[1].slot][5] ^= 1
+    assert get(a.read.remote("1", KEYS[:3])) == [1, -1, 3]
+    memory.drop(KEYS[1], refs[1])
+    assert memory.hold("driver/0", KEYS[:3]) == [refs[0], None, refs[2]]
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["tier"]))
+    assert memory.stats().dropped_chunks == 1
+    get(tier.check_integrity.remote())
+    memory.close()
+
+
+def test_redis_that_comes_back_empty_is_filled_again(
+    start_tier: StartTier, catalog: Catalog, redis_server: Any
+) -> None:
+    tier = start_tier()
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:2]))
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["tier"]))
+    redis_server.kill()
+    assert get(a.write.remote("0", KEYS[2:4])) == [False, False]
+    assert get(a.read.remote("1", KEYS)) == [1, 2, 3, 4]
+    redis_server.start()
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["tier"]))
+
+
+def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog) -> None:
+    tier = start_tier(max_restarts=1)
+    memory = RemoteMemory(tier, deadline_s=20)
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:3]))
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    [before] = catalog.tiers()
+    pid = process_of(tier)
+    ray.kill(tier, no_restart=False)
+
+    def is_restarted() -> bool:
+        try:
+            return process_of(tier) != pid
+        except ray.exceptions.RayActorError:
+            return False
+
+    wait_until(is_restarted)
+    assert memory.stats().stored_chunks == 3
+    refs = memory.hold_prefix("driver/0", KEYS)
+    assert [memory.arena.check(ref, key) for ref, key in zip(refs, KEYS, strict=False)] == [True] * 3
+    assert memory.stats().held_slots == 3
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    assert catalog.tiers()[0].incarnation != before.incarnation
+    assert get(a.write.remote("1", KEYS[3:5])) == [False, False]
+    memory.close()
+
+
+def test_tier_that_does_not_answer_is_a_lost_chunk(start_tier: StartTier) -> None:
+    tier = start_tier()
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:1]))
+    get(a.release.remote("0"))
+    pid = process_of(tier)
+    memory = RemoteMemory(tier, deadline_s=20)
+    impatient = RemoteMemory(tier, deadline_s=0.2)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ChunkLostError, match=r"did not answer hold within 0.2 s"):
+            impatient.hold("driver/0", KEYS[:1])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    # It is done late, and given back by the holder's name.
+    wait_until(lambda: memory.stats().held_slots == 1)
+    memory.release("driver/0")
+    assert memory.stats().held_slots == 0
+    for client in (memory, impatient):
+        client.close()
+
+
+def test_file_of_a_killed_tier_is_removed_by_the_next(start_tier: StartTier, arena_dir: Path) -> None:
+    living = start_tier("living")
+    killed = TIER.remote(
+        MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir),
+        LAYOUT,
+        tier_id="killed",
+        index_nbytes=16,
+        index_fingerprint="index",
+    )
+    memory = RemoteMemory(killed, deadline_s=20)
+    path = memory.arena.path
+    ray.kill(killed)
+    with pytest.raises(ChunkLostError, match="can't be reached for stats"):
+        memory.stats()
+    assert path.exists()
+    start_tier("next")
+    assert sorted(file.name for file in arena_dir.iterdir()) == ["forecache-living", "forecache-next"]
+    assert get(living.stats.remote()).slots == SLOTS
+    memory.close()
+
+
+def test_tier_frees_its_file_when_its_handle_is_dropped(arena_dir: Path) -> None:
+    tier = TIER.remote(
+        MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir),
+        LAYOUT,
+        tier_id="dropped",
+        index_nbytes=16,
+        index_fingerprint="index",
+    )
+    arena = Arena.attach(get(tier.arena_path.remote()))
+    arena.close()
+    del tier
+    wait_until(lambda: list(arena_dir.iterdir()) == [])
+
+
+def test_too_large_an_arena_is_a_sentence(arena_dir: Path) -> None:
+    tier = TIER.remote(
+        MemoryConfig(cold_bytes=1 << 50, arena_dir=arena_dir),
+        LAYOUT,
+        tier_id="large",
+        index_nbytes=16,
+        index_fingerprint="index",
+    )
+    with pytest.raises(
+        ArenaError,
+        match=r"^no memory tier: can't reserve .* \d+ bytes needed, \d+ bytes free .* another --arena-dir\.$",
+    ):
+        RemoteMemory(tier, deadline_s=20)
+    assert list(arena_dir.iterdir()) == []

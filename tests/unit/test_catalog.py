@@ -1,0 +1,216 @@
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.memory import tier as tier_module
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, TierRecord
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.tier import CatalogPublisher
+
+LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+KEYS = [bytes([i]) * 16 for i in range(8)]
+
+
+def record(tier_id: str, incarnation: str = "1") -> TierRecord:
+    return TierRecord(tier_id, incarnation, node_id="node", slots=10, used_slots=3)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come about in 30 s"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def catalog(redis_server: Any) -> Iterator[Catalog]:
+    catalog = Catalog(redis_server.url)
+    yield catalog
+    catalog.close()
+
+
+def put(store: ArenaStore, keys: list[bytes]) -> None:
+    reservations = store.reserve("writer", keys)
+    for reservation in reservations:
+        store.arena.seal(reservation.ref, reservation.key)
+    store.commit("writer", [(r.key, r.ref) for r in reservations])
+    store.release("writer")
+
+
+def test_longest_prefix_is_that_of_one_tier(catalog: Catalog) -> None:
+    for tier_id in ("a", "b", "c"):
+        assert not catalog.heartbeat(record(tier_id), expiry_s=60)
+    catalog.publish("a", "1", KEYS[0:3])
+    catalog.publish("b", "1", [*KEYS[0:2], *KEYS[3:6]])
+    catalog.publish("c", "1", KEYS[1:6])
+    assert catalog.longest_prefix(KEYS) == (3, ["a"])
+    assert catalog.longest_prefix(KEYS[0:2]) == (2, ["a", "b"])
+    assert catalog.longest_prefix(KEYS[1:]) == (5, ["c"])
+    assert catalog.longest_prefix(KEYS[6:]) == (0, [])
+    assert catalog.longest_prefix([]) == (0, [])
+    catalog.withdraw("a", KEYS[2:3])
+    assert catalog.longest_prefix(KEYS) == (2, ["a", "b"])
+
+
+def test_stale_incarnations_do_not_count(catalog: Catalog) -> None:
+    catalog.publish("a", "1", KEYS)
+    assert catalog.longest_prefix(KEYS) == (0, [])  # the tier has not said that it lives
+    assert not catalog.heartbeat(record("a", "1"), expiry_s=60)
+    assert catalog.heartbeat(record("a", "1"), expiry_s=60)
+    assert catalog.longest_prefix(KEYS) == (len(KEYS), ["a"])
+    assert not catalog.heartbeat(record("a", "2"), expiry_s=60)
+    assert catalog.longest_prefix(KEYS) == (0, [])
+    catalog.publish("a", "2", KEYS[:2])
+    assert catalog.longest_prefix(KEYS) == (2, ["a"])
+
+
+def test_silent_and_removed_tiers_are_gone(catalog: Catalog) -> None:
+    catalog.heartbeat(record("silent"), expiry_s=0.05)
+    catalog.heartbeat(record("removed"), expiry_s=60)
+    catalog.heartbeat(record("living"), expiry_s=60)
+    for tier_id in ("silent", "removed", "living"):
+        catalog.publish(tier_id, "1", KEYS)
+    catalog.remove_tier("removed")
+    wait_until(lambda: [tier.tier_id for tier in catalog.tiers()] == ["living"])
+    assert catalog.longest_prefix(KEYS) == (len(KEYS), ["living"])
+    [tier] = catalog.tiers()
+    assert (tier.incarnation, tier.node_id, tier.slots, tier.used_slots) == ("1", "node", 10, 3)
+    assert abs(time.time() - tier.heartbeat_unix_s) < 600
+
+
+def test_keys_are_bytes_of_any_kind_and_batches_have_no_seams(catalog: Catalog) -> None:
+    keys = [i.to_bytes(2, "big") + b"\r\n\0\xff :*" + bytes(6) for i in range(2 * BATCH_KEYS + 1)]
+    catalog.heartbeat(record("a"), expiry_s=60)
+    catalog.publish("a", "1", iter(keys))
+    assert catalog.longest_prefix(keys) == (len(keys), ["a"])
+    catalog.withdraw("a", keys[BATCH_KEYS:])
+    assert catalog.longest_prefix(keys) == (BATCH_KEYS, ["a"])
+
+
+def test_entries_expire_and_empty_ones_vanish(catalog: Catalog, redis_server: Any) -> None:
+    catalog.publish("a", "1", KEYS[:1])
+    with redis.Redis.from_url(redis_server.url) as client:
+        assert 0 < client.ttl(CHUNK_PREFIX + KEYS[0]) <= CHUNK_EXPIRY_S
+        catalog.withdraw("a", KEYS[:1])
+        assert client.keys(CHUNK_PREFIX + b"*") == []
+
+
+def test_longest_prefix_is_one_round_trip(catalog: Catalog, redis_server: Any) -> None:
+    catalog.longest_prefix(KEYS)  # loads the script
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.config_resetstat()
+        catalog.longest_prefix(KEYS)
+        calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
+    assert calls.pop("cmdstat_evalsha") == 1
+    assert set(calls) <= {"cmdstat_hgetall", "cmdstat_hget", "cmdstat_config|resetstat", "cmdstat_config"}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@given(st.dictionaries(st.sampled_from("abc"), st.sets(st.integers(0, 7)), max_size=3))
+def test_longest_prefix_against_a_naive_one(catalog: Catalog, redis_server: Any, holdings: dict[str, set[int]]) -> None:
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushdb()
+    lengths = {}
+    for tier_id, chunks in holdings.items():
+        catalog.heartbeat(record(tier_id), expiry_s=60)
+        catalog.publish(tier_id, "1", [KEYS[i] for i in chunks])
+        lengths[tier_id] = next(i for i in range(9) if i not in chunks)
+    longest = max(lengths.values(), default=0)
+    tiers = sorted(tier_id for tier_id, length in lengths.items() if length == longest and longest)
+    assert catalog.longest_prefix(KEYS) == (longest, tiers)
+
+
+def test_errors_are_typed_and_the_client_recovers(catalog: Catalog, redis_server: Any) -> None:
+    with pytest.raises(CatalogUnavailableError, match="no Redis URL"):
+        Catalog("http://localhost")
+    catalog.publish("a", "1", KEYS)
+    redis_server.kill()
+    for call in (
+        lambda: catalog.publish("a", "1", KEYS),
+        lambda: catalog.withdraw("a", KEYS),
+        lambda: catalog.heartbeat(record("a"), expiry_s=1),
+        lambda: catalog.longest_prefix(KEYS),
+        lambda: catalog.remove_tier("a"),
+        catalog.tiers,
+    ):
+        with pytest.raises(CatalogUnavailableError, match=redis_server.url):
+            call()
+    redis_server.start()
+    assert catalog.tiers() == []
+    assert catalog.longest_prefix(KEYS) == (0, [])
+
+
+@pytest.fixture
+def publisher(redis_server: Any) -> Iterator[CatalogPublisher]:
+    publisher = CatalogPublisher(Catalog(redis_server.url), "a", "node", heartbeat_s=0.05)
+    yield publisher
+    publisher.stop()
+
+
+@pytest.fixture
+def store(tmp_path: Path, publisher: CatalogPublisher) -> ArenaStore:
+    arena = Arena.create(
+        tmp_path,
+        "store",
+        layout=LAYOUT,
+        index_nbytes=8,
+        index_fingerprint="index",
+        capacity_bytes=(2 << 20) + 4 * LAYOUT.nbytes,
+    )
+    return ArenaStore(arena, publisher.changed)
+
+
+def test_publisher_tells_of_commits_and_evictions(
+    catalog: Catalog, publisher: CatalogPublisher, store: ArenaStore
+) -> None:
+    put(store, KEYS[:2])
+    publisher.start(store)
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["a"]))
+    put(store, KEYS[2:4])
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["a"]))
+    put(store, KEYS[4:5])  # evicts the end of the first
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["a"]))
+    wait_until(lambda: catalog.tiers()[0].used_slots == 4)
+    publisher.stop()
+    assert catalog.tiers() == []
+    assert not any(thread.name == "catalog-publisher" for thread in threading.enumerate())
+
+
+def test_publisher_outlives_redis_and_publishes_all_again(
+    catalog: Catalog, publisher: CatalogPublisher, store: ArenaStore, redis_server: Any
+) -> None:
+    publisher.start(store)
+    put(store, KEYS[:2])
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["a"]))
+    redis_server.kill()
+    put(store, KEYS[2:3])
+    redis_server.start()
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["a"]))
+
+
+def test_publisher_that_forgot_withdrawals_begins_anew(
+    catalog: Catalog,
+    publisher: CatalogPublisher,
+    store: ArenaStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tier_module, "MAX_PENDING", 2)
+    catalog.heartbeat(record("a", publisher._incarnation), expiry_s=60)
+    catalog.publish("a", publisher._incarnation, KEYS)
+    for key in KEYS:
+        publisher.changed(key, False)
+    put(store, KEYS[:1])
+    publisher.start(store)
+    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["a"]))
+    assert catalog.longest_prefix(KEYS[3:]) == (0, [])
