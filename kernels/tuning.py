@@ -1,4 +1,4 @@
-"""Launch settings of the decode kernel, found by `tests/benchmarks/bench_kernels.py --sweep`.
+"""Launch settings of the decode kernel; `tests/benchmarks/bench_kernels.py --sweep` measures candidates.
 
 Nothing is tuned while serving: a request's first token must not wait for a search.
 """
@@ -31,7 +31,7 @@ class DecodeConfig:
 # V, * (num_stages - 2) * programs_per_sm.
 _DECODE = {
     ("hopper", 1, 64): DecodeConfig(64, 4, 5, 4),
-    ("hopper", 1, 128): DecodeConfig(64, 4, 4, 3),
+    ("hopper", 1, 128): DecodeConfig(64, 4, 5, 2),
     ("hopper", 1, 256): DecodeConfig(32, 4, 4, 3),
     ("hopper", 2, 64): DecodeConfig(64, 4, 4, 4),
     ("hopper", 2, 128): DecodeConfig(64, 4, 3, 3),
@@ -45,6 +45,7 @@ _DECODE_LARGE_GROUP = {
     ("hopper", 1, 128): DecodeConfig(64, 8, 4, 2),
     ("hopper", 2, 128): DecodeConfig(64, 8, 3, 2),
     ("hopper", 2, 256): DecodeConfig(32, 8, 3, 2),
+    ("hopper", 4, 64): DecodeConfig(32, 8, 4, 2),
 }
 _DEFAULT = DecodeConfig(32, 4, 2, 2)
 
