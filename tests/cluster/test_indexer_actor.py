@@ -29,11 +29,12 @@ CHUNKS = 12
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     # Ray's workers can't import a module of the test folder.
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cloudpickle: Any = ray.cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     yield
     ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture
@@ -75,7 +76,8 @@ def request_of_stored_chunks(arena: Arena) -> PredictRequest:
 
 
 def start(spec: IndexSpec = SPEC, attach: Any = Arena.attach, deadline_s: float = 60) -> tuple[Any, RemoteIndexer]:
-    actor = IndexerActor.remote(spec, 1, attach)
+    actor_class: Any = IndexerActor
+    actor = actor_class.remote(spec, 1, attach)
     return actor, RemoteIndexer(actor, deadline_s)
 
 

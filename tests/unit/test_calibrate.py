@@ -2,6 +2,7 @@
 
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from forecache.workers.decode.calibrate import ATTENTION, AnswerMass, answer_mas
 
 CHUNK_TOKENS = 32
 DOCUMENTS = 4
-LENGTHS = {"min_tokens": 700, "max_tokens": 900}
+LENGTHS: dict[str, Any] = {"min_tokens": 700, "max_tokens": 900}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    tokenizer_class(tokenizer_object=tokenizer).save_pretrained(path)
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=48,
@@ -51,7 +53,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact_mass(model_path: Path) -> torch.Tensor:
     """Mean mass on the answers' chunks from the full attention matrices: float32 [layers, heads]."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
     total = torch.zeros(3, 6)
     for task in calibration_tasks(tokenizer, documents=DOCUMENTS, seed=5, **LENGTHS):
         tokens = [*task.prompt_token_ids, *task.reply_prefix_token_ids, *task.answer_token_ids[:-1]]
@@ -82,7 +84,7 @@ def test_recording_does_not_change_the_model(model_path: Path) -> None:
     AttentionInterface.register(ATTENTION, recorder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
     (task,) = calibration_tasks(tokenizer, documents=1, seed=1, **LENGTHS)
-    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation=ATTENTION).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation=ATTENTION)
     mass = answer_mass(model, recorder, task, CHUNK_TOKENS)
     assert mass.shape == (3, 6, len(task.answer_token_ids))
     assert ((mass >= 0) & (mass <= 1)).all()

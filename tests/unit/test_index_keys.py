@@ -168,7 +168,8 @@ class Table:
                 self.generations[slot] += 1
                 self.index[slot] = 255  # int8 -1 with a NaN scale
             self.overwrites = []
-        return self.generations[slots]
+        now: np.ndarray = self.generations[slots]
+        return now
 
 
 def make_request(table: Table, slots: list[int]) -> PredictRequest:

@@ -1,6 +1,7 @@
 """Budgets and resident sets."""
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ configs = st.builds(
     recency_fraction=st.floats(0, 0.9),
     min_chunks=st.integers(1, 20),
 )
-policies = st.sampled_from(["lookahead", "recency", "random", "full"])
+Policy = Literal["lookahead", "recency", "random", "full"]
+policies: st.SearchStrategy[Policy] = st.sampled_from(get_args(Policy))
 
 
 @st.composite
@@ -48,7 +50,7 @@ def test_budget_of_the_defaults() -> None:
 
 @given(scores=scored(), policy=policies, budget=st.integers(0, 220), config=configs, seed=st.integers(0, 9))
 def test_a_resident_set_is_sorted_unique_and_of_the_budget(
-    scores: np.ndarray, policy: str, budget: int, config: SelectionConfig, seed: int
+    scores: np.ndarray, policy: Policy, budget: int, config: SelectionConfig, seed: int
 ) -> None:
     n = len(scores)
     kept = select(
@@ -57,7 +59,7 @@ def test_a_resident_set_is_sorted_unique_and_of_the_budget(
         chunks=n,
         budget=budget,
         config=config,
-        rng=np.random.default_rng(seed),  # type: ignore[arg-type]
+        rng=np.random.default_rng(seed),
     )
     assert kept.dtype == np.int64
     assert (np.diff(kept) > 0).all()
@@ -108,6 +110,6 @@ def test_random_is_a_function_of_its_generator_and_reaches_every_chunk() -> None
         ("random", None, "generator"),
     ],
 )
-def test_what_a_policy_lacks_is_named(policy: str, scores: np.ndarray | None, message: str) -> None:
+def test_what_a_policy_lacks_is_named(policy: Policy, scores: np.ndarray | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        select(scores, policy=policy, chunks=20, budget=10, config=SelectionConfig())  # type: ignore[arg-type]
+        select(scores, policy=policy, chunks=20, budget=10, config=SelectionConfig())

@@ -1,7 +1,9 @@
 """Generated prose and retrieval tasks."""
 
 import pydoc_data.topics
+from collections.abc import Sequence
 from itertools import islice
+from typing import Any, cast
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,7 +26,17 @@ def tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT_TEMPLATE)
+    return wrap(tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def wrap(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedTokenizerBase:
+    tokenizer_class: Any = PreTrainedTokenizerFast
+    wrapped: PreTrainedTokenizerBase = tokenizer_class(tokenizer_object=tokenizer, chat_template=chat_template)
+    return wrapped
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids)))
 
 
 def count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -54,16 +66,16 @@ def test_a_task_says_where_its_answer_lies(
     task = make_task(kind, tokenizer, tokens=tokens, depth=depth, seed=3)
     assert tokens - 200 <= len(task.prompt_token_ids) <= tokens
     start, end = task.answer_span
-    assert task.answer in tokenizer.decode(task.prompt_token_ids[start:end])
-    assert task.answer in tokenizer.decode(task.answer_token_ids)
-    assert task.messages[0]["content"] in tokenizer.decode(task.prompt_token_ids)
+    assert task.answer in decode(tokenizer, task.prompt_token_ids[start:end])
+    assert task.answer in decode(tokenizer, task.answer_token_ids)
+    assert task.messages[0]["content"] in decode(tokenizer, task.prompt_token_ids)
     assert abs(start / len(task.prompt_token_ids) - depth) < 0.15
     assert task.messages[0]["content"].count(task.answer) == 1
 
 
 def test_the_reply_goes_on_to_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     task = make_task("needle", tokenizer, tokens=1500, depth=0.5, seed=0)
-    reply = tokenizer.decode([*task.reply_prefix_token_ids, *task.answer_token_ids])
+    reply = decode(tokenizer, [*task.reply_prefix_token_ids, *task.answer_token_ids])
     assert reply.startswith("The secret number of ")
     assert reply.endswith(f" is {task.answer}")
 
@@ -89,10 +101,11 @@ def test_answer_chunks_cover_the_answer(tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def test_a_tokenizer_without_a_chat_template_gets_plain_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    backend: Tokenizer = cast(PreTrainedTokenizerFast, tokenizer).backend_tokenizer
+    plain = wrap(backend, chat_template=None)
     task = make_task("needle", plain, tokens=1500, depth=0.5, seed=0)
-    assert plain.decode(task.prompt_token_ids).endswith("?\n\nAnswer:")
-    assert task.answer in plain.decode(task.answer_token_ids)
+    assert decode(plain, task.prompt_token_ids).endswith("?\n\nAnswer:")
+    assert task.answer in decode(plain, task.answer_token_ids)
 
 
 def test_too_short_a_prompt_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
