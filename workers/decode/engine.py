@@ -292,6 +292,11 @@ class Engine:
                 f"slot {slot} has {self.pool.references(slot)} references, sequences hold {held.get(slot, 0)}"
             )
 
+    def flush(self) -> None:
+        """Wait for the copies and releases that are under way, and take in what they say."""
+        self._prefetcher.flush()
+        self._absorb()
+
     def close(self) -> None:
         """Cancel what runs, give back all holds and end the copy thread. The memory and the indexer stay the caller's."""
         for seq in list(self._sequences.values()):

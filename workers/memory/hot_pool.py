@@ -55,6 +55,11 @@ class HotPool:
     def referenced(self) -> int:
         return sum(1 for count in self._references if count)
 
+    @property
+    def dirty(self) -> int:
+        """Slots whose chunk cold memory does not have yet."""
+        return sum(self._dirty)
+
     def references(self, slot: int) -> int:
         """How often ``slot`` is referenced."""
         return self._references[slot]

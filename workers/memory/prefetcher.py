@@ -19,6 +19,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 
 _RECALL, _STORE, _STOP = 0, 1, 2
+FLUSH_CHECK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,14 @@ class Prefetcher:
     def wake(self) -> None:
         """End a :meth:`wait` early."""
         self._news.set()
+
+    def flush(self) -> None:
+        """Wait until the jobs posted so far are done."""
+        done = threading.Event()
+        self._post(_STORE, done.set)
+        while not done.wait(FLUSH_CHECK_S):
+            if self._failure is not None:
+                raise self._failure
 
     def close(self) -> None:
         """Finish the jobs posted so far and end the thread."""

@@ -1,0 +1,58 @@
+"""A tiny random Llama on disk: quick enough to compare every token of the engine with transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Reference = Callable[[list[int], int], list[int]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 3-layer Llama with 2 KV heads; weights large enough that greedy tokens vary."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> Reference:
+    """Greedy continuation by transformers' own ``generate``."""
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+    def generate(prompt: list[int], tokens: int) -> list[int]:
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        return output[0, len(prompt) :].tolist()
+
+    return generate
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Four prompts of different lengths, none a multiple of the chunk size."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, 256, (n,), generator=generator).tolist() for n in (50, 130, 333, 201)]
