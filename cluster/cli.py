@@ -76,9 +76,11 @@ def _serve(args: argparse.Namespace) -> int:
         with _status() as say:
             from forecache.cluster import serving
 
-            def ready(url: str) -> None:
+            def ready(cluster: serving.Running) -> None:
                 say("")
-                print(f"forecache serves {config.model_name} at {url}/v1", flush=True)
+                for note in cluster.notes:
+                    print(f"note: {note}", file=sys.stderr)
+                print(f"forecache serves {config.model_name} at {cluster.url}/v1", flush=True)
 
             serving.run(config, say, ready)
         return 0

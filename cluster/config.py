@@ -98,7 +98,7 @@ class ServeConfig(BaseModel):
 
 
 def _settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
-    """(flag, path in ServeConfig, field) of every setting. Sections are flat but for the indexer's, whose names are common."""
+    """(flag, path in ServeConfig, field) of every setting; the indexer's flags have a prefix."""
     for name, field in ServeConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             prefix = "indexer-" if name == "indexer" else ""

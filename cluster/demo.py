@@ -61,7 +61,9 @@ def run(model: str, tokens: int, keep_ratio: float) -> int:
         answer = _ask(url, task, console)
     console.print(_table(answer))
     found = task.answer in answer.text
-    console.print(f"The number {'was found' if found else f'was not found: it is {task.answer}'}. All is stopped.")
+    console.print(
+        f"The number {'was found' if found else f'was not found: it is {task.answer}'}. The cluster is stopped."
+    )
     return 0 if found else 1
 
 
@@ -70,7 +72,8 @@ def _hot_bytes(config: Any, prompt_tokens: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
     element_bytes = pick_dtype("auto", pick_device("auto")).itemsize
-    return int(HOT_SHARE * prompt_tokens / CHUNK_TOKENS) * CHUNK_TOKENS * token_bytes * element_bytes
+    hot_chunks = int(HOT_SHARE * prompt_tokens / CHUNK_TOKENS)
+    return int(hot_chunks * CHUNK_TOKENS * token_bytes * element_bytes)
 
 
 @contextmanager

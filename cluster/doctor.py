@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -72,8 +73,8 @@ def check_package(name: str) -> Finding:
 
 def version_pair(version: str) -> tuple[int, int]:
     """Major and minor of a version such as ``2.13.0+cpu``."""
-    major, minor = version.split(".")[:2]
-    return int(major), int("".join(character for character in minor if character.isdigit()) or 0)
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 def check_gpu() -> Finding:

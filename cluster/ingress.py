@@ -23,7 +23,7 @@ STATS_DEADLINE_S = 5.0
 class ServeTokenStream:
     """A worker's events through Ray Serve, with Ray's errors turned into ours."""
 
-    def __init__(self, response: DeploymentResponseGenerator) -> None:
+    def __init__(self, response: "DeploymentResponseGenerator[Any]") -> None:
         self._response = response
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
@@ -42,7 +42,7 @@ class ServeTokenStream:
             raise WorkerLostError("no worker is running") from error
 
     def cancel(self) -> None:
-        self._response.cancel()
+        self._response.cancel()  # type: ignore[no-untyped-call]
 
 
 class ServeWorkers:
@@ -52,7 +52,9 @@ class ServeWorkers:
         self._handle = handle
 
     def generate(self, request: GenerateRequest) -> ServeTokenStream:
-        return ServeTokenStream(self._handle.options(stream=True).generate.remote(request))
+        response = self._handle.options(stream=True).generate.remote(request)
+        assert isinstance(response, DeploymentResponseGenerator)
+        return ServeTokenStream(response)
 
     async def stats(self) -> Sequence[WorkerStats]:
         """Stats of the replicas that answer within ``STATS_DEADLINE_S``.

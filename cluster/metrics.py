@@ -87,6 +87,11 @@ class WorkerCollector(Collector):
             "Arena slots in use / all, over the nodes, 0 to 1.",
             _ratio(sum(tier.used_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
         )
+        yield self._gauge(
+            "forecache_memory_tier_held_perc",
+            "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
+            _ratio(sum(tier.held_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
+        )
         yield self._gauge("forecache_workers", "Decode workers that answered.", len(self._workers))
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -110,7 +115,7 @@ class Metrics:
     """The ingress' registry: its own request series, and what the workers report."""
 
     def __init__(self, model_name: str) -> None:
-        disable_created_metrics()  # a series per series, of use to nobody here
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per series, of use to nobody here
         self.model_name = model_name
         self.workers = WorkerCollector(model_name)
         self._registry = CollectorRegistry(auto_describe=True)

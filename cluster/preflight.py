@@ -3,12 +3,15 @@
 import os
 import shutil
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
+from forecache.indexer.manifest import ManifestError, find_manifest
 from forecache.workers.errors import UnsupportedModelError
 
 
@@ -90,17 +93,52 @@ def _gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB"
 
 
-def max_model_len(path: Path, wanted: int | None) -> int:
-    """Longest prompt + answer the model at ``path`` will serve, in tokens; reads its configuration, not its weights.
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration tells before its weights are read."""
+
+    max_model_len: int
+    has_manifest: bool
+
+
+def check_model(path: Path, config: ServeConfig) -> ModelFacts:
+    """Longest prompt + answer, in tokens, and whether the model's retrieval heads are known.
 
     Raises:
-        UnsupportedModelError: no decoder, or ``wanted`` is more than it was made for.
+        UnsupportedModelError: no decoder, or `--max-model-len` is more than it was made for.
+        StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
     """
     from forecache.workers.decode.backbone import load_config  # imports transformers: seconds
 
-    own_limit = int(load_config(path).max_position_embeddings)
+    model = load_config(path)
+    architectures = getattr(model, "architectures", None) or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        raise UnsupportedModelError(
+            f"{path} is a {', '.join(architectures)}, which is not a decoder language model; "
+            "serve one that is saved as …ForCausalLM."
+        )
+    own_limit, wanted = int(model.max_position_embeddings), config.engine.max_model_len
     if wanted is not None and wanted > own_limit:
         raise UnsupportedModelError(
             f"--max-model-len {wanted} is more than the {own_limit} positions that {path} was made for."
         )
-    return wanted or own_limit
+    return ModelFacts(wanted or own_limit, _has_manifest(model, config))
+
+
+def _has_manifest(model: Any, config: ServeConfig) -> bool:
+    from forecache.workers.decode.loader import model_name
+
+    heads = model.num_attention_heads
+    try:
+        manifest = find_manifest(
+            config.indexer.manifest,
+            model_name(config.engine.model),
+            model_type=model.model_type,
+            layers=model.num_hidden_layers,
+            attention_heads=heads,
+            kv_heads=getattr(model, "num_key_value_heads", None) or heads,
+            head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
+        )
+    except ManifestError as error:
+        raise StartError(f"--indexer-manifest {config.indexer.manifest}: {error}") from error
+    return manifest is not None

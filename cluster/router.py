@@ -114,6 +114,12 @@ class PrefixAffinityRouter(RequestRouter):
         for replica in left:
             self._reclaim(replica)
 
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        replica = self.curr_replicas.get(replica_id)
+        super().on_replica_actor_died(replica_id)
+        if replica is not None:
+            self._reclaim(replica)
+
     def _reclaim(self, replica: RunningReplica) -> None:
         """What a worker that is gone held in its node's memory tier can be evicted again."""
         try:

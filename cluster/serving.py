@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -36,8 +37,21 @@ NAMESPACE = "forecache"
 POLL_S = 0.2
 ROUTING_STATS_PERIOD_S = 2.0
 
+NO_MANIFEST = (
+    "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
+    "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
+)
+
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cluster that serves at ``url``; ``notes`` are sentences that its operator should read."""
+
+    url: str
+    notes: tuple[str, ...] = ()
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for it
@@ -45,8 +59,8 @@ class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for i
 
 
 @contextmanager
-def running(config: ServeConfig, say: Say) -> Iterator[str]:
-    """The cluster, ready; yields its URL. Everything it started is stopped at the end, also when the start fails.
+def running(config: ServeConfig, say: Say) -> Iterator[Running]:
+    """The cluster, ready. Everything it started is stopped at the end, also when the start fails.
 
     Raises:
         ForecacheError: it can't be started; the message says what to change.
@@ -54,7 +68,10 @@ def running(config: ServeConfig, say: Say) -> Iterator[str]:
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say)
-    max_model_len = preflight.max_model_len(path, config.engine.max_model_len)
+    model = preflight.check_model(path, config)
+    notes = (
+        () if model.has_manifest or config.indexer.manifest == "none" else (NO_MANIFEST.format(config.engine.model),)
+    )
     port = config.port or preflight.free_port(config.host)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
@@ -65,12 +82,12 @@ def running(config: ServeConfig, say: Say) -> Iterator[str]:
         redis_url = config.redis_url
         if redis_url is None:
             # other nodes must reach it when there may be any
-            host = None if config.address is None else ray.util.get_node_ip_address()
+            host = None if config.address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
             redis_url = stack.enter_context(EmbeddedRedis(host)).url
         run = uuid.uuid4().hex[:12]
         stack.callback(_stop_node_actors, run, config.stop_deadline_s)
         stack.enter_context(_serve(settings))
-        _deploy(settings, max_model_len, WorkerSettings(
+        _deploy(settings, model.max_model_len, WorkerSettings(
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
@@ -79,13 +96,14 @@ def running(config: ServeConfig, say: Say) -> Iterator[str]:
         say("loading the model")
         _wait_until_running(config.start_deadline_s)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
-        yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", notes)
 
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
     """Ray, started here with sizes of our choice, or joined."""
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if config.address is None:
             ray.init(
@@ -97,11 +115,13 @@ def _ray(config: ServeConfig) -> Iterator[None]:
             )
         else:
             ray.init(address=config.address, **quiet)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put one of its own
+        yield
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        if ray.is_initialized():
+            raise
         where = f"the Ray cluster at {config.address} can't be joined" if config.address else "Ray can't be started"
         raise StartError(f"{where}: {error}") from error
-    try:
-        yield
     finally:
         ray.shutdown()
 
@@ -127,7 +147,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _stop_node_actors(run: str, deadline_s: float) -> None:
@@ -150,27 +170,27 @@ def _stop_node_actors(run: str, deadline_s: float) -> None:
 def _deploy(config: ServeConfig, max_model_len: int, settings: WorkerSettings) -> None:
     """The application: the ingress in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    decode = serve.deployment(DecodeWorker).options(
+    decode = serve.deployment(
         name="DecodeWorker",
         num_replicas=config.workers,
         max_ongoing_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixAffinityRouter,
+            request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
             request_router_kwargs={
                 "chunk_tokens": config.engine.chunk_tokens,
                 "namespace": settings.namespace,
                 "run": settings.run,
                 "redis_url": settings.redis_url,
             },
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
         ),
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
-    )
-    ingress = serve.deployment(serve.ingress()(Ingress)).options(
+    )(DecodeWorker)
+    ingress = serve.deployment(
         name="Ingress",
         # health, readiness and metrics must get through when every worker is full
         max_ongoing_requests=config.max_ongoing_requests * config.workers + 64,
@@ -179,7 +199,7 @@ def _deploy(config: ServeConfig, max_model_len: int, settings: WorkerSettings) -
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
-    )
+    )(serve.ingress()(Ingress))
     application = ingress.bind(config, max_model_len, decode.bind(settings))
     serve.run_many(
         [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
@@ -212,8 +232,8 @@ def _reason(message: str) -> str:
     return f"a worker can't be started: {lines[-1] if lines else 'no reason given'}; see /tmp/ray/session_latest/logs"
 
 
-def run(config: ServeConfig, say: Say, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. ``ready`` is told the URL."""
+def run(config: ServeConfig, say: Say, ready: Callable[[Running], None]) -> None:
+    """Serve until SIGINT or SIGTERM. ``ready`` is told when requests can come."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -222,16 +242,12 @@ def run(config: ServeConfig, say: Say, ready: Callable[[str], None]) -> None:
         stop.set()
         raise Stopped
 
-    def listen() -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-
-    listen()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     try:
-        with running(config, say) as url:
-            listen()  # ray.init put its own handler for SIGTERM
-            ready(url)
+        with running(config, say) as cluster:
+            ready(cluster)
             while True:
                 signal.pause()
-    except Stopped:
+    except (Stopped, SystemExit):  # SystemExit: a SIGTERM that met Ray's handler, while Ray was starting
         say("stopped")

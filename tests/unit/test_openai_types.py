@@ -60,9 +60,7 @@ def test_a_seed_is_drawn_when_none_is_given() -> None:
 
 def test_content_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = ChatCompletionRequest.model_validate(
-        {**CHAT, "messages": [{"role": "developer", "content": parts}]}
-    )
+    request = ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "developer", "content": parts}]})
     assert request.messages[0].for_template() == {"role": "system", "content": "ab"}
 
 

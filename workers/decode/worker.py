@@ -18,7 +18,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.indexer.actor import IndexerActor, RemoteIndexer
 from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.manifest import ManifestError
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
@@ -30,7 +29,7 @@ from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.errors import ChunkLostError, UnsupportedModelError
+from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.protocol import TierStats
@@ -139,10 +138,7 @@ class DecodeWorker:
             chunk_tokens=config.chunk_tokens,
             max_model_len=config.max_model_len,
         )
-        try:
-            spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
-        except ManifestError as error:
-            raise UnsupportedModelError(str(error)) from error
+        spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
         self._tier_id = settings.actor_name("tier", self._node_id)
         self._layout_fingerprint = backbone.layout.fingerprint
         tier = self._on_this_node(

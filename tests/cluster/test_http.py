@@ -1,0 +1,434 @@
+"""`forecache serve` as a client sees it: a tiny random model behind the whole cluster."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.cluster
+
+MODEL = "tiny"
+MAX_MODEL_LEN = 8192
+CHUNK_TOKENS = 16
+START_S = 180.0
+STOP_S = 60.0
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of noise, a token a byte."""
+    path = tmp_path_factory.mktemp("models") / MODEL
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@dataclass
+class Server:
+    process: "subprocess.Popen[str]"
+    url: str
+    arena_dir: Path
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=30)
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """Sum of the samples of a series over its labels."""
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found, f"no series {name}"
+        return sum(map(float, found))
+
+    def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
+        """Seconds until the series has the value. Fails when it takes longer."""
+        start = time.monotonic()
+        while (now := self.metric(name)) != value:
+            assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
+            time.sleep(0.05)
+        return time.monotonic() - start
+
+
+def command(model: Path | str, arena_dir: Path, *flags: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0"),
+        *("--arena-dir", str(arena_dir), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB", "--threads", "1"),
+        *("--chunk-tokens", str(CHUNK_TOKENS), "--start-deadline-s", str(START_S), *flags),
+    ]
+
+
+def start(model: Path, arena_dir: Path, *flags: str) -> Server:
+    process = subprocess.Popen(command(model, arena_dir, *flags), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.search(r"(http://\S+)/v1", line):
+            return Server(process, match[1], arena_dir)
+    raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below ``pid``."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while we looked
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, frontier = set(), {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found |= frontier
+    return found
+
+
+def name_of(pid: int) -> str:
+    """The process' command line; empty once it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def still_running(pids: set[int]) -> set[int]:
+    running = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            running.add(pid)
+    return running
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One cluster for the module; its end is a test as well."""
+    running = start(model, tmp_path_factory.mktemp("arena"))
+    try:
+        yield running
+        processes = descendants(running.process.pid)
+        assert len(processes) >= 5  # Ray's, Redis, the actors
+        assert list(running.arena_dir.glob("forecache-*"))
+        running.process.terminate()
+        assert running.process.wait(STOP_S) == 0
+        assert not still_running(processes)
+        assert not list(running.arena_dir.glob("forecache-*"))
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def chat_body(content: str = "hello", **fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], "max_tokens": 4, **fields}
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error object, checked to be one of OpenAI's."""
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def test_health_readiness_and_models(server: Server, client: openai.OpenAI) -> None:
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"status": "ready", "workers": 1}
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**chat_body(temperature=0))
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "length"
+    assert answer.usage is not None and answer.usage.completion_tokens == 4
+    assert answer.usage.prompt_tokens == len("<user>hello<assistant>")
+    context = answer.usage.model_extra["forecache"]
+    assert context["context_chunks"] == 2 and context["context_bytes"] >= context["resident_bytes"] > 0
+
+
+def test_a_stream_says_what_the_answer_at_once_says(client: openai.OpenAI) -> None:
+    body = chat_body("the same twice", temperature=0.8, seed=5, max_tokens=12)
+    whole = client.chat.completions.create(**body)
+    chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]].count("length") == 1
+    assert not chunks[-1].choices and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    by_text = client.completions.create(model=MODEL, prompt="abc", max_tokens=5, temperature=0)
+    ids = [1 + sorted(pre_tokenizers.ByteLevel.alphabet()).index(letter) for letter in "abc"]
+    by_ids = client.completions.create(model=MODEL, prompt=ids, max_tokens=5, temperature=0)
+    assert by_text.choices[0].text == by_ids.choices[0].text
+    assert by_text.usage is not None and by_text.usage.prompt_tokens == 3
+    pieces = [
+        chunk.choices[0].text
+        for chunk in client.completions.create(model=MODEL, prompt="abc", max_tokens=5, temperature=0, stream=True)
+    ]
+    assert "".join(pieces) == by_text.choices[0].text
+
+
+def test_a_stream_tells_of_its_prefill_in_comments(server: Server) -> None:
+    body = chat_body("x" * 3000, stream=True)
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.headers["content-type"].startswith("text/event-stream")
+    done = [int(match[1]) for line in lines if (match := re.fullmatch(r": prefill (\d+)/(\d+)", line))]
+    assert done == sorted(done) and done[-1] == 3000 + len("<user><assistant>")
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_an_equal_beginning_is_not_prefilled_again(client: openai.OpenAI) -> None:
+    def cached_tokens(**options: Any) -> int | None:
+        body = chat_body("a common beginning " * 20)
+        usage = client.chat.completions.create(**body, extra_body={"forecache": options}).usage
+        assert usage is not None and usage.prompt_tokens == prompt_tokens and usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens
+
+    prompt_tokens = len("<user><assistant>") + 20 * len("a common beginning ")
+    assert cached_tokens() == 0
+    deadline = time.monotonic() + 30  # chunks reach the memory tier in the background
+    while cached_tokens() != prompt_tokens // CHUNK_TOKENS * CHUNK_TOKENS:
+        assert time.monotonic() < deadline
+    assert cached_tokens(cache_salt="mine") == 0
+
+
+@pytest.mark.parametrize("policy", ["full", "lookahead", "recency", "random"])
+def test_every_policy_answers(client: openai.OpenAI, policy: str) -> None:
+    answer = client.chat.completions.create(
+        **chat_body("word " * 400, max_tokens=20), extra_body={"forecache": {"policy": policy, "keep_ratio": 0.2}}
+    )
+    assert answer.usage is not None
+    context = answer.usage.model_extra["forecache"]
+    assert answer.usage.completion_tokens == 20
+    assert context["context_chunks"] >= 125
+    assert (context["keep_ratio"] == 1) if policy == "full" else (context["keep_ratio"] < 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code"),
+    [
+        ({"messages": []}, 400, "messages", "invalid_value"),
+        ({"model": "gpt-9"}, 404, "model", "model_not_found"),
+        ({"temperature": -1}, 400, "temperature", "invalid_value"),
+        ({"temperature": 1e9}, 400, "temperature", "invalid_value"),
+        ({"top_p": 0}, 400, "top_p", "invalid_value"),
+        ({"top_k": -5}, 400, "top_k", "invalid_value"),
+        ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ({"max_tokens": -1}, 400, "max_tokens", "invalid_value"),
+        ({"n": 3}, 400, "n", "invalid_value"),
+        ({"nonsense": 1}, 400, "nonsense", "unknown_parameter"),
+        ({"forecache": {"keep_ratio": 2}}, 400, "forecache.keep_ratio", "invalid_value"),
+        ({"max_tokens": MAX_MODEL_LEN}, 400, "messages", "context_length_exceeded"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests(server: Server, fields: dict[str, Any], status: int, param: str, code: str, stream: bool) -> None:
+    response = server.post("/v1/chat/completions", {**chat_body(), "stream": stream, **fields})
+    error = error_of(response)
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+    assert error["type"] == "invalid_request_error"
+
+
+def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Server) -> None:
+    response = server.post("/v1/chat/completions", chat_body("x" * MAX_MODEL_LEN))
+    message = error_of(response)["message"]
+    asked = MAX_MODEL_LEN + len("<user><assistant>") + 4
+    assert response.status_code == 400 and str(MAX_MODEL_LEN) in message and str(asked) in message
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b'{"model": "tiny", "messages": [', "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"model": "tiny", "max_tokens": NaN}', "not valid JSON"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "not valid UTF-8"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "not valid Unicode"),
+        (b"[1, 2]", "JSON object"),
+    ],
+)
+def test_bad_bodies(server: Server, content: bytes, sentence: str) -> None:
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=content, timeout=30)
+    assert response.status_code == 400 and sentence in error_of(response)["message"]
+
+
+def test_wrong_paths_and_methods(server: Server) -> None:
+    missing = server.get("/v1/embeddings")
+    assert missing.status_code == 404 and error_of(missing)["code"] == "unknown_url"
+    wrong = server.get("/v1/chat/completions")
+    assert wrong.status_code == 405 and error_of(wrong)["code"] == "method_not_allowed"
+    unknown = server.get("/v1/models/nobody")
+    assert unknown.status_code == 404 and error_of(unknown)["code"] == "model_not_found"
+
+
+def test_errors_are_counted_and_harm_nobody(server: Server, client: openai.OpenAI) -> None:
+    before = server.metric("forecache_errors_total")
+    stream = client.chat.completions.create(**chat_body(max_tokens=200, temperature=0), stream=True)
+    next(iter(stream))
+    for _ in range(3):
+        assert server.post("/v1/chat/completions", chat_body(max_tokens=0)).status_code == 400
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert server.metric("forecache_errors_total") == before + 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slots(server: Server, stream: bool) -> None:
+    server.wait_for_metric("forecache_num_requests_running", 0, within_s=30)
+    cancelled = server.metric("forecache_requests_cancelled_total")
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    body = chat_body("x" * 2000, max_tokens=6000, stream=stream, ignore_eos=True)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    server.wait_for_metric("forecache_num_requests_running", 1, within_s=30)
+    assert server.metric("forecache_hot_pool_usage_perc") > 0
+    assert connection.sock is not None
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    server.wait_for_metric("forecache_num_requests_running", 0, within_s=1)
+    assert server.metric("forecache_hot_pool_usage_perc") == 0
+    server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
+    assert server.metric("forecache_requests_cancelled_total") == cancelled + 1
+
+
+def test_metrics_count_what_the_client_counts(server: Server, client: openai.OpenAI) -> None:
+    names = ("forecache_prompt_tokens_total", "forecache_generation_tokens_total", "forecache_requests_finished_total")
+    before = [server.metric(name) for name in names]
+    first_tokens = server.metric("forecache_time_to_first_token_seconds_count")
+    usage = client.chat.completions.create(**chat_body("count me", max_tokens=9, temperature=0)).usage
+    assert usage is not None
+    after = [server.metric(name) for name in names]
+    grown = [b - a for a, b in zip(before, after, strict=True)]
+    assert grown == [usage.prompt_tokens, usage.completion_tokens, 1]
+    assert server.metric("forecache_time_to_first_token_seconds_count") == first_tokens + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentences"),
+    [
+        (("--redis-url", "redis://127.0.0.1:1"), ["no Redis answers at redis://127.0.0.1:1", "--redis-url"]),
+        (("--cold-bytes", "1TiB"), ["too small", str(2**40), "--cold-bytes"]),
+        (("--model", "/nowhere/at/all"), ["/nowhere/at/all"]),
+        (("--keep-ratio", "0"), ["--keep-ratio", "greater than 0"]),
+    ],
+)
+def test_what_cannot_work_is_said_at_start(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], sentences: list[str]
+) -> None:
+    ended = subprocess.run(command(model, tmp_path, *flags), capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode == 2
+    said = ended.stderr.strip().splitlines()[-1]
+    assert said.startswith("forecache: ") and all(sentence in said for sentence in sentences)
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.glob("forecache-*"))
+
+
+def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    ended = subprocess.run(command(tmp_path / "bert", tmp_path), capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "decoder" in ended.stderr.strip().splitlines()[-1]
+
+
+def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ended = subprocess.run(
+            command(model, tmp_path, "--port", port), capture_output=True, text=True, timeout=START_S
+        )
+    assert ended.returncode == 2 and f"127.0.0.1:{port}" in ended.stderr and "--port" in ended.stderr
+
+
+def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(command(model, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "loading the model" in line:
+            break
+    processes = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    process.stderr.read()
+    assert process.wait(STOP_S) == 0
+    assert not still_running(processes)
+    assert not list(tmp_path.glob("forecache-*"))
+
+
+def test_a_worker_that_is_killed_takes_nobody_with_it(model: Path, tmp_path: Path) -> None:
+    server = start(model, tmp_path, "--workers", "2")
+    try:
+        url = f"{server.url}/v1/chat/completions"
+        # different from the first chunk on, so that no worker is preferred for its prefix
+        bodies = [chat_body(text, max_tokens=3000, stream=True, ignore_eos=True) for text in ("a" * 20, "b" * 20)]
+        with (
+            httpx.stream("POST", url, json=bodies[0], timeout=60) as one,
+            httpx.stream("POST", url, json=bodies[1], timeout=60) as two,
+        ):
+            server.wait_for_metric("forecache_num_requests_running", 2, within_s=30)
+            workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
+            assert len(workers) == 2
+            os.kill(min(workers), signal.SIGKILL)
+            ends = sorted([line for line in answer.iter_lines() if line][-1] for answer in (one, two))
+        assert (
+            ends[0] == "data: [DONE]" and json.loads(ends[1].removeprefix("data: "))["error"]["code"] == "worker_lost"
+        )
+        # its holds are given back, and another takes its place
+        server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=30)
+        server.wait_for_metric("forecache_workers", 2, within_s=START_S)
+        assert server.post("/v1/chat/completions", chat_body()).status_code == 200
+    finally:
+        server.process.terminate()
+        server.process.wait(STOP_S)

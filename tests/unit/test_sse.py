@@ -1,0 +1,198 @@
+"""Events of a request become an answer or a stream, and whatever ends a response ends its request."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import pytest
+from starlette.types import Message
+
+from forecache.cluster.errors import ApiError, WorkerLostError
+from forecache.cluster.streams import AnswerFormat, EventStream, EventStreamResponse, collect, server_sent_events
+from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
+from forecache.workers.errors import ForecacheError, InvalidRequestError
+
+
+def event(
+    text: str = "", finish: FinishReason | None = None, prefilled: int = 0, error: str | None = None
+) -> TokenEvent:
+    tokens = (1,) if text else ()
+    stats = SequenceStats(prompt_tokens=9, completion_tokens=2) if finish else None
+    return TokenEvent("r", tokens, text, finish, stats, error, prefilled)
+
+
+class Script:
+    """A token stream of given events; an exception among them is raised, a number is a pause in seconds."""
+
+    def __init__(self, *steps: TokenEvent | Exception | float) -> None:
+        self._steps = list(steps)
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while self._steps:
+            step = self._steps.pop(0)
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                return step
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+ANSWER = (event(prefilled=4), event(prefilled=9), event("he"), event("llo"), event("!", "stop"))
+
+
+def chat(include_usage: bool = False) -> AnswerFormat:
+    return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=9, include_usage=include_usage)
+
+
+def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> EventStream:
+    return EventStream(source, silence_s=silence_s, observe=None if seen is None else seen.append)
+
+
+async def sse(source: Script, answer: AnswerFormat, silence_s: float = 60) -> tuple[list[str], list[ApiError]]:
+    errors: list[ApiError] = []
+    body = server_sent_events(stream_of(source, silence_s=silence_s), answer, errors.append)
+    return [piece async for piece in body], errors
+
+
+def data(lines: Sequence[str]) -> list[dict[str, Any]]:
+    assert all(line.endswith("\n\n") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def test_collect() -> None:
+    source, seen = Script(*ANSWER), list[TokenEvent]()
+    whole = asyncio.run(collect(stream_of(source, seen), chat()))
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "hello!"} and choice["finish_reason"] == "stop"
+    assert whole["usage"]["total_tokens"] == 11 and whole["object"] == "chat.completion"
+    assert tuple(seen) == ANSWER and not source.cancelled
+
+
+def test_stream() -> None:
+    lines, errors = asyncio.run(sse(Script(*ANSWER), chat(include_usage=True)))
+    assert [line for line in lines if line.startswith(":")] == [": prefill 4/9\n\n", ": prefill 9/9\n\n"]
+    events = data(lines)
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == "hello!"
+    assert events[-2]["choices"][0]["finish_reason"] == "stop" and events[-2]["usage"] is None
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["prompt_tokens"] == 9
+    assert lines[-1] == "data: [DONE]\n\n" and not errors
+
+
+def test_completions_have_text() -> None:
+    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=9)
+    lines, _ = asyncio.run(sse(Script(*ANSWER), answer))
+    assert "".join(event["choices"][0]["text"] for event in data(lines)) == "hello!"
+    assert all("usage" not in event and event["object"] == "text_completion" for event in data(lines))
+
+
+def test_silence_is_filled_with_comments() -> None:
+    lines, _ = asyncio.run(sse(Script(0.2, event("a", "stop")), chat(), silence_s=0.01))
+    assert ": waiting\n\n" in lines and lines[-1] == "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("steps", "code"),
+    [
+        ((event("a"), event(finish="error", error="broken")), "internal_error"),
+        ((event("a"), event(finish="cancelled")), "worker_lost"),
+        ((event("a"),), "worker_lost"),
+        ((event("a"), InvalidRequestError("late")), "invalid_value"),
+        ((event("a"), KeyError("secret")), "internal_error"),
+    ],
+)
+def test_an_error_in_mid_stream_is_an_event(steps: tuple[Any, ...], code: str) -> None:
+    lines, errors = asyncio.run(sse(Script(*steps), chat()))
+    assert data(lines)[-1]["error"]["code"] == code and "[DONE]" not in lines[-1]
+    assert [error.code for error in errors] == [code]
+    assert "secret" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("step", "raised"),
+    [
+        (event(finish="error", error="broken"), ForecacheError),
+        (event(finish="cancelled"), WorkerLostError),
+        (InvalidRequestError("no"), InvalidRequestError),
+    ],
+)
+def test_an_error_is_raised_for_an_answer_at_once(step: TokenEvent | Exception, raised: type[Exception]) -> None:
+    with pytest.raises(raised):
+        asyncio.run(collect(stream_of(Script(event("a"), step)), chat()))
+
+
+def test_start_raises_what_refuses_the_request_and_waits_no_longer_than_told() -> None:
+    async def refused() -> None:
+        with pytest.raises(InvalidRequestError):
+            await stream_of(Script(InvalidRequestError("no"))).start(wait_s=60)
+
+    async def slow() -> list[str]:
+        stream = stream_of(Script(0.05, *ANSWER))
+        await stream.start(wait_s=0.001)
+        return [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
+
+    asyncio.run(refused())
+    assert asyncio.run(slow())[-1] == "data: [DONE]\n\n"
+
+
+def test_a_cancelled_collect_cancels_the_request() -> None:
+    async def leave() -> bool:
+        source = Script(event("a"), 60.0)
+        task = asyncio.create_task(collect(stream_of(source), chat()))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return source.cancelled
+
+    assert asyncio.run(leave())
+
+
+@pytest.mark.parametrize("after_events", [0, 1, 3])
+def test_a_disconnect_cancels_the_request(after_events: int) -> None:
+    """The client leaves before the first byte, or in mid-stream."""
+
+    async def leave() -> bool:
+        source = Script(event("a"), event("b"), event("c"), event("d"), 60.0)
+        stream = stream_of(source)
+        response = EventStreamResponse(stream, server_sent_events(stream, chat(), lambda error: None))
+        sent = 0
+        gone = asyncio.Event()
+
+        async def receive() -> Message:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            nonlocal sent
+            if sent == after_events:
+                gone.set()
+                await asyncio.sleep(0.05)
+            sent += 1
+
+        await response({"type": "http", "asgi": {"spec_version": "2.0"}}, receive, send)
+        return source.cancelled
+
+    assert asyncio.run(leave())
+
+
+def test_closing_after_the_end_cancels_nothing() -> None:
+    async def finish() -> bool:
+        source = Script(*ANSWER)
+        stream = stream_of(source)
+        assert [e async for e in stream.events()] == list(ANSWER)
+        stream.close()
+        return source.cancelled
+
+    assert not asyncio.run(finish())
