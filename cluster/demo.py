@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ class Answer:
 def run(model: str, tokens: int, keep_ratio: float) -> int:
     """Everything from start to stop; 0 when the answer was found, else 1."""
     console = Console()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the cluster is stopped
     with console.status(f"preparing {model}") as status:
         path = resolve_model(model, lambda text: status.update(text))
         task = make_task("needle", load_tokenizer(path), tokens=tokens, depth=0.4, seed=1)
