@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.decode.attention import ATTENTION_NAME
@@ -14,8 +17,7 @@ from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_c
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.memory.layout import ChunkLayout, attention_layout
 
-CONTENT_SAMPLES = 16
-SAMPLE_BYTES = 4096
+HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def load_config(path: Path) -> Any:
-    """The configuration of a decoder that can be served; raises :class:`UnsupportedModelError` with the reason if not."""
+    """The configuration of a decoder that can be served; or :class:`UnsupportedModelError` with the reason."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, LookupError, StrictDataclassError) as error:
         raise UnsupportedModelError(f"{path} has a configuration that transformers can't read: {error}") from error
     refuse_config(config, str(path))
     return config
@@ -79,25 +81,18 @@ def load_backbone(
     Raises :class:`UnsupportedModelError` with what is in the way.
     """
     config = load_config(path)
-    place = pick_device(device)
-    number = pick_dtype(dtype, place)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=number,
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
-    model.to(device=place)  # type: ignore[call-arg]
-    model.requires_grad_(False)
-    geometry = inspect_attention(model)
-    model.set_attn_implementation(ATTENTION_NAME)
     own_limit = int(config.max_position_embeddings)
     if max_model_len is not None and max_model_len > own_limit:
         raise UnsupportedModelError(
             f"--max-model-len {max_model_len} is more than the {own_limit} positions that {path} was made for."
         )
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
+    model = _load_model(path, config, number)
+    model.to(device=place)  # type: ignore[call-arg]
+    model.requires_grad_(False)
+    geometry = inspect_attention(model)
+    model.set_attn_implementation(ATTENTION_NAME)
     fingerprint = weights_fingerprint(path, config)
     layout = attention_layout(
         fingerprint,
@@ -110,21 +105,45 @@ def load_backbone(
     return Backbone(model, path, fingerprint, geometry, layout, max_model_len or own_limit, place, number)
 
 
-def weights_fingerprint(path: Path, config: Any) -> str:
-    """Hex name of what determines K/V: the effective configuration and the weight files.
+def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on CPU. transformers makes up weights that it does not find in the files; here that is an error."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",  # the one that every model has; the probe exchanges it
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
+    model, info = loaded
+    for trouble, keys in (
+        ("are not in its weight files", sorted(info["missing_keys"])),
+        ("have another shape than config.json says", sorted(str(key[0]) for key in info["mismatched_keys"])),
+    ):
+        if keys:
+            raise UnsupportedModelError(f"{path}: {len(keys)} weights {trouble}, for one {keys[0]}.")
+    assert isinstance(model, PreTrainedModel)
+    return model
 
-    A safetensors header has shapes, not values, so two fine-tunes share it: some bytes of each file are read as well.
+
+def weights_fingerprint(path: Path, config: Any) -> str:
+    """Hex name of what determines K/V: the effective configuration and every byte of the weight files.
+
+    Headers or samples would not do: a fine-tune may differ from its base in one layer, or in one embedding. The files
+    have just been loaded, so they are read from the page cache.
     """
     digest = blake2b(digest_size=16)
     effective = {k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version"}}
     digest.update(json.dumps(effective, sort_keys=True, default=str).encode())
     for file in sorted(path.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
+        content = xxhash.xxh3_128()
         with file.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(header_bytes))
-            for sample in range(CONTENT_SAMPLES):
-                stream.seek(max(8 + header_bytes, (size - SAMPLE_BYTES) * (sample + 1) // CONTENT_SAMPLES))
-                digest.update(stream.read(SAMPLE_BYTES))
+            while block := stream.read(HASH_BLOCK_BYTES):
+                content.update(block)
+        digest.update(f"{file.name}:{content.hexdigest()}".encode())
     return digest.hexdigest()

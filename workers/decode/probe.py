@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from forecache.workers.errors import UnsupportedModelError
@@ -42,24 +41,34 @@ class _Call:
     value: tuple[int, ...]
     key_data: int
     scale: float
-    arguments: dict[str, Any]
+    causal: bool
+    masked: bool
+    reached: bool
+    refused: tuple[str, ...]
 
 
 def refuse_config(config: Any, name: str) -> None:
     """Raise :class:`UnsupportedModelError` for what the configuration alone tells."""
     if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not a decoder language model.")
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not for text alone.")
     for kind in _rope_types(getattr(config, "rope_parameters", None)):
         if kind in ROPE_OF_THE_BATCH:
             raise UnsupportedModelError(
-                f"{name} uses '{kind}' RoPE, whose frequencies change with the length of the batch, so that cached keys "
-                "would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
+                f"{name} uses '{kind}' RoPE, whose frequencies change with the length of the batch, so that cached "
+                "keys would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
             )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedModelError(
             f"{name} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; only models whose layers "
             "all use full attention can be served."
+        )
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"{name} is of type '{config.model_type}', whose configuration gives no max_position_embeddings: forecache "
+            "must know how long a context it was made for."
         )
 
 
@@ -94,18 +103,22 @@ def inspect_attention(model: PreTrainedModel) -> Geometry:
                 value=tuple(value.shape),
                 key_data=key.data_ptr(),
                 scale=float(arguments.get("scaling") or query.shape[-1] ** -0.5),
-                arguments={k: arguments[k] for k in REFUSED_ARGUMENTS if arguments.get(k) is not None},
+                causal=bool(arguments.get("is_causal", getattr(module, "is_causal", True))),
+                masked=attention_mask is not None,
+                reached="forecache" in arguments,
+                refused=tuple(k for k in REFUSED_ARGUMENTS if arguments.get(k) is not None),
             )
         )
         kept.append(key)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+        # what it returns does not matter: only the calls are watched
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     kept: list[torch.Tensor] = []  # alive until the end, so that equal addresses mean shared keys
     AttentionInterface.register(PROBE_NAME, watch)
     tokens = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
     try:
         model.set_attn_implementation(PROBE_NAME)
-        model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        model(input_ids=tokens, use_cache=False, logits_to_keep=1, forecache=True)
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(f"{name}: transformers can't exchange its attention: {error}") from error
     return _judge(name, model, calls)
@@ -116,17 +129,33 @@ def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
     if sorted(call.layer if call.layer is not None else -1 for call in calls) != list(range(layers)):
         raise UnsupportedModelError(
             f"{name} has {layers} layers but made {len(calls)} attention calls through transformers' "
-            "AttentionInterface: some of its layers do something else (recurrence, convolution, attention of their own)."
+            "AttentionInterface: its layers do something else (recurrence, convolution, attention of their own)."
         )
     for call in calls:
-        for argument in call.arguments:
-            raise UnsupportedModelError(f"{name} uses {REFUSED_ARGUMENTS[argument]}, which is not supported yet.")
+        if not call.causal:
+            raise UnsupportedModelError(f"{name} is no decoder: its tokens attend to later ones as well.")
+        if not call.reached:
+            raise UnsupportedModelError(
+                f"{name} does not hand the arguments of its forward on to its attention (layer {call.layer}), so the "
+                "step's chunks can't reach it."
+            )
+        if call.refused:
+            raise UnsupportedModelError(
+                f"{name} uses {REFUSED_ARGUMENTS[call.refused[0]]}, which forecache's attention does not compute."
+            )
+        if call.masked:
+            raise UnsupportedModelError(
+                f"{name} adds a mask or bias of its own to the attention logits of layer {call.layer}, which "
+                "forecache's attention does not compute."
+            )
         if call.key != call.value:
             raise UnsupportedModelError(
                 f"{name}: keys {list(call.key)} and values {list(call.value)} of layer {call.layer} differ in shape "
                 "(latent attention); only equal shapes are supported."
             )
     first = calls[0]
+    if len({call.scale for call in calls}) > 1:
+        raise UnsupportedModelError(f"{name} scales attention logits layer by layer, which is not supported yet.")
     if len({(call.query, call.key) for call in calls}) > 1:
         raise UnsupportedModelError(f"{name} has layers of different attention shapes, which is not supported yet.")
     if len({call.key_data for call in calls}) < layers:
