@@ -258,7 +258,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=requests, hot_chunks=st.integers(4, 40), late_policy=st.sampled_from(["keep", "wait"]))
 def test_sound_under_any_workload(
     tiny_model: Path, tmp_path: Path, plan: list[Any], hot_chunks: int, late_policy: str

@@ -75,6 +75,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._detokenizers: dict[str, Detokenizer] = {}
         self._leaving: list[Sequence] = []
+        self._serial = itertools.count()
         self._cancelled: set[str] = set()
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
@@ -93,7 +94,7 @@ class Engine:
         cache = request.cache
         seq = Sequence(
             request,
-            holder=f"{self._name}/{request.request_id}",
+            holder=self._new_holder(request.request_id),
             root=root_key(self._backbone.layout.fingerprint, cache.cache_salt),
             chunk_tokens=self.config.chunk_tokens,
             keep_ratio=self.config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
@@ -103,6 +104,10 @@ class Engine:
         self._detokenizers[request.request_id] = Detokenizer(self._tokenizer, request.sampling.stop)
         self._scheduler.add(seq)
         self._prefetcher.wake()
+
+    def _new_holder(self, request_id: str) -> str:
+        """A name never used before: an older holder's release may still be on its way."""
+        return f"{self._name}/{request_id}#{next(self._serial)}"
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon: between two layers of the running step. Unknown ids are fine. Any thread may call."""
@@ -217,15 +222,15 @@ class Engine:
 
     def _recalled(self, done: Recalled) -> None:
         self._counters.recall(done, self._backbone.layout.nbytes)
-        seq = self.windows.recalled(done, self._sequences)
-        if seq is not None:
+        seq = self.windows.recalled(done)
+        if seq is not None and seq.state is not State.FINISHED:
             self._restart(seq)
 
     def _restart(self, seq: Sequence) -> None:
         """Chunks of ``seq`` are gone: compute its tokens again, behind the longest prefix that is still stored."""
         self._scheduler.remove(seq)
         self._keeper.let_go(seq)
-        seq.start_over(f"{self._name}/{seq.request_id}#{seq.restarts + 1}")
+        seq.start_over(self._new_holder(seq.request_id))
         self._scheduler.add(seq, first=True)
 
     def _finish(

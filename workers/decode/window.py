@@ -75,8 +75,8 @@ class WindowCycle:
         self._prefetcher = prefetcher
         self._indexer = indexer
         self._runner = runner
-        self._turns: dict[str, Turn] = {}
-        self._boundaries: dict[str, int] = {}
+        self._turns: dict[Sequence, Turn] = {}
+        self._boundaries: dict[Sequence, int] = {}
         self.failed_predictions = 0
 
     def budget(self, seq: Sequence, chunks: int) -> int:
@@ -90,9 +90,9 @@ class WindowCycle:
 
         ``None`` will do where scores do not matter: for other policies, and when everything is kept.
         """
-        self._boundaries[seq.request_id] = FIRST_BOUNDARY
+        self._boundaries[seq] = FIRST_BOUNDARY
         turn = Turn(boundary=0, chunks=len(seq.chunks))
-        self._turns[seq.request_id] = turn
+        self._turns[seq] = turn
         self._choose(seq, turn, None if mass is None else mass[: len(seq.chunks)])
 
     def wants_queries(self, seq: Sequence) -> bool:
@@ -107,17 +107,17 @@ class WindowCycle:
         seq.decode_steps += 1
         if not self._due(seq, done=True):
             return
-        turn = Turn(self._boundaries[seq.request_id], len(seq.chunks))
+        turn = Turn(self._boundaries[seq], len(seq.chunks))
         if seq.policy != "lookahead":
-            self._turns[seq.request_id] = turn
+            self._turns[seq] = turn
             self._choose(seq, turn, None)
         elif queries is not None:
             turn.future = self._indexer.predict(self._request(seq, queries))
-            self._turns[seq.request_id] = turn
+            self._turns[seq] = turn
 
     def poll(self, seq: Sequence) -> None:
         """At a step's edge: take an answered prediction further, swap a set whose boundary is here."""
-        turn = self._turns.get(seq.request_id)
+        turn = self._turns.get(seq)
         if turn is None:
             return
         if turn.future is not None and turn.future.done():
@@ -138,16 +138,15 @@ class WindowCycle:
 
     def blocked(self, seq: Sequence) -> bool:
         """Whether ``seq`` must not step now: its first set is not there, or it waits for late ones."""
-        turn = self._turns.get(seq.request_id)
+        turn = self._turns.get(seq)
         if turn is None or seq.decode_steps < turn.boundary:
             return False
         return turn.boundary == 0 or self._config.late_policy == "wait"
 
-    def recalled(self, done: Recalled, sequences: dict[str, Sequence]) -> Sequence | None:
+    def recalled(self, done: Recalled) -> Sequence | None:
         """A recall is over. Returns the sequence it was for when chunks of it were lost."""
-        for request_id, turn in self._turns.items():
+        for seq, turn in self._turns.items():
             if turn.ticket == done.ticket:
-                seq = sequences[request_id]
                 turn.ticket = None
                 for item in turn.copying:
                     if item not in done.lost:
@@ -157,8 +156,8 @@ class WindowCycle:
 
     def forget(self, seq: Sequence) -> None:
         """``seq`` is leaving: give back the slots of a turn in the making. Not while it is :meth:`busy`."""
-        turn = self._turns.pop(seq.request_id, None)
-        self._boundaries.pop(seq.request_id, None)
+        turn = self._turns.pop(seq, None)
+        self._boundaries.pop(seq, None)
         if turn is not None:
             if turn.future is not None:
                 turn.future.cancel()
@@ -167,19 +166,19 @@ class WindowCycle:
 
     def busy(self, seq: Sequence) -> bool:
         """Whether a copy into slots of ``seq`` is running."""
-        turn = self._turns.get(seq.request_id)
+        turn = self._turns.get(seq)
         return turn is not None and turn.ticket is not None
 
     def incoming(self, seq: Sequence) -> list[int]:
         """Slots referenced for a set in the making."""
-        turn = self._turns.get(seq.request_id)
+        turn = self._turns.get(seq)
         return [] if turn is None else list(turn.incoming.values())
 
     def _due(self, seq: Sequence, *, done: bool = False) -> bool:
         """Whether the step that is coming (or, with ``done``, was just made) is the one to ask after."""
-        if seq.streamed or seq.request_id in self._turns or self.budget(seq, seq.max_chunks) >= seq.max_chunks:
+        if seq.streamed or seq in self._turns or self.budget(seq, seq.max_chunks) >= seq.max_chunks:
             return False
-        boundary = self._boundaries[seq.request_id]
+        boundary = self._boundaries[seq]
         previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
         ask = max(previous, boundary - self._config.lead_steps)
         return seq.decode_steps + (0 if done else 1) >= ask
@@ -256,7 +255,7 @@ class WindowCycle:
 
     def _finish(self, seq: Sequence, turn: Turn) -> None:
         """Drop the turn and set the next boundary: doubling up to a window, then window by window, staggered."""
-        del self._turns[seq.request_id]
+        del self._turns[seq]
         if turn.boundary == 0:
             return
         window = self._config.window_steps
@@ -264,4 +263,4 @@ class WindowCycle:
         if turn.boundary * 2 > window >= turn.boundary:
             # once, at the end of the early boundaries, so that sequences that started together part
             following -= zlib.crc32(np.asarray(seq.token_ids[:64], dtype="<i4").tobytes()) % max(window // 2, 1)
-        self._boundaries[seq.request_id] = max(following, seq.decode_steps + 1)
+        self._boundaries[seq] = max(following, seq.decode_steps + 1)
