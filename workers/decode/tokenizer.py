@@ -14,7 +14,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights; raises :class:`UnsupportedModelError` if there is none."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise UnsupportedModelError(f"{path} has no tokenizer that transformers can load: {error}") from error
     return tokenizer  # type: ignore[no-any-return]
 
@@ -48,7 +48,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes. After a stop string, nothing more comes; see ``stopped``."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self.stopped:
             return ""
         self._tokens.append(token)
         # tokens before `_start` can't change the text of later ones; those up to `_read` are out already
@@ -65,6 +65,7 @@ class Detokenizer:
             return ""
         old = self._decode(self._tokens[self._start : self._read])
         rest = self._decode(self._tokens[self._start :])[len(old) :]
+        self._start = self._read = len(self._tokens)
         text = self._emit(rest) if rest else ""
         text, self._pending = text + ("" if self.stopped else self._pending), ""
         return text
