@@ -4,17 +4,27 @@ import numpy as np
 import torch
 
 from forecache.workers.decode.messages import SamplingParams
+from forecache.workers.errors import ForecacheError
+
+
+class BadLogitsError(ForecacheError):
+    """There is no distribution to draw from: the logits hold NaN or +inf, or nothing but -inf."""
 
 
 def sample(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
     """The next token for ``logits``: float32 [vocab], to stand at ``position`` of its sequence.
 
     Greedy when the temperature is 0 (ties: the lowest id). Otherwise the distribution is cut to the ``top_k`` likeliest
-    tokens, then to the smallest set that holds ``top_p`` of what is left, and inverted at one uniform number.
+    tokens, then to the smallest set that holds ``top_p`` of what is left, and inverted at one uniform number. A token
+    whose logit is -inf is never drawn. Raises :class:`BadLogitsError` where the largest logit is not finite.
     """
+    best, token = logits.max(dim=-1)
+    if not torch.isfinite(best):
+        raise BadLogitsError(f"the model gave {float(best)} as its largest logit at position {position}")
     if params.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.double() / params.temperature
+        return int(token)
+    # measured from the largest, the quotient can't overflow however small the temperature
+    scaled = (logits.double() - best.double()) / params.temperature
     count = min(params.top_k or len(scaled), len(scaled))
     values, tokens = scaled.topk(count)
     probabilities = values.softmax(dim=-1)
