@@ -181,13 +181,31 @@ def score_chunks(
 ) -> torch.Tensor:
     """How much of the queries' attention each chunk gets: float32 [chunks], larger is needed sooner.
 
-    ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to score.
-    ``queries``: float32 [query_heads, head_dim], RoPE applied. ``local_lse``: float32 [query_heads],
-    log-sum-exp of the scaled logits over the tokens that have no record (-inf: none).
+    ``local_lse``: float32 [query_heads], log-sum-exp of the scaled logits over the tokens that have no record (-inf:
+    none). For the rest see :func:`chunk_lse`, for the scores :func:`attention_share`.
+    """
+    return attention_share(spec, chunk_lse(spec, records, queries, slots), local_lse)
 
-    "tokens": the exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum
-    over heads. "bounds": Σ_d max(q_d·min_d, q_d·max_d), which no q·k in the chunk exceeds (Quest, arXiv
-    2406.10774), softmax over chunks, then the mean over heads.
+
+def attention_share(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """Scores, float32 [chunks], from ``lse`` [query_heads, chunks] of all chunks and ``local_lse`` [query_heads].
+
+    "tokens": the exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
+    "bounds": softmax over the chunks' upper bounds, then the mean over heads.
+    """
+    total = torch.logaddexp(lse.logsumexp(1), local_lse)
+    mass = (lse - total.unsqueeze(1)).exp()
+    return mass.amax(0) if spec.kind == "tokens" else mass.mean(0)
+
+
+def chunk_lse(
+    spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-sum-exp of the scaled logits in each chunk: float32 [query_heads, chunks].
+
+    ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read.
+    ``queries``: float32 [query_heads, head_dim], RoPE applied. For "bounds" it is Σ_d max(q_d·min_d, q_d·max_d), which
+    no q·k in the chunk exceeds (Quest, arXiv 2406.10774). Read in blocks, so that memory stays bounded.
     """
     if queries.shape != (len(spec.query_heads), spec.head_dim):
         raise ValueError(f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}")
@@ -195,15 +213,15 @@ def score_chunks(
     lse = queries.new_empty(len(spec.query_heads), chunks)
     block = max(1, min(BLOCK_HEAD_ELEMENTS // spec.head_elements, BLOCK_BYTES // spec.nbytes))
     for start in range(0, chunks, block):
-        part = slice(start, start + block)
-        rows = records[part] if slots is None else records.index_select(0, slots[part])
-        lse[:, part] = _chunk_lse(spec, rows, queries)
-    total = torch.logaddexp(lse.logsumexp(1), local_lse)
-    mass = (lse - total.unsqueeze(1)).exp()
-    return mass.amax(0) if spec.kind == "tokens" else mass.mean(0)
+        if slots is None:
+            rows = records[start : start + block]
+        else:
+            rows = records.index_select(0, slots[start : start + block])
+        lse[:, start : start + block] = _block_lse(spec, rows, queries)
+    return lse
 
 
-def _chunk_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+def _block_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of the scaled logits in each chunk of ``rows``: float32 [query_heads, chunks]."""
     chunks = len(rows)
     keys = rows[:, : spec.key_nbytes].view(spec.dtype).view(chunks, len(spec.kv_heads), -1, spec.head_dim)

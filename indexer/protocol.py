@@ -13,8 +13,9 @@ class PredictRequest:
     """Which chunks will this sequence need next?
 
     ``index_slots``: int64 [chunks], the arena slot whose index record belongs to each completed chunk, in order; -1
-    where the chunk has not reached the arena yet (it is hot, and scored 0). ``generations``: int64 [chunks], the
-    slots' generations. ``queries``: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's
+    where the chunk has not reached the arena yet. ``local_records``: uint8 [chunks without a slot, record bytes], in
+    order: index records that come along because no arena has them. ``generations``: int64 [chunks], the slots'
+    generations. ``queries``: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's
     heads. ``local_lse``: float32 [query_heads], log-sum-exp of these queries' scaled logits over the tail's tokens, so
     that the softmax has its whole denominator (-inf where there are none).
     """
@@ -25,6 +26,7 @@ class PredictRequest:
     generations: npt.NDArray[np.int64]
     queries: npt.NDArray[np.float32]
     local_lse: npt.NDArray[np.float32]
+    local_records: npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forecache.indexer.index_keys import IndexSpec, score_chunks
+from forecache.indexer.index_keys import IndexSpec, attention_share, chunk_lse
 from forecache.indexer.protocol import Prediction, PredictRequest
 
 
@@ -35,7 +35,7 @@ Attach = Callable[[str], ArenaIndexView]
 
 
 def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> Prediction:
-    """Score the chunks of ``request`` whose records can be read; the others get 0.
+    """Score the chunks of ``request`` whose records can be read, here or in the request; the others get 0.
 
     A slot's generation is read before its record and again after it: one that was given away meanwhile, or already
     had been, is ``missing``. Raises ValueError if the arena's records are of another kind than ``spec``.
@@ -48,18 +48,22 @@ def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> 
     # copies: what came from another process is read-only, which torch.from_numpy does not take
     queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
     asked = np.flatnonzero(request.index_slots >= 0)
+    local = np.flatnonzero(request.index_slots < 0)
+    if len(local) != len(request.local_records):
+        raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
     readable = asked[request.index_slots[asked] < len(arena.index)]
     chunks = _unchanged(arena, request, readable)
     while True:
         slots = torch.from_numpy(request.index_slots[chunks])
-        mass = score_chunks(spec, arena.index, queries, local_lse, slots)
+        lse = chunk_lse(spec, arena.index, queries, slots)
         unchanged = _unchanged(arena, request, chunks)
         if len(unchanged) == len(chunks):
             break
         # a half-written record spoils the softmax of all the others
         chunks = unchanged
     scores = np.zeros(len(request.index_slots), dtype=np.float32)
-    scores[chunks] = mass.numpy()
+    here = chunk_lse(spec, torch.tensor(request.local_records), queries)
+    scores[np.concatenate([chunks, local])] = attention_share(spec, torch.cat([lse, here], 1), local_lse).numpy()
     return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, chunks).tolist()))
 
 

@@ -1,6 +1,7 @@
 """The engine in-process on a tiny model: exact against transformers, and sound whatever happens to it."""
 
 from collections.abc import Callable, Iterator, Sequence
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plan=requests, hot_chunks=st.integers(4, 40), late_policy=st.sampled_from(["keep", "wait"]))
 def test_sound_under_any_workload(
     tiny_model: Path, tmp_path: Path, plan: list[Any], hot_chunks: int, late_policy: str
@@ -296,3 +297,38 @@ def test_sound_under_any_workload(
             assert ends[f"r{i}"] == "length"
         if ends[f"r{i}"] == "length":
             assert tokens[f"r{i}"] == answer
+
+
+def test_a_prefix_is_shared_before_it_is_stored(
+    tiny_model: Path,
+    tmp_path: Path,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, gate = Prefetcher._write_back, threading.Event()
+
+    def stores_late(self: Prefetcher, holder: str, key: bytes, slot: int) -> None:
+        assert gate.wait(30)
+        store(self, holder, key, slot)
+
+    monkeypatch.setattr(Prefetcher, "_write_back", stores_late)
+    with open_llm(tiny_model, tmp_path) as llm:
+        sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+        for name in ("first", "second"):
+            llm.engine.add_request(GenerateRequest(name, tuple(prompts[2]), sampling))
+            if name == "first":
+                # hot, but none of its chunks can have been stored
+                while not any(event.token_ids for event in llm.engine.step()):
+                    pass
+        gate.set()
+        tokens: dict[str, list[int]] = {"first": expected[2][:1], "second": []}
+        cached: dict[str, int] = {}
+        while len(cached) < 2:
+            for event in llm.engine.step():
+                tokens[event.request_id] += event.token_ids
+                if event.stats is not None:
+                    cached[event.request_id] = event.stats.cached_tokens
+        settle(llm)
+    assert cached == {"first": 0, "second": 320}
+    assert tokens == {"first": expected[2], "second": expected[2]}

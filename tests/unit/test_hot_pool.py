@@ -19,8 +19,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = HotPool(LAYOUT, slots=6, device=torch.device("cpu"))
         self.open: list[int] = []
         self.held: list[tuple[int, bytes]] = []
-        self.dirty: dict[int, bytes] = {}
+        self.dirty: list[tuple[int, bytes]] = []
         self.stamp = 0
+        self.discarded: set[int] = set()
 
     def write(self, slot: int) -> None:
         self.stamp += 1
@@ -28,7 +29,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def allocate(self) -> None:
-        in_use = {*self.open, *(slot for slot, _ in self.held), *self.dirty}
+        in_use = {*self.open, *(slot for slot, _ in [*self.held, *self.dirty])}
         slot = self.pool.allocate()
         if slot is None:
             assert len(in_use) == self.pool.num_slots
@@ -47,7 +48,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.lookup(key) is not None
         self.held.append((slot, key))
         if dirty:
-            self.dirty[slot] = key
+            self.dirty.append((slot, key))
+            self.discarded.discard(slot)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -73,19 +75,34 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.dirty)
     @rule(data=st.data())
     def clean(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.dirty)))
-        del self.dirty[slot]
-        self.pool.mark_clean(slot)
+        entry = data.draw(st.sampled_from(self.dirty))
+        self.dirty.remove(entry)
+        self.pool.mark_clean(entry[0])
+
+    @rule(name=st.integers(0, 4))
+    def write_back_again(self, name: int) -> None:
+        slot = self.pool.lookup(bytes([name]) * 16)
+        if slot is not None:
+            self.pool.mark_dirty(slot)
+            self.dirty.append((slot, bytes([name]) * 16))
+
+    @invariant()
+    def what_cold_memory_lacks_is_found(self) -> None:
+        for slot, key in self.dirty:
+            if slot not in self.discarded:
+                assert self.pool.lookup(key) is not None
 
     @rule(name=st.integers(0, 4))
     def discard(self, name: int) -> None:
-        self.pool.discard(bytes([name]) * 16)
+        key = bytes([name]) * 16
+        self.pool.discard(key)
+        self.discarded |= {slot for slot, its_key in self.dirty if its_key == key}
         assert self.pool.lookup(bytes([name]) * 16) is None
 
     @rule()
     def evict_all(self) -> None:
         self.pool.evict_all()
-        assert self.pool.used == len({*self.open, *(slot for slot, _ in self.held), *self.dirty})
+        assert self.pool.used == len({*self.open, *(slot for slot, _ in [*self.held, *self.dirty])})
 
     @invariant()
     def sound(self) -> None:

@@ -1,5 +1,6 @@
 """Index records and their scores, against plain attention in float64, and prediction over an arena."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -172,11 +173,17 @@ class Table:
         return now
 
 
-def make_request(table: Table, slots: list[int]) -> PredictRequest:
+def make_request(table: Table, slots: list[int], records: Sequence[torch.Tensor] = ()) -> PredictRequest:
+    """``records`` are for the slots given as -1."""
     index_slots = np.array(slots, dtype=np.int64)
     generations = np.where(index_slots >= 0, table.generations[index_slots].astype(np.int64), 0)
     queries = random_queries(len(QUERY_HEADS)).numpy()
-    return PredictRequest("s", "arena", index_slots, generations, queries, np.zeros(len(QUERY_HEADS), np.float32))
+    local = (
+        np.stack([record.numpy() for record in records]) if records else np.zeros((0, table.index.shape[1]), np.uint8)
+    )
+    return PredictRequest(
+        "s", "arena", index_slots, generations, queries, np.zeros(len(QUERY_HEADS), np.float32), local
+    )
 
 
 def ask(table: Table, request: PredictRequest) -> Prediction:
@@ -199,13 +206,17 @@ def expected_scores(table: Table, request: PredictRequest, slots: list[int]) -> 
     return score_chunks(spec, rows, queries, torch.from_numpy(request.local_lse)).numpy()
 
 
-def test_chunks_are_scored_in_their_order_and_hot_ones_get_zero(table: Table) -> None:
-    request = make_request(table, [4, -1, 19, 0])
+def test_chunks_are_scored_in_their_order_wherever_their_records_are(table: Table) -> None:
+    request = make_request(table, [4, -1, 19, 0, -1], [table.index[7], table.index[3]])
     prediction = ask(table, request)
     assert prediction.sequence_id == "s"
     assert prediction.missing == ()
-    np.testing.assert_allclose(prediction.scores[[0, 2, 3]], expected_scores(table, request, [4, 19, 0]), rtol=1e-5)
-    assert prediction.scores[1] == 0
+    np.testing.assert_allclose(prediction.scores, expected_scores(table, request, [4, 7, 19, 0, 3]), rtol=1e-5)
+
+
+def test_a_chunk_with_neither_slot_nor_record_is_an_error(table: Table) -> None:
+    with pytest.raises(ValueError, match="1 chunks have no slot, but 0 records"):
+        ask(table, make_request(table, [4, -1]))
 
 
 def test_a_slot_of_another_generation_is_missing(table: Table) -> None:
@@ -234,7 +245,13 @@ def test_a_slot_past_the_arena_is_missing(table: Table) -> None:
 
 def test_read_only_arrays_are_taken(table: Table) -> None:
     request = make_request(table, [1, 2])
-    for array in (request.index_slots, request.generations, request.queries, request.local_lse):
+    for array in (
+        request.index_slots,
+        request.generations,
+        request.queries,
+        request.local_lse,
+        request.local_records,
+    ):
         array.flags.writeable = False
     assert (ask(table, request).scores > 0).all()
 

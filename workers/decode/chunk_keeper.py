@@ -2,12 +2,14 @@
 
 import itertools
 import time
+from collections.abc import Iterator
 
 from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, WrittenBack
+from forecache.workers.memory.protocol import SlotRef
 
 
 class ChunkKeeper:
@@ -30,10 +32,18 @@ class ChunkKeeper:
         seq = self._holders.get(held.holder)
         if seq is None:
             return  # it left meanwhile; its release is queued behind this hold
-        for key, ref in zip(seq.reusable_keys(), held.refs, strict=False):
+        refs: Iterator[SlotRef | None] = itertools.chain(held.refs, itertools.repeat(None))
+        for key, ref in zip(seq.reusable_keys(), refs, strict=False):
+            slot = self._pool.lookup(key)
+            if ref is None and slot is None:
+                break
             chunk = seq.complete_chunk()
             assert chunk.key == key
             chunk.ref = ref
+            if ref is None and slot is not None:
+                # hot, but on its way to cold memory: it must not be evicted before it is held there for this one too
+                self._pool.mark_dirty(slot)
+                self._prefetcher.write_back(seq.holder, key, slot)
         seq.num_computed = len(seq.chunks) * seq.chunk_tokens
         seq.state = State.PREFILL
         if seq.counters.admitted_s is None:

@@ -97,19 +97,14 @@ class ModelRunner:
             return encode_chunk(self._spec, self._kv[slot, self._key_layers, 0, self._key_heads])
 
     @torch.inference_mode()
-    def local_lse(self, queries: torch.Tensor, slots: Seq[tuple[int, int]]) -> torch.Tensor:
-        """Log-sum-exp of ``queries`` [query heads, head_dim] over the keys of (slot, tokens in it): float32 [query heads].
+    def local_lse(self, queries: torch.Tensor, slot: int, tokens: int) -> torch.Tensor:
+        """Log-sum-exp of ``queries`` [query heads, head_dim] over the first ``tokens`` keys in ``slot``: float32 [query heads].
 
-        For the part of a sequence that has no index keys yet: its tail, and chunks on their way to the arena.
+        For the tail of a sequence, which has no index record.
         """
-        total = torch.full((len(queries),), -torch.inf, device=queries.device)
         owner = torch.tensor(self._spec.query_to_kv, device=queries.device)
-        for slot, tokens in slots:
-            if tokens:
-                keys = self._kv[slot, self._key_layers, 0, self._key_heads, :tokens].float()[owner]
-                logits = torch.einsum("hd,htd->ht", queries, keys) * self._spec.scale
-                total = torch.logaddexp(total, logits.logsumexp(-1))
-        return total
+        keys = self._kv[slot, self._key_layers, 0, self._key_heads, :tokens].float()[owner]
+        return (torch.einsum("hd,htd->ht", queries, keys) * self._spec.scale).logsumexp(-1)
 
     def _in_spec_order(self, capture: QueryCapture) -> torch.Tensor:
         """Captured queries [rows, query heads, head_dim], heads as in the index spec."""

@@ -186,15 +186,26 @@ class WindowCycle:
     def _request(self, seq: Sequence, queries: torch.Tensor) -> PredictRequest:
         slots = np.full(len(seq.chunks), -1, dtype=np.int64)
         generations = np.zeros(len(seq.chunks), dtype=np.int64)
-        local = [(seq.open_slots[len(seq.chunks)], seq.tail_tokens)] if seq.tail_tokens else []
+        records = []
         for number, chunk in enumerate(seq.chunks):
             if chunk.ref is not None:
                 slots[number], generations[number] = chunk.ref.slot, chunk.ref.generation
-            elif number in seq.resident:
-                local.append((seq.resident[number], seq.chunk_tokens))
-        lse = self._runner.local_lse(queries, local)
+            else:
+                hot = self._pool.lookup(chunk.key)
+                assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
+                records.append(self._runner.index_record(hot).cpu().numpy())
+        if seq.tail_tokens:
+            lse = self._runner.local_lse(queries, seq.open_slots[len(seq.chunks)], seq.tail_tokens).cpu().numpy()
+        else:
+            lse = np.full(len(queries), -np.inf, dtype=np.float32)
         return PredictRequest(
-            seq.request_id, self._arena_path, slots, generations, queries.cpu().numpy(), lse.cpu().numpy()
+            sequence_id=seq.request_id,
+            arena_path=self._arena_path,
+            index_slots=slots,
+            generations=generations,
+            queries=queries.cpu().numpy(),
+            local_lse=lse,
+            local_records=np.stack(records) if records else np.zeros((0, self._spec.nbytes), dtype=np.uint8),
         )
 
     def _choose(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None) -> None:

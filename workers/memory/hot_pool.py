@@ -32,8 +32,9 @@ class HotPool:
         self.evicted_chunks = 0
         self._references = [0] * slots
         self._keys: list[ChunkKey | None] = [None] * slots
-        self._dirty = [False] * slots
-        self._slot_of: dict[ChunkKey, int] = {}
+        self._dirty = [0] * slots
+        # more than one while equal chunks, computed side by side, are referenced or on their way to cold memory
+        self._slots_of: dict[ChunkKey, list[int]] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
 
@@ -58,7 +59,7 @@ class HotPool:
     @property
     def dirty(self) -> int:
         """Slots whose chunk cold memory does not have yet."""
-        return sum(self._dirty)
+        return sum(1 for count in self._dirty if count)
 
     def references(self, slot: int) -> int:
         """How often ``slot`` is referenced."""
@@ -66,7 +67,8 @@ class HotPool:
 
     def lookup(self, key: ChunkKey) -> int | None:
         """The slot that holds the chunk ``key``, if it is hot."""
-        return self._slot_of.get(key)
+        slots = self._slots_of.get(key)
+        return slots[0] if slots else None
 
     def allocate(self) -> int | None:
         """A slot with one reference and no content, evicting if needed; ``None`` when none can be had now."""
@@ -97,22 +99,29 @@ class HotPool:
     def complete(self, slot: int, key: ChunkKey, *, dirty: bool) -> None:
         """A referenced slot now holds the chunk ``key``; ``dirty`` when cold memory has no copy of it yet.
 
-        If an equal chunk is hot already, that one stays the one to be found; this slot is freed when it is let go.
+        If an equal chunk is hot already, that one stays the one to be found, and this slot is not kept once let go.
         """
         assert self._references[slot] > 0, f"slot {slot} is completed but not referenced"
-        self._dirty[slot] = dirty
+        self._dirty[slot] += dirty
         self._keys[slot] = key
-        self._slot_of.setdefault(key, slot)
+        self._slots_of.setdefault(key, []).append(slot)
+
+    def mark_dirty(self, slot: int) -> None:
+        """One more write-back of the chunk in ``slot`` is under way."""
+        assert self._keys[slot] is not None, f"slot {slot} holds no chunk"
+        self._cached.pop(slot, None)
+        self._dirty[slot] += 1
 
     def mark_clean(self, slot: int) -> None:
-        """The slot's chunk is in cold memory: it may be evicted once unreferenced."""
-        self._dirty[slot] = False
+        """A write-back is over: after the last one the slot may be evicted once unreferenced."""
+        assert self._dirty[slot] > 0, f"slot {slot} is clean already"
+        self._dirty[slot] -= 1
         self._settle(slot)
 
     def discard(self, key: ChunkKey) -> None:
         """Nobody will ask for ``key`` again: do not keep it once it is clean and unreferenced."""
-        slot = self._slot_of.pop(key, None)
-        if slot is not None:
+        for slot in self._slots_of.pop(key, []):
+            self._keys[slot] = None
             self._settle(slot)
 
     def evict_all(self) -> int:
@@ -129,18 +138,21 @@ class HotPool:
         if self._references[slot] or self._dirty[slot]:
             return
         key = self._keys[slot]
-        if key is not None and self._slot_of.get(key) == slot:
+        if key is not None and self._slots_of[key][0] == slot:
             self._cached[slot] = None
             self._cached.move_to_end(slot)
             return
         self._cached.pop(slot, None)
-        self._keys[slot] = None
+        if key is not None:
+            self._forget(slot)
         self._free.append(slot)
 
     def _forget(self, slot: int) -> None:
         key = self._keys[slot]
         assert key is not None
-        del self._slot_of[key]
+        self._slots_of[key].remove(slot)
+        if not self._slots_of[key]:
+            del self._slots_of[key]
         self._keys[slot] = None
 
     def check_integrity(self) -> None:
@@ -148,14 +160,17 @@ class HotPool:
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a slot is free twice"
         for slot in range(self.num_slots):
-            referenced, dirty, key = self._references[slot] > 0, self._dirty[slot], self._keys[slot]
+            referenced, dirty, key = self._references[slot] > 0, self._dirty[slot] > 0, self._keys[slot]
             states = [slot in free, referenced or dirty, slot in cached]
             assert sum(states) == 1, f"slot {slot}: free, in use, cached = {states}"
             assert self._references[slot] >= 0, f"slot {slot} has {self._references[slot]} references"
             if slot in free:
                 assert key is None, f"free slot {slot} has a key"
             if slot in cached:
-                assert key is not None and self._slot_of.get(key) == slot, f"cached slot {slot} can't be found"
-        for key, slot in self._slot_of.items():
-            assert self._keys[slot] == key, f"key {key.hex()} leads to slot {slot}, which holds another chunk"
-            assert slot not in free, f"key {key.hex()} leads to a free slot"
+                assert key is not None and slot in self._slots_of[key], f"cached slot {slot} can't be found"
+        for key, slots in self._slots_of.items():
+            assert slots, f"key {key.hex()} leads nowhere"
+            for slot in slots:
+                assert self._keys[slot] == key, f"key {key.hex()} leads to slot {slot}, which holds another chunk"
+        named = sum(len(slots) for slots in self._slots_of.values())
+        assert named == sum(key is not None for key in self._keys), "a slot has a key that does not lead to it"
