@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.errors import ForecacheError
+from forecache.workers.errors import ForecacheError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ class AsyncEngine:
         self._engine = engine
         self._inbox: deque[tuple[GenerateRequest, Future[None]]] = deque()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
+        self._inbox_lock = threading.Lock()
         self._closing = False
+        self._ended = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="forecache-engine", daemon=True)
         self._thread.start()
@@ -36,29 +38,34 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """The request's events, the last with a finish reason. Leaving the iteration early cancels the request.
 
-        Raises :class:`forecache.workers.errors.InvalidRequestError` before the first event for one that can't be served,
+        Raises :class:`.errors.InvalidRequestError` before the first event for one that can't be served,
         and :class:`EngineDeadError` when the engine is no more.
         """
-        self.check_health()
+        request_id = request.request_id
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id '{request_id}' is running already", param="request_id")
         queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         accepted: Future[None] = Future()
-        self._streams[request.request_id] = (asyncio.get_running_loop(), queue)
-        finished = False
+        self._streams[request_id] = (asyncio.get_running_loop(), queue)
+        running = True
         try:
-            self._inbox.append((request, accepted))
-            self._engine.wake()
-            await asyncio.wrap_future(accepted)
-            while not finished:
+            self._post(request, accepted)
+            try:
+                await asyncio.wrap_future(accepted)
+            except ForecacheError:
+                running = False
+                raise
+            while running:
                 event = await queue.get()
                 if event is None:
-                    self.check_health()
-                    return
-                finished = event.finish_reason is not None
+                    raise self._dead()
+                running = event.finish_reason is None
                 yield event
         finally:
-            self._streams.pop(request.request_id, None)
-            if not finished:
-                self.cancel(request.request_id)
+            del self._streams[request_id]
+            # one that the engine has not seen yet is withdrawn: its id may come again before a cancellation is heard
+            if running and not accepted.cancel():
+                self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon; unknown ids are fine."""
@@ -69,18 +76,30 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        return self._failure is None and self._thread.is_alive()
+        return not self._ended
 
     def check_health(self) -> None:
         """Raise :class:`EngineDeadError` when the engine's thread has ended."""
         if not self.alive:
-            raise EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}") from self._failure
+            raise self._dead()
+
+    def _dead(self) -> EngineDeadError:
+        error = EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}")
+        error.__cause__ = self._failure
+        return error
 
     def close(self) -> None:
         """Cancel what runs and end the thread."""
         self._closing = True
         self._engine.wake()
         self._thread.join()
+
+    def _post(self, request: GenerateRequest, accepted: Future[None]) -> None:
+        with self._inbox_lock:
+            if self._ended:
+                raise self._dead()
+            self._inbox.append((request, accepted))
+        self._engine.wake()
 
     def _run(self) -> None:
         try:
@@ -91,11 +110,12 @@ class AsyncEngine:
                     self._deliver(event)
                 if self._engine.idle and not self._inbox and not self._closing:
                     self._engine.wait_for_work(IDLE_WAIT_S)
+            self._engine.close()
         except BaseException as error:
             logger.exception("the engine stopped")
             self._failure = error
         finally:
-            self._shut_down()
+            self._tell_all()
 
     def _accept(self, request: GenerateRequest, accepted: Future[None]) -> None:
         if not accepted.set_running_or_notify_cancel():
@@ -114,15 +134,14 @@ class AsyncEngine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
-    def _shut_down(self) -> None:
-        """Tell everybody who waits, then give the engine's memory back."""
-        if self._failure is None:
-            self._engine.close()
-        error = EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}")
+    def _tell_all(self) -> None:
+        """The engine is no more: tell everybody who waits."""
+        with self._inbox_lock:
+            self._ended = True
         while self._inbox:
             _, accepted = self._inbox.popleft()
             if accepted.set_running_or_notify_cancel():
-                accepted.set_exception(error)
+                accepted.set_exception(self._dead())
         for loop, queue in list(self._streams.values()):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, None)
