@@ -1,5 +1,6 @@
 """Who runs in the next step: admission within the hot pool and cold memory, decode rows, prefill slices."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class PrefillRate:
         """Tokens after ``past`` that take about ``duration_s``; ``None`` before anything was seen."""
         if self.work_per_s is None:
             return None
-        return int(self.work_per_s * duration_s / (self.linear_equal + past))
+        # the positive root of _work(tokens, past) = work
+        base = self.linear_equal + past
+        return int(math.sqrt(base * base + 2 * self.work_per_s * duration_s) - base)
 
     def _work(self, tokens: int, past: int) -> float:
         return tokens * (self.linear_equal + past + tokens / 2)
@@ -106,14 +109,11 @@ class Scheduler:
         """The next step's work, with slots allocated for every token it computes. May be empty."""
         self._steps += 1
         self.stalled = False
-        decode: list[Sequence] = []
         streams: list[StreamPart] = []
         ready = [seq for seq in self.running if seq.state is State.DECODE and not self._windows.blocked(seq)]
         rows = [seq for seq in ready if not seq.streamed]
         prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
-        for seq in rows:
-            if self._open(seq, 1):
-                decode.append(seq)
+        decode = [seq for seq in rows if self._open(seq, 1)]
         for seq in ready:
             alone = not rows and not prefilling
             if seq.streamed and (alone or self._steps % STREAMED_SHARE == 0) and self._open(seq, 1):

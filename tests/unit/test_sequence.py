@@ -1,0 +1,117 @@
+"""Chunks of one sequence: their names, who may share them, and starting over."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forecache.workers.decode.messages import GenerateRequest, SamplingParams
+from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.memory.keys import prefix_keys, root_key
+
+CHUNK = 16
+ROOT = root_key("layout")
+
+
+def sequence(tokens: int, *, holder: str = "me", max_tokens: int = 8, root: bytes = ROOT) -> Sequence:
+    request = GenerateRequest("id", tuple(range(tokens)), SamplingParams(max_tokens=max_tokens))
+    return Sequence(request, holder=holder, root=root, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+
+
+def compute(seq: Sequence, tokens: int) -> None:
+    """As the engine does after a step of ``tokens``."""
+    seq.num_computed += tokens
+    while seq.tail_tokens >= CHUNK:
+        seq.complete_chunk()
+
+
+def keys(seq: Sequence) -> list[bytes]:
+    return [chunk.key for chunk in seq.chunks]
+
+
+@given(prompt=st.integers(1, 200), max_tokens=st.integers(1, 100))
+def test_lengths(prompt: int, max_tokens: int) -> None:
+    seq = sequence(prompt, max_tokens=max_tokens)
+    assert seq.max_len == prompt + max_tokens
+    assert (seq.max_chunks - 1) * CHUNK < seq.max_len <= seq.max_chunks * CHUNK
+    assert seq.output_ids == []
+    seq.token_ids += [7, 8]
+    assert seq.output_ids == [7, 8]
+    assert seq.prompt_len == prompt
+
+
+@given(steps=st.lists(st.integers(1, 50), max_size=8))
+def test_exact_chunks_have_the_names_of_their_prefix(steps: list[int]) -> None:
+    """However the work was cut into steps, and whoever did it."""
+    seq = sequence(sum(steps) + 1)
+    for step in steps:
+        compute(seq, step)
+        assert 0 <= seq.tail_tokens < CHUNK
+        assert len(seq.chunks) * CHUNK + seq.tail_tokens == seq.num_computed
+    assert keys(seq) == list(prefix_keys(ROOT, seq.token_ids[: seq.num_computed], CHUNK))
+    assert all(chunk.exact for chunk in seq.chunks)
+    assert seq.chunk_of == {chunk.key: chunk for chunk in seq.chunks}
+
+
+@pytest.mark.parametrize(("tokens", "reusable"), [(1, 0), (16, 0), (17, 1), (32, 1), (33, 2)])
+def test_a_prefix_hit_leaves_a_token_to_compute(tokens: int, reusable: int) -> None:
+    assert len(list(sequence(tokens).reusable_keys())) == reusable
+
+
+def test_a_chunk_with_an_approximate_token_is_private_and_so_are_those_after_it() -> None:
+    mine, other, exact = sequence(100, holder="a"), sequence(100, holder="b"), sequence(100)
+    for seq in (mine, other):
+        compute(seq, 20)
+        seq.open_exact = False  # a token of the second chunk read a partial resident set
+        compute(seq, 60)
+    compute(exact, 80)
+    assert [chunk.exact for chunk in mine.chunks] == [True, False, False, False, False]
+    assert keys(mine)[0] == keys(other)[0] == keys(exact)[0]
+    assert not set(keys(mine)[1:]) & (set(keys(other)) | set(keys(exact)))
+    assert len(set(keys(mine))) == 5
+
+
+def test_the_same_holder_finds_its_private_chunks_again() -> None:
+    twice = [sequence(100, holder="session") for _ in range(2)]
+    for seq in twice:
+        seq.open_exact = False
+        compute(seq, 48)
+    assert keys(twice[0]) == keys(twice[1])
+
+
+def test_other_salts_never_meet() -> None:
+    seqs = [sequence(64, root=root_key("layout", salt)) for salt in ("", "x", "y")]
+    for seq in seqs:
+        compute(seq, 48)
+        seq.open_exact = False
+        compute(seq, 16)
+    assert len({key for seq in seqs for key in keys(seq)}) == 12
+
+
+def test_partial_means_that_a_chunk_is_not_read() -> None:
+    seq = sequence(100)
+    assert not seq.partial
+    compute(seq, 50)
+    assert seq.partial
+    seq.resident = {0: 5, 1: 6, 2: 7}
+    assert not seq.partial
+    del seq.resident[1]
+    assert seq.partial
+    seq.streamed = True  # reads everything, resident or not
+    assert not seq.partial
+
+
+def test_starting_over_computes_everything_again_exactly() -> None:
+    seq = sequence(40, holder="first")
+    compute(seq, 39)
+    seq.token_ids += [1, 2, 3]
+    seq.open_exact, seq.state, seq.decode_steps = False, State.DECODE, 2
+    compute(seq, 3)
+    seq.start_over("second")
+    assert (seq.holder, seq.restarts, seq.state) == ("second", 1, State.WAITING)
+    assert (seq.num_computed, seq.decode_steps, seq.chunks, seq.chunk_of) == (0, 0, [], {})
+    # what was said is not said again: it is part of what is to be computed
+    assert seq.prefill_target == 43
+    assert seq.output_ids == [1, 2, 3]
+    assert len(list(seq.reusable_keys())) == 2
+    compute(seq, 43)
+    assert keys(seq) == list(prefix_keys(ROOT, seq.token_ids, CHUNK))
