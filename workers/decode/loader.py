@@ -3,9 +3,11 @@
 import fcntl
 import importlib.metadata
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,11 @@ def cache_dir() -> Path:
 
 def model_name(spec: str) -> str:
     """The name clients call the model by, unless another is set."""
-    return spec if spec in BUILTIN_MODELS or not Path(spec).exists() else Path(spec).resolve().stem
+    path = Path(spec).expanduser()
+    if spec in BUILTIN_MODELS or not path.exists():
+        return spec
+    path = path.resolve()
+    return path.stem if path.is_file() else path.name
 
 
 def resolve_model(spec: str, progress: Progress = lambda _: None) -> Path:
@@ -76,7 +82,7 @@ def resolve_model(spec: str, progress: Progress = lambda _: None) -> Path:
         return _builtin(spec, BUILTIN_MODELS[spec], progress)
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return _convert_gguf(path, cache_dir() / path.stem, None, progress)
+        return _convert_gguf(path, _gguf_cache(path.resolve()), None, progress)
     if path.is_dir():
         return _check_directory(path.resolve())
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
@@ -91,6 +97,13 @@ def resolve_model(spec: str, progress: Progress = lambda _: None) -> Path:
         raise UnsupportedModelError(
             f"'{spec}' is no local directory, and the Hugging Face hub did not give it: {error}"
         ) from error
+
+
+def _gguf_cache(gguf: Path) -> Path:
+    """A directory for this very file: another of the same name, or a newer one in its place, gets its own."""
+    found = gguf.stat()
+    digest = blake2b(f"{gguf}:{found.st_size}:{found.st_mtime_ns}".encode(), digest_size=6)
+    return cache_dir() / f"{gguf.stem}-{digest.hexdigest()}"
 
 
 def _check_directory(path: Path) -> Path:
@@ -133,6 +146,9 @@ def _convert_gguf(gguf: Path, target: Path, builtin: BuiltinModel | None, progre
         try:
             _write_safetensors(gguf, partial, builtin)
             partial.rename(target)
+        except (OSError, ValueError, LookupError, struct.error) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UnsupportedModelError(f"{gguf} can't be converted to safetensors: {error}") from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -141,7 +157,12 @@ def _convert_gguf(gguf: Path, target: Path, builtin: BuiltinModel | None, progre
 
 def _write_safetensors(gguf: Path, target: Path, builtin: BuiltinModel | None) -> None:
     source, file = str(gguf.parent), gguf.name
-    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file, dtype=torch.float32, output_loading_info=True
+    )
+    quantized, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(f"it lacks {len(info['missing_keys'])} weights, for one {min(info['missing_keys'])}")
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
