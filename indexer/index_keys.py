@@ -190,7 +190,7 @@ def score_chunks(
 def attention_share(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
     """Scores, float32 [chunks], from ``lse`` [query_heads, chunks] of all chunks and ``local_lse`` [query_heads].
 
-    "tokens": the exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
+    "tokens": exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
     "bounds": softmax over the chunks' upper bounds, then the mean over heads.
     """
     total = torch.logaddexp(lse.logsumexp(1), local_lse)
@@ -213,10 +213,8 @@ def chunk_lse(
     lse = queries.new_empty(len(spec.query_heads), chunks)
     block = max(1, min(BLOCK_HEAD_ELEMENTS // spec.head_elements, BLOCK_BYTES // spec.nbytes))
     for start in range(0, chunks, block):
-        if slots is None:
-            rows = records[start : start + block]
-        else:
-            rows = records.index_select(0, slots[start : start + block])
+        part = slice(start, start + block)
+        rows = records[part] if slots is None else records.index_select(0, slots[part])
         lse[:, start : start + block] = _block_lse(spec, rows, queries)
     return lse
 

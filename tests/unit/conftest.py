@@ -43,9 +43,7 @@ def reference(tiny_model: Path) -> Reference:
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     def generate(prompt: list[int], tokens: int) -> list[int]:
-        output = model.generate(
-            torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        )
+        output = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
         return output[0, len(prompt) :].tolist()
 
     return generate

@@ -1,7 +1,7 @@
 """The engine in-process on a tiny model: exact against transformers, and sound whatever happens to it."""
 
-from collections.abc import Callable, Iterator, Sequence
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ TOKENS = 40
 @contextmanager
 def open_llm(model: Path, tmp_path: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
     """An LLM with 16-token chunks; checks at the end that nothing leaked."""
-    defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
+    defaults: dict[str, Any] = {
+        "keep_ratio": 1.0,
+        "dtype": "float32",
+        "chunk_tokens": 16,
+        "cold_bytes": 4 << 20,
+        "window_steps": 16,
+    }
     with LLM(
         str(model),
         skip_tokenizer=True,
@@ -219,6 +225,12 @@ def test_more_requests_than_the_pool_holds(tiny_model: Path, tmp_path: Path, pro
         ((5,) * 2000, {"max_tokens": 100}, {}, "2048 tokens.*2100.*2000 in the prompt"),
         ((256,), {}, {}, "vocabulary of 256"),
         ((-1,), {}, {}, "vocabulary"),
+        ((5,), {"temperature": -1.0}, {}, "temperature"),
+        ((5,), {"temperature": float("nan")}, {}, "temperature"),
+        ((5,), {"top_p": 0.0}, {}, "top_p"),
+        ((5,), {"top_k": -3}, {}, "top_k"),
+        ((5,), {"stop": ("",)}, {}, "stop string is empty"),
+        ((5,), {"stop": ("x",)}, {}, "tokenizer"),
         ((5,), {}, {"keep_ratio": 0.0}, "keep_ratio"),
         ((5,), {}, {"keep_ratio": float("nan")}, "keep_ratio"),
     ],
@@ -235,9 +247,11 @@ def test_bad_requests_are_refused_before_anything_runs(
 
 
 def test_cold_memory_too_small_for_a_request(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path, cold_bytes=2 * 10**6 + 2 * 10**5) as llm:
-        with pytest.raises(InvalidRequestError, match="--cold-bytes"):
-            llm.generate([prompts[2] * 5], max_tokens=20)
+    with (
+        open_llm(tiny_model, tmp_path, cold_bytes=2 * 10**6 + 2 * 10**5) as llm,
+        pytest.raises(InvalidRequestError, match="--cold-bytes"),
+    ):
+        llm.generate([prompts[2] * 5], max_tokens=20)
 
 
 def test_text_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:

@@ -60,4 +60,4 @@ def test_lookahead_finds_what_full_attention_finds(found: dict[str, list[bool]])
 
 @pytest.mark.parametrize("policy", ["recency", "random"])
 def test_blind_choices_of_the_same_size_lose_it(found: dict[str, list[bool]], policy: str) -> None:
-    assert sum(found[policy]) <= 1
+    assert sum(found[policy]) <= 2

@@ -1,9 +1,10 @@
 """What may be asked of the engine, and the account of what it did."""
 
+import math
 from dataclasses import dataclass
 
 from forecache.workers.decode.backbone import Backbone
-from forecache.workers.decode.messages import FinishReason, GenerateRequest, SequenceStats
+from forecache.workers.decode.messages import FinishReason, GenerateRequest, SamplingParams, SequenceStats
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.stats import EngineStats
@@ -12,8 +13,9 @@ from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.prefetcher import Recalled
 
 
-def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int) -> None:
-    """Raise :class:`InvalidRequestError` for a request that can never be served."""
+def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:
+    """Raise :class:`InvalidRequestError` for a request that can never be served; ``text``: there is a tokenizer."""
+    _check_sampling(request.sampling, text=text)
     prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
     limit, layout = backbone.max_model_len, backbone.layout
     if not prompt:
@@ -39,6 +41,19 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int)
             "Shorten the prompt, lower max_tokens or raise --cold-bytes.",
             param="messages",
         )
+
+
+def _check_sampling(sampling: SamplingParams, *, text: bool) -> None:
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InvalidRequestError(f"temperature must be 0 or more, not {sampling.temperature}", param="temperature")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequestError(f"top_p must be in (0, 1], not {sampling.top_p}", param="top_p")
+    if sampling.top_k < 0:
+        raise InvalidRequestError(f"top_k must be 0 (all) or more, not {sampling.top_k}", param="top_k")
+    if "" in sampling.stop:
+        raise InvalidRequestError("a stop string is empty", param="stop")
+    if sampling.stop and not text:
+        raise InvalidRequestError("stop strings need a tokenizer, and this engine has none", param="stop")
 
 
 def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:

@@ -25,7 +25,7 @@ class StepAbortedError(Exception):
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """``block_table``: int32 [batch, max_chunks] of pool slots; ``context_lens``: int32 [batch], this token included."""
+    """``block_table``: int32 [batch, max_chunks] of slots; ``context_lens``: int32 [batch], this token included."""
 
     block_table: torch.Tensor
     context_lens: torch.Tensor
@@ -60,7 +60,7 @@ class MassProbe:
         scale: float,
         chunk_tokens: int,
     ) -> None:
-        """``q`` [tokens, heads, head_dim], ``lse`` [tokens, heads]; ``keys``: (chunk numbers [n], k [kv_heads, ·, head_dim])."""
+        """``q`` [tokens, heads, head_dim], ``lse`` [tokens, heads]; ``keys``: (chunk numbers, k [kv_heads, n, head_dim])."""
         heads = self.heads.get(layer)
         if heads is None:
             return

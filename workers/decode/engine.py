@@ -18,13 +18,14 @@ from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
 from forecache.workers.decode.model_runner import ModelRunner, Plan, StepOutput
-from forecache.workers.decode.sampler import sample
+from forecache.workers.decode.sampler import BadLogitsError, sample
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.tokenizer import Detokenizer, eos_token_ids
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
+from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
 from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, Recalled, WrittenBack
@@ -58,6 +59,7 @@ class Engine:
         self._name = name
         self._eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
         self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
+        self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         self._runner = ModelRunner(backbone, self.pool, memory.arena, spec)
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record)
         self.windows = WindowCycle(
@@ -88,7 +90,7 @@ class Engine:
 
     def add_request(self, request: GenerateRequest) -> None:
         """Queue a request. Raises :class:`InvalidRequestError` for one that can never be served."""
-        check_request(request, self._backbone, self._memory.arena.slots)
+        check_request(request, self._backbone, self._memory.arena.slots, text=self._tokenizer is not None)
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
         cache = request.cache
@@ -163,9 +165,14 @@ class Engine:
             row = queries.get(seq.request_id)
             self.windows.after_step(seq, None if row is None or output.queries is None else output.queries[row])
         for seq, logits in zip(output.sampled, output.logits, strict=True):
+            try:
+                token = sample(logits, seq.sampling, len(seq.token_ids))
+            except BadLogitsError as error:
+                self._finish(seq, "error", (), "", str(error))
+                continue
             if seq.state is State.PREFILL:
                 self._begin_decode(seq, output.masses.get(seq.request_id))
-            self._emit(seq, sample(logits, seq.sampling, len(seq.token_ids)))
+            self._emit(seq, token)
 
     def _begin_decode(self, seq: Sequence, mass: torch.Tensor | None) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
@@ -303,10 +310,12 @@ class Engine:
         self._absorb()
 
     def close(self) -> None:
-        """Cancel what runs, give back all holds and end the copy thread. The memory and the indexer stay the caller's."""
+        """Cancel what runs, give back all holds, end the copy thread. Memory and indexer stay the caller's."""
         for seq in list(self._sequences.values()):
             self._finish(seq, "cancelled", (), "")
         while self._leaving:
             self._prefetcher.wait(IDLE_WAIT_S)
             self._absorb()
         self._prefetcher.close()
+        if self._registered is not None:
+            self._registered.close()

@@ -98,9 +98,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def local_lse(self, queries: torch.Tensor, slot: int, tokens: int) -> torch.Tensor:
-        """Log-sum-exp of ``queries`` [query heads, head_dim] over the first ``tokens`` keys in ``slot``: float32 [query heads].
+        """Log-sum-exp of ``queries`` [query heads, head_dim] over the first ``tokens`` keys in ``slot``.
 
-        For the tail of a sequence, which has no index record.
+        float32 [query heads]; for the tail of a sequence, which has no index record.
         """
         owner = torch.tensor(self._spec.query_to_kv, device=queries.device)
         keys = self._kv[slot, self._key_layers, 0, self._key_heads, :tokens].float()[owner]

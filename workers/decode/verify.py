@@ -15,12 +15,14 @@ from forecache.workers.memory.keys import root_key
 VERIFY_TOKENS = 130
 DECODE_STEPS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Largest difference of logits, relative to the largest logit. Half precision differs between transformers' own backends
-by as much; what is looked for here is wrong attention, which is off by far more."""
+"""Largest difference of logits, relative to the largest logit. In half precision transformers' own backends differ by as
+much; what is looked for here is wrong attention, which is off by far more."""
 
 
 def verify_backbone(backbone: Backbone, spec: IndexSpec) -> None:
-    """Compare logits of random tokens with transformers' eager attention; raise :class:`UnsupportedModelError` if they differ.
+    """Compare logits of random tokens with transformers' eager attention.
+
+    Raises :class:`UnsupportedModelError` if they differ.
 
     The tokens go through every path: a first prefill step, one over a past, and decode steps through a block table.
     """

@@ -27,7 +27,7 @@ from forecache.workers.memory.prefetcher import Prefetcher, Recalled, RecallItem
 logger = logging.getLogger(__name__)
 
 FIRST_BOUNDARY = 2
-"""Decode steps before the first swap: the first step gives the first answer token's queries, the second hides the copy."""
+"""Decode steps before the first swap: the first gives the first answer token's queries, the second hides the copy."""
 
 
 @dataclass
