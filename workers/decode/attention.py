@@ -60,7 +60,7 @@ class MassProbe:
         scale: float,
         chunk_tokens: int,
     ) -> None:
-        """``q`` [tokens, heads, head_dim], ``lse`` [tokens, heads]; ``keys``: (chunk numbers, k [kv_heads, n, head_dim])."""
+        """``q`` [tokens, heads, head_dim], ``lse`` [tokens, heads]; ``keys``: (chunks, [kv_heads, n, head_dim])."""
         heads = self.heads.get(layer)
         if heads is None:
             return

@@ -15,7 +15,7 @@ from forecache.workers.memory.keys import root_key
 VERIFY_TOKENS = 130
 DECODE_STEPS = 3
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Largest difference of logits, relative to the largest logit. In half precision transformers' own backends differ by as
+"""Largest difference of logits, relative to the largest logit. In half precision transformers' own backends differ as
 much; what is looked for here is wrong attention, which is off by far more."""
 
 

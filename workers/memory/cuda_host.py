@@ -45,4 +45,4 @@ class RegisteredMemory:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
