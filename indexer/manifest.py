@@ -1,11 +1,13 @@
 """Retrieval-head manifests: which (layer, head) pairs of a model find things, and how that was measured."""
 
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+PACKAGED_MANIFESTS = Path(__file__).parent / "manifests"
 
 
 class ManifestError(ValueError):
@@ -156,12 +158,9 @@ def find_manifest(
 
 
 def _packaged() -> Iterator[RetrievalManifest]:
-    folder = resources.files("forecache.indexer").joinpath("manifests")
-    if not folder.is_dir():
-        return
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".json"):
-            yield RetrievalManifest.model_validate_json(file.read_text(encoding="utf-8"))
+    # beside this file: importlib.resources can't list a namespace package that is installed in editable mode
+    for file in sorted(PACKAGED_MANIFESTS.glob("*.json")):
+        yield RetrievalManifest.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 def _same_family(one: str, other: str) -> bool:
