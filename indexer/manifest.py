@@ -6,7 +6,6 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-
 PACKAGED_MANIFESTS = Path(__file__).parent / "manifests"
 
 
