@@ -1,0 +1,365 @@
+"""Prefill and decode of forecache beside transformers' own `generate`: one process, machine, dtype, prompt.
+
+Both take turns of a few tokens, so that whatever else the machine does meanwhile hits both alike.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from forecache.workers.corpus import documents
+from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.decode.loader import resolve_model
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, SequenceStats
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.errors import ForecacheError, InvalidRequestError
+from forecache.workers.llm import LLM
+from forecache.workers.memory.layout import attention_layout
+
+BASELINE = "transformers"
+WARMUP_PROMPT_TOKENS = 256
+WARMUP_STEPS = 4
+"""Decode steps left out of the account: the first resident set is recalled then, and a device wakes up."""
+
+TURN_STEPS = 16
+"""Decode steps of one before the other's turn: so many that weights found in cache pay as if it ran alone."""
+
+LEAST_CHUNKS = 32
+"""Room in hot and cold memory beyond the prompt's."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. ``threads``: CPU threads of every model, ``None`` for all cores."""
+
+    model: str = "smollm2-135m"
+    context: int = 8192
+    keep_ratio: float = 0.135
+    tokens: int = 64
+    repeat: int = 3
+    threads: int | None = None
+    chunk_tokens: int = 64
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens of one answer: the one that prefill gives, those of the warm-up, those measured."""
+        return 1 + WARMUP_STEPS + self.tokens
+
+
+@dataclass
+class Trace:
+    """Times of one request: ``prefill_s`` from its start to its first token, ``step_s`` for each token after that."""
+
+    prefill_s: float = 0.0
+    step_s: list[float] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    stats: SequenceStats | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run forecache."""
+
+    name: str
+    policy: Policy
+    keep_ratio: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Of all repeats: ``prefill_s`` one by one, ``step_s`` all together, without the warm-up steps."""
+
+    prefill_s: tuple[float, ...]
+    step_s: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """One way to run forecache, and transformers in turn with it.
+
+    ``kept_ratio``: mean resident / all chunks over the decode steps; ``resident_bytes``: KV that the last step could
+    read, of ``context_bytes``; ``same_tokens``: of ``new_tokens``, how many lead that equal transformers' in every
+    repeat.
+    """
+
+    name: str
+    forecache: Timings
+    transformers: Timings
+    kept_ratio: float
+    resident_bytes: int
+    context_bytes: int
+    transformers_bytes: int
+    same_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results, and where they were obtained. ``device``: cpu or cuda."""
+
+    pairs: tuple[PairResult, ...]
+    device: str
+    dtype: str
+    threads: int
+
+
+class Progress(Protocol):
+    def __call__(self, text: str, done: float) -> None:
+        """``text`` is being done; ``done`` of all, 0 to 1."""
+        ...
+
+
+class EngineRun:
+    """One request to an engine, advanced token by token."""
+
+    def __init__(self, llm: LLM, prompt: tuple[int, ...], new_tokens: int, contender: Contender, salt: str) -> None:
+        self.trace = Trace()
+        self._engine = llm.engine
+        self._request = GenerateRequest(
+            f"bench, {salt}",
+            prompt,
+            SamplingParams(max_tokens=new_tokens, ignore_eos=True),
+            CacheOptions(contender.policy, contender.keep_ratio, salt),
+        )
+
+    def prefill(self, progress: Callable[[int], None]) -> None:
+        """Until the first token is there; ``progress`` is told the prompt tokens done."""
+        start = time.perf_counter()
+        self._engine.add_request(self._request)
+        self._advance(progress)
+        self.trace.prefill_s = time.perf_counter() - start
+        # the last chunks' copies would run into the other's time; and what is chosen later must be recalled
+        self._engine.flush()
+        self._engine.pool.evict_all()
+
+    def step(self) -> None:
+        """One token more."""
+        start = time.perf_counter()
+        self._advance(lambda _: None)
+        self.trace.step_s.append(time.perf_counter() - start)
+
+    def _advance(self, progress: Callable[[int], None]) -> None:
+        while True:
+            for event in self._engine.step():
+                progress(event.prefill_tokens_done)
+                if event.error is not None:
+                    raise ForecacheError(event.error)
+                self.trace.stats = event.stats
+                if event.token_ids:
+                    self.trace.token_ids += event.token_ids
+                    return
+
+
+class TurnTaking(BaseStreamer):
+    """Takes the time of each token of `generate`; between two of them ``other`` may work, off this clock."""
+
+    def __init__(self, other: Callable[[int], None]) -> None:
+        self.trace = Trace()
+        self._other = other
+        self._since = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.dim() > 1:
+            return  # the prompt, before anything is computed
+        duration_s = time.perf_counter() - self._since
+        if self.trace.token_ids:
+            self.trace.step_s.append(duration_s)
+        else:
+            self.trace.prefill_s = duration_s
+        self.trace.token_ids += value.tolist()
+        self._other(len(self.trace.token_ids))
+        self._since = time.perf_counter()
+
+    def end(self) -> None:
+        """All has been put already."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """transformers' model and an engine, with weights and cache of their own."""
+
+    baseline: PreTrainedModel
+    llm: LLM
+
+    def run(
+        self,
+        prompt: tuple[int, ...],
+        new_tokens: int,
+        contender: Contender,
+        salt: str,
+        *,
+        engine_first: bool,
+        progress: Progress,
+    ) -> dict[str, Trace]:
+        """The same request to both: one prefill, the other, then decode steps in turns."""
+        run = EngineRun(self.llm, prompt, new_tokens, contender, salt)
+
+        # for the progress bar all decoding counts as much as one prefill
+        def prefill_engine() -> None:
+            done_before = 0 if engine_first else 1
+            run.prefill(lambda done: progress(f"prefill, {contender.name}", (done_before + done / len(prompt)) / 3))
+
+        def between(token: int) -> None:
+            steps = token - 1
+            if steps == 0:
+                if not engine_first:
+                    prefill_engine()
+            elif steps % TURN_STEPS == 0 or token == new_tokens:
+                while len(run.trace.step_s) < steps:
+                    run.step()
+            progress(f"decode, token {token} of {new_tokens}, {contender.name}", (2 + token / new_tokens) / 3)
+
+        if engine_first:
+            prefill_engine()
+        progress(f"prefill, {BASELINE}", 1 / 3 if engine_first else 0.0)
+        inputs = torch.tensor([prompt], device=self.baseline.device)
+        clock = TurnTaking(between)
+        generate: Any = self.baseline.generate
+        generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            streamer=clock,
+        )
+        return {BASELINE: clock.trace, contender.name: run.trace}
+
+
+def measure(
+    settings: Settings, prompt: tuple[int, ...] | None = None, progress: Progress = lambda *_: None
+) -> Measured:
+    """Measure on ``prompt`` (default: ``settings.context`` tokens of prose), forecache's policies one after another.
+
+    Raises :class:`InvalidRequestError` for a prompt and answer longer than the model's context.
+    """
+    progress("loading", 0.0)
+    path = resolve_model(settings.model, lambda text: progress(text, 0.0))
+    if prompt is None:
+        prompt = prose(path, settings.context)
+    contenders = (
+        Contender(f"keep {settings.keep_ratio:g}", "lookahead", settings.keep_ratio),
+        Contender("full", "full", 1.0),
+    )
+    traces: dict[str, list[dict[str, Trace]]] = {contender.name: [] for contender in contenders}
+    with _load(settings, path, prompt) as pair:
+        pair.run(
+            prompt[:WARMUP_PROMPT_TOKENS],
+            settings.new_tokens,
+            contenders[0],
+            "warm-up",
+            engine_first=True,
+            progress=lambda text, _: progress(f"warm-up: {text}", 0.0),
+        )
+        rounds = [(number, contender) for number in range(settings.repeat) for contender in contenders]
+        for index, (number, contender) in enumerate(rounds):
+
+            def tell(text: str, done: float, number: int = number, index: int = index) -> None:
+                progress(f"{number + 1} of {settings.repeat}: {text}", (index + done) / len(rounds))
+
+            traces[contender.name].append(
+                pair.run(
+                    prompt,
+                    settings.new_tokens,
+                    contender,
+                    f"round {index}",
+                    engine_first=number % 2 == 1,  # whoever is second finds a warm machine
+                    progress=tell,
+                )
+            )
+        token_bytes = _chunk_bytes(path, settings.chunk_tokens) // settings.chunk_tokens
+        return Measured(
+            pairs=tuple(_result(name, traces[name], len(prompt), token_bytes) for name in traces),
+            device=pair.baseline.device.type,
+            dtype=str(pair.baseline.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+
+
+def prose(path: Path, tokens: int) -> tuple[int, ...]:
+    """Exactly ``tokens`` tokens of English prose, for the model at ``path``."""
+    tokenizer = load_tokenizer(path)
+    # where a document is cut, tokens may join; a few more than wanted are made
+    text = next(documents("topics", 0, tokens + 8, tokenizer))
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
+
+
+@contextmanager
+def _load(settings: Settings, path: Path, prompt: tuple[int, ...]) -> Iterator[Pair]:
+    chunks = -(-(len(prompt) + settings.new_tokens) // settings.chunk_tokens)
+    chunk_bytes = _chunk_bytes(path, settings.chunk_tokens)
+    with LLM(
+        settings.model,
+        skip_tokenizer=True,
+        threads=settings.threads,
+        chunk_tokens=settings.chunk_tokens,
+        hot_bytes=(chunks + LEAST_CHUNKS) * chunk_bytes,
+        cold_bytes=2 * (chunks + LEAST_CHUNKS) * chunk_bytes,
+    ) as llm:
+        limit = llm.engine.max_model_len
+        if len(prompt) + settings.new_tokens > limit:
+            raise InvalidRequestError(
+                f"{settings.model} has a context of {limit} tokens, but {len(prompt)} in the prompt and "
+                f"{settings.new_tokens} generated were asked for: lower --context or --tokens."
+            )
+        yield Pair(_baseline(path), llm)
+
+
+def _baseline(path: Path) -> PreTrainedModel:
+    """The model as transformers runs it, set to generate past an end of sequence."""
+    device = pick_device("auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=pick_dtype("auto", device), attn_implementation="sdpa", trust_remote_code=False
+    )
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = None
+    assert isinstance(model, PreTrainedModel)
+    return model.to(device=device)  # type: ignore[call-arg]
+
+
+def _chunk_bytes(path: Path, chunk_tokens: int) -> int:
+    config = load_config(path)
+    layout = attention_layout(
+        "",
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        chunk_tokens=chunk_tokens,
+        dtype=pick_dtype("auto", pick_device("auto")),
+    )
+    return layout.nbytes
+
+
+def _result(name: str, traces: list[dict[str, Trace]], prompt_tokens: int, token_bytes: int) -> PairResult:
+    last = traces[-1][name]
+    assert last.stats is not None
+    return PairResult(
+        name=name,
+        forecache=_timings([trace[name] for trace in traces]),
+        transformers=_timings([trace[BASELINE] for trace in traces]),
+        kept_ratio=last.stats.keep_ratio,
+        resident_bytes=last.stats.resident_bytes,
+        context_bytes=last.stats.context_bytes,
+        transformers_bytes=(prompt_tokens + len(last.step_s)) * token_bytes,
+        same_tokens=min(_same(trace[name].token_ids, trace[BASELINE].token_ids) for trace in traces),
+        new_tokens=len(last.token_ids),
+    )
+
+
+def _timings(traces: list[Trace]) -> Timings:
+    return Timings(
+        tuple(trace.prefill_s for trace in traces),
+        tuple(duration_s for trace in traces for duration_s in trace.step_s[WARMUP_STEPS:]),
+    )
+
+
+def _same(a: list[int], b: list[int]) -> int:
+    """Leading elements that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
