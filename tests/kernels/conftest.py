@@ -1,19 +1,10 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is
-imported.
-"""
+"""What kernel tests share."""
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before the interpreter was chosen: run tests/kernels alone")
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture

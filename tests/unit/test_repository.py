@@ -1,0 +1,77 @@
+"""The house rules that a reader can check: the README's tree, the floors of imports, plain modules."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FLOORS = {
+    "cluster": {"workers", "indexer", "kernels"},
+    "workers": {"indexer", "kernels"},
+    "indexer": set(),
+    "kernels": set(),
+}
+RAY_ALLOWED = {"indexer/actor.py", "workers/memory/tier.py", "workers/memory/remote.py", "workers/decode/worker.py"}
+MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))
+
+
+def tree_of_readme() -> set[str]:
+    """Paths in the README's layout block; folders end with a slash."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"## Layout\n```\n(.*?)\n```", text, flags=re.DOTALL)
+    assert found is not None, "the README has no layout block"
+    paths: set[str] = set()
+    folders: list[str] = []
+    for line in found[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[:depth]
+        paths.add("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def test_every_module_is_in_the_readme_and_nothing_else_is() -> None:
+    listed = tree_of_readme()
+    files = {str(path.relative_to(ROOT)) for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]}
+    assert {path for path in listed if path.endswith(".py")} == files
+    assert [path for path in listed if not (ROOT / path).exists()] == []
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_down(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    floor = name.split("/")[0]
+    for module in imports(path):
+        top, *rest = module.split(".")
+        assert top not in FLOORS, f"{name} imports {module}: only forecache.{module} exists once installed"
+        if top == "forecache":
+            assert rest[0] == floor or rest[0] in FLOORS[floor], f"{name} imports {module}, which lies above it"
+        if top == "ray":
+            assert floor == "cluster" or name in RAY_ALLOWED, f"{name} imports Ray"
+        if top == "transformers":
+            assert floor in ("workers", "cluster"), f"{name} imports transformers"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_plain(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert path.name != "__init__.py", "a package marker here shadows installed packages of the same name"
+    assert len(text.splitlines()) <= 350, "a file of more than 350 lines has two jobs"
+    assert ast.get_docstring(ast.parse(text)), "a module says what it is for"
+    assert "os.environ" not in text and "getenv" not in text, (
+        "settings are fields of a model, not environment variables"
+    )
