@@ -104,10 +104,11 @@ def gather_layer(kv: Tensor, layer: int | Tensor, slots: Tensor) -> tuple[Tensor
 
     ``slots``: int64 ``[n]``. Returns k, v, each contiguous ``[kv_heads, n * chunk_tokens, head_dim]``.
     """
-    # indexing a permuted view makes the one copy that is needed, in its final order
-    pool = (kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv).permute(2, 3, 0, 1, 4, 5)
-    k, v = (pool[part][:, slots, layer].flatten(1, 2).contiguous().view(kv.dtype) for part in (0, 1))
-    return k, v
+    pool = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
+    # index_select of a permuted view makes the one copy that is needed, in its final order, a chunk's head at a time
+    one_layer = pool.select(1, int(layer)).permute(1, 2, 0, 3, 4)
+    gathered = one_layer.index_select(2, slots).flatten(2, 3).view(kv.dtype)
+    return gathered[0], gathered[1]
 
 
 def chunk_attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, chunk_tokens: int) -> Tensor:
