@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from forecache.workers.bench_decode import BASELINE, Measured, PairResult, Settings, Timings, measure
+from forecache.workers.bench_decode import Measured, PairResult, Settings, Timings, measure
+from forecache.workers.bench_turns import BASELINE
 
 MIB = 2**20
 GOAL_CONTEXT = 8192

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from forecache.cluster import bench, cli
-from forecache.workers.bench_decode import TURN_STEPS, WARMUP_STEPS, Settings, measure
+from forecache.workers.bench_decode import WARMUP_STEPS, Settings, measure
+from forecache.workers.bench_turns import TURN_STEPS
 from forecache.workers.errors import InvalidRequestError
 
 Reference = Callable[[list[int], int], list[int]]
