@@ -4,6 +4,7 @@ import itertools
 import os
 import uuid
 from collections.abc import Sequence as Seq
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.loader import resolve_model
+from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import (
     CacheOptions,
     FinishReason,
@@ -80,28 +81,34 @@ class LLM:
             chunk_tokens=self.config.chunk_tokens,
             max_model_len=self.config.max_model_len,
         )
-        spec = choose_index_spec(indexer.manifest, model, backbone)
+        spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
         verify_backbone(backbone, spec)
         remove_abandoned(memory.arena_dir)
-        self._arena = Arena.create(
-            memory.arena_dir,
-            f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
-            layout=backbone.layout,
-            index_nbytes=spec.nbytes,
-            index_fingerprint=spec.fingerprint,
-            capacity_bytes=memory.cold_bytes,
-        )
-        self.memory = ArenaStore(self._arena)
-        self._indexer = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
-        self.engine = Engine(
-            backbone,
-            self.tokenizer,
-            self.config,
-            selection or SelectionConfig(),
-            self.memory,
-            self._indexer,
-            spec,
-        )
+        with ExitStack() as cleanup:  # of what was made when a later part can't be
+            self._arena = Arena.create(
+                memory.arena_dir,
+                f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+                layout=backbone.layout,
+                index_nbytes=spec.nbytes,
+                index_fingerprint=spec.fingerprint,
+                capacity_bytes=memory.cold_bytes,
+            )
+            cleanup.callback(self._arena.close)
+            cleanup.callback(self._arena.unlink)
+            self.memory = ArenaStore(self._arena)
+            self._indexer = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
+            cleanup.callback(self._indexer.close)
+            self.engine = Engine(
+                backbone,
+                self.tokenizer,
+                self.config,
+                selection or SelectionConfig(),
+                self.memory,
+                self._indexer,
+                spec,
+            )
+            cleanup.callback(self.engine.close)
+            self._cleanup = cleanup.pop_all()
         self._ids = itertools.count()
 
     def generate(
@@ -125,11 +132,13 @@ class LLM:
         """
         sampling = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos)
         cache = CacheOptions(policy, keep_ratio, cache_salt)
-        ids = [self._add(prompt, sampling, cache) for prompt in prompts]
-        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
-        texts = dict.fromkeys(ids, "")
+        ids: list[str] = []
         done: dict[str, Completion] = {}
         try:
+            for prompt in prompts:
+                ids.append(self._add(prompt, sampling, cache))  # noqa: PERF401 - known when a later one is refused
+            tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+            texts = dict.fromkeys(ids, "")
             while len(done) < len(ids):
                 for event in self.engine.step():
                     if event.request_id not in tokens:
@@ -164,10 +173,7 @@ class LLM:
 
     def close(self) -> None:
         """Free the hot pool, the cold memory and its file."""
-        self.engine.close()
-        self._indexer.close()
-        self._arena.unlink()
-        self._arena.close()
+        self._cleanup.close()
 
     def __enter__(self) -> Self:
         return self
