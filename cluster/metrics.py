@@ -42,6 +42,7 @@ _ENGINE_COUNTERS = (
     _Counter("forecache_prefetch_stall_seconds", "Seconds that steps waited for a recall.", "prefetch_stall_s"),
     _Counter("forecache_lookahead_windows", "Windows begun.", "windows"),
     _Counter("forecache_lookahead_late", "Windows whose prediction or copies were late.", "late_windows"),
+    _Counter("forecache_lookahead_failed", "Windows without a prediction.", "failed_predictions"),
     _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
     _Counter("forecache_prompt_tokens", "Prompt tokens of admitted requests.", "prompt_tokens"),
     _Counter("forecache_generation_tokens", "Tokens generated.", "generated_tokens"),

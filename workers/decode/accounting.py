@@ -93,6 +93,7 @@ class EngineCounters:
     lost_chunks: int = 0
     windows: int = 0
     late_windows: int = 0
+    failed_predictions: int = 0
     prefetch_stall_s: float = 0.0
     finished_requests: int = 0
     cancelled_requests: int = 0
@@ -114,6 +115,7 @@ class EngineCounters:
         """``seq`` ended for ``reason``."""
         self.windows += seq.counters.windows
         self.late_windows += seq.counters.late_windows
+        self.failed_predictions += seq.counters.failed_predictions
         if reason == "cancelled":
             self.cancelled_requests += 1
         elif reason == "error":
@@ -143,6 +145,7 @@ class EngineCounters:
             evicted_chunks=pool.evicted_chunks,
             windows=self.windows,
             late_windows=self.late_windows,
+            failed_predictions=self.failed_predictions,
             lost_chunks=self.lost_chunks,
             prefetch_stall_s=self.prefetch_stall_s,
             finished_requests=self.finished_requests,

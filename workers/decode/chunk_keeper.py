@@ -4,9 +4,12 @@ import itertools
 import time
 from collections.abc import Iterator
 
+import numpy as np
+
 from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.window import WindowCycle
+from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, WrittenBack
 from forecache.workers.memory.protocol import SlotRef
@@ -15,8 +18,11 @@ from forecache.workers.memory.protocol import SlotRef
 class ChunkKeeper:
     """From the search for a stored prefix, through chunks that complete, to letting all of them go."""
 
-    def __init__(self, pool: HotPool, prefetcher: Prefetcher, windows: WindowCycle, counters: EngineCounters) -> None:
+    def __init__(
+        self, pool: HotPool, arena: Arena, prefetcher: Prefetcher, windows: WindowCycle, counters: EngineCounters
+    ) -> None:
         self._pool = pool
+        self._arena = arena
         self._prefetcher = prefetcher
         self._windows = windows
         self._counters = counters
@@ -71,12 +77,18 @@ class ChunkKeeper:
         self._pool.mark_clean(done.slot)
         seq = self._holders.get(done.holder)
         if done.ref is None:
-            self._pool.discard(done.key)
-            return seq
+            # the slot stays to be found: others with this prefix may count on it, and store it for themselves
+            return None if seq is None or seq.state is State.FINISHED else seq
         self._counters.written_back_chunks += 1
         if seq is not None and done.key in seq.chunk_of:
             seq.chunk_of[done.key].ref = done.ref
         return None
+
+    def given_away(self, seq: Sequence) -> int:
+        """How many chunks of ``seq`` are no longer where they were held: a tier that starts again knows no holds."""
+        refs = [chunk.ref for chunk in seq.chunks if chunk.ref is not None]
+        now = self._arena.generation(np.array([ref.slot for ref in refs], dtype=np.int64))
+        return int((now != np.array([ref.generation for ref in refs], dtype=np.uint64)).sum())
 
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""

@@ -82,7 +82,7 @@ class Engine:
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
         self._counters = EngineCounters()
-        self._keeper = ChunkKeeper(self.pool, self._prefetcher, self.windows, self._counters)
+        self._keeper = ChunkKeeper(self.pool, memory.arena, self._prefetcher, self.windows, self._counters)
 
     @property
     def max_model_len(self) -> int:
@@ -142,6 +142,8 @@ class Engine:
             output = self._runner.run(plan, lambda: not self._cancelled.isdisjoint(members))
         except StepAbortedError:
             return
+        if plan.streams and self._backbone.device.type == "cuda":
+            torch.cuda.synchronize()  # else a step without a sampled token has no duration, and has not read its past
         duration_s = time.perf_counter() - start
         if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
             part = plan.streams[0]
@@ -151,12 +153,21 @@ class Engine:
 
     def _advance(self, plan: Plan, output: StepOutput) -> None:
         """Account for a step that was computed: chunks completed, tokens sampled, windows turned."""
+        lost: set[Sequence] = set()
+        for seq in (part.sequence for part in plan.streams):
+            # their past was read where it lies; that of decode rows was verified when it was recalled
+            if gone := self._keeper.given_away(seq):
+                self._counters.lost_chunks += gone
+                lost.add(seq)
+                self._restart(seq)
         for seq in plan.decode:
             seq.counters.kept_sum += (len(seq.resident) + 1) / (len(seq.chunks) + 1)
             seq.counters.kept_steps += 1
             seq.open_exact = seq.open_exact and not seq.partial
             self._keeper.computed(seq, 1)
         for part in plan.streams:
+            if part.sequence in lost:
+                continue
             self._keeper.computed(part.sequence, part.tokens)
             if part.sequence.state is State.PREFILL:
                 self._events.append(self._event(part.sequence, (), ""))
@@ -165,6 +176,8 @@ class Engine:
             row = queries.get(seq.request_id)
             self.windows.after_step(seq, None if row is None or output.queries is None else output.queries[row])
         for seq, logits in zip(output.sampled, output.logits, strict=True):
+            if seq in lost:
+                continue
             try:
                 token = sample(logits, seq.sampling, len(seq.token_ids))
             except BadLogitsError as error:

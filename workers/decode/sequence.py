@@ -43,6 +43,7 @@ class Counters:
     cached_tokens: int = 0
     recalled_chunks: int = 0
     late_windows: int = 0
+    failed_predictions: int = 0
     windows: int = 0
     kept_sum: float = 0.0
     kept_steps: int = 0

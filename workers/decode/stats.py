@@ -25,6 +25,7 @@ class EngineStats:
     evicted_chunks: int = 0
     windows: int = 0
     late_windows: int = 0
+    failed_predictions: int = 0
     lost_chunks: int = 0
     prefetch_stall_s: float = 0.0
     finished_requests: int = 0

@@ -77,7 +77,6 @@ class WindowCycle:
         self._runner = runner
         self._turns: dict[Sequence, Turn] = {}
         self._boundaries: dict[Sequence, int] = {}
-        self.failed_predictions = 0
 
     def budget(self, seq: Sequence, chunks: int) -> int:
         """Chunks of ``seq`` that may be resident when it has ``chunks``."""
@@ -121,14 +120,7 @@ class WindowCycle:
         if turn is None:
             return
         if turn.future is not None and turn.future.done():
-            error = turn.future.exception()
-            if error is not None:
-                # a prediction is a hint: without it the old set serves on, and the loss is counted
-                logger.warning("no prediction for %s, its resident set stays: %s", seq.request_id, error)
-                self.failed_predictions += 1
-                self._finish(seq, turn)
-                return
-            scores = turn.future.result().scores
+            scores = self._scores(seq, turn, turn.future)
             turn.future = None
             self._choose(seq, turn, scores)
         if turn.wanted:
@@ -208,6 +200,18 @@ class WindowCycle:
             local_records=np.stack(records) if records else np.zeros((0, self._spec.nbytes), dtype=np.uint8),
         )
 
+    def _scores(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> npt.NDArray[np.float32]:
+        """What was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
+        error = future.exception()
+        if error is None:
+            scores = future.result().scores
+            if np.isfinite(scores).all():
+                return scores
+            error = ValueError("a score is not finite")
+        logger.warning("no prediction for %s, its resident set stays: %s", seq.request_id, error)
+        seq.counters.failed_predictions += 1
+        return np.array([number in seq.resident for number in range(turn.chunks)], dtype=np.float32)
+
     def _choose(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None) -> None:
         """Choose the set of ``turn`` by ``scores`` [chunks], as far as the sequence's reserved slots go."""
         rng = np.random.default_rng([self._config.seed, seq.sampling.seed % 2**32, seq.decode_steps])
@@ -222,7 +226,10 @@ class WindowCycle:
         wanted = [number for number in chosen if number not in seq.resident]
         if scores is not None and len(scores):
             wanted.sort(key=lambda number: -scores[number])
-        room = seq.reserved_slots - len(seq.resident) - len(seq.open_slots)
+        # the tokens up to the boundary need slots too, before the swap gives any back
+        tail = seq.tail_tokens + max(turn.boundary - seq.decode_steps, 0) + 1
+        filling = max(len(seq.open_slots), -(-tail // seq.chunk_tokens))
+        room = max(seq.reserved_slots - len(seq.resident) - filling, 0)
         turn.selected = frozenset(chosen) - frozenset(wanted[room:])
         turn.wanted = wanted[:room]
         self._bring_in(seq, turn)

@@ -161,7 +161,7 @@ class Prefetcher:
         sound = 0
         for key, ref in zip(keys, refs, strict=False):
             if not self._memory.arena.check(ref, key):
-                self._memory.drop(key, ref)
+                self._drop(key, ref)
                 break
             sound += 1
         self._completions.put(PrefixHeld(holder, tuple(refs[:sound])))
@@ -170,18 +170,18 @@ class Prefetcher:
         start = time.perf_counter()
         lost = []
         for item in items:
-            if self._memory.arena.check(item.ref, item.key):
-                self._pool.memory[item.slot].copy_(self._memory.arena.chunks[item.ref.slot])
-            else:
+            # checked after the copy: before it, the slot could still be given away
+            self._pool.memory[item.slot].copy_(self._memory.arena.chunks[item.ref.slot])
+            if not self._memory.arena.check(item.ref, item.key):
                 lost.append(item)
         for item in lost:
-            self._drop(item)
+            self._drop(item.key, item.ref)
         nbytes = (len(items) - len(lost)) * self._pool.layout.nbytes
         self._completions.put(Recalled(ticket, tuple(lost), nbytes, time.perf_counter() - start))
 
-    def _drop(self, item: RecallItem) -> None:
+    def _drop(self, key: ChunkKey, ref: SlotRef) -> None:
         try:
-            self._memory.drop(item.key, item.ref)
+            self._memory.drop(key, ref)
         except ChunkLostError:
             return  # the owner is gone, and with it what was to be forgotten
 

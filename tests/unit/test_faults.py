@@ -1,0 +1,237 @@
+"""What goes wrong around the engine ends one request at most: full or absent cold memory, failed predictions, races."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forecache.indexer.config import SelectionConfig
+from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.scorer import LocalIndexer
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenEvent
+from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, OverloadedError
+from forecache.workers.llm import LLM
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.prefetcher import Prefetcher, RecallItem
+from forecache.workers.memory.protocol import Reservation
+from forecache.workers.memory.store import ArenaStore
+
+CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
+MOST_STEPS = 1500
+
+
+@contextmanager
+def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
+    """An LLM with 16-token chunks; checks at the end that nothing leaked."""
+    defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
+    with (
+        TemporaryDirectory(prefix="faults-test-", dir="/dev/shm") as directory,
+        LLM(
+            str(model),
+            skip_tokenizer=True,
+            hot_bytes=hot_chunks * CHUNK_BYTES,
+            arena_dir=Path(directory),
+            **(defaults | settings),
+        ) as llm,
+    ):
+        yield llm
+        for _ in range(2):
+            llm.engine.flush()
+        llm.engine.check_integrity()
+        llm.memory.check_integrity()
+        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
+
+
+def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int, policy: Policy = "lookahead") -> None:
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    llm.engine.add_request(GenerateRequest(name, tuple(prompt), sampling, CacheOptions(policy)))
+
+
+def finish(llm: LLM, names: set[str]) -> dict[str, TokenEvent]:
+    """Step until all of ``names`` have ended; their last events."""
+    last: dict[str, TokenEvent] = {}
+    for _ in range(MOST_STEPS):
+        for event in llm.engine.step():
+            if event.finish_reason is not None:
+                assert event.request_id not in last, "it ended twice"
+                last[event.request_id] = event
+        llm.engine.check_integrity()
+        if names <= set(last):
+            return last
+    raise AssertionError(f"no progress: only {sorted(last)} of {sorted(names)} ended")
+
+
+def test_a_set_that_turns_over_leaves_room_for_the_tail(tiny_model: Path, prompts: list[list[int]]) -> None:
+    # 124 chunks at most, a budget of 31: reserved are 31 + 16 + 3 slots, and the pool has no more
+    few_recent = SelectionConfig(recency_fraction=0.1)
+    with open_llm(tiny_model, hot_chunks=50, keep_ratio=0.25, cold_bytes=8 << 20, selection=few_recent) as llm:
+        for tail in range(16):
+            prompt = (prompts[2] * 6)[: 1920 + tail]
+            add(llm, str(tail), prompt, 48, "random")
+            assert finish(llm, {str(tail)})[str(tail)].finish_reason == "length"
+
+
+def test_a_full_cold_memory_ends_who_could_not_store_and_not_who_shares_the_prefix(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, gates, stored = ArenaStore.reserve, [threading.Event() for _ in range(3)], []
+
+    def full_for_the_first(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        assert gates[0].wait(30)
+        if not stored:
+            stored.extend(keys)
+        elif "first" in holder:
+            assert gates[1].wait(30)
+            raise OverloadedError("full")
+        else:
+            assert gates[2].wait(30)
+        return reserve(self, holder, keys)
+
+    monkeypatch.setattr(ArenaStore, "reserve", full_for_the_first)
+    with open_llm(tiny_model, prefill_chunk_tokens=32) as llm:
+        add(llm, "first", prompts[2], 8)
+        while llm.engine.pool.dirty < 5:
+            llm.engine.step()
+        add(llm, "second", prompts[2], 8)
+        llm.engine.step()
+        gates[0].set()
+        while not any(seq.request_id == "second" and seq.chunks for seq in llm.engine._scheduler.running):
+            llm.engine.step()
+        gates[1].set()
+        first = finish(llm, {"first"})["first"]
+        for _ in range(3):
+            llm.engine.step()
+        gates[2].set()
+        assert finish(llm, {"second"})["second"].finish_reason == "length"
+    assert first.finish_reason == "error" and "full" in str(first.error)
+
+
+def test_news_of_a_request_that_has_left_is_no_news(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cancelled while chunks are copied in for it; only then it turns out that one could not be stored."""
+    reserve, entered, gate = ArenaStore.reserve, threading.Event(), threading.Event()
+
+    def fails_late(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        if "late" not in holder:
+            return reserve(self, holder, keys)
+        entered.set()
+        assert gate.wait(30)
+        raise OverloadedError("full")
+
+    recall = Prefetcher.recall
+
+    def recalls_once_it_stores(self: Prefetcher, items: Sequence[RecallItem]) -> int:
+        assert entered.wait(30)
+        return recall(self, items)
+
+    monkeypatch.setattr(ArenaStore, "reserve", fails_late)
+    monkeypatch.setattr(Prefetcher, "recall", recalls_once_it_stores)
+    with open_llm(tiny_model) as llm:
+        add(llm, "before", prompts[2], 1)
+        finish(llm, {"before"})
+        llm.engine.flush()
+        llm.engine.pool.evict_all()
+        # one more chunk than is stored: it is on its way to cold memory when the stored ones are recalled
+        add(llm, "late", prompts[2] + prompts[0][:40], 30)
+        while not llm.engine.windows._turns:
+            llm.engine.step()
+        llm.engine.cancel("late")
+        events = llm.engine.step()
+        gate.set()
+        llm.engine.flush()
+        for _ in range(5):
+            events += llm.engine.step()
+    assert [event.finish_reason for event in events if event.finish_reason] == ["cancelled"]
+
+
+def predict_nothing(self: LocalIndexer, request: PredictRequest) -> Future[Prediction]:
+    answer: Future[Prediction] = Future()
+    answer.set_exception(RuntimeError("no indexer"))
+    return answer
+
+
+def predict_nan(self: LocalIndexer, request: PredictRequest) -> Future[Prediction]:
+    answer: Future[Prediction] = Future()
+    answer.set_result(Prediction(request.sequence_id, np.full(len(request.index_slots), np.nan, np.float32)))
+    return answer
+
+
+@pytest.mark.parametrize("predict", [predict_nothing, predict_nan])
+def test_without_predictions_a_sequence_goes_on_within_its_budget(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, predict: Any
+) -> None:
+    monkeypatch.setattr(LocalIndexer, "predict", predict)
+    with open_llm(tiny_model, hot_chunks=16, keep_ratio=0.1) as llm:
+        add(llm, "long", prompts[1], 300)
+        end = finish(llm, {"long"})["long"]
+    assert end.finish_reason == "length" and end.stats is not None
+    assert end.stats.resident_chunks <= 8 + 16 // 16 + 3
+    assert llm.engine.stats().failed_predictions > 300 // 16
+
+
+def test_a_damaged_prefix_while_its_owner_is_away(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: ArenaStore, *_: object) -> None:
+        raise ChunkLostError("no answer")
+
+    with open_llm(tiny_model) as llm:
+        add(llm, "one", prompts[2], 2)
+        finish(llm, {"one"})
+        llm.engine.flush()
+        llm.engine.pool.evict_all()
+        llm.memory.arena.chunks[:, ::1000] ^= 1
+        monkeypatch.setattr(ArenaStore, "drop", away)
+        add(llm, "two", prompts[2], 2)
+        assert finish(llm, {"two"})["two"].finish_reason == "length"
+
+
+def test_a_prompt_that_is_refused_leaves_nothing_of_its_batch(tiny_model: Path, prompts: list[list[int]]) -> None:
+    with open_llm(tiny_model) as llm:
+        with pytest.raises(InvalidRequestError):
+            llm.generate([prompts[0], []], max_tokens=4)
+        llm.engine.step()
+        assert llm.engine.idle
+
+
+def test_a_start_that_fails_leaves_no_arena(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ForecacheError, match="hot-bytes"):
+        LLM(str(tiny_model), skip_tokenizer=True, chunk_tokens=16, cold_bytes=4 << 20, hot_bytes=1, arena_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
+    tiny_model: Path, prompts: list[list[int]], reference: Any
+) -> None:
+    """A tier that was restarted knows nothing of holds, and gives the slots to others."""
+    prompt = prompts[2]
+    with open_llm(tiny_model, hot_chunks=4, prefill_chunk_tokens=16) as llm:
+        add(llm, "a", prompt, 30, "full")
+        tokens: list[int] = []
+        stolen = False
+        last = None
+        for _ in range(MOST_STEPS):
+            for event in llm.engine.step():
+                tokens += event.token_ids
+                last = event
+            if len(tokens) >= 5 and not stolen:
+                stolen = True
+                llm.engine.flush()
+                holder = next(iter(llm.memory._held))
+                llm.memory.release(holder)
+                places = llm.memory.reserve("thief", [bytes([n]) * 16 for n in range(llm.memory.arena.slots)])
+                for place in places:
+                    llm.memory.arena.chunks[place.ref.slot] = 1
+                llm.memory.release("thief")
+            if last is not None and last.finish_reason:
+                break
+        assert stolen
+        assert last is not None and last.finish_reason == "length"
+        assert tokens == reference(prompt, 30)
