@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -75,6 +77,10 @@ async def answer(engine: AsyncEngine, wanted: GenerateRequest) -> list[int]:
     return tokens
 
 
+async def every(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
+    return [event async for event in events]
+
+
 async def until_tokens(events: AsyncIterator[TokenEvent]) -> None:
     """Listen until the answer has begun."""
     async for event in events:
@@ -107,6 +113,28 @@ async def test_the_prompts_progress_is_told(llm: LLM, prompts: list[list[int]]) 
     done = [event.prefill_tokens_done for event in events if not event.token_ids]
     assert done == sorted(done)
     assert 0 < done[0] < len(prompts[2]) * 4
+
+
+async def test_the_time_before_the_engine_listens_counts(
+    llm: LLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, gate = llm.engine.step, threading.Event()
+
+    def late_step() -> list[TokenEvent]:
+        assert gate.wait(DEADLINE_S)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", late_step)
+    async with serving(llm) as engine:
+        events = asyncio.create_task(every(engine.generate(request("a", prompts[0], 1))))
+        await until(lambda: len(engine._inbox) == 1)
+        asked_s = time.perf_counter()
+        await asyncio.sleep(0.05)
+        waited_s = time.perf_counter() - asked_s
+        gate.set()
+        stats = (await events)[-1].stats
+    assert stats is not None
+    assert stats.time_to_first_token_s >= stats.queue_s >= waited_s
 
 
 async def test_closing_the_generator_cancels(llm: LLM, prompts: list[list[int]], reference: Reference) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: deque[tuple[GenerateRequest, Future[None]]] = deque()
+        self._inbox: deque[tuple[GenerateRequest, Future[None], float]] = deque()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
         self._inbox_lock = threading.Lock()
         self._closing = False
@@ -98,7 +99,7 @@ class AsyncEngine:
         with self._inbox_lock:
             if self._ended:
                 raise self._dead()
-            self._inbox.append((request, accepted))
+            self._inbox.append((request, accepted, time.perf_counter()))
         self._engine.wake()
 
     def _run(self) -> None:
@@ -117,11 +118,11 @@ class AsyncEngine:
         finally:
             self._tell_all()
 
-    def _accept(self, request: GenerateRequest, accepted: Future[None]) -> None:
+    def _accept(self, request: GenerateRequest, accepted: Future[None], arrived_s: float) -> None:
         if not accepted.set_running_or_notify_cancel():
             return
         try:
-            self._engine.add_request(request)
+            self._engine.add_request(request, arrived_s)
         except ForecacheError as error:
             accepted.set_exception(error)
         else:
@@ -139,7 +140,7 @@ class AsyncEngine:
         with self._inbox_lock:
             self._ended = True
         while self._inbox:
-            _, accepted = self._inbox.popleft()
+            _, accepted, _ = self._inbox.popleft()
             if accepted.set_running_or_notify_cancel():
                 accepted.set_exception(self._dead())
         for loop, queue in list(self._streams.values()):

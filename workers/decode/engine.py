@@ -88,8 +88,11 @@ class Engine:
     def max_model_len(self) -> int:
         return self._backbone.max_model_len
 
-    def add_request(self, request: GenerateRequest) -> None:
-        """Queue a request. Raises :class:`InvalidRequestError` for one that can never be served."""
+    def add_request(self, request: GenerateRequest, arrived_s: float | None = None) -> None:
+        """Queue a request that came at ``arrived_s`` of ``time.perf_counter``, or now.
+
+        Raises :class:`InvalidRequestError` for one that can never be served.
+        """
         check_request(request, self._backbone, self._memory.arena.slots, text=self._tokenizer is not None)
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
@@ -102,6 +105,7 @@ class Engine:
             keep_ratio=self.config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
             policy=cache.policy or self.config.policy,
         )
+        seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         self._sequences[request.request_id] = seq
         self._detokenizers[request.request_id] = Detokenizer(self._tokenizer, request.sampling.stop)
         self._scheduler.add(seq)
