@@ -10,6 +10,9 @@ from forecache.cluster.errors import ContextLengthError
 from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest
 from forecache.workers.errors import InvalidRequestError
 
+CHARS_PER_TOKEN = 16
+"""More than any tokenizer makes of real text."""
+
 
 class PromptEncoder:
     """Tokenizes off the event loop. One thread: fast tokenizers are not safe to share between threads."""
@@ -36,11 +39,7 @@ class PromptEncoder:
         wanted = request.answer_tokens()
         if room < 1 or (wanted is not None and wanted > room):
             asked = f"{len(tokens)} in the {param} and {wanted or 1} for the answer"
-            raise ContextLengthError(
-                f"this model's context is {self.max_model_len} tokens, but {len(tokens) + (wanted or 1)} were asked "
-                f"for: {asked}",
-                param,
-            )
+            raise self._too_long(f"{len(tokens) + (wanted or 1)} were asked for: {asked}", param)
         return tokens, room if wanted is None else wanted
 
     def close(self) -> None:
@@ -48,10 +47,10 @@ class PromptEncoder:
 
     def _tokens(self, request: ChatCompletionRequest | CompletionRequest) -> tuple[int, ...]:
         if isinstance(request, ChatCompletionRequest):
-            return self._ids(self._templated(request), add_special_tokens=False)
+            return self._ids(self._templated(request), "messages", add_special_tokens=False)
         text = request.prompt_text()
         if text is not None:
-            return self._ids(text, add_special_tokens=True)
+            return self._ids(text, "prompt", add_special_tokens=True)
         tokens = tuple(token for token in request.prompt if isinstance(token, int))
         if (largest := max(tokens)) >= self._vocabulary:
             raise InvalidRequestError(
@@ -73,7 +72,16 @@ class PromptEncoder:
             ) from error
         return str(text)
 
-    def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    def _too_long(self, asked: str, param: str) -> ContextLengthError:
+        return ContextLengthError(f"the context is {self.max_model_len} tokens here, but {asked}", param)
+
+    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        beginning = text[: CHARS_PER_TOKEN * self.max_model_len]
+        if len(beginning) < len(text):
+            # tokenizing 64 MiB takes half a minute, in which nobody else gets tokens: most often a part tells enough
+            tokens = len(self._tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])
+            if tokens > self.max_model_len:
+                raise self._too_long(f"the {param} alone has more than {tokens - 1}", param)
         # `verbose=False`: the tokenizer's own warning about long texts is our error
         encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         return tuple(encoded["input_ids"])

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -279,6 +280,13 @@ def test_bad_requests(server: Server, fields: dict[str, Any], status: int, param
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_text_far_over_the_context_is_refused_before_it_is_all_tokenized(server: Server) -> None:
+    response = server.post("/v1/chat/completions", chat_body("x" * 50 * MAX_MODEL_LEN))
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
+    assert f"{MAX_MODEL_LEN} tokens" in error["message"] and f"more than {16 * MAX_MODEL_LEN - 1}" in error["message"]
+
+
 def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Server) -> None:
     response = server.post("/v1/chat/completions", chat_body("x" * MAX_MODEL_LEN))
     message = error_of(response)["message"]
@@ -379,6 +387,17 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
     ended = subprocess.run(command(tmp_path / "bert", tmp_path), capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "decoder" in ended.stderr.strip().splitlines()[-1]
+
+
+def test_a_model_whose_logits_are_not_what_we_compute_is_refused(model: Path, tmp_path: Path) -> None:
+    broken = LlamaForCausalLM.from_pretrained(model)
+    broken.model.norm.weight.data.fill_(float("nan"))
+    shutil.copytree(model, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken")
+    ended = subprocess.run(command(tmp_path / "broken", tmp_path), capture_output=True, text=True, timeout=START_S)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "differ from the model's own" in ended.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("forecache-*"))
 
 
 def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.config import MemoryConfig
@@ -139,6 +140,7 @@ class DecodeWorker:
             max_model_len=config.max_model_len,
         )
         spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
+        verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
         self._layout_fingerprint = backbone.layout.fingerprint
         tier = self._on_this_node(
