@@ -11,7 +11,7 @@ import redis
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
-from forecache.indexer.manifest import ManifestError, find_manifest
+from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
 from forecache.workers.errors import UnsupportedModelError
 
 
@@ -99,6 +99,8 @@ class ModelFacts:
 
     max_model_len: int
     has_manifest: bool
+    cold_limit: int | None = None
+    """``max_model_len``, where cold memory and not the model sets it."""
 
 
 def check_model(path: Path, config: ServeConfig) -> ModelFacts:
@@ -106,6 +108,7 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
 
     Raises:
         UnsupportedModelError: no decoder, or `--max-model-len` is more than it was made for.
+        ArenaError: `--cold-bytes` holds no chunk of it.
         StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
     """
     from forecache.workers.decode.backbone import load_config  # imports transformers: seconds
@@ -122,23 +125,55 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
         raise UnsupportedModelError(
             f"--max-model-len {wanted} is more than the {own_limit} positions that {path} was made for."
         )
-    return ModelFacts(wanted or own_limit, _has_manifest(model, config))
+    limit = wanted or own_limit
+    manifest = _manifest(model, config)
+    # other machines may have other devices, so other dtypes: there a worker's own check must do
+    cold = _cold_tokens(model, manifest, config) if config.address is None else limit
+    if cold < limit:
+        return ModelFacts(cold, manifest is not None, cold_limit=cold)
+    return ModelFacts(limit, manifest is not None)
 
 
-def _has_manifest(model: Any, config: ServeConfig) -> bool:
+def _shape(model: Any) -> tuple[int, int, int, int]:
+    """Layers, attention heads, KV heads, head dimension."""
+    heads = int(model.num_attention_heads)
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    return model.num_hidden_layers, heads, kv_heads, getattr(model, "head_dim", None) or model.hidden_size // heads
+
+
+def _manifest(model: Any, config: ServeConfig) -> RetrievalManifest | None:
     from forecache.workers.decode.loader import model_name
 
-    heads = model.num_attention_heads
+    layers, heads, kv_heads, head_dim = _shape(model)
     try:
-        manifest = find_manifest(
+        return find_manifest(
             config.indexer.manifest,
             model_name(config.engine.model),
             model_type=model.model_type,
-            layers=model.num_hidden_layers,
+            layers=layers,
             attention_heads=heads,
-            kv_heads=getattr(model, "num_key_value_heads", None) or heads,
-            head_dim=getattr(model, "head_dim", None) or model.hidden_size // heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
         )
     except ManifestError as error:
         raise StartError(f"--indexer-manifest {config.indexer.manifest}: {error}") from error
-    return manifest is not None
+
+
+def _cold_tokens(model: Any, manifest: RetrievalManifest | None, config: ServeConfig) -> int:
+    """Tokens that the arena of one node holds: no request can have more."""
+    from forecache.indexer.index_keys import IndexSpec
+    from forecache.workers.decode.backbone import pick_device, pick_dtype
+    from forecache.workers.memory.arena import describe
+    from forecache.workers.memory.layout import attention_layout
+
+    layers, heads, kv_heads, head_dim = _shape(model)
+    chunk_tokens = config.engine.chunk_tokens
+    if manifest is not None:
+        spec = IndexSpec.from_manifest(manifest, chunk_tokens=chunk_tokens)
+    else:
+        spec = IndexSpec.bounds(layers, heads, kv_heads, head_dim, chunk_tokens=chunk_tokens)
+    dtype = pick_dtype(config.engine.dtype, pick_device(config.engine.device))
+    layout = attention_layout(
+        "", layers=layers, kv_heads=kv_heads, head_dim=head_dim, chunk_tokens=chunk_tokens, dtype=dtype
+    )
+    return describe(layout, spec.nbytes, "", config.memory.cold_bytes).slots * chunk_tokens

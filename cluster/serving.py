@@ -41,6 +41,7 @@ NO_MANIFEST = (
     "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
     "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
 )
+COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
 
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""
@@ -69,9 +70,11 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say)
     model = preflight.check_model(path, config)
-    notes = (
-        () if model.has_manifest or config.indexer.manifest == "none" else (NO_MANIFEST.format(config.engine.model),)
-    )
+    notes: list[str] = []
+    if not model.has_manifest and config.indexer.manifest != "none":
+        notes.append(NO_MANIFEST.format(config.engine.model))
+    if model.cold_limit is not None:
+        notes.append(COLD_LIMIT.format(model.cold_limit))
     port = config.port or preflight.free_port(config.host)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
@@ -96,7 +99,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
         say("loading the model")
         _wait_until_running(config.start_deadline_s)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
-        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", notes)
+        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", tuple(notes))
 
 
 @contextmanager
@@ -160,9 +163,11 @@ def _stop_node_actors(run: str, deadline_s: float) -> None:
             continue
         try:
             actor = ray.get_actor(name, namespace=NAMESPACE)
-            if name.startswith(f"{run}-tier-"):
-                ray.get(actor.shutdown.remote(), timeout=deadline_s)
-            ray.kill(actor)
+            try:
+                if name.startswith(f"{run}-tier-"):
+                    ray.get(actor.shutdown.remote(), timeout=deadline_s)
+            finally:
+                ray.kill(actor)  # detached: it would outlive this program on a cluster that was joined
         except (ValueError, RayError) as error:
             logger.warning("%s did not end in order: %s", name, error)
 
