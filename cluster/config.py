@@ -93,8 +93,9 @@ class ServeConfig(BaseModel):
         """The model's name in requests and metrics."""
         if self.served_model_name is not None:
             return self.served_model_name
-        path = Path(self.engine.model).expanduser()
-        return path.resolve().stem if path.exists() else self.engine.model
+        from forecache.workers.decode.loader import model_name  # imports transformers: seconds
+
+        return model_name(self.engine.model)
 
 
 def _settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:

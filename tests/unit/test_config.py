@@ -114,7 +114,8 @@ def test_every_setting_has_a_flag_and_a_description() -> None:
 
 
 def test_model_name(tmp_path: Path) -> None:
-    (tmp_path / "my-model").mkdir()
-    assert parse("--model", f"{tmp_path}/my-model/").model_name == "my-model"
+    for name in ("my-model", "Qwen2.5-0.5B"):
+        (tmp_path / name).mkdir()
+        assert parse("--model", f"{tmp_path}/{name}/").model_name == name
     assert parse("--model", "org/name").model_name == "org/name"
     assert parse("--model", "org/name", "--served-model-name", "x").model_name == "x"
