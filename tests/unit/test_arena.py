@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -104,6 +105,15 @@ def test_another_mapping_sees_the_same_bytes(arena: Arena) -> None:
     assert (arena.chunks[2] == 5).all()
     assert (arena.index[2] == 6).all()
     assert other.generation(np.array([2, 1])).tolist() == [1, 0]
+
+
+def test_a_forgotten_mapping_leaves_no_open_file(arena: Arena) -> None:
+    files = Path("/proc/self/fd")
+    before = len(list(files.iterdir()))
+    for _ in range(10):
+        assert Arena.attach(arena.path).slots == arena.slots
+    gc.collect()
+    assert len(list(files.iterdir())) == before
 
 
 def test_typed_view_writes_through(arena: Arena) -> None:

@@ -235,3 +235,14 @@ def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
         assert stolen
         assert last is not None and last.finish_reason == "length"
         assert tokens == reference(prompt, 30)
+
+
+def test_sequences_with_an_equal_beginning_part(tiny_model: Path, prompts: list[list[int]]) -> None:
+    with open_llm(tiny_model, keep_ratio=0.1, max_batch_size=8) as llm:
+        for end in range(140, 148):
+            add(llm, str(end), prompts[2][:end], 40)
+        while any(seq.decode_steps < 20 for seq in llm.engine._sequences.values()):
+            llm.engine.step()
+        boundaries = {llm.engine.windows._boundaries[seq] for seq in llm.engine._sequences.values()}
+        assert len(boundaries) > 1
+        finish(llm, set(llm.engine._sequences))

@@ -214,7 +214,7 @@ class WindowCycle:
 
     def _choose(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None) -> None:
         """Choose the set of ``turn`` by ``scores`` [chunks], as far as the sequence's reserved slots go."""
-        rng = np.random.default_rng([self._config.seed, seq.sampling.seed % 2**32, seq.decode_steps])
+        rng = np.random.default_rng([self._config.seed % 2**32, seq.sampling.seed % 2**32, seq.decode_steps])
         chosen = select(
             scores,
             policy=seq.policy,
@@ -280,5 +280,6 @@ class WindowCycle:
         following = turn.boundary * 2 if turn.boundary * 2 <= window else turn.boundary + window
         if turn.boundary * 2 > window >= turn.boundary:
             # once, at the end of the early boundaries, so that sequences that started together part
-            following -= zlib.crc32(np.asarray(seq.token_ids[:64], dtype="<i4").tobytes()) % max(window // 2, 1)
+            prompt = np.asarray(seq.token_ids[: seq.prompt_len], dtype="<i4")  # all of it: beginnings are often equal
+            following -= zlib.crc32(prompt.tobytes()) % max(window // 2, 1)
         self._boundaries[seq] = max(following, seq.decode_steps + 1)

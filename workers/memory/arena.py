@@ -144,10 +144,12 @@ class Arena:
         path = Path(path)
         fd = _open(path)
         try:
-            return cls(path, fd, _read_description(path, fd), owner=False)
+            arena = cls(path, fd, _read_description(path, fd), owner=False)
         except BaseException:
             os.close(fd)
             raise
+        arena.close()  # the mapping needs it no more, and whoever forgets the arena would leak it
+        return arena
 
     @classmethod
     def adopt(cls, path: Path) -> "Arena":
