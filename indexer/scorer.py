@@ -74,6 +74,12 @@ def _unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArr
     return unchanged
 
 
+def _use_threads(threads: int) -> None:
+    """Torch's operators started by the calling thread use ``threads`` threads."""
+    torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+    torch.set_num_threads(threads)
+
+
 class LocalIndexer:
     """An :class:`forecache.indexer.protocol.Indexer` with one thread of its own, in this process.
 
@@ -88,7 +94,7 @@ class LocalIndexer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
         # torch keeps one number per thread, and one more that threads started later begin with: put that back
         others = torch.get_num_threads()
-        self._pool.submit(torch.set_num_threads, threads).result()
+        self._pool.submit(_use_threads, threads).result()
         torch.set_num_threads(others)
 
     def predict(self, request: PredictRequest) -> Future[Prediction]:

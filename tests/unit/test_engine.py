@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
@@ -22,7 +23,7 @@ TOKENS = 40
 
 
 @contextmanager
-def open_llm(model: Path, tmp_path: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
+def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
     """An LLM with 16-token chunks; checks at the end that nothing leaked."""
     defaults: dict[str, Any] = {
         "keep_ratio": 1.0,
@@ -31,18 +32,20 @@ def open_llm(model: Path, tmp_path: Path, *, hot_chunks: int = 64, **settings: A
         "cold_bytes": 4 << 20,
         "window_steps": 16,
     }
-    with LLM(
-        str(model),
-        skip_tokenizer=True,
-        hot_bytes=hot_chunks * CHUNK_BYTES,
-        arena_dir=tmp_path,
-        **(defaults | settings),
-    ) as llm:
-        yield llm
-        settle(llm)
-        assert llm.engine.pool.referenced == 0
-        assert llm.memory.stats().held_slots == 0
-    assert not list(tmp_path.glob("forecache-*"))
+    # memory-backed, as in serving: CUDA can register nothing else
+    with TemporaryDirectory(prefix="engine-test-", dir="/dev/shm") as directory:
+        with LLM(
+            str(model),
+            skip_tokenizer=True,
+            hot_bytes=hot_chunks * CHUNK_BYTES,
+            arena_dir=Path(directory),
+            **(defaults | settings),
+        ) as llm:
+            yield llm
+            settle(llm)
+            assert llm.engine.pool.referenced == 0
+            assert llm.memory.stats().held_slots == 0
+        assert not list(Path(directory).glob("forecache-*"))
 
 
 def settle(llm: LLM) -> None:
@@ -64,20 +67,20 @@ def expected(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
     return [reference(prompt, TOKENS) for prompt in prompts]
 
 
-def test_one_by_one(tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+def test_one_by_one(tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    with open_llm(tiny_model) as llm:
         assert [run(llm, [prompt])[0] for prompt in prompts] == expected
 
 
-def test_in_one_batch(tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+def test_in_one_batch(tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    with open_llm(tiny_model) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_after_every_hot_slot_was_evicted(
-    tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+    tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         run(llm, prompts)
         settle(llm)
         assert llm.engine.pool.evict_all() > 0
@@ -89,8 +92,8 @@ def test_after_every_hot_slot_was_evicted(
         assert answer.stats.recalled_chunks == (len(prompt) - 1) // 16
 
 
-def test_second_turn(tiny_model: Path, tmp_path: Path, prompts: list[list[int]], reference: Reference) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+def test_second_turn(tiny_model: Path, prompts: list[list[int]], reference: Reference) -> None:
+    with open_llm(tiny_model) as llm:
         first = run(llm, [prompts[1]])[0]
         turn = prompts[1] + first + prompts[0]
         answer = llm.generate([turn], max_tokens=TOKENS, ignore_eos=True)[0]
@@ -101,23 +104,23 @@ def test_second_turn(tiny_model: Path, tmp_path: Path, prompts: list[list[int]],
 
 @pytest.mark.parametrize("hot_chunks", [5, 12])
 def test_full_attention_streams_through_a_small_pool(
-    tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]], hot_chunks: int
+    tiny_model: Path, prompts: list[list[int]], expected: list[list[int]], hot_chunks: int
 ) -> None:
-    with open_llm(tiny_model, tmp_path, hot_chunks=hot_chunks, keep_ratio=0.2) as llm:
+    with open_llm(tiny_model, hot_chunks=hot_chunks, keep_ratio=0.2) as llm:
         assert run(llm, prompts, policy="full") == expected
 
 
 def test_prefill_in_small_steps_beside_running_streams(
-    tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+    tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with open_llm(tiny_model, tmp_path, prefill_chunk_tokens=24) as llm:
+    with open_llm(tiny_model, prefill_chunk_tokens=24) as llm:
         assert run(llm, prompts) == expected
 
 
 def test_a_damaged_chunk_is_prefilled_again(
-    tiny_model: Path, tmp_path: Path, prompts: list[list[int]], expected: list[list[int]]
+    tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         run(llm, prompts)
         settle(llm)
         llm.engine.pool.evict_all()
@@ -130,7 +133,6 @@ def test_a_damaged_chunk_is_prefilled_again(
 
 def test_a_chunk_damaged_while_running_restarts_its_sequence(
     tiny_model: Path,
-    tmp_path: Path,
     prompts: list[list[int]],
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -144,7 +146,7 @@ def test_a_chunk_damaged_while_running_restarts_its_sequence(
         return recall(self, items)
 
     monkeypatch.setattr(Prefetcher, "recall", damage_then_recall)
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         run(llm, [prompts[2]])
         settle(llm)
         llm.engine.pool.evict_all()
@@ -153,11 +155,11 @@ def test_a_chunk_damaged_while_running_restarts_its_sequence(
         assert len(recalls) == 1  # the sound ones were hot already when the sequence started over
 
 
-def test_partial_sets_differ_and_are_never_shared(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_partial_sets_differ_and_are_never_shared(tiny_model: Path, prompts: list[list[int]]) -> None:
     prompt = prompts[2]
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         exact = run(llm, [prompt])[0]
-    with open_llm(tiny_model, tmp_path, keep_ratio=0.2, late_policy="wait") as llm:
+    with open_llm(tiny_model, keep_ratio=0.2, late_policy="wait") as llm:
         answer = llm.generate([prompt], max_tokens=TOKENS, ignore_eos=True)[0]
         assert answer.token_ids != exact
         assert answer.stats.keep_ratio < 0.5
@@ -166,38 +168,36 @@ def test_partial_sets_differ_and_are_never_shared(tiny_model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("policy", ["lookahead", "recency", "random"])
-def test_waiting_windows_are_reproducible(
-    tiny_model: Path, tmp_path: Path, prompts: list[list[int]], policy: Any
-) -> None:
-    with open_llm(tiny_model, tmp_path, keep_ratio=0.2, late_policy="wait", hot_chunks=30) as llm:
+def test_waiting_windows_are_reproducible(tiny_model: Path, prompts: list[list[int]], policy: Any) -> None:
+    with open_llm(tiny_model, keep_ratio=0.2, late_policy="wait", hot_chunks=30) as llm:
         alone = [run(llm, [prompt], policy=policy)[0] for prompt in prompts]
         assert run(llm, prompts, policy=policy) == alone
 
 
-def test_cold_chunks_come_back_while_decoding(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path, keep_ratio=0.1, hot_chunks=16, late_policy="wait") as llm:
+def test_cold_chunks_come_back_while_decoding(tiny_model: Path, prompts: list[list[int]]) -> None:
+    with open_llm(tiny_model, keep_ratio=0.1, hot_chunks=16, late_policy="wait") as llm:
         answer = llm.generate([prompts[2]], max_tokens=60, ignore_eos=True, policy="random")[0]
     assert answer.stats.recalled_chunks > 8
     assert answer.stats.resident_chunks <= 8 + 60 // 16 + 1
 
 
-def test_salts_never_meet(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+def test_salts_never_meet(tiny_model: Path, prompts: list[list[int]]) -> None:
+    with open_llm(tiny_model) as llm:
         for salt, cached in (("a", 0), ("b", 0), ("a", 320)):
             answer = llm.generate([prompts[2]], max_tokens=1, cache_salt=salt)[0]
             assert answer.stats.cached_tokens == cached
 
 
-def test_sampling_does_not_depend_on_the_batch(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_sampling_does_not_depend_on_the_batch(tiny_model: Path, prompts: list[list[int]]) -> None:
     options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 11}
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         alone = [run(llm, [prompt], **options)[0] for prompt in prompts]
         assert run(llm, prompts, **options) == alone
         assert run(llm, prompts, **(options | {"seed": 12})) != alone
 
 
-def test_cancelled_in_every_state(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
-    with open_llm(tiny_model, tmp_path, keep_ratio=0.2, prefill_chunk_tokens=32) as llm:
+def test_cancelled_in_every_state(tiny_model: Path, prompts: list[list[int]]) -> None:
+    with open_llm(tiny_model, keep_ratio=0.2, prefill_chunk_tokens=32) as llm:
         for steps in range(30):
             llm.engine.add_request(GenerateRequest("r", tuple(prompts[2]), SamplingParams(max_tokens=30)))
             events: list[TokenEvent] = []
@@ -210,9 +210,9 @@ def test_cancelled_in_every_state(tiny_model: Path, tmp_path: Path, prompts: lis
             assert llm.engine.pool.referenced == 0
 
 
-def test_more_requests_than_the_pool_holds(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_more_requests_than_the_pool_holds(tiny_model: Path, prompts: list[list[int]]) -> None:
     many = [prompt[i:] for i in range(5) for prompt in prompts]
-    with open_llm(tiny_model, tmp_path, hot_chunks=30, keep_ratio=0.3) as llm:
+    with open_llm(tiny_model, hot_chunks=30, keep_ratio=0.3) as llm:
         answers = llm.generate(many, max_tokens=20, ignore_eos=True)
         assert [len(answer.token_ids) for answer in answers] == [20] * len(many)
 
@@ -236,9 +236,9 @@ def test_more_requests_than_the_pool_holds(tiny_model: Path, tmp_path: Path, pro
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(
-    tiny_model: Path, tmp_path: Path, tokens: Any, sampling: Any, cache: Any, message: str
+    tiny_model: Path, tokens: Any, sampling: Any, cache: Any, message: str
 ) -> None:
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         with pytest.raises(InvalidRequestError, match=message):
             llm.engine.add_request(
                 GenerateRequest("r", tuple(tokens), SamplingParams(**sampling), CacheOptions(**cache))
@@ -246,16 +246,16 @@ def test_bad_requests_are_refused_before_anything_runs(
         assert llm.engine.idle
 
 
-def test_cold_memory_too_small_for_a_request(tiny_model: Path, tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_cold_memory_too_small_for_a_request(tiny_model: Path, prompts: list[list[int]]) -> None:
     with (
-        open_llm(tiny_model, tmp_path, cold_bytes=2 * 10**6 + 2 * 10**5) as llm,
+        open_llm(tiny_model, cold_bytes=2 * 10**6 + 2 * 10**5) as llm,
         pytest.raises(InvalidRequestError, match="--cold-bytes"),
     ):
         llm.generate([prompts[2] * 5], max_tokens=20)
 
 
-def test_text_without_a_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
-    with open_llm(tiny_model, tmp_path) as llm, pytest.raises(ForecacheError, match="skip_tokenizer"):
+def test_text_without_a_tokenizer(tiny_model: Path) -> None:
+    with open_llm(tiny_model) as llm, pytest.raises(ForecacheError, match="skip_tokenizer"):
         llm.generate(["text"])
 
 
@@ -273,16 +273,14 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(plan=requests, hot_chunks=st.integers(4, 40), late_policy=st.sampled_from(["keep", "wait"]))
-def test_sound_under_any_workload(
-    tiny_model: Path, tmp_path: Path, plan: list[Any], hot_chunks: int, late_policy: str
-) -> None:
+def test_sound_under_any_workload(tiny_model: Path, plan: list[Any], hot_chunks: int, late_policy: str) -> None:
     """Every request ends, cancelled or whole; no slot or hold leaks; slots never serve two owners."""
     ends: dict[str, str] = {}
     tokens: dict[str, int] = {}
     arrivals = {f"r{i}": entry[4] for i, entry in enumerate(plan)}
-    with open_llm(tiny_model, tmp_path, hot_chunks=hot_chunks, late_policy=late_policy, max_batch_size=4) as llm:
+    with open_llm(tiny_model, hot_chunks=hot_chunks, late_policy=late_policy, max_batch_size=4) as llm:
         step = 0
         while len(ends) < len(plan):
             for i, (prompt, answer, ratio, policy, arrives, cancelled) in enumerate(plan):
@@ -315,7 +313,6 @@ def test_sound_under_any_workload(
 
 def test_a_prefix_is_shared_before_it_is_stored(
     tiny_model: Path,
-    tmp_path: Path,
     prompts: list[list[int]],
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -327,7 +324,7 @@ def test_a_prefix_is_shared_before_it_is_stored(
         store(self, holder, key, slot)
 
     monkeypatch.setattr(Prefetcher, "_write_back", stores_late)
-    with open_llm(tiny_model, tmp_path) as llm:
+    with open_llm(tiny_model) as llm:
         sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
         for name in ("first", "second"):
             llm.engine.add_request(GenerateRequest(name, tuple(prompts[2]), sampling))

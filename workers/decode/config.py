@@ -30,5 +30,8 @@ class EngineConfig(BaseModel):
     max_batch_size: int = Field(16, ge=1, description="sequences decoded together")
     prefill_chunk_tokens: int = Field(512, ge=16, description="most prompt tokens of one step")
     prefill_slice_s: float = Field(0.25, gt=0, description="target duration of a step beside running streams")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: all cores")
+    cuda_graphs: bool = Field(True, description="run decode steps on a GPU as CUDA graphs")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the model; default: all cores, one less where a cluster shares them"
+    )
     seed: int = Field(0, description="seed of the random policy")

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.protocol import Indexer
+from forecache.indexer.selection import budget_chunks
 from forecache.workers.decode.accounting import EngineCounters, check_request, sequence_stats
 from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.backbone import Backbone
@@ -74,6 +75,13 @@ class Engine:
             # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
             linear_equal=backbone.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim),
         )
+        if config.cuda_graphs and backbone.device.type == "cuda":
+            chunks = -(-backbone.max_model_len // config.chunk_tokens)
+            budget = budget_chunks(chunks, config.keep_ratio, selection)
+            self._runner.capture_graphs(
+                max_batch_size=config.max_batch_size,
+                max_chunks=min(budget + config.window_steps // config.chunk_tokens + 2, self.pool.num_slots),
+            )
         self._sequences: dict[str, Sequence] = {}
         self._detokenizers: dict[str, Detokenizer] = {}
         self._leaving: list[Sequence] = []

@@ -17,6 +17,7 @@ from forecache.workers.decode.attention import (
     StreamRows,
 )
 from forecache.workers.decode.backbone import Backbone
+from forecache.workers.decode.cuda_graph import DecodeGraphs
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -67,6 +68,7 @@ class ModelRunner:
         self._kv = pool.view("kv")
         self._cold_kv = None if arena is None else backbone.layout.view(arena.chunks, "kv")
         self._spec = spec
+        self._graphs: DecodeGraphs | None = None
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
@@ -78,18 +80,29 @@ class ModelRunner:
         Raises :class:`.attention.StepAbortedError` when ``aborted`` turns true on the way.
         """
         batch, sampled, probes = self._lay_out(plan, aborted)
-        output = self._model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=batch.logits_rows,
-            forecache=batch,
-        )
-        queries = None
-        if batch.capture is not None:
-            queries = self._in_spec_order(batch.capture)
+        if self._graphs is not None and self._graphs.takes(batch):
+            logits, captured = self._graphs.replay(batch)
+            if batch.capture is not None:
+                batch.capture.queries = {layer: q[batch.capture.rows] for layer, q in captured.items()}
+        else:
+            output = self._model(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=batch.logits_rows,
+                forecache=batch,
+            )
+            logits = output.logits[0].float()
+        queries = None if batch.capture is None else self._in_spec_order(batch.capture)
         masses = {request_id: probe.mass for request_id, probe in probes.items()}
-        return StepOutput(sampled, output.logits[0].float(), queries, masses)
+        return StepOutput(sampled, logits, queries, masses)
+
+    @torch.inference_mode()
+    def capture_graphs(self, *, max_batch_size: int, max_chunks: int) -> None:
+        """On CUDA, from now on run decode steps as graphs; see :class:`.cuda_graph.DecodeGraphs`."""
+        self._graphs = DecodeGraphs(
+            self._model, self._kv, self._query_heads, max_batch_size=max_batch_size, max_chunks=max_chunks
+        )
 
     def index_record(self, slot: int) -> torch.Tensor:
         """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""

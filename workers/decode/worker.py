@@ -128,7 +128,9 @@ class DecodeWorker:
         """Loads the model. Raises a :class:`ForecacheError` that says what is in the way."""
         config = settings.engine
         # Ray limits OpenMP to the replica's logical CPUs; those are for placement, these are for the model
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        # ingress, tier and indexer need a core too: a team as large as the machine would wait for each of them
+        torch.set_num_threads(config.threads or (cores - 1 if cores > 2 else cores))
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
         path = resolve_model(config.model)

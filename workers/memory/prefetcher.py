@@ -84,8 +84,13 @@ class Prefetcher:
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._news = threading.Event()
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
+        # torch keeps a number of threads for each thread, and one more that threads started later begin with
+        threads = torch.get_num_threads()
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(threads)
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         """Ask for the longest stored run of ``keys``; answered by :class:`PrefixHeld`."""
@@ -142,6 +147,11 @@ class Prefetcher:
         self._jobs.put((priority, next(self._order), job))
 
     def _work(self) -> None:
+        # copies gain nothing from a second team of threads beside the model's, and once there are more threads than
+        # cores OpenMP puts all of them to sleep after every operator
+        torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+        torch.set_num_threads(1)
+        self._started.set()
         try:
             while True:
                 priority, _, job = self._jobs.get()
