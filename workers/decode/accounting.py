@@ -80,7 +80,7 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
 
 @dataclass
 class EngineCounters:
-    """Sums since start; the engine's thread writes, :meth:`snapshot` may be called from any."""
+    """Sums since start, named as in :class:`EngineStats`; the engine's thread writes, any may take :meth:`snapshot`."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -125,7 +125,7 @@ class EngineCounters:
 
     def snapshot(self, pool: HotPool, scheduler: Scheduler) -> EngineStats:
         running = list(scheduler.running)
-        ratios = [(len(seq.resident) + 1) / (len(seq.chunks) + 1) for seq in running if seq.decode_steps]
+        ratios = [seq.resident_share for seq in running if seq.decode_steps]
         return EngineStats(
             running=len(running),
             waiting=len(scheduler.waiting),
@@ -134,23 +134,6 @@ class EngineCounters:
             hot_slots_referenced=pool.referenced,
             chunk_bytes=pool.layout.nbytes,
             resident_ratio=sum(ratios) / len(ratios) if ratios else 1.0,
-            prompt_tokens=self.prompt_tokens,
-            generated_tokens=self.generated_tokens,
-            prefix_queried_tokens=self.prefix_queried_tokens,
-            prefix_hit_tokens=self.prefix_hit_tokens,
-            recalled_chunks=self.recalled_chunks,
-            recall_bytes=self.recall_bytes,
-            recall_s=self.recall_s,
-            written_back_chunks=self.written_back_chunks,
             evicted_chunks=pool.evicted_chunks,
-            windows=self.windows,
-            late_windows=self.late_windows,
-            failed_predictions=self.failed_predictions,
-            lost_chunks=self.lost_chunks,
-            prefetch_stall_s=self.prefetch_stall_s,
-            finished_requests=self.finished_requests,
-            cancelled_requests=self.cancelled_requests,
-            failed_requests=self.failed_requests,
-            steps=self.steps,
-            step_s=self.step_s,
+            **vars(self),
         )

@@ -173,7 +173,7 @@ class Engine:
                 lost.add(seq)
                 self._restart(seq)
         for seq in plan.decode:
-            seq.counters.kept_sum += (len(seq.resident) + 1) / (len(seq.chunks) + 1)
+            seq.counters.kept_sum += seq.resident_share
             seq.counters.kept_steps += 1
             seq.open_exact = seq.open_exact and not seq.partial
             self._keeper.computed(seq, 1)

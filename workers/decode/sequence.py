@@ -9,8 +9,6 @@ from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Pol
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
 
-NO_SLOT = -1
-
 
 class State(Enum):
     """Where a sequence is. It only moves forward, but for a restart after a lost chunk."""
@@ -121,6 +119,11 @@ class Sequence:
     def tail_tokens(self) -> int:
         """Computed tokens in the chunk that is not full yet."""
         return self.num_computed - len(self.chunks) * self.chunk_tokens
+
+    @property
+    def resident_share(self) -> float:
+        """Resident / all chunks, the open one counted on both sides."""
+        return (len(self.resident) + 1) / (len(self.chunks) + 1)
 
     @property
     def partial(self) -> bool:
