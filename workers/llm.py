@@ -70,7 +70,7 @@ class LLM:
         indexer = indexer or IndexerConfig()
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.model_path: Path = resolve_model(model)
+        self.model_path: Path = resolve_model(model, load_format=self.config.load_format)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not skip_tokenizer:
             self.tokenizer = load_tokenizer(self.model_path)
@@ -80,6 +80,8 @@ class LLM:
             device=self.config.device,
             chunk_tokens=self.config.chunk_tokens,
             max_model_len=self.config.max_model_len,
+            load_format=self.config.load_format,
+            seed=self.config.seed,
         )
         spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
         verify_backbone(backbone, spec)

@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.decode.attention import ATTENTION_NAME
+from forecache.workers.decode.config import LoadFormat
+from forecache.workers.decode.loader import WEIGHT_FILES
 from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_config
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.memory.layout import ChunkLayout, attention_layout
@@ -75,8 +77,12 @@ def load_backbone(
     device: str = "auto",
     chunk_tokens: int = 64,
     max_model_len: int | None = None,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
 ) -> Backbone:
     """Load the model at ``path`` and check that its attention can be replaced; see :mod:`.probe`.
+
+    ``load_format`` "dummy" reads only the configuration there and draws the weights from ``seed``.
 
     Raises :class:`UnsupportedModelError` with what is in the way.
     """
@@ -88,12 +94,18 @@ def load_backbone(
         )
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    model = _load_model(path, config, number)
-    model.to(device=place)  # type: ignore[call-arg]
+    if load_format == "dummy":
+        model = _dummy_model(path, config, number, place, seed)
+    else:
+        model = _load_model(path, config, number)
+        model.to(device=place)  # type: ignore[call-arg]
     model.requires_grad_(False)
     geometry = inspect_attention(model)
     model.set_attn_implementation(ATTENTION_NAME)
-    fingerprint = weights_fingerprint(path, config)
+    if load_format == "dummy":
+        fingerprint = dummy_fingerprint(config, number, place, seed)
+    else:
+        fingerprint = weights_fingerprint(path, config)
     layout = attention_layout(
         fingerprint,
         layers=geometry.layers,
@@ -131,19 +143,45 @@ def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _dummy_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """Weights that transformers would begin a training with, made on ``device`` itself: normal, of the configuration's
+    ``initializer_range``; norms of one, biases of zero. Activations stay of order one, as those norms see to."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-untyped-call]
+        except (ValueError, LookupError) as error:
+            raise UnsupportedModelError(f"{path} can't be built: {type(error).__name__}: {error}") from error
+    model.eval()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
 def weights_fingerprint(path: Path, config: Any) -> str:
     """Hex name of what determines K/V: the effective configuration and every byte of the weight files.
 
     Headers or samples would not do: a fine-tune may differ from its base in one layer, or in one embedding. The files
     have just been loaded, so they are read from the page cache.
     """
-    digest = blake2b(digest_size=16)
-    effective = {k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version"}}
-    digest.update(json.dumps(effective, sort_keys=True, default=str).encode())
-    for file in sorted(path.glob("*.safetensors")):
+    digest = _config_digest(config)
+    for file in sorted(path.glob(WEIGHT_FILES)):
         content = xxhash.xxh3_128()
         with file.open("rb") as stream:
             while block := stream.read(HASH_BLOCK_BYTES):
                 content.update(block)
         digest.update(f"{file.name}:{content.hexdigest()}".encode())
     return digest.hexdigest()
+
+
+def dummy_fingerprint(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> str:
+    """Name of random weights: ``dummy-`` and what they are drawn from. Devices have generators of their own."""
+    digest = _config_digest(config)
+    digest.update(repr((str(dtype), device.type, seed, torch.__version__)).encode())
+    return f"dummy-{digest.hexdigest()}"
+
+
+def _config_digest(config: Any) -> blake2b:
+    digest = blake2b(digest_size=16)
+    effective = {k: v for k, v in config.to_dict().items() if k not in {"_name_or_path", "transformers_version"}}
+    digest.update(json.dumps(effective, sort_keys=True, default=str).encode())
+    return digest

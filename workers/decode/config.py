@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from forecache.workers.decode.messages import Policy
 
+LoadFormat = Literal["auto", "dummy"]
+
 
 class EngineConfig(BaseModel):
     """One decode worker's engine. Times in seconds, sizes in bytes."""
@@ -13,6 +15,9 @@ class EngineConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field("smollm2-135m", description="built-in name, local Hugging Face directory or hub id")
+    load_format: LoadFormat = Field(
+        "auto", description="auto: the model's weight files; dummy: random weights of the shape in its config.json"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     max_model_len: int | None = Field(
@@ -34,4 +39,4 @@ class EngineConfig(BaseModel):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the model; default: all cores, one less where a cluster shares them"
     )
-    seed: int = Field(0, description="seed of the random policy")
+    seed: int = Field(0, description="seed of the random policy and of dummy weights")

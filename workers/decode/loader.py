@@ -16,12 +16,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forecache.workers.decode.config import LoadFormat
 from forecache.workers.errors import UnsupportedModelError
 
 Progress = Callable[[str], None]
 
 HUB_FILES = [
-    "*.safetensors",
     "*.safetensors.index.json",
     "*.json",
     "*.jinja",
@@ -29,6 +29,7 @@ HUB_FILES = [
     "*.model",
     "*.txt",
 ]
+WEIGHT_FILES = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ def model_name(spec: str) -> str:
     return path.stem if path.is_file() else path.name
 
 
-def resolve_model(spec: str, progress: Progress = lambda _: None) -> Path:
+def resolve_model(spec: str, progress: Progress = lambda _: None, load_format: LoadFormat = "auto") -> Path:
     """The safetensors directory for a built-in name, a local directory, a ``.gguf`` file or a hub id.
 
-    GGUF is converted once into the user's cache. ``progress`` is told, in a few words, of steps that take seconds.
+    GGUF is converted once into the user's cache. With ``load_format`` "dummy" the directory needs no weight files.
+    ``progress`` is told, in a few words, of steps that take seconds.
     Raises :class:`UnsupportedModelError` when nothing that can be loaded is there.
     """
     if spec in BUILTIN_MODELS:
@@ -84,15 +86,16 @@ def resolve_model(spec: str, progress: Progress = lambda _: None) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return _convert_gguf(path, _gguf_cache(path.resolve()), None, progress)
     if path.is_dir():
-        return _check_directory(path.resolve())
+        return _check_directory(path.resolve(), load_format)
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
         raise UnsupportedModelError(
             f"there is no model at '{spec}': expected a Hugging Face directory, a .gguf file, a hub id like "
             f"'org/name', or one of {', '.join(BUILTIN_MODELS)}."
         )
     progress(f"downloading {spec}")
+    wanted = HUB_FILES if load_format == "dummy" else [WEIGHT_FILES, *HUB_FILES]
     try:
-        return _check_directory(Path(snapshot_download(spec, allow_patterns=HUB_FILES)))
+        return _check_directory(Path(snapshot_download(spec, allow_patterns=wanted)), load_format)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UnsupportedModelError(
             f"'{spec}' is no local directory, and the Hugging Face hub did not give it: {error}"
@@ -106,10 +109,10 @@ def _gguf_cache(gguf: Path) -> Path:
     return cache_dir() / f"{gguf.stem}-{digest.hexdigest()}"
 
 
-def _check_directory(path: Path) -> Path:
+def _check_directory(path: Path, load_format: LoadFormat) -> Path:
     if not (path / "config.json").is_file():
         raise UnsupportedModelError(f"{path} is not a Hugging Face model: it has no config.json.")
-    if not any(path.glob("*.safetensors")):
+    if load_format != "dummy" and not any(path.glob(WEIGHT_FILES)):
         raise UnsupportedModelError(
             f"{path} has no *.safetensors weights; pickled weights (.bin, .pt) are refused because loading them can "
             "run code. Convert them with `save_pretrained`."
