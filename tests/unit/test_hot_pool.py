@@ -108,6 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
     def sound(self) -> None:
         self.pool.check_integrity()
         assert self.pool.referenced == len({*self.open, *(slot for slot, _ in self.held)})
+        assert self.pool.dirty == len({slot for slot, _ in self.dirty})
 
 
 TestHotPool = PoolMachine.TestCase

@@ -33,6 +33,7 @@ class HotPool:
         self._references = [0] * slots
         self._keys: list[ChunkKey | None] = [None] * slots
         self._dirty = [0] * slots
+        self._referenced_slots = self._dirty_slots = 0
         # more than one while equal chunks, computed side by side, are referenced or on their way to cold memory
         self._slots_of: dict[ChunkKey, list[int]] = {}
         self._free = list(range(slots - 1, -1, -1))
@@ -54,12 +55,13 @@ class HotPool:
 
     @property
     def referenced(self) -> int:
-        return sum(1 for count in self._references if count)
+        """Slots with at least one reference."""
+        return self._referenced_slots
 
     @property
     def dirty(self) -> int:
         """Slots whose chunk cold memory does not have yet."""
-        return sum(1 for count in self._dirty if count)
+        return self._dirty_slots
 
     def references(self, slot: int) -> int:
         """How often ``slot`` is referenced."""
@@ -81,12 +83,14 @@ class HotPool:
         else:
             return None
         self._references[slot] = 1
+        self._referenced_slots += 1
         return slot
 
     def acquire(self, slot: int) -> int:
         """One more reference to a slot that holds a chunk."""
         if self._references[slot] == 0:
             self._cached.pop(slot, None)
+            self._referenced_slots += 1
         self._references[slot] += 1
         return slot
 
@@ -94,7 +98,9 @@ class HotPool:
         """One reference less."""
         assert self._references[slot] > 0, f"slot {slot} is released more often than acquired"
         self._references[slot] -= 1
-        self._settle(slot)
+        if self._references[slot] == 0:
+            self._referenced_slots -= 1
+            self._settle(slot)
 
     def complete(self, slot: int, key: ChunkKey, *, dirty: bool) -> None:
         """A referenced slot now holds the chunk ``key``; ``dirty`` when cold memory has no copy of it yet.
@@ -102,7 +108,8 @@ class HotPool:
         If an equal chunk is hot already, that one stays the one to be found, and this slot is not kept once let go.
         """
         assert self._references[slot] > 0, f"slot {slot} is completed but not referenced"
-        self._dirty[slot] += dirty
+        if dirty:
+            self._count_dirty(slot)
         self._keys[slot] = key
         self._slots_of.setdefault(key, []).append(slot)
 
@@ -110,13 +117,15 @@ class HotPool:
         """One more write-back of the chunk in ``slot`` is under way."""
         assert self._keys[slot] is not None, f"slot {slot} holds no chunk"
         self._cached.pop(slot, None)
-        self._dirty[slot] += 1
+        self._count_dirty(slot)
 
     def mark_clean(self, slot: int) -> None:
         """A write-back is over: after the last one the slot may be evicted once unreferenced."""
         assert self._dirty[slot] > 0, f"slot {slot} is clean already"
         self._dirty[slot] -= 1
-        self._settle(slot)
+        if self._dirty[slot] == 0:
+            self._dirty_slots -= 1
+            self._settle(slot)
 
     def discard(self, key: ChunkKey) -> None:
         """Nobody will ask for ``key`` again: do not keep it once it is clean and unreferenced."""
@@ -133,6 +142,10 @@ class HotPool:
             self._free.append(slot)
         self.evicted_chunks += count
         return count
+
+    def _count_dirty(self, slot: int) -> None:
+        self._dirty_slots += self._dirty[slot] == 0
+        self._dirty[slot] += 1
 
     def _settle(self, slot: int) -> None:
         if self._references[slot] or self._dirty[slot]:
@@ -159,6 +172,8 @@ class HotPool:
         """Raise ``AssertionError`` if a slot is in no state, in two, or findable under a wrong key."""
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a slot is free twice"
+        assert self._referenced_slots == sum(count > 0 for count in self._references), "referenced slots are miscounted"
+        assert self._dirty_slots == sum(count > 0 for count in self._dirty), "dirty slots are miscounted"
         for slot in range(self.num_slots):
             referenced, dirty, key = self._references[slot] > 0, self._dirty[slot] > 0, self._keys[slot]
             states = [slot in free, referenced or dirty, slot in cached]
