@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forecache.workers.errors import ArenaError, ChunkLostError
-from forecache.workers.memory.arena import HEADER, OPEN, PAGE_BYTES, Arena, remove_abandoned
+from forecache.workers.memory.arena import PAGE_BYTES, Arena, remove_abandoned
+from forecache.workers.memory.headers import HEADER, OPEN
 from forecache.workers.memory.layout import ChunkLayout, attention_layout
 from forecache.workers.memory.protocol import SlotRef
 
@@ -163,6 +164,31 @@ def test_stale_references_are_refused(arena: Arena) -> None:
     arena.clear(1)
     assert not arena.check(ref, KEY)
     assert arena.headers()[1]["state"] == OPEN
+
+
+def test_device_checksums_are_kept_in_the_header(arena: Arena) -> None:
+    ref = write(arena, 1, KEY)
+    slots = np.array([1, 0, 1])
+    assert arena.device_checksums(slots).tolist() == [0, 0, 0]
+    largest = 2**64 - 3
+    arena.seal(ref, KEY, largest)
+    assert Arena.attach(arena.path).device_checksums(slots).tolist() == [largest, 0, largest]
+    assert arena.check(ref, KEY), "the xxh3 of CPU readers stays"
+    arena.seal(ref, KEY)
+    assert arena.device_checksums(slots).tolist() == [0, 0, 0], "another writer's checksum is gone"
+
+
+def test_many_headers_at_once_say_what_each_says(arena: Arena) -> None:
+    names = [bytes([slot]) * 16 for slot in range(arena.slots)]
+    refs = [write(arena, slot, names[slot]) for slot in range(arena.slots)]
+    assert arena.sealed(refs, names).tolist() == [True] * len(refs)
+    assert arena.sealed([], []).tolist() == []
+    arena.clear(0)
+    write(arena, 1, names[1])
+    pairs = [*zip(refs, names, strict=True), (refs[2], names[3]), (refs[3], b"\1" + names[3][1:])]
+    said = arena.sealed([ref for ref, _ in pairs], [name for _, name in pairs])
+    assert said.tolist() == [arena.is_sealed(ref, name) for ref, name in pairs]
+    assert said.tolist() == [False, False, *[True] * (len(refs) - 2), False, False]
 
 
 def test_tensors_outlive_close_and_unlink(arena: Arena) -> None:

@@ -1,9 +1,9 @@
 """The shared-memory file of a node's cold chunks: one process owns it, every worker of the node maps it."""
 
-import fcntl
 import json
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,31 +14,19 @@ import torch
 import xxhash
 
 from forecache.workers.errors import ArenaError, ChunkLostError
-from forecache.workers.memory.keys import KEY_BYTES, ChunkKey
+from forecache.workers.memory.headers import HEADER, Headers
+from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
+from forecache.workers.memory.owned_file import create_owned, disown, open_existing, own
 
 if TYPE_CHECKING:  # protocol.py names Arena in its annotations
     from forecache.workers.memory.protocol import SlotRef
 
 FILE_PREFIX = "forecache-"
 MAGIC = b"forecach"
-VERSION = 1
+VERSION = 2
 PAGE_BYTES = 4096
 CHUNKS_ALIGNMENT_BYTES = 2 << 20
-
-OPEN = 0
-"""Header state: the bytes are nobody's, or a writer is not done with them."""
-SEALED = 1
-"""Header state: the bytes are those of the header's key."""
-
-HEADER = np.dtype(
-    {
-        "names": ["key", "generation", "state", "checksum", "index_checksum"],
-        "formats": [(np.uint8, KEY_BYTES), np.uint64, np.uint32, np.uint64, np.uint64],
-        "offsets": [0, 16, 24, 32, 40],
-        "itemsize": 64,
-    }
-)
 
 
 def _align(nbytes: int, alignment: int) -> int:
@@ -90,8 +78,7 @@ class Arena:
         # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
         mapping = mmap.mmap(fd, description.file_bytes)
         slots = description.slots
-        self._headers: npt.NDArray[np.void] = np.ndarray(slots, HEADER, mapping, PAGE_BYTES)
-        self._generations: npt.NDArray[np.uint64] = self._headers["generation"]
+        self._headers = Headers(np.ndarray(slots, HEADER, mapping, PAGE_BYTES))
         index_shape, chunks_shape = (slots, description.index_nbytes), (slots, description.nbytes)
         self._index = np.ndarray(index_shape, np.uint8, mapping, description.index_start)
         self._chunks = np.ndarray(chunks_shape, np.uint8, mapping, description.chunks_start)
@@ -115,7 +102,7 @@ class Arena:
         """
         description = describe(layout, index_nbytes, index_fingerprint, capacity_bytes)
         path = directory / f"{FILE_PREFIX}{name}"
-        fd = _create_locked(path)
+        fd = create_owned(path)
         try:
             try:
                 # A sparse file would be killed by SIGBUS at the first write that finds no memory.
@@ -142,7 +129,7 @@ class Arena:
     def attach(cls, path: Path | str) -> "Arena":
         """Map an arena that another process owns. Raises :class:`ArenaError` if there is none at ``path``."""
         path = Path(path)
-        fd = _open(path)
+        fd = open_existing(path)
         try:
             arena = cls(path, fd, _read_description(path, fd), owner=False)
         except BaseException:
@@ -154,9 +141,9 @@ class Arena:
     @classmethod
     def adopt(cls, path: Path) -> "Arena":
         """Become the owner of an arena whose owner died. Raises :class:`ArenaError` if there is none."""
-        fd = _open(path)
+        fd = open_existing(path)
         try:
-            if not (_lock(fd) and _is_at(fd, path)):
+            if not own(fd, path):
                 raise ArenaError(f"the arena {path} has a living owner: give this one another name")
             return cls(path, fd, _read_description(path, fd), owner=True)
         except BaseException:
@@ -177,32 +164,37 @@ class Arena:
 
     def headers(self) -> npt.NDArray[np.void]:
         """A read-only view of all headers: ``HEADER [slots]``."""
-        view = self._headers.view()
-        view.flags.writeable = False
-        return view
+        return self._headers.read_only()
+
+    def generation_of(self, slot: int) -> int:
+        """Generation of one slot, as it is now."""
+        return self._headers.generation(slot)
 
     def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """Generations of ``slots``, both ``[n]``, as they are now."""
-        return self._generations[slots]
+        return self._headers.generations(slots)
 
-    def seal(self, ref: "SlotRef", key: ChunkKey) -> None:
+    def device_checksums(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Device checksums of ``slots``, both ``[n]``, as they were sealed; 0 where the writer had no GPU."""
+        return self._headers.device_checksums(slots)
+
+    def seal(self, ref: "SlotRef", key: ChunkKey, device_checksum: int = 0) -> None:
         """Write the slot's header: its chunk and index bytes are those of ``key``; their xxh3_64.
 
+        ``device_checksum``: unsigned, the chunk's `ops.slot_checksums`, if there was a GPU to compute it; 0 means none.
         The writer calls it once both are copied. Raises :class:`ChunkLostError` if the slot was given away.
         """
-        if self._generations[ref.slot] != ref.generation:
+        if self._headers.generation(ref.slot) != ref.generation:
             raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
-        header = self._headers[ref.slot]
-        header["checksum"], header["index_checksum"] = self._digests(ref.slot)
-        header["key"] = np.frombuffer(key, np.uint8)
-        header["state"] = SEALED
+        self._headers.seal(ref.slot, key, self._digests(ref.slot), device_checksum)
 
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
-        header = self._headers[ref.slot]
-        return bool(
-            header["state"] == SEALED and header["generation"] == ref.generation and header["key"].tobytes() == key
-        )
+        return self._headers.is_sealed(ref, key)
+
+    def sealed(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
+        """:meth:`is_sealed` of each pair of ``refs`` and ``keys``, both of length n: bool ``[n]``."""
+        return self._headers.sealed(refs, keys)
 
     def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and are its bytes those that were sealed as ``key``?
@@ -212,8 +204,7 @@ class Arena:
         """
         if not self.is_sealed(ref, key):
             return False
-        header = self._headers[ref.slot]
-        sealed = (int(header["checksum"]), int(header["index_checksum"]))
+        sealed = self._headers.checksums(ref.slot)
         return sealed == self._digests(ref.slot) and self.is_sealed(ref, key)
 
     def _digests(self, slot: int) -> tuple[int, int]:
@@ -224,22 +215,18 @@ class Arena:
 
     def renew(self, slot: int) -> int:
         """Give ``slot`` away (owner only): every reference to it goes stale. Returns the new generation."""
-        header = self._headers[slot]
-        header["state"] = OPEN
-        header["generation"] += np.uint64(1)
-        return int(header["generation"])
+        return self._headers.renew(slot)
 
     def clear(self, slot: int) -> None:
         """The bytes of ``slot`` are no chunk any more (owner only); its generation stays."""
-        self._headers[slot]["state"] = OPEN
+        self._headers.clear(slot)
 
     def close(self) -> None:
         """Let go of the file and the owner's lock. Tensors over the mapping stay valid."""
         if self._fd < 0:
             return
         if self.owner:
-            # The mapping has a duplicate of the descriptor, which would keep the lock.
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            disown(self._fd)
         os.close(self._fd)
         self._fd = -1
 
@@ -259,7 +246,7 @@ def _remove_if_abandoned(path: Path) -> bool:
     except (FileNotFoundError, PermissionError):
         return False  # gone meanwhile, or another user's
     try:
-        if not _lock(fd) or not _is_at(fd, path):
+        if not own(fd, path):
             return False
         # An unfinished file has no magic yet; all else without it is not ours to delete.
         if os.fstat(fd).st_size and os.pread(fd, len(MAGIC), 0) not in (MAGIC, bytes(len(MAGIC))):
@@ -286,40 +273,6 @@ def describe(layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, cap
             f"{with_slots(1).file_bytes} bytes. Raise --cold-bytes."
         )
     return with_slots(slots)
-
-
-def _create_locked(path: Path) -> int:
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise ArenaError(f"can't create the arena {path} ({error.strerror}): see --arena-dir") from error
-        # Someone's remove_abandoned may have come before the lock: then the name is free again.
-        if _lock(fd) and _is_at(fd, path):
-            return fd
-        os.close(fd)
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-    except OSError as error:
-        raise ArenaError(f"can't open the arena {path} ({error.strerror}): is its tier running?") from error
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _read_description(path: Path, fd: int) -> ArenaDescription:

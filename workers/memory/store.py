@@ -4,8 +4,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory.arena import SEALED, Arena
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 
@@ -55,19 +58,20 @@ class ArenaStore:
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
         with self._lock:
-            refs = []
+            slots = []
             for key in keys:
                 slot = self._stored.get(key)
                 if slot is None:
                     break
-                refs.append(self._hold(holder, slot))
-            return refs
+                slots.append(slot)
+            return self._hold_all(holder, slots)
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
         with self._lock:
             slots = [self._stored.get(key) for key in keys]
-            return [None if slot is None else self._hold(holder, slot) for slot in slots]
+            refs = iter(self._hold_all(holder, [slot for slot in slots if slot is not None]))
+            return [None if slot is None else next(refs) for slot in slots]
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room.
@@ -113,7 +117,7 @@ class ArenaStore:
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong: forget it. Holders keep the slot until they release."""
         with self._lock:
-            if self._stored.get(key) != ref.slot or self._generation(ref.slot) != ref.generation:
+            if self._stored.get(key) != ref.slot or self._arena.generation_of(ref.slot) != ref.generation:
                 return  # gone already
             self._remove(key)
             self._dropped += 1
@@ -171,21 +175,27 @@ class ArenaStore:
                 assert self._stored.get(self._keys[slot] or b"") == slot, f"slot {slot} is idle and not stored"
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
-                ref = SlotRef(slot, self._generation(slot))
+                ref = SlotRef(slot, self._arena.generation_of(slot))
                 assert self._arena.is_sealed(ref, key), f"slot {slot} is stored and its header does not say so"
 
     # Below: called with the lock held.
 
-    def _generation(self, slot: int) -> int:
-        return int(self._arena.headers()[slot]["generation"])
-
     def _hold(self, holder: str, slot: int) -> SlotRef:
+        [ref] = self._hold_all(holder, [slot])
+        return ref
+
+    def _hold_all(self, holder: str, slots: list[int]) -> list[SlotRef]:
+        # thousands in one call, when a long prompt is found
+        if not slots:
+            return []
         held = self._held.setdefault(holder, {})
-        if slot not in held:
-            held[slot] = None
-            self._hold_counts[slot] += 1
-            self._idle.pop(slot, None)
-        return SlotRef(slot, self._generation(slot))
+        for slot in slots:
+            if slot not in held:
+                held[slot] = None
+                self._hold_counts[slot] += 1
+                self._idle.pop(slot, None)
+        generations = self._arena.generation(np.array(slots, np.int64)).tolist()
+        return [SlotRef(slot, generation) for slot, generation in zip(slots, generations, strict=True)]
 
     def _take(self, holder: str, key: ChunkKey) -> SlotRef:
         if self._free:
