@@ -1,9 +1,18 @@
 import dataclasses
 import pickle
 
+import pytest
 import torch
 
-from forecache.workers.memory.layout import FIELD_ALIGNMENT_BYTES, ChunkLayout, Field, attention_layout
+from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.memory.layout import (
+    FIELD_ALIGNMENT_BYTES,
+    ChunkLayout,
+    Field,
+    attention_layout,
+    chunk_fingerprint,
+    cold_layout,
+)
 
 MIXED = ChunkLayout(
     "model",
@@ -73,3 +82,41 @@ def test_attention_layout() -> None:
     assert layout.nbytes == 3 * 2 * 2 * 16 * 64 * 2
     pool = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
     assert layout.view(pool, "kv").shape == (2, 3, 2, 2, 16, 64)
+
+
+def llama_like(dtype: torch.dtype) -> ChunkLayout:
+    return attention_layout("m", layers=3, kv_heads=2, head_dim=64, chunk_tokens=16, dtype=dtype)
+
+
+def test_fp8_chunks_carry_a_scale_per_layer_part_and_head() -> None:
+    layout = llama_like(torch.float8_e4m3fn)
+    numbers = 3 * 2 * 2 * 16 * 64
+    assert layout.offsets == {"kv": 0, "scale": numbers}
+    assert layout.nbytes == numbers + FIELD_ALIGNMENT_BYTES
+    pool = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
+    assert layout.view(pool, "kv").shape == (2, 3, 2, 2, 16, 64)
+    scale = layout.view(pool, "scale")
+    assert scale.shape == (2, 3, 2, 2) and scale.dtype == torch.float32
+    assert scale.data_ptr() - pool.data_ptr() == numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cold_layout_of_a_pool(dtype: torch.dtype) -> None:
+    hot, fp8 = llama_like(dtype), llama_like(torch.float8_e4m3fn)
+    assert cold_layout(hot, "auto") is hot
+    assert cold_layout(hot, "fp8") == fp8
+    assert cold_layout(fp8, "fp8") == cold_layout(fp8, "auto") == fp8
+
+
+def test_cold_fp8_is_for_plain_kv() -> None:
+    with pytest.raises(UnsupportedModelError, match="--cold-dtype fp8"):
+        cold_layout(MIXED, "fp8")
+
+
+def test_chunk_fingerprint_tells_cold_formats_apart() -> None:
+    hot = llama_like(torch.bfloat16)
+    cold = cold_layout(hot, "fp8")
+    assert chunk_fingerprint(hot, hot) == hot.fingerprint
+    names = {chunk_fingerprint(hot, hot), chunk_fingerprint(hot, cold), chunk_fingerprint(cold, cold)}
+    names.add(chunk_fingerprint(llama_like(torch.float16), cold))
+    assert len(names) == 4

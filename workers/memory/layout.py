@@ -4,8 +4,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from typing import Literal
 
 import torch
+
+from forecache.workers.errors import UnsupportedModelError
 
 FIELD_ALIGNMENT_BYTES = 256
 
@@ -54,9 +57,16 @@ class ChunkLayout:
         text = repr((self.model, self.chunk_tokens, [(f.name, f.shape, str(f.dtype)) for f in self.fields]))
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
+    def field(self, name: str) -> Field:
+        """The field ``name``; :class:`KeyError` when there is none."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
     def view(self, slots: torch.Tensor, name: str) -> torch.Tensor:
         """A typed view ``[slots, *shape]`` of field ``name`` over uint8 ``[slots, nbytes]``, of any row stride."""
-        field = next(f for f in self.fields if f.name == name)
+        field = self.field(name)
         start = self.offsets[name]
         rows = slots[:, start : start + field.nbytes].view(field.dtype)
         stride = slots.stride(0) // field.dtype.itemsize
@@ -67,5 +77,40 @@ class ChunkLayout:
 def attention_layout(
     model: str, *, layers: int, kv_heads: int, head_dim: int, chunk_tokens: int, dtype: torch.dtype
 ) -> ChunkLayout:
-    """Llama-like models: one field ``kv: [layers, 2, kv_heads, chunk_tokens, head_dim]``."""
-    return ChunkLayout(model, chunk_tokens, (Field("kv", (layers, 2, kv_heads, chunk_tokens, head_dim), dtype),))
+    """Llama-like models: ``kv: [layers, 2, kv_heads, chunk_tokens, head_dim]``.
+
+    In fp8 also ``scale: [layers, 2, kv_heads]`` float32: what the numbers of a chunk's head are to be multiplied by.
+    """
+    fields = [Field("kv", (layers, 2, kv_heads, chunk_tokens, head_dim), dtype)]
+    if dtype == torch.float8_e4m3fn:
+        fields.append(Field("scale", (layers, 2, kv_heads), torch.float32))
+    return ChunkLayout(model, chunk_tokens, tuple(fields))
+
+
+def cold_layout(hot: ChunkLayout, cold_dtype: Literal["auto", "fp8"]) -> ChunkLayout:
+    """What the arena of a pool of layout ``hot`` holds: the same (``auto``, or a pool that is fp8 itself), or fp8 K/V.
+
+    Raises :class:`UnsupportedModelError` for fp8 where a chunk is not plain K/V.
+    """
+    if cold_dtype == "auto":
+        return hot
+    if {field.name for field in hot.fields} - {"kv", "scale"}:
+        raise UnsupportedModelError(
+            "--cold-dtype fp8 is for chunks of plain K/V, which this model's are not; use auto."
+        )
+    layers, _, kv_heads, chunk_tokens, head_dim = hot.field("kv").shape
+    return attention_layout(
+        hot.model,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        chunk_tokens=chunk_tokens,
+        dtype=torch.float8_e4m3fn,
+    )
+
+
+def chunk_fingerprint(hot: ChunkLayout, cold: ChunkLayout) -> str:
+    """The fingerprint that chunk keys are made of: chunks kept in another cold format come back as other numbers."""
+    if hot == cold:
+        return hot.fingerprint
+    return blake2b(f"{hot.fingerprint} {cold.fingerprint}".encode(), digest_size=16).hexdigest()
