@@ -174,9 +174,9 @@ class Arena:
         """Generations of ``slots``, both ``[n]``, as they are now."""
         return self._headers.generations(slots)
 
-    def device_checksums(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Device checksums of ``slots``, both ``[n]``, as they were sealed; 0 where the writer had no GPU."""
-        return self._headers.device_checksums(slots)
+    def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
+        """Device checksums of the slots of ``refs`` as they are now, uint64 ``[n]``; 0 where the writer had no GPU."""
+        return self._headers.device_checksums(refs)
 
     def seal(self, ref: "SlotRef", key: ChunkKey, device_checksum: int = 0) -> None:
         """Write the slot's header: its chunk and index bytes are those of ``key``; their xxh3_64.

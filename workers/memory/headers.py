@@ -56,9 +56,9 @@ class Headers:
         header = self._array[slot]
         return int(header["checksum"]), int(header["index_checksum"])
 
-    def device_checksums(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Of ``slots``, both ``[n]``; 0 where there is none."""
-        return self._device_checksums[slots]
+    def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
+        """Of the slots of ``refs``, uint64 ``[n]``; 0 where there is none."""
+        return self._device_checksums[_slots(refs)]
 
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and does it hold ``key``?"""
@@ -70,7 +70,7 @@ class Headers:
 
     def sealed(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
         """:meth:`is_sealed` of each pair: bool ``[n]``."""
-        slots = np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
+        slots = _slots(refs)
         generations = np.fromiter((ref.generation for ref in refs), np.uint64, len(refs))
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(refs), KEY_BYTES)
         same_slot = (self._states[slots] == SEALED) & (self._generations[slots] == generations)
@@ -93,3 +93,7 @@ class Headers:
     def clear(self, slot: int) -> None:
         """Open the slot; its generation stays."""
         self._states[slot] = OPEN
+
+
+def _slots(refs: Sequence["SlotRef"]) -> npt.NDArray[np.int64]:
+    return np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
