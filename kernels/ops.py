@@ -3,6 +3,7 @@
 Triton is imported at the first CUDA call, so this module also works where Triton does not exist.
 """
 
+import torch
 from torch import Tensor
 
 from forecache.kernels import reference
@@ -57,20 +58,67 @@ def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
     return reference.merge_partials(out_a, lse_a, out_b, lse_b)
 
 
-def store_kv(k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor) -> None:
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    *,
+    scale: Tensor | None = None,
+) -> None:
     """See `reference.store_kv`."""
     if k.is_cuda:
         from forecache.kernels import store_kv as triton_kernel
 
-        triton_kernel.store_kv(k, v, kv, layer, slots, offsets)
+        triton_kernel.store_kv(k, v, kv, layer, slots, offsets, scale=scale)
     else:
-        reference.store_kv(k, v, kv, layer, slots, offsets)
+        reference.store_kv(k, v, kv, layer, slots, offsets, scale=scale)
 
 
-def gather_layer(kv: Tensor, layer: int | Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def gather_layer(
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    *,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    sums: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """See `reference.gather_layer`. With CUDA ``slots``, ``kv`` may be pinned or registered host memory."""
     if slots.is_cuda:
         from forecache.kernels import gather_layer as triton_kernel
 
-        return triton_kernel.gather_layer(kv, layer, slots)
-    return reference.gather_layer(kv, layer, slots)
+        return triton_kernel.gather_layer(kv, layer, slots, scale=scale, out=out, sums=sums, dtype=dtype)
+    return reference.gather_layer(kv, layer, slots, scale=scale, out=out, sums=sums, dtype=dtype)
+
+
+def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
+    """See `reference.slot_checksums`. With CUDA ``slots``, ``memory`` may be pinned or registered host memory."""
+    if slots.is_cuda:
+        from forecache.kernels import slot_checksums as triton_kernel
+
+        return triton_kernel.slot_checksums(memory, slots)
+    return reference.slot_checksums(memory, slots)
+
+
+def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:
+    """See `reference.quantize_chunks`."""
+    if slots.is_cuda:
+        from forecache.kernels import quantize_chunks as triton_kernel
+
+        triton_kernel.quantize_chunks(kv, slots, out_kv, out_scale, out_slots)
+    else:
+        reference.quantize_chunks(kv, slots, out_kv, out_scale, out_slots)
+
+
+def dequantize_chunks(kv: Tensor, scale: Tensor, slots: Tensor, out_kv: Tensor, out_slots: Tensor) -> None:
+    """See `reference.dequantize_chunks`."""
+    if slots.is_cuda:
+        from forecache.kernels import quantize_chunks as triton_kernel
+
+        triton_kernel.dequantize_chunks(kv, scale, slots, out_kv, out_slots)
+    else:
+        reference.dequantize_chunks(kv, scale, slots, out_kv, out_slots)

@@ -11,6 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from forecache.kernels import checks, checksums
+
+FP8_MAX = 448.0  # of float8_e4m3fn
+SCALE_MIN = torch.finfo(torch.float32).tiny  # the smallest number whose reciprocal is finite
+
 _FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_LOGITS = 1 << 26
 
@@ -81,34 +86,146 @@ def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
-def store_kv(k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor) -> None:
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    *,
+    scale: Tensor | None = None,
+) -> None:
     """Write one layer's new keys and values into their places in the pool.
 
     ``k``, ``v``: ``[tokens, kv_heads, head_dim]``; ``slots``, ``offsets``: int64 ``[tokens]``, the chunk
     slot and the position in the chunk. Slot -1 is padding and not written. Values too large for an fp8 pool
     become its largest.
+
+    ``scale``: float32 ``[slots, layers, 2, kv_heads]``, what an fp8 pool's values are multiplied by. It is kept as the
+    largest that the chunk's tokens have needed: the old one (none if the first new token's offset is 0) or the new
+    tokens' largest magnitude / 448. Where it grows, the chunk's older tokens are rounded again. Tokens of one chunk
+    are consecutive, at consecutive offsets, and no chunk occurs in two places.
     """
+    checks.store(k, v, kv, slots, offsets, scale)
     kept = slots >= 0
     if not kept.all():
         k, v, slots, offsets = k[kept], v[kept], slots[kept], offsets[kept]
+    if scale is not None and len(slots):
+        factors = _grow_scales(k, v, kv, layer, slots, offsets, scale)
+        k, v = k.float() * factors[:, 0, :, None], v.float() * factors[:, 1, :, None]
     for part, x in enumerate((k, v)):
         pool = kv
         if kv.dtype.itemsize == 1:  # indexing writes bytes, not fp8
-            largest = torch.finfo(kv.dtype).max
-            pool, x = kv.view(torch.uint8), x.clamp(-largest, largest).to(kv.dtype).view(torch.uint8)
+            pool, x = kv.view(torch.uint8), x.clamp(-FP8_MAX, FP8_MAX).to(kv.dtype).view(torch.uint8)
         pool[slots, layer, part, :, offsets] = x.to(pool.dtype)
 
 
-def gather_layer(kv: Tensor, layer: int | Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+def _grow_scales(
+    k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor, scale: Tensor
+) -> Tensor:
+    """New scales and older tokens rounded to them; float32 ``[tokens, 2, kv_heads]`` to multiply the new ones by."""
+    first = torch.ones_like(slots, dtype=torch.bool)
+    first[1:] = slots[1:] != slots[:-1]
+    run = first.cumsum(0) - 1
+    slots, starts = slots[first], offsets[first]
+    needed = torch.stack((k, v), 1).abs().amax(-1).float() / FP8_MAX
+    old = scale[slots, layer].where((starts > 0)[:, None, None], torch.zeros((), device=scale.device))
+    new = old.clamp(min=SCALE_MIN).scatter_reduce_(0, run[:, None, None].expand_as(needed), needed, "amax")
+    scale[slots, layer] = new
+    inverse = 1 / new
+    grown = ((new > old) & (starts > 0)[:, None, None]).any(2).any(1)
+    if grown.any():
+        slots, starts, factor = slots[grown], starts[grown], (old * inverse)[grown, :, :, None, None]
+        pool = kv.view(torch.uint8)
+        before = pool[slots, layer]
+        after = (before.view(kv.dtype).float() * factor).to(kv.dtype).view(torch.uint8)
+        older = torch.arange(kv.shape[4], device=kv.device) < starts[:, None]
+        rewritten = older[:, None, None, :, None] & (factor != 1)
+        pool[slots, layer] = after.where(rewritten, before)
+    return inverse[run]
+
+
+def gather_layer(
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    *,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    sums: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Keys and values of one layer of the chunks in ``slots``, in that order.
 
-    ``slots``: int64 ``[n]``. Returns k, v, each contiguous ``[kv_heads, n * chunk_tokens, head_dim]``.
+    Args:
+        slots: int64 ``[n]``.
+        scale: float32 ``[slots, layers, 2, kv_heads]``, what fp8 chunks are multiplied by.
+        out: ``[2, kv_heads, n * chunk_tokens, head_dim]`` to write into, each head contiguous.
+        sums: int64 ``[n]``, to which the checksum of all that is read is added: after a gather of every layer they
+            are `slot_checksums`, provided that ``kv`` begins where the slots' rows begin, ``scale`` lies in the same
+            rows, and the rest of the rows is zeros.
+        dtype: of the result; by default that of ``out`` or ``kv``. Needed with ``scale`` where ``out`` is not given.
+
+    Returns:
+        k, v, each ``[kv_heads, n * chunk_tokens, head_dim]``; contiguous where ``out`` is not given.
     """
+    checks.gather(kv, layer, slots, scale, out, sums, dtype)
+    index = int(layer)
     pool = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
     # index_select of a permuted view makes the one copy that is needed, in its final order, a chunk's head at a time
-    one_layer = pool.select(1, int(layer)).permute(1, 2, 0, 3, 4)
-    gathered = one_layer.index_select(2, slots).flatten(2, 3).view(kv.dtype)
+    one_layer = pool.select(1, index).permute(1, 2, 0, 3, 4)
+    chunks = one_layer.index_select(2, slots).view(kv.dtype)
+    if sums is not None:
+        checksums.add_layer(sums, kv, index, slots, chunks, scale)
+    if scale is not None:
+        chunks = chunks.float() * scale[slots, index].permute(1, 2, 0)[..., None, None]
+    gathered = chunks.flatten(2, 3)
+    if out is not None:
+        gathered = out.copy_(gathered)
+    elif dtype is not None:
+        gathered = gathered.to(dtype)
     return gathered[0], gathered[1]
+
+
+def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
+    """Multilinear checksums of rows (Lemire and Kaser, arXiv 1202.4961, section 2, without the constant).
+
+    ``memory``: uint8 ``[slots, nbytes]``, ``nbytes`` a multiple of 256; ``slots``: int64 ``[n]``. Returns int64
+    ``[n]``: the sum of key(i) * w(i) modulo 2^64 over a row's little-endian unsigned 32-bit words, in two's complement.
+    Keys are odd: one changed bit, or one changed word, always changes the sum. Sums over parts of a row add up.
+    """
+    checks.checksums(memory, slots)
+    words = memory.view(torch.int32)
+    sums = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
+    block = max(64, (1 << 22) // max(1, len(slots)))
+    for first in range(0, words.shape[1], block):
+        some = words[:, first : first + block].index_select(0, slots).long() & 0xFFFFFFFF
+        sums += (some * checksums.word_keys(torch.arange(first, first + some.shape[1], device=slots.device))).sum(1)
+    return sums
+
+
+def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:
+    """Chunks to fp8 with one scale per (chunk, layer, keys or values, head): largest magnitude / 448, 1 for zeros.
+
+    ``kv``: ``[slots, layers, 2, kv_heads, chunk_tokens, head_dim]``, read at ``slots``; ``out_kv``: float8_e4m3fn, the
+    same but for the number of slots, and ``out_scale``: float32 ``[slots, layers, 2, kv_heads]``, written at
+    ``out_slots``. Both slots: int64 ``[n]``. A head's chunk is contiguous; other strides are free.
+    """
+    checks.chunks(kv, slots, out_kv, out_slots, fp8=out_kv, scale=out_scale)
+    chunks = kv.index_select(0, slots).float()
+    amax = chunks.flatten(4).abs().amax(-1)
+    scale = (amax / FP8_MAX).clamp(min=SCALE_MIN).where(amax > 0, torch.ones((), device=amax.device))
+    out_scale[out_slots] = scale
+    quantized = (chunks * (1 / scale)[..., None, None]).to(out_kv.dtype)
+    out_kv.view(torch.uint8)[out_slots] = quantized.view(torch.uint8)
+
+
+def dequantize_chunks(kv: Tensor, scale: Tensor, slots: Tensor, out_kv: Tensor, out_slots: Tensor) -> None:
+    """The inverse of `quantize_chunks`: fp8 ``kv`` at ``slots`` times ``scale``, written to ``out_kv``."""
+    checks.chunks(kv, slots, out_kv, out_slots, fp8=kv, scale=scale)
+    chunks = kv.view(torch.uint8).index_select(0, slots).view(kv.dtype).float()
+    out_kv[out_slots] = (chunks * scale[slots][..., None, None]).to(out_kv.dtype)
 
 
 def chunk_attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, chunk_tokens: int) -> Tensor:

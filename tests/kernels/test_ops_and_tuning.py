@@ -21,6 +21,7 @@ table, lens = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([20], dtyp
 out, lse = ops.sparse_decode(torch.randn(1, 4, 64), kv, 0, table, lens, 0.125)
 out, lse = ops.merge_partials(out, lse, out, lse)
 k, v = ops.gather_layer(kv, 0, where)
+assert ops.slot_checksums(torch.ones(2, 256, dtype=torch.uint8), where[:0]).shape == (0,)
 out, lse = prefill.prefill_attention(torch.randn(16, 4, 64), k, v, [(k, v)], 0.125)
 assert out.isfinite().all() and (k[:, 3] == 1).all()
 print("done")

@@ -1,0 +1,86 @@
+"""What reference and Triton kernels ask of their arguments alike: shapes, strides and types, nothing on the GPU."""
+
+import torch
+from torch import Tensor
+
+
+def gather(
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    scale: Tensor | None,
+    out: Tensor | None,
+    sums: Tensor | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Arguments of `gather_layer`."""
+    _, layers, parts, kv_heads, chunk_tokens, head_dim = kv.shape
+    assert parts == 2 and _heads_are_contiguous(kv), "a head's chunk must be contiguous"
+    _slots(slots)
+    assert not isinstance(layer, int) or 0 <= layer < layers, f"layer {layer} of {layers}"
+    if out is not None:
+        expected = (2, kv_heads, slots.shape[0] * chunk_tokens, head_dim)
+        assert out.shape == expected, f"out is {tuple(out.shape)}, the result {expected}"
+        assert out.stride(3) == 1 and out.stride(2) == head_dim, "out's heads must be contiguous"
+        assert dtype in (None, out.dtype), f"out is {out.dtype}, not {dtype}"
+    if scale is not None:
+        _scale(scale, kv)
+        assert out is not None or dtype is not None, "with scales, give the dtype of the result (or out)"
+    if sums is not None:
+        assert sums.shape == slots.shape and sums.dtype == torch.int64 and sums.is_contiguous()
+        words = [stride * kv.dtype.itemsize % 4 for stride in (*kv.stride()[:4], chunk_tokens * head_dim)]
+        assert not any(words), "checksums need heads that are whole 32-bit words"
+        assert kv.stride(0) * kv.dtype.itemsize < 1 << 33, "word numbers are 31 bits"
+        if scale is not None:
+            offset = scale.data_ptr() - kv.data_ptr()
+            assert 0 < offset < kv.stride(0) * kv.dtype.itemsize == scale.stride(0) * 4, "scales must lie in kv's rows"
+            assert offset % 4 == 0, "scales must lie at whole 32-bit words"
+
+
+def chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_slots: Tensor, *, fp8: Tensor, scale: Tensor) -> None:
+    """Arguments of `quantize_chunks` and `dequantize_chunks`; ``fp8`` is the one of ``kv``, ``out_kv`` that is."""
+    assert kv.shape[1:] == out_kv.shape[1:] and kv.shape[2] == 2, f"{tuple(kv.shape)} to {tuple(out_kv.shape)}"
+    assert _heads_are_contiguous(kv) and _heads_are_contiguous(out_kv), "a head's chunk must be contiguous"
+    assert fp8.dtype == torch.float8_e4m3fn, f"{fp8.dtype} is not float8_e4m3fn"
+    _scale(scale, fp8)
+    _slots(slots)
+    _slots(out_slots)
+    assert slots.shape == out_slots.shape, f"{slots.shape[0]} chunks to {out_slots.shape[0]} slots"
+
+
+def store(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, offsets: Tensor, scale: Tensor | None) -> None:
+    """Arguments of `store_kv`."""
+    tokens, kv_heads, head_dim = k.shape
+    assert v.shape == k.shape, f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ"
+    assert kv.shape[3] == kv_heads and kv.shape[5] == head_dim, f"kv {tuple(kv.shape)}, k {tuple(k.shape)}"
+    assert k.stride(2) == v.stride(2) == 1 and _heads_are_contiguous(kv), "heads must be contiguous"
+    assert slots.shape == offsets.shape == (tokens,)
+    _slots(slots)
+    _slots(offsets)
+    if scale is not None:
+        assert kv.dtype == torch.float8_e4m3fn, f"scales are for float8_e4m3fn, the pool is {kv.dtype}"
+        _scale(scale, kv)
+
+
+def checksums(memory: Tensor, slots: Tensor) -> None:
+    """Arguments of `slot_checksums`."""
+    assert memory.dtype == torch.uint8 and memory.dim() == 2, f"memory is {memory.dtype}, {memory.dim()} axes"
+    assert memory.shape[1] % 256 == 0, f"rows of {memory.shape[1]} bytes are not whole multiples of 256"
+    assert memory.shape[1] < 1 << 33, "word numbers are 31 bits"
+    assert memory.stride(1) == 1 and memory.stride(0) % 16 == 0 and memory.data_ptr() % 16 == 0, (
+        "rows start at 16 bytes"
+    )
+    _slots(slots)
+
+
+def _heads_are_contiguous(kv: Tensor) -> bool:
+    return kv.stride(5) == 1 and kv.stride(4) == kv.shape[5]
+
+
+def _slots(slots: Tensor) -> None:
+    assert slots.dim() == 1 and slots.is_contiguous() and slots.dtype == torch.int64, "slots are int64, contiguous"
+
+
+def _scale(scale: Tensor, kv: Tensor) -> None:
+    assert scale.dtype == torch.float32 and scale.shape[1:] == kv.shape[1:4], f"scales {tuple(scale.shape)}"
+    assert scale.shape[0] == kv.shape[0], f"scales of {scale.shape[0]} slots, not {kv.shape[0]}"
