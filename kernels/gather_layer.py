@@ -115,5 +115,6 @@ def gather_layer(
             LAYER_IS_POINTER=not isinstance(layer, int),
             HAS_SCALE=scale is not None,
             HAS_SUMS=sums is not None,
+            num_warps=8 if sums is not None and kv.dtype.itemsize == 4 else 4,  # a 64-bit sum beside every word
         )
     return out[0], out[1]

@@ -33,16 +33,18 @@ def words_of(b_elements, BLOCK: tl.constexpr):
     """The uint32 words that ``BLOCK`` neighbouring elements of 1, 2 or 4 bytes are, low bytes first."""
     bits: tl.constexpr = b_elements.dtype.primitive_bitwidth
     if bits == 32:
-        return b_elements.to(tl.uint32, bitcast=True)
-    per_word: tl.constexpr = 32 // bits
-    b_parts = b_elements.to(tl.uint16 if bits == 16 else tl.uint8, bitcast=True)
-    # [BLOCK / per_word, per_word], a word's parts lie in one thread
-    b_parts = tl.reshape(b_parts.to(tl.uint32), [BLOCK // per_word, per_word])
-    o_shift = (tl.arange(0, per_word) * bits).to(tl.uint32)
-    return tl.sum(b_parts << o_shift[None, :], 1)
+        b_words = b_elements.to(tl.uint32, bitcast=True)
+    else:
+        per_word: tl.constexpr = 32 // bits
+        b_parts = b_elements.to(tl.uint16 if bits == 16 else tl.uint8, bitcast=True)
+        # [BLOCK / per_word, per_word], a word's parts lie in one thread
+        b_parts = tl.reshape(b_parts.to(tl.uint32), [BLOCK // per_word, per_word])
+        o_shift = (tl.arange(0, per_word) * bits).to(tl.uint32)
+        b_words = tl.sum(b_parts << o_shift[None, :], 1)
+    return b_words
 
 
-@triton.jit(do_not_specialize=["words"])
+@triton.jit
 def _checksum_kernel(
     memory,  # [slots, words] int32
     slots,  # [n]

@@ -94,7 +94,7 @@ def _store_scaled_kernel(
     if LAYER_IS_POINTER:
         layer = tl.load(layer)
     layer = layer.to(tl.int64)
-    offset = tl.load(offsets + i_token)
+    offset = tl.load(offsets + i_token).to(tl.int32)
     o_next = tl.arange(0, CHUNK_PAD)
     m_next = (i_token + o_next < tokens) & (offset + o_next < CHUNK_TOKENS)
     same = m_next & (tl.load(slots + i_token + o_next, mask=m_next, other=-1) == slot)
