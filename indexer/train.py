@@ -1,0 +1,345 @@
+"""Train the Memory Indexer from recorded shards: torch and the shards, no model, no transformers (design §6).
+
+One process or several (`torchrun`); stopped training goes on where its last epoch ended.
+"""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from forecache.indexer.checkpoint import CheckpointManifest, new_indexer, save_checkpoint
+from forecache.indexer.config import SelectionConfig
+from forecache.indexer.encoder import EncoderShape, MemoryIndexer
+from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.labels import LabelRule, WindowLabels, window_labels
+from forecache.indexer.metrics import coverage, keep_masks, nan_mean, recall
+from forecache.indexer.shards import RecordedDocument, Recording, ShardError
+from forecache.indexer.training_data import predict_rows, usable_rows
+
+FOCAL_GAMMA = 2.0
+"""Lin et al., arXiv 1708.02002."""
+VALIDATION_EVERY = 8
+"""One training document in so many is held out to stop early by."""
+VALIDATION_BUDGET = 0.10
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """``leads``: steps ahead that predictions are trained for, drawn anew for each. ``rows``: most predictions of one
+    document in one step. ``listwise``: weight of the ranking loss beside the focal one. ``patience``: epochs without a
+    better held-out coverage before training stops. Learning rates fall to zero along a cosine; the queries, which
+    start as the model's own, have their own rate."""
+
+    epochs: int = 24
+    documents_per_step: int = 4
+    rows: int = 96
+    leads: tuple[int, ...] = (1, 2, 4, 8)
+    learning_rate: float = 2e-3
+    query_learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 20
+    clip_norm: float = 1.0
+    listwise: float = 1.0
+    patience: int = 5
+    least_steps: int = 8
+    bf16: bool = False
+    seed: int = 0
+
+
+class IndexerLoss(nn.Module):
+    """The loss of an indexer over some documents; in a module of its own so that DDP sees one forward.
+
+    Focal loss of the golden chunks (published recipe), and the cross-entropy of the event mass over the candidates:
+    what matters is the order of the chunks at a budget. ``scale`` and ``offset`` turn a score, a log share, into the
+    logit of being golden.
+    """
+
+    def __init__(self, indexer: MemoryIndexer, spec: IndexSpec, rule: LabelRule, config: TrainConfig) -> None:
+        super().__init__()
+        self.indexer = indexer
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.offset = nn.Parameter(torch.tensor(1.0))
+        self._spec = spec
+        self._rule = rule
+        self._config = config
+
+    def forward(self, documents: Sequence[RecordedDocument], rows: Sequence[Tensor], leads: Sequence[Tensor]) -> Tensor:
+        """``rows``, ``leads``: int64 [R] of each document. Returns the mean loss of a prediction."""
+        losses = []
+        for document, at, lead in zip(documents, rows, leads, strict=True):
+            labels = window_labels(document, at, lead, self._rule, chunk_tokens=self._spec.chunk_tokens)
+            device_type = document.records.device.type
+            with torch.autocast(device_type, torch.bfloat16, enabled=self._config.bf16):
+                logits = predict_rows(self.indexer, self._spec, document, at).logits.float()
+            losses.append(self._loss(logits, labels))
+        return torch.cat(losses).mean()
+
+    def _loss(self, logits: Tensor, labels: WindowLabels) -> Tensor:
+        focal = focal_loss(self.scale * logits + self.offset, labels.golden.float())
+        focal = (focal * labels.candidates).sum(1) / labels.golden.sum(1).clamp(min=1)
+        wanted = labels.event_mass / labels.event_mass.sum(1, keepdim=True).clamp(min=1e-6)
+        ranked = logits.masked_fill(~labels.candidates, -torch.inf).log_softmax(1).masked_fill(~labels.candidates, 0)
+        return focal - self._config.listwise * (wanted * ranked).sum(1)
+
+
+def focal_loss(logits: Tensor, golden: Tensor) -> Tensor:
+    """Binary focal loss, elementwise."""
+    entropy = nn.functional.binary_cross_entropy_with_logits(logits, golden, reduction="none")
+    return entropy * (1 - (-entropy).exp()) ** FOCAL_GAMMA
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the learning curve; validation figures at a 10 % budget. ``seconds``: of this epoch."""
+
+    epoch: int
+    train_loss: float
+    loss: float
+    recall: float
+    coverage: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Group:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextmanager
+def _group(device: str) -> Iterator[_Group]:
+    """One process, or those that torchrun started."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not torch.distributed.is_torchelastic_launched():
+        yield _Group(0, 1, torch.device(kind))
+        return
+    torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    rank = torch.distributed.get_rank()
+    if kind == "cuda":
+        kind = f"cuda:{rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(kind)
+    try:
+        yield _Group(rank, torch.distributed.get_world_size(), torch.device(kind))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def train(
+    data: Path,
+    out: Path,
+    *,
+    config: TrainConfig | None = None,
+    shape: EncoderShape | None = None,
+    rule: LabelRule | None = None,
+    device: str = "auto",
+    progress: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Train on ``data``, write the best indexer to ``out`` (and its manifest beside it); returns the learning curve.
+
+    After each epoch everything needed to go on is written to ``out`` with the ending ``.state``; called again with the
+    same settings, training goes on there. Raises :class:`ShardError` when there is nothing to learn from.
+    """
+    config, shape, rule = config or TrainConfig(), shape or EncoderShape(), rule or LabelRule()
+    with _group(device) as group:
+        return _train(data, out, config, shape, rule, group, progress)
+
+
+def _train(
+    data: Path,
+    out: Path,
+    config: TrainConfig,
+    shape: EncoderShape,
+    rule: LabelRule,
+    group: _Group,
+    progress: Callable[[Epoch], None],
+) -> list[Epoch]:
+    recording = Recording(data)
+    numbers = recording.split("train")
+    held_out = numbers[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
+    learned = [number for number in numbers if number not in set(held_out)]
+    if not held_out:
+        raise ShardError(f"{data} has {len(numbers)} training documents; at least {VALIDATION_EVERY} are needed")
+    spec = recording.manifest.index_spec
+    documents = {number: recording.document(number).to(group.device) for number in [*learned, *held_out]}
+    torch.manual_seed(config.seed)
+    loss = IndexerLoss(new_indexer(recording, shape), spec, rule, config).to(group.device)
+    optimizer = _optimizer(loss, config)
+    model: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss)
+    settings = {"config": asdict(config), "shape": asdict(shape), "rule": asdict(rule)}
+    manifest = CheckpointManifest.of(recording.manifest, shape, settings | {"documents": len(learned)})
+    state = out.with_suffix(".state")
+    curve, best = _resume(state, settings, loss, optimizer)
+    share = math.ceil(len(learned) / (config.documents_per_step * group.size))
+    schedule = _Schedule(config, share)
+    for epoch in range(len(curve), config.epochs):
+        if curve and len(curve) - 1 - best >= config.patience:
+            break
+        start = time.monotonic()
+        losses = _epoch(model, optimizer, schedule, documents, learned, config, rule, spec, group, epoch)
+        figures = validate(loss, [documents[number] for number in held_out], spec, rule, config)
+        curve.append(Epoch(epoch, losses, *figures, time.monotonic() - start))
+        if curve[-1].coverage >= max(past.coverage for past in curve):
+            best = epoch
+            if group.rank == 0:
+                done = {"epochs": epoch + 1, "held_out": asdict(curve[-1])}
+                save_checkpoint(out, loss.indexer, manifest.model_copy(update={"training": manifest.training | done}))
+        if group.rank == 0:
+            _save_state(state, settings, loss, optimizer, curve, best)
+            progress(curve[-1])
+    return curve
+
+
+def _optimizer(loss: IndexerLoss, config: TrainConfig) -> torch.optim.AdamW:
+    queries = list(loss.indexer.projection.parameters())
+    others = [parameter for name, parameter in loss.named_parameters() if not name.startswith("indexer.projection.")]
+    return torch.optim.AdamW(
+        [
+            # decay would pull them towards no query at all, away from the model's own
+            {"params": queries, "lr": config.query_learning_rate, "weight_decay": 0.0},
+            {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        ]
+    )
+
+
+class _Schedule:
+    """Share of the learning rate at a step: linear warm-up, then a cosine to zero."""
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self._warmup = config.warmup_steps
+        self._steps = max(config.epochs * steps_per_epoch, 1)
+
+    def share(self, step: int) -> float:
+        return min((step + 1) / max(self._warmup, 1), 0.5 * (1 + math.cos(math.pi * step / self._steps)))
+
+
+def _epoch(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    schedule: _Schedule,
+    documents: dict[int, RecordedDocument],
+    learned: list[int],
+    config: TrainConfig,
+    rule: LabelRule,
+    spec: IndexSpec,
+    group: _Group,
+    epoch: int,
+) -> float:
+    """One pass; the order and every draw follow from the seed and the epoch. Returns the mean loss."""
+    model.train()
+    rates = [config.query_learning_rate, config.learning_rate]
+    order = random.Random(f"{config.seed} {epoch}").sample(learned, len(learned))
+    size = config.documents_per_step * group.size
+    total = torch.zeros((), device=group.device)
+    for step in range(schedule.steps_per_epoch):
+        # the last step is filled up from the beginning, so that every process has as many
+        batch = [order[place % len(order)] for place in range(step * size, (step + 1) * size)][group.rank :: group.size]
+        draw = random.Random(f"{config.seed} {epoch} {step} {group.rank}")
+        chosen = [documents[number] for number in batch]
+        drawn = [_draw_rows(document, config, rule, spec, draw) for document in chosen]
+        share = schedule.share(epoch * schedule.steps_per_epoch + step)
+        for settings, rate in zip(optimizer.param_groups, rates, strict=True):
+            settings["lr"] = rate * share
+        optimizer.zero_grad()
+        loss = model(chosen, [rows for rows, _ in drawn], [leads for _, leads in drawn])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        total += loss.detach()
+    return float(total) / schedule.steps_per_epoch
+
+
+def _draw_rows(
+    document: RecordedDocument, config: TrainConfig, rule: LabelRule, spec: IndexSpec, draw: random.Random
+) -> tuple[Tensor, Tensor]:
+    """Rows to predict at, and the lead of each."""
+    rows = usable_rows(
+        document, max(config.leads), rule, least_steps=config.least_steps, chunk_tokens=spec.chunk_tokens
+    )
+    picked = sorted(draw.sample(rows.tolist(), min(config.rows, len(rows))))
+    leads = draw.choices(config.leads, k=len(picked))
+    device = rows.device
+    return torch.tensor(picked, device=device, dtype=torch.int64), torch.tensor(leads, device=device)
+
+
+@torch.no_grad()
+def validate(
+    loss: IndexerLoss,
+    documents: Sequence[RecordedDocument],
+    spec: IndexSpec,
+    rule: LabelRule,
+    config: TrainConfig,
+) -> tuple[float, float, float]:
+    """(loss, recall, coverage) over documents held out, at the longest lead and a 10 % budget."""
+    loss.eval()
+    lead = max(config.leads)
+    selection = SelectionConfig()
+    losses: list[float] = []
+    recalls: list[float] = []
+    coverages: list[float] = []
+    for document in documents:
+        rows = usable_rows(document, lead, rule, least_steps=config.least_steps, chunk_tokens=spec.chunk_tokens)[::4]
+        if not len(rows):
+            continue
+        labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
+        found = predict_rows(loss.indexer, spec, document, rows)
+        kept = keep_masks(found.logits, found.complete, VALIDATION_BUDGET, selection)
+        losses += loss._loss(found.logits, labels).tolist()
+        recalls += recall(kept, labels).tolist()
+        coverages += coverage(kept, labels).tolist()
+    return tuple(value if value is not None else math.nan for value in map(nan_mean, (losses, recalls, coverages)))  # type: ignore[return-value]
+
+
+def _save_state(
+    path: Path,
+    settings: dict[str, Any],
+    loss: IndexerLoss,
+    optimizer: torch.optim.AdamW,
+    curve: list[Epoch],
+    best: int,
+) -> None:
+    """Weights and optimiser as safetensors, the rest as JSON in the file's metadata; whole or not at all."""
+    tensors = {f"model/{name}": tensor for name, tensor in loss.state_dict().items()}
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+    told = {"settings": json.dumps(settings), "curve": json.dumps([asdict(e) for e in curve]), "best": str(best)}
+    partial = path.with_suffix(".state-partial")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=told)
+    partial.rename(path)
+
+
+def _resume(
+    path: Path, settings: dict[str, Any], loss: IndexerLoss, optimizer: torch.optim.AdamW
+) -> tuple[list[Epoch], int]:
+    """The learning curve so far and its best epoch, weights and optimiser loaded; ([], 0) for a new training."""
+    if not path.exists():
+        return [], 0
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    if told.get("settings") != json.dumps(settings):
+        raise ShardError(f"{path} is of a training with other settings: delete it, or write to another file")
+    loss.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, number, moment = name.split("/")
+            state.setdefault(int(number), {})[moment] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return [Epoch(**entry) for entry in json.loads(told["curve"])], int(told["best"])

@@ -1,0 +1,52 @@
+"""From recorded documents to what the dual encoder reads and should have said."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forecache.indexer.encoder import MemoryIndexer, chunk_log_shares, decode_records, history_rows
+from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.labels import LabelRule, complete_chunks, window_rows
+from forecache.indexer.shards import RecordedDocument
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Scores of R predictions over all chunks of one document.
+
+    ``logits``, ``training_free`` (a log share): float32 [R, chunks]; ``complete``: int64 [R].
+    """
+
+    logits: Tensor
+    training_free: Tensor
+    complete: Tensor
+
+
+def usable_rows(
+    document: RecordedDocument, lead: int, rule: LabelRule, *, least_steps: int, chunk_tokens: int
+) -> Tensor:
+    """Rows at which a prediction has at least ``least_steps`` recorded steps to be judged by, and a candidate."""
+    rows = torch.arange(document.steps, device=document.positions.device)
+    first, last = window_rows(document, rows, lead, rule.window_steps)
+    complete = complete_chunks(document.positions, chunk_tokens)
+    return rows[(last - first >= least_steps) & (complete > rule.sink_chunks + rule.recency_chunks)]
+
+
+def predict_rows(
+    indexer: MemoryIndexer, spec: IndexSpec, document: RecordedDocument, rows: Tensor, keys: Tensor | None = None
+) -> Predictions:
+    """Predictions made at ``rows``, int64 [R]. ``keys``: the document's decoded records, where they are at hand."""
+    if keys is None:
+        keys = decode_records(spec, document.records)
+    history = history_rows(rows, document.runs, indexer.shape.history)
+    needed, places = torch.unique(history, return_inverse=True)
+    positions = document.positions[needed]
+    queries = indexer.queries(document.hidden[needed], positions)
+    log_shares = chunk_log_shares(spec, keys, queries, positions)[places]
+    complete = complete_chunks(document.positions[rows], spec.chunk_tokens)
+    # chunks that were completed since an older query was made have no share from it
+    tail = (document.positions[rows] + 1 - complete * spec.chunk_tokens).float() / spec.chunk_tokens
+    logits = indexer(log_shares, document.hidden[rows], complete, tail)
+    free = log_shares[:, 0, : indexer.retrieval_heads].detach().amax(1)
+    return Predictions(logits, free, complete)

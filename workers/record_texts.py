@@ -1,0 +1,241 @@
+"""Documents to record: prose to go on with, and questions about it whose right reply is fed to the model.
+
+The wordings differ from those of :mod:`forecache.workers.tasks`, so that what was learned here can be tried on those.
+"""
+
+import random
+import sysconfig
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from forecache.workers import corpus
+from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.tasks import TaskKind, make_task
+
+SourceTask = Literal["prose", "lookup", "several", "values", "quote", "needle", "keys", "passage"]
+"""prose: go on; lookup: one fact among others of its kind; several: two to five of them; values: all values of one
+subject; quote: finish a quoted paragraph; needle, keys, passage: those of :mod:`forecache.workers.tasks`."""
+
+SUBJECTS = tuple(
+    f"{first} {second}"
+    for first in ("north", "old", "green", "stone", "upper", "silent", "river", "winter", "copper", "linen", "harbour")
+    for second in ("tower", "archive", "garden", "station", "mill", "library", "bridge", "workshop", "market", "ferry")
+)
+STATEMENTS = (
+    "The access code of the {subject} is {value}.",
+    "According to the register, the {subject} has the number {value}.",
+    "Anyone who calls the {subject} must dial {value}.",
+    "Inspectors valued the {subject} at {value} crowns.",
+    "The keeper of the {subject} goes by the name {value}.",
+    "Parcels for the {subject} are marked with {value}.",
+    "The {subject} was given the reference {value}.",
+)
+QUESTIONS = (
+    "What does the text say about the {subjects}?",
+    "Repeat what is said of the {subjects}.",
+    "Find the sentences about the {subjects} and quote them.",
+    "Which details are given for the {subjects}?",
+)
+SYLLABLES = ("ka", "lo", "mi", "ren", "tas", "vo", "du", "sel", "fi", "gor", "ban", "zu", "pel", "na", "wik")
+JOINT_TOKENS = 3
+TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
+
+
+@dataclass(frozen=True)
+class SourceDocument:
+    """One document: its prompt, the reply that is fed to the model, and where in the prompt the answer stands.
+
+    ``answer_span``: [first, last) prompt token of the first answer; ``answer_place``: the token of the reply that
+    begins it. Both are None where nothing was asked.
+    """
+
+    task: SourceTask
+    text: str
+    split: str
+    prompt_token_ids: list[int]
+    reply_token_ids: list[int]
+    answer_span: tuple[int, int] | None = None
+    answer_place: int | None = None
+
+
+def text_source(name: str) -> Callable[[int, int, PreTrainedTokenizerBase], list[str]]:
+    """Paragraphs of a text of about so many tokens: ``source(seed, tokens, tokenizer)``.
+
+    ``name``: a kind of :mod:`forecache.workers.corpus`, "code" (the standard library's modules as they are), a text
+    file, or a directory of ``*.txt`` and ``*.md`` files.
+    """
+    kinds: Sequence[corpus.Kind] = get_args(corpus.Kind)
+    for kind in kinds:
+        if name == kind:
+            return lambda seed, tokens, tokenizer: next(corpus.documents(kind, seed, tokens, tokenizer)).split("\n\n")
+    path = Path(name).expanduser()
+    files = tuple(sorted([*path.rglob("*.txt"), *path.rglob("*.md")])) if path.is_dir() else (path,)
+    if name == "code":
+        files = tuple(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    if not files or not all(file.is_file() for file in files):
+        raise UnsupportedModelError(
+            f"'{name}' is no text to record: expected {', '.join(kinds)}, code, a text file, or a "
+            "directory with *.txt or *.md"
+        )
+    return lambda seed, tokens, tokenizer: _cut(_file_paragraphs(files), seed, tokens, tokenizer)
+
+
+@cache
+def _file_paragraphs(files: tuple[Path, ...]) -> tuple[str, ...]:
+    text = "\n\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return tuple(block.strip("\n") for block in text.split("\n\n") if block.strip())
+
+
+def _cut(paragraphs: tuple[str, ...], seed: int, tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A run of ``paragraphs`` from a random place on, around the end if need be."""
+    start = random.Random(seed).randrange(len(paragraphs))
+    run: list[str] = []
+    count = 0
+    while count < tokens:
+        run.append(paragraphs[(start + len(run)) % len(paragraphs)])
+        count += len(tokenizer(run[-1] + "\n\n", add_special_tokens=False)["input_ids"])
+    return run[:-1] or run
+
+
+def make_document(
+    task: SourceTask, text: str, split: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
+) -> SourceDocument:
+    """A document whose prompt has at most ``tokens`` tokens, and nearly as many. A function of its arguments."""
+    rng = random.Random(f"{task} {text} {seed}")
+    kind_of_task = next((kind for kind in TASK_KINDS if kind == task), None)
+    if kind_of_task is not None:
+        kinds: Sequence[corpus.Kind] = [kind for kind in get_args(corpus.Kind) if kind == text]
+        if not kinds:
+            raise UnsupportedModelError(f"the task '{task}' is made from {get_args(corpus.Kind)} only, not from {text}")
+        made = make_task(
+            kind_of_task,
+            tokenizer,
+            tokens=tokens,
+            depth=rng.uniform(0.05, 0.9),
+            seed=rng.getrandbits(32),
+            prose=kinds[0],
+        )
+        return SourceDocument(
+            task,
+            text,
+            split,
+            list(made.prompt_token_ids),
+            [*made.reply_prefix_token_ids, *made.answer_token_ids],
+            made.answer_span,
+            len(made.reply_prefix_token_ids),
+        )
+    source = text_source(text)
+    if task == "prose":
+        ids = tokenizer("\n\n".join(source(rng.getrandbits(32), tokens + 64, tokenizer)))["input_ids"]
+        return SourceDocument(task, text, split, ids[:tokens], [])
+    return _question_document(task, text, split, tokenizer, tokens, rng)
+
+
+def _question_document(
+    task: SourceTask,
+    text: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    rng: random.Random,
+) -> SourceDocument:
+    def count(piece: str) -> int:
+        return len(tokenizer(piece, add_special_tokens=False)["input_ids"]) + JOINT_TOKENS
+
+    statements, replies, answer, subjects = _facts(task, rng)
+    question = rng.choice(QUESTIONS).format(subjects=" and the ".join(subjects))
+    overhead = sum(map(count, statements)) + 2 * (count(question) + 60) + count(_prompt(tokenizer, ""))
+    if tokens < overhead + 256:
+        raise ValueError(f"a document of the task '{task}' needs at least {overhead + 256} tokens, not {tokens}")
+    paragraphs = text_source(text)(rng.getrandbits(32), tokens - overhead, tokenizer)
+    for statement in statements:
+        paragraphs.insert(rng.randrange(len(paragraphs) + 1), statement)
+    if task == "quote":
+        long = [paragraph for paragraph in paragraphs[1:] if len(paragraph.split(" ")) >= 32] or paragraphs
+        replies = [rng.choice(long)]
+        words = replies[0].split(" ")
+        answer = " ".join(words[min(rng.randint(6, 12), len(words) - 1) :])
+        beginning = replies[0][: len(replies[0]) - len(answer)]
+        question = f'Repeat the paragraph that begins with "{beginning.strip()}", word for word.'
+    body = "\n\n".join(paragraphs)
+    message = f"{question}\n\n{body}\n\n{question}" if rng.random() < 0.7 else f"{body}\n\n{question}"
+    prompt = _prompt(tokenizer, message)
+    reply = " ".join(replies)
+    place = prompt.index(answer, prompt.index(replies[0], prompt.index(body)))
+    prompt_ids, span = _locate(tokenizer, prompt, place, place + len(answer))
+    start = len(prompt) + reply.index(answer)
+    all_ids, (begin, _) = _locate(tokenizer, prompt + reply, start, start + len(answer))
+    return SourceDocument(
+        task, text, split, prompt_ids, all_ids[len(prompt_ids) :], span, max(begin - len(prompt_ids), 0)
+    )
+
+
+def _facts(task: SourceTask, rng: random.Random) -> tuple[list[str], list[str], str, list[str]]:
+    """Sentences to hide, those that make the reply, the first answer in it, and the subjects asked for."""
+    if task == "quote":
+        return [], [], "", []
+    form = rng.choice(STATEMENTS)
+    subjects = rng.sample(SUBJECTS, rng.randint(2, 16))
+    chosen = rng.sample(subjects, min(rng.randint(2, 5), len(subjects)) if task == "several" else 1)
+    facts: dict[str, list[str]] = {}
+    values: set[str] = set()
+    for subject in subjects:
+        many = rng.randint(2, 4) if task == "values" and subject in chosen else 1
+        facts[subject] = []
+        while len(facts[subject]) < many:
+            value = _value(rng)
+            if value not in values:
+                values.add(value)
+                facts[subject].append(form.format(subject=subject, value=value))
+    replies = [sentence for subject in chosen for sentence in facts[subject]]
+    answer = replies[0].removeprefix(form.format(subject=chosen[0], value="\0").split("\0")[0])
+    statements = [sentence for subject in subjects for sentence in facts[subject]]
+    return statements, replies, answer, chosen
+
+
+def _value(rng: random.Random) -> str:
+    kind = rng.randrange(3)
+    if kind == 0:
+        return str(rng.randrange(10 ** rng.randint(2, 6), 10**7))
+    if kind == 1:
+        return "".join(rng.choice("ABCDEFGHKLMNPRSTUVXZ") for _ in range(2)) + f"-{rng.randrange(100, 10_000)}"
+    return "".join(rng.sample(SYLLABLES, rng.randint(2, 4))).capitalize()
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """The message ready for its reply; a tokenizer without a chat template gets plain text."""
+    if tokenizer.chat_template is None:
+        return f"{message}\n\nAnswer:"
+    chat = [{"role": "user", "content": message}]
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+
+def _locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[list[int], tuple[int, int]]:
+    """Tokens of ``text`` and the [first, last) of them that touch its characters [start, end)."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    first = bisect_right(offsets, start, key=lambda offset: offset[1])
+    last = bisect_left(offsets, end, key=lambda offset: offset[0])
+    return list(encoded["input_ids"]), (first, last)
+
+
+def plan(
+    *,
+    documents: int,
+    eval_documents: int,
+    texts: Sequence[str],
+    eval_texts: Sequence[str],
+    tasks: Sequence[SourceTask],
+    eval_tasks: Sequence[SourceTask],
+) -> Iterator[tuple[SourceTask, str, str]]:
+    """(task, text, split) of every document: all pairs of task and text in turn, training documents first."""
+    for number in range(documents):
+        yield tasks[number % len(tasks)], texts[number // len(tasks) % len(texts)], "train"
+    for number in range(eval_documents):
+        yield eval_tasks[number % len(eval_tasks)], eval_texts[number // len(eval_tasks) % len(eval_texts)], "eval"
