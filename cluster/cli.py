@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from forecache.cluster import indexer_commands
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.session import run_in_own_session
 from forecache.workers.errors import ForecacheError
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--out", required=True, type=Path, help="file to write")
     calibrate.add_argument("--documents", type=int, default=96, help="generated documents (default: 96)")
     calibrate.set_defaults(command=_calibrate)
+    indexer_commands.register(indexer)
 
     commands.add_parser("bench", help="measure this machine (see `forecache bench --help`)", add_help=False)
     version = commands.add_parser("version", help="print the version")

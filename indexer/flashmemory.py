@@ -125,8 +125,8 @@ def decode_keys(keys: Tensor) -> Tensor:
     if keys.dtype != torch.uint8 or keys.shape[-1] != KEY_BYTES:
         raise ValueError(f"index keys are {keys.dtype} [..., {keys.shape[-1]}], not uint8 [..., {KEY_BYTES}]")
     values = keys[..., :HEAD_DIM].contiguous().view(torch.float8_e4m3fn).float()
-    scales: Tensor = keys[..., HEAD_DIM:].contiguous().view(torch.float32)
-    return values * scales
+    decoded: Tensor = values * keys[..., HEAD_DIM:].contiguous().view(torch.float32)
+    return decoded
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:

@@ -1,0 +1,180 @@
+"""`forecache indexer record`, `train` and `eval`: the Memory Indexer from a model's attention to a table of figures."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from forecache.workers.errors import ForecacheError
+
+
+class IndexerCommandError(ForecacheError):
+    """Recorded data or a checkpoint is not what the command needs."""
+
+
+def register(commands: Any) -> None:
+    """Add the commands to the subparsers of `forecache indexer`."""
+    record = commands.add_parser("record", help="record what a model attends to, as training data")
+    record.add_argument("--model", required=True, help="built-in name, directory or hub id")
+    record.add_argument("--data", default="docstrings,code", help="texts: docstrings, topics, code, files, directories")
+    record.add_argument("--eval-data", default="docstrings,topics", help="texts of the documents for evaluation")
+    record.add_argument("--out", required=True, type=Path, help="directory to write; a stopped recording goes on")
+    record.add_argument("--documents", type=int, default=384, help="documents to train on (default: 384)")
+    record.add_argument("--eval-documents", type=int, default=96, help="documents held out (default: 96)")
+    record.add_argument("--min-tokens", type=int, default=2048, help="shortest prompt (default: 2048)")
+    record.add_argument("--max-tokens", type=int, default=8192, help="longest prompt (default: 8192)")
+    record.add_argument("--documents-per-shard", type=int, default=16, help="decoded together (default: 16)")
+    record.add_argument("--manifest", default="auto", help="retrieval heads: auto, or a manifest's file")
+    record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    record.add_argument("--seed", type=int, default=0)
+    record.set_defaults(command=_record)
+
+    train = commands.add_parser("train", help="train an indexer from recorded data; the model is not needed")
+    train.add_argument("--data", required=True, type=Path, help="directory of recorded data")
+    train.add_argument("--out", required=True, type=Path, help="file to write, *.safetensors; .json and .png beside it")
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    train.add_argument("--epochs", type=int, default=None, help="most passes over the documents")
+    train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
+    train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
+    train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
+    train.add_argument("--bf16", action="store_true", help="mixed precision")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("eval", help="compare an indexer with every other way to choose chunks")
+    evaluate.add_argument("--data", required=True, type=Path, help="directory of recorded data")
+    evaluate.add_argument("--indexer", required=True, type=Path, help="trained indexer, *.safetensors")
+    evaluate.add_argument("--out", type=Path, default=None, help="JSON of all figures; a PNG goes beside it")
+    evaluate.add_argument("--lead", type=int, default=8, help="steps ahead of the table (default: 8)")
+    evaluate.add_argument("--budget", type=float, default=0.10, help="budget of the table (default: 0.10)")
+    evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _record(args: argparse.Namespace) -> int:
+    from forecache.workers.decode.loader import model_name, resolve_model
+    from forecache.workers.record import Recipe, record
+
+    recipe = Recipe(
+        texts=tuple(args.data.split(",")),
+        eval_texts=tuple(args.eval_data.split(",")),
+        **{field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)},
+    )
+    with _progress("recording") as show, _plain_errors():
+        record(
+            resolve_model(args.model),
+            args.out,
+            recipe,
+            model_name=model_name(args.model),
+            manifest=args.manifest,
+            device=args.device,
+            dtype=args.dtype,
+            progress=show,
+        )
+    print(f"{args.out}: {recipe.documents} documents to train on, {recipe.eval_documents} to evaluate on")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from forecache.indexer.encoder import EncoderShape
+    from forecache.indexer.plots import PlotError, plot_curve
+    from forecache.indexer.train import Epoch, TrainConfig, train
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
+    config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
+    shape = EncoderShape() if args.history is None else EncoderShape(history=_integers(args.history))
+
+    def show(epoch: Epoch) -> None:
+        print(
+            f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, held out {epoch.loss:.3f}, recall {epoch.recall:.3f}, "
+            f"coverage {epoch.coverage:.3f}, {epoch.seconds:.0f} s",
+            flush=True,
+        )
+
+    with _plain_errors():
+        curve = train(args.data, args.out, config=config, shape=shape, device=args.device, progress=show)
+    try:
+        plot_curve(args.out.with_suffix(".png"), curve)
+    except PlotError as error:
+        print(f"note: {error}")
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from forecache.indexer.evaluate import as_records, evaluate, gap_closed, table
+    from forecache.indexer.plots import PlotError, plot_figures
+
+    with _progress("evaluating") as show, _plain_errors():
+        figures = evaluate(args.data, args.indexer, device=args.device, progress=show)
+    header, *rows = table(figures, lead=args.lead, budget=args.budget)
+    drawn = Table(*header, title=f"{args.lead} steps ahead, {args.budget:.1%} of the chunks")
+    for row in rows:
+        drawn.add_row(*row)
+    console = Console()
+    console.print(drawn)
+    for name in ("coverage", "recall", "answer_kept"):
+        closed = gap_closed(figures, task="all", text="all", lead=args.lead, budget=args.budget, name=name)
+        if closed is not None:
+            console.print(f"{name}: {closed:.0%} of the gap between training-free and oracle closed")
+    if args.out is not None:
+        args.out.write_text(json.dumps(as_records(figures), indent=1) + "\n", encoding="utf-8")
+        try:
+            plot_figures(args.out.with_suffix(".png"), figures, lead=args.lead)
+        except PlotError as error:
+            console.print(f"note: {error}")
+    return 0
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise IndexerCommandError(f"'{text}' is no list of numbers like 0,4,8") from error
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The indexer's own errors, which know nothing of commands, as errors of a command."""
+    from forecache.indexer.checkpoint import CheckpointError
+    from forecache.indexer.shards import ShardError
+
+    try:
+        yield
+    except (CheckpointError, ShardError) as error:
+        raise IndexerCommandError(str(error)) from error
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over documents."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+
+        def show(done: int, documents: int) -> None:
+            progress.update(task, completed=done, total=documents)
+
+        yield show
