@@ -3,6 +3,7 @@
 import itertools
 import os
 import uuid
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
@@ -33,6 +35,7 @@ from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.arena import Arena, remove_abandoned
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.layout import cold_layout
 from forecache.workers.memory.store import ArenaStore
 
 
@@ -50,7 +53,8 @@ class LLM:
     """One model with its hot pool, cold memory and indexer in this process.
 
     Keyword arguments are the fields of :class:`EngineConfig` and :class:`MemoryConfig`. Close it (or use it in a
-    ``with`` statement): it owns a file in shared memory.
+    ``with`` statement): it owns a file in shared memory. ``wrap_indexer`` may put another indexer before its own one,
+    which then belongs to it: to record predictions, or to answer otherwise.
 
     >>> with LLM("smollm2-135m", keep_ratio=0.135) as llm:
     ...     print(llm.generate(["The capital of France is"], max_tokens=8)[0].text)
@@ -63,6 +67,7 @@ class LLM:
         skip_tokenizer: bool = False,
         selection: SelectionConfig | None = None,
         indexer: IndexerConfig | None = None,
+        wrap_indexer: Callable[[Indexer], Indexer] = lambda indexer: indexer,
         **settings: Any,
     ) -> None:
         memory = MemoryConfig(**{k: settings.pop(k) for k in list(settings) if k in MemoryConfig.model_fields})
@@ -74,7 +79,7 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not skip_tokenizer:
             self.tokenizer = load_tokenizer(self.model_path)
-        backbone = load_backbone(
+        self.backbone = backbone = load_backbone(
             self.model_path,
             dtype=self.config.dtype,
             device=self.config.device,
@@ -83,14 +88,15 @@ class LLM:
             load_format=self.config.load_format,
             seed=self.config.seed,
         )
-        spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
+        self.cold_layout = cold_layout(backbone.layout, "auto")
+        self.index_spec = spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
         verify_backbone(backbone, spec)
         remove_abandoned(memory.arena_dir)
         with ExitStack() as cleanup:  # of what was made when a later part can't be
             self._arena = Arena.create(
                 memory.arena_dir,
                 f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
-                layout=backbone.layout,
+                layout=self.cold_layout,
                 index_nbytes=spec.nbytes,
                 index_fingerprint=spec.fingerprint,
                 capacity_bytes=memory.cold_bytes,
@@ -98,7 +104,7 @@ class LLM:
             cleanup.callback(self._arena.close)
             cleanup.callback(self._arena.unlink)
             self.memory = ArenaStore(self._arena)
-            self._indexer = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
+            self._indexer = wrap_indexer(LocalIndexer(spec, indexer.threads, lambda _path: self._arena))
             cleanup.callback(self._indexer.close)
             self.engine = Engine(
                 backbone,

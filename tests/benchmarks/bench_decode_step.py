@@ -9,67 +9,36 @@ engine's step (batch layout, graph replay, attention over resident chunks), not 
 import argparse
 import csv
 import json
-import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import transformers
-import triton
-from transformers import AutoModelForCausalLM, LlamaConfig
+from harness import SHAPES, copy_bandwidth, machine_facts, now, percentiles, seconds, weight_bytes, write_model
 
 from forecache.indexer.index_keys import IndexSpec
-from forecache.workers.decode.attention import ATTENTION_NAME
-from forecache.workers.decode.backbone import Backbone
+from forecache.indexer.manifest import RetrievalManifest
+from forecache.workers.decode.backbone import Backbone, load_backbone
 from forecache.workers.decode.messages import GenerateRequest
 from forecache.workers.decode.model_runner import ModelRunner, Plan
-from forecache.workers.decode.probe import inspect_attention
 from forecache.workers.decode.sequence import Chunk, Sequence
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
-from forecache.workers.memory.layout import attention_layout
 
 CHUNK_TOKENS = 64
-RETRIEVAL_HEADS = [(layer, head) for layer in (8, 12, 16, 20) for head in (3, 17)]
-LLAMA_8B = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    max_position_embeddings=131072,
-    rope_theta=500000.0,
-)
+SHAPE = "llama-3.1-8b"
 
 
-def random_backbone(config: LlamaConfig) -> Backbone:
-    """The shape of ``config`` with random bfloat16 weights on the GPU."""
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.requires_grad_(False).eval()
-    geometry = inspect_attention(model)
-    model.set_attn_implementation(ATTENTION_NAME)
-    layout = attention_layout(
-        "random",
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        chunk_tokens=CHUNK_TOKENS,
-        dtype=torch.bfloat16,
-    )
-    return Backbone(
-        model,
-        Path("random"),
-        "random",
-        geometry,
-        layout,
-        config.max_position_embeddings,
-        torch.device("cuda"),
-        torch.bfloat16,
-    )
+def random_backbone(shape: str) -> tuple[Backbone, IndexSpec]:
+    """The shape with random bfloat16 weights on the GPU, and the index keys it would have."""
+    with tempfile.TemporaryDirectory() as directory:
+        heads = write_model(Path(directory), SHAPES[shape])
+        manifest = RetrievalManifest.load(heads)
+        backbone = load_backbone(
+            Path(directory), load_format="dummy", dtype="bfloat16", device="cuda", chunk_tokens=CHUNK_TOKENS
+        )
+    spec = IndexSpec.from_manifest(manifest, chunk_tokens=CHUNK_TOKENS, scale=backbone.geometry.scale)
+    return backbone, spec
 
 
 def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, resident: int) -> Sequence:
@@ -97,27 +66,6 @@ def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, residen
     return seq
 
 
-def seconds(run: Callable[[], object], repeat: int) -> list[float]:
-    """p20, p50 and p80 of ``repeat`` runs, each to the end on the device."""
-    times = []
-    for _ in range(repeat):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    deciles = statistics.quantiles(times, n=10)
-    return [deciles[1], statistics.median(times), deciles[7]]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), 20)[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the CSV")
@@ -127,19 +75,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=40, help="timed steps")
     args = parser.parse_args()
 
-    bandwidth = copy_bandwidth()
-    backbone = random_backbone(LLAMA_8B)
-    geometry = backbone.geometry
-    spec = IndexSpec(
-        kind="tokens",
-        query_heads=tuple(RETRIEVAL_HEADS),
-        kv_heads=tuple((layer, head // 4) for layer, head in RETRIEVAL_HEADS),
-        query_to_kv=tuple(range(len(RETRIEVAL_HEADS))),
-        head_dim=geometry.head_dim,
-        chunk_tokens=CHUNK_TOKENS,
-        scale=geometry.scale,
-        dtype=torch.int8,
-    )
+    device = torch.device("cuda")
+    bandwidth = copy_bandwidth(device)
+    backbone, spec = random_backbone(SHAPE)
     resident = -(-int(args.context * args.keep_ratio) // CHUNK_TOKENS)
     largest = max(args.batch)
     pool = HotPool(backbone.layout, largest * (resident + 1), backbone.device)
@@ -149,8 +87,7 @@ def main() -> None:
     start = time.perf_counter()
     runner.capture_graphs(max_batch_size=largest, max_chunks=resident + 3)
     capture_s = time.perf_counter() - start
-    embedding = backbone.model.get_input_embeddings().weight
-    weight_bytes = sum(p.numel() * p.element_size() for p in backbone.model.parameters()) - embedding.nbytes
+    weights = weight_bytes(backbone.model)
     rows = []
     for batch in args.batch:
         plan = Plan(tuple(sequences[:batch]), (), tuple(range(batch)))
@@ -162,11 +99,11 @@ def main() -> None:
         for _ in range(5):
             step()
         kv_bytes = batch * resident * backbone.layout.nbytes
-        floor_s = (weight_bytes + kv_bytes) / bandwidth
-        p20, p50, p80 = seconds(step, args.repeat)
+        floor_s = (weights + kv_bytes) / bandwidth
+        p20, p50, p80 = percentiles(seconds(step, args.repeat, device))
         rows.append(
             {
-                "shape": "Llama-3.1-8B, random weights, random K/V",
+                "shape": f"{SHAPE}, random weights, random K/V",
                 "context": args.context,
                 "resident_chunks": resident,
                 "batch": batch,
@@ -178,11 +115,8 @@ def main() -> None:
                 "tokens_per_s": round(batch / p50, 1),
                 "copy_gb_per_s": round(bandwidth / 1e9, 1),
                 "capture_s": round(capture_s, 1),
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "transformers": transformers.__version__,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "date": now(),
+                **machine_facts(device),
             }
         )
         print({k: rows[-1][k] for k in ("batch", "floor_ms", "p50_ms", "over_floor", "tokens_per_s")}, flush=True)

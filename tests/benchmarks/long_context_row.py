@@ -1,0 +1,68 @@
+"""A row of `bench_long_context.py`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; what makes no sense for a row is empty. GB are 10^9 bytes.
+
+    ``kv``: whether the prompt's K/V were computed, or one synthetic chunk stands for all of them. ``tokens_per_s``
+    is over the time in which all requests decode (its steps: ``p20_ms`` to ``p80_ms``), ``settled_tokens_per_s`` over
+    the part of it in which each is past its first window, whose boundaries are denser. Of that part are ``turns``,
+    ``turnover`` (share of the chunks that scores bring in which a turn recalled), ``recalled_chunks``,
+    ``recall_gb_per_s``, ``stall_s`` (time the engine waited for copies) and ``loss_to_recall`` (of tokens per second,
+    against turnover 0). ``floor_ms``: weights + resident K/V over ``copy_gb_per_s`` (read and written). ``copy_share``:
+    device time of all that only moves K/V, over the time of the prefill steps it was seen in; it may run beside the
+    rest. ``ttft``: time to first token; ``floor_s``, for a resumed session: its bytes over ``host_copy_gb_per_s``.
+    """
+
+    row: str
+    shape: str
+    context: int
+    concurrency: int
+    kv: str
+    keep_ratio: float
+    window_steps: int
+    settings: str
+    kept_ratio: float | None = None
+    turnover_asked: float | None = None
+    turnover: float | None = None
+    turns: int | None = None
+    late_windows: int | None = None
+    recalled_chunks: int | None = None
+    recall_gb_per_s: float | None = None
+    stall_s: float | None = None
+    steps: int | None = None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    floor_ms: float | None = None
+    over_floor: float | None = None
+    tokens_per_s: float | None = None
+    settled_tokens_per_s: float | None = None
+    loss_to_recall: float | None = None
+    cached_tokens: int | None = None
+    prefilled_tokens: int | None = None
+    prefill_tokens_per_s: float | None = None
+    tflop_per_s: float | None = None
+    copy_share: float | None = None
+    ttft_p20_s: float | None = None
+    ttft_p50_s: float | None = None
+    ttft_p80_s: float | None = None
+    floor_s: float | None = None
+    fill_s: float | None = None
+    copy_gb_per_s: float | None = None
+    host_copy_gb_per_s: float | None = None
+    weight_bytes: int | None = None
+    resident_bytes: int | None = None
+    hot_bytes: int | None = None
+    arena_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+    start_s: float | None = None
+    note: str = ""
+    gpu: str = ""
+    torch: str = ""
+    triton: str = ""
+    transformers: str = ""
+    date: str = ""
