@@ -1,34 +1,32 @@
 """Moves chunks between the hot pool and cold memory, in a thread of its own.
 
 The engine's thread posts jobs and, at each step's edge, drains what has completed. Jobs only touch slots that the
-engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock.
+engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock. On a GPU a job
+carries a mark of the engine's stream: steps launched before it may still be reading or writing its slots.
 """
 
 import itertools
 import queue
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.memory.copies import BATCH_CHUNKS, Copies, CopyItem, CpuCopies, IndexRecord, Mark
+from forecache.workers.memory.cuda_copies import CudaCopies
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.protocol import ColdMemory, SlotRef
+from forecache.workers.memory.layout import ChunkLayout
+from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
 
-_RECALL, _STORE, _STOP = 0, 1, 2
+BATCH_BYTES = 64 << 20
+"""Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
 FLUSH_CHECK_S = 0.5
 
-
-@dataclass(frozen=True)
-class RecallItem:
-    """Copy the chunk ``key`` at ``ref`` of the arena into slot ``slot`` of the pool."""
-
-    key: ChunkKey
-    ref: SlotRef
-    slot: int
+RecallItem = CopyItem
 
 
 @dataclass(frozen=True)
@@ -41,46 +39,79 @@ class PrefixHeld:
 
 @dataclass(frozen=True)
 class Recalled:
-    """A recall is done. ``lost`` names the items whose chunk was gone or damaged; their slots hold nothing."""
+    """A recall is done. ``lost`` names the items whose chunk was gone or damaged; their slots hold nothing.
+
+    ``recalled_bytes`` of cold memory, in ``recalled_chunks`` chunks, took ``duration_s`` to copy and verify.
+    """
 
     ticket: int
     lost: tuple[RecallItem, ...]
     recalled_bytes: int
     duration_s: float
+    recalled_chunks: int
 
 
 @dataclass(frozen=True)
 class WrittenBack:
-    """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or was out of reach."""
+    """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or was out of reach.
+
+    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's share of the time its
+    batch took to copy and seal.
+    """
 
     holder: str
     key: ChunkKey
     slot: int
     ref: SlotRef | None
     reason: str = ""
+    written_bytes: int = 0
+    duration_s: float = 0.0
 
 
 Completion = PrefixHeld | Recalled | WrittenBack
 
 
+@dataclass(frozen=True)
+class _WriteBack:
+    """Posted; ``alone``: cold memory had no room for it together with others."""
+
+    holder: str
+    key: ChunkKey
+    slot: int
+    after: Mark
+    alone: bool = False
+
+
+_Job = Callable[[], None]
+
+
 class Prefetcher:
     """The copy thread of one pool.
 
-    ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept).
+    ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
+    ``cold`` is the layout of the arena's chunks where it is not the pool's. Raises
+    :class:`forecache.workers.errors.ArenaError` when the arena's is another.
     """
 
     def __init__(
         self,
         pool: HotPool,
         memory: ColdMemory,
-        index_record: Callable[[int], torch.Tensor] | None,
+        index_record: IndexRecord | None,
+        cold: ChunkLayout | None = None,
     ) -> None:
         self._pool = pool
         self._memory = memory
-        self._index_record = index_record
-        self._order = itertools.count()
+        self._cold = cold or pool.layout
+        make = CudaCopies if pool.memory.is_cuda else CpuCopies
+        self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
+        self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
         self._tickets = itertools.count()
-        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
+        # what somebody waits for, and what only has to be done some time; each in the order it was posted
+        self._urgent: deque[_Job] = deque()
+        self._stores: deque[_Job | _WriteBack] = deque()
+        self._closing = False
+        self._posted = threading.Condition()
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._news = threading.Event()
@@ -94,21 +125,25 @@ class Prefetcher:
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         """Ask for the longest stored run of ``keys``; answered by :class:`PrefixHeld`."""
-        self._post(_RECALL, lambda: self._hold_prefix(holder, tuple(keys)))
+        self._post_urgent(lambda: self._hold_prefix(holder, tuple(keys)))
 
     def recall(self, items: Sequence[RecallItem]) -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`."""
-        ticket = next(self._tickets)
-        self._post(_RECALL, lambda: self._recall(ticket, tuple(items)))
+        ticket, mark = next(self._tickets), self._copies.mark()
+        self._post_urgent(lambda: self._recall(ticket, tuple(items), mark))
         return ticket
+
+    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
+        """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`hold_prefix` on."""
+        self._post_urgent(lambda: self._drop(key, ref))
 
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
-        self._post(_STORE, lambda: self._write_back(holder, key, slot))
+        self._post_store(_WriteBack(holder, key, slot, self._copies.mark()))
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, after what was asked for it before."""
-        self._post(_STORE, lambda: self._release(holder))
+        self._post_store(lambda: self._release(holder))
 
     def drain(self) -> list[Completion]:
         """What has completed since the last call. Raises what broke the copy thread, if something did."""
@@ -133,18 +168,47 @@ class Prefetcher:
     def flush(self) -> None:
         """Wait until the jobs posted so far are done."""
         done = threading.Event()
-        self._post(_STORE, done.set)
+        self._post_store(done.set)
         while not done.wait(FLUSH_CHECK_S):
             if self._failure is not None:
                 raise self._failure
 
     def close(self) -> None:
         """Finish the jobs posted so far and end the thread."""
-        self._jobs.put((_STOP, next(self._order), lambda: None))
+        with self._posted:
+            self._closing = True
+            self._posted.notify()
         self._thread.join()
 
-    def _post(self, priority: int, job: Callable[[], None]) -> None:
-        self._jobs.put((priority, next(self._order), job))
+    def _post_urgent(self, job: _Job) -> None:
+        with self._posted:
+            self._urgent.append(job)
+            self._posted.notify()
+
+    def _post_store(self, job: _Job | _WriteBack) -> None:
+        with self._posted:
+            self._stores.append(job)
+            self._posted.notify()
+
+    def _next_job(self) -> _Job | None:
+        """What to do next; ``None`` when the end has come."""
+        with self._posted:
+            self._posted.wait_for(lambda: self._urgent or self._stores or self._closing)
+            if self._urgent:
+                return self._urgent.popleft()
+            if not self._stores:
+                return None
+            first = self._stores.popleft()
+            if not isinstance(first, _WriteBack):
+                return first
+            batch, most = [first], 1 if first.alone else self._batch_chunks
+            while self._stores and len(batch) < most:
+                following = self._stores[0]
+                if not isinstance(following, _WriteBack) or following.alone or following.holder != first.holder:
+                    break
+                batch.append(following)
+                self._stores.popleft()
+            return lambda: self._write_back(batch)
 
     def _work(self) -> None:
         # copies gain nothing from a second team of threads beside the model's, and once there are more threads than
@@ -153,10 +217,7 @@ class Prefetcher:
         torch.set_num_threads(1)
         self._started.set()
         try:
-            while True:
-                priority, _, job = self._jobs.get()
-                if priority == _STOP:
-                    return
+            while (job := self._next_job()) is not None:
                 job()
                 self._news.set()
         except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it in drain()
@@ -168,26 +229,18 @@ class Prefetcher:
             refs = self._memory.hold_prefix(holder, keys)
         except ChunkLostError:
             refs = []  # a memory tier that is gone has no prefix; the prompt is prefilled
-        sound = 0
-        for key, ref in zip(keys, refs, strict=False):
-            if not self._memory.arena.check(ref, key):
-                self._drop(key, ref)
-                break
-            sound += 1
+        sound = self._copies.sound_prefix(keys, refs)
+        if sound < len(refs):
+            self._drop(keys[sound], refs[sound])
         self._completions.put(PrefixHeld(holder, tuple(refs[:sound])))
 
-    def _recall(self, ticket: int, items: tuple[RecallItem, ...]) -> None:
-        start = time.perf_counter()
-        lost = []
-        for item in items:
-            # checked after the copy: before it, the slot could still be given away
-            self._pool.memory[item.slot].copy_(self._memory.arena.chunks[item.ref.slot])
-            if not self._memory.arena.check(item.ref, item.key):
-                lost.append(item)
-        for item in lost:
+    def _recall(self, ticket: int, items: tuple[RecallItem, ...], after: Mark) -> None:
+        copied = self._copies.recall(items, [after])
+        for item in copied.lost:
             self._drop(item.key, item.ref)
-        nbytes = (len(items) - len(lost)) * self._pool.layout.nbytes
-        self._completions.put(Recalled(ticket, tuple(lost), nbytes, time.perf_counter() - start))
+        chunks = len(items) - len(copied.lost)
+        nbytes = chunks * self._cold.nbytes
+        self._completions.put(Recalled(ticket, copied.lost, nbytes, copied.duration_s, chunks))
 
     def _drop(self, key: ChunkKey, ref: SlotRef) -> None:
         try:
@@ -195,20 +248,39 @@ class Prefetcher:
         except ChunkLostError:
             return  # the owner is gone, and with it what was to be forgotten
 
-    def _write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
+    def _write_back(self, jobs: list[_WriteBack]) -> None:
+        holder = jobs[0].holder
         try:
-            (place,) = self._memory.reserve(holder, [key])
-            if not place.stored:
-                arena = self._memory.arena
-                if self._index_record is not None:
-                    arena.index[place.ref.slot].copy_(self._index_record(slot))
-                arena.chunks[place.ref.slot].copy_(self._pool.memory[slot])
-                arena.seal(place.ref, key)
-                self._memory.commit(holder, [(key, place.ref)])
+            places = self._memory.reserve(holder, [job.key for job in jobs])
+            news = self._store(jobs, places)
         except (OverloadedError, ChunkLostError) as error:
-            self._completions.put(WrittenBack(holder, key, slot, None, str(error)))
-            return
-        self._completions.put(WrittenBack(holder, key, slot, place.ref))
+            if isinstance(error, OverloadedError) and len(jobs) > 1:
+                # there may be room for some of them
+                with self._posted:
+                    self._stores.extendleft(replace(job, alone=True) for job in reversed(jobs))
+                return
+            news = [WrittenBack(holder, job.key, job.slot, None, str(error)) for job in jobs]
+        for done in news:
+            self._completions.put(done)
+
+    def _store(self, jobs: list[_WriteBack], places: list[Reservation]) -> list[WrittenBack]:
+        """Fill the reserved places, and tell what became of each job."""
+        items = [
+            CopyItem(job.key, place.ref, job.slot) for job, place in zip(jobs, places, strict=True) if not place.stored
+        ]
+        copied = self._copies.store(items, [job.after for job in jobs])
+        written = {item.ref for item in items if item not in copied.lost}
+        if written:
+            self._memory.commit(jobs[0].holder, [(item.key, item.ref) for item in items if item.ref in written])
+        news = []
+        for job, place in zip(jobs, places, strict=True):
+            done = WrittenBack(job.holder, job.key, job.slot, place.ref)
+            if place.ref in written:
+                done = replace(done, written_bytes=self._cold.nbytes, duration_s=copied.duration_s / len(items))
+            elif not place.stored:
+                done = replace(done, ref=None, reason="its place was given away before it was written")
+            news.append(done)
+        return news
 
     def _release(self, holder: str) -> None:
         try:

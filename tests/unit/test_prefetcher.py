@@ -1,0 +1,443 @@
+"""The copy thread: order of jobs, batches, refusals, and a random run of it over a store, in both cold formats."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from forecache.kernels import reference
+from forecache.workers.errors import ChunkLostError
+from forecache.workers.memory import prefetcher as prefetcher_module
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.copies import BATCH_CHUNKS
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
+from forecache.workers.memory.prefetcher import (
+    Completion,
+    Prefetcher,
+    PrefixHeld,
+    Recalled,
+    RecallItem,
+    WrittenBack,
+)
+from forecache.workers.memory.protocol import Reservation, SlotRef
+from forecache.workers.memory.store import ArenaStore
+
+HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+WAIT_S = 30.0
+GATE = "gate"
+
+
+def key_of(number: int) -> ChunkKey:
+    return number.to_bytes(16, "little")
+
+
+class WatchedStore(ArenaStore):
+    """Tells what was asked of it, and lets a test hold up the copy thread: with a prefix asked for by GATE."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena)
+        self.reserved: list[tuple[str, int]] = []
+        self.committed: list[int] = []
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        if holder == GATE:
+            self.entered.set()
+            assert self.gate.wait(WAIT_S)
+        return super().hold_prefix(holder, keys)
+
+    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        self.reserved.append((holder, len(keys)))
+        return super().reserve(holder, keys)
+
+    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
+        self.committed.append(len(refs))
+        super().commit(holder, refs)
+
+
+class Bench:
+    """A pool whose slot n is filled with n + 1, a store of ``places``, and the prefetcher between them."""
+
+    def __init__(self, directory: str, places: int, slots: int, cold: ChunkLayout) -> None:
+        arena = Arena.create(
+            Path(directory),
+            "prefetcher",
+            layout=cold,
+            index_nbytes=8,
+            index_fingerprint="index",
+            capacity_bytes=(2 << 20) + places * cold.nbytes,
+        )
+        assert arena.slots == places
+        self.pool = HotPool(HOT, slots, torch.device("cpu"))
+        for slot in range(slots):
+            self.pool.memory[slot] = slot + 1
+        self.store = WatchedStore(arena)
+        self.prefetcher = Prefetcher(self.pool, self.store, lambda slot: self.pool.memory[slot, :8], cold)
+        self.seen: list[Completion] = []
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """What is posted inside waits in the queue."""
+        self.store.entered.clear()
+        self.store.gate.clear()
+        self.prefetcher.hold_prefix(GATE, [])
+        assert self.store.entered.wait(WAIT_S)
+        yield
+        self.store.gate.set()
+
+    def write_back(self, holder: str, numbers: Sequence[int]) -> None:
+        """Chunk n lies in slot n."""
+        for number in numbers:
+            self.prefetcher.write_back(holder, key_of(number), number)
+
+    def done(self) -> list[Completion]:
+        """What has completed once everything posted so far is done; the gate's answers left out."""
+        self.prefetcher.flush()
+        self.prefetcher.flush()  # what was put back for want of room is behind the first one
+        news = [done for done in self.prefetcher.drain() if not (isinstance(done, PrefixHeld) and done.holder == GATE)]
+        self.seen += news
+        return news
+
+    def ref(self, number: int) -> SlotRef:
+        ref = next(
+            done.ref for done in reversed(self.seen) if isinstance(done, WrittenBack) and done.key == key_of(number)
+        )
+        assert ref is not None
+        return ref
+
+    def stored(self, number: int) -> bool:
+        return key_of(number) in set(self.store.keys())
+
+    def close(self) -> None:
+        self.store.gate.set()
+        self.prefetcher.close()
+        self.store.arena.close()
+
+
+@contextmanager
+def open_bench(places: int = 40, slots: int = 40, cold_dtype: Literal["auto", "fp8"] = "auto") -> Iterator[Bench]:
+    with TemporaryDirectory(prefix="prefetcher-test-", dir="/dev/shm") as directory:
+        bench = Bench(directory, places, slots, cold_layout(HOT, cold_dtype))
+        yield bench
+        bench.close()
+
+
+def numbers_of(news: Sequence[Completion]) -> list[int]:
+    """Chunk numbers of those that reached cold memory."""
+    written = [done for done in news if isinstance(done, WrittenBack) and done.ref is not None]
+    return [int.from_bytes(done.key, "little") for done in written]
+
+
+def test_waiting_write_backs_are_reserved_and_committed_together() -> None:
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.write_back("a", range(BATCH_CHUNKS + 4))
+        assert numbers_of(bench.done()) == list(range(BATCH_CHUNKS + 4))
+        assert bench.store.reserved == [("a", BATCH_CHUNKS), ("a", 4)]
+        assert bench.store.committed == [BATCH_CHUNKS, 4]
+        for number in range(BATCH_CHUNKS + 4):
+            assert (bench.store.arena.chunks[bench.ref(number).slot] == number + 1).all()
+            assert (bench.store.arena.index[bench.ref(number).slot] == number + 1).all()
+
+
+def test_a_batch_is_of_one_holder_and_ends_at_other_jobs() -> None:
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.write_back("a", [0, 1])
+            bench.write_back("b", [2])
+            bench.write_back("a", [3, 4])
+            bench.prefetcher.release("a")
+            bench.write_back("a", [5, 6])
+        assert numbers_of(bench.done()) == list(range(7))
+        assert bench.store.reserved == [("a", 2), ("b", 1), ("a", 2), ("a", 2)]
+        assert bench.store.stats().held_slots == 3, "what was written after the release is held"
+
+
+def test_batches_are_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetcher_module, "BATCH_BYTES", 3 * HOT.nbytes + 1)
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.write_back("a", range(7))
+        assert numbers_of(bench.done()) == list(range(7))
+        assert [count for _, count in bench.store.reserved] == [3, 3, 1]
+
+
+def test_of_a_refused_batch_is_stored_what_fits() -> None:
+    with open_bench(places=5) as bench:
+        bench.write_back("other", [20, 21, 22])
+        bench.done()
+        bench.store.reserved.clear()
+        with bench.held_up():
+            bench.write_back("a", [0, 1, 21, 2, 3])
+        news = bench.done()
+        assert bench.store.reserved == [("a", 5), *[("a", 1)] * 5]
+        assert [isinstance(done, WrittenBack) and done.ref is not None for done in news] == [
+            True,
+            True,
+            True,  # an equal chunk is there already
+            False,
+            False,
+        ]
+        refused = [done for done in news if isinstance(done, WrittenBack) and done.ref is None]
+        assert [done.slot for done in refused] == [2, 3]
+        assert all("no room" in done.reason and done.written_bytes == 0 for done in refused)
+
+
+def test_a_recall_waits_for_one_batch_at_most() -> None:
+    with open_bench() as bench:
+        bench.write_back("a", [0])
+        bench.done()
+        bench.store.gate.clear()
+        entered, go = threading.Event(), threading.Event()
+        reserve = bench.store.reserve
+
+        def hold_up(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            entered.set()
+            assert go.wait(WAIT_S)
+            return reserve(holder, keys)
+
+        bench.store.reserve = hold_up  # type: ignore[method-assign]
+        with bench.held_up():
+            bench.write_back("b", range(1, 2 * BATCH_CHUNKS + 1))
+        assert entered.wait(WAIT_S)
+        ticket = bench.prefetcher.recall([RecallItem(key_of(0), bench.ref(0), 39)])
+        go.set()
+        kinds = [type(done) for done in bench.done()]
+        assert kinds == [WrittenBack] * BATCH_CHUNKS + [Recalled] + [WrittenBack] * BATCH_CHUNKS
+        assert [done.ticket for done in bench.seen if isinstance(done, Recalled)] == [ticket]
+
+
+def test_a_refused_batch_lets_recalls_through() -> None:
+    with open_bench(places=3) as bench:
+        bench.write_back("a", [0, 1])
+        bench.done()
+        reserve, first = bench.store.reserve, []
+
+        def recall_after_the_first(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            if not first:
+                first.append(bench.prefetcher.recall([RecallItem(key_of(0), bench.ref(0), 39)]))
+            return reserve(holder, keys)
+
+        bench.store.reserve = recall_after_the_first  # type: ignore[method-assign]
+        with bench.held_up():
+            bench.write_back("b", [2, 3])
+        kinds = [type(done) for done in bench.done()]
+        assert kinds == [Recalled, WrittenBack, WrittenBack]
+
+
+def test_bytes_and_seconds_are_told() -> None:
+    cold = cold_layout(HOT, "fp8")
+    with open_bench(cold_dtype="fp8") as bench:
+        with bench.held_up():
+            bench.write_back("a", [0, 1, 2])
+            bench.write_back("b", [1])
+        written = [done for done in bench.done() if isinstance(done, WrittenBack)]
+        assert [done.written_bytes for done in written] == [cold.nbytes] * 3 + [0]
+        assert all(done.duration_s > 0 for done in written[:3]) and written[3].duration_s == 0
+        bench.store.arena.chunks[bench.ref(2).slot, 0] ^= 1
+        bench.prefetcher.recall([RecallItem(key_of(number), bench.ref(number), 30 + number) for number in range(3)])
+        [recalled] = bench.done()
+        assert isinstance(recalled, Recalled)
+        assert (recalled.recalled_bytes, recalled.recalled_chunks) == (2 * cold.nbytes, 2)
+        assert [item.slot for item in recalled.lost] == [32] and recalled.duration_s > 0
+        assert not bench.stored(2), "a damaged chunk is forgotten"
+
+
+def test_a_damaged_prefix_ends_before_the_damage() -> None:
+    with open_bench() as bench:
+        bench.write_back("a", range(5))
+        bench.done()
+        bench.store.arena.chunks[bench.ref(3).slot, 7] ^= 1
+        bench.prefetcher.hold_prefix("b", [key_of(number) for number in range(5)])
+        assert bench.done() == [PrefixHeld("b", tuple(bench.ref(number) for number in range(3)))]
+        assert not bench.stored(3)
+
+
+def test_what_is_dropped_is_not_held_afterwards() -> None:
+    with open_bench() as bench:
+        bench.write_back("a", range(3))
+        bench.done()
+        bench.prefetcher.drop(key_of(1), bench.ref(1))
+        bench.prefetcher.hold_prefix("b", [key_of(number) for number in range(3)])
+        assert bench.done() == [PrefixHeld("b", (bench.ref(0),))]
+
+
+def test_a_place_given_away_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tier was restarted: the rest of the batch is told of, whatever becomes of it."""
+    with open_bench() as bench:
+        seal, renewed = Arena.seal, []
+
+        def renew_first(arena: Arena, ref: SlotRef, key: ChunkKey, device_checksum: int = 0) -> None:
+            if key == key_of(1):
+                renewed.append(arena.renew(ref.slot))
+            seal(arena, ref, key, device_checksum)
+
+        monkeypatch.setattr(Arena, "seal", renew_first)
+        with bench.held_up():
+            bench.write_back("a", range(3))
+        news = bench.done()
+        assert numbers_of(news) == [0, 2] and len(news) == 3 and renewed
+        assert [done.reason for done in news if isinstance(done, WrittenBack) and done.ref is None] != [""]
+        assert bench.store.committed == [2]
+
+
+def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:
+    with open_bench() as bench:
+
+        def away(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            raise ChunkLostError("no answer")
+
+        bench.store.reserve = away  # type: ignore[method-assign]
+        with bench.held_up():
+            bench.write_back("a", range(4))
+        news = bench.done()
+        assert [(done.slot, done.ref, done.reason) for done in news if isinstance(done, WrittenBack)] == [
+            (slot, None, "no answer") for slot in range(4)
+        ]
+
+
+def test_what_breaks_the_thread_is_raised_where_it_is_drained() -> None:
+    with open_bench() as bench:
+
+        def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            raise RuntimeError("a bug")
+
+        bench.store.reserve = broken  # type: ignore[method-assign]
+        bench.write_back("a", [0])
+        with pytest.raises(RuntimeError, match="a bug"):
+            bench.prefetcher.flush()
+        with pytest.raises(RuntimeError, match="a bug"):
+            bench.prefetcher.drain()
+
+
+def test_closing_finishes_what_was_posted() -> None:
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.write_back("a", range(20))
+            bench.prefetcher.release("a")
+            threading.Timer(0, bench.store.gate.set).start()
+            bench.prefetcher.close()
+        assert len(numbers_of(bench.prefetcher.drain())) == 20
+        assert bench.store.stats().held_slots == 0
+
+
+class PrefetcherMachine(RuleBasedStateMachine):
+    """Holders write chunks back, find prefixes, recall and let go; chunks get damaged. Nothing wrong is recalled."""
+
+    cold_dtype: Literal["auto", "fp8"] = "auto"
+    PLACES, CHUNKS, SLOTS = 6, 8, 12
+    HOLDERS = st.sampled_from(["a", "b", "c"])
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = TemporaryDirectory(prefix="prefetcher-test-", dir="/dev/shm")
+        cold = cold_layout(HOT, self.cold_dtype)
+        self.bench = Bench(self.directory.name, self.PLACES, self.SLOTS, cold)
+        kv = self.bench.pool.view("kv")
+        kv.copy_(torch.randn(kv.shape, generator=torch.Generator().manual_seed(3)))
+        # chunk n lies in slot n; what it is like once it has been cold
+        self.expected = self.bench.pool.memory.clone()
+        if self.cold_dtype == "fp8":
+            places = torch.arange(self.SLOTS)
+            rows = torch.zeros(self.SLOTS, cold.nbytes, dtype=torch.uint8)
+            expected = HOT.view(self.expected, "kv")
+            reference.quantize_chunks(kv, places, cold.view(rows, "kv"), cold.view(rows, "scale"), places)
+            reference.dequantize_chunks(cold.view(rows, "kv"), cold.view(rows, "scale"), places, expected, places)
+        self.places: dict[tuple[str, int], SlotRef] = {}
+        self.flipped: dict[SlotRef, set[int]] = {}  # bytes that are wrong
+
+    def teardown(self) -> None:
+        self.bench.close()
+        self.directory.cleanup()
+
+    @rule(holder=HOLDERS, numbers=st.lists(st.integers(0, CHUNKS - 1), min_size=1, max_size=5, unique=True))
+    def write_back(self, holder: str, numbers: list[int]) -> None:
+        with self.bench.held_up():
+            self.bench.write_back(holder, numbers)
+        news = self.bench.done()
+        assert [done.slot for done in news if isinstance(done, WrittenBack)] == numbers
+        for done in news:
+            assert isinstance(done, WrittenBack)
+            if done.ref is None:
+                assert "no room" in done.reason
+                assert self.bench.store.stats().held_slots == self.PLACES
+            else:
+                self.places[holder, done.slot] = done.ref
+
+    @rule(holder=HOLDERS, last=st.integers(1, CHUNKS))
+    def find(self, holder: str, last: int) -> None:
+        keys = [key_of(number) for number in range(last)]
+        self.bench.prefetcher.hold_prefix(holder, keys)
+        [held] = self.bench.done()
+        assert isinstance(held, PrefixHeld) and not any(map(self.is_damaged, held.refs))
+        assert self.bench.store.arena.sealed(held.refs, keys[: len(held.refs)]).all()
+        for number, ref in enumerate(held.refs):
+            self.places[holder, number] = ref
+
+    @precondition(lambda self: self.places)
+    @rule(data=st.data())
+    def recall(self, data: st.DataObject) -> None:
+        known = st.sampled_from(sorted(self.places, key=repr))
+        chosen = data.draw(st.lists(known, min_size=1, max_size=4, unique=True))
+        items = [
+            RecallItem(key_of(number), self.places[holder, number], self.CHUNKS + i)
+            for i, (holder, number) in enumerate(chosen)
+        ]
+        # whoever noticed the damage first had it forgotten; its other holders keep the place
+        wrong = [
+            item
+            for item in items
+            if self.is_damaged(item.ref) or not self.bench.store.arena.is_sealed(item.ref, item.key)
+        ]
+        self.bench.prefetcher.recall(items)
+        [recalled] = self.bench.done()
+        assert isinstance(recalled, Recalled)
+        assert recalled.lost == tuple(wrong)
+        for item, (_, number) in zip(items, chosen, strict=True):
+            if item not in recalled.lost:
+                assert torch.equal(self.bench.pool.memory[item.slot], self.expected[number])
+
+    @precondition(lambda self: self.places)
+    @rule(data=st.data(), byte=st.integers(0, 200))
+    def damage(self, data: st.DataObject, byte: int) -> None:
+        ref = self.places[data.draw(st.sampled_from(sorted(self.places, key=repr)))]
+        self.bench.store.arena.chunks[ref.slot, byte] ^= 1
+        self.flipped.setdefault(ref, set()).symmetric_difference_update({byte})
+
+    def is_damaged(self, ref: SlotRef) -> bool:
+        return bool(self.flipped.get(ref))
+
+    @rule(holder=HOLDERS)
+    def release(self, holder: str) -> None:
+        self.bench.prefetcher.release(holder)
+        assert self.bench.done() == []
+        self.places = {place: ref for place, ref in self.places.items() if place[0] != holder}
+
+    @invariant()
+    def sound(self) -> None:
+        self.bench.store.check_integrity()
+        # a prefix that ends at damage leaves more held than its holder was told of
+        assert self.bench.store.stats().held_slots >= len({ref.slot for ref in self.places.values()})
+        for (_, number), ref in self.places.items():
+            assert self.bench.store.arena.generation_of(ref.slot) == ref.generation, f"chunk {number} was given away"
+
+
+class Fp8PrefetcherMachine(PrefetcherMachine):
+    cold_dtype = "fp8"
+
+
+MACHINE_SETTINGS = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestPrefetcher = PrefetcherMachine.TestCase
+TestPrefetcher.settings = MACHINE_SETTINGS
+TestFp8Prefetcher = Fp8PrefetcherMachine.TestCase
+TestFp8Prefetcher.settings = MACHINE_SETTINGS
