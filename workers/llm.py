@@ -88,7 +88,7 @@ class LLM:
             load_format=self.config.load_format,
             seed=self.config.seed,
         )
-        self.cold_layout = cold_layout(backbone.layout, "auto")
+        self.cold_layout = cold_layout(backbone.layout, memory.cold_dtype)
         self.index_spec = spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
         verify_backbone(backbone, spec)
         remove_abandoned(memory.arena_dir)
