@@ -1,4 +1,4 @@
-"""The copy thread: order of jobs, batches, refusals, and a random run of it over a store, in both cold formats."""
+"""The copy thread: order of jobs, batches, and what it says when cold memory refuses, forgets or fails."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forecache.kernels import reference
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory import prefetcher as prefetcher_module
 from forecache.workers.memory.arena import Arena
@@ -181,13 +177,7 @@ def test_of_a_refused_batch_is_stored_what_fits() -> None:
             bench.write_back("a", [0, 1, 21, 2, 3])
         news = bench.done()
         assert bench.store.reserved == [("a", 5), *[("a", 1)] * 5]
-        assert [isinstance(done, WrittenBack) and done.ref is not None for done in news] == [
-            True,
-            True,
-            True,  # an equal chunk is there already
-            False,
-            False,
-        ]
+        assert numbers_of(news) == [0, 1, 21]  # of 21 an equal chunk is there already
         refused = [done for done in news if isinstance(done, WrittenBack) and done.ref is None]
         assert [done.slot for done in refused] == [2, 3]
         assert all("no room" in done.reason and done.written_bytes == 0 for done in refused)
@@ -197,7 +187,6 @@ def test_a_recall_waits_for_one_batch_at_most() -> None:
     with open_bench() as bench:
         bench.write_back("a", [0])
         bench.done()
-        bench.store.gate.clear()
         entered, go = threading.Event(), threading.Event()
         reserve = bench.store.reserve
 
@@ -329,115 +318,3 @@ def test_closing_finishes_what_was_posted() -> None:
             bench.prefetcher.close()
         assert len(numbers_of(bench.prefetcher.drain())) == 20
         assert bench.store.stats().held_slots == 0
-
-
-class PrefetcherMachine(RuleBasedStateMachine):
-    """Holders write chunks back, find prefixes, recall and let go; chunks get damaged. Nothing wrong is recalled."""
-
-    cold_dtype: Literal["auto", "fp8"] = "auto"
-    PLACES, CHUNKS, SLOTS = 6, 8, 12
-    HOLDERS = st.sampled_from(["a", "b", "c"])
-
-    @initialize()
-    def open(self) -> None:
-        self.directory = TemporaryDirectory(prefix="prefetcher-test-", dir="/dev/shm")
-        cold = cold_layout(HOT, self.cold_dtype)
-        self.bench = Bench(self.directory.name, self.PLACES, self.SLOTS, cold)
-        kv = self.bench.pool.view("kv")
-        kv.copy_(torch.randn(kv.shape, generator=torch.Generator().manual_seed(3)))
-        # chunk n lies in slot n; what it is like once it has been cold
-        self.expected = self.bench.pool.memory.clone()
-        if self.cold_dtype == "fp8":
-            places = torch.arange(self.SLOTS)
-            rows = torch.zeros(self.SLOTS, cold.nbytes, dtype=torch.uint8)
-            expected = HOT.view(self.expected, "kv")
-            reference.quantize_chunks(kv, places, cold.view(rows, "kv"), cold.view(rows, "scale"), places)
-            reference.dequantize_chunks(cold.view(rows, "kv"), cold.view(rows, "scale"), places, expected, places)
-        self.places: dict[tuple[str, int], SlotRef] = {}
-        self.flipped: dict[SlotRef, set[int]] = {}  # bytes that are wrong
-
-    def teardown(self) -> None:
-        self.bench.close()
-        self.directory.cleanup()
-
-    @rule(holder=HOLDERS, numbers=st.lists(st.integers(0, CHUNKS - 1), min_size=1, max_size=5, unique=True))
-    def write_back(self, holder: str, numbers: list[int]) -> None:
-        with self.bench.held_up():
-            self.bench.write_back(holder, numbers)
-        news = self.bench.done()
-        assert [done.slot for done in news if isinstance(done, WrittenBack)] == numbers
-        for done in news:
-            assert isinstance(done, WrittenBack)
-            if done.ref is None:
-                assert "no room" in done.reason
-                assert self.bench.store.stats().held_slots == self.PLACES
-            else:
-                self.places[holder, done.slot] = done.ref
-
-    @rule(holder=HOLDERS, last=st.integers(1, CHUNKS))
-    def find(self, holder: str, last: int) -> None:
-        keys = [key_of(number) for number in range(last)]
-        self.bench.prefetcher.hold_prefix(holder, keys)
-        [held] = self.bench.done()
-        assert isinstance(held, PrefixHeld) and not any(map(self.is_damaged, held.refs))
-        assert self.bench.store.arena.sealed(held.refs, keys[: len(held.refs)]).all()
-        for number, ref in enumerate(held.refs):
-            self.places[holder, number] = ref
-
-    @precondition(lambda self: self.places)
-    @rule(data=st.data())
-    def recall(self, data: st.DataObject) -> None:
-        known = st.sampled_from(sorted(self.places, key=repr))
-        chosen = data.draw(st.lists(known, min_size=1, max_size=4, unique=True))
-        items = [
-            RecallItem(key_of(number), self.places[holder, number], self.CHUNKS + i)
-            for i, (holder, number) in enumerate(chosen)
-        ]
-        # whoever noticed the damage first had it forgotten; its other holders keep the place
-        wrong = [
-            item
-            for item in items
-            if self.is_damaged(item.ref) or not self.bench.store.arena.is_sealed(item.ref, item.key)
-        ]
-        self.bench.prefetcher.recall(items)
-        [recalled] = self.bench.done()
-        assert isinstance(recalled, Recalled)
-        assert recalled.lost == tuple(wrong)
-        for item, (_, number) in zip(items, chosen, strict=True):
-            if item not in recalled.lost:
-                assert torch.equal(self.bench.pool.memory[item.slot], self.expected[number])
-
-    @precondition(lambda self: self.places)
-    @rule(data=st.data(), byte=st.integers(0, 200))
-    def damage(self, data: st.DataObject, byte: int) -> None:
-        ref = self.places[data.draw(st.sampled_from(sorted(self.places, key=repr)))]
-        self.bench.store.arena.chunks[ref.slot, byte] ^= 1
-        self.flipped.setdefault(ref, set()).symmetric_difference_update({byte})
-
-    def is_damaged(self, ref: SlotRef) -> bool:
-        return bool(self.flipped.get(ref))
-
-    @rule(holder=HOLDERS)
-    def release(self, holder: str) -> None:
-        self.bench.prefetcher.release(holder)
-        assert self.bench.done() == []
-        self.places = {place: ref for place, ref in self.places.items() if place[0] != holder}
-
-    @invariant()
-    def sound(self) -> None:
-        self.bench.store.check_integrity()
-        # a prefix that ends at damage leaves more held than its holder was told of
-        assert self.bench.store.stats().held_slots >= len({ref.slot for ref in self.places.values()})
-        for (_, number), ref in self.places.items():
-            assert self.bench.store.arena.generation_of(ref.slot) == ref.generation, f"chunk {number} was given away"
-
-
-class Fp8PrefetcherMachine(PrefetcherMachine):
-    cold_dtype = "fp8"
-
-
-MACHINE_SETTINGS = settings(max_examples=40, stateful_step_count=25, deadline=None)
-TestPrefetcher = PrefetcherMachine.TestCase
-TestPrefetcher.settings = MACHINE_SETTINGS
-TestFp8Prefetcher = Fp8PrefetcherMachine.TestCase
-TestFp8Prefetcher.settings = MACHINE_SETTINGS
