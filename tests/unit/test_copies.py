@@ -20,7 +20,9 @@ from forecache.workers.memory.cuda_copies import CudaCopies
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
+from forecache.workers.memory.prefetcher import Prefetcher, Recalled, WrittenBack
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.store import ArenaStore
 
 CUDA = pytest.param(
     "cuda",
@@ -102,14 +104,10 @@ def open_copies(
         assert arena.slots >= places
         pool = HotPool(hot, slots, torch.device(device))
         pool.view("kv").copy_(torch.randn(pool.view("kv").shape, generator=torch.Generator().manual_seed(1)))
-        record = record_of(pool.view("kv"))
-        copies: Copies
         if device == "cuda":
             cleanup.enter_context(RegisteredMemory(arena.chunks))
-            copies = CudaCopies(pool, cold, arena, record)
-        else:
-            copies = CpuCopies(pool, cold, arena, record)
-        yield Setup(pool, arena, cold, copies)
+        make = CudaCopies if device == "cuda" else CpuCopies
+        yield Setup(pool, arena, cold, make(pool, cold, arena, record_of(pool.view("kv"))))
 
 
 @pytest.fixture(params=["cpu", CUDA])
@@ -214,26 +212,18 @@ def test_a_place_given_away_is_not_sealed(device: str, cold_dtype: ColdDtype) ->
         items = setup.items(4)
         setup.arena.renew(1)
         assert setup.copies.store(items, [setup.copies.mark()]).lost == (items[1],)
-        assert setup.arena.sealed([item.ref for item in items], [item.key for item in items]).tolist() == [
-            True,
-            False,
-            True,
-            True,
-        ]
+        sealed = setup.arena.sealed([item.ref for item in items], [item.key for item in items])
+        assert sealed.tolist() == [True, False, True, True]
         assert not setup.arena.is_sealed(setup.item(1, 1).ref, key_of(1))
-
-
-def test_nothing_to_copy(device: str, cold_dtype: ColdDtype) -> None:
-    with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
-        assert setup.copies.store([], []).lost == setup.copies.recall([], []).lost == ()
-        assert setup.copies.sound_prefix([key_of(1)], []) == 0
 
 
 def test_sound_prefix_reads_bytes_on_a_cpu_and_headers_on_a_gpu(device: str) -> None:
     with open_copies(device, layout_of(torch.float32)) as setup:
         items = setup.items(6)
         setup.store(items)
+        assert setup.copies.store([], []).lost == setup.copies.recall([], []).lost == ()
         keys, refs = [item.key for item in items], [item.ref for item in items]
+        assert setup.copies.sound_prefix(keys, []) == 0
         assert setup.copies.sound_prefix([*keys, key_of(9)], refs) == 6
         setup.arena.chunks[3, 5] ^= 1
         assert setup.copies.sound_prefix(keys, refs) == (3 if device == "cpu" else 6)
@@ -304,3 +294,27 @@ class TestStreams:
             assert setup.copies.recall(items, [mark]).lost == ()
             assert not later.query()
             torch.cuda.synchronize()
+
+    def test_the_copy_thread_comes_after_the_steps_before_a_job(self, device: str, cold_dtype: ColdDtype) -> None:
+        """As the engine does it: a step is launched, its chunks are sent off, the next step reads the slots."""
+        with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
+            prefetcher = Prefetcher(setup.pool, ArenaStore(setup.arena), record_of(setup.kv), setup.cold)
+            late = torch.randn_like(setup.kv[:20])
+            setup.kv[:20] = 7
+            torch.cuda._sleep(SLEEP_CYCLES)
+            setup.kv[:20] = late
+            for slot in range(20):
+                prefetcher.write_back("a", key_of(slot), slot)
+            prefetcher.flush()
+            written = [done for done in prefetcher.drain() if isinstance(done, WrittenBack)]
+            refs = [done.ref for done in written if done.ref is not None]
+            assert len(refs) == 20 and all(done.duration_s > 0 for done in written)
+            torch.cuda._sleep(SLEEP_CYCLES)
+            read = setup.kv[:20].clone()
+            prefetcher.recall([CopyItem(key_of(19 - slot), refs[19 - slot], slot) for slot in range(20)])
+            prefetcher.flush()
+            [recalled] = prefetcher.drain()
+            assert isinstance(recalled, Recalled) and recalled.lost == () and recalled.recalled_chunks == 20
+            assert torch.equal(read, late)
+            assert_same(setup.kv[:20], late.flip(0), cold_dtype)
+            prefetcher.close()

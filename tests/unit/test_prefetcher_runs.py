@@ -90,6 +90,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
                 assert self.store.stats().held_slots == PLACES
             else:
                 self.places[holder, done.slot] = done.ref
+                assert done.key in set(self.store.keys())
 
     @rule(holder=HOLDERS, last=st.integers(1, CHUNKS))
     def find(self, holder: str, last: int) -> None:
