@@ -1,9 +1,10 @@
-"""Real English prose that every Python installation has, for calibration, benchmarks and the demo.
+"""Real English prose that every Python installation has, for calibration, evaluation, benchmarks and the demo.
 
-The text follows the Python version; within one version everything is a function of the seed.
+The text follows the Python version, that of packages what is installed; otherwise everything is a function of the seed.
 """
 
 import ast
+import importlib.metadata
 import pydoc_data.topics
 import random
 import re
@@ -15,8 +16,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-Kind = Literal["topics", "docstrings"]
-"""topics: the language reference as `help()` shows it; docstrings: those of the standard library."""
+Kind = Literal["topics", "docstrings", "packages"]
+"""topics: the language reference as `help()` shows it; docstrings: those of the standard library; packages:
+descriptions and licences of the installed distributions, on which nothing here is trained or calibrated."""
 
 LEAST_PARAGRAPH_CHARACTERS = 120
 LEAST_LETTER_SHARE = 0.9
@@ -49,6 +51,32 @@ def documents(kind: Kind, seed: int, tokens: int, tokenizer: PreTrainedTokenizer
         paragraphs, pending = [], 0
 
 
+def paragraphs(kind: Kind) -> tuple[str, ...]:
+    """Every paragraph of a kind, in a fixed order: those of one article follow each other."""
+    return tuple(paragraph for article in _articles(kind) for paragraph in article)
+
+
+def definitions() -> tuple[tuple[str, str], ...]:
+    """(qualified name, first paragraph of its docstring) of the standard library's public classes and functions."""
+    found: dict[str, str] = {}
+    for module, tree in _standard_library():
+        if not module.rpartition(".")[2].startswith("_"):
+            found.update(_definitions(module, tree))
+    return tuple(found.items())
+
+
+def _definitions(name: str, node: ast.AST) -> Iterator[tuple[str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, _DEFINED) or child.name.startswith("_"):
+            continue
+        inner = f"{name}.{child.name}"
+        text = ast.get_docstring(child)
+        if text:
+            yield inner, " ".join(re.split(r"\n\s*\n", text)[0].split())
+        if isinstance(child, ast.ClassDef):
+            yield from _definitions(inner, child)
+
+
 def _count(article: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:
     return sum(len(ids) for ids in tokenizer(list(article), add_special_tokens=False)["input_ids"])
 
@@ -58,8 +86,10 @@ def _articles(kind: Kind) -> tuple[tuple[str, ...], ...]:
     """Every article of a kind, as paragraphs, in a fixed order."""
     if kind == "topics":
         texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    else:
+    elif kind == "docstrings":
         texts = list(_standard_library_docstrings())
+    else:
+        texts = list(_package_texts())
     # the reference includes some sections in several topics
     seen: set[str] = set()
     articles = []
@@ -75,14 +105,18 @@ def _paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of ``text`` that are sentences, each on one line; no code, tables and grammar."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
-        letters = sum(character.isalpha() or character in " ,." for character in paragraph)
-        is_prose = letters >= LEAST_LETTER_SHARE * len(paragraph) and paragraph.endswith((".", ":"))
-        if len(paragraph) >= LEAST_PARAGRAPH_CHARACTERS and is_prose and ">>>" not in paragraph:
+        if len(paragraph) >= LEAST_PARAGRAPH_CHARACTERS and is_prose(paragraph):
             yield paragraph
 
 
-def _standard_library_docstrings() -> Iterator[str]:
-    """Docstrings of the standard library, one text per module, read from the sources without an import."""
+def is_prose(paragraph: str) -> bool:
+    """Whether it is sentences, and neither code nor a table."""
+    letters = sum(character.isalpha() or character in " ,." for character in paragraph)
+    return letters >= LEAST_LETTER_SHARE * len(paragraph) and paragraph.endswith((".", ":")) and ">>>" not in paragraph
+
+
+def _standard_library() -> Iterator[tuple[str, ast.Module]]:
+    """(dotted name, syntax tree) of the standard library's modules, read from the sources without an import."""
     root = Path(sysconfig.get_path("stdlib"))
     folders = [
         root,
@@ -90,9 +124,27 @@ def _standard_library_docstrings() -> Iterator[str]:
     ]
     for folder in folders:
         for path in sorted(folder.glob("*.py")):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
-            yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
 
 
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+def _standard_library_docstrings() -> Iterator[str]:
+    """Docstrings of the standard library, one text per module."""
+    for _, tree in _standard_library():
+        nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, *_DEFINED))]
+        yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+
+
+def _package_texts() -> Iterator[str]:
+    """The description and the licences of every installed distribution, by name."""
+    distributions = {found.name.lower(): found for found in importlib.metadata.distributions()}
+    for _, distribution in sorted(distributions.items()):
+        metadata = distribution.metadata.json
+        yield str(metadata.get("description", ""))
+        for file in distribution.files or []:
+            path = Path(str(distribution.locate_file(file)))
+            if re.match(r"licen[cs]e|copying|notice", file.name, re.IGNORECASE) and path.is_file():
+                yield path.read_text(encoding="utf-8", errors="replace")
+
+
+_DEFINED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
