@@ -22,6 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from forecache.cluster import bench
 
         return _plainly(lambda: bench.main(arguments[1:]))
+    if arguments[:1] == ["eval"]:
+        from forecache.cluster import eval as evaluation
+
+        return _plainly(lambda: evaluation.main(arguments[1:]))
     args = _parser().parse_args(arguments)
     command: Command = args.command
     return _plainly(lambda: command(args))
@@ -66,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     indexer_commands.register(indexer)
 
     commands.add_parser("bench", help="measure this machine (see `forecache bench --help`)", add_help=False)
+    commands.add_parser("eval", help="accuracy on long-context tasks (see `forecache eval --help`)", add_help=False)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=_version)
     return parser

@@ -1,0 +1,204 @@
+"""`forecache eval`: accuracy on long-context tasks, of lookahead beside full attention and blind choices."""
+
+import argparse
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from forecache.cluster.bench import processor
+from forecache.cluster.config import ServeConfig, config_from_args
+from forecache.cluster.eval_http import HttpBackend
+from forecache.cluster.eval_report import show, write
+from forecache.workers.corpus import Kind
+from forecache.workers.decode.backbone import pick_device, pick_dtype
+from forecache.workers.decode.loader import model_name, resolve_model
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.errors import InvalidRequestError
+from forecache.workers.eval_engine import EngineBackend, open_engine
+from forecache.workers.eval_summary import summarize
+from forecache.workers.evaluate import COLUMNS, Backend, Clock, Column, Plan, Records, evaluate
+from forecache.workers.ruler import VERSION, Generator, Task
+
+KI = 1024
+DEFAULT_COLUMNS = ("full", "lookahead", "recency", "random")
+
+
+def main(argv: list[str]) -> int:
+    """Ask what is still open, print the table, write the files; 0 when all is answered, 1 when time was up before."""
+    args = _parser().parse_args(argv)
+    args.__dict__.setdefault("engine.max_batch_size", args.batch)
+    config = config_from_args(args)
+    plan = Plan(
+        tasks=tuple(args.tasks),
+        lengths=tuple(sorted(set(args.lengths))),
+        columns=tuple(COLUMNS[name] for name in dict.fromkeys(args.columns)),
+        samples=args.samples,
+    )
+    clock = Clock(args.time_limit_s)
+    with _progress() as say:
+        done, records, identity = _run(plan, config, args, clock, say)
+    summary = summarize(plan, records)
+    show(summary, identity)
+    write(summary, identity, args.out, complete=done)
+    if not done:
+        left = records.missing(plan, plan.columns)
+        print(f"time is up: {left} answers are left; the same command goes on where it stopped")
+    return 0 if done else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="forecache eval",
+        description="Accuracy on generated long-context tasks of RULER's kinds (arXiv 2404.06654), all columns on the "
+        "same samples. Answers are kept in --out: the same command again asks only what is still open.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for answers, table (CSV) and summary (JSON)")
+    engine: dict[str, Any] = {"default": argparse.SUPPRESS}
+    parser.add_argument("--model", dest="engine.model", **engine, help="built-in name, directory or hub id")
+    parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
+    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
+                        help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
+                        metavar="TOKENS", help="contexts, answers included (default: 4K 8K 16K 32K)")  # fmt: skip
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=DEFAULT_COLUMNS, metavar="COLUMN",
+                        help=f"of {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
+    parser.add_argument("--samples", type=_positive, default=100, help="of every task at every length (default: 100)")
+    parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--time-limit-s", type=float, help="stop before this many seconds are over (default: none)")
+    parser.add_argument("--batch", type=_positive, default=16, help="sequences, or requests, at a time (default: 16)")
+    parser.add_argument("--keep-ratio", dest="engine.keep_ratio", **engine, help="resident / all chunks (0.135)")
+    parser.add_argument("--threads", dest="engine.threads", **engine, help="CPU threads of the model")
+    parser.add_argument("--device", dest="engine.device", **engine, help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", dest="engine.dtype", **engine, help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--hot-bytes", dest="engine.hot_bytes", **engine, help="hot pool (default: what a batch needs)")
+    parser.add_argument("--cold-bytes", dest="memory.cold_bytes", **engine, help="cold memory (default: what fits)")
+    parser.add_argument("--indexer-manifest", dest="indexer.manifest", **engine, help="auto, a manifest file or none")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file as of `forecache serve`; flags win")
+    return parser
+
+
+def _length(text: str) -> int:
+    """Tokens: ``4096`` or ``4K``."""
+    return _positive(text[:-1]) * KI if text[-1:] in ("k", "K") else _positive(text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+Say = Callable[[str, int, int], None]
+"""(what is being done, answers more, answers in all)."""
+
+
+@contextmanager
+def _progress() -> Iterator[Say]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ProgressBar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def say(text: str, answered: int, total: int) -> None:
+            bar.update(task, description=text, advance=answered, total=total or None)
+
+        yield say
+
+
+def _run(
+    plan: Plan, config: ServeConfig, args: argparse.Namespace, clock: Clock, say: Say
+) -> tuple[bool, Records, dict[str, Any]]:
+    """Ask everything that is open; the columns of one engine after those of another."""
+    server = None
+    if args.url is not None:
+        server = HttpBackend(args.url, keep_ratio=config.engine.keep_ratio, concurrency=args.batch)
+    model = config.engine.model
+    if server is not None and "model" not in config.engine.model_fields_set:
+        model = server.model
+    say(f"preparing {model}", 0, 0)
+    path = resolve_model(model, lambda text: say(text, 0, 0))
+    generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
+    identity = _identity(args, config, generator, server, model)
+    records = Records(args.out, identity)
+    total = records.missing(plan, plan.columns)
+
+    def ask(columns: Sequence[Column], backend: Backend) -> bool:
+        return evaluate(plan, columns, backend, generator, records, clock, lambda text, n: say(text, n, total))
+
+    if server is not None:
+        return ask(plan.columns, server), records, identity
+    for columns in _by_engine(plan.columns):
+        missing = records.missing(plan, columns)
+        if not missing:
+            continue
+        if clock.up:
+            return False, records, identity
+        say(f"loading {model}", 0, total)
+        with open_engine(
+            config.engine,
+            config.memory,
+            config.selection,
+            config.indexer.model_copy(update=dict(columns[0].indexer)),
+            longest=max(plan.lengths),
+            samples=plan.samples,
+        ) as llm:
+            if max(plan.lengths) > llm.engine.max_model_len:
+                raise InvalidRequestError(
+                    f"{model} has a context of {llm.engine.max_model_len} tokens, but {max(plan.lengths)} were asked "
+                    "for: choose shorter --lengths"
+                )
+            if not ask(columns, EngineBackend(llm, len(columns))):
+                return False, records, identity
+    return True, records, identity
+
+
+def _by_engine(columns: Sequence[Column]) -> list[list[Column]]:
+    """The columns that one engine can answer, together."""
+    groups: list[list[Column]] = []
+    for column in columns:
+        for group in groups:
+            if group[0].indexer == column.indexer:
+                group.append(column)
+                break
+        else:
+            groups.append([column])
+    return groups
+
+
+def _identity(
+    args: argparse.Namespace, config: ServeConfig, generator: Generator, server: HttpBackend | None, model: str
+) -> dict[str, Any]:
+    """What the answers depend on, and where they were made."""
+    engine = config.engine
+    device = pick_device(engine.device)
+    local: dict[str, Any] = {
+        "device": processor(device.type),
+        "dtype": str(pick_dtype(engine.dtype, device)).removeprefix("torch."),
+        "chunk_tokens": engine.chunk_tokens,
+        "window_steps": engine.window_steps,
+        "lead_steps": engine.lead_steps,
+        "selection": config.selection.model_dump(),
+        "indexer": config.indexer.model_dump(include={"manifest"}),
+        "torch": importlib.metadata.version("torch"),
+    }
+    return {
+        "tasks_version": VERSION,
+        "model": model_name(model),
+        "prose": args.prose,
+        "texts": generator.fingerprint,
+        "seed": args.seed,
+        "keep_ratio": engine.keep_ratio,
+        "over": "engine" if server is None else "http",
+        **(local if server is None else {"served": server.model}),
+        "python": platform.python_version(),
+        "transformers": importlib.metadata.version("transformers"),
+    }

@@ -1,0 +1,113 @@
+"""Evaluation in process: an `LLM` with memory for what the tasks need."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.loader import resolve_model
+from forecache.workers.evaluate import Answer, Column
+from forecache.workers.llm import LLM
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.ruler import Sample
+
+SPARE_CHUNKS = 64
+"""Slots beyond those of the contexts: for chunks that are being filled, written back or recalled."""
+FREE_SHARE = 0.5
+"""Of free memory, the most that hot or cold memory takes by itself."""
+GROUP_BATCHES = 4
+"""Batches of one call on a GPU: while some samples prefill, others decode."""
+GPU_PREFILL_TOKENS = 4096
+
+
+class EngineBackend:
+    """Answers of an engine of this process; all columns it is asked for use its one indexer."""
+
+    def __init__(self, llm: LLM, columns: int) -> None:
+        """``columns``: how many will answer a group before the next group comes."""
+        self._llm = llm
+        self._columns = columns
+
+    def group_size(self, tokens: int) -> int:
+        """As many contexts as cold memory keeps until the last column has answered."""
+        config = self._llm.config
+        # a column's own chunks: what it decodes, and the one that begins in the prompt
+        chunks = -(-tokens // config.chunk_tokens) + self._columns * 3
+        batches = GROUP_BATCHES if self._llm.engine.pool.memory.device.type == "cuda" else 1
+        return max(1, min(self._llm.memory.arena.slots // chunks, batches * config.max_batch_size))
+
+    def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
+        completions = self._llm.generate(
+            [sample.prompt_token_ids for sample in samples],
+            max_tokens=max(sample.max_tokens for sample in samples),
+            policy=column.policy,
+        )
+        return [
+            Answer(
+                text=completion.text,
+                prompt_tokens=completion.stats.prompt_tokens,
+                cached_tokens=completion.stats.cached_tokens,
+                completion_tokens=completion.stats.completion_tokens,
+                keep_ratio=completion.stats.keep_ratio,
+                coverage=asdict(completion.stats).get("coverage"),  # where the engine measures it
+            )
+            for completion in completions
+        ]
+
+
+def open_engine(
+    config: EngineConfig,
+    memory: MemoryConfig,
+    selection: SelectionConfig,
+    indexer: IndexerConfig,
+    *,
+    longest: int,
+    samples: int,
+) -> LLM:
+    """An engine for ``samples`` contexts of at most ``longest`` tokens. What the settings leave open is set to fit:
+
+    hot memory for a batch with everything resident, cold memory for all samples, as far as there is room; late
+    predictions are waited for, so that the machine's speed does not count; on a GPU prefill steps are long.
+    """
+    path = resolve_model(config.model)
+    device = pick_device(config.device)
+    context_bytes = _context_bytes(path, config, longest)
+    settings: dict[str, Any] = {"late_policy": "wait"}
+    cold: dict[str, Any] = {
+        "cold_bytes": min(samples * context_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
+    }
+    if device.type == "cuda":
+        settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(torch.cuda.mem_get_info(device)[0]))
+        settings["prefill_chunk_tokens"] = GPU_PREFILL_TOKENS
+    else:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - cold["cold_bytes"]
+        settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(free_bytes))
+    settings.update(config.model_dump(include=config.model_fields_set - {"model"}))
+    cold.update(memory.model_dump(include=memory.model_fields_set))
+    return LLM(config.model, selection=selection, indexer=indexer, **settings, **cold)
+
+
+def _share(free_bytes: int) -> int:
+    return max(1, int(FREE_SHARE * free_bytes))
+
+
+def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
+    """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
+    model = load_config(path)
+    layout = attention_layout(
+        "",
+        layers=model.num_hidden_layers,
+        kv_heads=model.num_key_value_heads,
+        head_dim=getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads,
+        chunk_tokens=config.chunk_tokens,
+        dtype=pick_dtype(config.dtype, pick_device(config.device)),
+    )
+    return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS) * layout.nbytes
