@@ -87,6 +87,7 @@ class LLM:
             max_model_len=self.config.max_model_len,
             load_format=self.config.load_format,
             seed=self.config.seed,
+            kv_dtype=self.config.kv_dtype,
         )
         self.cold_layout = cold_layout(backbone.layout, memory.cold_dtype)
         self.index_spec = spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
@@ -114,6 +115,7 @@ class LLM:
                 self.memory,
                 self._indexer,
                 spec,
+                cold_layout=self.cold_layout,
             )
             cleanup.callback(self.engine.close)
             self._cleanup = cleanup.pop_all()

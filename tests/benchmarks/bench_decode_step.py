@@ -8,25 +8,28 @@ engine's step (batch layout, graph replay, attention over resident chunks), not 
 
 import argparse
 import csv
+import itertools
 import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from harness import SHAPES, copy_bandwidth, machine_facts, now, percentiles, seconds, weight_bytes, write_model
+from harness import SHAPES, copy_bandwidth, machine_facts, now, percentiles, weight_bytes, write_model
 
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.manifest import RetrievalManifest
 from forecache.workers.decode.backbone import Backbone, load_backbone
 from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.model_runner import ModelRunner, Plan
-from forecache.workers.decode.sequence import Chunk, Sequence
+from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.sequence import Chunk, Sequence, State
+from forecache.workers.decode.step import Plan
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
 
 CHUNK_TOKENS = 64
 SHAPE = "llama-3.1-8b"
+WARM_UP_STEPS = 5
 
 
 def random_backbone(shape: str) -> tuple[Backbone, IndexSpec]:
@@ -54,8 +57,9 @@ def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, residen
         policy="lookahead",
     )
     chunks = (context - 32) // CHUNK_TOKENS
-    seq.chunks = [Chunk(f"{name}{i}".encode(), None, exact=True) for i in range(chunks)]
+    seq.chunks = [Chunk(i, f"{name}{i}".encode(), None, exact=True) for i in range(chunks)]
     seq.num_computed = context - 1
+    seq.state = State.DECODE
     for i in range(chunks - resident, chunks):
         slot = pool.allocate()
         assert slot is not None
@@ -66,6 +70,19 @@ def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, residen
     return seq
 
 
+def step_seconds(runner: ModelRunner, plan: Plan, repeat: int) -> list[float]:
+    """Times between the ends of steps, each launched before the tokens of the last are read: as the engine does it."""
+    ends = []
+    running = runner.launch(plan)
+    for _ in range(WARM_UP_STEPS + repeat + 1):
+        following = runner.launch(plan)
+        running.result()
+        ends.append(time.perf_counter())
+        running = following
+    running.result()
+    return [after - before for before, after in itertools.pairwise(ends[WARM_UP_STEPS:])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the CSV")
@@ -73,6 +90,7 @@ def main() -> None:
     parser.add_argument("--keep-ratio", type=float, default=0.1, help="resident chunks / all")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="sequences decoded together")
     parser.add_argument("--repeat", type=int, default=40, help="timed steps")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile of the layers")
     args = parser.parse_args()
 
     device = torch.device("cuda")
@@ -82,25 +100,18 @@ def main() -> None:
     largest = max(args.batch)
     pool = HotPool(backbone.layout, largest * (resident + 1), backbone.device)
     pool.view("kv").normal_(std=0.5)
-    runner = ModelRunner(backbone, pool, None, spec)
+    runner = ModelRunner(backbone, pool, None, spec, max_rows=largest)
     sequences = [decoding(backbone, pool, f"s{i}", args.context, resident) for i in range(largest)]
     start = time.perf_counter()
-    runner.capture_graphs(max_batch_size=largest, max_chunks=resident + 3)
-    capture_s = time.perf_counter() - start
+    runner.warm_up(max_batch_size=largest, max_chunks=resident + 3, cuda_graphs=True, torch_compile=not args.no_compile)
+    warm_up_s = time.perf_counter() - start
     weights = weight_bytes(backbone.model)
     rows = []
     for batch in args.batch:
-        plan = Plan(tuple(sequences[:batch]), (), tuple(range(batch)))
-
-        def step(plan: Plan = plan) -> None:
-            # as the engine does it: the sampled tokens come back to the host
-            runner.run(plan, lambda: False).logits.argmax(-1).tolist()
-
-        for _ in range(5):
-            step()
+        times = step_seconds(runner, Plan(tuple(sequences[:batch]), ()), args.repeat)
         kv_bytes = batch * resident * backbone.layout.nbytes
         floor_s = (weights + kv_bytes) / bandwidth
-        p20, p50, p80 = percentiles(seconds(step, args.repeat, device))
+        p20, p50, p80 = percentiles(times)
         rows.append(
             {
                 "shape": f"{SHAPE}, random weights, random K/V",
@@ -114,7 +125,8 @@ def main() -> None:
                 "over_floor": round(p50 / floor_s, 3),
                 "tokens_per_s": round(batch / p50, 1),
                 "copy_gb_per_s": round(bandwidth / 1e9, 1),
-                "capture_s": round(capture_s, 1),
+                "torch_compile": not args.no_compile,
+                "warm_up_s": round(warm_up_s, 1),
                 "date": now(),
                 **machine_facts(device),
             }

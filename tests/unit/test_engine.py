@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
@@ -20,6 +21,19 @@ from forecache.workers.memory.prefetcher import Prefetcher, RecallItem
 Reference = Callable[[list[int], int], list[int]]
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 TOKENS = 40
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "overlapping"], autouse=True)
+def overlap_steps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with steps one by one, and with each launched before the last one's tokens are read."""
+    defaults = EngineConfig.for_device
+
+    def for_device(config: EngineConfig, device: str) -> EngineConfig:
+        return defaults(config.model_copy(update={"overlap_steps": request.param}), device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineConfig, "for_device", for_device)
+        yield
 
 
 @contextmanager
@@ -31,6 +45,7 @@ def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[
         "chunk_tokens": 16,
         "cold_bytes": 4 << 20,
         "window_steps": 16,
+        "torch_compile": False,  # on a GPU: test_compiled_layers.py is for that
     }
     # memory-backed, as in serving: CUDA can register nothing else
     with TemporaryDirectory(prefix="engine-test-", dir="/dev/shm") as directory:
@@ -319,9 +334,9 @@ def test_a_prefix_is_shared_before_it_is_stored(
 ) -> None:
     store, gate = Prefetcher._write_back, threading.Event()
 
-    def stores_late(self: Prefetcher, holder: str, key: bytes, slot: int) -> None:
+    def stores_late(self: Prefetcher, batch: list[Any]) -> None:
         assert gate.wait(30)
-        store(self, holder, key, slot)
+        store(self, batch)
 
     monkeypatch.setattr(Prefetcher, "_write_back", stores_late)
     with open_llm(tiny_model) as llm:

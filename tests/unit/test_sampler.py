@@ -9,16 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forecache.workers.decode.messages import SamplingParams
-from forecache.workers.decode.sampler import BadLogitsError, sample, uniform
+from forecache.workers.decode.sampler import sample, uniform
 
 INF = math.inf
 DRAWS = 4000
 
 
+def one(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
+    """The token for one row, whose logits are sound."""
+    tokens, best = sample(logits.unsqueeze(0), [params], [position])
+    assert math.isfinite(best)
+    return int(tokens)
+
+
 def draw(logits: torch.Tensor, *, draws: int = DRAWS, **params: float) -> np.ndarray:
     """How often each token comes at positions 0 … ``draws``: int64 [vocab]."""
     settings = SamplingParams(**({"temperature": 1.0} | params))  # type: ignore[arg-type]
-    tokens = [sample(logits, settings, position) for position in range(draws)]
+    tokens = [one(logits, settings, position) for position in range(draws)]
     return np.bincount(tokens, minlength=len(logits))
 
 
@@ -39,13 +46,13 @@ def logits() -> torch.Tensor:
 
 def test_greedy_takes_the_largest(logits: torch.Tensor) -> None:
     for position in (0, 1, 10**6):
-        assert sample(logits, SamplingParams(temperature=0, top_k=3, top_p=0.1), position) == int(logits.argmax())
+        assert one(logits, SamplingParams(temperature=0, top_k=3, top_p=0.1), position) == int(logits.argmax())
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
     logits = torch.zeros(1000)
     logits[[700, 41, 999]] = 5.0
-    assert sample(logits, SamplingParams(), 0) == 41
+    assert one(logits, SamplingParams(), 0) == 41
 
 
 # 99.9 % of samples from the right distribution stay below these, by degrees of freedom
@@ -60,7 +67,7 @@ def test_draws_follow_the_softmax(logits: torch.Tensor, temperature: float) -> N
 
 def test_draws_of_other_seeds_are_independent(logits: torch.Tensor) -> None:
     """One position of many seeds is as good a sample as many positions of one seed."""
-    tokens = [sample(logits, SamplingParams(temperature=1.0, seed=seed), 17) for seed in range(DRAWS)]
+    tokens = [one(logits, SamplingParams(temperature=1.0, seed=seed), 17) for seed in range(DRAWS)]
     assert chi_squared(np.bincount(tokens, minlength=12), logits.softmax(-1)) < CHI_SQUARED_999[11]
 
 
@@ -119,16 +126,30 @@ def test_tokens_of_no_probability_never_come() -> None:
     logits[[7, 300]] = torch.tensor([0.0, 50.0])
     counts = draw(logits, draws=500, top_k=400)
     assert counts[300] == 500
-    assert sample(logits, SamplingParams(), 0) == 300
+    assert one(logits, SamplingParams(), 0) == 300
 
 
 @pytest.mark.parametrize(
     "bad", [[0.0, math.nan, 1.0], [math.nan] * 3, [0.0, INF, 1.0], [INF, INF, -INF], [-INF] * 3], ids=str
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logits_that_are_no_distribution_are_an_error(bad: list[float], temperature: float) -> None:
-    with pytest.raises(BadLogitsError, match=r"largest logit at position 9"):
-        sample(torch.tensor(bad), SamplingParams(temperature=temperature), 9)
+def test_logits_that_are_no_distribution_are_told(bad: list[float], temperature: float) -> None:
+    """And cost the other rows nothing."""
+    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(3)]
+    good = torch.tensor([0.5, 2.0, 1.0])
+    tokens, best = sample(torch.stack([good, torch.tensor(bad), good]), params, [4, 9, 5])
+    assert not math.isfinite(best[1])
+    assert best[[0, 2]].tolist() == [2.0, 2.0]
+    assert tokens[0] == one(good, params[0], 4)
+    assert tokens[2] == one(good, params[2], 5)
+
+
+def test_rows_do_not_depend_on_each_other(logits: torch.Tensor) -> None:
+    rows = torch.stack([logits, -logits, logits / 2, logits * 3])
+    params = [SamplingParams(temperature=t, seed=3, top_k=k) for t, k in ((1.0, 0), (0.0, 0), (0.7, 4), (2.0, 2))]
+    tokens, best = sample(rows, params, [5, 6, 7, 8])
+    assert tokens.tolist() == [one(row, param, 5 + i) for i, (row, param) in enumerate(zip(rows, params, strict=True))]
+    assert torch.equal(best, rows.amax(-1))
 
 
 @given(
@@ -143,11 +164,11 @@ def test_a_token_is_a_pure_function_of_seed_and_position(
 ) -> None:
     logits = torch.randn(32, generator=torch.Generator().manual_seed(position % 1000)) * 3
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    token = sample(logits, params, position)
+    token = one(logits, params, position)
     torch.rand(3)  # neither torch's state
     np.random.default_rng().random()  # nor numpy's
-    sample(-logits, params, position + 1)  # nor what was drawn before plays a part
-    assert sample(logits.clone(), params, position) == token
+    one(-logits, params, position + 1)  # nor what was drawn before plays a part
+    assert one(logits.clone(), params, position) == token
     if top_k:
         assert logits[token] >= logits.sort(descending=True).values[min(top_k, 32) - 1]
 

@@ -47,7 +47,9 @@ class Bench:
 
     def __init__(self, llm: LLM, *, cold_slots: int = 1000) -> None:
         self.pool = llm.engine.pool
-        self.scheduler = Scheduler(llm.config, self.pool, llm.engine.windows, cold_slots=cold_slots, linear_equal=100.0)
+        self.scheduler = Scheduler(
+            llm.engine.config, self.pool, llm.engine.windows, cold_slots=cold_slots, linear_equal=100.0
+        )
         self.located: list[str] = []
 
     def add(
@@ -66,6 +68,13 @@ class Bench:
 
         self.scheduler.admit(locate)
         return [seq.request_id for seq in self.scheduler.running]
+
+    def pool_is_promised_to_others(self, seq: Sequence) -> None:
+        """Nothing is left for ``seq`` beyond its own reservation."""
+        other = self.add("other", 1)
+        self.admit()
+        other.state = State.RECALLING
+        other.reserved_slots = self.pool.num_slots - seq.reserved_slots
 
     def leave(self, seq: Sequence) -> None:
         self.scheduler.remove(seq)
@@ -248,6 +257,7 @@ def test_a_step_of_prefill_stays_within_the_reservation(bench: Bench) -> None:
     seq = bench.add("a", 20, answer=1)
     bench.admit()
     seq.reserved_slots = 1
+    bench.pool_is_promised_to_others(seq)
     (part,) = bench.scheduler.next_plan().streams
     assert part.tokens == CHUNK
 
@@ -259,7 +269,7 @@ def test_prefill_beside_a_stream_takes_its_share_of_time(bench: Bench, llm: LLM)
     plan = bench.scheduler.next_plan()
     assert plan.decode == (running,)
     assert [part.tokens for part in plan.streams] == [16]  # the least, while the rate is unknown
-    bench.scheduler.rate.observe(50, 0, llm.config.prefill_slice_s)
+    bench.scheduler.rate.observe(50, 0, llm.engine.config.prefill_slice_s)
     plan = bench.scheduler.next_plan()
     assert [(part.sequence, part.tokens) for part in plan.streams] == [(coming, 50)]
     bench.scheduler.rate.work_per_s = 1.0  # a very slow machine goes on nevertheless

@@ -1,6 +1,8 @@
 """What may be asked of the engine, and the account of what it did."""
 
+import itertools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from forecache.workers.decode.backbone import Backbone
@@ -78,6 +80,21 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
     )
 
 
+def check_references(
+    pool: HotPool, sequences: Iterable[Sequence], incoming: Callable[[Sequence], Iterable[int]]
+) -> None:
+    """Raise ``AssertionError`` when the pool's references are not those of ``sequences``; ``incoming``: the slots of a
+    set in the making."""
+    held: dict[int, int] = {}
+    for seq in sequences:
+        for slot in itertools.chain(seq.resident.values(), seq.open_slots.values(), incoming(seq)):
+            held[slot] = held.get(slot, 0) + 1
+    for slot in range(pool.num_slots):
+        assert pool.references(slot) == held.get(slot, 0), (
+            f"slot {slot} has {pool.references(slot)} references, sequences hold {held.get(slot, 0)}"
+        )
+
+
 @dataclass
 class EngineCounters:
     """Sums since start, named as in :class:`EngineStats`; the engine's thread writes, any may take :meth:`snapshot`."""
@@ -90,6 +107,8 @@ class EngineCounters:
     recall_bytes: int = 0
     recall_s: float = 0.0
     written_back_chunks: int = 0
+    written_back_bytes: int = 0
+    write_back_s: float = 0.0
     lost_chunks: int = 0
     windows: int = 0
     late_windows: int = 0
@@ -105,8 +124,8 @@ class EngineCounters:
         self.steps += 1
         self.step_s += duration_s
 
-    def recall(self, done: Recalled, chunk_bytes: int) -> None:
-        self.recalled_chunks += done.recalled_bytes // chunk_bytes
+    def recall(self, done: Recalled) -> None:
+        self.recalled_chunks += done.recalled_chunks
         self.recall_bytes += done.recalled_bytes
         self.recall_s += done.duration_s
         self.lost_chunks += len(done.lost)

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
 
 from forecache.kernels import ops
-from forecache.kernels.prefill import attend_block
-from forecache.kernels.reference import chunk_attention_mass
+from forecache.kernels.prefill import prefill_attention
+from forecache.workers.decode.mass_probe import MassProbe
+from forecache.workers.decode.past import PastReader, Store
+from forecache.workers.decode.step import DecodeRows
 
 ATTENTION_NAME = "forecache"
-SEGMENT_CHUNKS = 256
 
 
 class StepAbortedError(Exception):
@@ -24,63 +26,15 @@ class StepAbortedError(Exception):
 
 
 @dataclass(frozen=True)
-class DecodeRows:
-    """``block_table``: int32 [batch, max_chunks] of slots; ``context_lens``: int32 [batch], this token included."""
-
-    block_table: torch.Tensor
-    context_lens: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Full chunks of one store, to be read together. ``slots``, ``chunks`` (their numbers): int64 [n]."""
-
-    kv: torch.Tensor
-    slots: torch.Tensor
-    chunks: torch.Tensor
-
-
-@dataclass
-class MassProbe:
-    """Collects which chunks the last ``queries`` tokens of a prompt attend to: the first resident set (design §5.2).
-
-    ``heads``: layer → int64 heads to look at; ``mass``: float32 [chunks], the largest share of one head's attention.
-    """
-
-    heads: dict[int, torch.Tensor]
-    queries: int
-    mass: torch.Tensor
-
-    def add(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        lse: torch.Tensor,
-        keys: "list[tuple[torch.Tensor, torch.Tensor]]",
-        scale: float,
-        chunk_tokens: int,
-    ) -> None:
-        """``q`` [tokens, heads, head_dim], ``lse`` [tokens, heads]; ``keys``: (chunks, [kv_heads, n, head_dim])."""
-        heads = self.heads.get(layer)
-        if heads is None:
-            return
-        q, lse = q[-self.queries :], lse[-self.queries :]
-        for chunks, k in keys:
-            mass = chunk_attention_mass(q, k, lse, scale, chunk_tokens)[heads].amax(dim=(0, 1))
-            self.mass[chunks] = torch.maximum(self.mass[chunks], mass)
-
-
-@dataclass(frozen=True)
 class StreamRows:
-    """Packed tokens ``start:stop`` of one sequence, after a past of full ``segments`` and ``open_tokens`` tokens more.
+    """Packed tokens ``start:stop`` of one sequence, after a past of full chunks and ``open_tokens`` tokens more.
 
-    ``open_slot`` is the pool slot those are in (0 where there are none); ``first_open_chunk`` its chunk number.
+    ``open_slot``: int64 [1], the pool slot those are in; ``first_open_chunk`` its chunk number.
     """
 
     start: int
     stop: int
-    segments: tuple[Segment, ...]
-    open_slot: int
+    open_slot: Tensor
     open_tokens: int
     first_open_chunk: int
     probe: MassProbe | None = None
@@ -90,47 +44,49 @@ class StreamRows:
 class QueryCapture:
     """Keeps the queries of some decode rows at the heads the indexer reads: layer → float32 [rows, heads, head_dim]."""
 
-    rows: torch.Tensor
-    heads: dict[int, torch.Tensor]
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows: Tensor
+    heads: dict[int, Tensor]
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
-    def add(self, layer: int, q: torch.Tensor) -> None:
+    def add(self, layer: int, q: Tensor) -> None:
         heads = self.heads.get(layer)
         if heads is not None:
             self.queries[layer] = q[self.rows][:, heads].float()
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepBatch:
     """One forward pass. ``token_ids``, ``positions``, ``slots``, ``offsets``: int64 [tokens], in packed order.
 
-    ``kv`` is the pool's view [slots, layers, 2, kv_heads, chunk_tokens, head_dim]; token *i* is stored at ``slots[i]``,
-    ``offsets[i]``. ``logits_rows``: int64, the packed tokens whose logits are wanted.
+    Token *i* is stored in ``pool`` at ``slots[i]``, ``offsets[i]``, or nowhere where its slot is -1. ``logits_rows``:
+    int64, the packed tokens whose logits are wanted.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    offsets: torch.Tensor
-    logits_rows: torch.Tensor
-    kv: torch.Tensor
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    offsets: Tensor
+    logits_rows: Tensor
+    pool: Store
     decode: DecodeRows | None
-    streams: tuple[StreamRows, ...]
-    capture: QueryCapture | None
-    aborted: Callable[[], bool]
+    streams: tuple[StreamRows, ...] = ()
+    past: PastReader | None = None
+    capture: QueryCapture | None = None
+    aborted: Callable[[], bool] = lambda: False
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator] # compiled layers break here: see compiled_layers.py
 def attend(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
     forecache: StepBatch,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Store the new K/V, then attend: ``query`` [1, heads, tokens, head_dim] → [1, tokens, heads, head_dim].
 
     Raises :class:`StepAbortedError` between two layers when the step is no longer wanted.
@@ -140,63 +96,81 @@ def attend(
         raise StepAbortedError
     layer: int = module.layer_idx  # type: ignore[assignment]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    ops.store_kv(k, v, batch.kv, layer, batch.slots, batch.offsets)
-    out = torch.empty_like(q)
-    if batch.decode is not None:
-        rows = batch.decode.block_table.shape[0]
-        out[:rows], _lse = ops.sparse_decode(
-            q[:rows], batch.kv, layer, batch.decode.block_table, batch.decode.context_lens, scaling
-        )
-    for stream in batch.streams:
-        rows_of = slice(stream.start, stream.stop)
-        out[rows_of] = _attend_stream(q[rows_of], k[rows_of], v[rows_of], batch.kv, layer, stream, scaling)
+    pool = batch.pool
+    ops.store_kv(k, v, pool.kv, layer, batch.slots, batch.offsets, scale=pool.scale)
     if batch.capture is not None:
         batch.capture.add(layer, q)
+    if batch.decode is not None and not batch.streams:
+        return _attend_rows(q, layer, pool, batch.decode, scaling).unsqueeze(0), None
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    if batch.decode is not None:
+        rows = batch.decode.block_table.shape[0]
+        out[:rows] = _attend_rows(q[:rows], layer, pool, batch.decode, scaling)
+    for number, stream in enumerate(batch.streams):
+        own = slice(stream.start, stream.stop)
+        assert batch.past is not None
+        past = _past(layer, number, batch.past, pool, stream, q.dtype)
+        out[own] = _attend_stream(q[own], k[own], v[own], layer, stream, past, scaling)
     return out.unsqueeze(0), None
 
 
+def _attend_rows(q: Tensor, layer: int, pool: Store, rows: DecodeRows, scaling: float) -> Tensor:
+    """Decode rows ``q`` [rows, heads, head_dim] over their resident chunks."""
+    scale = pool.scale
+    out, _lse = ops.sparse_decode(
+        q,
+        pool.kv,
+        layer,
+        rows.block_table,
+        rows.context_lens,
+        scaling,
+        k_scale=None if scale is None else scale[:, :, 0],
+        v_scale=None if scale is None else scale[:, :, 1],
+    )
+    return out
+
+
 def _attend_stream(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    kv: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layer: int,
     stream: StreamRows,
+    past: Iterator[tuple[Tensor, Tensor, Tensor]],
     scaling: float,
-) -> torch.Tensor:
+) -> Tensor:
     """Exact attention of one sequence's new tokens to themselves and to all before them."""
-    out, lse = attend_block(q, k.transpose(0, 1), v.transpose(0, 1), scaling, causal=True)
-    probed: list[tuple[torch.Tensor, torch.Tensor]] = []
-    probing = stream.probe is not None and layer in stream.probe.heads
-    for chunks, past_k, past_v in _past(kv, layer, stream):
-        out, lse = ops.merge_partials(out, lse, *attend_block(q, past_k, past_v, scaling, causal=False))
-        if probing and chunks is not None:
-            probed.append((chunks, past_k))
-    if probing:
-        assert stream.probe is not None
-        chunk_tokens = kv.shape[4]
+    probe = stream.probe if stream.probe is not None and stream.probe.begin(layer, q) else None
+    own_k, own_v = k.transpose(0, 1), v.transpose(0, 1)
+    open_k = own_k[:, :0]
+
+    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal open_k
+        for chunks, past_k, past_v in past:
+            if len(chunks) == 0:
+                open_k = past_k
+            elif probe is not None:
+                probe.see(layer, chunks, past_k)
+            yield past_k, past_v
+
+    out, lse = prefill_attention(q, own_k, own_v, pieces(), scaling)
+    if probe is not None:
         # the open chunk's older tokens complete the new ones to whole chunks
-        own_k = k.transpose(0, 1)
-        if stream.open_tokens:
-            own_k = torch.cat((kv[stream.open_slot, layer, 0, :, : stream.open_tokens], own_k), dim=1)
-        count = -(-own_k.shape[1] // chunk_tokens)
-        own = torch.arange(stream.first_open_chunk, stream.first_open_chunk + count, device=k.device)
-        probed.append((own, own_k))
-        stream.probe.add(layer, q, lse, probed, scaling, chunk_tokens)
+        keys = torch.cat((open_k, own_k), dim=1)
+        count = -(-keys.shape[1] // probe.chunk_tokens)
+        probe.see(layer, torch.arange(count, device=k.device) + stream.first_open_chunk, keys)
+        probe.finish(layer, lse)
     return out
 
 
 def _past(
-    kv: torch.Tensor, layer: int, stream: StreamRows
-) -> Iterator[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-    """(chunk numbers or ``None`` for the open chunk, k, v) of what came before, in pieces of bounded size."""
-    for segment in stream.segments:
-        for start in range(0, len(segment.slots), SEGMENT_CHUNKS):
-            piece = slice(start, start + SEGMENT_CHUNKS)
-            yield segment.chunks[piece], *ops.gather_layer(segment.kv, layer, segment.slots[piece])
+    layer: int, number: int, reader: PastReader, pool: Store, stream: StreamRows, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(chunk numbers, k, v) of what came before stream ``number``; the open chunk comes last, without a number."""
+    yield from reader.read(number, layer)
     if stream.open_tokens:
-        open_kv = kv[stream.open_slot, layer, :, :, : stream.open_tokens]
-        yield None, open_kv[0], open_kv[1]
+        k, v = ops.gather_layer(pool.kv, layer, stream.open_slot, scale=pool.scale, dtype=dtype)
+        yield stream.open_slot[:0], k[:, : stream.open_tokens], v[:, : stream.open_tokens]
 
 
 AttentionInterface.register(ATTENTION_NAME, attend)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.decode.attention import ATTENTION_NAME
-from forecache.workers.decode.config import LoadFormat
+from forecache.workers.decode.config import KvDtype, LoadFormat
 from forecache.workers.decode.loader import WEIGHT_FILES
 from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_config
 from forecache.workers.errors import UnsupportedModelError
@@ -79,10 +79,12 @@ def load_backbone(
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    kv_dtype: KvDtype = "auto",
 ) -> Backbone:
     """Load the model at ``path`` and check that its attention can be replaced; see :mod:`.probe`.
 
-    ``load_format`` "dummy" reads only the configuration there and draws the weights from ``seed``.
+    ``load_format`` "dummy" reads only the configuration there and draws the weights from ``seed``. Chunks hold K/V in
+    ``dtype``, or with ``kv_dtype`` "fp8" in float8_e4m3fn.
 
     Raises :class:`UnsupportedModelError` with what is in the way.
     """
@@ -112,7 +114,7 @@ def load_backbone(
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
         chunk_tokens=chunk_tokens,
-        dtype=number,
+        dtype=torch.float8_e4m3fn if kv_dtype == "fp8" else number,
     )
     return Backbone(model, path, fingerprint, geometry, layout, max_model_len or own_limit, place, number)
 

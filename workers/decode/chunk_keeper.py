@@ -45,8 +45,9 @@ class ChunkKeeper:
                 break
             chunk = seq.complete_chunk()
             assert chunk.key == key
-            chunk.ref = ref
-            if ref is None and slot is not None:
+            if ref is not None:
+                seq.stored_at(chunk, ref)
+            elif slot is not None:
                 # hot, but on its way to cold memory: it must not be evicted before it is held there for this one too
                 self._pool.mark_dirty(slot)
                 self._prefetcher.write_back(seq.holder, key, slot)
@@ -69,6 +70,7 @@ class ChunkKeeper:
             self._prefetcher.write_back(seq.holder, chunk.key, slot)
             if seq.state is State.DECODE and not seq.streamed:
                 seq.resident[number] = slot
+                seq.table_version += 1
             else:
                 self._pool.release(slot)
 
@@ -80,15 +82,23 @@ class ChunkKeeper:
             # the slot stays to be found: others with this prefix may count on it, and store it for themselves
             return None if seq is None or seq.state is State.FINISHED else seq
         self._counters.written_back_chunks += 1
+        self._counters.written_back_bytes += done.written_bytes
+        self._counters.write_back_s += done.duration_s
         if seq is not None and done.key in seq.chunk_of:
-            seq.chunk_of[done.key].ref = done.ref
+            seq.stored_at(seq.chunk_of[done.key], done.ref)
         return None
 
-    def given_away(self, seq: Sequence) -> int:
-        """How many chunks of ``seq`` are no longer where they were held: a tier that starts again knows no holds."""
-        refs = [chunk.ref for chunk in seq.chunks if chunk.ref is not None]
-        now = self._arena.generation(np.array([ref.slot for ref in refs], dtype=np.int64))
-        return int((now != np.array([ref.generation for ref in refs], dtype=np.uint64)).sum())
+    def lost(self, seq: Sequence, damaged: list[int]) -> int:
+        """How many chunks of ``seq`` can't be read any more: the ``damaged`` ones, which nobody shall find again, and
+        those that are no longer where they were held, since a tier that starts again knows no holds."""
+        for number in damaged:
+            chunk = seq.chunks[number]
+            if chunk.ref is not None:
+                self._prefetcher.drop(chunk.key, chunk.ref)
+        slots, generations = seq.refs()
+        stored = slots >= 0
+        now = self._arena.generation(slots[stored])
+        return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
 
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
@@ -97,6 +107,7 @@ class ChunkKeeper:
             self._pool.release(slot)
         seq.resident.clear()
         seq.open_slots.clear()
+        seq.table_version += 1
         for chunk in seq.chunks:
             if not chunk.exact:
                 self._pool.discard(chunk.key)

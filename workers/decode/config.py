@@ -1,12 +1,13 @@
 """Settings of the engine."""
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from forecache.workers.decode.messages import Policy
 
 LoadFormat = Literal["auto", "dummy"]
+KvDtype = Literal["auto", "fp8"]
 
 
 class EngineConfig(BaseModel):
@@ -19,6 +20,9 @@ class EngineConfig(BaseModel):
         "auto", description="auto: the model's weight files; dummy: random weights of the shape in its config.json"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: float32 on CPU")
+    kv_dtype: KvDtype = Field(
+        "auto", description="K/V in the hot pool: auto: as dtype; fp8: half the bytes, with a scale per chunk and head"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     max_model_len: int | None = Field(
         None, gt=0, description="longest prompt + answer, in tokens; default: the model's"
@@ -33,10 +37,28 @@ class EngineConfig(BaseModel):
     )
     hot_bytes: int = Field(1 << 30, gt=0, description="bytes of the hot pool")
     max_batch_size: int = Field(16, ge=1, description="sequences decoded together")
-    prefill_chunk_tokens: int = Field(512, ge=16, description="most prompt tokens of one step")
-    prefill_slice_s: float = Field(0.25, gt=0, description="target duration of a step beside running streams")
+    prefill_chunk_tokens: int | None = Field(
+        None, ge=16, description="most prompt tokens of one step; default: 8192 on a GPU, 512 on a CPU"
+    )
+    prefill_slice_s: float | None = Field(
+        None, gt=0, description="target duration of a step beside running streams; default: 0.05 on a GPU, else 0.25"
+    )
     cuda_graphs: bool = Field(True, description="run decode steps on a GPU as CUDA graphs")
+    torch_compile: bool = Field(True, description="on a GPU, run decoder layers through torch.compile")
+    overlap_steps: bool | None = Field(
+        None, description="launch a step before the last one's tokens are read; default: on a GPU"
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the model; default: all cores, one less where a cluster shares them"
     )
     seed: int = Field(0, description="seed of the random policy and of dummy weights")
+
+    def for_device(self, device: str) -> Self:
+        """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""
+        gpu = device == "cuda"
+        defaults = {
+            "prefill_chunk_tokens": 8192 if gpu else 512,
+            "prefill_slice_s": 0.05 if gpu else 0.25,
+            "overlap_steps": gpu,
+        }
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})

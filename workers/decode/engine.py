@@ -1,34 +1,38 @@
-"""The engine: one step is absorb, plan, run, sample. It knows models and chunks, not Ray, HTTP or threads of others."""
+"""The engine: one step is absorb, plan, launch, read. It knows models and chunks, not Ray, HTTP or other threads."""
 
 import itertools
+import math
 import threading
 import time
 from collections import deque
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.protocol import Indexer
-from forecache.indexer.selection import budget_chunks
-from forecache.workers.decode.accounting import EngineCounters, check_request, sequence_stats
+from forecache.workers.decode.accounting import EngineCounters, check_references, check_request
+from forecache.workers.decode.answers import Answers
 from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
-from forecache.workers.decode.model_runner import ModelRunner, Plan, StepOutput
-from forecache.workers.decode.sampler import BadLogitsError, sample
+from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.decode.tokenizer import Detokenizer, eos_token_ids
+from forecache.workers.decode.step import Plan, StepOutput
+from forecache.workers.decode.tokenizer import eos_token_ids
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
+from forecache.workers.memory.layout import ChunkLayout, chunk_fingerprint
 from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, Recalled, WrittenBack
 from forecache.workers.memory.protocol import ColdMemory
 
@@ -39,7 +43,7 @@ class Engine:
     """Continuous batching over one backbone.
 
     All methods belong to one thread, but for :meth:`cancel`, which any may call. ``name`` makes the engine's holds in
-    shared cold memory its own.
+    shared cold memory its own; ``cold_layout`` is that memory's layout, where it is not the pool's.
     """
 
     def __init__(
@@ -52,20 +56,24 @@ class Engine:
         indexer: Indexer,
         spec: IndexSpec,
         name: str = "local",
+        cold_layout: ChunkLayout | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = config.for_device(backbone.device.type)
         self._backbone = backbone
-        self._tokenizer = tokenizer
+        self._has_tokenizer = tokenizer is not None
         self._memory = memory
         self._name = name
-        self._eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
+        eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
+        self._answers = Answers(tokenizer, frozenset(eos), backbone.layout.nbytes)
         self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
-        self._runner = ModelRunner(backbone, self.pool, memory.arena, spec)
-        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record)
-        self.windows = WindowCycle(
-            config, selection, spec, self.pool, memory.arena, self._prefetcher, indexer, self._runner
+        cold = cold_layout or backbone.layout
+        self._fingerprint = chunk_fingerprint(backbone.layout, cold)
+        self._runner = ModelRunner(
+            backbone, self.pool, memory.arena, spec, max_rows=config.max_batch_size, cold_layout=cold
         )
+        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
+        self.windows = WindowCycle(config, selection, spec, self.pool, memory.arena, self._prefetcher, indexer)
         geometry = backbone.geometry
         self._scheduler = Scheduler(
             config,
@@ -75,15 +83,16 @@ class Engine:
             # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
             linear_equal=backbone.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim),
         )
-        if config.cuda_graphs and backbone.device.type == "cuda":
-            chunks = -(-backbone.max_model_len // config.chunk_tokens)
-            budget = budget_chunks(chunks, config.keep_ratio, selection)
-            self._runner.capture_graphs(
+        if backbone.device.type == "cuda":
+            self._runner.warm_up(
                 max_batch_size=config.max_batch_size,
-                max_chunks=min(budget + config.window_steps // config.chunk_tokens + 2, self.pool.num_slots),
+                max_chunks=self.windows.widest_table(backbone.max_model_len),
+                cuda_graphs=config.cuda_graphs,
+                torch_compile=config.torch_compile,
             )
+        self._running: RunningStep | None = None
+        self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
-        self._detokenizers: dict[str, Detokenizer] = {}
         self._leaving: list[Sequence] = []
         self._serial = itertools.count()
         self._cancelled: set[str] = set()
@@ -101,21 +110,21 @@ class Engine:
 
         Raises :class:`InvalidRequestError` for one that can never be served.
         """
-        check_request(request, self._backbone, self._memory.arena.slots, text=self._tokenizer is not None)
+        check_request(request, self._backbone, self._memory.arena.slots, text=self._has_tokenizer)
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
         cache = request.cache
         seq = Sequence(
             request,
             holder=self._new_holder(request.request_id),
-            root=root_key(self._backbone.layout.fingerprint, cache.cache_salt),
+            root=root_key(self._fingerprint, cache.cache_salt),
             chunk_tokens=self.config.chunk_tokens,
             keep_ratio=self.config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
             policy=cache.policy or self.config.policy,
         )
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         self._sequences[request.request_id] = seq
-        self._detokenizers[request.request_id] = Detokenizer(self._tokenizer, request.sampling.stop)
+        self._answers.begin(seq)
         self._scheduler.add(seq)
         self._prefetcher.wake()
 
@@ -132,102 +141,115 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to do until a request comes."""
-        return not self._sequences and not self._leaving and not self._events
+        return not self._sequences and not self._leaving and not self._events and self._running is None
 
     def step(self) -> list[TokenEvent]:
-        """Advance every request that can; returns the news, possibly none."""
+        """Advance every request that can; returns the news, possibly none.
+
+        A decode step is launched before the tokens of the one before are read (where steps overlap): the device then
+        never waits for what the host does between two steps.
+        """
         self._absorb()
         self._scheduler.admit(self._keeper.locate)
+        if self._scheduler.streams_next:
+            self._read_running()  # a long step is planned, and timed, with nothing under way
         plan = self._scheduler.next_plan()
-        if plan.tokens:
-            self._run(plan)
-        elif not self._events:
+        running = self._launch(plan) if plan.tokens else None
+        waited = self._read_running()
+        if running is not None:
+            if plan.streams or not self.config.overlap_steps:
+                self._take(plan, running.result())
+            else:
+                self._advance(plan, set())
+                self._running = running
+        elif not waited and not self._events:
             self._wait()
         events, self._events = list(self._events), deque()
         return events
 
-    def _run(self, plan: Plan) -> None:
-        start = time.perf_counter()
+    def _launch(self, plan: Plan) -> RunningStep | None:
         members = {part.sequence.request_id for part in plan.streams if part.tokens > 1}
+        self._launched_s = time.perf_counter()
         try:
             # only a long step is worth aborting: the other rows' work is lost with it
-            output = self._runner.run(plan, lambda: not self._cancelled.isdisjoint(members))
+            return self._runner.launch(plan, lambda: not self._cancelled.isdisjoint(members))
         except StepAbortedError:
-            return
-        if plan.streams and self._backbone.device.type == "cuda":
-            torch.cuda.synchronize()  # else a step without a sampled token has no duration, and has not read its past
-        duration_s = time.perf_counter() - start
-        if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
-            part = plan.streams[0]
-            self._scheduler.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
-        self._counters.step(duration_s)
-        self._advance(plan, output)
+            return None
 
-    def _advance(self, plan: Plan, output: StepOutput) -> None:
-        """Account for a step that was computed: chunks completed, tokens sampled, windows turned."""
+    def _read_running(self) -> bool:
+        """Take in the step that is under way, if there is one."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._read(running.result(), set())
+        return running is not None
+
+    def _take(self, plan: Plan, output: StepOutput) -> None:
+        """A step is over before another was launched: check what it read, then account for it."""
         lost: set[Sequence] = set()
         for seq in (part.sequence for part in plan.streams):
             # their past was read where it lies; that of decode rows was verified when it was recalled
-            if gone := self._keeper.given_away(seq):
+            if gone := self._keeper.lost(seq, output.damaged.get(seq.request_id, [])):
                 self._counters.lost_chunks += gone
                 lost.add(seq)
                 self._restart(seq)
+        self._scheduler.observe(plan, time.perf_counter() - self._launched_s)
+        self._advance(plan, lost)
+        self._read(output, lost)
+
+    def _advance(self, plan: Plan, lost: set[Sequence]) -> None:
+        """Account for what ``plan`` computes, whatever tokens come of it: chunks completed, windows turned."""
         for seq in plan.decode:
+            if seq.state is not State.DECODE:
+                continue  # its last token was read meanwhile
             seq.counters.kept_sum += seq.resident_share
             seq.counters.kept_steps += 1
             seq.open_exact = seq.open_exact and not seq.partial
             self._keeper.computed(seq, 1)
+            self.windows.stepped(seq)
         for part in plan.streams:
             if part.sequence in lost:
                 continue
             self._keeper.computed(part.sequence, part.tokens)
             if part.sequence.state is State.PREFILL:
-                self._events.append(self._event(part.sequence, (), ""))
-        queries = {plan.decode[row].request_id: i for i, row in enumerate(plan.capture)}
-        for seq in plan.decode:
-            row = queries.get(seq.request_id)
-            self.windows.after_step(seq, None if row is None or output.queries is None else output.queries[row])
-        for seq, logits in zip(output.sampled, output.logits, strict=True):
-            if seq in lost:
+                self._events.append(self._answers.event(part.sequence))
+
+    def _read(self, output: StepOutput, lost: set[Sequence]) -> None:
+        """Take in what a step gave: queries for the indexer, and tokens."""
+        now = time.perf_counter()
+        self._counters.step(now - max(self._launched_s, self._read_s))
+        self._read_s = now
+        for captured in output.captured:
+            self.windows.captured(captured)
+        for drawn in output.sampled:
+            seq = drawn.sequence
+            if seq in lost or seq.state is State.FINISHED or seq.restarts != drawn.restarts:
                 continue
-            try:
-                token = sample(logits, seq.sampling, len(seq.token_ids))
-            except BadLogitsError as error:
-                self._finish(seq, "error", (), "", str(error))
+            if not math.isfinite(drawn.best):
+                where = f"as its largest logit at position {len(seq.token_ids)}"
+                self._finish(seq, "error", error=f"the model gave {drawn.best} {where}")
                 continue
             if seq.state is State.PREFILL:
                 self._begin_decode(seq, output.masses.get(seq.request_id))
-            self._emit(seq, token)
+            self._emit(seq, drawn.token)
 
-    def _begin_decode(self, seq: Sequence, mass: torch.Tensor | None) -> None:
+    def _begin_decode(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
         self._counters.prompt_tokens += seq.prompt_len if not seq.restarts else 0
         if seq.streamed:
             seq.state = State.DECODE
             return
         seq.state = State.RECALLING
-        self.windows.begin(seq, None if mass is None else mass.cpu().numpy())
+        self.windows.begin(seq, mass)
 
     def _emit(self, seq: Sequence, token: int) -> None:
         """One more token of ``seq``: to the client, and maybe the last."""
         seq.token_ids.append(token)
         self._counters.generated_tokens += 1
-        detokenizer = self._detokenizers[seq.request_id]
-        reason: FinishReason | None = None
-        text = ""
-        if token in self._eos and not seq.sampling.ignore_eos:
-            reason = "stop"
+        text, reason = self._answers.push(seq, token)
+        if reason is None:
+            self._events.append(self._answers.event(seq, (token,), text))
         else:
-            text = detokenizer.push(token)
-            if detokenizer.stopped:
-                reason = "stop"
-            elif len(seq.output_ids) >= seq.sampling.max_tokens:
-                reason = "length"
-        if reason is not None:
-            text += detokenizer.flush()
             self._finish(seq, reason, (token,), text)
-        else:
-            self._events.append(self._event(seq, (token,), text))
 
     def _absorb(self) -> None:
         """Take in what happened elsewhere since the last step: copies, predictions, cancellations."""
@@ -237,7 +259,7 @@ class Engine:
             elif isinstance(done, WrittenBack):
                 seq = self._keeper.written_back(done)
                 if seq is not None:
-                    self._finish(seq, "error", (), "", f"a chunk could not be stored: {done.reason}")
+                    self._finish(seq, "error", error=f"a chunk could not be stored: {done.reason}")
             else:
                 self._recalled(done)
         with self._cancel_lock:
@@ -245,7 +267,7 @@ class Engine:
         for request_id in cancelled:
             seq = self._sequences.get(request_id)
             if seq is not None:
-                self._finish(seq, "cancelled", (), "")
+                self._finish(seq, "cancelled")
         for seq in self._scheduler.running:
             self.windows.poll(seq)
         for seq in [seq for seq in self._leaving if not self.windows.busy(seq)]:
@@ -253,7 +275,7 @@ class Engine:
             self._keeper.let_go(seq)
 
     def _recalled(self, done: Recalled) -> None:
-        self._counters.recall(done, self._backbone.layout.nbytes)
+        self._counters.recall(done)
         seq = self.windows.recalled(done)
         if seq is not None and seq.state is not State.FINISHED:
             self._restart(seq)
@@ -269,25 +291,15 @@ class Engine:
         self,
         seq: Sequence,
         reason: FinishReason,
-        tokens: tuple[int, ...],
-        text: str,
+        tokens: tuple[int, ...] = (),
+        text: str = "",
         error: str | None = None,
     ) -> None:
         self._counters.leave(seq, reason)
-        self._events.append(
-            TokenEvent(
-                seq.request_id,
-                tokens,
-                text,
-                reason,
-                sequence_stats(seq, self._backbone.layout.nbytes),
-                error,
-                seq.num_computed,
-            )
-        )
+        self._events.append(self._answers.end(seq, reason, tokens, text, error))
         self._scheduler.remove(seq)
         seq.state = State.FINISHED
-        del self._sequences[seq.request_id], self._detokenizers[seq.request_id]
+        del self._sequences[seq.request_id]
         if self.windows.busy(seq):
             self._leaving.append(seq)
         else:
@@ -310,9 +322,6 @@ class Engine:
         """There is something to do. Any thread may call."""
         self._prefetcher.wake()
 
-    def _event(self, seq: Sequence, tokens: tuple[int, ...], text: str) -> TokenEvent:
-        return TokenEvent(seq.request_id, tokens, text, prefill_tokens_done=min(seq.num_computed, seq.prompt_len))
-
     def stats(self) -> EngineStats:
         """A snapshot; any thread may call."""
         return self._counters.snapshot(self.pool, self._scheduler)
@@ -320,14 +329,8 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` when the pool's references are not those of the running sequences."""
         self.pool.check_integrity()
-        held: dict[int, int] = {}
-        for seq in [*self._scheduler.running, *self._scheduler.waiting, *self._leaving]:
-            for slot in itertools.chain(seq.resident.values(), seq.open_slots.values(), self.windows.incoming(seq)):
-                held[slot] = held.get(slot, 0) + 1
-        for slot in range(self.pool.num_slots):
-            assert self.pool.references(slot) == held.get(slot, 0), (
-                f"slot {slot} has {self.pool.references(slot)} references, sequences hold {held.get(slot, 0)}"
-            )
+        sequences = [*self._scheduler.running, *self._scheduler.waiting, *self._leaving]
+        check_references(self.pool, sequences, self.windows.incoming)
 
     def flush(self) -> None:
         """Wait for the copies and releases that are under way, and take in what they say."""
@@ -337,7 +340,8 @@ class Engine:
     def close(self) -> None:
         """Cancel what runs, give back all holds, end the copy thread. Memory and indexer stay the caller's."""
         for seq in list(self._sequences.values()):
-            self._finish(seq, "cancelled", (), "")
+            self._finish(seq, "cancelled")
+        self._read_running()
         while self._leaving:
             self._prefetcher.wait(IDLE_WAIT_S)
             self._absorb()

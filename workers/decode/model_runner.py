@@ -1,220 +1,280 @@
-"""Runs one step: lays out the packed batch, calls the transformers model, returns logits and what was captured."""
+"""Runs steps: lays out the packed batch, calls the transformers model, draws tokens, fetches what the host needs."""
 
+import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, encode_chunk
-from forecache.workers.decode.attention import (
-    DecodeRows,
-    MassProbe,
-    QueryCapture,
-    Segment,
-    StepBatch,
-    StreamRows,
-)
+from forecache.workers.decode.attention import QueryCapture, StepBatch, StreamRows
 from forecache.workers.decode.backbone import Backbone
+from forecache.workers.decode.compiled_layers import MIN_TOKENS, check_compiled_once, compile_layers, compiled_graphs
 from forecache.workers.decode.cuda_graph import DecodeGraphs
+from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
+from forecache.workers.decode.past import PastReader, PieceBuffers, Store
+from forecache.workers.decode.running_step import ArenaPast, RunningStep
+from forecache.workers.decode.sampler import draw, sample, uniform
 from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.layout import ChunkLayout
 
-
-@dataclass(frozen=True)
-class StreamPart:
-    """The next ``tokens`` of ``sequence``, attending to its whole past; ``probe`` asks for the last ones' attention."""
-
-    sequence: Sequence
-    tokens: int
-    probe: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One step's work: ``decode`` sequences take one token over their resident set; ``capture`` are those of them, by
-    position, whose queries the indexer wants."""
-
-    decode: tuple[Sequence, ...]
-    streams: tuple[StreamPart, ...]
-    capture: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return len(self.decode) + sum(part.tokens for part in self.streams)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """``logits``: float32 [rows, vocab] for the ``sampled`` sequences; ``queries``: float32 [captured, query heads,
-    head_dim]; ``masses``: float32 [chunks] for each probed stream, by request id."""
-
-    sampled: tuple[Sequence, ...]
-    logits: torch.Tensor
-    queries: torch.Tensor | None
-    masses: dict[str, torch.Tensor]
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """The model on its device, with the pool it writes into and the arena it may stream from."""
+    """The model on its device, with the pool it writes into and the arena it may stream from.
 
-    def __init__(self, backbone: Backbone, pool: HotPool, arena: Arena | None, spec: IndexSpec) -> None:
+    ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pool: HotPool,
+        arena: Arena | None,
+        spec: IndexSpec,
+        *,
+        max_rows: int = 1,
+        cold_layout: ChunkLayout | None = None,
+    ) -> None:
+        self._backbone = backbone
         self._model = backbone.model
-        self._layout = backbone.layout
         self._device = backbone.device
         self._pool = pool
-        self._kv = pool.view("kv")
-        self._cold_kv = None if arena is None else backbone.layout.view(arena.chunks, "kv")
+        self._arena = arena
+        self._hot = _store(backbone.layout, pool.memory)
+        self._cold = None if arena is None else _store(cold_layout or backbone.layout, arena.chunks)
         self._spec = spec
         self._graphs: DecodeGraphs | None = None
+        self._min_tokens = 1
+        self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
+        self._last_rows: dict[str, int] = {}
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
+        self._query_to_kv = torch.tensor(spec.query_to_kv, device=self._device)
+        self._buffers: PieceBuffers | None = None
 
     @torch.inference_mode()
-    def run(self, plan: Plan, aborted: Callable[[], bool]) -> StepOutput:
-        """Compute ``plan``; every chunk it writes has its slot in the sequence's ``open_slots``.
+    def launch(self, plan: Plan, aborted: Callable[[], bool] = lambda: False) -> RunningStep:
+        """Enqueue ``plan``; every chunk it writes has its slot in the sequence's ``open_slots``.
 
-        Raises :class:`.attention.StepAbortedError` when ``aborted`` turns true on the way.
+        On a GPU this returns while the step runs. Raises :class:`.attention.StepAbortedError` when ``aborted`` turns
+        true on the way.
         """
-        batch, sampled, probes = self._lay_out(plan, aborted)
-        if self._graphs is not None and self._graphs.takes(batch):
-            logits, captured = self._graphs.replay(batch)
-            if batch.capture is not None:
-                batch.capture.queries = {layer: q[batch.capture.rows] for layer, q in captured.items()}
+        rows = [self._decode_row(seq) for seq in plan.decode]
+        pasts: tuple[ArenaPast, ...] = ()
+        probes: dict[str, MassProbe] = {}
+        if self._graphs is not None and not plan.streams and self._graphs.takes(rows):
+            replayed = self._graphs.replay(rows)
+            logits, best, queries = replayed.logits, replayed.best, replayed.queries
+            sampled = list(plan.decode)
+            for row, seq in enumerate(sampled):
+                if seq.sampling.temperature > 0:
+                    number = uniform(seq.sampling.seed, seq.num_computed + 1)
+                    self._last_tokens[row] = draw(logits[row], seq.sampling, number)
         else:
-            output = self._model(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=batch.logits_rows,
-                forecache=batch,
-            )
-            logits = output.logits[0].float()
-        queries = None if batch.capture is None else self._in_spec_order(batch.capture)
-        masses = {request_id: probe.mass for request_id, probe in probes.items()}
-        return StepOutput(sampled, logits, queries, masses)
-
-    @torch.inference_mode()
-    def capture_graphs(self, *, max_batch_size: int, max_chunks: int) -> None:
-        """On CUDA, from now on run decode steps as graphs; see :class:`.cuda_graph.DecodeGraphs`."""
-        self._graphs = DecodeGraphs(
-            self._model, self._kv, self._query_heads, max_batch_size=max_batch_size, max_chunks=max_chunks
+            batch, sampled, pasts, probes = self._lay_out(plan, rows, aborted)
+            logits = self._forward(batch)
+            positions = [seq.num_computed + _tokens_of(seq, plan) for seq in sampled]
+            drawn, best = sample(logits, [seq.sampling for seq in sampled], positions)
+            self._last_tokens[: len(drawn)] = drawn
+            queries = {} if batch.capture is None else batch.capture.queries
+        self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
+        captured = [self._capture(request, queries) for request in plan.captures]
+        return RunningStep(
+            sampled,
+            self._last_tokens[: len(sampled)],
+            best,
+            logits,
+            plan.captures,
+            captured,
+            probes,
+            pasts,
+            self._arena,
         )
 
-    def index_record(self, slot: int) -> torch.Tensor:
+    @torch.inference_mode()
+    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
+        """On a GPU, compile the layers and capture decode steps, so that no request waits for either.
+
+        Raises :class:`ForecacheError` when batch sizes or layers can't share what was compiled.
+        """
+        start = time.perf_counter()
+        if torch_compile:
+            compile_layers(self._model, self._backbone.geometry)
+            self._min_tokens = MIN_TOKENS
+        first: list[int] = []
+        for tokens in (16, 48) if torch_compile else (16,):
+            self._forward(self._padding(tokens))
+            first.append(compiled_graphs())
+        if cuda_graphs:
+            self._graphs = DecodeGraphs(
+                self._model,
+                self._hot,
+                self._query_heads,
+                self._last_tokens,
+                max_batch_size=max_batch_size,
+                max_chunks=max_chunks,
+            )
+        if torch_compile:
+            check_compiled_once(first[0], compiled_graphs())
+        logger.info("warmed up in %.1f s", time.perf_counter() - start)
+
+    def index_record(self, slot: int) -> Tensor:
         """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""
         with torch.inference_mode():
-            return encode_chunk(self._spec, self._kv[slot, self._key_layers, 0, self._key_heads])
+            return encode_chunk(self._spec, self._index_keys(slot))
 
-    @torch.inference_mode()
-    def local_lse(self, queries: torch.Tensor, slot: int, tokens: int) -> torch.Tensor:
-        """Log-sum-exp of ``queries`` [query heads, head_dim] over the first ``tokens`` keys in ``slot``.
+    def _index_keys(self, slot: int) -> Tensor:
+        """[kv heads of the spec, chunk_tokens, head_dim]."""
+        keys = self._hot.kv[slot, self._key_layers, 0, self._key_heads]
+        if self._hot.scale is None:
+            return keys
+        return keys.float() * self._hot.scale[slot, self._key_layers, 0, self._key_heads, None, None]
 
-        float32 [query heads]; for the tail of a sequence, which has no index record.
-        """
-        owner = torch.tensor(self._spec.query_to_kv, device=queries.device)
-        keys = self._kv[slot, self._key_layers, 0, self._key_heads, :tokens].float()[owner]
-        return (torch.einsum("hd,htd->ht", queries, keys) * self._spec.scale).logsumexp(-1)
+    def _capture(self, request: Capture, queries: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, log-sum-exp over the tail, and records; see :class:`.step.Captured`."""
+        by_layer = {layer: iter(q[request.row].unbind(0)) for layer, q in queries.items()}
+        mine = torch.stack([next(by_layer[layer]) for layer, _ in self._spec.query_heads])
+        if request.tail_tokens:
+            keys = self._index_keys(request.tail_slot)[:, : request.tail_tokens].float()
+            logits = torch.einsum("hd,htd->ht", mine, keys[self._query_to_kv]) * self._spec.scale
+            tail_lse = logits.logsumexp(-1)
+        else:
+            tail_lse = torch.full((len(mine),), -torch.inf, device=self._device)
+        records = [encode_chunk(self._spec, self._index_keys(slot)) for slot in request.local_slots]
+        if not records:
+            return mine, tail_lse, torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
+        return mine, tail_lse, torch.stack(records)
 
-    def _in_spec_order(self, capture: QueryCapture) -> torch.Tensor:
-        """Captured queries [rows, query heads, head_dim], heads as in the index spec."""
-        by_layer = {layer: iter(queries.unbind(1)) for layer, queries in capture.queries.items()}
-        return torch.stack([next(by_layer[layer]) for layer, _ in self._spec.query_heads], dim=1)
+    def _forward(self, batch: StepBatch) -> Tensor:
+        """float32 [logits rows, vocab]."""
+        output = self._model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=batch.logits_rows,
+            forecache=batch,
+        )
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _decode_row(self, seq: Sequence) -> DecodeRow:
+        awaited = seq.num_computed >= len(seq.token_ids)
+        offset = seq.num_computed % seq.chunk_tokens
+        table = seq.block_row()
+        return DecodeRow(
+            token=-1 if awaited else seq.token_ids[seq.num_computed],
+            source=self._last_rows[seq.request_id] if awaited else -1,
+            position=seq.num_computed,
+            slot=int(table[-1]),
+            offset=offset,
+            context_len=(len(table) - 1) * seq.chunk_tokens + offset + 1,
+            table=table,
+            version=(seq.request_id, seq.restarts, seq.table_version),
+        )
 
     def _lay_out(
-        self, plan: Plan, aborted: Callable[[], bool]
-    ) -> tuple[StepBatch, tuple[Sequence, ...], dict[str, MassProbe]]:
-        positions: list[np.ndarray] = []
-        tokens: list[int] = []
-        slots: list[int] = []
-        sampled: list[Sequence] = []
-        logits_rows: list[int] = []
+        self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
+    ) -> tuple[StepBatch, list[Sequence], tuple[ArenaPast, ...], dict[str, MassProbe]]:
+        tokens = [row.token for row in rows]
+        places = [(row.position, row.slot, row.offset) for row in rows]
+        sampled, logits_rows = list(plan.decode), list(range(len(rows)))
         streams: list[StreamRows] = []
+        pasts: list[ArenaPast] = []
         probes: dict[str, MassProbe] = {}
-        parts = [(seq, 1) for seq in plan.decode] + [(part.sequence, part.tokens) for part in plan.streams]
-        start = 0
-        for index, (seq, count) in enumerate(parts):
-            span = np.arange(seq.num_computed, seq.num_computed + count)
-            positions.append(span)
-            tokens += seq.token_ids[seq.num_computed : seq.num_computed + count]
-            slots += [seq.open_slots[chunk] for chunk in (span // seq.chunk_tokens).tolist()]
-            if seq.num_computed + count == len(seq.token_ids):
+        for part in plan.streams:
+            seq, start = part.sequence, len(tokens)
+            span = range(seq.num_computed, seq.num_computed + part.tokens)
+            tokens += seq.token_ids[span.start : span.stop] if span.start < len(seq.token_ids) else [-1]
+            places += [(i, seq.open_slots[i // seq.chunk_tokens], i % seq.chunk_tokens) for i in span]
+            if span.stop >= len(seq.token_ids):
                 sampled.append(seq)
-                logits_rows.append(start + count - 1)
-            if index >= len(plan.decode):
-                part = plan.streams[index - len(plan.decode)]
-                probe = self._probe(seq, count) if part.probe else None
-                if probe is not None:
-                    probes[seq.request_id] = probe
-                streams.append(self._stream_rows(seq, start, count, probe))
-            start += count
-        position = torch.from_numpy(np.concatenate(positions)).to(self._device)
+                logits_rows.append(len(tokens) - 1)
+            if part.probe:
+                probes[seq.request_id] = self._probe(seq, part.tokens)
+            streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
+            pasts.append(ArenaPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device))
+        padding = max(self._min_tokens - len(tokens), 0)
+        tokens += [0] * padding
+        places += [(0, -1, 0)] * padding
+        positions, slots, offsets = self._put(np.array(places).T)
+        token_ids = self._put(np.array(tokens))
+        waiting = [i for i, token in enumerate(tokens) if token < 0]
+        if waiting:
+            owners = [*plan.decode, *(part.sequence for part in plan.streams)]
+            sources = [self._last_rows[owners[i].request_id] for i in waiting]
+            token_ids[waiting] = self._last_tokens[sources]
         capture = None
-        if plan.capture:
-            capture = QueryCapture(torch.tensor(plan.capture, device=self._device), self._query_heads)
+        if plan.captures:
+            capture = QueryCapture(torch.arange(len(rows), device=self._device), self._query_heads)
+        past = None
+        if streams:
+            if self._device.type == "cuda" and self._buffers is None:
+                geometry = self._backbone.geometry
+                self._buffers = PieceBuffers(geometry.kv_heads, geometry.head_dim, self._backbone.dtype, self._device)
+            segments = [past.segments for past in pasts]
+            past = PastReader(segments, self._backbone.geometry.layers, self._backbone.dtype, self._buffers)
         batch = StepBatch(
-            token_ids=torch.tensor(tokens, device=self._device),
-            positions=position,
-            slots=torch.tensor(slots, device=self._device),
-            offsets=position % self._layout.chunk_tokens,
-            logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=self._device),
-            kv=self._kv,
-            decode=self._decode_rows(plan.decode) if plan.decode else None,
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            offsets=offsets,
+            logits_rows=self._put(np.array(logits_rows, dtype=np.int64)),
+            pool=self._hot,
+            decode=self._table_of(rows) if rows else None,
             streams=tuple(streams),
+            past=past,
             capture=capture,
             aborted=aborted,
         )
-        return batch, tuple(sampled), probes
+        return batch, sampled, tuple(pasts), probes
 
-    def _decode_rows(self, sequences: Seq[Sequence]) -> DecodeRows:
-        rows = [
-            [*(seq.resident[i] for i in sorted(seq.resident)), seq.open_slots[len(seq.chunks)]] for seq in sequences
-        ]
-        table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
+    def _padding(self, tokens: int) -> StepBatch:
+        """A batch that computes and keeps nothing."""
+        zeros = torch.zeros(tokens, dtype=torch.int64, device=self._device)
+        table = DecodeRows(torch.zeros(tokens, 1, dtype=torch.int32, device=self._device), zeros.to(torch.int32))
+        return StepBatch(zeros, zeros, zeros - 1, zeros, zeros[:1], self._hot, table)
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+    def _table_of(self, rows: Seq[DecodeRow]) -> DecodeRows:
+        table = np.zeros((len(rows), max(len(row.table) for row in rows)), dtype=np.int32)
         for i, row in enumerate(rows):
-            table[i, : len(row)] = row
-        lens = [
-            (len(row) - 1) * seq.chunk_tokens + seq.tail_tokens + 1 for row, seq in zip(rows, sequences, strict=True)
-        ]
-        return DecodeRows(
-            torch.from_numpy(table).to(self._device),
-            torch.tensor(lens, dtype=torch.int32, device=self._device),
-        )
+            table[i, : len(row.table)] = row.table
+        lens = np.array([row.context_len for row in rows], dtype=np.int32)
+        return DecodeRows(self._put(table), self._put(lens))
 
-    def _stream_rows(self, seq: Sequence, start: int, count: int, probe: MassProbe | None) -> StreamRows:
-        hot: list[tuple[int, int]] = []
-        cold: list[tuple[int, int]] = []
-        for number, chunk in enumerate(seq.chunks):
-            slot = seq.resident.get(number)
-            if slot is None:
-                slot = self._pool.lookup(chunk.key)
-            if slot is not None:
-                hot.append((number, slot))
-            else:
-                assert chunk.ref is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
-                cold.append((number, chunk.ref.slot))
-        segments = []
-        for kv, entries in ((self._kv, hot), (self._cold_kv, cold)):
-            if entries:
-                assert kv is not None, "chunks are cold but there is no arena"
-                numbers, places = torch.tensor(entries, device=self._device).unbind(1)
-                segments.append(Segment(kv, places.contiguous(), numbers.contiguous()))
-        open_slot = seq.open_slots[len(seq.chunks)] if seq.tail_tokens else 0
-        return StreamRows(start, start + count, tuple(segments), open_slot, seq.tail_tokens, len(seq.chunks), probe)
+    def _stream_rows(self, part: StreamPart, start: int, probe: MassProbe | None) -> StreamRows:
+        seq = part.sequence
+        slots = [seq.open_slots[len(seq.chunks)]] if seq.tail_tokens else []
+        open_slot = self._put(np.array(slots, dtype=np.int64))
+        return StreamRows(start, start + part.tokens, open_slot, seq.tail_tokens, len(seq.chunks), probe)
 
-    def _probe(self, seq: Sequence, count: int) -> MassProbe:
-        chunks = -(-(seq.num_computed + count) // seq.chunk_tokens)
-        return MassProbe(self._query_heads, min(count, PROBE_QUERIES), torch.zeros(chunks, device=self._device))
+    def _probe(self, seq: Sequence, tokens: int) -> MassProbe:
+        chunks = -(-(seq.num_computed + tokens) // seq.chunk_tokens)
+        scale = self._backbone.geometry.scale
+        return MassProbe(self._query_heads, min(tokens, PROBE_QUERIES), chunks, seq.chunk_tokens, scale)
 
 
-PROBE_QUERIES = 4
-"""Last prompt tokens whose attention chooses the first resident set."""
+def _tokens_of(seq: Sequence, plan: Plan) -> int:
+    return next((part.tokens for part in plan.streams if part.sequence is seq), 1)
 
 
-def _heads_by_layer(spec: IndexSpec, device: torch.device) -> dict[int, torch.Tensor]:
+def _store(layout: ChunkLayout, memory: Tensor) -> Store:
+    names = {field.name for field in layout.fields}
+    return Store(layout.view(memory, "kv"), layout.view(memory, "scale") if "scale" in names else None)
+
+
+def _heads_by_layer(spec: IndexSpec, device: torch.device) -> dict[int, Tensor]:
     """layer → its query heads, in the order the spec lists them."""
     heads: dict[int, list[int]] = {}
     for layer, head in spec.query_heads:

@@ -1,44 +1,50 @@
-"""From logits to a token. What is drawn depends on (seed, position) alone, never on the rest of the batch."""
+"""From logits to tokens. What is drawn depends on (seed, position) alone, never on the rest of the batch.
+
+Nothing here waits for the device: what is drawn can be the next step's input before the host knows it.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from forecache.workers.decode.messages import SamplingParams
-from forecache.workers.errors import ForecacheError
 
 
-class BadLogitsError(ForecacheError):
-    """There is no distribution to draw from: the logits hold NaN or +inf, or nothing but -inf."""
+def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The next tokens for ``logits``: float32 [rows, vocab], to stand at ``positions`` of their sequences.
 
-
-def sample(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    """The next token for ``logits``: float32 [vocab], to stand at ``position`` of its sequence.
+    Returns tokens, int64 [rows], and the largest logit of each row, float32 [rows]: where that is not finite there is
+    no distribution to draw from, and the token means nothing.
 
     Greedy when the temperature is 0 (ties: the lowest id). Otherwise the distribution is cut to the ``top_k`` likeliest
     tokens, then to the smallest set that holds ``top_p`` of what is left, and inverted at one uniform number. A token
-    whose logit is -inf is never drawn. Raises :class:`BadLogitsError` where the largest logit is not finite.
+    whose logit is -inf is never drawn.
     """
-    best, token = logits.max(dim=-1)
-    if not torch.isfinite(best):
-        raise BadLogitsError(f"the model gave {float(best)} as its largest logit at position {position}")
-    if params.temperature == 0:
-        return int(token)
+    best, tokens = logits.max(dim=-1)
+    for row, (settings, position) in enumerate(zip(params, positions, strict=True)):
+        if settings.temperature > 0:
+            tokens[row] = draw(logits[row], settings, uniform(settings.seed, position))
+    return tokens, best
+
+
+def draw(logits: Tensor, params: SamplingParams, number: float) -> Tensor:
+    """The token at which the distribution over ``logits`` [vocab], cut as ``params`` say, reaches ``number`` in [0, 1).
+
+    int64, a scalar on the device of ``logits``.
+    """
     # measured from the largest, the quotient can't overflow however small the temperature
-    scaled = (logits.double() - best.double()) / params.temperature
+    scaled = (logits.double() - logits.max().double()) / params.temperature
     count = min(params.top_k or len(scaled), len(scaled))
     values, tokens = scaled.topk(count)
     probabilities = values.softmax(dim=-1)
     cumulative = probabilities.cumsum(dim=-1)
     # a token stays while what stands before it is less than top_p: at least one always does
-    kept = int((cumulative - probabilities < params.top_p).sum())
-    cumulative = cumulative[: max(kept, 1)]
-    target = uniform(params.seed, position) * float(cumulative[-1])
-    index = int(
-        torch.searchsorted(
-            cumulative, torch.tensor(target, dtype=cumulative.dtype, device=cumulative.device), right=True
-        )
-    )
-    return int(tokens[min(index, len(cumulative) - 1)])
+    kept = (cumulative - probabilities < params.top_p).sum().clamp(min=1)
+    target = number * cumulative[kept - 1]
+    index = torch.searchsorted(cumulative, target.reshape(1), right=True)[0]
+    return tokens[torch.minimum(index, kept - 1)]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.model_runner import Plan, StreamPart
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.hot_pool import HotPool
 
@@ -15,6 +15,10 @@ STREAMED_SHARE = 4
 """A sequence whose full attention is streamed takes every fourth step while others decode."""
 
 RATE_SMOOTHING = 0.5
+
+PREFILL_QUANTUM = 1024
+"""Prefill steps larger than this are a multiple of it: attention kernels are made for round numbers of queries, and
+cuDNN prepares itself anew for every number."""
 
 
 @dataclass
@@ -62,6 +66,9 @@ class Scheduler:
         self._pool = pool
         self._windows = windows
         self._cold_slots = cold_slots
+        assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "resolve the defaults"
+        self._prefill_chunk_tokens = config.prefill_chunk_tokens
+        self._prefill_slice_s = config.prefill_slice_s
         self._steps = 0
         self.rate = PrefillRate(linear_equal)
         self.waiting: deque[Sequence] = deque()
@@ -102,15 +109,21 @@ class Scheduler:
         full = seq.max_chunks + 1
         need = full if budget >= seq.max_chunks else min(full, budget + -(-budget // 2) + added)
         seq.streamed = need > self._pool.num_slots
-        prefill = self._config.prefill_chunk_tokens // seq.chunk_tokens + 1
+        prefill = self._prefill_chunk_tokens // seq.chunk_tokens + 1
         seq.reserved_slots = min(full, prefill, self._pool.num_slots) if seq.streamed else need
+
+    def observe(self, plan: Plan, duration_s: float) -> None:
+        """``plan`` was computed in ``duration_s``, its tokens not counted yet."""
+        if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
+            part = plan.streams[0]
+            self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
 
     def next_plan(self) -> Plan:
         """The next step's work, with slots allocated for every token it computes. May be empty."""
         self._steps += 1
         self.stalled = False
         streams: list[StreamPart] = []
-        ready = [seq for seq in self.running if seq.state is State.DECODE and not self._windows.blocked(seq)]
+        ready = [seq for seq in self.running if self._may_decode(seq)]
         rows = [seq for seq in ready if not seq.streamed]
         prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
         decode = [seq for seq in rows if self._open(seq, 1)]
@@ -118,33 +131,49 @@ class Scheduler:
             alone = not rows and not prefilling
             if seq.streamed and (alone or self._steps % STREAMED_SHARE == 0) and self._open(seq, 1):
                 streams.append(StreamPart(seq, 1))
-        budget = self._config.prefill_chunk_tokens
+        budget = self._prefill_chunk_tokens
+        # slots that nobody was promised: a chunk that prefill completes needs its own only until it was written back
+        spare = self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
         for seq in prefilling:
             if budget < 1:
                 break
-            tokens = self._prefill_tokens(seq, budget, beside=bool(decode or streams))
+            tokens = self._prefill_tokens(seq, budget, seq.reserved_slots + spare, beside=bool(decode or streams))
             tokens = self._open(seq, tokens)
             if tokens:
                 last = seq.num_computed + tokens == seq.prefill_target
                 streams.append(StreamPart(seq, tokens, probe=last and self._needs_mass(seq)))
                 budget -= tokens
+                spare = 0
                 if decode or len(streams) > 1:
                     break
-        capture = tuple(i for i, seq in enumerate(decode) if self._windows.wants_queries(seq))
-        return Plan(tuple(decode), tuple(streams), capture)
+        captures = [self._windows.capture(row, seq) for row, seq in enumerate(decode)]
+        return Plan(tuple(decode), tuple(streams), tuple(capture for capture in captures if capture is not None))
+
+    @property
+    def streams_next(self) -> bool:
+        """Whether the next step may compute more than decode rows."""
+        return any(seq.state is State.PREFILL or seq.streamed for seq in self.running)
+
+    def _may_decode(self, seq: Sequence) -> bool:
+        """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way."""
+        if seq.state is not State.DECODE or self._windows.blocked(seq):
+            return False
+        return len(seq.token_ids) + seq.awaited_tokens < seq.max_len
 
     def _needs_mass(self, seq: Sequence) -> bool:
         return seq.policy == "lookahead" and not seq.streamed
 
-    def _prefill_tokens(self, seq: Sequence, budget: int, *, beside: bool) -> int:
-        """Alone, a step is as large as the batch allows (it can be aborted between layers); beside running streams it
-        is sized to take ``prefill_slice_s``."""
+    def _prefill_tokens(self, seq: Sequence, budget: int, slots: int, *, beside: bool) -> int:
+        """Alone, a step is as large as the batch and the ``slots`` for its chunks allow (it can be aborted between
+        layers); beside running streams it is sized to take ``prefill_slice_s``."""
         tokens = min(seq.prefill_target - seq.num_computed, budget)
         if beside:
-            fitting = self.rate.tokens_in(self._config.prefill_slice_s, seq.num_computed)
+            fitting = self.rate.tokens_in(self._prefill_slice_s, seq.num_computed)
             tokens = min(tokens, max(fitting or 0, 16))
-        room = seq.reserved_slots * seq.chunk_tokens - seq.tail_tokens
-        return min(tokens, room)
+        tokens = min(tokens, slots * seq.chunk_tokens - seq.tail_tokens)
+        if tokens < seq.prefill_target - seq.num_computed and tokens > PREFILL_QUANTUM:
+            tokens -= tokens % PREFILL_QUANTUM
+        return tokens
 
     def _open(self, seq: Sequence, tokens: int) -> int:
         """Make sure the next ``tokens`` of ``seq`` have slots; returns for how many that worked."""

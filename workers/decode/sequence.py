@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+import numpy.typing as npt
+
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
@@ -23,12 +26,13 @@ class State(Enum):
 
 @dataclass
 class Chunk:
-    """A completed chunk of one sequence.
+    """Completed chunk ``number`` of one sequence.
 
     ``ref`` is its place in the arena, once it has one; ``exact`` says that no token of it was computed over a partial
     resident set, so that others may use it.
     """
 
+    number: int
     key: ChunkKey
     ref: SlotRef | None
     exact: bool
@@ -54,8 +58,9 @@ class Sequence:
     """Tokens and chunks of one request.
 
     ``token_ids`` is the prompt and what has been generated; the K/V of the first ``num_computed`` of them is in chunks.
+    A decode step that was launched counts as computed; its token joins ``token_ids`` when the host has read it.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
-    ``open_slots`` does so for chunks that are still being filled.
+    ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
     """
 
     def __init__(
@@ -85,6 +90,11 @@ class Sequence:
         self.open_slots: dict[int, int] = {}
         self.open_exact = True
         self.resident: dict[int, int] = {}
+        self.table_version = 0
+        self._table: tuple[int, npt.NDArray[np.int32]] = (-1, np.zeros(0, dtype=np.int32))
+        # where its chunks are in the arena, for the indexer: -1 where they are not there yet
+        self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
+        self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
         self.streamed = False
         self.reserved_slots = 0
         self.decode_steps = 0
@@ -130,6 +140,30 @@ class Sequence:
         """Whether a decode step of it leaves completed chunks unread."""
         return not self.streamed and len(self.resident) < len(self.chunks)
 
+    @property
+    def awaited_tokens(self) -> int:
+        """Tokens of launched steps that the host has not read yet: 0 or 1."""
+        return max(self.num_computed + 1 - len(self.token_ids), 0) if self.state is State.DECODE else 0
+
+    def block_row(self) -> npt.NDArray[np.int32]:
+        """Slots that a decode step reads: resident chunks in their order, then the one that is being filled."""
+        version, row = self._table
+        if version != self.table_version:
+            slots = [self.resident[number] for number in sorted(self.resident)]
+            row = np.array([*slots, self.open_slots[len(self.chunks)]], dtype=np.int32)
+            self._table = (self.table_version, row)
+        return row
+
+    def refs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Arena slots and generations of the chunks, int64 [chunks] each; slot -1: not there yet."""
+        count = len(self.chunks)
+        return self._ref_slots[:count], self._ref_generations[:count]
+
+    def stored_at(self, chunk: Chunk, ref: SlotRef) -> None:
+        """``chunk`` has reached the arena."""
+        chunk.ref = ref
+        self._ref_slots[chunk.number], self._ref_generations[chunk.number] = ref.slot, ref.generation
+
     def reusable_keys(self) -> Iterator[ChunkKey]:
         """Keys of the chunks that a prefix hit may fill; at least one token is left to compute."""
         return prefix_keys(self.root, self.token_ids[: self.prefill_target - 1], self.chunk_tokens)
@@ -143,7 +177,7 @@ class Sequence:
             # what was decoded over a partial resident set must not meet anybody else's prefix
             parent = child_key(parent, [ord(c) for c in f"private {self.holder}"])
         key = child_key(parent, self.token_ids[start : start + self.chunk_tokens])
-        chunk = Chunk(key, None, exact)
+        chunk = Chunk(len(self.chunks), key, None, exact)
         self.chunks.append(chunk)
         self.chunk_of[key] = chunk
         self.open_exact = True
@@ -155,6 +189,8 @@ class Sequence:
         self.holder = holder
         self.chunks.clear()
         self.chunk_of.clear()
+        self._ref_slots.fill(-1)
+        self.table_version += 1
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
         self.decode_steps = 0

@@ -22,6 +22,8 @@ class EngineStats:
     recall_bytes: int = 0
     recall_s: float = 0.0
     written_back_chunks: int = 0
+    written_back_bytes: int = 0
+    write_back_s: float = 0.0
     evicted_chunks: int = 0
     windows: int = 0
     late_windows: int = 0

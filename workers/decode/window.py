@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import budget_chunks, select
 from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.model_runner import ModelRunner
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.step import Capture, Captured
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.prefetcher import Prefetcher, Recalled, RecallItem
@@ -65,7 +64,6 @@ class WindowCycle:
         arena: Arena,
         prefetcher: Prefetcher,
         indexer: Indexer,
-        runner: ModelRunner,
     ) -> None:
         self._config = config
         self._selection = selection
@@ -74,7 +72,6 @@ class WindowCycle:
         self._arena_path = str(arena.path)
         self._prefetcher = prefetcher
         self._indexer = indexer
-        self._runner = runner
         self._turns: dict[Sequence, Turn] = {}
         self._boundaries: dict[Sequence, int] = {}
 
@@ -83,6 +80,12 @@ class WindowCycle:
         if seq.policy == "full":
             return chunks
         return budget_chunks(chunks, seq.keep_ratio, self._selection)
+
+    def widest_table(self, max_tokens: int) -> int:
+        """Most slots that a decode step of a sequence of ``max_tokens`` reads, at the configured keep ratio."""
+        config = self._config
+        budget = budget_chunks(-(-max_tokens // config.chunk_tokens), config.keep_ratio, self._selection)
+        return min(budget + config.window_steps // config.chunk_tokens + 2, self._pool.num_slots)
 
     def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
         """Prefill is over: choose the first set from the last prompt tokens' attention ``mass`` [chunks].
@@ -94,25 +97,55 @@ class WindowCycle:
         self._turns[seq] = turn
         self._choose(seq, turn, None if mass is None else mass[: len(seq.chunks)])
 
-    def wants_queries(self, seq: Sequence) -> bool:
-        """Whether the coming step's queries are needed for a prediction."""
-        return seq.policy == "lookahead" and self._due(seq)
+    def capture(self, row: int, seq: Sequence) -> Capture | None:
+        """What a prediction for ``seq`` needs of the coming step, in which it is row ``row``; ``None``: nothing."""
+        if seq.policy != "lookahead" or not self._due(seq):
+            return None
+        ref_slots, generations = (array.copy() for array in seq.refs())
+        local = []
+        for number in np.flatnonzero(ref_slots < 0).tolist():
+            hot = self._pool.lookup(seq.chunks[number].key)
+            assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
+            local.append(hot)
+        return Capture(
+            row,
+            seq,
+            restarts=seq.restarts,
+            boundary=self._boundaries[seq],
+            tail_slot=seq.open_slots[len(seq.chunks)],
+            tail_tokens=seq.tail_tokens + 1,
+            local_slots=tuple(local),
+            ref_slots=ref_slots,
+            generations=generations,
+        )
 
-    def after_step(self, seq: Sequence, queries: torch.Tensor | None) -> None:
-        """A decode step of ``seq`` is done; ask for the next turn if it is time.
-
-        ``queries``: that step's, [query heads, head_dim], where :meth:`wants_queries` asked for them.
-        """
+    def stepped(self, seq: Sequence) -> None:
+        """A decode step of ``seq`` was launched: policies that need no prediction choose, when it is time."""
         seq.decode_steps += 1
-        if not self._due(seq, done=True):
+        if seq.policy != "lookahead" and self._due(seq, done=True):
+            self._turns[seq] = Turn(self._boundaries[seq], len(seq.chunks))
+            self._choose(seq, self._turns[seq], None)
+
+    def captured(self, captured: Captured) -> None:
+        """Ask for the next turn's prediction, with what was captured for it."""
+        request, seq = captured.request, captured.request.sequence
+        if seq.state is not State.DECODE or seq.restarts != request.restarts:
             return
-        turn = Turn(self._boundaries[seq], len(seq.chunks))
-        if seq.policy != "lookahead":
-            self._turns[seq] = turn
-            self._choose(seq, turn, None)
-        elif queries is not None:
-            turn.future = self._indexer.predict(self._request(seq, queries))
-            self._turns[seq] = turn
+        if seq in self._turns or self._boundaries[seq] != request.boundary:
+            return  # an earlier step's capture was the one
+        turn = Turn(request.boundary, request.chunks)
+        turn.future = self._indexer.predict(
+            PredictRequest(
+                sequence_id=seq.request_id,
+                arena_path=self._arena_path,
+                index_slots=request.ref_slots,
+                generations=request.generations,
+                queries=captured.queries,
+                local_lse=captured.tail_lse,
+                local_records=captured.records,
+            )
+        )
+        self._turns[seq] = turn
 
     def poll(self, seq: Sequence) -> None:
         """At a step's edge: take an answered prediction further, swap a set whose boundary is here."""
@@ -174,31 +207,6 @@ class WindowCycle:
         previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
         ask = max(previous, boundary - self._config.lead_steps)
         return seq.decode_steps + (0 if done else 1) >= ask
-
-    def _request(self, seq: Sequence, queries: torch.Tensor) -> PredictRequest:
-        slots = np.full(len(seq.chunks), -1, dtype=np.int64)
-        generations = np.zeros(len(seq.chunks), dtype=np.int64)
-        records = []
-        for number, chunk in enumerate(seq.chunks):
-            if chunk.ref is not None:
-                slots[number], generations[number] = chunk.ref.slot, chunk.ref.generation
-            else:
-                hot = self._pool.lookup(chunk.key)
-                assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
-                records.append(self._runner.index_record(hot).cpu().numpy())
-        if seq.tail_tokens:
-            lse = self._runner.local_lse(queries, seq.open_slots[len(seq.chunks)], seq.tail_tokens).cpu().numpy()
-        else:
-            lse = np.full(len(queries), -np.inf, dtype=np.float32)
-        return PredictRequest(
-            sequence_id=seq.request_id,
-            arena_path=self._arena_path,
-            index_slots=slots,
-            generations=generations,
-            queries=queries.cpu().numpy(),
-            local_lse=lse,
-            local_records=np.stack(records) if records else np.zeros((0, self._spec.nbytes), dtype=np.uint8),
-        )
 
     def _scores(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> npt.NDArray[np.float32]:
         """What was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
@@ -263,6 +271,7 @@ class WindowCycle:
         for number in [n for n in seq.resident if n < turn.chunks and n not in turn.selected]:
             self._pool.release(seq.resident.pop(number))
         seq.resident.update(turn.incoming)
+        seq.table_version += 1
         turn.incoming = {}
         if turn.boundary:
             seq.counters.windows += 1

@@ -33,6 +33,7 @@ from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.protocol import TierStats
 from forecache.workers.memory.remote import RemoteMemory
 from forecache.workers.memory.tier import MemoryTier
@@ -133,24 +134,28 @@ class DecodeWorker:
         torch.set_num_threads(config.threads or (cores - 1 if cores > 2 else cores))
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
-        path = resolve_model(config.model)
+        path = resolve_model(config.model, load_format=config.load_format)
         backbone = load_backbone(
             path,
             dtype=config.dtype,
             device=config.device,
             chunk_tokens=config.chunk_tokens,
             max_model_len=config.max_model_len,
+            load_format=config.load_format,
+            seed=config.seed,
+            kv_dtype=config.kv_dtype,
         )
+        cold = cold_layout(backbone.layout, settings.memory.cold_dtype)
         spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
         verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
-        self._layout_fingerprint = backbone.layout.fingerprint
+        self._fingerprint = chunk_fingerprint(backbone.layout, cold)
         tier = self._on_this_node(
             MemoryTier,
             self._tier_id,
             settings,
             settings.memory,
-            backbone.layout,
+            cold,
             tier_id=self._tier_id,
             index_nbytes=spec.nbytes,
             index_fingerprint=spec.fingerprint,
@@ -178,6 +183,7 @@ class DecodeWorker:
             self._indexer,
             spec,
             self._worker_id,
+            cold,
         )
         self._engine = AsyncEngine(engine)
 
@@ -199,7 +205,7 @@ class DecodeWorker:
         """What the router reads every few seconds."""
         stats = self._engine.stats()
         return {
-            "layout_fingerprint": self._layout_fingerprint,
+            "layout_fingerprint": self._fingerprint,
             "tier_id": self._tier_id,
             "running": stats.running,
             "waiting": stats.waiting,

@@ -98,14 +98,14 @@ def cold_layout(hot: ChunkLayout, cold_dtype: Literal["auto", "fp8"]) -> ChunkLa
         raise UnsupportedModelError(
             "--cold-dtype fp8 is for chunks of plain K/V, which this model's are not; use auto."
         )
-    layers, _, kv_heads, chunk_tokens, head_dim = hot.field("kv").shape
+    return with_dtype(hot, torch.float8_e4m3fn)
+
+
+def with_dtype(layout: ChunkLayout, dtype: torch.dtype) -> ChunkLayout:
+    """The same K/V in ``dtype``; ``layout`` is one of :func:`attention_layout`."""
+    layers, _, kv_heads, chunk_tokens, head_dim = layout.field("kv").shape
     return attention_layout(
-        hot.model,
-        layers=layers,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        chunk_tokens=chunk_tokens,
-        dtype=torch.float8_e4m3fn,
+        layout.model, layers=layers, kv_heads=kv_heads, head_dim=head_dim, chunk_tokens=chunk_tokens, dtype=dtype
     )
 
 

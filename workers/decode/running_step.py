@@ -1,0 +1,129 @@
+"""A step under way: what it will tell the host, and what it read of the arena."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forecache.workers.decode.mass_probe import MassProbe
+from forecache.workers.decode.past import Segment, Store
+from forecache.workers.decode.sequence import Chunk, Sequence
+from forecache.workers.decode.step import Capture, Captured, Sampled, StepOutput
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.hot_pool import HotPool
+
+
+@dataclass(frozen=True)
+class ArenaPast:
+    """The full chunks before a stream's tokens: the hot ones, then those that are read where they lie in the arena.
+
+    On a GPU ``sums`` (int64 [cold chunks]) gathers the checksum of each ``cold`` chunk while it is read.
+    """
+
+    request_id: str
+    segments: tuple[Segment, ...]
+    cold: tuple[Chunk, ...]
+    sums: Tensor | None
+
+    @classmethod
+    def of(
+        cls, seq: Sequence, pool: HotPool, arena: Arena | None, hot: Store, cold: Store | None, device: torch.device
+    ) -> "ArenaPast":
+        """Where the past of ``seq`` is now."""
+        in_pool: list[tuple[int, int]] = []
+        in_arena: list[Chunk] = []
+        for chunk in seq.chunks:
+            slot = seq.resident.get(chunk.number)
+            if slot is None:
+                slot = pool.lookup(chunk.key)
+            if slot is not None:
+                in_pool.append((slot, chunk.number))
+            else:
+                assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
+                in_arena.append(chunk)
+        segments = []
+        if in_pool:
+            segments.append(Segment(hot, *_columns(in_pool, device)))
+        sums = None
+        if in_arena:
+            assert cold is not None and arena is not None, "chunks are cold but there is no arena"
+            places = [(chunk.ref.slot, chunk.number) for chunk in in_arena if chunk.ref is not None]
+            if device.type == "cuda":
+                sums = torch.zeros(len(places), dtype=torch.int64, device=device)
+            segments.append(Segment(cold, *_columns(places, device), sums))
+        return cls(seq.request_id, tuple(segments), tuple(in_arena), sums)
+
+    def damaged(self, sums: npt.NDArray[np.int64] | None, arena: Arena | None) -> list[int]:
+        """Numbers of the chunks whose bytes, as read, were not those that were sealed.
+
+        Without ``sums`` their holder has checked them when it found them.
+        """
+        if sums is None or arena is None:
+            return []
+        refs = [chunk.ref for chunk in self.cold if chunk.ref is not None]
+        sealed = arena.device_checksums(refs)
+        wrong = np.flatnonzero(sealed != sums.view(np.uint64))
+        # a chunk that was written without a GPU has no such checksum
+        return [self.cold[i].number for i in wrong.tolist() if sealed[i] or not arena.check(refs[i], self.cold[i].key)]
+
+
+def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = torch.tensor(entries, dtype=torch.int64).T.contiguous().to(device, non_blocking=True).unbind(0)
+    return first, second
+
+
+class RunningStep:
+    """What :meth:`.model_runner.ModelRunner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
+    until the next launch."""
+
+    def __init__(
+        self,
+        sampled: Seq[Sequence],
+        tokens: Tensor,
+        best: Tensor,
+        logits: Tensor,
+        captures: Seq[Capture],
+        captured: Seq[tuple[Tensor, Tensor, Tensor]],
+        probes: dict[str, MassProbe],
+        pasts: Seq[ArenaPast],
+        arena: Arena | None,
+    ) -> None:
+        self.logits = logits
+        self._sampled = [(seq, seq.restarts) for seq in sampled]
+        self._captures = tuple(captures)
+        self._pasts = tuple(pasts)
+        self._arena = arena
+        self._tokens, self._best = _to_host(tokens), _to_host(best)
+        self._captured = [tuple(_to_host(tensor) for tensor in tensors) for tensors in captured]
+        self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
+        self._sums = [None if past.sums is None else _to_host(past.sums) for past in pasts]
+        self._done: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(tokens.device))
+
+    def result(self) -> StepOutput:
+        """Wait until the step is over."""
+        if self._done is not None:
+            self._done.synchronize()
+        drawn = zip(self._sampled, self._tokens.tolist(), self._best.tolist(), strict=True)
+        sampled = tuple(Sampled(seq, restarts, token, best) for (seq, restarts), token, best in drawn)
+        captured = tuple(
+            Captured(request, queries.numpy(), tail_lse.numpy(), records.numpy())
+            for request, (queries, tail_lse, records) in zip(self._captures, self._captured, strict=True)
+        )
+        masses = {request_id: mass.numpy() for request_id, mass in self._masses.items()}
+        damaged = {}
+        for past, sums in zip(self._pasts, self._sums, strict=True):
+            numbers = past.damaged(None if sums is None else sums.numpy(), self._arena)
+            if numbers:
+                damaged[past.request_id] = numbers
+        return StepOutput(sampled, captured, masses, damaged)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in page-locked host memory, valid once the current stream has come this far."""
+    return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor.clone()

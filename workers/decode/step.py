@@ -1,0 +1,117 @@
+"""What one step is to compute, and what came of it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forecache.workers.decode.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """The next ``tokens`` of ``sequence``, attending to its whole past; ``probe`` asks for the last ones' attention."""
+
+    sequence: Sequence
+    tokens: int
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What the indexer wants of decode row ``row``, for the turn at ``boundary``.
+
+    Its queries, their log-sum-exp over the first ``tail_tokens`` keys in ``tail_slot`` (this step's own included), and
+    the index records of the completed chunks in ``local_slots``, which cold memory does not have yet. ``chunks``
+    completed chunks come before the tail; they lie at ``ref_slots`` (-1: local), with ``generations``: int64 [chunks]
+    each. ``restarts``: as in :class:`Sampled`.
+    """
+
+    row: int
+    sequence: Sequence
+    restarts: int
+    boundary: int
+    tail_slot: int
+    tail_tokens: int
+    local_slots: tuple[int, ...]
+    ref_slots: npt.NDArray[np.int64]
+    generations: npt.NDArray[np.int64]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.ref_slots)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """``queries``: float32 [query heads, head_dim]; ``tail_lse``: float32 [query heads], -inf without a tail;
+    ``records``: uint8 [local slots, index bytes]."""
+
+    request: Capture
+    queries: npt.NDArray[np.float32]
+    tail_lse: npt.NDArray[np.float32]
+    records: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step's work: ``decode`` sequences take one token over their resident set, ``streams`` several over all their
+    past."""
+
+    decode: tuple[Sequence, ...]
+    streams: tuple[StreamPart, ...]
+    captures: tuple[Capture, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.decode) + sum(part.tokens for part in self.streams)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The token drawn for ``sequence``; ``best`` is its largest logit, and not finite where nothing could be drawn.
+
+    ``restarts`` is how often the sequence had started over when the step was launched: if it did so since, the token is
+    void.
+    """
+
+    sequence: Sequence
+    restarts: int
+    token: int
+    best: float
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What the host learns of a step. ``masses``: float32 [chunks] for each probed stream, by request id; ``damaged``:
+    by request id, the numbers of chunks whose bytes in the arena were not those that were stored."""
+
+    sampled: tuple[Sampled, ...]
+    captured: tuple[Captured, ...] = ()
+    masses: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    damaged: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One row of a decode step, on the host. ``token`` is -1 while the host does not know it: then it is the one drawn
+    in row ``source`` of the step before. ``table`` are the slots to read, ``context_len`` tokens in all, this one
+    included; ``version`` changes when ``table`` does, and differs between sequences."""
+
+    token: int
+    source: int
+    position: int
+    slot: int
+    offset: int
+    context_len: int
+    table: npt.NDArray[np.int32]
+    version: tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """``block_table``: int32 [batch, max_chunks] of slots; ``context_lens``: int32 [batch], this token included."""
+
+    block_table: torch.Tensor
+    context_lens: torch.Tensor
