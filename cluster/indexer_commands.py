@@ -85,7 +85,8 @@ def _train(args: argparse.Namespace) -> int:
 
     from forecache.indexer.encoder import EncoderShape
     from forecache.indexer.plots import PlotError, plot_curve
-    from forecache.indexer.train import Epoch, TrainConfig, train
+    from forecache.indexer.train import TrainConfig, train
+    from forecache.indexer.train_state import Epoch
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -96,7 +97,7 @@ def _train(args: argparse.Namespace) -> int:
     def show(epoch: Epoch) -> None:
         print(
             f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, held out {epoch.loss:.3f}, recall {epoch.recall:.3f}, "
-            f"coverage {epoch.coverage:.3f}, {epoch.seconds:.0f} s",
+            f"coverage {epoch.coverage:.3f}, of retrieval heads {epoch.retrieval_coverage:.3f}, {epoch.seconds:.0f} s",
             flush=True,
         )
 
@@ -125,7 +126,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         drawn.add_row(*row)
     console = Console()
     console.print(drawn)
-    for name in ("coverage", "recall", "answer_kept"):
+    for name in ("coverage", "retrieval_coverage", "recall", "answer_kept"):
         closed = gap_closed(figures, task="all", text="all", lead=args.lead, budget=args.budget, name=name)
         if closed is not None:
             console.print(f"{name}: {closed:.0%} of the gap between training-free and oracle closed")

@@ -1,9 +1,10 @@
 """The trained Memory Indexer: a dual encoder that starts as the model's own retrieval heads and learns to look ahead.
 
-One side is the index keys that serving keeps anyway; the other are queries from hidden states. Each query head gives
-every chunk the log of its attention share, as the training-free scorer does. A small network reads those shares, at the
-current step and a few steps back, with the chunk's place and a summary of the hidden states, and corrects the score.
-Its last layer starts at zero: untrained, it ranks like the training-free scorer.
+One side is the index keys that serving keeps anyway; the other are queries from hidden states, of the current step and
+of some before it. Each query gives every chunk a share of its attention, as in the training-free scorer; a chunk's
+score is the logarithm of the shares' mean, weighted by a summary of the hidden states as the published indexer weights
+its heads. A small network that sees all shares, the chunk's neighbours and its place corrects it; its last layer starts
+at zero, so that the untrained indexer is the mean share of the retrieval heads over the last steps.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.queries import QueryProjection
 
 LEAST_LOG_SHARE = -16.0
+SIBLING_LOG_WEIGHT = -3.0
+"""What the heads beside the retrieval heads weigh before training, as a logarithm."""
 SHARE_UNIT = 4.0
 """Log shares are clamped and divided by this, so that features are of order one."""
 PLACE_FEATURES = 4
@@ -26,7 +29,7 @@ class EncoderShape:
     """``history``: steps back at which queries are taken, 0 first; ``context``, ``units``: widths of the network;
     ``reach``: chunks to either side that a chunk's score may depend on."""
 
-    history: tuple[int, ...] = (0, 4)
+    history: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 20, 24)
     context: int = 16
     units: int = 48
     reach: int = 2
@@ -57,6 +60,13 @@ class MemoryIndexer(nn.Module):
         self.around = nn.Conv1d(shape.units, shape.units, 2 * shape.reach + 1, padding=shape.reach, groups=shape.units)
         self.inner = nn.Linear(shape.units, shape.units)
         self.out = nn.Linear(shape.units, 1)
+        queries = heads * len(shape.history)
+        self.gate = nn.Linear(shape.context, queries)
+        self.sharpness = nn.Parameter(torch.zeros(()))
+        nn.init.zeros_(self.gate.weight)
+        retrieving = torch.arange(heads).repeat(len(shape.history)) < retrieval_heads
+        with torch.no_grad():
+            self.gate.bias.copy_(torch.where(retrieving, 0.0, SIBLING_LOG_WEIGHT))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
         with torch.no_grad():
@@ -98,13 +108,10 @@ class MemoryIndexer(nn.Module):
         units = self.into(torch.cat(features, 1).transpose(1, 2)).transpose(1, 2)
         units = nn.functional.gelu(self.around(units * is_complete.unsqueeze(1))).transpose(1, 2)
         correction = self.out(nn.functional.gelu(self.inner(units))).squeeze(2)
-        logits: Tensor = training_free_logit(log_shares, self.retrieval_heads) + correction
+        weights = self.gate(context).log_softmax(1).unsqueeze(2)
+        expected = (shares * SHARE_UNIT * self.sharpness.exp() + weights).logsumexp(1)
+        logits: Tensor = expected + correction
         return logits
-
-
-def training_free_logit(log_shares: Tensor, retrieval_heads: int) -> Tensor:
-    """The training-free score as a logarithm, [predictions, chunks]: the largest share of the retrieval heads now."""
-    return log_shares[:, 0, :retrieval_heads].amax(1).clamp(min=LEAST_LOG_SHARE)
 
 
 def decode_records(spec: IndexSpec, records: Tensor) -> Tensor:

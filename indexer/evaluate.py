@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from forecache.indexer.encoder import MemoryIndexer
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.labels import LabelRule, window_labels
 from forecache.indexer.metrics import BUDGETS, coverage, keep_masks, nan_mean, recall
-from forecache.indexer.shards import RecordedDocument, Recording, ShardError
+from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
 from forecache.indexer.training_data import predict_rows, usable_rows
 
 SCORERS = ("oracle", "trained", "exact now", "training-free", "bounds", "recency", "random")
@@ -28,7 +28,8 @@ ROW_STRIDE = 4
 class Figure:
     """Means of one scorer at one budget over the predictions of one group; None where nothing is counted.
 
-    ``task``, ``text``: of the documents, "all" for all; ``recall``: golden chunks kept; ``coverage``: event mass kept;
+    ``task``, ``text``: of the documents, "all" for all; ``recall``: golden chunks kept; ``coverage``: event mass kept,
+    of all heads, and ``retrieval_coverage``, of the retrieval heads;
     ``answer_kept``: answers all of whose chunks were kept by the prediction made ``lead`` steps before their first
     token; ``predictions``, ``answers``: how many were counted.
     """
@@ -40,6 +41,7 @@ class Figure:
     budget: float
     recall: float | None
     coverage: float | None
+    retrieval_coverage: float | None
     answer_kept: float | None
     predictions: int
     answers: int
@@ -49,6 +51,7 @@ class Figure:
 class _Sums:
     recalls: list[float]
     coverages: list[float]
+    retrieval: list[float]
     answers: list[float]
 
 
@@ -78,12 +81,12 @@ def evaluate(
         raise CheckpointError(f"{indexer} was trained for another model than {data}: {', '.join(differences)} differ")
     place = torch.device(device)
     loaded = loaded.to(place)
-    sums: dict[tuple[str, str, str, int, float], _Sums] = defaultdict(lambda: _Sums([], [], []))
+    sums: dict[tuple[str, str, str, int, float], _Sums] = defaultdict(lambda: _Sums([], [], [], []))
     for done, number in enumerate(numbers, start=1):
         document = recording.document(number).to(place)
         for lead in leads:
             for scorer, budget, kind, values in _judge(
-                loaded, manifest.index_spec, document, lead, budgets, rule, least_steps, number
+                loaded, recording.manifest, document, lead, budgets, rule, least_steps, number
             ):
                 for task, text in ((document.task, document.text), (document.task, "all"), ("all", "all")):
                     getattr(sums[scorer, task, text, lead, budget], kind).extend(values)
@@ -93,6 +96,7 @@ def evaluate(
             *group,
             recall=nan_mean(found.recalls),
             coverage=nan_mean(found.coverages),
+            retrieval_coverage=nan_mean(found.retrieval),
             answer_kept=nan_mean(found.answers),
             predictions=sum(value == value for value in found.coverages),
             answers=len(found.answers),
@@ -104,7 +108,7 @@ def evaluate(
 @torch.no_grad()
 def _judge(
     indexer: MemoryIndexer,
-    spec: IndexSpec,
+    recorded: ShardManifest,
     document: RecordedDocument,
     lead: int,
     budgets: Sequence[float],
@@ -113,15 +117,19 @@ def _judge(
     seed: int,
 ) -> Iterator[tuple[str, float, str, list[float]]]:
     """(scorer, budget, figure, values) of one document at one lead."""
+    spec = recorded.index_spec
     rows = usable_rows(document, lead, rule, least_steps=least_steps, chunk_tokens=spec.chunk_tokens)[::ROW_STRIDE]
     if len(rows):
         labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
+        own = replace(rule, heads=recorded.retrieval_numbers)
+        retrieved = window_labels(document, rows, lead, own, chunk_tokens=spec.chunk_tokens)
         scores, complete = _scores(indexer, spec, document, rows, labels.event_mass, seed)
         for scorer, table in scores.items():
             for budget in budgets:
                 kept = _kept(scorer, table, complete, budget)
                 yield scorer, budget, "recalls", recall(kept, labels).tolist()
                 yield scorer, budget, "coverages", coverage(kept, labels).tolist()
+                yield scorer, budget, "retrieval", coverage(kept, retrieved).tolist()
     row = document.answer_step - lead
     if document.answer_step < 0 or row < int(document.runs[-1, 0]):
         return
@@ -171,10 +179,10 @@ def gap_closed(figures: Sequence[Figure], *, task: str, text: str, lead: int, bu
 
 
 def table(figures: Sequence[Figure], *, lead: int, budget: float) -> list[list[str]]:
-    """Rows of text: a scorer's coverage, recall and answers kept, for each task and for all, at one lead and budget."""
+    """Rows of text: what each scorer keeps for each task and for all, at one lead and budget."""
     chosen = [f for f in figures if f.lead == lead and f.budget == budget and f.text == "all"]
     tasks = [*sorted({f.task for f in chosen} - {"all"}), "all"]
-    rows = [["scorer", *(f"{task}: coverage / recall / answer" for task in tasks)]]
+    rows = [["scorer", *(f"{task}: coverage / retrieval / recall / answer" for task in tasks)]]
     for scorer in SCORERS:
         cells = {f.task: f for f in chosen if f.scorer == scorer}
         rows.append([scorer, *(_cell(cells[task]) if task in cells else "" for task in tasks)])
@@ -182,7 +190,7 @@ def table(figures: Sequence[Figure], *, lead: int, budget: float) -> list[list[s
 
 
 def _cell(figure: Figure) -> str:
-    values = (figure.coverage, figure.recall, figure.answer_kept)
+    values = (figure.coverage, figure.retrieval_coverage, figure.recall, figure.answer_kept)
     return " / ".join("-" if value is None else f"{value:.2f}" for value in values)
 
 

@@ -138,7 +138,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
         pairs = y.reshape(*x.shape[:-1], size // (2 * width), 2, width)
         y = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
         width *= 2
-    return y.reshape(x.shape) * size**-0.5
+    return y.reshape(x.shape) / math.sqrt(size)
 
 
 def yarn_frequencies() -> Tensor:

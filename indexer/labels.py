@@ -16,7 +16,7 @@ class LabelRule:
     they were recorded. A chunk is golden if in the window at least ``min_heads`` different heads put ``event_share``
     of their attention on it in one step (design §6). Chunks that were not complete when the prediction was made, the
     first ``sink_chunks`` and the last ``recency_chunks`` of the completed ones are no candidates: they are resident
-    anyway.
+    anyway. ``heads``: numbers (layer · heads + head) of those whose events count; None: all.
     """
 
     window_steps: int = 64
@@ -24,6 +24,7 @@ class LabelRule:
     event_share: float = 0.3
     sink_chunks: int = 1
     recency_chunks: int = 2
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def window_labels(
     counts = document.event_offsets.diff()
     row = torch.arange(document.steps, device=device).repeat_interleave(counts)
     strong = document.event_share >= rule.event_share
+    if rule.heads is not None:
+        strong &= torch.isin(document.event_head, torch.tensor(rule.heads, device=device))
     row, chunk, head = row[strong], document.event_chunk[strong].long(), document.event_head[strong].long()
     mass = torch.zeros(document.steps + 1, chunks, device=device)
     mass.view(-1).index_add_(0, (row + 1) * chunks + chunk, document.event_share[strong].float())

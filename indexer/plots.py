@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forecache.indexer.evaluate import SCORERS, Figure
+from forecache.indexer.train_state import Epoch
 
-if TYPE_CHECKING:
-    from forecache.indexer.train import Epoch
-
-FIGURES = {"coverage": "event mass covered", "recall": "golden chunks kept", "answer_kept": "answers kept"}
+FIGURES = {
+    "coverage": "event mass covered",
+    "retrieval_coverage": "the same, retrieval heads",
+    "recall": "golden chunks kept",
+    "answer_kept": "answers kept",
+}
 
 
 class PlotError(RuntimeError):
@@ -27,15 +30,15 @@ def _figure(columns: int) -> tuple[Any, Any]:
     return canvas, canvas.subplots(1, columns, squeeze=False)[0]
 
 
-def plot_curve(path: Path, curve: Sequence["Epoch"]) -> None:
+def plot_curve(path: Path, curve: Sequence[Epoch]) -> None:
     """Loss, and recall and coverage of the held-out documents, by epoch."""
     canvas, (left, right) = _figure(2)
     epochs = [entry.epoch for entry in curve]
     left.plot(epochs, [entry.train_loss for entry in curve], label="training")
     left.plot(epochs, [entry.loss for entry in curve], label="held out")
     left.set(xlabel="epoch", ylabel="loss")
-    right.plot(epochs, [entry.coverage for entry in curve], label=FIGURES["coverage"])
-    right.plot(epochs, [entry.recall for entry in curve], label=FIGURES["recall"])
+    for name in ("coverage", "retrieval_coverage", "recall"):
+        right.plot(epochs, [getattr(entry, name) for entry in curve], label=FIGURES[name])
     right.set(xlabel="epoch", ylabel="share, held out, 10 % budget")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -79,6 +79,12 @@ class ShardManifest(BaseModel):
         )
 
     @property
+    def retrieval_numbers(self) -> tuple[int, ...]:
+        """The retrieval heads as events number them: layer · heads + head."""
+        own = self.query_heads[: self.retrieval_heads]
+        return tuple(layer * self.attention_heads + head for layer, head in own)
+
+    @property
     def shards(self) -> int:
         return -(-self.documents // self.documents_per_shard)
 

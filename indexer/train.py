@@ -3,20 +3,16 @@
 One process or several (`torchrun`); stopped training goes on where its last epoch ended.
 """
 
-import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,9 +20,10 @@ from forecache.indexer.checkpoint import CheckpointManifest, new_indexer, save_c
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.encoder import EncoderShape, MemoryIndexer
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.labels import LabelRule, WindowLabels, window_labels
+from forecache.indexer.labels import LabelRule, window_labels
 from forecache.indexer.metrics import coverage, keep_masks, nan_mean, recall
-from forecache.indexer.shards import RecordedDocument, Recording, ShardError
+from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
+from forecache.indexer.train_state import Epoch, resume, save_state
 from forecache.indexer.training_data import predict_rows, usable_rows
 
 FOCAL_GAMMA = 2.0
@@ -39,8 +36,9 @@ VALIDATION_BUDGET = 0.10
 @dataclass(frozen=True)
 class TrainConfig:
     """``leads``: steps ahead that predictions are trained for, drawn anew for each. ``rows``: most predictions of one
-    document in one step. ``listwise``: weight of the ranking loss beside the focal one. ``patience``: epochs without a
-    better held-out coverage before training stops. Learning rates fall to zero along a cosine; the queries, which
+    document in one step. ``listwise``: weight of the ranking loss beside the focal one; ``retrieval``: the part of its
+    target that only counts events of the retrieval heads, on which answers depend. ``patience``: epochs without better
+    held-out coverage before training stops. Learning rates fall to zero along a cosine; the queries, which
     start as the model's own, have their own rate."""
 
     epochs: int = 24
@@ -53,6 +51,7 @@ class TrainConfig:
     warmup_steps: int = 20
     clip_norm: float = 1.0
     listwise: float = 1.0
+    retrieval: float = 0.5
     patience: int = 5
     least_steps: int = 8
     bf16: bool = False
@@ -67,50 +66,47 @@ class IndexerLoss(nn.Module):
     logit of being golden.
     """
 
-    def __init__(self, indexer: MemoryIndexer, spec: IndexSpec, rule: LabelRule, config: TrainConfig) -> None:
+    def __init__(self, indexer: MemoryIndexer, manifest: ShardManifest, rule: LabelRule, config: TrainConfig) -> None:
         super().__init__()
         self.indexer = indexer
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.offset = nn.Parameter(torch.tensor(1.0))
-        self._spec = spec
+        self._spec = manifest.index_spec
         self._rule = rule
+        self.retrieval_rule = replace(rule, heads=manifest.retrieval_numbers)
         self._config = config
 
     def forward(self, documents: Sequence[RecordedDocument], rows: Sequence[Tensor], leads: Sequence[Tensor]) -> Tensor:
         """``rows``, ``leads``: int64 [R] of each document. Returns the mean loss of a prediction."""
         losses = []
         for document, at, lead in zip(documents, rows, leads, strict=True):
-            labels = window_labels(document, at, lead, self._rule, chunk_tokens=self._spec.chunk_tokens)
             device_type = document.records.device.type
             with torch.autocast(device_type, torch.bfloat16, enabled=self._config.bf16):
                 logits = predict_rows(self.indexer, self._spec, document, at).logits.float()
-            losses.append(self._loss(logits, labels))
+            losses.append(self.of_logits(logits, document, at, lead))
         return torch.cat(losses).mean()
 
-    def _loss(self, logits: Tensor, labels: WindowLabels) -> Tensor:
+    def of_logits(self, logits: Tensor, document: RecordedDocument, rows: Tensor, lead: int | Tensor) -> Tensor:
+        """Loss of each prediction, [R], from its ``logits`` [R, chunks]."""
+        chunk_tokens = self._spec.chunk_tokens
+        labels = window_labels(document, rows, lead, self._rule, chunk_tokens=chunk_tokens)
+        retrieved = window_labels(document, rows, lead, self.retrieval_rule, chunk_tokens=chunk_tokens)
         focal = focal_loss(self.scale * logits + self.offset, labels.golden.float())
         focal = (focal * labels.candidates).sum(1) / labels.golden.sum(1).clamp(min=1)
-        wanted = labels.event_mass / labels.event_mass.sum(1, keepdim=True).clamp(min=1e-6)
+        part = self._config.retrieval
+        wanted = (1 - part) * _normalised(labels.event_mass) + part * _normalised(retrieved.event_mass)
         ranked = logits.masked_fill(~labels.candidates, -torch.inf).log_softmax(1).masked_fill(~labels.candidates, 0)
         return focal - self._config.listwise * (wanted * ranked).sum(1)
+
+
+def _normalised(mass: Tensor) -> Tensor:
+    return mass / mass.sum(1, keepdim=True).clamp(min=1e-6)
 
 
 def focal_loss(logits: Tensor, golden: Tensor) -> Tensor:
     """Binary focal loss, elementwise."""
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, golden, reduction="none")
     return entropy * (1 - (-entropy).exp()) ** FOCAL_GAMMA
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of the learning curve; validation figures at a 10 % budget. ``seconds``: of this epoch."""
-
-    epoch: int
-    train_loss: float
-    loss: float
-    recall: float
-    coverage: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -178,13 +174,13 @@ def _train(
     spec = recording.manifest.index_spec
     documents = {number: recording.document(number).to(group.device) for number in [*learned, *held_out]}
     torch.manual_seed(config.seed)
-    loss = IndexerLoss(new_indexer(recording, shape), spec, rule, config).to(group.device)
+    loss = IndexerLoss(new_indexer(recording, shape), recording.manifest, rule, config).to(group.device)
     optimizer = _optimizer(loss, config)
     model: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss)
     settings = {"config": asdict(config), "shape": asdict(shape), "rule": asdict(rule)}
     manifest = CheckpointManifest.of(recording.manifest, shape, settings | {"documents": len(learned)})
     state = out.with_suffix(".state")
-    curve, best = _resume(state, settings, loss, optimizer)
+    curve, best = resume(state, settings, loss, optimizer)
     share = math.ceil(len(learned) / (config.documents_per_step * group.size))
     schedule = _Schedule(config, share)
     for epoch in range(len(curve), config.epochs):
@@ -194,13 +190,13 @@ def _train(
         losses = _epoch(model, optimizer, schedule, documents, learned, config, rule, spec, group, epoch)
         figures = validate(loss, [documents[number] for number in held_out], spec, rule, config)
         curve.append(Epoch(epoch, losses, *figures, time.monotonic() - start))
-        if curve[-1].coverage >= max(past.coverage for past in curve):
+        if len(curve) == 1 or curve[-1].merit > curve[best].merit:
             best = epoch
             if group.rank == 0:
                 done = {"epochs": epoch + 1, "held_out": asdict(curve[-1])}
                 save_checkpoint(out, loss.indexer, manifest.model_copy(update={"training": manifest.training | done}))
         if group.rank == 0:
-            _save_state(state, settings, loss, optimizer, curve, best)
+            save_state(state, settings, loss, optimizer, curve, best)
             progress(curve[-1])
     return curve
 
@@ -285,14 +281,15 @@ def validate(
     spec: IndexSpec,
     rule: LabelRule,
     config: TrainConfig,
-) -> tuple[float, float, float]:
-    """(loss, recall, coverage) over documents held out, at the longest lead and a 10 % budget."""
+) -> tuple[float, float, float, float]:
+    """(loss, recall, coverage, retrieval coverage) over held-out documents, at the longest lead and a 10 % budget."""
     loss.eval()
     lead = max(config.leads)
     selection = SelectionConfig()
     losses: list[float] = []
     recalls: list[float] = []
     coverages: list[float] = []
+    retrieval: list[float] = []
     for document in documents:
         rows = usable_rows(document, lead, rule, least_steps=config.least_steps, chunk_tokens=spec.chunk_tokens)[::4]
         if not len(rows):
@@ -300,46 +297,11 @@ def validate(
         labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
         found = predict_rows(loss.indexer, spec, document, rows)
         kept = keep_masks(found.logits, found.complete, VALIDATION_BUDGET, selection)
-        losses += loss._loss(found.logits, labels).tolist()
+        losses += loss.of_logits(found.logits, document, rows, lead).tolist()
         recalls += recall(kept, labels).tolist()
         coverages += coverage(kept, labels).tolist()
-    return tuple(value if value is not None else math.nan for value in map(nan_mean, (losses, recalls, coverages)))  # type: ignore[return-value]
-
-
-def _save_state(
-    path: Path,
-    settings: dict[str, Any],
-    loss: IndexerLoss,
-    optimizer: torch.optim.AdamW,
-    curve: list[Epoch],
-    best: int,
-) -> None:
-    """Weights and optimiser as safetensors, the rest as JSON in the file's metadata; whole or not at all."""
-    tensors = {f"model/{name}": tensor for name, tensor in loss.state_dict().items()}
-    for number, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-    told = {"settings": json.dumps(settings), "curve": json.dumps([asdict(e) for e in curve]), "best": str(best)}
-    partial = path.with_suffix(".state-partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=told)
-    partial.rename(path)
-
-
-def _resume(
-    path: Path, settings: dict[str, Any], loss: IndexerLoss, optimizer: torch.optim.AdamW
-) -> tuple[list[Epoch], int]:
-    """The learning curve so far and its best epoch, weights and optimiser loaded; ([], 0) for a new training."""
-    if not path.exists():
-        return [], 0
-    with safe_open(path, framework="pt") as file:
-        told = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if told.get("settings") != json.dumps(settings):
-        raise ShardError(f"{path} is of a training with other settings: delete it, or write to another file")
-    loss.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, moment = name.split("/")
-            state.setdefault(int(number), {})[moment] = tensor
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return [Epoch(**entry) for entry in json.loads(told["curve"])], int(told["best"])
+        retrieved = window_labels(document, rows, lead, loss.retrieval_rule, chunk_tokens=spec.chunk_tokens)
+        retrieval += coverage(kept, retrieved).tolist()
+    means = [nan_mean(values) for values in (losses, recalls, coverages, retrieval)]
+    loss_mean, recall_mean, coverage_mean, retrieval_mean = (math.nan if mean is None else mean for mean in means)
+    return loss_mean, recall_mean, coverage_mean, retrieval_mean
