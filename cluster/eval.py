@@ -33,7 +33,7 @@ DEFAULT_COLUMNS = ("full", "lookahead", "recency", "random")
 def main(argv: list[str]) -> int:
     """Ask what is still open, print the table, write the files; 0 when all is answered, 1 when time was up before."""
     args = _parser().parse_args(argv)
-    args.__dict__.setdefault("engine.max_batch_size", args.batch)
+    vars(args)["engine.max_batch_size"] = args.batch
     config = config_from_args(args)
     plan = Plan(
         tasks=tuple(args.tasks),
@@ -60,8 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "same samples. Answers are kept in --out: the same command again asks only what is still open.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for answers, table (CSV) and summary (JSON)")
-    engine: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--model", dest="engine.model", **engine, help="built-in name, directory or hub id")
+    _setting(parser, "--model", "engine.model", "built-in name, directory or hub id")
     parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
     parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
                         help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
@@ -74,15 +73,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--time-limit-s", type=float, help="stop before this many seconds are over (default: none)")
     parser.add_argument("--batch", type=_positive, default=16, help="sequences, or requests, at a time (default: 16)")
-    parser.add_argument("--keep-ratio", dest="engine.keep_ratio", **engine, help="resident / all chunks (0.135)")
-    parser.add_argument("--threads", dest="engine.threads", **engine, help="CPU threads of the model")
-    parser.add_argument("--device", dest="engine.device", **engine, help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", dest="engine.dtype", **engine, help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--hot-bytes", dest="engine.hot_bytes", **engine, help="hot pool (default: what a batch needs)")
-    parser.add_argument("--cold-bytes", dest="memory.cold_bytes", **engine, help="cold memory (default: what fits)")
-    parser.add_argument("--indexer-manifest", dest="indexer.manifest", **engine, help="auto, a manifest file or none")
+    _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
+    _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
+    _setting(parser, "--device", "engine.device", "auto, cpu, cuda or cuda:N (default: auto)")
+    _setting(parser, "--dtype", "engine.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
+    _setting(parser, "--hot-bytes", "engine.hot_bytes", "hot pool (default: what a batch needs, if there is room)")
+    _setting(parser, "--cold-bytes", "memory.cold_bytes", "cold memory (default: what a cell needs, if there is room)")
+    _setting(parser, "--indexer-manifest", "indexer.manifest", "auto, a manifest file or none (default: auto)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file as of `forecache serve`; flags win")
     return parser
+
+
+def _setting(parser: argparse.ArgumentParser, flag: str, path: str, text: str) -> None:
+    """A flag for the setting at ``path`` of :class:`ServeConfig`, as `forecache serve` has it."""
+    parser.add_argument(flag, dest=path, default=argparse.SUPPRESS, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
 
 
 def _length(text: str) -> int:
@@ -187,7 +191,7 @@ def _identity(
         "window_steps": engine.window_steps,
         "lead_steps": engine.lead_steps,
         "selection": config.selection.model_dump(),
-        "indexer": config.indexer.model_dump(include={"manifest"}),
+        "indexer": config.indexer.model_dump(exclude={"threads"}),
         "torch": importlib.metadata.version("torch"),
     }
     return {

@@ -29,8 +29,8 @@ DIGITS = 6
 HOPS = 2
 CHAINS = 2
 COMMON_WORDS = 5
-LISTED_WORDS = 45
-COMMON_FACTOR = 10
+LISTED_WORDS = 35
+COMMON_FACTOR = 30
 """How much more often the words asked for are listed than each of the others."""
 QUOTED_WORDS = 6
 """Words of a definition that a right answer begins with."""

@@ -1,0 +1,105 @@
+"""`forecache eval --url` against `forecache serve`: the answers are those of the same evaluation in process."""
+
+import json
+import pydoc_data.topics
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from forecache.cluster import cli
+
+pytestmark = pytest.mark.cluster
+
+VOCABULARY = 800
+COLUMNS = ("full", "recency")
+STOP_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights and a tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "tiny-eval"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    wrapped: Any = PreTrainedTokenizerFast
+    wrapped(tokenizer_object=tokenizer).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    sizes = ("--cold-bytes", "64MiB", "--hot-bytes", "16MiB", "--threads", "1", "--late-policy", "wait")
+    serve = (sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0")
+    process = subprocess.Popen([*serve, *sizes], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        found = next((match[1] for line in process.stdout if (match := re.search(r"(http://\S+/v1)", line))), None)
+        assert found is not None, "the server ended before it was ready"
+        yield found
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(STOP_S)
+
+
+def run(model: Path, out: Path, *more: str) -> int:
+    asked = ("--tasks", "needle", "--lengths", "1K", "--samples", "4", "--batch", "2", "--columns", *COLUMNS)
+    return cli.main(["eval", "--model", str(model), "--out", str(out), "--threads", "1", *asked, *more])
+
+
+def answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    return {(line["column"], line["sample"]): line["answer"] for line in lines}
+
+
+def test_a_server_gives_the_answers_of_an_engine(
+    model: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path / "http", "--url", url) == 0
+    assert run(model, tmp_path / "engine") == 0
+    served, local = answers(tmp_path / "http"), answers(tmp_path / "engine")
+    assert len(served) == len(COLUMNS) * 4
+    for (column, number), answer in served.items():
+        for name in ("text", "prompt_tokens", "completion_tokens", "keep_ratio"):
+            assert answer[name] == local[column, number][name], f"{name} of sample {number}, {column}"
+    assert served["full", 0]["keep_ratio"] == 1.0
+    assert served["recency", 0]["keep_ratio"] < 0.7
+    # what a server says no to is said in its words, and nothing is lost
+    assert run(model, tmp_path / "http", "--url", url, "--lengths", "4K") == 2
+    assert "the context is 2048 tokens" in capsys.readouterr().err
+    assert answers(tmp_path / "http") == served
+
+
+def test_a_column_with_an_engine_of_its_own_is_refused(
+    model: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, tmp_path, "--url", url, "--columns", "full", "bounds") == 2
+    assert "needs an engine of its own" in capsys.readouterr().err
+
+
+def test_no_server_is_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, tmp_path, "--url", "http://127.0.0.1:1") == 2
+    assert "no forecache server answers at http://127.0.0.1:1" in capsys.readouterr().err
