@@ -58,7 +58,8 @@ def register(commands: Any) -> None:
 
 def _record(args: argparse.Namespace) -> int:
     from forecache.workers.decode.loader import model_name, resolve_model
-    from forecache.workers.record import Recipe, record
+    from forecache.workers.record import record
+    from forecache.workers.record_texts import Recipe
 
     recipe = Recipe(
         texts=tuple(args.data.split(",")),

@@ -6,19 +6,15 @@ windows of its text are kept. The keys that attention saw give the exact share o
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from forecache.indexer.index_keys import Head, encode_chunks
-from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
-from forecache.indexer.queries import QueryProjection
+from forecache.indexer.index_keys import encode_chunks
 from forecache.indexer.shards import (
     SEED_WEIGHTS_FILE,
     RecordedDocument,
@@ -26,44 +22,17 @@ from forecache.indexer.shards import (
     shard_path,
     write_shard,
 )
-from forecache.workers.capture import Capture, CaptureShape, attention_modules, install
+from forecache.workers.capture import Capture, CaptureShape, install
 from forecache.workers.decode.backbone import Backbone, load_backbone
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.events import find_events
-from forecache.workers.record_texts import SourceDocument, SourceTask, make_document, plan
+from forecache.workers.record_model import check_queries, describe, find_retrieval_heads, make_seed_weights
+from forecache.workers.record_texts import Recipe, SourceDocument, make_document, plan
 
 PROMPT_END_STEPS = 32
 """Steps of the prompt's end that belong to the reply's run: the first windows are predicted from there."""
-QUERY_TOLERANCE = 0.05
-"""Largest difference of a rebuilt query from the model's own, as a share of the queries' norm; float16 and bf16 fit."""
-
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to record. Lengths in tokens; ``texts``: see :func:`forecache.workers.record_texts.text_source`.
-
-    Training documents are made of ``tasks`` over ``texts``, documents for evaluation of ``eval_tasks`` over
-    ``eval_texts``. ``reply_tokens``: the longest reply, fed and greedy together. ``prompt_windows``: windows of
-    ``prompt_window_tokens`` steps kept from every prompt beside its reply.
-    """
-
-    documents: int = 384
-    eval_documents: int = 96
-    texts: tuple[str, ...] = ("docstrings", "code")
-    eval_texts: tuple[str, ...] = ("docstrings", "topics")
-    tasks: tuple[SourceTask, ...] = ("prose", "lookup", "several", "values", "quote")
-    eval_tasks: tuple[SourceTask, ...] = ("prose", "needle", "keys", "passage")
-    min_tokens: int = 2048
-    max_tokens: int = 8192
-    reply_tokens: int = 96
-    prompt_windows: int = 2
-    prompt_window_tokens: int = 96
-    documents_per_shard: int = 16
-    event_mass: float = 0.1
-    seed: int = 0
 
 
 def record(
@@ -82,12 +51,12 @@ def record(
     Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds something else.
     """
     backbone = load_backbone(model_path, device=device, dtype=dtype)
-    retrieval = _retrieval_heads(manifest, model_name, backbone)
+    retrieval = find_retrieval_heads(manifest, model_name, backbone)
     install(backbone.model)
-    described = _describe(backbone, retrieval, recipe, model_name)
-    _prepare(out, described, _seed_weights(backbone, described))
+    described = describe(backbone, retrieval, recipe, model_name)
+    _prepare(out, described, make_seed_weights(backbone, described))
     tokenizer = load_tokenizer(model_path)
-    kinds = list(plan(**{name: getattr(recipe, name) for name in PLANNED}))
+    kinds = list(plan(recipe))
     done = 0
     for shard in range(described.shards):
         first = shard * recipe.documents_per_shard
@@ -103,97 +72,6 @@ def record(
         done += len(wanted)
         progress(done, described.documents)
     return described
-
-
-PLANNED = ("documents", "eval_documents", "texts", "eval_texts", "tasks", "eval_tasks")
-
-
-def _retrieval_heads(setting: str, model_name: str, backbone: Backbone) -> RetrievalManifest:
-    geometry = backbone.geometry
-    try:
-        found = find_manifest(
-            setting,
-            model_name,
-            model_type=backbone.config.model_type,
-            layers=geometry.layers,
-            attention_heads=geometry.heads,
-            kv_heads=geometry.kv_heads,
-            head_dim=geometry.head_dim,
-        )
-    except ManifestError as error:
-        raise UnsupportedModelError(str(error)) from error
-    if found is None:
-        raise UnsupportedModelError(
-            f"{model_name} has no manifest of retrieval heads, from which the indexer starts. Make one with "
-            f"`forecache indexer calibrate --model {model_name} --out FILE`, and pass it as --manifest FILE."
-        )
-    return found
-
-
-def _describe(backbone: Backbone, retrieval: RetrievalManifest, recipe: Recipe, model_name: str) -> ShardManifest:
-    geometry = backbone.geometry
-    group = geometry.heads // geometry.kv_heads
-    own: list[Head] = [(head.layer, head.head) for head in retrieval.heads]
-    kv_heads = sorted({(layer, head // group) for layer, head in own})
-    # heads that share the stored keys cost no memory more
-    siblings = [(layer, kv * group + place) for layer, kv in kv_heads for place in range(group)]
-    return ShardManifest(
-        model_type=backbone.config.model_type,
-        model_name=model_name,
-        weights_fingerprint=backbone.fingerprint,
-        layers=geometry.layers,
-        attention_heads=geometry.heads,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        hidden_size=int(backbone.config.hidden_size),
-        scale=geometry.scale,
-        rope_scaling=float(_rotary(backbone).attention_scaling),
-        query_norm_eps=_query_norm_eps(backbone),
-        chunk_tokens=backbone.layout.chunk_tokens,
-        target_layers=tuple(sorted({layer for layer, _ in own})),
-        query_heads=(*own, *(head for head in siblings if head not in own)),
-        retrieval_heads=len(own),
-        index_kv_heads=tuple(kv_heads),
-        event_mass=recipe.event_mass,
-        recipe={name: value for name, value in vars(recipe).items() if name != "seed"},
-        documents=recipe.documents + recipe.eval_documents,
-        documents_per_shard=recipe.documents_per_shard,
-        seed=recipe.seed,
-        torch_version=torch.__version__,
-        transformers_version=transformers.__version__,
-    )
-
-
-def _rotary(backbone: Backbone) -> Any:
-    rotary = getattr(backbone.model.base_model, "rotary_emb", None)
-    if rotary is None or not hasattr(rotary, "inv_freq"):
-        raise UnsupportedModelError(f"{backbone.path} has no rotary embedding that all its layers share.")
-    return rotary
-
-
-def _query_norm_eps(backbone: Backbone) -> float | None:
-    module: Any = attention_modules(backbone.model)[0]
-    norm = getattr(module, "q_norm", None)
-    return None if norm is None else float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-
-
-def _seed_weights(backbone: Backbone, described: ShardManifest) -> dict[str, torch.Tensor]:
-    """The query projections of ``described.query_heads``, see :attr:`Recording.seed_weights`."""
-    modules: dict[int, Any] = attention_modules(backbone.model)
-    weights: dict[str, list[torch.Tensor]] = {"weight": [], "bias": [], "norm": []}
-    size = described.head_dim
-    for layer, head in described.query_heads:
-        if layer not in modules:
-            raise UnsupportedModelError(f"layer {layer} of {backbone.path} has no q_proj to start the indexer from.")
-        rows = slice(head * size, (head + 1) * size)
-        projection = modules[layer].q_proj
-        weights["weight"].append(projection.weight[rows].float().cpu())
-        bias = torch.zeros(size) if projection.bias is None else projection.bias[rows].float().cpu()
-        weights["bias"].append(bias)
-        if described.query_norm_eps is not None:
-            weights["norm"].append(modules[layer].q_norm.weight.float().cpu())
-    stacked = {name: torch.stack(tensors) for name, tensors in weights.items() if tensors}
-    return stacked | {"inverse_frequencies": _rotary(backbone).inv_freq.float().cpu()}
 
 
 def _prepare(out: Path, described: ShardManifest, seed_weights: dict[str, torch.Tensor]) -> None:
@@ -241,14 +119,14 @@ def _record_shard(
     following = torch.stack(
         [capture.read(n, source.prompt_token_ids, kept[n]).argmax() for n, source in enumerate(sources)]
     )
-    ends = [tokenizer.eos_token_id]
+    ends = torch.tensor(_end_tokens(backbone, tokenizer), dtype=torch.int64, device=device)
     ended = torch.zeros(len(sources), dtype=torch.bool, device=device)
     lengths = torch.zeros(len(sources), dtype=torch.int64, device=device)
     for step in range(recipe.reply_tokens):
         for number, source in enumerate(sources):
             if step < len(source.reply_token_ids):
                 following[number] = source.reply_token_ids[step]
-        ended |= torch.isin(following, torch.tensor(ends, device=device))
+        ended |= torch.isin(following, ends)
         if bool(ended.all()):
             break
         lengths += ~ended
@@ -257,6 +135,14 @@ def _record_shard(
         _document(backbone, described, capture, source, kept[number], int(lengths[number]), number)
         for number, source in enumerate(sources)
     ]
+
+
+def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens after which a reply is over."""
+    generation: Any = backbone.model.generation_config
+    own = getattr(generation, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
 
 
 def _kept_positions(prompt_tokens: int, recipe: Recipe, number: int) -> Iterator[int]:
@@ -286,7 +172,7 @@ def _document(
     queries = capture.queries[:, number, :, :steps]
     hidden = capture.hidden[:, number, :steps].transpose(0, 1)
     if not number:
-        _check_queries(backbone, described, hidden, queries, positions)
+        check_queries(backbone, described, hidden, queries, positions)
     events = find_events(
         queries, keys, positions, scale=described.scale, chunk_tokens=chunk_tokens, event_mass=described.event_mass
     )
@@ -315,33 +201,4 @@ def _document(
         event_share=events.share,
         peak_share=events.peak_share,
         bounds_score=events.bounds_score,
-    )
-
-
-def _check_queries(
-    backbone: Backbone, described: ShardManifest, hidden: torch.Tensor, queries: torch.Tensor, positions: torch.Tensor
-) -> None:
-    """Queries rebuilt from hidden states must be the model's own, else the indexer would start from something else."""
-    seed = {name: tensor.to(backbone.device) for name, tensor in _seed_weights(backbone, described).items()}
-    projection = query_projection(described, seed)
-    rebuilt = projection.to(backbone.device)(hidden.half(), positions)
-    own = torch.stack([queries[layer, head] for layer, head in described.query_heads], 1).float()
-    difference = float((rebuilt - own).norm() / own.norm())
-    if not difference <= QUERY_TOLERANCE:
-        raise UnsupportedModelError(
-            f"{backbone.path}: queries made from its hidden states differ from its own by {difference:.0%}; its "
-            "attention does more than project, normalise and rotate in Llama's way, so no indexer can start from it."
-        )
-
-
-def query_projection(described: ShardManifest, seed_weights: dict[str, torch.Tensor]) -> QueryProjection:
-    """The model's own queries of ``described.query_heads``."""
-    return QueryProjection(
-        seed_weights["weight"],
-        seed_weights["bias"],
-        seed_weights["inverse_frequencies"],
-        tuple(described.target_layers.index(layer) for layer, _ in described.query_heads),
-        rope_scaling=described.rope_scaling,
-        norm=seed_weights.get("norm"),
-        norm_eps=described.query_norm_eps,
     )

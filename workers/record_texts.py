@@ -48,6 +48,31 @@ TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What to record. Lengths in tokens; ``texts``: see :func:`text_source`.
+
+    Training documents are made of ``tasks`` over ``texts``, documents for evaluation of ``eval_tasks`` over
+    ``eval_texts``. ``reply_tokens``: the longest reply, fed and greedy together. ``prompt_windows``: windows of
+    ``prompt_window_tokens`` steps kept from every prompt beside its reply.
+    """
+
+    documents: int = 384
+    eval_documents: int = 96
+    texts: tuple[str, ...] = ("docstrings", "code")
+    eval_texts: tuple[str, ...] = ("docstrings", "topics")
+    tasks: tuple[SourceTask, ...] = ("prose", "lookup", "several", "values", "quote")
+    eval_tasks: tuple[SourceTask, ...] = ("prose", "needle", "keys", "passage")
+    min_tokens: int = 2048
+    max_tokens: int = 8192
+    reply_tokens: int = 96
+    prompt_windows: int = 2
+    prompt_window_tokens: int = 96
+    documents_per_shard: int = 16
+    event_mass: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class SourceDocument:
     """One document: its prompt, the reply that is fed to the model, and where in the prompt the answer stands.
 
@@ -225,17 +250,11 @@ def _locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int)
     return list(encoded["input_ids"]), (first, last)
 
 
-def plan(
-    *,
-    documents: int,
-    eval_documents: int,
-    texts: Sequence[str],
-    eval_texts: Sequence[str],
-    tasks: Sequence[SourceTask],
-    eval_tasks: Sequence[SourceTask],
-) -> Iterator[tuple[SourceTask, str, str]]:
+def plan(recipe: Recipe) -> Iterator[tuple[SourceTask, str, str]]:
     """(task, text, split) of every document: all pairs of task and text in turn, training documents first."""
-    for number in range(documents):
-        yield tasks[number % len(tasks)], texts[number // len(tasks) % len(texts)], "train"
-    for number in range(eval_documents):
-        yield eval_tasks[number % len(eval_tasks)], eval_texts[number // len(eval_tasks) % len(eval_texts)], "eval"
+    for split, documents, tasks, texts in (
+        ("train", recipe.documents, recipe.tasks, recipe.texts),
+        ("eval", recipe.eval_documents, recipe.eval_tasks, recipe.eval_texts),
+    ):
+        for number in range(documents):
+            yield tasks[number % len(tasks)], texts[number // len(tasks) % len(texts)], split
