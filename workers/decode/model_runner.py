@@ -26,6 +26,9 @@ from forecache.workers.memory.layout import ChunkLayout
 
 logger = logging.getLogger(__name__)
 
+WARM_UP_TOKENS = (37, 101)
+"""No dimension of a model: dynamo takes equal sizes for the same size, and compiles again where they part."""
+
 
 class ModelRunner:
     """The model on its device, with the pool it writes into and the arena it may stream from.
@@ -111,7 +114,7 @@ class ModelRunner:
             compile_layers(self._model, self._backbone.geometry)
             self._min_tokens = MIN_TOKENS
         first: list[int] = []
-        for tokens in (16, 48) if torch_compile else (16,):
+        for tokens in WARM_UP_TOKENS if torch_compile else WARM_UP_TOKENS[:1]:
             self._forward(self._padding(tokens))
             first.append(compiled_graphs())
         if cuda_graphs:
