@@ -9,8 +9,10 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.workers.decode.backbone import Backbone, load_backbone
+from forecache.workers.decode.index_spec import choose_index_spec
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.llm import LLM
 
@@ -86,6 +88,15 @@ def test_deep_models_stay_finite(tmp_path: Path, dtype: torch.dtype) -> None:
     assert output.logits.isfinite().all()
     for hidden in output.hidden_states:
         assert 1e-3 < hidden.float().std() < 100
+
+
+def test_wide_models_pass_the_check_of_logits_in_half_precision(tmp_path: Path) -> None:
+    """With transformers' own initial weights rounding grows with the width: 2 % at 1,024, 4 % at 2,048, and so on."""
+    wide = LlamaConfig(**{**SHAPE, "num_hidden_layers": 16, "hidden_size": 768, "intermediate_size": 2048})
+    backbone = dummy(save(tmp_path / "wide", wide), dtype="bfloat16")
+    for layer in backbone.model.model.layers:
+        assert layer.mlp.down_proj.weight.float().std() == pytest.approx(0.5 * 2048**-0.5, rel=0.02)
+    verify_backbone(backbone, choose_index_spec("none", "wide", backbone))
 
 
 def test_biases_and_tied_embeddings_are_those_of_the_shape(tmp_path: Path) -> None:

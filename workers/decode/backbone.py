@@ -20,6 +20,8 @@ from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.memory.layout import ChunkLayout, attention_layout
 
 HASH_BLOCK_BYTES = 1 << 20
+DUMMY_GAIN = 0.5
+"""Size of a dummy linear layer's output to its input."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,21 @@ def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _dummy_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """Weights that transformers would begin a training with, made on ``device`` itself: normal, of the configuration's
-    ``initializer_range``; norms of one, biases of zero. Activations stay of order one, as those norms see to."""
+    """Random weights, made on ``device`` itself: as transformers would begin a training, but for the linear layers.
+
+    Those are drawn so that their outputs are half as large as their inputs, whatever the width. With a fixed
+    ``initializer_range`` wide models amplify rounding from layer to layer, until no two kernels agree.
+    """
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         try:
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-untyped-call]
         except (ValueError, LookupError) as error:
             raise UnsupportedModelError(f"{path} can't be built: {type(error).__name__}: {error}") from error
+        tied = model.get_input_embeddings().weight
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module.weight is not tied:
+                torch.nn.init.normal_(module.weight, std=DUMMY_GAIN * module.in_features**-0.5)
     model.eval()
     assert isinstance(model, PreTrainedModel)
     return model
