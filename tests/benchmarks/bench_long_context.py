@@ -35,7 +35,7 @@ from forecache.indexer.protocol import Indexer
 from forecache.workers.llm import LLM
 
 GIB = 1 << 30
-SPARED_BYTES = 12 * GIB
+SPARED_BYTES = 10 * GIB
 """Of shared memory, left to everything else."""
 SETTLE_STEPS = 80
 DEVICE_STEPS = 20
@@ -64,7 +64,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turnover", type=float, nargs="+", default=[0.0, 0.2, 1.0], help="imposed, one row each")
     parser.add_argument("--max-tokens", type=int, default=768, help="tokens of each answer of decode and real")
     parser.add_argument("--keep-ratio", type=float, default=0.1, help="resident chunks / all")
-    parser.add_argument("--cold-gib", type=float, help="GiB of the arena; default: what is free, less 12")
+    parser.add_argument("--cold-gib", type=float, help="GiB of the arena; default: what is free, less 10")
     parser.add_argument("--hot-gib", type=float, default=24.0, help="GiB of the hot pool")
     parser.add_argument("--repeat", type=int, default=5, help="timed resumptions")
     parser.add_argument("--threads", type=int, default=8, help="threads that fill the arena, and of the indexer")
