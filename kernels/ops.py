@@ -20,6 +20,7 @@ def sparse_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     chunk_mass: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_decode`."""
     if q.is_cuda:
@@ -35,6 +36,7 @@ def sparse_decode(
             k_scale=k_scale,
             v_scale=v_scale,
             chunk_mass=chunk_mass,
+            counters=counters,
         )
     return reference.sparse_decode(
         q,

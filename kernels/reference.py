@@ -31,6 +31,7 @@ def sparse_decode(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     chunk_mass: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per sequence over the chunks in its row of the block table.
 
@@ -43,6 +44,8 @@ def sparse_decode(
         k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, what fp8 keys and values are multiplied by.
         chunk_mass: float32 ``[batch, heads, max_chunks]``, filled with the softmax mass of each chunk, 0
         past the end.
+        counters: int32, at least ``batch * kv_heads`` zeros, which the call leaves zeros: scratch of the Triton
+            kernels, which do with one launch where they have it. Calls that share it must not overlap.
 
     Returns:
         out like ``q`` and lse float32 ``[batch, heads]``, the natural log of the sum of exp(scaled logits). A

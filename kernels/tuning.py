@@ -17,13 +17,17 @@ class DecodeConfig:
     """How `sparse_decode` covers the keys.
 
     ``block_tokens`` keys are read at a time (a power of two), ``num_stages - 1`` blocks ahead;
-    ``programs_per_sm`` is how many such programs run on a multiprocessor at once.
+    ``programs_per_sm`` is how many such programs run on a multiprocessor at once. ``stream``: one wave of programs
+    with equal shares of all rows (`stream_decode`) instead of as many splits for every row (`split_decode`).
+    ``pairs``: fp8 is read as pairs of values and multiplied in float16 where queries have 16 bits.
     """
 
     block_tokens: int
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    stream: bool = False
+    pairs: bool = False
 
 
 # (GPU family, bytes of a K/V element, padded head dim). With all programs of a multiprocessor counted, 64

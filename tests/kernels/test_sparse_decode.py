@@ -4,8 +4,8 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,13 +20,14 @@ INTERPRETED = not torch.cuda.is_available()
 GPU = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA GPU: too large for Triton's interpreter")
 SMALL = DecodeConfig(block_tokens=16, num_warps=4, num_stages=2, programs_per_sm=12)
 LARGE = DecodeConfig(block_tokens=64, num_warps=4, num_stages=2, programs_per_sm=4)
+STREAM = DecodeConfig(block_tokens=16, num_warps=4, num_stages=2, programs_per_sm=5, stream=True, pairs=True)
 
 Error = Callable[[Tensor, Tensor], float]
 Poison = Callable[[], Any]
+MakeCase = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
@@ -44,85 +45,25 @@ SHAPES = [
 ]
 
 
-@dataclass
-class Case:
-    """A pool with NaN everywhere but in the tokens that may be read."""
-
-    q: Tensor
-    kv: Tensor
-    layer: int
-    block_table: Tensor
-    context_lens: Tensor
-    scale: float
-
-    def arguments(self) -> tuple[Any, ...]:
-        return self.q, self.kv, self.layer, self.block_table, self.context_lens, self.scale
-
-    def expected(self, q: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """out, lse and mass per chunk in float64, on the CPU."""
-        kv, lens, table = self.kv.cpu().double(), self.context_lens.tolist(), self.block_table.cpu().long()
-        q = self.q.cpu().double()
-        batch, heads, _ = q.shape
-        chunk_tokens, max_chunks = kv.shape[4], table.shape[1]
-        out = torch.zeros_like(q)
-        lse = torch.full((batch, heads), -math.inf, dtype=torch.float64)
-        mass = torch.zeros(batch, heads, max_chunks, dtype=torch.float64)
-        for i, length in enumerate(lens):
-            if length == 0:
-                continue
-            chunks = kv[table[i, : math.ceil(length / chunk_tokens)], self.layer]
-            k, v = (
-                chunks[:, part].transpose(0, 1).flatten(1, 2)[:, :length].repeat_interleave(heads // kv.shape[3], 0)
-                for part in (0, 1)
-            )
-            logits = torch.einsum("hd,hnd->hn", q[i], k) * self.scale
-            weights = logits.softmax(-1)
-            out[i] = torch.einsum("hn,hnd->hd", weights, v)
-            lse[i] = logits.logsumexp(-1)
-            padded = torch.zeros(heads, max_chunks * chunk_tokens, dtype=torch.float64)
-            padded[:, :length] = weights
-            mass[i] = padded.view(heads, max_chunks, chunk_tokens).sum(-1)
-        return out, lse, mass
-
-
-def make_case(
-    shape: Shape, dtype: torch.dtype, lens: list[int], device: torch.device, kv_dtype: torch.dtype | None = None
-) -> Case:
-    batch, layers, layer = len(lens), 2, 1
-    slots = batch * shape.max_chunks + 2
-    row = layers * 2 * shape.kv_heads * shape.chunk_tokens * shape.head_dim
-    memory = torch.full((slots, row + 64), math.nan)  # rows are longer than the field, as in the hot pool
-    kv = memory[:, :row].view(slots, layers, 2, shape.kv_heads, shape.chunk_tokens, shape.head_dim)
-    table = torch.randperm(slots)[: batch * shape.max_chunks].view(batch, shape.max_chunks)
-    for i, length in enumerate(lens):
-        for chunk, slot in enumerate(table[i].tolist()):
-            tokens = min(shape.chunk_tokens, length - chunk * shape.chunk_tokens)
-            if tokens > 0:
-                kv[slot, layer, :, :, :tokens] = torch.randn(2, shape.kv_heads, tokens, shape.head_dim)
-    memory = memory.to(kv_dtype or dtype).to(device)
-    return Case(
-        q=torch.randn(batch, shape.heads, shape.head_dim).to(dtype).to(device),
-        kv=memory[:, :row].view(kv.shape),
-        layer=layer,
-        block_table=table.int().to(device),
-        context_lens=torch.tensor(lens, dtype=torch.int32, device=device),
-        scale=2 * shape.head_dim**-0.5,
-    )
-
-
 def ragged(shape: Shape) -> list[int]:
     """Nothing, one token, one short of a chunk, everything."""
     return [0, 1, shape.chunk_tokens - 1, shape.max_chunks * shape.chunk_tokens]
 
 
-@pytest.fixture(params=["reference", "triton-small", "triton-large"])
+@pytest.fixture(params=["reference", "split-small", "split-large", "stream", "stream-last"])
 def decode(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`sparse_decode` in all its forms; ``stream-last`` merges in the program that comes last."""
     if request.param == "reference":
         return reference.sparse_decode
-    config = SMALL if request.param == "triton-small" else LARGE
+    config = {"split-small": SMALL, "split-large": LARGE}.get(request.param, STREAM)
 
-    def run(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return triton_kernel.sparse_decode(*args, **kwargs, config=config)
+    def run(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        counters = None
+        if request.param == "stream-last":
+            counters = torch.zeros(q.shape[0] * kv.shape[3], dtype=torch.int32, device=q.device)
+        result = triton_kernel.sparse_decode(q, kv, *args, **kwargs, counters=counters, config=config)
+        assert counters is None or not counters.any(), "counters are left as they were found"
+        return result
 
     return run
 
@@ -141,6 +82,7 @@ def test_decode_equals_float64(
     device: torch.device,
     poisoned: Poison,
     relative_error: Error,
+    make_case: MakeCase,
 ) -> None:
     skip_if_not_interpretable(decode, dtype)
     case = make_case(shape, dtype, ragged(shape), device)
@@ -158,7 +100,7 @@ def test_decode_equals_float64(
 
 @pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([1]), torch.tensor(1, dtype=torch.int32)], ids=str)
 def test_layer_can_be_a_tensor(
-    decode: Callable[..., tuple[Tensor, Tensor]], index: Tensor, device: torch.device
+    decode: Callable[..., tuple[Tensor, Tensor]], index: Tensor, device: torch.device, make_case: MakeCase
 ) -> None:
     case = make_case(SHAPES[0], torch.float32, [100, 7], device)
     q, kv, layer, *rest = case.arguments()
@@ -167,7 +109,7 @@ def test_layer_can_be_a_tensor(
 
 
 def test_all_chunks_equal_dense_attention_and_few_do_not(
-    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error
+    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error, make_case: MakeCase
 ) -> None:
     """Chunks of one sequence, scattered over the pool; then the same with half of them left out."""
     shape = Shape(heads=4, kv_heads=2, head_dim=64, chunk_tokens=16, max_chunks=8)
@@ -188,7 +130,7 @@ def test_all_chunks_equal_dense_attention_and_few_do_not(
 
 
 def test_order_of_chunks_does_not_matter(
-    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error
+    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error, make_case: MakeCase
 ) -> None:
     case = make_case(SHAPES[1], torch.float32, [112], device)
     forward, _ = decode(*case.arguments())
@@ -198,7 +140,7 @@ def test_order_of_chunks_does_not_matter(
 
 
 def test_large_logits_do_not_overflow(
-    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error
+    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error, make_case: MakeCase
 ) -> None:
     case = make_case(SHAPES[0], torch.float32, [192, 70], device)
     case.scale = 100.0
@@ -210,17 +152,23 @@ def test_large_logits_do_not_overflow(
 
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fp8_pool_with_scales(
-    decode: Callable[..., tuple[Tensor, Tensor]], q_dtype: torch.dtype, device: torch.device, relative_error: Error
+    decode: Callable[..., tuple[Tensor, Tensor]],
+    q_dtype: torch.dtype,
+    device: torch.device,
+    relative_error: Error,
+    make_case: MakeCase,
 ) -> None:
     skip_if_not_interpretable(decode, q_dtype)
     shape = SHAPES[3]
     case = make_case(shape, q_dtype, [100, 128, 3], device, kv_dtype=torch.float8_e4m3fn)
     slots, layers = case.kv.shape[:2]
-    k_scale, v_scale = (torch.rand(slots, layers, shape.kv_heads, device=device) + 0.5 for _ in range(2))
+    memory = torch.rand(slots, layers * 2 * shape.kv_heads + 8, device=device) + 0.5
+    scale = memory[:, :-8].unflatten(1, (layers, 2, shape.kv_heads))  # as the hot pool has them
+    k_scale, v_scale = scale[:, :, 0], scale[:, :, 1]
     mass = torch.full((3, shape.heads, shape.max_chunks), math.nan, device=device)
     out, lse = decode(*case.arguments(), k_scale=k_scale, v_scale=v_scale, chunk_mass=mass)
-    scales = torch.stack((k_scale, v_scale), 2)[..., None, None]
-    scaled = Case(case.q, case.kv.float() * scales, *case.arguments()[2:])
+    scales = scale[..., None, None]
+    scaled = replace(case, kv=case.kv.float() * scales)
     expected_out, expected_lse, expected_mass = scaled.expected()
     assert relative_error(out, expected_out) < TOLERANCE[q_dtype]
     assert relative_error(lse, expected_lse) < TOLERANCE[q_dtype]
@@ -228,27 +176,25 @@ def test_fp8_pool_with_scales(
 
 
 def test_pool_of_more_than_two_billion_elements(
-    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error
+    decode: Callable[..., tuple[Tensor, Tensor]], device: torch.device, relative_error: Error, make_case: MakeCase
 ) -> None:
     """The far slot's first element has a number past 2^31; of the memory only its pages are touched."""
     slot_stride = 1 << 30
     memory = torch.empty(2 * slot_stride + 4096, dtype=torch.float16, device=device)
     kv = memory.as_strided((3, 1, 2, 1, 16, 64), (slot_stride, 2048, 1024, 1024, 64, 1))
     kv[2] = torch.randn(kv.shape[1:]).to(kv)
-    case = Case(
-        q=torch.randn(1, 2, 64).to(kv),
+    case = replace(
+        make_case(Shape(2, 1, 64, 16, 1), torch.float16, [16], device),
         kv=kv,
         layer=0,
         block_table=torch.tensor([[2]], dtype=torch.int32, device=device),
-        context_lens=torch.tensor([16], dtype=torch.int32, device=device),
-        scale=0.125,
     )
     out, _ = decode(*case.arguments())
-    near = Case(case.q, kv[2:].contiguous(), 0, torch.zeros_like(case.block_table), case.context_lens, case.scale)
+    near = replace(case, kv=kv[2:].contiguous(), block_table=torch.zeros_like(case.block_table))
     assert relative_error(out, near.expected()[0]) < TOLERANCE[torch.float16]
 
 
-def test_wrong_shapes_are_refused(device: torch.device) -> None:
+def test_wrong_shapes_are_refused(device: torch.device, make_case: MakeCase) -> None:
     q, kv, _, table, lens, scale = make_case(SHAPES[0], torch.float32, [5], device).arguments()
     with pytest.raises(AssertionError, match="layer 2 of 2"):
         triton_kernel.sparse_decode(q, kv, 2, table, lens, scale)
@@ -267,7 +213,7 @@ def test_wrong_shapes_are_refused(device: torch.device) -> None:
     list(itertools.product(TOLERANCE, [64, 80, 96, 128, 192, 256], [1, 4, 8, 40])),
 )
 def test_tuned_settings_at_gpu_sizes(
-    dtype: torch.dtype, head_dim: int, group: int, device: torch.device, relative_error: Error
+    dtype: torch.dtype, head_dim: int, group: int, device: torch.device, relative_error: Error, make_case: MakeCase
 ) -> None:
     shape = Shape(2 * group, 2, head_dim, chunk_tokens=64, max_chunks=64)
     case = make_case(shape, dtype, [4096, 0, 4095, 65, 2000], device)
@@ -282,7 +228,7 @@ def test_tuned_settings_at_gpu_sizes(
 
 @pytest.mark.gpu
 @GPU
-def test_captured_graph_follows_its_inputs(device: torch.device, relative_error: Error) -> None:
+def test_captured_graph_follows_its_inputs(device: torch.device, relative_error: Error, make_case: MakeCase) -> None:
     """Lengths, slots and the layer change between replays of one captured launch."""
     shape = Shape(8, 2, 128, chunk_tokens=64, max_chunks=32)
     case = make_case(shape, torch.bfloat16, [2048, 2048], device)

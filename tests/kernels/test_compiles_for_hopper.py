@@ -1,0 +1,109 @@
+"""Every kernel compiles for a Hopper GPU, with the arguments its launcher gives it, also where there is no GPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# In a process of its own: Triton's interpreter, which other tests run in, is chosen when kernels are imported. The
+# driver is asked for the GPU's architecture only, and nothing is launched: launches become compilations.
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class Hopper:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+
+def compile_only(self, *args, grid, warmup, run=JITFunction.run, **kwargs):
+    kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    print(self.__name__, len(kernel.asm["cubin"]))
+
+
+driver.set_active(Hopper())
+JITFunction.run = compile_only
+
+from forecache.kernels import (
+    gather_layer, merge_partials, quantize_chunks, slot_checksums, sparse_decode, store_kv, tuning,
+)
+from forecache.kernels.tuning import DecodeConfig
+
+tuning.gpu_family = lambda device: "hopper"
+tuning.multiprocessors = lambda device: 132
+FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+where, layer = torch.tensor([1, 0]), torch.tensor(1)
+scale = torch.ones(4, 3, 2, 2)
+
+
+def pool(dtype, head_dim=128):
+    return torch.zeros(4, 3, 2, 2, 64, head_dim, dtype=dtype)
+
+
+def decode(dtype, head_dim, group, config, q_dtype=BF16, **options):
+    if dtype == FP8:
+        options |= {"k_scale": scale[:, :, 0], "v_scale": scale[:, :, 1]}
+    q = torch.zeros(2, 2 * group, head_dim, dtype=q_dtype)
+    sparse_decode.sparse_decode(q, pool(dtype, head_dim), layer, where[None].int().expand(2, 2), where.int(), 0.1,
+        config=config, **options)
+
+
+def copies():
+    slot_checksums.slot_checksums(torch.zeros(4, 512, dtype=torch.uint8), where)
+    sums = torch.zeros(2, dtype=torch.int64)
+    for dtype in (torch.float32, BF16, FP8):
+        gather_layer.gather_layer(pool(dtype), layer, where)
+        gather_layer.gather_layer(pool(dtype), 1, where, sums=sums)
+    memory = torch.zeros(4, 3 * 2 * 2 * 64 * 128 + 256, dtype=torch.uint8)
+    rows, scales = memory[:, :-256].view(FP8).view(4, 3, 2, 2, 64, 128), memory[:, -256:-208].view(torch.float32)
+    gather_layer.gather_layer(rows, layer, where, scale=scales.view(4, 3, 2, 2), sums=sums, dtype=BF16)
+    merge_partials.merge_partials(torch.zeros(9, 128), torch.zeros(9), torch.zeros(9, 128), torch.zeros(9))
+
+
+def fp8():
+    for head_dim in (128, 256):
+        quantize_chunks.quantize_chunks(pool(BF16, head_dim), where, pool(FP8, head_dim), scale, where)
+        quantize_chunks.dequantize_chunks(pool(FP8, head_dim), scale, where, pool(BF16, head_dim), where)
+    new = torch.zeros(2, 2, 128, dtype=BF16)
+    store_kv.store_kv(new, new, pool(BF16), layer, where, where)
+    store_kv.store_kv(new, new, pool(FP8), layer, where, where, scale=scale)
+
+
+def splits():
+    decode(BF16, 128, 4, DecodeConfig(64, 4, 3, 3), chunk_mass=torch.zeros(2, 8, 2))
+    decode(BF16, 64, 3, DecodeConfig(64, 4, 4, 4))
+    decode(FP8, 128, 4, DecodeConfig(64, 4, 4, 3))
+    decode(FP8, 128, 7, DecodeConfig(64, 4, 4, 3, pairs=True))
+    decode(torch.float32, 80, 1, DecodeConfig(32, 8, 3, 2), q_dtype=torch.float32)
+
+
+def streams():
+    counters = torch.zeros(4, dtype=torch.int32)
+    config = DecodeConfig(64, 4, 3, 3, stream=True, pairs=True)
+    decode(BF16, 128, 4, config, chunk_mass=torch.zeros(2, 8, 2))
+    decode(BF16, 128, 7, config, counters=counters)
+    decode(BF16, 64, 3, config)
+    decode(FP8, 128, 4, config, counters=counters)
+    decode(FP8, 64, 3, config)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
+@pytest.mark.parametrize(("group", "kernels"), [("copies", 9), ("fp8", 6), ("splits", 10), ("streams", 8)])
+def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{COMPILE}\n{group}()"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == kernels, done.stdout
