@@ -23,7 +23,7 @@ SPARE_CHUNKS = 64
 """Slots beyond those of the contexts: for chunks that are being filled, written back or recalled."""
 FREE_SHARE = 0.5
 """Of free memory, the most that hot or cold memory takes by itself."""
-GROUP_BATCHES = 4
+GROUP_BATCHES = 2
 """Batches of one call on a GPU: while some samples prefill, others decode."""
 GPU_PREFILL_TOKENS = 4096
 
@@ -41,8 +41,8 @@ class EngineBackend:
         config = self._llm.config
         # a column's own chunks: what it decodes, and the one that begins in the prompt
         chunks = -(-tokens // config.chunk_tokens) + self._columns * 3
-        batches = GROUP_BATCHES if self._llm.engine.pool.memory.device.type == "cuda" else 1
-        return max(1, min(self._llm.memory.arena.slots // chunks, batches * config.max_batch_size))
+        most = _group_size(config, self._llm.engine.pool.memory.device)
+        return max(1, min(self._llm.memory.arena.slots // chunks, most))
 
     def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
         completions = self._llm.generate(
@@ -74,8 +74,8 @@ def open_engine(
 ) -> LLM:
     """An engine for ``samples`` contexts of at most ``longest`` tokens. What the settings leave open is set to fit:
 
-    hot memory for a batch with everything resident, cold memory for all samples, as far as there is room; late
-    predictions are waited for, so that the machine's speed does not count; on a GPU prefill steps are long.
+    hot memory for a batch with everything resident, cold memory for the samples of one call, as far as there is room;
+    late predictions are waited for, so that the machine's speed does not count; on a GPU prefill steps are long.
     """
     path = resolve_model(config.model)
     device = pick_device(config.device)
@@ -93,6 +93,11 @@ def open_engine(
     settings.update(config.model_dump(include=config.model_fields_set - {"model"}))
     cold.update(memory.model_dump(include=memory.model_fields_set))
     return LLM(config.model, selection=selection, indexer=indexer, **settings, **cold)
+
+
+def _group_size(config: EngineConfig, device: torch.device) -> int:
+    """Most samples of one call."""
+    return config.max_batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
 
 
 def _share(free_bytes: int) -> int:

@@ -5,21 +5,23 @@ Wording and sizes are ours, chosen so that a model of 135M parameters can do the
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from itertools import chain, count, cycle
+from itertools import count
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers import corpus
+from forecache.workers.errors import InvalidRequestError
 
 Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions"]
 """needle: a number hidden in prose; multikey: one of four such; multivalue: all four of one subject; multiquery: one of
 each of four subjects; tracking: a number handed on from one to the next; words: the most frequent words of a list;
-questions: what a piece of documentation says, among many others."""
+questions: what one of four pieces of documentation in it says."""
 
 VERSION = 1
 """Of the tasks: raised when one changes, so that answers to others are not taken for answers to these."""
@@ -32,9 +34,9 @@ COMMON_WORDS = 5
 LISTED_WORDS = 35
 COMMON_FACTOR = 30
 """How much more often the words asked for are listed than each of the others."""
-QUOTED_WORDS = 6
-"""Words of a definition that a right answer begins with."""
-LONGEST_DEFINITION_WORDS = 40
+QUOTED_WORDS = 5
+"""Words that a description begins with, and a right answer holds."""
+SHORTEST_DESCRIPTION_WORDS, LONGEST_DESCRIPTION_WORDS = 8, 40
 LEAST_TOKENS = 512
 JOINT_TOKENS = 2
 """Where two pieces of text meet, tokens may come out differently; this many more at worst."""
@@ -109,7 +111,7 @@ class Pieces:
 class Riddle:
     """A question, its answers, and what hides them: ``facts`` go into the ``filler`` at random places, in their order.
 
-    ``filler``: the text of at most so many tokens.
+    ``filler``: the text, of at most so many tokens; ``reply``: what the prompt makes the reply begin with.
     """
 
     question: str
@@ -117,6 +119,7 @@ class Riddle:
     facts: tuple[str, ...]
     filler: Callable[[int], list[str]]
     separator: str = "\n\n"
+    reply: str = ""
 
 
 def score(sample: Sample, reply: str) -> float:
@@ -137,9 +140,8 @@ class Generator:
         self._seed = seed
         self._prose = Pieces.of(corpus.paragraphs(prose), "\n\n", tokenizer)
         self._taken = frozenset(re.findall(rf"\d{{{DIGITS}}}", " ".join(self._prose.texts)))
-        definitions, self._askable = _definitions()
-        self._definitions = len(definitions)
-        self._documents = Pieces.of([*definitions, *self._prose.texts], "\n\n", tokenizer)
+        plain = _plain(" ".join(self._prose.texts))
+        self._descriptions = [pair for pair in _descriptions() if _beginning(pair[1]) not in plain]
         self._nouns = Pieces.of(NOUNS, ", ", tokenizer)
         self._riddles: dict[Task, Callable[[random.Random], Riddle]] = {
             "needle": lambda rng: self._needles(rng, subjects=1, asked=1),
@@ -154,12 +156,13 @@ class Generator:
     @property
     def fingerprint(self) -> str:
         """Of the texts that samples are made of."""
-        return blake2b("\0".join(self._documents.texts).encode(), digest_size=8).hexdigest()
+        texts = [*self._prose.texts, *(f"{name} {text}" for name, text in self._descriptions)]
+        return blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
     def sample(self, task: Task, tokens: int, number: int) -> Sample:
         """Sample ``number`` of ``task`` for a context of ``tokens``, of which it leaves ``max_tokens`` to the reply.
 
-        Raises ValueError if ``tokens`` is too few.
+        Raises :class:`InvalidRequestError` if ``tokens`` is too few.
         """
         rng = random.Random(f"{self._seed} {task} {tokens} {number}")
         riddle = self._riddles[task](rng)
@@ -169,7 +172,7 @@ class Generator:
         while True:
             filler = riddle.filler(room - fixed)
             if not filler or tokens < LEAST_TOKENS:
-                raise ValueError(f"a context of {tokens} tokens is too short for the task '{task}'")
+                raise InvalidRequestError(f"a context of {tokens} tokens is too short for the task '{task}'")
             prompt = self._encode(riddle, places, filler)
             if len(prompt) <= room:
                 return Sample(task, tokens, number, prompt, riddle.answers, ANSWER_TOKENS[task])
@@ -184,19 +187,17 @@ class Generator:
         text = riddle.separator.join(pieces)
         message = f"{riddle.question}\n\n{text}\n\n{riddle.question}"
         if self._tokenizer.chat_template is None:
-            prompt = f"{message}\n\nAnswer:"
+            prompt = f"{message}\n\nAnswer: {riddle.reply}".rstrip()
         else:
-            prompt = str(
-                self._tokenizer.apply_chat_template(
-                    [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-                )
-            )
+            chat = [{"role": "user", "content": message}]
+            opened = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompt = f"{opened}{riddle.reply}"
         return tuple(self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _numbers(self, rng: random.Random, count: int) -> list[str]:
+    def _numbers(self, rng: random.Random, wanted: int) -> list[str]:
         """Different numbers of equal length that the prose does not hold."""
-        drawn = (str(n) for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), count + len(self._taken)))
-        return [number for number in drawn if number not in self._taken][:count]
+        drawn = (str(n) for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), wanted + len(self._taken)))
+        return [number for number in drawn if number not in self._taken][:wanted]
 
     def _hidden_in_prose(self, rng: random.Random) -> Callable[[int], list[str]]:
         size = len(self._prose.texts)
@@ -246,17 +247,18 @@ class Generator:
         return Riddle(question, common, (), fill, separator=", ")
 
     def _questions(self, rng: random.Random) -> Riddle:
-        """One definition among all the others; where these are not enough, prose follows."""
-        asked = rng.choice(self._askable)
-        others = [number for number in rng.sample(range(self._definitions), self._definitions) if number != asked]
-        prose = range(self._definitions, len(self._documents.texts))
-        definition = self._documents.texts[asked]
-        name, _, text = definition.partition(": ")
+        """Descriptions of parts of the standard library, as their authors wrote them."""
+        found = rng.sample(self._descriptions, NEEDLES)
+        name, text = found[0]
+        facts = [f'The description of {name} is: "{text}"' for name, text in found]
+        rng.shuffle(facts)
         return Riddle(
-            f"What does {name} do?",
+            f"What is the description of {name}?",
             (" ".join(text.split()[:QUOTED_WORDS]),),
-            (definition,),
-            lambda tokens: self._documents.fill(chain(others, cycle(prose)), tokens),
+            tuple(facts),
+            self._hidden_in_prose(rng),
+            # else a small model says what it makes of the name
+            reply=f'The description of {name} is: "',
         )
 
 
@@ -265,20 +267,16 @@ def _fact(name: str, number: str) -> str:
 
 
 @cache
-def _definitions() -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """All definitions that are short prose, as "name: text", and which of them can be asked for.
-
-    These begin in words that come in no other definition.
-    """
-    entries = [
+def _descriptions() -> tuple[tuple[str, str], ...]:
+    """(name, description) of what the standard library describes in a few words that begin like no others."""
+    found = [
         (name, text)
         for name, text in corpus.definitions()
-        if QUOTED_WORDS + 2 <= len(text.split()) <= LONGEST_DEFINITION_WORDS and corpus.is_prose(text)
+        if SHORTEST_DESCRIPTION_WORDS <= len(text.split()) <= LONGEST_DESCRIPTION_WORDS and corpus.is_prose(text)
     ]
-    everything = " ".join(f" {_plain(text)} " for _, text in entries)
-    askable = [
-        number
-        for number, (_, text) in enumerate(entries)
-        if everything.count(f" {_plain(' '.join(text.split()[:QUOTED_WORDS]))} ") == 1
-    ]
-    return tuple(f"{name}: {text}" for name, text in entries), tuple(askable)
+    beginnings = Counter(_beginning(text) for _, text in found)
+    return tuple((name, text) for name, text in found if beginnings[_beginning(text)] == 1)
+
+
+def _beginning(text: str) -> str:
+    return _plain(" ".join(text.split()[:QUOTED_WORDS]))

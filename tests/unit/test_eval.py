@@ -155,9 +155,13 @@ def test_more_samples_are_added_to_those_there(model: Path, tmp_path: Path) -> N
     assert {row["samples"] for row in rows(tmp_path)} == {"4"}
 
 
-def test_a_context_the_model_lacks_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contexts_too_long_or_too_short_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(model, tmp_path, "--lengths", "4K") == 2
     assert "context of 2048 tokens" in capsys.readouterr().err
+    assert run(model, tmp_path, "--lengths", "100") == 2
+    assert "100 tokens is too short" in capsys.readouterr().err
 
 
 class Oracle:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from forecache.workers.corpus import definitions, paragraphs
+from forecache.workers.errors import InvalidRequestError
 from forecache.workers.ruler import COMMON_FACTOR, COMMON_WORDS, HOPS, NEEDLES, Generator, Sample, Task, score
 
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -50,8 +51,9 @@ def of(generator: Generator, task: Task, tokens: int = 3000, count: int = 8) -> 
 def parts(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
     """(question, paragraphs between the two times it is asked)."""
     prompt = str(tokenizer.decode(list(sample.prompt_token_ids)))
-    assert prompt.startswith("<user>") and prompt.endswith("<assistant>")
-    question, *text, again = prompt.removeprefix("<user>").removesuffix("<assistant>").split("\n\n")
+    message, _, reply = prompt.removeprefix("<user>").partition("<assistant>")
+    question, *text, again = message.split("\n\n")
+    assert score(sample, reply) == 0
     assert question == again
     return question, text
 
@@ -170,19 +172,27 @@ def test_common_words_are_the_most_frequent_by_far(generator: Generator, tokeniz
         assert counts[COMMON_WORDS - 1][1] > COMMON_FACTOR / 4 * counts[COMMON_WORDS][1]
 
 
-def test_questions_are_answered_by_one_definition(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_questions_are_answered_by_one_description(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:
     real = dict(definitions())
     for sample in of(generator, "questions"):
         question, text = parts(sample, tokenizer)
-        right = [paragraph for paragraph in text if score(sample, paragraph) == 1]
-        assert len(right) == 1
-        name, _, definition = right[0].partition(": ")
-        assert name in question.split()
-        assert real[name] == definition
-        assert definition.startswith(sample.answers[0])
+        found = dict(re.findall(r'The description of (\S+) is: "(.*)"\n', "\n".join(text) + "\n"))
+        assert len(found) == NEEDLES
+        assert all(real[name] == description for name, description in found.items())
+        name = question.rstrip("?").split()[-1]
+        assert found[name].startswith(sample.answers[0])
+        assert [paragraph for paragraph in text if score(sample, paragraph) == 1] == [
+            f'The description of {name} is: "{found[name]}"'
+        ]
 
 
-@pytest.mark.parametrize("task", ["needle", "words", "questions"])
+def test_a_reply_may_be_begun_for_the_model(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:
+    sample = generator.sample("questions", 2000, 0)
+    prompt = str(tokenizer.decode(list(sample.prompt_token_ids)))
+    assert re.search(r'<assistant>The description of (\S+) is: "$', prompt)
+
+
+@pytest.mark.parametrize("task", ["needle", "words"])
 def test_long_contexts_have_enough_text(task: Task, generator: Generator) -> None:
     sample = generator.sample(task, 130_000, 0)
     assert len(sample.prompt_token_ids) > 130_000 - LONGEST_PIECE_TOKENS
@@ -203,7 +213,7 @@ def test_packages_have_prose_of_their_own() -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_too_short_a_context_is_refused(task: Task, generator: Generator) -> None:
-    with pytest.raises(ValueError, match="too short"):
+    with pytest.raises(InvalidRequestError, match="too short"):
         generator.sample(task, 100, 0)
 
 
