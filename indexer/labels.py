@@ -32,12 +32,14 @@ class WindowLabels:
     """Labels of R predictions over all chunks of a document.
 
     ``candidates``: bool [R, chunks]; ``golden``: bool [R, chunks], candidates only; ``event_mass``: float32 [R,
-    chunks], the sum of the events' shares on candidates; ``steps``: int64 [R], recorded steps of each window.
+    chunks], the sum of the events' shares on candidates; ``heads``: float32 [R, chunks], how many different heads had
+    an event there; ``steps``: int64 [R], recorded steps of each window.
     """
 
     candidates: Tensor
     golden: Tensor
     event_mass: Tensor
+    heads: Tensor
     steps: Tensor
 
 
@@ -88,5 +90,17 @@ def window_labels(
         candidates,
         candidates & (lookers >= rule.min_heads),
         (mass[last] - mass[first]).clamp(min=0) * candidates,
+        lookers * candidates,
         last - first,
     )
+
+
+def answer_labels(
+    document: RecordedDocument, rows: Tensor, lead: int | Tensor, rule: LabelRule, candidates: Tensor
+) -> Tensor:
+    """Chunks that hold the answer, for the predictions at ``rows`` in whose window it begins: bool [R, chunks]."""
+    first, last = window_rows(document, rows, lead, rule.window_steps)
+    begins = (first <= document.answer_step) & (document.answer_step < last)
+    numbers = torch.arange(candidates.shape[1], device=candidates.device)
+    holds = (numbers >= document.answer[0]) & (numbers < document.answer[1])
+    return candidates & holds & begins.unsqueeze(1)

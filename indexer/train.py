@@ -20,7 +20,7 @@ from forecache.indexer.checkpoint import CheckpointManifest, new_indexer, save_c
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.encoder import EncoderShape, MemoryIndexer
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.labels import LabelRule, window_labels
+from forecache.indexer.labels import LabelRule, answer_labels, window_labels
 from forecache.indexer.metrics import coverage, keep_masks, nan_mean, recall
 from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
 from forecache.indexer.train_state import Epoch, resume, save_state
@@ -35,11 +35,15 @@ VALIDATION_BUDGET = 0.10
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """``leads``: steps ahead that predictions are trained for, drawn anew for each. ``rows``: most predictions of one
+    """How to train.
+
+    ``leads``: steps ahead that predictions are trained for, drawn anew for each. ``rows``: most predictions of one
     document in one step. ``listwise``: weight of the ranking loss beside the focal one; ``retrieval``: the part of its
-    target that only counts events of the retrieval heads, on which answers depend. ``patience``: epochs without better
-    held-out coverage before training stops. Learning rates fall to zero along a cosine; the queries, which
-    start as the model's own, have their own rate."""
+    target that counts which retrieval heads look at a chunk at all, be it for the few steps of an answer; ``answer``:
+    the part that the answer's chunks have in windows in which it begins.
+    ``patience``: epochs without better held-out coverage before training stops. Learning rates fall to zero along a
+    cosine; the queries, which start as the model's own, have their own rate.
+    """
 
     epochs: int = 24
     documents_per_step: int = 4
@@ -52,6 +56,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     listwise: float = 1.0
     retrieval: float = 0.5
+    answer: float = 0.25
     patience: int = 5
     least_steps: int = 8
     bf16: bool = False
@@ -94,7 +99,10 @@ class IndexerLoss(nn.Module):
         focal = focal_loss(self.scale * logits + self.offset, labels.golden.float())
         focal = (focal * labels.candidates).sum(1) / labels.golden.sum(1).clamp(min=1)
         part = self._config.retrieval
-        wanted = (1 - part) * _normalised(labels.event_mass) + part * _normalised(retrieved.event_mass)
+        wanted = (1 - part) * _normalised(labels.event_mass) + part * _normalised(retrieved.heads)
+        answers = answer_labels(document, rows, lead, self._rule, labels.candidates)
+        told = self._config.answer * answers.any(1, keepdim=True)
+        wanted = (1 - told) * wanted + told * _normalised(answers.float())
         ranked = logits.masked_fill(~labels.candidates, -torch.inf).log_softmax(1).masked_fill(~labels.candidates, 0)
         return focal - self._config.listwise * (wanted * ranked).sum(1)
 

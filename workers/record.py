@@ -167,7 +167,8 @@ def _document(
     """One document from the capture's buffers; its last ``reply_tokens`` steps are those of its reply."""
     prompt, chunk_tokens = len(source.prompt_token_ids), described.chunk_tokens
     tokens, steps = prompt + reply_tokens, len(kept) + reply_tokens
-    positions = torch.tensor([*kept, *range(prompt, tokens)], device=backbone.device)
+    places = [*kept, *range(prompt, tokens)]
+    positions = torch.tensor(places, device=backbone.device)
     keys = capture.keys[:, number, :, :tokens]
     queries = capture.queries[:, number, :, :steps]
     hidden = capture.hidden[:, number, :steps].transpose(0, 1)
@@ -184,7 +185,7 @@ def _document(
         answer = (source.answer_span[0] // chunk_tokens, (source.answer_span[1] - 1) // chunk_tokens + 1)
         if source.answer_place < reply_tokens:
             answer_step = len(kept) - 1 + source.answer_place
-    breaks = [0, *(row for row in range(1, steps) if positions[row] != positions[row - 1] + 1), steps]
+    breaks = [0, *(row for row in range(1, steps) if places[row] != places[row - 1] + 1), steps]
     return RecordedDocument(
         task=source.task,
         text=source.text,
