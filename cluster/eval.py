@@ -21,12 +21,18 @@ from forecache.workers.decode.backbone import pick_device, pick_dtype
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import InvalidRequestError
-from forecache.workers.eval_engine import EngineBackend, open_engine
+from forecache.workers.eval_engine import LATE_POLICY, EngineBackend, open_engine
 from forecache.workers.eval_summary import summarize
 from forecache.workers.evaluate import COLUMNS, Backend, Clock, Column, Plan, Records, evaluate
 from forecache.workers.ruler import VERSION, Generator, Task
 
 KI = 1024
+NOT_IN_ANSWERS = {
+    *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # said otherwise, or by the columns
+    *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
+    *("cuda_graphs", "torch_compile", "overlap_steps"),
+}
+"""Settings of the engine that a run may change before it goes on."""
 DEFAULT_COLUMNS = ("full", "lookahead", "recency", "random")
 
 
@@ -187,9 +193,9 @@ def _identity(
     local: dict[str, Any] = {
         "device": processor(device.type),
         "dtype": str(pick_dtype(engine.dtype, device)).removeprefix("torch."),
-        "chunk_tokens": engine.chunk_tokens,
-        "window_steps": engine.window_steps,
-        "lead_steps": engine.lead_steps,
+        **engine.model_dump(exclude=NOT_IN_ANSWERS),
+        "late_policy": engine.late_policy if "late_policy" in engine.model_fields_set else LATE_POLICY,
+        "memory": config.memory.model_dump(include={"cold_dtype"}),
         "selection": config.selection.model_dump(),
         "indexer": config.indexer.model_dump(exclude={"threads"}),
         "torch": importlib.metadata.version("torch"),

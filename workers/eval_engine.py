@@ -25,7 +25,10 @@ FREE_SHARE = 0.5
 """Of free memory, the most that hot or cold memory takes by itself."""
 GROUP_BATCHES = 2
 """Batches of one call on a GPU: while some samples prefill, others decode."""
-GPU_PREFILL_TOKENS = 4096
+LATE_POLICY = "wait"
+"""Else answers would depend on the machine's speed."""
+PREFILL_SLICE_S = 1.0
+"""Nobody waits for the next token while others prefill."""
 
 
 class EngineBackend:
@@ -75,18 +78,17 @@ def open_engine(
     """An engine for ``samples`` contexts of at most ``longest`` tokens. What the settings leave open is set to fit:
 
     hot memory for a batch with everything resident, cold memory for the samples of one call, as far as there is room;
-    late predictions are waited for, so that the machine's speed does not count; on a GPU prefill steps are long.
+    late predictions are waited for; prefill steps are long.
     """
     path = resolve_model(config.model)
     device = pick_device(config.device)
     context_bytes = _context_bytes(path, config, longest)
-    settings: dict[str, Any] = {"late_policy": "wait"}
+    settings: dict[str, Any] = {"late_policy": LATE_POLICY, "prefill_slice_s": PREFILL_SLICE_S}
     cold: dict[str, Any] = {
         "cold_bytes": min(samples * context_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
     }
     if device.type == "cuda":
         settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(torch.cuda.mem_get_info(device)[0]))
-        settings["prefill_chunk_tokens"] = GPU_PREFILL_TOKENS
     else:
         free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - cold["cold_bytes"]
         settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(free_bytes))
