@@ -100,11 +100,11 @@ def attend(
     ops.store_kv(k, v, pool.kv, layer, batch.slots, batch.offsets, scale=pool.scale)
     if batch.capture is not None:
         batch.capture.add(layer, q)
-    if batch.decode is not None and not batch.streams:
+    rows = 0 if batch.decode is None else len(batch.decode.context_lens)
+    if batch.decode is not None and rows == len(q):
         return _attend_rows(q, layer, pool, batch.decode, scaling).unsqueeze(0), None
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if batch.decode is not None:
-        rows = batch.decode.block_table.shape[0]
         out[:rows] = _attend_rows(q[:rows], layer, pool, batch.decode, scaling)
     for number, stream in enumerate(batch.streams):
         own = slice(stream.start, stream.stop)

@@ -42,6 +42,13 @@ class Backbone:
         return self.model.config
 
     @property
+    def linear_equal(self) -> float:
+        """Past tokens over which attention costs a token as much as all weights do."""
+        geometry = self.geometry
+        # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
+        return self.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim)
+
+    @property
     def body_parameters(self) -> int:
         """Weights that every token passes through: all but the embeddings of tokens and the output layer."""
         vocabulary = int(self.config.vocab_size)

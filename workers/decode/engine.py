@@ -73,15 +73,11 @@ class Engine:
             backbone, self.pool, memory.arena, spec, max_rows=config.max_batch_size, cold_layout=cold
         )
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
-        self.windows = WindowCycle(config, selection, spec, self.pool, memory.arena, self._prefetcher, indexer)
-        geometry = backbone.geometry
+        self.windows = WindowCycle(
+            config, selection, self.pool, memory.arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots
+        )
         self._scheduler = Scheduler(
-            config,
-            self.pool,
-            self.windows,
-            cold_slots=memory.arena.slots,
-            # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
-            linear_equal=backbone.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim),
+            config, self.pool, self.windows, cold_slots=memory.arena.slots, linear_equal=backbone.linear_equal
         )
         if backbone.device.type == "cuda":
             self._runner.warm_up(

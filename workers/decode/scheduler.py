@@ -132,8 +132,8 @@ class Scheduler:
             if seq.streamed and (alone or self._steps % STREAMED_SHARE == 0) and self._open(seq, 1):
                 streams.append(StreamPart(seq, 1))
         budget = self._prefill_chunk_tokens
-        # slots that nobody was promised: a chunk that prefill completes needs its own only until it was written back
-        spare = self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
+        # a chunk that prefill completes needs its slot only until it was written back
+        spare = self.spare_slots
         for seq in prefilling:
             if budget < 1:
                 break
@@ -159,6 +159,11 @@ class Scheduler:
         if seq.state is not State.DECODE or self._windows.blocked(seq):
             return False
         return len(seq.token_ids) + seq.awaited_tokens < seq.max_len
+
+    @property
+    def spare_slots(self) -> int:
+        """Slots of the pool that no running sequence was promised."""
+        return self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
 
     def _needs_mass(self, seq: Sequence) -> bool:
         return seq.policy == "lookahead" and not seq.streamed

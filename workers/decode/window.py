@@ -6,6 +6,7 @@ old set; at the boundary, between two steps, the new set takes over. What comes 
 
 import logging
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from forecache.indexer.config import SelectionConfig
-from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import budget_chunks, select
 from forecache.workers.decode.config import EngineConfig
@@ -53,25 +53,28 @@ class Turn:
 
 
 class WindowCycle:
-    """Turns of all sequences of one engine. Runs in the engine's thread."""
+    """Turns of all sequences of one engine. Runs in the engine's thread.
+
+    ``spare`` tells how many slots of the pool no sequence was promised: a turn may borrow them.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         selection: SelectionConfig,
-        spec: IndexSpec,
         pool: HotPool,
         arena: Arena,
         prefetcher: Prefetcher,
         indexer: Indexer,
+        spare: Callable[[], int],
     ) -> None:
         self._config = config
         self._selection = selection
-        self._spec = spec
         self._pool = pool
         self._arena_path = str(arena.path)
         self._prefetcher = prefetcher
         self._indexer = indexer
+        self._spare = spare
         self._turns: dict[Sequence, Turn] = {}
         self._boundaries: dict[Sequence, int] = {}
 
@@ -82,10 +85,11 @@ class WindowCycle:
         return budget_chunks(chunks, seq.keep_ratio, self._selection)
 
     def widest_table(self, max_tokens: int) -> int:
-        """Most slots that a decode step of a sequence of ``max_tokens`` reads, at the configured keep ratio."""
+        """Most slots that a decode step of a sequence of ``max_tokens`` reads, at the configured keep ratio: the set,
+        and what was completed since it was chosen, which was up to two windows ago."""
         config = self._config
         budget = budget_chunks(-(-max_tokens // config.chunk_tokens), config.keep_ratio, self._selection)
-        return min(budget + config.window_steps // config.chunk_tokens + 2, self._pool.num_slots)
+        return min(budget + 2 * (config.window_steps // config.chunk_tokens) + 4, self._pool.num_slots)
 
     def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
         """Prefill is over: choose the first set from the last prompt tokens' attention ``mass`` [chunks].
@@ -237,7 +241,7 @@ class WindowCycle:
         # the tokens up to the boundary need slots too, before the swap gives any back
         tail = seq.tail_tokens + max(turn.boundary - seq.decode_steps, 0) + 1
         filling = max(len(seq.open_slots), -(-tail // seq.chunk_tokens))
-        room = max(seq.reserved_slots - len(seq.resident) - filling, 0)
+        room = max(seq.reserved_slots + self._spare() - len(seq.resident) - filling, 0)
         turn.selected = frozenset(chosen) - frozenset(wanted[room:])
         turn.wanted = wanted[:room]
         self._bring_in(seq, turn)
