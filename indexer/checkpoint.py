@@ -1,6 +1,5 @@
 """A trained indexer on disk: weights as safetensors, and beside them a JSON manifest that says for which model."""
 
-import json
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +15,20 @@ from forecache.indexer.queries import QueryProjection
 from forecache.indexer.shards import Recording, ShardManifest
 
 PACKAGED_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+MODEL_FACTS = (
+    "model_type",
+    "layers",
+    "attention_heads",
+    "kv_heads",
+    "head_dim",
+    "hidden_size",
+    "scale",
+    "chunk_tokens",
+    "rope_scaling",
+    "index_kv_heads",
+)
 
 
 class CheckpointError(ValueError):
@@ -92,10 +105,19 @@ class CheckpointManifest(BaseModel):
             dtype=torch.int8,
         )
 
-    def differences(self, recorded: ShardManifest) -> list[str]:
-        """Facts in which the recorded model is another than the checkpoint's."""
-        same = set(CheckpointManifest.model_fields) & set(ShardManifest.model_fields) - {"model_name", "format_version"}
-        return sorted(name for name in same if getattr(self, name) != getattr(recorded, name))
+    def differences(self, model: ShardManifest | dict[str, object]) -> list[str]:
+        """Facts of ``model``, a recording's manifest or some of these fields, in which it is another than ours.
+
+        Equal weights make the same model, and so does a name of the same family: a fine-tune's heads do the same, and
+        another release of transformers writes another configuration, which the fingerprint covers.
+        """
+        facts = model.model_dump() if isinstance(model, ShardManifest) else model
+        compared = [name for name in MODEL_FACTS if name in facts]
+        different = [name for name in compared if getattr(self, name) != facts[name]]
+        names = (self.model_name, str(facts.get("model_name", "")))
+        if facts.get("weights_fingerprint") != self.weights_fingerprint and not _same_family(*names):
+            different.append("model_name")
+        return different
 
 
 def new_indexer(recording: Recording, shape: EncoderShape) -> MemoryIndexer:
@@ -119,18 +141,15 @@ def save_checkpoint(path: Path, indexer: MemoryIndexer, manifest: CheckpointMani
 
 def load_checkpoint(path: Path) -> tuple[MemoryIndexer, CheckpointManifest]:
     """The indexer in float32 on CPU. Raises :class:`CheckpointError` for what is missing, damaged or mixed up."""
-    beside = path.with_suffix(".json")
+    manifest = load_manifest(path)
     try:
-        manifest = CheckpointManifest.model_validate_json(beside.read_text(encoding="utf-8"))
         weights = load_file(path)
     except OSError as error:
         raise CheckpointError(f"can't read the indexer {path}: {error}") from error
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{beside} is not an indexer's manifest: {error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if _digest(path) != manifest.digest:
-        raise CheckpointError(f"{path} and {beside.name} do not belong together: the digests differ")
+        raise CheckpointError(f"{path} and its manifest do not belong together: the digests differ")
     prefix = "projection."
     weights = {name: tensor.float() for name, tensor in weights.items()}
     seed = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -140,6 +159,43 @@ def load_checkpoint(path: Path) -> tuple[MemoryIndexer, CheckpointManifest]:
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} lacks weights, or has some of another shape: {error}") from error
     return indexer.eval(), manifest
+
+
+def find_checkpoint(setting: str, model: dict[str, object]) -> Path | None:
+    """The checkpoint for a model: ``setting`` is "auto" (one that came with the package), "none", or a path.
+
+    ``model``: its ``model_name`` and whatever of :data:`MODEL_FACTS` and ``weights_fingerprint`` is known. Raises
+    :class:`CheckpointError` when a path's checkpoint is unreadable or for another model.
+    """
+    if setting == "none":
+        return None
+    if setting == "auto":
+        packaged = sorted(PACKAGED_CHECKPOINTS.glob("*.safetensors"))
+        return next((path for path in packaged if not load_manifest(path).differences(model)), None)
+    path = Path(setting)
+    if differences := load_manifest(path).differences(model):
+        raise CheckpointError(
+            f"{path} was trained for another model ({', '.join(differences)} differ): record and train one with "
+            "`forecache indexer record` and `train`, or set the indexer to none"
+        )
+    return path
+
+
+def load_manifest(path: Path) -> CheckpointManifest:
+    """The manifest of the checkpoint ``path``. Raises :class:`CheckpointError` if it is missing or is none."""
+    beside = path.with_suffix(".json")
+    try:
+        return CheckpointManifest.model_validate_json(beside.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"can't read the indexer's manifest {beside}: {error.strerror}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{beside} is not an indexer's manifest: {error}") from error
+
+
+def _same_family(one: str, other: str) -> bool:
+    """Whether the last part of one name begins with the other's, whatever the case."""
+    one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
+    return bool(one and other) and (one.startswith(other) or other.startswith(one))
 
 
 def _indexer(

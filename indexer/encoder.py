@@ -138,7 +138,8 @@ def chunk_log_shares(spec: IndexSpec, keys: Tensor, queries: Tensor, positions: 
     parts: list[Tensor] = []
     order: list[int] = []
     for kv, members in enumerate(spec.queries_of_kv):
-        logits = torch.einsum("shd,td->sht", scaled[:, list(members)], keys[kv])
+        # in mixed precision the product is bf16; its sums must not be
+        logits = torch.einsum("shd,td->sht", scaled[:, list(members)], keys[kv]).float()
         logits = logits.masked_fill(ahead.unsqueeze(1), -torch.inf)
         parts.append(_lse(logits.view(*logits.shape[:2], -1, spec.chunk_tokens)))
         order.extend(members)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from forecache.indexer.checkpoint import CheckpointError, CheckpointManifest, load_checkpoint, new_indexer
+from forecache.indexer.checkpoint import (
+    CheckpointError,
+    CheckpointManifest,
+    find_checkpoint,
+    load_checkpoint,
+    new_indexer,
+)
 from forecache.indexer.encoder import LEAST_LOG_SHARE, SIBLING_LOG_WEIGHT, EncoderShape, decode_records
 from forecache.indexer.evaluate import SCORERS, as_records, evaluate, gap_closed, table
 from forecache.indexer.index_keys import chunk_lse, encode_chunks, score_chunks
@@ -298,15 +305,31 @@ def test_training_stops_when_held_out_documents_gain_nothing(recording: Path, tm
     assert len(curve) == 3 and len({epoch.coverage for epoch in curve}) == 1
 
 
+def test_mixed_precision_learns_too(recording: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, epochs=2, bf16=True)
+    curve = train(recording, tmp_path / "mixed.safetensors", config=config, shape=SHAPE, rule=RULE, device="cpu")
+    assert curve[1].train_loss < 0.9 * curve[0].train_loss
+    indexer, _ = load_checkpoint(tmp_path / "mixed.safetensors")
+    assert all(weight.dtype == torch.float32 and bool(weight.isfinite().all()) for weight in indexer.parameters())
+
+
 def test_checkpoints_tell_their_model_and_are_not_mixed_up(recording: Path, trained: Path, tmp_path: Path) -> None:
     _, told = load_checkpoint(trained)
     described = Recording(recording).manifest
     assert told.differences(described) == []
     assert told.index_fingerprint == described.index_spec.fingerprint == told.index_spec.fingerprint
-    assert told.differences(described.model_copy(update={"weights_fingerprint": "ff"})) == ["weights_fingerprint"]
+    assert told.differences(described.model_copy(update={"weights_fingerprint": "ff"})) == [], "of the same name"
+    another = {"weights_fingerprint": "ff", "model_name": "other"}
+    assert told.differences(described.model_copy(update=another)) == ["model_name"]
+    assert told.differences({"model_name": "org/Made-Up-Instruct", "layers": 9}) == ["layers"]
+    assert find_checkpoint("none", {"model_name": "made-up"}) is None
+    assert find_checkpoint(str(trained), {"model_name": "org/Made-Up-Instruct", "layers": LAYERS}) == trained
+    assert find_checkpoint("auto", {"model_name": "made-up", "layers": LAYERS}) is None
+    with pytest.raises(CheckpointError, match="model_name"):
+        find_checkpoint(str(trained), {"model_name": "other", "layers": LAYERS})
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(trained.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(CheckpointError, match="can't read"):
+    with pytest.raises(CheckpointError, match="can't read the indexer's manifest"):
         load_checkpoint(copy)
     copy.with_suffix(".json").write_text(trained.with_suffix(".json").read_text(encoding="utf-8"), encoding="utf-8")
     changed = bytearray(trained.read_bytes())
@@ -314,11 +337,11 @@ def test_checkpoints_tell_their_model_and_are_not_mixed_up(recording: Path, trai
     copy.write_bytes(changed)
     with pytest.raises(CheckpointError, match="do not belong together"):
         load_checkpoint(copy)
-    other = described.model_copy(update={"weights_fingerprint": "ff", "documents": 6})
+    other = described.model_copy(update=another | {"documents": 6})
     (tmp_path / "other").mkdir()
     other.save(tmp_path / "other")
     write_shard(tmp_path / "other", 0, [make_document(1, "eval")])
-    with pytest.raises(CheckpointError, match="weights_fingerprint"):
+    with pytest.raises(CheckpointError, match="model_name"):
         evaluate(tmp_path / "other", trained)
     assert CheckpointManifest.model_validate_json(told.model_dump_json()) == told
 
