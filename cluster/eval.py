@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +51,8 @@ def main(argv: list[str]) -> int:
         done, records, identity = _run(plan, config, args, clock, say)
     summary = summarize(plan, records)
     show(summary, identity)
-    write(summary, identity, args.out, complete=done)
+    machine = "a server" if args.url is not None else processor(pick_device(config.engine.device).type)
+    write(summary, identity, args.out, machine=machine, complete=done)
     if not done:
         left = records.missing(plan, plan.columns)
         print(f"time is up: {left} answers are left; the same command goes on where it stopped")
@@ -187,11 +187,11 @@ def _by_engine(columns: Sequence[Column]) -> list[list[Column]]:
 def _identity(
     args: argparse.Namespace, config: ServeConfig, generator: Generator, server: HttpBackend | None, model: str
 ) -> dict[str, Any]:
-    """What the answers depend on, and where they were made."""
+    """What the answers depend on."""
     engine = config.engine
     device = pick_device(engine.device)
     local: dict[str, Any] = {
-        "device": processor(device.type),
+        "device": device.type,
         "dtype": str(pick_dtype(engine.dtype, device)).removeprefix("torch."),
         **engine.model_dump(exclude=NOT_IN_ANSWERS),
         "late_policy": engine.late_policy if "late_policy" in engine.model_fields_set else LATE_POLICY,
@@ -209,6 +209,5 @@ def _identity(
         "keep_ratio": engine.keep_ratio,
         "over": "engine" if server is None else "http",
         **(local if server is None else {"served": server.model}),
-        "python": platform.python_version(),
         "transformers": importlib.metadata.version("transformers"),
     }

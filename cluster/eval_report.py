@@ -15,7 +15,7 @@ from forecache.workers.eval_summary import LEAST_ACCURACY, CellResult, ColumnRes
 TABLE_FILE, SUMMARY_FILE = "accuracy.csv", "accuracy.json"
 
 
-def write(summary: Summary, identity: dict[str, Any], out: Path, *, complete: bool) -> None:
+def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str, complete: bool) -> None:
     """A CSV line for every cell, and all figures as JSON. ``complete``: nothing is left to be asked."""
     with (out / TABLE_FILE).open("w", newline="", encoding="utf-8") as file:
         common = {name: identity[name] for name in ("model", "prose", "over", "transformers")}
@@ -25,6 +25,7 @@ def write(summary: Summary, identity: dict[str, Any], out: Path, *, complete: bo
         writer.writerows({**asdict(cell), **common} for cell in summary.cells)
     found = {
         "complete": complete,
+        "machine": machine,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": identity,
         "cells": [asdict(cell) for cell in summary.cells],

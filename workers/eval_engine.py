@@ -1,6 +1,5 @@
 """Evaluation in process: an `LLM` with memory for what the tasks need."""
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -83,15 +82,16 @@ def open_engine(
     path = resolve_model(config.model)
     device = pick_device(config.device)
     context_bytes = _context_bytes(path, config, longest)
-    settings: dict[str, Any] = {"late_policy": LATE_POLICY, "prefill_slice_s": PREFILL_SLICE_S}
-    cold: dict[str, Any] = {
-        "cold_bytes": min(samples * context_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
+    group_bytes = min(samples, _group_size(config, device)) * context_bytes
+    cold_bytes = min(group_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
+    on_gpu = device.type == "cuda"
+    free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else _available_bytes() - cold_bytes
+    settings: dict[str, Any] = {
+        "late_policy": LATE_POLICY,
+        "prefill_slice_s": PREFILL_SLICE_S,
+        "hot_bytes": min(config.max_batch_size * context_bytes, _share(free_bytes)),
     }
-    if device.type == "cuda":
-        settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(torch.cuda.mem_get_info(device)[0]))
-    else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") - cold["cold_bytes"]
-        settings["hot_bytes"] = min(config.max_batch_size * context_bytes, _share(free_bytes))
+    cold: dict[str, Any] = {"cold_bytes": cold_bytes}
     settings.update(config.model_dump(include=config.model_fields_set - {"model"}))
     cold.update(memory.model_dump(include=memory.model_fields_set))
     return LLM(config.model, selection=selection, indexer=indexer, **settings, **cold)
@@ -100,6 +100,12 @@ def open_engine(
 def _group_size(config: EngineConfig, device: torch.device) -> int:
     """Most samples of one call."""
     return config.max_batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping (``MemAvailable`` of Linux)."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _share(free_bytes: int) -> int:
