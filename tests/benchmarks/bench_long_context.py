@@ -14,6 +14,7 @@ the last line is JSON.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -49,8 +50,11 @@ CONTEXTS = {
 }
 TINY_CONTEXTS = {"decode": [1280], "prefill": [256, 1600], "resume": [1280], "real": [768], "profile": [512]}
 TINY_CHUNK_BYTES = 8192
-SAID = ("row", "context", "concurrency", "p50_ms", "over_floor", "tokens_per_s", "settled_tokens_per_s", "turnover",
-        "loss_to_recall", "ttft_p50_s", "prefill_tokens_per_s", "tflop_per_s", "copy_share", "note")  # fmt: skip
+SAID = (
+    *("row", "context", "concurrency", "p50_ms", "over_floor", "tokens_per_s", "settled_tokens_per_s"),
+    *("turnover", "turnover_per_window", "predict_p50_ms", "late_windows", "loss_to_recall"),
+    *("ttft_p50_s", "prefill_tokens_per_s", "tflop_per_s", "copy_share", "note"),
+)
 """Columns that are printed as a row is done; all are in the file."""
 
 
@@ -79,12 +83,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stdout)
     rows: list[Row] = []
     with opened(args) as bench:
         for row in measure(bench, contexts_of(args), args.out):
             append_row(args.out / "long-context.csv", row)
             rows.append(row)
-            print("  ".join(f"{k} {v}" for k, v in dataclasses.asdict(row).items() if k in SAID and v is not None))
+            print(
+                "  ".join(f"{k} {v}" for k, v in dataclasses.asdict(row).items() if k in SAID and v not in (None, ""))
+            )
             sys.stdout.flush()
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
     return 0

@@ -221,21 +221,25 @@ class Bench:
             loss_to_recall=None if baseline is None else 1 - settled.tokens_per_s / baseline,
             cached_tokens=min(one.cached_tokens for one in stats),
             resident_bytes=resident,
-            **self._turnover(settled, settled_from, settled_to),
+            **self._turnover(settled, len(tracks), settled_from, settled_to),
             **times,
             **values,
         )
 
-    def _turnover(self, settled: Steady, before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    def _turnover(self, settled: Steady, concurrency: int, before: EngineStats, after: EngineStats) -> dict[str, Any]:
         """What was recalled in the settled time, whose statistics at its begin and end are given."""
         turns = [turn for turn in self.indexer.turns if settled.start_s <= turn.at_s <= settled.end_s]
+        windows = concurrency * len(settled.gaps_s) / self.llm.config.window_steps
         recalled = after.recalled_chunks - before.recalled_chunks
         scored = sum(turn.scored for turn in turns)
         recall_s = after.recall_s - before.recall_s
         return {
             "turnover_asked": self.indexer.turnover,
             "turnover": recalled / scored if scored else None,
+            "turnover_per_window": recalled * len(turns) / scored / windows if scored else None,
             "turns": len(turns),
+            "windows": windows,
+            "predict_p50_ms": percentiles([turn.at_s - turn.asked_s for turn in turns])[1] * 1e3 if turns else None,
             "recalled_chunks": recalled,
             "recall_gb_per_s": (after.recall_bytes - before.recall_bytes) / recall_s / 1e9 if recall_s else None,
             "stall_s": after.prefetch_stall_s - before.prefetch_stall_s,

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 class Row:
     """One measurement; what makes no sense for a row is empty. GB are 10^9 bytes.
 
-    ``kv``: whether the prompt's K/V were computed, or one synthetic chunk stands for all of them. ``tokens_per_s``
-    is over the time in which all requests decode (its steps: ``p20_ms`` to ``p80_ms``), ``settled_tokens_per_s`` over
-    the part of it in which each is past its first window, whose boundaries are denser. Of that part are ``turns``,
-    ``turnover`` (share of the chunks that scores bring in which a turn recalled), ``recalled_chunks``,
-    ``recall_gb_per_s``, ``stall_s`` (time the engine waited for copies) and ``loss_to_recall`` (of tokens per second,
-    against turnover 0). ``floor_ms``: weights + resident K/V over ``copy_gb_per_s`` (read and written). ``copy_share``:
-    device time of all that only moves K/V, over the time of the prefill steps it was seen in; it may run beside the
-    rest. ``ttft``: time to first token; ``floor_s``, for a resumed session: its bytes over ``host_copy_gb_per_s``.
+    - ``kv``: whether the prompt's K/V were computed, or one synthetic chunk stands for all of them.
+    - ``tokens_per_s``, and ``p20_ms`` to ``p80_ms`` of its steps: over the time in which all requests decode.
+      ``floor_ms`` of a step: weights + resident K/V over ``copy_gb_per_s`` (read and written).
+    - ``settled_tokens_per_s``: over the part of it in which each is past its first window, whose boundaries are denser.
+      All of turnover and recall is of that part: ``turns`` are predictions, fewer than ``windows``, those that passed,
+      when the indexer is too slow (``predict_p50_ms``, from question to answer); ``turnover`` is the share of chunks
+      brought in by scores that a turn recalled, ``turnover_per_window`` the same for each window that passed;
+      ``stall_s`` is time the engine waited for copies; ``loss_to_recall`` is of tokens per second, against turnover 0.
+    - ``copy_share``: device time of all that only moves K/V, over the time of the prefill steps it was seen in; it may
+      run beside the rest.
+    - ``ttft``: time to first token; ``floor_s``, of a resumed session: its bytes over ``host_copy_gb_per_s``.
     """
 
     row: str
@@ -28,7 +31,10 @@ class Row:
     kept_ratio: float | None = None
     turnover_asked: float | None = None
     turnover: float | None = None
+    turnover_per_window: float | None = None
     turns: int | None = None
+    windows: float | None = None
+    predict_p50_ms: float | None = None
     late_windows: int | None = None
     recalled_chunks: int | None = None
     recall_gb_per_s: float | None = None

@@ -22,7 +22,7 @@ def device_times(step: Callable[[], None], steps: int) -> tuple[profile, float]:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with profile(activities=activities) as profiled:
+    with profile(activities=activities, acc_events=True) as profiled:
         for _ in range(steps):
             step()
         if torch.cuda.is_available():

@@ -29,10 +29,11 @@ KV_STD = 0.5
 class Turn:
     """A prediction: of ``scored`` chunks that scores bring in, ``replaced`` are new (``None``: it was not imposed).
 
-    ``at_s``: when, by `time.perf_counter`.
+    ``asked_s``, ``at_s``: when it was asked for and answered, by `time.perf_counter`.
     """
 
     sequence_id: str
+    asked_s: float
     at_s: float
     scored: int
     replaced: int | None
@@ -72,6 +73,7 @@ class SyntheticIndexer:
 
     def predict(self, request: PredictRequest) -> Future[Prediction]:
         answer: Future[Prediction] = Future()
+        asked_s = time.perf_counter()
         answer.set_running_or_notify_cancel()
 
         def settle(asked: Future[Prediction]) -> None:
@@ -79,7 +81,7 @@ class SyntheticIndexer:
             if error is not None:
                 answer.set_exception(error)
             else:
-                answer.set_result(self._imposed(asked.result()))
+                answer.set_result(self._imposed(asked.result(), asked_s))
 
         self._inner.predict(request).add_done_callback(settle)
         return answer
@@ -87,28 +89,29 @@ class SyntheticIndexer:
     def close(self) -> None:
         self._inner.close()
 
-    def _imposed(self, prediction: Prediction) -> Prediction:
+    def _imposed(self, prediction: Prediction, asked_s: float) -> Prediction:
         """The answer to give for ``prediction``; it is noted in ``turns``."""
+        sequence_id = prediction.sequence_id
         chunks = len(prediction.scores)
         scored = scored_chunks(chunks, self._keep_ratio, self._selection)
         recency = recency_chunks(budget_chunks(chunks, self._keep_ratio, self._selection), self._selection)
         candidates = range(self._selection.sink_chunks, chunks - recency)
         with self._lock:
             if self.turnover is None:
-                self.turns.append(Turn(prediction.sequence_id, time.perf_counter(), scored, None))
+                self.turns.append(Turn(sequence_id, asked_s, time.perf_counter(), scored, None))
                 return prediction
-            chosen = self._chosen.get(prediction.sequence_id)
+            chosen = self._chosen.get(sequence_id)
             if chosen is None:
-                chosen = self._chosen[prediction.sequence_id] = _Chosen(cursor=candidates.start)
+                chosen = self._chosen[sequence_id] = _Chosen(cursor=candidates.start)
                 order = np.argsort(prediction.scores[candidates.start : candidates.stop], kind="stable")
                 chosen.chunks.extend((order[::-1][:scored] + candidates.start).tolist())
                 replaced = 0
             else:
                 replaced = _turn(chosen, candidates, scored, self.turnover)
-            self.turns.append(Turn(prediction.sequence_id, time.perf_counter(), scored, replaced))
+            self.turns.append(Turn(sequence_id, asked_s, time.perf_counter(), scored, replaced))
             scores = np.zeros(chunks, dtype=np.float32)
             scores[list(chosen.chunks)] = 1.0
-            return Prediction(prediction.sequence_id, scores)
+            return Prediction(sequence_id, scores)
 
 
 def scored_chunks(chunks: int, keep_ratio: float, selection: SelectionConfig) -> int:

@@ -61,6 +61,10 @@ def test_decode_rows_have_the_asked_turnover(decoded: list[tuple[Any, list[Any]]
         assert min(of_turns) - 0.01 <= mean <= max(of_turns) + 0.01
         later = [turn for turn in turns if turn.replaced]
         assert all(turn.replaced == round(row.turnover_asked * turn.scored) for turn in later if turn.scored == 10)
+        assert 70 <= row.windows * 16 / row.concurrency <= 79
+        per_window = row.recalled_chunks / mean / row.windows
+        assert row.turnover_per_window == pytest.approx(per_window, rel=0.01)
+        assert all(turn.asked_s <= turn.at_s for turn in turns) and row.predict_p50_ms > 0
     # a budget that grows asks for a chunk of its own; at 100 % a turn brings in no more than was reserved for it
     still, fifth, whole = (row for row, _ in decoded)
     assert still.recalled_chunks <= still.concurrency and not any(turn.replaced for turn in decoded[0][1])
