@@ -71,13 +71,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cold-gib", type=float, help="GiB of the arena; default: what is free, less 10")
     parser.add_argument("--hot-gib", type=float, default=24.0, help="GiB of the hot pool")
     parser.add_argument("--repeat", type=int, default=5, help="timed resumptions")
-    parser.add_argument("--threads", type=int, default=8, help="threads that fill the arena, and of the indexer")
+    parser.add_argument("--fill-threads", type=int, default=8, help="threads that fill the arena")
+    parser.add_argument("--indexer-threads", type=int, default=1, help="CPU threads of the indexer")
     parser.add_argument("--time-limit-s", type=float, default=1e9, help="ends a real prefill; no row starts after it")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of LLM")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and short contexts, on the CPU")
     args = parser.parse_args(argv)
     if args.tiny:
-        args.shape, args.threads, args.keep_ratio, args.max_tokens = "tiny", 1, 0.2, 96
+        args.shape, args.fill_threads, args.keep_ratio, args.max_tokens = "tiny", 1, 0.2, 96
     return args
 
 
@@ -115,7 +116,7 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
         with LLM(
             directory,
             selection=selection,
-            indexer=IndexerConfig(manifest=str(heads), threads=args.threads),
+            indexer=IndexerConfig(manifest=str(heads), threads=args.indexer_threads),
             wrap_indexer=wrap,
             **settings,
         ) as llm:
@@ -129,7 +130,7 @@ def opened(args: argparse.Namespace) -> Iterator[Bench]:
                 concurrency=args.concurrency,
                 turnovers=tuple(args.turnover),
                 repeat=args.repeat,
-                fill_threads=args.threads,
+                fill_threads=args.fill_threads,
                 deadline_s=begun + args.time_limit_s,
                 start_s=start_s,
             )
