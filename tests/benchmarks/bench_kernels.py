@@ -1,4 +1,4 @@
-"""Speed of the kernels: bandwidth of copies, decode and gather, TFLOP/s of prefill, and a sweep of settings.
+"""Speed of the kernels: bandwidth of decode and of all that moves chunks, TFLOP/s of prefill, and a sweep of settings.
 
     python tests/benchmarks/bench_kernels.py --out DIR            # all measurements, as CSV
     python tests/benchmarks/bench_kernels.py --sweep --out DIR    # settings for kernels/tuning.py
@@ -9,151 +9,28 @@ layers, so that neither Python nor the cache is measured. The last line printed 
 """
 
 import argparse
-import csv
 import itertools
 import json
-import math
-import platform
+import mmap
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+from kernel_timing import CACHE_BYTES, CHUNK_TOKENS, Bench, DecodeInputs, DecodeShape
 from torch import Tensor
 
 from forecache.kernels import ops, prefill, tuning
-from forecache.kernels.tuning import DecodeConfig
 
-CHUNK_TOKENS = 64
-CACHE_BYTES = 512 << 20  # a rotation over more than this leaves nothing in any GPU's L2
-Decode = Callable[..., tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement; times in milliseconds of one call, ``value`` from the median."""
-
-    name: str
-    shape: str
-    dtype: str
-    settings: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    value: float
-    unit: str
-    of_copy: float | None
-    gpu: str
-    torch: str
-    triton: str
-    date: str
-
-
-@dataclass(frozen=True)
-class DecodeShape:
-    batch: int
-    context_tokens: int
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtype: torch.dtype = torch.bfloat16
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of keys and values that one call reads."""
-        row = 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-        return self.batch * self.context_tokens * row
-
-    def __str__(self) -> str:
-        return f"{self.batch}x{self.context_tokens} h{self.heads}/{self.kv_heads} d{self.head_dim}"
-
-
-class Bench:
-    """Times calls on one device and collects rows."""
-
-    def __init__(self, device: torch.device, quick: bool) -> None:
-        self.device, self.quick = device, quick
-        self.rows: list[Row] = []
-        self.copy_bytes_per_s = math.nan
-        on_gpu = device.type == "cuda"
-        self.gpu = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu"
-        self.triton = __import__("triton").__version__ if on_gpu else "not used"
-
-    def times_s(self, call: Callable[[int], object], calls: int = 1, graph: bool = False) -> list[float]:
-        """Seconds of one call, sorted; ``call(i)`` runs with ``i`` from 0 to ``calls - 1`` in turn."""
-
-        def run() -> None:
-            for i in range(calls):
-                call(i)
-
-        for _ in range(2):
-            run()
-        if self.device.type != "cuda":
-            return sorted(self._clock_s(run) / calls for _ in range(3 if self.quick else 15))
-        torch.cuda.synchronize()
-        replay = run
-        if graph:
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                run()
-            replay = captured.replay
-            replay()
-        marks = [torch.Event(self.device, enable_timing=True) for _ in range(10 if self.quick else 50)]
-        pairs = list(zip(marks[::2], marks[1::2], strict=True))
-        for start, stop in pairs:
-            start.record()
-            replay()
-            stop.record()
-        torch.cuda.synchronize()
-        return sorted(start.elapsed_time(stop) / 1e3 / calls for start, stop in pairs)
-
-    @staticmethod
-    def _clock_s(run: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    def add(
-        self, name: str, shape: object, dtype: torch.dtype, times_s: list[float], *, nbytes: float = 0, flop: float = 0,
-        settings: object = "",
-    ) -> Row:  # fmt: skip
-        """Record a row: bytes per second in GB/s, or floating-point operations per second in TFLOP/s."""
-        p20, p50, p80 = (times_s[min(len(times_s) - 1, int(q * len(times_s)))] for q in (0.2, 0.5, 0.8))
-        row = Row(
-            name=name,
-            shape=str(shape),
-            dtype=str(dtype).removeprefix("torch."),
-            settings=str(settings),
-            p20_ms=round(p20 * 1e3, 5),
-            p50_ms=round(p50 * 1e3, 5),
-            p80_ms=round(p80 * 1e3, 5),
-            value=round(nbytes / p50 / 1e9 if nbytes else flop / p50 / 1e12, 3),
-            unit="GB/s" if nbytes else "TFLOP/s",
-            of_copy=round(nbytes / p50 / self.copy_bytes_per_s, 4) if nbytes else None,
-            gpu=self.gpu,
-            torch=torch.__version__,
-            triton=self.triton,
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self.rows.append(row)
-        share = f"{row.of_copy:7.1%} of copy" if row.of_copy is not None else ""
-        print(f"{name:16} {row.shape:28} {row.dtype:14} {row.p50_ms:10.4f} ms {row.value:9.1f} {row.unit} {share}")
-        return row
-
-    def free_bytes(self) -> int:
-        if self.device.type != "cuda":
-            return 2 << 30
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
+FP8 = torch.float8_e4m3fn
 
 
 def bench_copy(bench: Bench) -> None:
     """Copy on the device, read and write counted: what a memory-bound kernel is compared with."""
-    nbytes = 64 << 20 if bench.device.type == "cpu" else 2 << 30
+    nbytes = 2 << 30 if bench.on_gpu else 64 << 20
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
     times = bench.times_s(lambda _: target.copy_(source))
@@ -161,67 +38,37 @@ def bench_copy(bench: Bench) -> None:
     bench.add("copy", f"{nbytes >> 20} MiB", torch.uint8, times, nbytes=2 * nbytes)
 
 
-@dataclass(frozen=True)
-class DecodeInputs:
-    q: Tensor
-    kv: Tensor
-    layers: Tensor
-    table: Tensor
-    lens: Tensor
-    scales: Tensor | None
-
-    @staticmethod
-    def make(shape: DecodeShape, device: torch.device, cache_bytes: int) -> "DecodeInputs":
-        chunks = shape.context_tokens // CHUNK_TOKENS
-        slots = shape.batch * chunks
-        layers = min(32, -(-cache_bytes // shape.layer_bytes))
-        kv = torch.empty(
-            (slots, layers, 2, shape.kv_heads, CHUNK_TOKENS, shape.head_dim), dtype=shape.dtype, device=device
-        )
-        for rows in torch.split(kv, 64):  # in pieces: random numbers are made in float32
-            rows.copy_(torch.randn(rows.shape, device=device))
-        q_dtype = torch.bfloat16 if shape.dtype.itemsize == 1 else shape.dtype
-        scaled = shape.dtype.itemsize == 1
-        return DecodeInputs(
-            q=torch.randn(shape.batch, shape.heads, shape.head_dim, device=device).to(q_dtype),
-            kv=kv,
-            layers=torch.arange(layers, device=device),
-            table=torch.randperm(slots, device=device).view(shape.batch, chunks).int(),
-            lens=torch.full((shape.batch,), shape.context_tokens, dtype=torch.int32, device=device),
-            scales=torch.rand(slots, layers, shape.kv_heads, device=device) if scaled else None,
-        )
-
-    def call(self, decode: Decode, i: int) -> tuple[Tensor, Tensor]:
-        scale = self.q.shape[-1] ** -0.5
-        scales = {"k_scale": self.scales, "v_scale": self.scales}
-        return decode(self.q, self.kv, self.layers[i], self.table, self.lens, scale, **scales)
-
-
 def decode_shapes(bench: Bench) -> Iterator[DecodeShape]:
     if bench.quick:
-        yield DecodeShape(1, 1024, dtype=torch.float32 if bench.device.type == "cpu" else torch.bfloat16)
+        yield DecodeShape(1, 1024, dtype=torch.bfloat16 if bench.on_gpu else torch.float32)
         yield DecodeShape(4, 1024)
         return
-    for batch, context in itertools.product((1, 4, 16, 64), (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10)):
+    for batch, context in itertools.product((1, 4, 16, 64), (1 << 10, 4 << 10, 16 << 10, 64 << 10)):
         yield DecodeShape(batch, context)
-    for batch, context in itertools.product((1, 16), (4 << 10, 32 << 10)):
+    yield DecodeShape(1, 128 << 10)
+    yield DecodeShape(16, 1 << 10, ragged=True)
+    yield DecodeShape(16, 16 << 10, ragged=True)
+    for batch, context in ((1, 4 << 10), (1, 32 << 10), (16, 32 << 10)):
         yield DecodeShape(batch, context, kv_heads=1)
-        yield DecodeShape(batch, context, dtype=torch.float8_e4m3fn)
+        yield DecodeShape(batch, context, heads=28, kv_heads=4)
         yield DecodeShape(batch, context, heads=9, kv_heads=3, head_dim=64)
         yield DecodeShape(batch, context, heads=24, kv_heads=8, head_dim=96)
         yield DecodeShape(batch, context, heads=8, kv_heads=4, head_dim=256)
+        yield DecodeShape(batch, context, dtype=FP8)
+        yield DecodeShape(batch, context, heads=9, kv_heads=3, head_dim=64, dtype=FP8)
 
 
 def bench_decode(bench: Bench) -> None:
+    """With the settings of tuning.py; where those use them, also with counters."""
     for shape in decode_shapes(bench):
-        if shape.layer_bytes > 0.8 * bench.free_bytes():
-            print(f"sparse_decode    {shape}: left out, {shape.layer_bytes >> 30} GiB do not fit")
-            continue
-        inputs = DecodeInputs.make(shape, bench.device, CACHE_BYTES if bench.device.type == "cuda" else 1)
-        calls = len(inputs.layers)
-        times = bench.times_s(partial(inputs.call, ops.sparse_decode), calls, graph=True)
-        bench.add("sparse_decode", shape, shape.dtype, times, nbytes=shape.layer_bytes)
-        del inputs, times
+        inputs = DecodeInputs.make(shape, bench.device, CACHE_BYTES if bench.on_gpu else 1)
+        calls, group = len(inputs.layers), shape.heads // shape.kv_heads
+        config = tuning.decode_config(shape.dtype, shape.head_dim, group, tuning.gpu_family(bench.device))
+        for counters in (False, True) if config.stream else (False,):
+            times = bench.times_s(partial(inputs.call, ops.sparse_decode, counters), calls, graph=True)
+            name = "sparse_decode, counters" if counters else "sparse_decode"
+            bench.add(name, shape, shape.dtype, times, nbytes=shape.layer_bytes, settings=config)
+        del inputs
 
 
 def bench_merge(bench: Bench) -> None:
@@ -235,7 +82,7 @@ def bench_merge(bench: Bench) -> None:
 def bench_prefill(bench: Bench) -> None:
     heads, kv_heads, head_dim = 32, 8, 128
     tokens, keys = (256, 1024) if bench.quick else (8192, 131072)
-    dtype = torch.float32 if bench.device.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16 if bench.on_gpu else torch.float32
     for n, causal in ((tokens, True), (tokens, False), (keys, False)):
         q = torch.randn(tokens, heads, head_dim, device=bench.device).to(dtype)
         k, v = (torch.randn(kv_heads, n, head_dim, device=bench.device).to(dtype) for _ in range(2))
@@ -248,69 +95,109 @@ def bench_prefill(bench: Bench) -> None:
         bench.add("attend_block", f"{tokens}x{n}{' causal' if causal else ''}", dtype, times, flop=flop)
 
 
-def bench_gather(bench: Bench) -> None:
-    """One layer of many chunks, from the device's own memory and from pinned host memory."""
-    slots, layers = (8, 2) if bench.quick else (512, 8)
-    for pinned in (False, True) if bench.device.type == "cuda" else (False,):
-        host = torch.randn(slots, layers, 2, 8, CHUNK_TOKENS, 128).to(torch.bfloat16)
-        kv = host.pin_memory() if pinned else host.to(bench.device)
-        order = torch.randperm(slots, device=bench.device)
+@contextmanager
+def host_copy(memory: Tensor) -> Iterator[Tensor]:
+    """The same bytes in shared memory of the host that is registered with CUDA, as an arena's are."""
+    shared = mmap.mmap(-1, memory.nbytes)
+    copy = torch.frombuffer(shared, dtype=torch.uint8).view(memory.shape)
+    copy.copy_(memory)
+    runtime = torch.cuda.cudart()
+    error = int(runtime.cudaHostRegister(copy.data_ptr(), copy.nbytes, 0))
+    assert error == 0, f"cudaHostRegister of {copy.nbytes} bytes: error {error}"
+    try:
+        yield copy
+        torch.cuda.synchronize()
+    finally:
+        runtime.cudaHostUnregister(copy.data_ptr())
 
-        def gather(i: int, kv: Tensor = kv, order: Tensor = order) -> object:
-            return ops.gather_layer(kv, i, order)
 
-        times = bench.times_s(gather, layers)
-        nbytes = kv.nbytes // layers
-        where = "pinned host" if pinned else "device"
-        bench.add("gather_layer", f"{slots} chunks, {where}", kv.dtype, times, nbytes=nbytes * (1 if pinned else 2))
+def make_rows(bench: Bench, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of Llama-3.1-8B's chunks (of fewer layers), their K/V and, behind it, their scales; all but the first view
+    the first."""
+    slots, layers, kv_heads, head_dim = (4, 2, 2, 64) if bench.quick else (128, 32, 8, 128)
+    shape = (layers, 2, kv_heads, CHUNK_TOKENS, head_dim)
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    memory = torch.zeros(slots, nbytes + 4096, dtype=torch.uint8, device=bench.device)
+    kv = memory[:, :nbytes].view(dtype).unflatten(1, shape)
+    for rows in torch.split(kv, 16):
+        rows.copy_(torch.randn(rows.shape, device=bench.device))
+    scale = memory[:, nbytes : nbytes + 4 * layers * 2 * kv_heads].view(torch.float32).unflatten(1, shape[:3])
+    scale.fill_(0.01)
+    return memory, kv, scale
 
 
-def sweep(bench: Bench) -> dict[str, dict[str, int]]:
-    """The best settings for each kind of pool: smallest geometric mean of the times over batches."""
-    from triton.runtime.errors import OutOfResources
+def like_rows(memory: Tensor, kv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``kv`` and ``scale`` as views of other memory of the same form."""
+    nbytes = kv[0].numel() * kv.dtype.itemsize
+    views = memory[:, :nbytes].view(kv.dtype), memory[:, nbytes : nbytes + scale[0].numel() * 4].view(torch.float32)
+    return views[0].unflatten(1, kv.shape[1:]), views[1].unflatten(1, scale.shape[1:])
 
-    from forecache.kernels import sparse_decode as triton_kernel
 
-    kinds = [
-        DecodeShape(1, 16 << 10),
-        DecodeShape(1, 16 << 10, dtype=torch.float8_e4m3fn),
-        DecodeShape(1, 16 << 10, heads=32, kv_heads=1),
-        DecodeShape(1, 16 << 10, heads=9, kv_heads=3, head_dim=64),
-        DecodeShape(1, 16 << 10, heads=8, kv_heads=4, head_dim=256),
-        DecodeShape(1, 16 << 10, dtype=torch.float32),
-    ]
-    best = {}
-    for kind in kinds[:1] if bench.quick else kinds:
-        shapes = [DecodeShape(**{**vars(kind), "batch": batch}) for batch in (1, 8, 64)]
-        inputs = [DecodeInputs.make(shape, bench.device, CACHE_BYTES) for shape in shapes]
-        results = []
-        for block, warps, stages in itertools.product((32, 64), (4, 8), (2, 3, 4, 5)):
-            block_bytes = 2 * block * kind.head_dim * kind.dtype.itemsize
-            for programs in (1, 2, 3, 4, 6, 8):
-                if programs > 1 and min(programs, 2) * block_bytes * (stages - 1) > 220 << 10:
-                    continue  # more programs than shared memory holds are waves, and measured as such
-                config = DecodeConfig(block, warps, stages, programs)
-                decode = partial(triton_kernel.sparse_decode, config=config)
-                try:
-                    times = [bench.times_s(partial(x.call, decode), len(x.layers), graph=True) for x in inputs]
-                except OutOfResources as error:
-                    print(f"{kind} {config}: {error}")
-                    continue
-                medians = [statistics.median(t) for t in times]
-                results.append((statistics.geometric_mean(medians), config, medians))
-        results.sort(key=lambda result: result[0])
-        name = f"{kind.dtype} d{kind.head_dim} group {kind.heads // kind.kv_heads}".removeprefix("torch.")
-        tuned = tuning.decode_config(
-            kind.dtype, kind.head_dim, kind.heads // kind.kv_heads, tuning.gpu_family(bench.device)
-        )
-        for mean_s, config, medians in results[:5] + [r for r in results[5:] if r[1] == tuned]:
-            mark = "  <- tuning.py" if config == tuned else ""
-            rates = ", ".join(f"{s.layer_bytes / t / 1e9:.0f}" for s, t in zip(shapes, medians, strict=True))
-            print(f"{name:32} {mean_s * 1e6:8.1f} us  {rates} GB/s  {config}{mark}")
-        for shape, seconds in zip(shapes, results[0][2], strict=True):
-            bench.add("sweep best", shape, shape.dtype, [seconds], nbytes=shape.layer_bytes, settings=results[0][1])
-        best[name] = asdict(results[0][1])
-    return best
+def bench_rows(bench: Bench) -> None:
+    """What reads whole rows or layers of them, from the device's memory and from the host's: GB/s of what is read, and
+    for gathers on the device of what is written too."""
+    for dtype in (torch.bfloat16, FP8):
+        memory, kv, scale = make_rows(bench, dtype)
+        bench_gather(bench, "device", memory, kv, scale)
+        bench_checksums(bench, "device", memory)
+        if bench.on_gpu:
+            with host_copy(memory) as copy:
+                bench_gather(bench, "host", copy, *like_rows(copy, kv, scale))
+                bench_checksums(bench, "host", copy)
+
+
+def bench_gather(bench: Bench, where: str, memory: Tensor, kv: Tensor, scale: Tensor) -> None:
+    order = torch.randperm(len(kv), device=bench.device)
+    sums = torch.zeros(len(kv), dtype=torch.int64, device=bench.device)
+    dtype = kv.dtype if kv.dtype.itemsize > 1 else torch.bfloat16
+    read, written = kv[:, 0].numel() * kv.dtype.itemsize, kv[:, 0].numel() * dtype.itemsize
+    out = torch.empty(2, kv.shape[3], len(kv) * CHUNK_TOKENS, kv.shape[5], dtype=dtype, device=bench.device)
+    scaled = {"scale": scale} if kv.dtype == FP8 else {}
+    for name, options in (("gather_layer", scaled), ("gather_layer, sums", {"sums": sums, **scaled})):
+        gather = partial(ops.gather_layer, kv, slots=order, out=out, **options)
+        times = bench.times_s(gather, kv.shape[1], graph=bench.on_gpu)
+        nbytes = read + written if where == "device" else read
+        bench.add(name, f"{len(kv)} chunks, {where}", kv.dtype, times, nbytes=nbytes)
+    if bench.on_gpu:
+        sums.zero_()
+        for layer in range(kv.shape[1]):
+            ops.gather_layer(kv, layer, order, out=out, sums=sums, **scaled)
+        if kv.dtype == FP8:  # of bfloat16 rows the scales are not read, though they are there
+            assert torch.equal(sums, ops.slot_checksums(memory, order)), "the layers' sums are not the rows'"
+
+
+def bench_checksums(bench: Bench, where: str, memory: Tensor) -> None:
+    for n in (4, len(memory)):
+        groups = torch.arange(len(memory), device=bench.device).view(-1, n)
+        times = bench.times_s(lambda i, groups=groups: ops.slot_checksums(memory, groups[i]), len(groups), graph=True)
+        nbytes = n * memory.shape[1]
+        bench.add("slot_checksums", f"{n} x {memory.shape[1] >> 10} KiB, {where}", memory.dtype, times, nbytes=nbytes)
+
+
+def bench_fp8(bench: Bench) -> None:
+    """Whole chunks to fp8 and back, and new tokens into fp8 chunks: bytes read and written."""
+    _, wide, _ = make_rows(bench, torch.bfloat16)
+    _, small, scale = make_rows(bench, FP8)
+    order = torch.randperm(len(wide), device=bench.device)
+    nbytes = wide.numel() * 3
+    shape = f"{len(wide)} chunks"
+    times = bench.times_s(lambda _: ops.quantize_chunks(wide, order, small, scale, order))
+    bench.add("quantize_chunks", shape, wide.dtype, times, nbytes=nbytes)
+    times = bench.times_s(lambda _: ops.dequantize_chunks(small, scale, order, wide, order))
+    bench.add("dequantize_chunks", shape, wide.dtype, times, nbytes=nbytes)
+    for tokens, per_chunk in ((len(small), 1), (len(small) * CHUNK_TOKENS, CHUNK_TOKENS)):
+        k, v = (torch.randn(tokens, *small.shape[3:6:2], device=bench.device).bfloat16() for _ in range(2))
+        slots = order.repeat_interleave(per_chunk)
+        offsets = torch.arange(per_chunk, device=bench.device).repeat(len(order))
+        store = partial(ops.store_kv, k, v, slots=slots, offsets=offsets)
+        for name, pool, options in (("store_kv", wide, {}), ("store_kv, fp8", small, {"scale": scale})):
+
+            def call(layer: int, store=store, pool=pool, options=options) -> None:  # type: ignore[no-untyped-def]
+                store(kv=pool, layer=layer, **options)
+
+            times = bench.times_s(call, small.shape[1], graph=bench.on_gpu)
+            written = k.numel() * (2 + pool.dtype.itemsize) * 2
+            bench.add(name, f"{tokens} tokens, {per_chunk} a chunk", pool.dtype, times, nbytes=written)
 
 
 def main() -> None:
@@ -324,22 +211,20 @@ def main() -> None:
     if args.sweep and device.type != "cuda":
         parser.error("--sweep needs a CUDA GPU: the settings are Triton's")
     bench = Bench(device, args.quick)
-    best = {}
+    best: dict[str, object] = {}
+    path = args.out / f"kernels{'-sweep' if args.sweep else ''}-{device.type}.csv"
     bench_copy(bench)
     if args.sweep:
-        best = sweep(bench)
-    else:
-        for run in (bench_decode, bench_merge, bench_prefill, bench_gather):
-            run(bench)
+        from decode_sweep import sweep  # needs Triton, which the rest does without on a CPU
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"kernels{'-sweep' if args.sweep else ''}-{device.type}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(bench.rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in bench.rows)
+        best = {name: asdict(config) for name, config in sweep(bench).items()}
+    else:
+        for run in (bench_decode, bench_merge, bench_prefill, bench_rows, bench_fp8):
+            run(bench)
+            bench.write(path)  # as far as it went, should the rest not end in time
+    bench.write(path)
     summary = {f"{r.name} {r.shape} {r.dtype}": {"value": r.value, "unit": r.unit} for r in bench.rows}
-    print(json.dumps({"gpu": bench.gpu, "csv": str(path), "best": best, "results": summary}))
+    print(json.dumps({"gpu": bench.gpu, "csv": str(path), "best": best, "results": {} if args.sweep else summary}))
 
 
 if __name__ == "__main__":
