@@ -13,6 +13,8 @@ from rich.table import Table
 from forecache.workers.eval_summary import LEAST_ACCURACY, CellResult, ColumnResult, Summary
 
 TABLE_FILE, SUMMARY_FILE = "accuracy.csv", "accuracy.json"
+FILE_WIDTH = 160
+"""Characters of a line where the output is no terminal."""
 
 
 def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str, complete: bool) -> None:
@@ -38,6 +40,8 @@ def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str
 def show(summary: Summary, identity: dict[str, Any]) -> None:
     """The table on the terminal, what the model can't do, and each column against full attention."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
     console.print(_table(summary, f"{identity['model']}, keep ratio {identity['keep_ratio']:g}, {identity['prose']}"))
     for cell in summary.not_counted:
         console.print(f"model can't: {cell.task} at {cell.tokens} (full attention {cell.accuracy:.0%})")
@@ -56,7 +60,7 @@ def _table(summary: Summary, title: str) -> Table:
     table.add_column("task")
     table.add_column("tokens", justify="right")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     places = dict.fromkeys((cell.task, cell.tokens) for cell in summary.cells)
     by_place = {(cell.task, cell.tokens, cell.column): cell for cell in summary.cells}
     for task, tokens in places:
@@ -74,7 +78,7 @@ def _cell(cell: CellResult) -> str:
     first = f"{cell.accuracy:.1%} [{cell.low:.0%}, {cell.high:.0%}]".replace("%", "")
     second = f"{cell.keep_ratio:.3f} {_coverage(cell.coverage)}"
     if cell.p_value is not None:
-        second += f" +{cell.better} -{cell.worse} p={cell.p_value:.2g}"
+        second += f"\n+{cell.better} -{cell.worse} p={cell.p_value:.2g}"
     return f"{first}\n{second}"
 
 
