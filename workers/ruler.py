@@ -2,9 +2,9 @@
 
 Wording and sizes are ours, chosen so that a model of 135M parameters can do them where that is possible at all. With
 SmolLM2-135M, full attention and 8 samples each, at 2K tokens: needle 1.0, multikey .50, multivalue .41, multiquery .66,
-tracking .88, words .25, questions .75. Worse were, at 1K: "has the number" for "the secret number of" in tracking (.38),
-words 10 times as frequent as 45 others (.25), "What does NAME do?" among definitions (0; with the reply begun .38), the
-end of a quoted sentence (.25), and a worked example before multiquery and tracking.
+tracking .88, words .25, questions .75. Worse at 1K were other words for the secret numbers of tracking (.38), common
+words but 10 times as frequent as 45 others (.25), "What does NAME do?" among definitions (0; with the reply begun .38),
+the end of a quoted sentence (.25), and a worked example before multiquery and tracking.
 """
 
 import random
