@@ -42,6 +42,8 @@ def register(commands: Any) -> None:
     train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
     train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
     train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
+    train.add_argument("--context", type=int, default=None, help="width of the summary of the hidden states")
+    train.add_argument("--units", type=int, default=None, help="width of the network")
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=_train)
@@ -93,7 +95,9 @@ def _train(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
-    shape = EncoderShape() if args.history is None else EncoderShape(history=_integers(args.history))
+    shaped = {"context": args.context, "units": args.units}
+    shaped["history"] = None if args.history is None else _integers(args.history)
+    shape = EncoderShape(**{name: value for name, value in shaped.items() if value is not None})
 
     def show(epoch: Epoch) -> None:
         print(

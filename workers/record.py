@@ -25,11 +25,12 @@ from forecache.indexer.shards import (
 from forecache.workers.capture import Capture, CaptureShape, install
 from forecache.workers.decode.backbone import Backbone, load_backbone
 from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.events import find_events
 from forecache.workers.record_model import check_queries, describe, find_retrieval_heads, make_seed_weights
 from forecache.workers.record_texts import Recipe, SourceDocument, make_document, plan
 
+LEAST_PROMPT_TOKENS = 1024
 PROMPT_END_STEPS = 32
 """Steps of the prompt's end that belong to the reply's run: the first windows are predicted from there."""
 Progress = Callable[[int, int], None]
@@ -50,6 +51,11 @@ def record(
 
     Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds something else.
     """
+    if not LEAST_PROMPT_TOKENS <= recipe.min_tokens <= recipe.max_tokens:
+        raise ForecacheError(
+            f"documents of {recipe.min_tokens} to {recipe.max_tokens} tokens can't be made: the questions and their "
+            f"facts alone take up to {LEAST_PROMPT_TOKENS} tokens"
+        )
     backbone = load_backbone(model_path, device=device, dtype=dtype)
     retrieval = find_retrieval_heads(manifest, model_name, backbone)
     install(backbone.model)

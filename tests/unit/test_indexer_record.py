@@ -14,7 +14,7 @@ from forecache.indexer.encoder import decode_records
 from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 from forecache.indexer.shards import RecordedDocument, Recording, shard_path
 from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.events import bounds_lse, chunk_lse
 from forecache.workers.record import record
 from forecache.workers.record_model import query_projection
@@ -28,8 +28,8 @@ RECIPE = Recipe(
     eval_texts=("topics",),
     tasks=("prose", "several", "quote", "values"),
     eval_tasks=("keys", "prose"),
-    min_tokens=1000,
-    max_tokens=1100,
+    min_tokens=1024,
+    max_tokens=1124,
     reply_tokens=48,
     prompt_windows=2,
     prompt_window_tokens=24,
@@ -251,6 +251,9 @@ def test_a_stopped_recording_goes_on(model_path: Path, heads_file: str, folder: 
 def test_what_cannot_be_recorded_is_said(model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="forecache indexer calibrate"):
         record(model_path, tmp_path, RECIPE, model_name="tiny", device="cpu")
+    with pytest.raises(ForecacheError, match="600 to 700 tokens"):
+        short = replace(RECIPE, min_tokens=600, max_tokens=700)
+        record(model_path, tmp_path, short, model_name="tiny", device="cpu")
     with pytest.raises(UnsupportedModelError, match="no text to record"):
         text_source(str(tmp_path / "nothing.txt"))
 
@@ -258,9 +261,9 @@ def test_what_cannot_be_recorded_is_said(model_path: Path, tmp_path: Path) -> No
 def test_texts_come_from_files_too(model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("\n\n".join(f"Paragraph number {n} of the file." for n in range(300)))
     tokenizer = load_tokenizer(model_path)
-    made = make_document("lookup", str(tmp_path), "train", tokenizer, tokens=900, seed=3)
-    assert 700 < len(made.prompt_token_ids) <= 900
-    assert made == make_document("lookup", str(tmp_path), "train", tokenizer, tokens=900, seed=3)
+    made = make_document("lookup", str(tmp_path), "train", tokenizer, tokens=2500, seed=3)
+    assert 2000 < len(made.prompt_token_ids) <= 2500
+    assert made == make_document("lookup", str(tmp_path), "train", tokenizer, tokens=2500, seed=3)
     assert "of the file." in str(tokenizer.decode(made.prompt_token_ids))
 
 
