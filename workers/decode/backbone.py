@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.decode.attention import ATTENTION_NAME
 from forecache.workers.decode.config import KvDtype, LoadFormat
+from forecache.workers.decode.fused_linears import fuse_checked
 from forecache.workers.decode.loader import WEIGHT_FILES
 from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_config
 from forecache.workers.errors import UnsupportedModelError
@@ -111,6 +112,8 @@ def load_backbone(
         model = _load_model(path, config, number)
         model.to(device=place)  # type: ignore[call-arg]
     model.requires_grad_(False)
+    if place.type == "cuda":
+        fuse_checked(model)
     geometry = inspect_attention(model)
     model.set_attn_implementation(ATTENTION_NAME)
     if load_format == "dummy":

@@ -11,6 +11,7 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, WrittenBack
 from forecache.workers.memory.protocol import SlotRef
 
@@ -27,24 +28,25 @@ class ChunkKeeper:
         self._windows = windows
         self._counters = counters
         self._holders: dict[str, Sequence] = {}
+        self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
     def locate(self, seq: Sequence) -> None:
         """``seq`` is admitted: find and hold what cold memory has of its prefix."""
         self._holders[seq.holder] = seq
-        self._prefetcher.hold_prefix(seq.holder, tuple(seq.reusable_keys()))
+        self._asked[seq.holder] = keys = tuple(seq.reusable_keys())
+        self._prefetcher.hold_prefix(seq.holder, keys)
 
     def located(self, held: PrefixHeld) -> None:
         """The stored prefix of a sequence is known: prefill goes on behind it."""
-        seq = self._holders.get(held.holder)
+        seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
         if seq is None:
             return  # it left meanwhile; its release is queued behind this hold
         refs: Iterator[SlotRef | None] = itertools.chain(held.refs, itertools.repeat(None))
-        for key, ref in zip(seq.reusable_keys(), refs, strict=False):
+        for key, ref in zip(keys, refs, strict=False):
             slot = self._pool.lookup(key)
             if ref is None and slot is None:
                 break
-            chunk = seq.complete_chunk()
-            assert chunk.key == key
+            chunk = seq.complete_chunk(key)
             if ref is not None:
                 seq.stored_at(chunk, ref)
             elif slot is not None:

@@ -16,6 +16,9 @@ STREAMED_SHARE = 4
 
 RATE_SMOOTHING = 0.5
 
+LEAST_TOKENS, LEAST_SHARE = 16, 32
+"""A prefill step beside running streams has at least this many tokens, and this part of a whole one."""
+
 PREFILL_QUANTUM = 1024
 """Prefill steps larger than this are a multiple of it: attention kernels are made for round numbers of queries, and
 cuDNN prepares itself anew for every number."""
@@ -174,7 +177,9 @@ class Scheduler:
         tokens = min(seq.prefill_target - seq.num_computed, budget)
         if beside:
             fitting = self.rate.tokens_in(self._prefill_slice_s, seq.num_computed)
-            tokens = min(tokens, max(fitting or 0, 16))
+            # fewer cost as much: a step reads all weights, and the past of a prompt larger than the pool, however short
+            least = max(LEAST_TOKENS, self._prefill_chunk_tokens // LEAST_SHARE)
+            tokens = min(tokens, max(fitting or 0, least))
         tokens = min(tokens, slots * seq.chunk_tokens - seq.tail_tokens)
         if tokens < seq.prefill_target - seq.num_computed and tokens > PREFILL_QUANTUM:
             tokens -= tokens % PREFILL_QUANTUM

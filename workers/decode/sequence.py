@@ -168,15 +168,18 @@ class Sequence:
         """Keys of the chunks that a prefix hit may fill; at least one token is left to compute."""
         return prefix_keys(self.root, self.token_ids[: self.prefill_target - 1], self.chunk_tokens)
 
-    def complete_chunk(self) -> Chunk:
-        """The tokens of the first open chunk are all computed: name it and add it to the chunks."""
+    def complete_chunk(self, known: ChunkKey | None = None) -> Chunk:
+        """The tokens of the first open chunk are all computed: name it and add it to the chunks.
+
+        ``known``: its key, where that is one of :meth:`reusable_keys`.
+        """
         start = len(self.chunks) * self.chunk_tokens
         parent = self.chunks[-1].key if self.chunks else self.root
         exact = self.open_exact and (not self.chunks or self.chunks[-1].exact)
         if not exact and (not self.chunks or self.chunks[-1].exact):
             # what was decoded over a partial resident set must not meet anybody else's prefix
             parent = child_key(parent, [ord(c) for c in f"private {self.holder}"])
-        key = child_key(parent, self.token_ids[start : start + self.chunk_tokens])
+        key = known or child_key(parent, self.token_ids[start : start + self.chunk_tokens])
         chunk = Chunk(len(self.chunks), key, None, exact)
         self.chunks.append(chunk)
         self.chunk_of[key] = chunk
