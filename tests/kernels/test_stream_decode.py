@@ -84,6 +84,12 @@ def test_shares_of_ragged_rows(
         assert relative_error(lse[live], expected_lse[live]) < 1e-5
 
 
+def test_too_few_counters_are_refused(device: torch.device, make_case: MakeCase) -> None:
+    case = make_case((4, 2, 64, 16, 2), torch.float32, [5, 6], device)
+    with pytest.raises(AssertionError, match="3 counters for 4 rows"):
+        triton_kernel.sparse_decode(*case.arguments(), counters=torch.zeros(3, dtype=torch.int32, device=device))
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
