@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forecache.workers.errors import ForecacheError
 
@@ -30,6 +30,7 @@ def register(commands: Any) -> None:
     record.add_argument("--manifest", default="auto", help="retrieval heads: auto, or a manifest's file")
     record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    record.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     record.add_argument("--seed", type=int, default=0)
     record.set_defaults(command=_record)
 
@@ -54,11 +55,13 @@ def register(commands: Any) -> None:
     evaluate.add_argument("--out", type=Path, default=None, help="JSON of all figures; a PNG goes beside it")
     evaluate.add_argument("--lead", type=int, default=8, help="steps ahead of the table (default: 8)")
     evaluate.add_argument("--budget", type=float, default=0.10, help="budget of the table (default: 0.10)")
+    evaluate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     evaluate.set_defaults(command=_evaluate)
 
 
 def _record(args: argparse.Namespace) -> int:
+    _use_threads(args.threads)
     from forecache.workers.decode.loader import model_name, resolve_model
     from forecache.workers.record import record
     from forecache.workers.record_texts import Recipe
@@ -84,15 +87,12 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    import torch
-
+    _use_threads(args.threads)
     from forecache.indexer.encoder import EncoderShape
     from forecache.indexer.plots import PlotError, plot_curve
     from forecache.indexer.train import TrainConfig, train
     from forecache.indexer.train_state import Epoch
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
     shaped = {"context": args.context, "units": args.units}
@@ -117,6 +117,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _use_threads(args.threads)
     from rich.console import Console
     from rich.table import Table
 
@@ -125,12 +126,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     with _progress("evaluating") as show, _plain_errors():
         figures = evaluate(args.data, args.indexer, device=args.device, progress=show)
-    header, *rows = table(figures, lead=args.lead, budget=args.budget)
-    drawn = Table(*header, title=f"{args.lead} steps ahead, {args.budget:.1%} of the chunks")
-    for row in rows:
-        drawn.add_row(*row)
     console = Console()
-    console.print(drawn)
+    console.print("coverage / coverage of the retrieval heads / recall / answers kept")
+    by: Literal["task", "text"]
+    for by in ("task", "text"):
+        header, *rows = table(figures, lead=args.lead, budget=args.budget, by=by)
+        drawn = Table(*header, title=f"{args.lead} steps ahead, {args.budget:.1%} of the chunks, by {by}")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
     for name in ("coverage", "retrieval_coverage", "recall", "answer_kept"):
         closed = gap_closed(figures, task="all", text="all", lead=args.lead, budget=args.budget, name=name)
         if closed is not None:
@@ -142,6 +146,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         except PlotError as error:
             console.print(f"note: {error}")
     return 0
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _integers(text: str) -> tuple[int, ...]:

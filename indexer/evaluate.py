@@ -4,7 +4,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,7 +90,7 @@ def evaluate(
             for scorer, budget, kind, values in _judge(
                 loaded, recording.manifest, document, lead, budgets, rule, least_steps, number
             ):
-                for task, text in ((document.task, document.text), (document.task, "all"), ("all", "all")):
+                for task, text in product((document.task, "all"), (document.text, "all")):
                     getattr(sums[scorer, task, text, lead, budget], kind).extend(values)
         progress(done, len(numbers))
     return [
@@ -178,14 +180,20 @@ def gap_closed(figures: Sequence[Figure], *, task: str, text: str, lead: int, bu
     return float((trained - free) / (best - free))
 
 
-def table(figures: Sequence[Figure], *, lead: int, budget: float) -> list[list[str]]:
-    """Rows of text: what each scorer keeps for each task and for all, at one lead and budget."""
-    chosen = [f for f in figures if f.lead == lead and f.budget == budget and f.text == "all"]
-    tasks = [*sorted({f.task for f in chosen} - {"all"}), "all"]
-    rows = [["scorer", *(f"{task}: coverage / retrieval / recall / answer" for task in tasks)]]
+def table(
+    figures: Sequence[Figure], *, lead: int, budget: float, by: Literal["task", "text"] = "task"
+) -> list[list[str]]:
+    """Rows of text: what each scorer keeps for each task or kind of text, and for all, at one lead and budget.
+
+    The cells hold coverage / retrieval coverage / recall / answers kept.
+    """
+    other = "text" if by == "task" else "task"
+    chosen = [f for f in figures if f.lead == lead and f.budget == budget and getattr(f, other) == "all"]
+    groups = [*sorted({getattr(f, by) for f in chosen} - {"all"}), "all"]
+    rows = [["scorer", *groups]]
     for scorer in SCORERS:
-        cells = {f.task: f for f in chosen if f.scorer == scorer}
-        rows.append([scorer, *(_cell(cells[task]) if task in cells else "" for task in tasks)])
+        cells = {getattr(f, by): f for f in chosen if f.scorer == scorer}
+        rows.append([scorer, *(_cell(cells[group]) if group in cells else "" for group in groups)])
     return rows
 
 

@@ -264,6 +264,7 @@ def test_training_learns_what_the_queries_miss(recording: Path, trained: Path) -
     for name in ("coverage", "recall"):
         values = {scorer: getattr(figure, name) for scorer, figure in chosen.items()}
         assert max(values.values()) == values["oracle"]
+    assert table(figures, lead=2, budget=0.1, by="text")[0] == ["scorer", "numbers", "all"]
     rows = table(figures, lead=2, budget=0.1)
     assert [row[0] for row in rows] == ["scorer", *SCORERS] and {len(row) for row in rows} == {3}
     assert len(as_records(figures)) == len(figures)
