@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forecache.indexer.encoder import decode_records
+from forecache.indexer.evaluate import evaluate
 from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 from forecache.indexer.shards import RecordedDocument, Recording, shard_path
+from forecache.indexer.train import TrainConfig, train
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.events import bounds_lse, chunk_lse
@@ -274,3 +276,27 @@ def test_bounds_are_never_below_a_logit() -> None:
     upper = bounds_lse(queries, keys, scale=0.3, chunk_tokens=16, chunks=4)
     logits = (queries.view(2, -1, 8) @ keys.transpose(1, 2) * 0.3).view(4, 5, 4, 16)
     assert (upper >= logits.amax(3) - 1e-5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_records_and_trains_the_same(model_path: Path, heads_file: str, folder: Path, tmp_path: Path) -> None:
+    """In float32 documents, steps and shares are those of the CPU; training and evaluation run there too."""
+    out = tmp_path / "data"
+    recipe = replace(RECIPE, documents=8)
+    record(model_path, out, recipe, model_name="tiny", manifest=heads_file, device="cuda", dtype="float32")
+    ours, theirs = Recording(out).document(0), Recording(folder).document(0)
+    assert ours.positions.tolist() == theirs.positions.tolist()
+    torch.testing.assert_close(ours.peak_share.float(), theirs.peak_share.float(), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(ours.hidden.float(), theirs.hidden.float(), atol=2e-2, rtol=2e-2)
+    config = TrainConfig(epochs=2, leads=(1, 2))
+    curve = train(out, tmp_path / "indexer.safetensors", config=config, device="cuda")
+    same = train(out, tmp_path / "by-cpu.safetensors", config=config, device="cpu")
+    assert [epoch.train_loss for epoch in curve] == pytest.approx([epoch.train_loss for epoch in same], rel=0.01)
+    mixed = train(out, tmp_path / "mixed.safetensors", config=replace(config, bf16=True), device="cuda")
+    assert mixed[1].train_loss == pytest.approx(curve[1].train_loss, rel=0.05)
+    on_gpu = evaluate(out, tmp_path / "indexer.safetensors", leads=(1,), device="cuda")
+    on_cpu = evaluate(out, tmp_path / "indexer.safetensors", leads=(1,))
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert (one.scorer, one.predictions) == (other.scorer, other.predictions)
+        assert one.coverage == pytest.approx(other.coverage, abs=0.05)
