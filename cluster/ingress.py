@@ -78,7 +78,7 @@ class Ingress:
     """Holds what the HTTP application needs; Serve builds the application from it in the replica."""
 
     def __init__(self, config: ServeConfig, max_model_len: int, workers: "DeploymentHandle[Any]") -> None:
-        tokenizer = load_tokenizer(resolve_model(config.engine.model))
+        tokenizer = load_tokenizer(resolve_model(config.engine.model, load_format=config.engine.load_format))
         self._encoder = PromptEncoder(tokenizer, max_model_len)
         self._metrics = Metrics(config.model_name)
         self._workers = ServeWorkers(workers)

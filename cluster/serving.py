@@ -68,7 +68,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
     """
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
-    path = resolve_model(config.engine.model, say)
+    path = resolve_model(config.engine.model, say, config.engine.load_format)
     model = preflight.check_model(path, config)
     notes: list[str] = []
     if not model.has_manifest and config.indexer.manifest != "none":

@@ -70,6 +70,11 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def kv_number(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
+    """What K/V are kept in, in the hot pool of a model in ``dtype``."""
+    return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
+
+
 def load_config(path: Path) -> Any:
     """The configuration of a decoder that can be served; or :class:`UnsupportedModelError` with the reason."""
     try:
@@ -126,7 +131,7 @@ def load_backbone(
         kv_heads=geometry.kv_heads,
         head_dim=geometry.head_dim,
         chunk_tokens=chunk_tokens,
-        dtype=torch.float8_e4m3fn if kv_dtype == "fp8" else number,
+        dtype=kv_number(kv_dtype, number),
     )
     return Backbone(model, path, fingerprint, geometry, layout, max_model_len or own_limit, place, number)
 
