@@ -42,6 +42,13 @@ def register(commands: Any) -> None:
     train.add_argument("--epochs", type=int, default=None, help="most passes over the documents")
     train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
     train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
+    train.add_argument(
+        "--label-heads", choices=("all", "indexed", "retrieval"), default="all", help="whose events make the labels"
+    )
+    train.add_argument(
+        "--retrieval", type=float, default=None, help="part of the target that retrieval heads alone make"
+    )
+    train.add_argument("--answer", type=float, default=None, help="part of the target that answers' chunks have")
     train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
     train.add_argument("--context", type=int, default=None, help="width of the summary of the hidden states")
     train.add_argument("--units", type=int, default=None, help="width of the network")
@@ -89,7 +96,9 @@ def _record(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
     from forecache.indexer.encoder import EncoderShape
+    from forecache.indexer.labels import LabelRule
     from forecache.indexer.plots import PlotError, plot_curve
+    from forecache.indexer.shards import ShardManifest
     from forecache.indexer.train import TrainConfig, train
     from forecache.indexer.train_state import Epoch
 
@@ -107,7 +116,10 @@ def _train(args: argparse.Namespace) -> int:
         )
 
     with _plain_errors():
-        curve = train(args.data, args.out, config=config, shape=shape, device=args.device, progress=show)
+        manifest = ShardManifest.load(args.data)
+        heads = {"all": None, "indexed": manifest.query_numbers, "retrieval": manifest.retrieval_numbers}
+        rule = LabelRule(heads=heads[args.label_heads])
+        curve = train(args.data, args.out, config=config, shape=shape, rule=rule, device=args.device, progress=show)
     try:
         plot_curve(args.out.with_suffix(".png"), curve)
     except PlotError as error:

@@ -81,8 +81,12 @@ class ShardManifest(BaseModel):
     @property
     def retrieval_numbers(self) -> tuple[int, ...]:
         """The retrieval heads as events number them: layer · heads + head."""
-        own = self.query_heads[: self.retrieval_heads]
-        return tuple(layer * self.attention_heads + head for layer, head in own)
+        return self.query_numbers[: self.retrieval_heads]
+
+    @property
+    def query_numbers(self) -> tuple[int, ...]:
+        """All query heads as events number them."""
+        return tuple(layer * self.attention_heads + head for layer, head in self.query_heads)
 
     @property
     def shards(self) -> int:
