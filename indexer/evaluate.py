@@ -11,16 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forecache.indexer.checkpoint import CheckpointError, load_checkpoint
+from forecache.indexer.checkpoint import CheckpointError, load_checkpoint, new_indexer
 from forecache.indexer.config import SelectionConfig
-from forecache.indexer.encoder import MemoryIndexer
+from forecache.indexer.encoder import MemoryIndexer, decode_records
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.labels import LabelRule, window_labels
 from forecache.indexer.metrics import BUDGETS, coverage, keep_masks, nan_mean, recall
 from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
 from forecache.indexer.training_data import predict_rows, usable_rows
 
-SCORERS = ("oracle", "trained", "exact now", "training-free", "bounds", "recency", "random")
+SCORERS = ("oracle", "trained", "untrained", "exact now", "training-free", "bounds", "recency", "random")
+"""untrained: the indexer as it starts, from the model's own queries; training-free: those of the current step alone."""
 LEADS = (1, 2, 4, 8)
 ROW_STRIDE = 4
 """Predictions of neighbouring steps are nearly the same: one in so many is judged."""
@@ -82,13 +83,14 @@ def evaluate(
     if differences := manifest.differences(recording.manifest):
         raise CheckpointError(f"{indexer} was trained for another model than {data}: {', '.join(differences)} differ")
     place = torch.device(device)
-    loaded = loaded.to(place)
+    # the model's own queries: those of the trained one have moved
+    pair = (loaded.to(place), new_indexer(recording, loaded.shape).to(place))
     sums: dict[tuple[str, str, str, int, float], _Sums] = defaultdict(lambda: _Sums([], [], [], []))
     for done, number in enumerate(numbers, start=1):
         document = recording.document(number).to(place)
         for lead in leads:
             for scorer, budget, kind, values in _judge(
-                loaded, recording.manifest, document, lead, budgets, rule, least_steps, number
+                pair, recording.manifest, document, lead, budgets, rule, least_steps, number
             ):
                 for task, text in product((document.task, "all"), (document.text, "all")):
                     getattr(sums[scorer, task, text, lead, budget], kind).extend(values)
@@ -109,7 +111,7 @@ def evaluate(
 
 @torch.no_grad()
 def _judge(
-    indexer: MemoryIndexer,
+    pair: tuple[MemoryIndexer, MemoryIndexer],
     recorded: ShardManifest,
     document: RecordedDocument,
     lead: int,
@@ -125,7 +127,7 @@ def _judge(
         labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
         own = replace(rule, heads=recorded.retrieval_numbers)
         retrieved = window_labels(document, rows, lead, own, chunk_tokens=spec.chunk_tokens)
-        scores, complete = _scores(indexer, spec, document, rows, labels.event_mass, seed)
+        scores, complete = _scores(pair, spec, document, rows, labels.event_mass, seed)
         for scorer, table in scores.items():
             for budget in budgets:
                 kept = _kept(scorer, table, complete, budget)
@@ -137,7 +139,7 @@ def _judge(
         return
     rows = torch.tensor([row], device=document.positions.device)
     labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
-    scores, complete = _scores(indexer, spec, document, rows, labels.event_mass, seed)
+    scores, complete = _scores(pair, spec, document, rows, labels.event_mass, seed)
     answer = torch.arange(*document.answer, device=rows.device)
     for scorer, table in scores.items():
         for budget in budgets:
@@ -145,17 +147,24 @@ def _judge(
 
 
 def _scores(
-    indexer: MemoryIndexer, spec: IndexSpec, document: RecordedDocument, rows: Tensor, event_mass: Tensor, seed: int
+    pair: tuple[MemoryIndexer, MemoryIndexer],
+    spec: IndexSpec,
+    document: RecordedDocument,
+    rows: Tensor,
+    event_mass: Tensor,
+    seed: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Scores [rows, chunks] of every scorer, and the complete chunks of every row."""
-    found = predict_rows(indexer, spec, document, rows)
+    keys = decode_records(spec, document.records)
+    found, own = (predict_rows(indexer, spec, document, rows, keys) for indexer in pair)
     chunks = found.logits.shape[1]
     generator = torch.Generator().manual_seed(seed)
     scores = {
         "oracle": event_mass,
         "trained": found.logits,
+        "untrained": own.logits,
         "exact now": document.peak_share[rows].float(),
-        "training-free": found.training_free,
+        "training-free": own.training_free,
         "bounds": document.bounds_score[rows].float(),
         "recency": torch.arange(chunks, dtype=torch.float32, device=rows.device).expand(len(rows), -1),
         "random": torch.rand(len(rows), chunks, generator=generator).to(rows.device),

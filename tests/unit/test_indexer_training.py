@@ -254,7 +254,7 @@ def test_serving_scores_as_training_did(recording: Path, trained: Path) -> None:
     torch.testing.assert_close(first[:heads], first[heads:])
 
 
-def test_training_learns_what_the_queries_miss(recording: Path, trained: Path) -> None:
+def test_training_learns_what_the_queries_miss(recording: Path, trained: Path, tmp_path: Path) -> None:
     figures = evaluate(recording, trained, leads=(1, 2), budgets=(0.1, 0.2), rule=RULE, least_steps=4)
     closed = gap_closed(figures, task="all", text="all", lead=2, budget=0.1, name="coverage")
     assert closed is not None and closed > 0.5
@@ -265,6 +265,13 @@ def test_training_learns_what_the_queries_miss(recording: Path, trained: Path) -
         values = {scorer: getattr(figure, name) for scorer, figure in chosen.items()}
         assert max(values.values()) == values["oracle"]
     assert table(figures, lead=2, budget=0.1, by="text")[0] == ["scorer", "numbers", "all"]
+    start = tmp_path / "start.safetensors"
+    unmoved = replace(CONFIG, epochs=1, learning_rate=0.0, query_learning_rate=0.0)
+    train(recording, start, config=unmoved, shape=SHAPE, rule=RULE, device="cpu")
+    again = evaluate(recording, start, leads=(2,), budgets=(0.1,), rule=RULE, least_steps=4)
+    same = {f.scorer: f for f in again if (f.task, f.text) == ("all", "all")}
+    assert replace(same["untrained"], scorer="") == replace(chosen["untrained"], scorer="")
+    assert same["training-free"] == chosen["training-free"], "training moves no baseline"
     rows = table(figures, lead=2, budget=0.1)
     assert [row[0] for row in rows] == ["scorer", *SCORERS] and {len(row) for row in rows} == {3}
     assert len(as_records(figures)) == len(figures)
