@@ -32,13 +32,14 @@ class DecodeConfig:
 
 # (GPU family, bytes of a K/V element, padded head dim). With all programs of a multiprocessor counted, 64
 # KiB or more are in flight while one block is worked on: block_tokens * head_dim * itemsize * 2 for K and
-# V, * (num_stages - 2) * programs_per_sm.
+# V, * (num_stages - 2) * programs_per_sm. Equal shares (`stream`) cost even batches of 64 MB 4 % and gain batches of
+# uneven lengths, which serving has, 66 % (measured on one H100 80GB SXM).
 _DECODE = {
-    ("hopper", 1, 64): DecodeConfig(64, 4, 5, 4),
-    ("hopper", 1, 128): DecodeConfig(64, 4, 5, 2),
+    ("hopper", 1, 64): DecodeConfig(64, 4, 5, 4, stream=True, pairs=True),
+    ("hopper", 1, 128): DecodeConfig(64, 4, 4, 3, stream=True, pairs=True),
     ("hopper", 1, 256): DecodeConfig(32, 4, 4, 3),
-    ("hopper", 2, 64): DecodeConfig(64, 4, 4, 4),
-    ("hopper", 2, 128): DecodeConfig(64, 4, 3, 3),
+    ("hopper", 2, 64): DecodeConfig(64, 4, 3, 4, stream=True),
+    ("hopper", 2, 128): DecodeConfig(64, 4, 3, 2, stream=True),
     ("hopper", 2, 256): DecodeConfig(32, 4, 3, 3),
     ("hopper", 4, 64): DecodeConfig(32, 4, 4, 3),
     ("hopper", 4, 128): DecodeConfig(32, 8, 3, 2),

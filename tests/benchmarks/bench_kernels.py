@@ -36,6 +36,10 @@ def bench_copy(bench: Bench) -> None:
     times = bench.times_s(lambda _: target.copy_(source))
     bench.copy_bytes_per_s = 2 * nbytes / statistics.median(times)
     bench.add("copy", f"{nbytes >> 20} MiB", torch.uint8, times, nbytes=2 * nbytes)
+    if bench.on_gpu:  # as much as the smallest shape that sparse_decode is judged by reads
+        parts = list(zip(target.split(32 << 20), source.split(32 << 20), strict=True))
+        times = bench.times_s(lambda i: parts[i][0].copy_(parts[i][1]), calls=len(parts), graph=True)
+        bench.add("copy", "32 MiB to 32 MiB", torch.uint8, times, nbytes=64 << 20)
 
 
 def decode_shapes(bench: Bench) -> Iterator[DecodeShape]:
