@@ -73,6 +73,35 @@ def checksums(memory: Tensor, slots: Tensor) -> None:
     _slots(slots)
 
 
+def records(
+    records: Tensor,
+    slots: Tensor,
+    queries: Tensor,
+    query_starts: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    copies: Tensor | None,
+    copy_slots: Tensor | None,
+) -> None:
+    """Arguments of `score_chunks`."""
+    assert dtype.is_floating_point or dtype == torch.int8, f"keys are floating point or int8, not {dtype}"
+    assert queries.dtype == torch.float32 and queries.is_contiguous(), "queries are float32, contiguous"
+    assert query_starts.dtype == torch.int32 and query_starts.is_contiguous(), "query_starts is int32, contiguous"
+    kv_heads, head_dim = query_starts.shape[0] - 1, queries.shape[1]
+    token_bytes = head_dim * dtype.itemsize + (0 if dtype.is_floating_point else 2)
+    needed = kv_heads * chunk_tokens * token_bytes
+    for table in (records,) if copies is None else (records, copies):
+        assert table.dtype == torch.uint8 and table.dim() == 2, f"records are {table.dtype}, {table.dim()} axes"
+        assert table.shape[1] >= needed, f"rows of {table.shape[1]} bytes, a record has {needed}"
+        aligned = table.stride(1) == 1 and table.stride(0) % 16 == 0 and table.data_ptr() % 16 == 0
+        assert aligned or not table.numel(), "rows start at 16 bytes"
+    _slots(slots)
+    assert (copies is None) == (copy_slots is None), "copies need both a table and its rows"
+    if copy_slots is not None:
+        _slots(copy_slots)
+        assert copy_slots.shape == slots.shape, f"{slots.shape[0]} records to {copy_slots.shape[0]} rows"
+
+
 def _heads_are_contiguous(kv: Tensor) -> bool:
     return kv.stride(5) == 1 and kv.stride(4) == kv.shape[5]
 

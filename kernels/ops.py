@@ -124,3 +124,32 @@ def dequantize_chunks(kv: Tensor, scale: Tensor, slots: Tensor, out_kv: Tensor, 
         triton_kernel.dequantize_chunks(kv, scale, slots, out_kv, out_slots)
     else:
         reference.dequantize_chunks(kv, scale, slots, out_kv, out_slots)
+
+
+def score_chunks(
+    records: Tensor,
+    slots: Tensor,
+    queries: Tensor,
+    query_starts: Tensor,
+    *,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    copies: Tensor | None = None,
+    copy_slots: Tensor | None = None,
+) -> Tensor:
+    """See `reference.score_chunks`. With CUDA ``slots``, ``records`` may be pinned or registered host memory."""
+    backend = reference.score_chunks
+    if slots.is_cuda:
+        from forecache.kernels import score_chunks as triton_kernel
+
+        backend = triton_kernel.score_chunks
+    return backend(
+        records,
+        slots,
+        queries,
+        query_starts,
+        chunk_tokens=chunk_tokens,
+        dtype=dtype,
+        copies=copies,
+        copy_slots=copy_slots,
+    )

@@ -6,6 +6,7 @@ kv_heads)``. `layer` may be a tensor of one integer, so that a captured graph re
 """
 
 import math
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -206,6 +207,40 @@ def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
         some = words[:, first : first + block].index_select(0, slots).long() & 0xFFFFFFFF
         sums += (some * checksums.word_keys(torch.arange(first, first + some.shape[1], device=slots.device))).sum(1)
     return sums
+
+
+def score_chunks(
+    records: Tensor,
+    slots: Tensor,
+    queries: Tensor,
+    query_starts: Tensor,
+    *,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    copies: Tensor | None = None,
+    copy_slots: Tensor | None = None,
+) -> Tensor:
+    """Log-sum-exp of each query's logits over each chunk's tokens: float32 ``[query_heads, n]``, all sums in float32.
+
+    ``records``: uint8 ``[rows, nbytes]``, read at ``slots``, int64 ``[n]``. A row is keys ``[kv_heads, chunk_tokens,
+    head_dim]`` of ``dtype``, then for int8 their float16 scales ``[kv_heads, chunk_tokens]``. ``queries``: float32
+    ``[query_heads, head_dim]``, scaled; ``query_starts``: int32 ``[kv_heads + 1]``, those from ``query_starts[h]`` to
+    ``query_starts[h + 1]`` read KV head h. What is read is also written to rows ``copy_slots`` (int64 ``[n]``, all
+    different; -1: nowhere) of ``copies``, a table like ``records``; padding is not.
+    """
+    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots)
+    n, kv_heads, (query_heads, head_dim) = len(slots), len(query_starts) - 1, queries.shape
+    rows, key_bytes = records.index_select(0, slots), kv_heads * chunk_tokens * head_dim * dtype.itemsize
+    end = key_bytes if dtype.is_floating_point else key_bytes + 2 * kv_heads * chunk_tokens
+    if copies is not None and copy_slots is not None:
+        copies[copy_slots[copy_slots >= 0], :end] = rows[copy_slots >= 0, :end]
+    keys = rows[:, :key_bytes].view(dtype).view(n, kv_heads, chunk_tokens, head_dim)
+    scales = rows[:, key_bytes:end].view(torch.float16).view(n, kv_heads, chunk_tokens) if end > key_bytes else None
+    lse = torch.empty(query_heads, n, device=slots.device)
+    for h, (first, last) in enumerate(pairwise(query_starts.tolist())):
+        logits = torch.einsum("gd,ntd->gnt", queries[first:last], keys[:, h].float())
+        lse[first:last] = (logits if scales is None else logits * scales[:, h].float()).logsumexp(2)
+    return lse
 
 
 def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:

@@ -1,0 +1,132 @@
+"""Log-sum-exp of queries over the index records of chunks, in Triton: one read of the records.
+
+They may lie in GPU memory, or in host memory that is pinned or registered: then the GPU reads them over PCIe, and can
+keep a copy of what it read. The same in PyTorch: `reference.score_chunks`.
+"""
+
+# Kernel arguments are not Python values: no types; compile-time constants are upper case.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# ruff: noqa: N803
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from forecache.kernels import checks, tuning
+
+_TILE_ELEMENTS = 16384
+_WARP_ELEMENTS = 2048
+_DTYPES = {
+    torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+@triton.jit(do_not_specialize=["n"])
+def _score_kernel(
+    records,  # bytes: rows of keys [KV_HEADS, TOKENS, DIM], then of scales [KV_HEADS, TOKENS] float16
+    slots,  # [n]
+    queries,  # [query_heads, DIM]
+    query_starts,  # [KV_HEADS + 1]
+    copies,  # like records
+    copy_slots,  # [n]
+    out,  # [query_heads, n, TOKENS / BLOCK]
+    n,
+    record_stride,
+    copy_stride,
+    KV_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_COPIES: tl.constexpr,
+):
+    blocks: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
+    itemsize: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    key_bytes: tl.constexpr = KV_HEADS * TOKENS * DIM * itemsize
+    key_pointer: tl.constexpr = tl.pointer_type(DTYPE)
+    scale_pointer: tl.constexpr = tl.pointer_type(tl.float16)
+    for i_tile in range(tl.program_id(0), n * KV_HEADS * blocks, tl.num_programs(0)):
+        i_block, i_head, i_chunk = i_tile % blocks, i_tile // blocks % KV_HEADS, i_tile // (blocks * KV_HEADS)
+        o_token, o_dim = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
+        m_token = o_token < TOKENS
+        m_key = m_token[:, None] & (o_dim < DIM)[None, :]
+        o_head = i_head * (TOKENS * DIM * itemsize)
+        o_key = o_token[:, None] * DIM + o_dim[None, :]
+        o_scale = i_head * TOKENS + o_token
+        p_row = records + tl.load(slots + i_chunk).to(tl.int64) * record_stride
+        b_stored = tl.load((p_row + o_head).to(key_pointer) + o_key, mask=m_key, other=0.0)
+        b_scale = tl.full([BLOCK], 1.0, tl.float16)
+        if HAS_SCALE:
+            b_scale = tl.load((p_row + key_bytes).to(scale_pointer) + o_scale, mask=m_token, other=0.0)
+        if HAS_COPIES:
+            copy_slot = tl.load(copy_slots + i_chunk).to(tl.int64)
+            if copy_slot >= 0:
+                p_copy = copies + copy_slot * copy_stride
+                tl.store((p_copy + o_head).to(key_pointer) + o_key, b_stored, mask=m_key)
+                if HAS_SCALE:
+                    tl.store((p_copy + key_bytes).to(scale_pointer) + o_scale, b_scale, mask=m_token)
+
+        # float32 products and sums: queries do not fit the tensor cores' 16 bits, and the records' bytes take longer
+        b_keys = b_stored.to(tl.float32)
+        b_factor = b_scale.to(tl.float32)
+        for i_query in range(tl.load(query_starts + i_head), tl.load(query_starts + i_head + 1)):
+            b_query = tl.load(queries + i_query * DIM + o_dim, mask=o_dim < DIM, other=0.0)
+            b_logits = tl.sum(b_keys * b_query[None, :], 1) * b_factor
+            b_logits = tl.where(m_token, b_logits, float("-inf"))
+            largest = tl.max(b_logits, 0)
+            lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
+            tl.store(out + (i_query * n + i_chunk) * blocks + i_block, lse)
+
+
+def score_chunks(
+    records: Tensor,
+    slots: Tensor,
+    queries: Tensor,
+    query_starts: Tensor,
+    *,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    copies: Tensor | None = None,
+    copy_slots: Tensor | None = None,
+) -> Tensor:
+    """See `reference.score_chunks`; the result is on the device of ``slots``."""
+    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots)
+    n, kv_heads, (query_heads, head_dim) = slots.shape[0], query_starts.shape[0] - 1, queries.shape
+    dim_pad = triton.next_power_of_2(head_dim)
+    block = min(triton.next_power_of_2(chunk_tokens), max(1, _TILE_ELEMENTS // dim_pad))
+    blocks = triton.cdiv(chunk_tokens, block)
+    lse = torch.empty((query_heads, n, blocks), dtype=torch.float32, device=slots.device)
+    if n:
+        programs = n * kv_heads * blocks
+        if not records.is_cuda and slots.is_cuda:
+            # enough to keep the link busy, and few enough to leave the rest of the GPU to decode steps
+            programs = min(programs, tuning.multiprocessors(slots.device))
+        _score_kernel[(programs,)](
+            records,
+            slots,
+            queries,
+            query_starts,
+            copies,
+            copy_slots,
+            lse,
+            n,
+            records.stride(0),
+            copies.stride(0) if copies is not None else 0,
+            KV_HEADS=kv_heads,
+            TOKENS=chunk_tokens,
+            DIM=head_dim,
+            BLOCK=block,
+            DIM_PAD=dim_pad,
+            DTYPE=_DTYPES[dtype],
+            HAS_SCALE=not dtype.is_floating_point,
+            HAS_COPIES=copies is not None,
+            num_warps=max(1, min(block * dim_pad // _WARP_ELEMENTS, 8)),
+        )
+    return lse.squeeze(2) if blocks == 1 else lse.logsumexp(2)

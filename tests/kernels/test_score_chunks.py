@@ -1,0 +1,176 @@
+"""Log-sum-exp of queries over index records, reference and Triton, against float64 and the indexer's own on the CPU."""
+
+from collections.abc import Callable
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forecache.indexer.index_keys import IndexSpec, chunk_lse, encode_chunks
+from forecache.kernels import ops, reference, score_chunks
+
+Poison = Callable[[], Any]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SHAPES = [  # dtype, queries of each KV head, chunk_tokens, head_dim
+    (torch.int8, (1, 2, 1), 64, 128),
+    (torch.int8, (4,), 16, 64),
+    (torch.int8, (1, 7), 20, 80),
+    (torch.int8, (2,), 160, 128),  # more than one tile, the last one partly filled
+    (torch.float16, (1, 1), 1, 256),  # as bounds are
+    (torch.bfloat16, (3, 1), 16, 96),
+    (torch.float8_e4m3fn, (1, 2), 16, 64),
+    (torch.float32, (2,), 5, 12),
+]
+
+
+@pytest.fixture(params=["reference", "triton"])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    if request.param == "reference":
+        return reference
+    return SimpleNamespace(score_chunks=score_chunks.score_chunks)
+
+
+class Case:
+    """Records of 7 chunks, in rows that are longer than they are, and what is to come out, in float64."""
+
+    def __init__(self, dtype: torch.dtype, groups: tuple[int, ...], tokens: int, dim: int) -> None:
+        keys = 3 * torch.randn(7, len(groups), tokens, dim)
+        stored, scales = keys.to(dtype), torch.ones(7, len(groups), tokens, dtype=torch.float16)
+        if dtype == torch.int8:
+            scales = torch.rand(7, len(groups), tokens).add(0.5).div(32).half()
+            stored = (keys / scales[..., None]).round().clamp(-127, 127).to(dtype)
+        parts = [stored.flatten(1).view(torch.uint8)]
+        if dtype == torch.int8:
+            parts.append(scales.flatten(1).view(torch.uint8))
+        self.end = sum(part.shape[1] for part in parts)
+        padding = torch.full((7, -self.end % 64 + 64), 255, dtype=torch.uint8)  # NaN, were it read
+        self.records = torch.cat([*parts, padding], 1)
+        self.queries = torch.randn(sum(groups), dim) / dim**0.5
+        self.starts = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
+        self.options = {"chunk_tokens": tokens, "dtype": dtype}
+        heads = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
+        logits = torch.einsum(
+            "ntqd,qd->qnt", self.values(stored, scales)[:, heads].transpose(1, 2), self.queries.double()
+        )
+        self.lse = logits.logsumexp(2)
+
+    @staticmethod
+    def values(stored: Tensor, scales: Tensor) -> Tensor:
+        return stored.to(torch.float32).double() * scales.double()[..., None]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        return self.records.to(device), self.queries.to(device), self.starts.to(device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_sum_exp_is_that_of_float64(kernels: Any, shape: Any, device: torch.device, poisoned: Poison) -> None:
+    case = Case(*shape)
+    records, queries, starts = case.on(device)
+    slots = torch.tensor([5, 0, 6, 6, 2], device=device)
+    with poisoned():
+        lse = kernels.score_chunks(records, slots, queries, starts, **case.options)
+    assert lse.dtype == torch.float32 and lse.device.type == device.type
+    torch.testing.assert_close(lse.cpu().double(), case.lse[:, slots.cpu()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_read_can_be_kept(kernels: Any, shape: Any, device: torch.device) -> None:
+    case = Case(*shape)
+    records, queries, starts = case.on(device)
+    copies = torch.full_like(records[:4], 9)
+    slots, rows = torch.tensor([5, 0, 2], device=device), torch.tensor([3, -1, 0], device=device)
+    lse = kernels.score_chunks(records, slots, queries, starts, **case.options, copies=copies, copy_slots=rows)
+    torch.testing.assert_close(lse.cpu().double(), case.lse[:, slots.cpu()], rtol=1e-5, atol=1e-5)
+    assert torch.equal(copies[[3, 0], : case.end], records[[5, 2], : case.end])
+    assert (copies[[1, 2]] == 9).all() and (copies[:, case.end :] == 9).all(), "nothing else is written"
+    again = kernels.score_chunks(copies, rows[[0, 2]], queries, starts, **case.options)
+    torch.testing.assert_close(again, lse[:, [0, 2]])
+
+
+def test_no_chunks(kernels: Any, device: torch.device) -> None:
+    case = Case(*SHAPES[0])
+    records, queries, starts = case.on(device)
+    slots = torch.empty(0, dtype=torch.int64, device=device)
+    assert kernels.score_chunks(records, slots, queries, starts, **case.options).shape == (4, 0)
+
+
+def test_a_head_without_queries_is_passed_over(kernels: Any, device: torch.device) -> None:
+    case = Case(torch.int8, (2, 2, 2), 16, 64)
+    records, queries, _ = case.on(device)
+    starts = torch.tensor([0, 2, 2, 4], dtype=torch.int32, device=device)
+    rows = queries[[0, 1, 4, 5]].contiguous()
+    lse = kernels.score_chunks(records, torch.arange(7, device=device), rows, starts, **case.options)
+    torch.testing.assert_close(lse.cpu().double(), case.lse[[0, 1, 4, 5]], rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_neither_overflow_nor_vanish(kernels: Any, device: torch.device) -> None:
+    case = Case(*SHAPES[0])
+    records, queries, starts = case.on(device)
+    lse = kernels.score_chunks(records, torch.arange(7, device=device), queries * 100, starts, **case.options)
+    assert lse.isfinite().all() and (lse > 100).any()
+
+
+def test_rows_beyond_two_billion_bytes(kernels: Any, device: torch.device) -> None:
+    """Of the memory only the pages of two rows are touched."""
+    case = Case(torch.int8, (1, 1), 16, 64)
+    records, queries, starts = case.on(device)
+    nbytes, stride = records.shape[1], 3 << 30
+    far = torch.empty(stride + nbytes, dtype=torch.uint8, device=device).as_strided((2, nbytes), (stride, 1))
+    far[1] = records[4]
+    lse = kernels.score_chunks(far, torch.tensor([1], device=device), queries, starts, **case.options)
+    torch.testing.assert_close(lse.cpu().double(), case.lse[:, [4]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_it_is_what_the_indexer_computes_on_the_cpu(kernels: Any, dtype: torch.dtype, device: torch.device) -> None:
+    query_heads, kv_heads = ((0, 1), (3, 0), (3, 5), (5, 2)), ((0, 0), (3, 0), (3, 1))
+    spec = IndexSpec("tokens", query_heads, kv_heads, (0, 1, 1, 2), 128, 64, 128**-0.5, dtype)
+    records = encode_chunks(spec, torch.randn(9, 3, 64, 128))
+    queries = 4 * torch.randn(4, 128)
+    starts = torch.tensor([0, 1, 3, 4], dtype=torch.int32)
+    lse = kernels.score_chunks(
+        records.to(device),
+        torch.arange(9, device=device),
+        (queries * spec.scale).to(device),
+        starts.to(device),
+        chunk_tokens=64,
+        dtype=dtype,
+    )
+    torch.testing.assert_close(lse.cpu(), chunk_lse(spec, records, queries), rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_tables_are_refused(device: torch.device) -> None:
+    case = Case(*SHAPES[0])
+    records, queries, starts = case.on(device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    for backend in (reference, score_chunks):
+        with pytest.raises(AssertionError, match="a record has"):
+            backend.score_chunks(records[:, : case.end - 1], slots, queries, starts, **case.options)
+        with pytest.raises(AssertionError, match="floating point or int8"):
+            backend.score_chunks(records, slots, queries, starts, chunk_tokens=64, dtype=torch.int16)
+        with pytest.raises(AssertionError, match="both a table and its rows"):
+            backend.score_chunks(records, slots, queries, starts, **case.options, copies=records)
+        with pytest.raises(AssertionError, match="start at 16 bytes"):
+            backend.score_chunks(records[:, 8:], slots, queries, starts, chunk_tokens=63, dtype=torch.int8)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_registered_host_memory_is_read_in_place_and_kept() -> None:
+    case = Case(*SHAPES[0])
+    registered = case.records.clone().share_memory_()
+    runtime = torch.cuda.cudart()
+    assert int(runtime.cudaHostRegister(registered.data_ptr(), registered.nbytes, 0)) == 0
+    try:
+        _, queries, starts = case.on(torch.device("cuda"))
+        slots, rows = torch.tensor([5, 2, 0], device="cuda"), torch.tensor([0, -1, 1], device="cuda")
+        copies = torch.zeros(2, case.records.shape[1], dtype=torch.uint8, device="cuda")
+        lse = ops.score_chunks(registered, slots, queries, starts, **case.options, copies=copies, copy_slots=rows)
+        torch.testing.assert_close(lse.cpu().double(), case.lse[:, [5, 2, 0]], rtol=1e-5, atol=1e-5)
+        assert torch.equal(copies[:, : case.end].cpu(), case.records[[5, 0], : case.end])
+    finally:
+        torch.cuda.synchronize()
+        runtime.cudaHostUnregister(registered.data_ptr())
