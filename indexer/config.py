@@ -1,5 +1,7 @@
 """Settings of prediction and selection."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -19,4 +21,10 @@ class IndexerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     manifest: str = Field("auto", description="path of a retrieval-head manifest; auto: by model; none: bounds")
-    threads: int = Field(1, ge=1, description="CPU threads of the indexer actor")
+    threads: int = Field(1, ge=1, description="CPU threads of predictions that are made on the CPU")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="makes predictions; auto: where the model is")
+    device_bytes: int = Field(2 << 30, ge=0, description="most GPU memory for index keys; 0: read from host memory")
+
+    def device_type(self, model: str) -> str:
+        """Type of the device that makes predictions for a model on a device of type ``model``."""
+        return model if self.device == "auto" else self.device

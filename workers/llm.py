@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.backbone import load_backbone
@@ -35,6 +36,7 @@ from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.arena import Arena, remove_abandoned
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import cold_layout
 from forecache.workers.memory.store import ArenaStore
 
@@ -105,7 +107,13 @@ class LLM:
             cleanup.callback(self._arena.close)
             cleanup.callback(self._arena.unlink)
             self.memory = ArenaStore(self._arena)
-            self._indexer = wrap_indexer(LocalIndexer(spec, indexer.threads, lambda _path: self._arena))
+            own: Indexer
+            if indexer.device_type(backbone.device.type) == "cuda":
+                gpu = backbone.device if backbone.device.type == "cuda" else torch.device("cuda")
+                own = CudaIndexer(spec, self._arena, gpu, indexer.device_bytes, RegisteredMemory)
+            else:
+                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
+            self._indexer = wrap_indexer(own)
             cleanup.callback(self._indexer.close)
             self.engine = Engine(
                 backbone,

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = {
     "cluster": {"workers", "indexer", "kernels"},
     "workers": {"indexer", "kernels"},
-    "indexer": set(),
+    "indexer": {"kernels"},  # scores on a GPU
     "kernels": set(),
 }
 RAY_ALLOWED = {"indexer/actor.py", "workers/memory/tier.py", "workers/memory/remote.py", "workers/decode/worker.py"}

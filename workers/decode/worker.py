@@ -18,6 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.indexer.actor import IndexerActor, RemoteIndexer
 from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.cuda_scorer import CudaIndexer
+from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
@@ -33,6 +35,7 @@ from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.protocol import TierStats
 from forecache.workers.memory.remote import RemoteMemory
@@ -162,18 +165,7 @@ class DecodeWorker:
             redis_url=settings.redis_url,
         )
         self._memory = RemoteMemory(tier, settings.memory.call_deadline_s)
-        actor = self._on_this_node(
-            IndexerActor,
-            settings.actor_name("indexer", self._node_id),
-            settings,
-            spec,
-            settings.indexer.threads,
-            Arena.attach,
-        )
-        self._indexer = FallbackIndexer(
-            RemoteIndexer(actor, settings.memory.call_deadline_s),
-            lambda: LocalIndexer(spec, settings.indexer.threads, Arena.attach),
-        )
+        self._indexer = self._make_indexer(settings, spec, backbone.device)
         engine = Engine(
             backbone,
             load_tokenizer(path),
@@ -222,6 +214,19 @@ class DecodeWorker:
             self._engine.close()
             self._indexer.close()
             self._memory.close()
+
+    def _make_indexer(self, settings: WorkerSettings, spec: IndexSpec, device: torch.device) -> Indexer:
+        """On a GPU its own; else the node's actor, made by whoever asks first."""
+        config = settings.indexer
+        if config.device_type(device.type) == "cuda":
+            gpu = device if device.type == "cuda" else torch.device("cuda")
+            return CudaIndexer(spec, self._memory.arena, gpu, config.device_bytes, RegisteredMemory)
+        name = settings.actor_name("indexer", self._node_id)
+        actor = self._on_this_node(IndexerActor, name, settings, spec, config.threads, Arena.attach)
+        return FallbackIndexer(
+            RemoteIndexer(actor, settings.memory.call_deadline_s),
+            lambda: LocalIndexer(spec, config.threads, Arena.attach),
+        )
 
     def _tier_stats(self) -> TierStats | None:
         try:

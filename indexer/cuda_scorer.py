@@ -1,0 +1,255 @@
+"""Prediction in this process on a GPU: index records are read where they lie in the arena, once, and then kept."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forecache.indexer.index_keys import IndexSpec, attention_share
+from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.scorer import ArenaIndexView
+from forecache.kernels import ops
+
+ALIGNMENT_BYTES = 16
+"""Triton compiles anew for tensors that begin elsewhere."""
+
+
+class Registration(Protocol):
+    """Host memory that the GPU may read until it is closed."""
+
+    def close(self) -> None: ...
+
+
+class RecordCache:
+    """Index records in device memory, known by arena slot and generation. Belongs to one thread.
+
+    Direct-mapped: the record of a slot lies in row ``slot % rows`` or nowhere, so as many rows as the arena has slots
+    hold all. ``records``: uint8 [rows, record bytes]. A row is found from :meth:`keep` on, when its bytes are known to
+    be right, until it is claimed for another.
+    """
+
+    def __init__(self, rows: int, record_bytes: int, device: torch.device) -> None:
+        self.records = torch.zeros(rows, record_bytes, dtype=torch.uint8, device=device)
+        self._slots = np.full(rows, -1, dtype=np.int64)
+        self._generations = np.zeros(rows, dtype=np.int64)
+
+    def find(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows of the records of ``slots`` in these ``generations``, int64 [n] each; -1: not here."""
+        if not len(self._slots):
+            return np.full_like(slots, -1)
+        rows = slots % len(self._slots)
+        found = (self._slots[rows] == slots) & (self._generations[rows] == generations)
+        return np.where(found, rows, -1)
+
+    def claim(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows to write the records of ``slots`` to, int64 [n] each, all different; -1: another of them has the row.
+
+        Whatever was in the rows is forgotten.
+        """
+        rows = np.full_like(slots, -1)
+        if len(self._slots):
+            own, first = np.unique(slots % len(self._slots), return_index=True)
+            rows[first] = own
+            self._slots[own] = -1
+        return rows
+
+    def keep(
+        self, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
+    ) -> None:
+        """The claimed ``rows`` hold the records of ``slots`` in these ``generations``: int64 [n] each."""
+        self._slots[rows], self._generations[rows] = slots, generations
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` when a record is said to lie where it would not be looked for."""
+        used = np.flatnonzero(self._slots >= 0)
+        assert (self._slots[used] % max(len(self._slots), 1) == used).all(), "a record lies in another slot's row"
+
+
+class CudaIndexer:
+    """An :class:`forecache.indexer.protocol.Indexer` with one thread and one CUDA stream of its own, in this process.
+
+    Its answers are those of :class:`.scorer.LocalIndexer`. It waits for no other stream and keeps none waiting; its
+    thread sleeps until the GPU is done. At most ``device_bytes`` of GPU memory keep records that were read; others are
+    read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a CPU
+    does the same in PyTorch. Raises ValueError if the arena's records are of another kind than ``spec``.
+    """
+
+    def __init__(
+        self,
+        spec: IndexSpec,
+        arena: ArenaIndexView,
+        device: torch.device,
+        device_bytes: int,
+        register: Callable[[Tensor], Registration],
+    ) -> None:
+        if arena.index_fingerprint != spec.fingerprint:
+            raise ValueError(
+                f"the arena holds index keys {arena.index_fingerprint}, this indexer reads {spec.fingerprint}: start "
+                "both with the same manifest and chunk size"
+            )
+        self._spec = spec
+        self._arena = arena
+        self._device = device
+        # the kernel reads one KV head's keys for all its queries: they are brought into the KV heads' order
+        self._query_rows = np.array([row for rows in spec.queries_of_kv for row in rows], dtype=np.int64)
+        starts = [0, *accumulate(len(rows) for rows in spec.queries_of_kv)]
+        self._query_starts = torch.tensor(starts, dtype=torch.int32, device=device)
+        self._cache = RecordCache(min(device_bytes // spec.nbytes, len(arena.index)), spec.nbytes, device)
+        self._stream: torch.cuda.Stream | None = None
+        self._done: torch.cuda.Event | None = None
+        self._registered: Registration | None = None
+        if device.type == "cuda":
+            # before decode steps where both could run: an answer is short work, and awaited
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._registered = register(arena.index)
+            # what was made here is used in the other stream
+            torch.cuda.current_stream(device).synchronize()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
+        try:
+            self._pool.submit(self._warm_up).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        return self._pool.submit(self._predict, request)
+
+    def close(self) -> None:
+        """Finish the prediction under way, drop those that wait, let go of the arena's pages."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._registered is not None:
+            self._registered.close()
+            self._registered = None
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` when the cache contradicts itself. Not while a prediction is under way."""
+        self._cache.check_integrity()
+
+    def _predict(self, request: PredictRequest) -> Prediction:
+        slots, generations = request.index_slots, request.generations
+        expected = (len(self._spec.query_heads), self._spec.head_dim)
+        if request.queries.shape != expected:
+            raise ValueError(f"queries have shape {request.queries.shape}, not {expected}")
+        asked, local = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
+        if len(local) != len(request.local_records):
+            raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+        chunks = asked[slots[asked] < len(self._arena.index)]
+        chunks = chunks[self._unchanged(request, chunks)]
+        rows = self._cache.find(slots[chunks], generations[chunks])
+        known, new = chunks[rows >= 0], chunks[rows < 0]
+        copy_rows = self._cache.claim(slots[new])
+        with self._in_stream():
+            lse, local_lse = self._read(request, rows[rows >= 0], slots[new], copy_rows)
+            shares = self._to_host(attention_share(self._spec, lse, local_lse))
+            read = np.concatenate([known, new, local])
+            # only now it is known whose records these were
+            sound = np.ones(len(read), dtype=np.bool_)
+            sound[: len(chunks)] = self._unchanged(request, read[: len(chunks)])
+            kept = sound[len(known) : len(chunks)] & (copy_rows >= 0)
+            self._cache.keep(copy_rows[kept], slots[new[kept]], generations[new[kept]])
+            if not sound.all():
+                # a half-written record spoils the softmax of all the others
+                read = read[sound]
+                (columns,) = self._upload(np.flatnonzero(sound))
+                shares = self._to_host(attention_share(self._spec, lse[:, columns], local_lse))
+        scores = np.zeros(len(slots), dtype=np.float32)
+        scores[read] = shares
+        return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, read).tolist()))
+
+    def _unchanged(self, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of ``chunks`` have slots that still have the generations asked for: bool [n]."""
+        now = self._arena.generation(request.index_slots[chunks]).astype(np.int64)
+        unchanged: npt.NDArray[np.bool_] = now == request.generations[chunks]
+        return unchanged
+
+    def _read(
+        self,
+        request: PredictRequest,
+        rows: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        copy_rows: npt.NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exps, float32 [query heads, chunks], of the cache's ``rows``, the arena's ``slots`` and the request's
+        own records; and its ``local_lse``. Query heads are in the KV heads' order; what is read of the arena is
+        copied to the cache's ``copy_rows``, where not -1."""
+        queries = request.queries[self._query_rows] * np.float32(self._spec.scale)
+        if self._spec.kind == "bounds":
+            # a negative component takes the minimum, a positive one the maximum
+            queries = np.concatenate([np.minimum(queries, 0), np.maximum(queries, 0)], 1)
+        in_cache, in_arena, to_cache, numbers, on_device, local_lse, records = self._upload(
+            rows,
+            slots,
+            copy_rows,
+            np.arange(len(request.local_records)),
+            queries,
+            request.local_lse[self._query_rows],
+            request.local_records,
+        )
+
+        def lse(table: Tensor, at: Tensor, copies: Tensor | None = None) -> Tensor:
+            return ops.score_chunks(
+                table,
+                at,
+                on_device,
+                self._query_starts,
+                chunk_tokens=1 if self._spec.kind == "bounds" else self._spec.chunk_tokens,
+                dtype=self._spec.dtype,
+                copies=copies,
+                copy_slots=None if copies is None else to_cache,
+            )
+
+        cached = self._cache.records
+        # the cache's rows are read before any of them is written
+        parts = [lse(cached, in_cache), lse(self._arena.index, in_arena, cached if len(cached) else None)]
+        return torch.cat([*parts, lse(records, numbers)], 1), local_lse
+
+    def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        """``arrays`` on the device, in one copy."""
+        ends = accumulate(-(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for array in arrays)
+        places = list(pairwise([0, *ends]))
+        packed = torch.empty(places[-1][1], dtype=torch.uint8, pin_memory=self._stream is not None)
+        for array, (start, _) in zip(arrays, places, strict=True):
+            packed.numpy()[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+        moved = packed.to(self._device, non_blocking=True)
+        return [
+            moved[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+            for array, (start, _) in zip(arrays, places, strict=True)
+        ]
+
+    def _to_host(self, shares: Tensor) -> npt.NDArray[np.float32]:
+        """``shares`` once they are computed; the thread sleeps until then."""
+        host = shares.to("cpu", non_blocking=True)
+        if self._done is not None:
+            self._done.record(self._stream)
+            self._done.synchronize()
+        array: npt.NDArray[np.float32] = host.numpy()
+        return array
+
+    def _in_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _warm_up(self) -> None:
+        """Have kernels compiled and loaded now, not while decode steps run. What is read is nobody's, and forgotten."""
+        heads, none = len(self._spec.query_heads), np.zeros(0, dtype=np.int64)
+        request = PredictRequest(
+            sequence_id="",
+            arena_path="",
+            index_slots=none,
+            generations=none,
+            queries=np.zeros((heads, self._spec.head_dim), dtype=np.float32),
+            local_lse=np.zeros(heads, dtype=np.float32),
+            local_records=np.zeros((1, self._spec.nbytes), dtype=np.uint8),
+        )
+        first = np.zeros(1, dtype=np.int64)
+        rows = first[: len(self._cache.records)]
+        with self._in_stream():
+            lse, local_lse = self._read(request, rows, first, rows if len(rows) else first)
+            (columns,) = self._upload(first)
+            self._to_host(attention_share(self._spec, lse[:, columns], local_lse))
