@@ -50,7 +50,7 @@ class Case:
         self.records = torch.cat([*parts, padding], 1)
         self.queries = torch.randn(sum(groups), dim) / dim**0.5
         self.starts = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
-        self.options = {"chunk_tokens": tokens, "dtype": dtype}
+        self.options: dict[str, Any] = {"chunk_tokens": tokens, "dtype": dtype}
         heads = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
         logits = torch.einsum(
             "ntqd,qd->qnt", self.values(stored, scales)[:, heads].transpose(1, 2), self.queries.double()
