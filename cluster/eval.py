@@ -29,7 +29,7 @@ KI = 1024
 NOT_IN_ANSWERS = {
     *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # said otherwise, or by the columns
     *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
-    *("cuda_graphs", "torch_compile", "overlap_steps"),
+    *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that a run may change before it goes on."""
 DEFAULT_COLUMNS = ("full", "lookahead", "recency", "random")
@@ -197,7 +197,7 @@ def _identity(
         "late_policy": engine.late_policy if "late_policy" in engine.model_fields_set else LATE_POLICY,
         "memory": config.memory.model_dump(include={"cold_dtype"}),
         "selection": config.selection.model_dump(),
-        "indexer": config.indexer.model_dump(exclude={"threads"}),
+        "indexer": config.indexer.model_dump(exclude={"threads", "device", "device_bytes"}),
         "torch": importlib.metadata.version("torch"),
     }
     return {

@@ -32,7 +32,7 @@ driver.set_active(Hopper())
 JITFunction.run = compile_only
 
 from forecache.kernels import (
-    gather_layer, merge_partials, quantize_chunks, slot_checksums, sparse_decode, store_kv, tuning,
+    gather_layer, merge_partials, quantize_chunks, score_chunks, slot_checksums, sparse_decode, store_kv, tuning,
 )
 from forecache.kernels.tuning import DecodeConfig
 
@@ -76,6 +76,14 @@ def fp8():
     store_kv.store_kv(new, new, pool(FP8), layer, where, where, scale=scale)
 
 
+def scores():
+    rows, int8 = torch.zeros(4, 65536, dtype=torch.uint8), torch.int8
+    for dtype, tokens, head_dim in ((int8, 64, 128), (int8, 20, 80), (FP8, 256, 64), (torch.float16, 1, 256)):
+        queries, starts = torch.zeros(3, head_dim), torch.tensor([0, 1, 3], dtype=torch.int32)
+        for kept in ({}, {"copies": rows, "copy_slots": where}):
+            score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=tokens, dtype=dtype, **kept)
+
+
 def splits():
     decode(BF16, 128, 4, DecodeConfig(64, 4, 3, 3), chunk_mass=torch.zeros(2, 8, 2))
     decode(BF16, 64, 3, DecodeConfig(64, 4, 4, 4))
@@ -96,7 +104,9 @@ def streams():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
-@pytest.mark.parametrize(("group", "kernels"), [("copies", 9), ("fp8", 6), ("splits", 10), ("streams", 8)])
+@pytest.mark.parametrize(
+    ("group", "kernels"), [("copies", 9), ("fp8", 6), ("scores", 8), ("splits", 10), ("streams", 8)]
+)
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{COMPILE}\n{group}()"],

@@ -35,6 +35,9 @@ class EngineConfig(BaseModel):
     late_policy: Literal["keep", "wait"] = Field(
         "keep", description="an answer that is late: keep the old set, or wait"
     )
+    early_wait_s: float = Field(
+        0.1, ge=0, description="longest wait for a late set in a sequence's first window, where most answers begin"
+    )
     hot_bytes: int = Field(1 << 30, gt=0, description="bytes of the hot pool")
     max_batch_size: int = Field(16, ge=1, description="sequences decoded together")
     prefill_chunk_tokens: int | None = Field(

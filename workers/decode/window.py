@@ -5,6 +5,7 @@ old set; at the boundary, between two steps, the new set takes over. What comes 
 """
 
 import logging
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -77,6 +78,9 @@ class WindowCycle:
         self._spare = spare
         self._turns: dict[Sequence, Turn] = {}
         self._boundaries: dict[Sequence, int] = {}
+        # boundaries whose queries a step under way will bring, and when sequences began to wait
+        self._asked: dict[Sequence, int] = {}
+        self._waits_since: dict[Sequence, float] = {}
 
     def budget(self, seq: Sequence, chunks: int) -> int:
         """Chunks of ``seq`` that may be resident when it has ``chunks``."""
@@ -111,6 +115,7 @@ class WindowCycle:
             hot = self._pool.lookup(seq.chunks[number].key)
             assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
             local.append(hot)
+        self._asked[seq] = self._boundaries[seq]
         return Capture(
             row,
             seq,
@@ -137,6 +142,7 @@ class WindowCycle:
             return
         if seq in self._turns or self._boundaries[seq] != request.boundary:
             return  # an earlier step's capture was the one
+        self._asked.pop(seq, None)
         turn = Turn(request.boundary, request.chunks)
         turn.future = self._indexer.predict(
             PredictRequest(
@@ -149,6 +155,7 @@ class WindowCycle:
                 local_records=captured.records,
             )
         )
+        turn.future.add_done_callback(lambda _: self._prefetcher.wake())
         self._turns[seq] = turn
 
     def poll(self, seq: Sequence) -> None:
@@ -166,11 +173,20 @@ class WindowCycle:
             self._swap(seq, turn)
 
     def blocked(self, seq: Sequence) -> bool:
-        """Whether ``seq`` must not step now: its first set is not there, or it waits for late ones."""
+        """Whether ``seq`` must not step now: its first set is not there, or it waits for a late one.
+
+        By default it waits a little in its first window, where most answers begin, and later not at all.
+        """
         turn = self._turns.get(seq)
-        if turn is None or seq.decode_steps < turn.boundary:
+        boundary = self._asked.get(seq) if turn is None else turn.boundary
+        if boundary is None or seq.decode_steps < boundary:
             return False
-        return turn.boundary == 0 or self._config.late_policy == "wait"
+        if boundary == 0 or self._config.late_policy == "wait":
+            return True
+        if boundary > self._config.window_steps:
+            return False
+        now = time.perf_counter()
+        return now - self._waits_since.setdefault(seq, now) < self._config.early_wait_s
 
     def recalled(self, done: Recalled) -> Sequence | None:
         """A recall is over. Returns the sequence it was for when chunks of it were lost."""
@@ -187,6 +203,8 @@ class WindowCycle:
         """``seq`` is leaving: give back the slots of a turn in the making. Not while it is :meth:`busy`."""
         turn = self._turns.pop(seq, None)
         self._boundaries.pop(seq, None)
+        self._asked.pop(seq, None)
+        self._waits_since.pop(seq, None)
         if turn is not None:
             if turn.future is not None:
                 turn.future.cancel()
@@ -287,6 +305,7 @@ class WindowCycle:
     def _finish(self, seq: Sequence, turn: Turn) -> None:
         """Drop the turn and set the next boundary: doubling up to a window, then window by window, staggered."""
         del self._turns[seq]
+        self._waits_since.pop(seq, None)
         if turn.boundary == 0:
             return
         window = self._config.window_steps
