@@ -162,9 +162,9 @@ def _manifest(model: Any, config: ServeConfig) -> RetrievalManifest | None:
 def _cold_tokens(model: Any, manifest: RetrievalManifest | None, config: ServeConfig) -> int:
     """Tokens that the arena of one node holds: no request can have more."""
     from forecache.indexer.index_keys import IndexSpec
-    from forecache.workers.decode.backbone import kv_number, pick_device, pick_dtype
+    from forecache.workers.decode.backbone import expected_layout, kv_number, pick_device, pick_dtype
     from forecache.workers.memory.arena import describe
-    from forecache.workers.memory.layout import attention_layout, cold_layout
+    from forecache.workers.memory.layout import cold_layout
 
     layers, heads, kv_heads, head_dim = _shape(model)
     chunk_tokens = config.engine.chunk_tokens
@@ -173,10 +173,6 @@ def _cold_tokens(model: Any, manifest: RetrievalManifest | None, config: ServeCo
     else:
         spec = IndexSpec.bounds(layers, heads, kv_heads, head_dim, chunk_tokens=chunk_tokens)
     dtype = kv_number(config.engine.kv_dtype, pick_dtype(config.engine.dtype, pick_device(config.engine.device)))
-    layout = attention_layout(
-        "", layers=layers, kv_heads=kv_heads, head_dim=head_dim, chunk_tokens=chunk_tokens, dtype=dtype
-    )
-    return (
-        describe(cold_layout(layout, config.memory.cold_dtype), spec.nbytes, "", config.memory.cold_bytes).slots
-        * chunk_tokens
-    )
+    layout = expected_layout(model, chunk_tokens=chunk_tokens, dtype=dtype)
+    cold = cold_layout(layout, config.memory.cold_dtype)
+    return describe(cold, spec.nbytes, "", config.memory.cold_bytes).slots * chunk_tokens

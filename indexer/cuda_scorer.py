@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, attention_share
 from forecache.indexer.protocol import Prediction, PredictRequest
-from forecache.indexer.scorer import ArenaIndexView
+from forecache.indexer.scorer import ArenaIndexView, check_kind, unchanged, where_records_are
 from forecache.kernels import ops
 
 ALIGNMENT_BYTES = 16
@@ -88,11 +88,7 @@ class CudaIndexer:
         device_bytes: int,
         register: Callable[[Tensor], Registration],
     ) -> None:
-        if arena.index_fingerprint != spec.fingerprint:
-            raise ValueError(
-                f"the arena holds index keys {arena.index_fingerprint}, this indexer reads {spec.fingerprint}: start "
-                "both with the same manifest and chunk size"
-            )
+        check_kind(spec, arena)
         self._spec = spec
         self._arena = arena
         self._device = device
@@ -137,11 +133,9 @@ class CudaIndexer:
         expected = (len(self._spec.query_heads), self._spec.head_dim)
         if request.queries.shape != expected:
             raise ValueError(f"queries have shape {request.queries.shape}, not {expected}")
-        asked, local = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
-        if len(local) != len(request.local_records):
-            raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+        asked, local = where_records_are(request)
         chunks = asked[slots[asked] < len(self._arena.index)]
-        chunks = chunks[self._unchanged(request, chunks)]
+        chunks = chunks[unchanged(self._arena, request, chunks)]
         rows = self._cache.find(slots[chunks], generations[chunks])
         known, new = chunks[rows >= 0], chunks[rows < 0]
         copy_rows = self._cache.claim(slots[new])
@@ -151,7 +145,7 @@ class CudaIndexer:
             read = np.concatenate([known, new, local])
             # only now it is known whose records these were
             sound = np.ones(len(read), dtype=np.bool_)
-            sound[: len(chunks)] = self._unchanged(request, read[: len(chunks)])
+            sound[: len(chunks)] = unchanged(self._arena, request, read[: len(chunks)])
             kept = sound[len(known) : len(chunks)] & (copy_rows >= 0)
             self._cache.keep(copy_rows[kept], slots[new[kept]], generations[new[kept]])
             if not sound.all():
@@ -162,12 +156,6 @@ class CudaIndexer:
         scores = np.zeros(len(slots), dtype=np.float32)
         scores[read] = shares
         return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, read).tolist()))
-
-    def _unchanged(self, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of ``chunks`` have slots that still have the generations asked for: bool [n]."""
-        now = self._arena.generation(request.index_slots[chunks]).astype(np.int64)
-        unchanged: npt.NDArray[np.bool_] = now == request.generations[chunks]
-        return unchanged
 
     def _read(
         self,

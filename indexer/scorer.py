@@ -40,38 +40,51 @@ def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> 
     A slot's generation is read before its record and again after it: one that was given away meanwhile, or already
     had been, is ``missing``. Raises ValueError if the arena's records are of another kind than ``spec``.
     """
-    if arena.index_fingerprint != spec.fingerprint:
-        raise ValueError(
-            f"the arena {request.arena_path} holds index keys {arena.index_fingerprint}, this indexer reads "
-            f"{spec.fingerprint}: start both with the same manifest and chunk size"
-        )
+    check_kind(spec, arena)
     # copies: what came from another process is read-only, which torch.from_numpy does not take
     queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
-    asked = np.flatnonzero(request.index_slots >= 0)
-    local = np.flatnonzero(request.index_slots < 0)
-    if len(local) != len(request.local_records):
-        raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+    asked, local = where_records_are(request)
     readable = asked[request.index_slots[asked] < len(arena.index)]
-    chunks = _unchanged(arena, request, readable)
+    chunks = readable[unchanged(arena, request, readable)]
     while True:
         slots = torch.from_numpy(request.index_slots[chunks])
         lse = chunk_lse(spec, arena.index, queries, slots)
-        unchanged = _unchanged(arena, request, chunks)
-        if len(unchanged) == len(chunks):
+        sound = unchanged(arena, request, chunks)
+        if sound.all():
             break
         # a half-written record spoils the softmax of all the others
-        chunks = unchanged
+        chunks = chunks[sound]
     scores = np.zeros(len(request.index_slots), dtype=np.float32)
     here = chunk_lse(spec, torch.tensor(request.local_records), queries)
     scores[np.concatenate([chunks, local])] = attention_share(spec, torch.cat([lse, here], 1), local_lse).numpy()
     return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, chunks).tolist()))
 
 
-def _unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Those of ``chunks`` whose slots still have the generations asked for."""
+def check_kind(spec: IndexSpec, arena: ArenaIndexView) -> None:
+    """Raise ValueError if the arena's records are of another kind than ``spec``."""
+    if arena.index_fingerprint != spec.fingerprint:
+        raise ValueError(
+            f"the arena holds index keys {arena.index_fingerprint}, this indexer reads {spec.fingerprint}: start both "
+            "with the same manifest and chunk size"
+        )
+
+
+def where_records_are(request: PredictRequest) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Chunks whose records are in the arena, and those whose records came with ``request``: int64 [n] each.
+
+    Raises ValueError where their numbers contradict.
+    """
+    asked, local = np.flatnonzero(request.index_slots >= 0), np.flatnonzero(request.index_slots < 0)
+    if len(local) != len(request.local_records):
+        raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+    return asked, local
+
+
+def unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of ``chunks`` have slots that still have the generations asked for: bool [n]."""
     now = arena.generation(request.index_slots[chunks]).astype(np.int64)
-    unchanged: npt.NDArray[np.int64] = chunks[now == request.generations[chunks]]
-    return unchanged
+    same: npt.NDArray[np.bool_] = now == request.generations[chunks]
+    return same
 
 
 def _use_threads(threads: int) -> None:

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.bench_turns import BASELINE, Contender, Pair, Progress, Trace
 from forecache.workers.corpus import documents
-from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.decode.backbone import expected_layout, load_config, pick_device, pick_dtype
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.layout import attention_layout
 
 WARMUP_PROMPT_TOKENS = 256
 WARMUP_STEPS = 4
@@ -178,16 +177,8 @@ def _baseline(path: Path) -> PreTrainedModel:
 
 
 def _chunk_bytes(path: Path, chunk_tokens: int) -> int:
-    config = load_config(path)
-    layout = attention_layout(
-        "",
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        chunk_tokens=chunk_tokens,
-        dtype=pick_dtype("auto", pick_device("auto")),
-    )
-    return layout.nbytes
+    dtype = pick_dtype("auto", pick_device("auto"))
+    return expected_layout(load_config(path), chunk_tokens=chunk_tokens, dtype=dtype).nbytes
 
 
 def _result(name: str, traces: list[dict[str, Trace]], prompt_tokens: int, token_bytes: int) -> PairResult:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.decode.backbone import expected_layout, load_config, pick_device, pick_dtype
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.evaluate import Answer, Column
 from forecache.workers.llm import LLM
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.layout import attention_layout
 from forecache.workers.ruler import Sample
 
 SPARE_CHUNKS = 64
@@ -114,13 +113,6 @@ def _share(free_bytes: int) -> int:
 
 def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
     """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
-    model = load_config(path)
-    layout = attention_layout(
-        "",
-        layers=model.num_hidden_layers,
-        kv_heads=model.num_key_value_heads,
-        head_dim=getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads,
-        chunk_tokens=config.chunk_tokens,
-        dtype=pick_dtype(config.dtype, pick_device(config.device)),
-    )
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    layout = expected_layout(load_config(path), chunk_tokens=config.chunk_tokens, dtype=dtype)
     return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS) * layout.nbytes

@@ -5,7 +5,6 @@ The wordings differ from those of :mod:`forecache.workers.tasks`, so that what w
 
 import random
 import sysconfig
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forecache.workers import corpus
 from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.tasks import TaskKind, make_task
+from forecache.workers.tasks import TaskKind, locate_text, make_task, render_prompt
 
 SourceTask = Literal["prose", "lookup", "several", "values", "quote", "needle", "keys", "passage"]
 """prose: go on; lookup: one fact among others of its kind; several: two to five of them; values: all values of one
@@ -175,7 +174,7 @@ def _question_document(
 
     statements, replies, answer, subjects = _facts(task, rng)
     question = rng.choice(QUESTIONS).format(subjects=" and the ".join(subjects))
-    overhead = sum(map(count, statements)) + 2 * (count(question) + 60) + count(_prompt(tokenizer, ""))
+    overhead = sum(map(count, statements)) + 2 * (count(question) + 60) + count(render_prompt(tokenizer, ""))
     if tokens < overhead + 256:
         raise ValueError(f"a document of the task '{task}' needs at least {overhead + 256} tokens, not {tokens}")
     paragraphs = text_source(text)(rng.getrandbits(32), tokens - overhead, tokenizer)
@@ -190,14 +189,14 @@ def _question_document(
         question = f'Repeat the paragraph that begins with "{beginning.strip()}", word for word.'
     body = "\n\n".join(paragraphs)
     message = f"{question}\n\n{body}\n\n{question}" if rng.random() < 0.7 else f"{body}\n\n{question}"
-    prompt = _prompt(tokenizer, message)
+    prompt = render_prompt(tokenizer, message)
     reply = " ".join(replies)
     place = prompt.index(answer, prompt.index(replies[0], prompt.index(body)))
-    prompt_ids, span = _locate(tokenizer, prompt, place, place + len(answer))
+    prompt_ids, span = locate_text(tokenizer, prompt, place, place + len(answer))
     start = len(prompt) + reply.index(answer)
-    all_ids, (begin, _) = _locate(tokenizer, prompt + reply, start, start + len(answer))
+    all_ids, (begin, _) = locate_text(tokenizer, prompt + reply, start, start + len(answer))
     return SourceDocument(
-        task, text, split, prompt_ids, all_ids[len(prompt_ids) :], span, max(begin - len(prompt_ids), 0)
+        task, text, split, list(prompt_ids), list(all_ids[len(prompt_ids) :]), span, max(begin - len(prompt_ids), 0)
     )
 
 
@@ -231,23 +230,6 @@ def _value(rng: random.Random) -> str:
     if kind == 1:
         return "".join(rng.choice("ABCDEFGHKLMNPRSTUVXZ") for _ in range(2)) + f"-{rng.randrange(100, 10_000)}"
     return "".join(rng.sample(SYLLABLES, rng.randint(2, 4))).capitalize()
-
-
-def _prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """The message ready for its reply; a tokenizer without a chat template gets plain text."""
-    if tokenizer.chat_template is None:
-        return f"{message}\n\nAnswer:"
-    chat = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-
-
-def _locate(tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int) -> tuple[list[int], tuple[int, int]]:
-    """Tokens of ``text`` and the [first, last) of them that touch its characters [start, end)."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    first = bisect_right(offsets, start, key=lambda offset: offset[1])
-    last = bisect_left(offsets, end, key=lambda offset: offset[0])
-    return list(encoded["input_ids"]), (first, last)
 
 
 def plan(recipe: Recipe) -> Iterator[tuple[SourceTask, str, str]]:

@@ -82,7 +82,7 @@ def make_task(
     numbers = [str(number) for number in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), len(cities))]
     facts = [] if kind == "passage" else [_fact(*pair) for pair in zip(cities, numbers, strict=True)]
 
-    empty = _prompt(tokenizer, _user_message("", _question(kind, cities[0], "word " * QUOTED_WORDS)))
+    empty = render_prompt(tokenizer, _user_message("", _question(kind, cities[0], "word " * QUOTED_WORDS)))
     overhead = sum(
         len(tokenizer(piece, add_special_tokens=False)["input_ids"]) + JOINT_TOKENS
         for piece in [empty, "\n\n", *(fact + "\n\n" for fact in facts)]
@@ -108,11 +108,11 @@ def make_task(
         paragraphs.insert(_nearest_boundary(paragraphs, depth), statement)
 
     message = _user_message("\n\n".join(paragraphs), _question(kind, subject, subject))
-    prompt = _prompt(tokenizer, message)
+    prompt = render_prompt(tokenizer, message)
     first = prompt.index(answer, prompt.index(statement))
-    prompt_ids, span = _locate(tokenizer, prompt, first, first + len(answer))
+    prompt_ids, span = locate_text(tokenizer, prompt, first, first + len(answer))
     # tokens of the whole reply, so that the answer is spelled as the model would
-    reply_ids, (begin, end) = _locate(
+    reply_ids, (begin, end) = locate_text(
         tokenizer,
         prompt + reply_prefix + answer,
         len(prompt + reply_prefix),
@@ -144,7 +144,7 @@ def _user_message(text: str, question: str) -> str:
     return f"{question}\n\n{text}\n\n{question}"
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     """The message ready for its reply; a tokenizer without a chat template gets plain text."""
     if tokenizer.chat_template is None:
         return f"{message}\n\nAnswer:"
@@ -155,7 +155,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     )
 
 
-def _locate(
+def locate_text(
     tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
     """Tokens of ``text`` and the [first, last) of them that touch its characters [start, end)."""

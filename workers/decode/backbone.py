@@ -75,6 +75,18 @@ def kv_number(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
 
 
+def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> ChunkLayout:
+    """The chunks of a model with this configuration, before it is loaded; they are nobody's in particular."""
+    return attention_layout(
+        "",
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        chunk_tokens=chunk_tokens,
+        dtype=dtype,
+    )
+
+
 def load_config(path: Path) -> Any:
     """The configuration of a decoder that can be served; or :class:`UnsupportedModelError` with the reason."""
     try:
