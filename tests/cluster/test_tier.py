@@ -256,7 +256,9 @@ def test_file_of_a_killed_tier_is_removed_by_the_next(start_tier: StartTier, are
     )
     memory = RemoteMemory(killed, deadline_s=20)
     path = memory.arena.path
+    pid = process_of(killed)
     ray.kill(killed)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
     with pytest.raises(ChunkLostError, match="can't be reached for stats"):
         memory.stats()
     assert path.exists()
