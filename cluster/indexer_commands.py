@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -31,6 +32,9 @@ def register(commands: Any) -> None:
     record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     record.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    record.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="of N processes that share --out, this is the K-th"
+    )
     record.add_argument("--seed", type=int, default=0)
     record.set_defaults(command=_record)
 
@@ -52,6 +56,9 @@ def register(commands: Any) -> None:
     train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
     train.add_argument("--context", type=int, default=None, help="width of the summary of the hidden states")
     train.add_argument("--units", type=int, default=None, help="width of the network")
+    train.add_argument(
+        "--dropout", type=float, default=None, help="share of the network's units that a step leaves out"
+    )
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=_train)
@@ -87,6 +94,7 @@ def _record(args: argparse.Namespace) -> int:
             manifest=args.manifest,
             device=args.device,
             dtype=args.dtype,
+            part=args.part,
             progress=show,
         )
     print(f"{args.out}: {recipe.documents} documents to train on, {recipe.eval_documents} to evaluate on")
@@ -165,6 +173,15 @@ def _use_threads(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``2/4``: the second of four."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise argparse.ArgumentTypeError(f"'{text}' is no part like 2/4")
+    return part
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ class MemoryIndexer(nn.Module):
         self.around = nn.Conv1d(shape.units, shape.units, 2 * shape.reach + 1, padding=shape.reach, groups=shape.units)
         self.inner = nn.Linear(shape.units, shape.units)
         self.out = nn.Linear(shape.units, 1)
+        self.dropout = nn.Dropout(0.0)  # training sets its share
         queries = heads * len(shape.history)
         self.gate = nn.Linear(shape.context, queries)
         self.sharpness = nn.Parameter(torch.zeros(()))
@@ -107,7 +108,7 @@ class MemoryIndexer(nn.Module):
         features = [shares, relative, place, context.unsqueeze(2).expand(-1, -1, chunks)]
         units = self.into(torch.cat(features, 1).transpose(1, 2)).transpose(1, 2)
         units = nn.functional.gelu(self.around(units * is_complete.unsqueeze(1))).transpose(1, 2)
-        correction = self.out(nn.functional.gelu(self.inner(units))).squeeze(2)
+        correction = self.out(self.dropout(nn.functional.gelu(self.inner(self.dropout(units))))).squeeze(2)
         weights = self.gate(context).log_softmax(1).unsqueeze(2)
         expected = (shares * SHARE_UNIT * self.sharpness.exp() + weights).logsumexp(1)
         logits: Tensor = expected + correction

@@ -5,6 +5,7 @@ file's metadata. Shards are written whole or not at all, so a recording that was
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -104,7 +105,9 @@ class ShardManifest(BaseModel):
             raise ShardError(f"{path} is not a manifest of recorded data: {error}") from error
 
     def save(self, folder: Path) -> None:
-        (folder / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial = folder / f"{MANIFEST_FILE}.{os.getpid()}.partial"
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder / MANIFEST_FILE)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 One process or several (`torchrun`); stopped training goes on where its last epoch ended.
 """
 
+import copy
 import math
 import random
 import time
@@ -42,7 +43,8 @@ class TrainConfig:
     target that counts which retrieval heads look at a chunk at all, be it for the few steps of an answer; ``answer``:
     the part that the answer's chunks have in windows in which it begins.
     ``patience``: epochs without better held-out coverage before training stops. Learning rates fall to zero along a
-    cosine; the queries, which start as the model's own, have their own rate.
+    cosine; the queries, which start as the model's own, have their own rate. What is judged and kept are the weights'
+    exponential moving averages over some 1 / (1 - ``average_decay``) steps.
     """
 
     epochs: int = 24
@@ -54,6 +56,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 20
     clip_norm: float = 1.0
+    dropout: float = 0.1
+    average_decay: float = 0.99
     listwise: float = 1.0
     retrieval: float = 0.5
     answer: float = 0.25
@@ -74,6 +78,7 @@ class IndexerLoss(nn.Module):
     def __init__(self, indexer: MemoryIndexer, manifest: ShardManifest, rule: LabelRule, config: TrainConfig) -> None:
         super().__init__()
         self.indexer = indexer
+        indexer.dropout.p = config.dropout
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.offset = nn.Parameter(torch.tensor(1.0))
         self._spec = manifest.index_spec
@@ -184,27 +189,30 @@ def _train(
     torch.manual_seed(config.seed)
     loss = IndexerLoss(new_indexer(recording, shape), recording.manifest, rule, config).to(group.device)
     optimizer = _optimizer(loss, config)
+    averaged = copy.deepcopy(loss)
     model: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss)
     settings = {"config": asdict(config), "shape": asdict(shape), "rule": asdict(rule)}
     manifest = CheckpointManifest.of(recording.manifest, shape, settings | {"documents": len(learned)})
     state = out.with_suffix(".state")
-    curve, best = resume(state, settings, loss, optimizer)
+    curve, best = resume(state, settings, loss, averaged, optimizer)
     share = math.ceil(len(learned) / (config.documents_per_step * group.size))
     schedule = _Schedule(config, share)
     for epoch in range(len(curve), config.epochs):
         if curve and len(curve) - 1 - best >= config.patience:
             break
         start = time.monotonic()
-        losses = _epoch(model, optimizer, schedule, documents, learned, config, rule, spec, group, epoch)
-        figures = validate(loss, [documents[number] for number in held_out], spec, rule, config)
+        losses = _epoch(model, averaged, optimizer, schedule, documents, learned, config, rule, spec, group, epoch)
+        figures = validate(averaged, [documents[number] for number in held_out], spec, rule, config)
         curve.append(Epoch(epoch, losses, *figures, time.monotonic() - start))
         if len(curve) == 1 or curve[-1].merit > curve[best].merit:
             best = epoch
             if group.rank == 0:
                 done = {"epochs": epoch + 1, "held_out": asdict(curve[-1])}
-                save_checkpoint(out, loss.indexer, manifest.model_copy(update={"training": manifest.training | done}))
+                save_checkpoint(
+                    out, averaged.indexer, manifest.model_copy(update={"training": manifest.training | done})
+                )
         if group.rank == 0:
-            save_state(state, settings, loss, optimizer, curve, best)
+            save_state(state, settings, loss, averaged, optimizer, curve, best)
             progress(curve[-1])
     return curve
 
@@ -235,6 +243,7 @@ class _Schedule:
 
 def _epoch(
     model: nn.Module,
+    averaged: IndexerLoss,
     optimizer: torch.optim.AdamW,
     schedule: _Schedule,
     documents: dict[int, RecordedDocument],
@@ -247,6 +256,7 @@ def _epoch(
 ) -> float:
     """One pass; the order and every draw follow from the seed and the epoch. Returns the mean loss."""
     model.train()
+    torch.manual_seed(hash((config.seed, epoch, group.rank)))  # dropout, wherever training was stopped
     rates = [config.query_learning_rate, config.learning_rate]
     order = random.Random(f"{config.seed} {epoch}").sample(learned, len(learned))
     size = config.documents_per_step * group.size
@@ -265,6 +275,11 @@ def _epoch(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
+        # the first steps move far: what was before them is soon forgotten
+        newest = max(1 - config.average_decay, 9 / (10 + epoch * schedule.steps_per_epoch + step))
+        with torch.no_grad():
+            for average, weight in zip(averaged.parameters(), model.parameters(), strict=True):
+                average.lerp_(weight, newest)
         total += loss.detach()
     return float(total) / schedule.steps_per_epoch
 

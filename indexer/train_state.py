@@ -39,12 +39,14 @@ def save_state(
     path: Path,
     settings: dict[str, Any],
     loss: nn.Module,
+    averaged: nn.Module,
     optimizer: torch.optim.AdamW,
     curve: list[Epoch],
     best: int,
 ) -> None:
-    """Weights and optimiser as safetensors, the rest as JSON in the file's metadata; whole or not at all."""
+    """Weights, their averages and optimiser as safetensors, the rest as JSON in its metadata; whole or not at all."""
     tensors = {f"model/{name}": tensor for name, tensor in loss.state_dict().items()}
+    tensors |= {f"averaged/{name}": tensor for name, tensor in averaged.state_dict().items()}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in moments.items()}
     told = {"settings": json.dumps(settings), "curve": json.dumps([asdict(e) for e in curve]), "best": str(best)}
@@ -54,7 +56,7 @@ def save_state(
 
 
 def resume(
-    path: Path, settings: dict[str, Any], loss: nn.Module, optimizer: torch.optim.AdamW
+    path: Path, settings: dict[str, Any], loss: nn.Module, averaged: nn.Module, optimizer: torch.optim.AdamW
 ) -> tuple[list[Epoch], int]:
     """The learning curve so far and its best epoch, weights and optimiser loaded; ([], 0) for a new training."""
     if not path.exists():
@@ -64,7 +66,8 @@ def resume(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if told.get("settings") != json.dumps(settings):
         raise ShardError(f"{path} is of a training with other settings: delete it, or write to another file")
-    loss.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    for prefix, module in (("model/", loss), ("averaged/", averaged)):
+        module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):

@@ -4,6 +4,7 @@ A document is read in one pass and goes on with its right reply, then greedily; 
 windows of its text are kept. The keys that attention saw give the exact share of every head on every chunk.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -45,10 +46,13 @@ def record(
     manifest: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
+    part: tuple[int, int] = (1, 1),
     progress: Progress = lambda done, documents: None,
 ) -> ShardManifest:
     """Record ``recipe``'s documents into ``out``; shards that are there already are kept.
 
+    With ``part`` (k, n) every n-th shard, beginning with the k-th: n processes, on one machine or several that share
+    ``out``, record it together.
     Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds something else.
     """
     if not LEAST_PROMPT_TOKENS <= recipe.min_tokens <= recipe.max_tokens:
@@ -64,7 +68,7 @@ def record(
     tokenizer = load_tokenizer(model_path)
     kinds = list(plan(recipe))
     done = 0
-    for shard in range(described.shards):
+    for shard in range(part[0] - 1, described.shards, part[1]):
         first = shard * recipe.documents_per_shard
         wanted = kinds[first : first + recipe.documents_per_shard]
         if not shard_path(out, shard).exists():
@@ -76,7 +80,7 @@ def record(
             ]
             write_shard(out, shard, _record_shard(backbone, described, recipe, sources, tokenizer))
         done += len(wanted)
-        progress(done, described.documents)
+        progress(done, -(-described.documents // part[1]))
     return described
 
 
@@ -92,7 +96,10 @@ def _prepare(out: Path, described: ShardManifest, seed_weights: dict[str, torch.
                 f"{out} holds a recording of another kind ({', '.join(names)} differ): choose another directory."
             )
         return
-    save_file({name: tensor.contiguous() for name, tensor in seed_weights.items()}, out / SEED_WEIGHTS_FILE)
+    # whole or not at all, and the manifest last: another process may be about to do the same
+    partial = out / f"{SEED_WEIGHTS_FILE}.{os.getpid()}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in seed_weights.items()}, partial)
+    partial.rename(out / SEED_WEIGHTS_FILE)
     described.save(out)
 
 

@@ -250,6 +250,15 @@ def test_a_stopped_recording_goes_on(model_path: Path, heads_file: str, folder: 
         )
 
 
+def test_two_processes_record_together(model_path: Path, heads_file: str, folder: Path, tmp_path: Path) -> None:
+    for part in ((2, 2), (1, 2)):
+        record(model_path, tmp_path, RECIPE, model_name="tiny", manifest=heads_file, device="cpu", part=part)
+        assert Recording(tmp_path).complete == (part == (1, 2))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
 def test_what_cannot_be_recorded_is_said(model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="forecache indexer calibrate"):
         record(model_path, tmp_path, RECIPE, model_name="tiny", device="cpu")
@@ -289,7 +298,7 @@ def test_a_gpu_records_and_trains_the_same(model_path: Path, heads_file: str, fo
     assert ours.positions.tolist() == theirs.positions.tolist()
     torch.testing.assert_close(ours.peak_share.float(), theirs.peak_share.float(), atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(ours.hidden.float(), theirs.hidden.float(), atol=2e-2, rtol=2e-2)
-    config = TrainConfig(epochs=2, leads=(1, 2))
+    config = TrainConfig(epochs=2, leads=(1, 2), dropout=0.0)
     curve = train(out, tmp_path / "indexer.safetensors", config=config, device="cuda")
     same = train(out, tmp_path / "by-cpu.safetensors", config=config, device="cpu")
     assert [epoch.train_loss for epoch in curve] == pytest.approx([epoch.train_loss for epoch in same], rel=0.01)
