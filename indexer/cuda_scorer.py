@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from forecache.indexer.index_keys import IndexSpec, attention_share
+from forecache.indexer.index_keys import IndexSpec, scores_and_events
 from forecache.indexer.protocol import Prediction, PredictRequest
-from forecache.indexer.scorer import ArenaIndexView, check_kind, unchanged, where_records_are
+from forecache.indexer.scorer import ArenaIndexView, check_kind, prediction, unchanged, where_records_are
 from forecache.kernels import ops
 
 ALIGNMENT_BYTES = 16
@@ -141,7 +141,7 @@ class CudaIndexer:
         copy_rows = self._cache.claim(slots[new])
         with self._in_stream():
             lse, local_lse = self._read(request, rows[rows >= 0], slots[new], copy_rows)
-            shares = self._to_host(attention_share(self._spec, lse, local_lse))
+            found = self._to_host(scores_and_events(self._spec, lse, local_lse))
             read = np.concatenate([known, new, local])
             # only now it is known whose records these were
             sound = np.ones(len(read), dtype=np.bool_)
@@ -152,10 +152,8 @@ class CudaIndexer:
                 # a half-written record spoils the softmax of all the others
                 read = read[sound]
                 (columns,) = self._upload(np.flatnonzero(sound))
-                shares = self._to_host(attention_share(self._spec, lse[:, columns], local_lse))
-        scores = np.zeros(len(slots), dtype=np.float32)
-        scores[read] = shares
-        return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, read).tolist()))
+                found = self._to_host(scores_and_events(self._spec, lse[:, columns], local_lse))
+        return prediction(self._spec, request, read, found)
 
     def _read(
         self,
@@ -211,9 +209,9 @@ class CudaIndexer:
             for array, (start, _) in zip(arrays, places, strict=True)
         ]
 
-    def _to_host(self, shares: Tensor) -> npt.NDArray[np.float32]:
-        """``shares`` once they are computed; the thread sleeps until then."""
-        host = shares.to("cpu", non_blocking=True)
+    def _to_host(self, found: Tensor) -> npt.NDArray[np.float32]:
+        """``found`` once it is computed; the thread sleeps until then."""
+        host = found.to("cpu", non_blocking=True)
         if self._done is not None:
             self._done.record(self._stream)
             self._done.synchronize()
@@ -240,4 +238,4 @@ class CudaIndexer:
         with self._in_stream():
             lse, local_lse = self._read(request, rows, first, rows if len(rows) else first)
             (columns,) = self._upload(first)
-            self._to_host(attention_share(self._spec, lse[:, columns], local_lse))
+            self._to_host(scores_and_events(self._spec, lse[:, columns], local_lse))

@@ -16,6 +16,8 @@ BLOCK_HEAD_ELEMENTS = 1 << 18
 """float32 numbers of one KV head decoded at a time: 1 MiB, which stays in a core's cache."""
 BLOCK_BYTES = 32 << 20
 """most bytes of records gathered at a time."""
+EVENT_SHARE = 0.3
+"""Least share of a head's attention on one chunk that is a retrieval event (design §1)."""
 
 Head = tuple[int, int]
 """(layer, head)"""
@@ -193,9 +195,30 @@ def attention_share(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor)
     "tokens": exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
     "bounds": softmax over the chunks' upper bounds, then the mean over heads.
     """
+    return _pooled(spec, head_shares(lse, local_lse))
+
+
+def _pooled(spec: IndexSpec, shares: torch.Tensor) -> torch.Tensor:
+    return shares.amax(0) if spec.kind == "tokens" else shares.mean(0)
+
+
+def head_shares(lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """Share of each head's attention on each chunk: float32 [query_heads, chunks], from ``lse``, alike, of all chunks
+    and ``local_lse`` [query_heads] of the tokens that have no record."""
     total = torch.logaddexp(lse.logsumexp(1), local_lse)
-    mass = (lse - total.unsqueeze(1)).exp()
-    return mass.amax(0) if spec.kind == "tokens" else mass.mean(0)
+    return (lse - total.unsqueeze(1)).exp()
+
+
+def event_mass(shares: torch.Tensor, threshold: float = EVENT_SHARE) -> torch.Tensor:
+    """Mass of the retrieval events on each chunk, float32 [chunks]: those of ``shares`` [heads, chunks] that reach
+    ``threshold``, summed over the heads."""
+    return shares.where(shares >= threshold, 0.0).sum(0)
+
+
+def scores_and_events(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """:func:`attention_share`, and :func:`event_mass` below it: float32 [2, chunks]."""
+    shares = head_shares(lse, local_lse)
+    return torch.stack([_pooled(spec, shares), event_mass(shares)])
 
 
 def chunk_lse(

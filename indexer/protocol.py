@@ -31,11 +31,16 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class Prediction:
-    """``scores``: float32 [chunks], larger is needed sooner; ``missing``: chunks whose index keys could not be read."""
+    """``scores``: float32 [chunks], larger is needed sooner; ``missing``: chunks whose index keys could not be read.
+
+    ``event_mass``: float32 [chunks], retrieval events of the model's own retrieval heads at the step of the queries,
+    summed (design §1); ``None`` where nobody knows these heads.
+    """
 
     sequence_id: str
     scores: npt.NDArray[np.float32]
     missing: tuple[int, ...] = ()
+    event_mass: npt.NDArray[np.float32] | None = None
 
 
 class Indexer(Protocol):

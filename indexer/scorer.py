@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forecache.indexer.index_keys import IndexSpec, attention_share, chunk_lse
+from forecache.indexer.index_keys import IndexSpec, chunk_lse, scores_and_events
 from forecache.indexer.protocol import Prediction, PredictRequest
 
 
@@ -54,10 +54,22 @@ def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> 
             break
         # a half-written record spoils the softmax of all the others
         chunks = chunks[sound]
-    scores = np.zeros(len(request.index_slots), dtype=np.float32)
     here = chunk_lse(spec, torch.tensor(request.local_records), queries)
-    scores[np.concatenate([chunks, local])] = attention_share(spec, torch.cat([lse, here], 1), local_lse).numpy()
-    return Prediction(request.sequence_id, scores, tuple(np.setdiff1d(asked, chunks).tolist()))
+    found = scores_and_events(spec, torch.cat([lse, here], 1), local_lse).numpy()
+    return prediction(spec, request, np.concatenate([chunks, local]), found)
+
+
+def prediction(
+    spec: IndexSpec, request: PredictRequest, read: npt.NDArray[np.int64], found: npt.NDArray[np.float32]
+) -> Prediction:
+    """The answer to ``request`` from what the records of the chunks ``read`` gave: ``found`` [2, read] as of
+    :func:`.index_keys.scores_and_events`. Chunks of the arena that are not among them are missing."""
+    figures = np.zeros((2, len(request.index_slots)), dtype=np.float32)
+    figures[:, read] = found
+    missing = np.setdiff1d(np.flatnonzero(request.index_slots >= 0), read)
+    # bounds are no attention, and of all heads
+    events = figures[1] if spec.kind == "tokens" else None
+    return Prediction(request.sequence_id, figures[0], tuple(missing.tolist()), events)
 
 
 def check_kind(spec: IndexSpec, arena: ArenaIndexView) -> None:

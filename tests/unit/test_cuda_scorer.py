@@ -104,6 +104,9 @@ def expect_local_answer(indexer: CudaIndexer, table: Table, request: PredictRequ
     assert (prediction.sequence_id, prediction.missing) == (expected.sequence_id, expected.missing)
     assert prediction.scores.dtype == np.float32
     np.testing.assert_allclose(prediction.scores, expected.scores, rtol=1e-4, atol=1e-7)
+    assert (prediction.event_mass is None) == (expected.event_mass is None)
+    if prediction.event_mass is not None and expected.event_mass is not None:
+        np.testing.assert_allclose(prediction.event_mass, expected.event_mass, rtol=1e-4, atol=1e-7)
 
 
 @pytest.fixture

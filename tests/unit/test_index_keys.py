@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forecache.indexer.index_keys import IndexSpec, encode_chunk, encode_chunks, score_chunks
+from forecache.indexer.index_keys import (
+    EVENT_SHARE,
+    IndexSpec,
+    chunk_lse,
+    encode_chunk,
+    encode_chunks,
+    event_mass,
+    head_shares,
+    score_chunks,
+)
 from forecache.indexer.protocol import Prediction, PredictRequest
 from forecache.indexer.scorer import LocalIndexer
 
@@ -212,6 +221,64 @@ def test_chunks_are_scored_in_their_order_wherever_their_records_are(table: Tabl
     assert prediction.sequence_id == "s"
     assert prediction.missing == ()
     np.testing.assert_allclose(prediction.scores, expected_scores(table, request, [4, 7, 19, 0, 3]), rtol=1e-5)
+
+
+def test_events_are_counted_of_every_head_that_puts_enough_on_one_chunk(table: Table) -> None:
+    request = make_request(table, [4, -1, 19, 0, -1], [table.index[7], table.index[3]])
+    request.queries[:] *= 4  # sharp attention: some heads look at one chunk alone
+    spec, expected = tokens_spec(torch.int8), np.zeros(5)
+    rows, queries = table.index[[4, 7, 19, 0, 3]], torch.from_numpy(request.queries)
+    shares = head_shares(chunk_lse(spec, rows, queries), torch.from_numpy(request.local_lse)).double()
+    for head in range(len(QUERY_HEADS)):
+        for chunk in range(5):
+            if shares[head, chunk] >= EVENT_SHARE:
+                expected[chunk] += float(shares[head, chunk])
+    assert 0 < (expected > 0).sum() < 5
+    found = ask(table, request).event_mass
+    assert found is not None
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_missing_chunk_has_no_events_and_bounds_have_none_at_all(table: Table) -> None:
+    request = make_request(table, [4, 5, 6])
+    table.generations[5] += 1
+    prediction = ask(table, request)
+    assert prediction.missing == (1,) and prediction.event_mass is not None and prediction.event_mass[1] == 0
+    spec = IndexSpec.bounds(6, 6, 3, HEAD_DIM, chunk_tokens=CHUNK_TOKENS)
+    bounds = Table(spec, random_keys(4, len(spec.kv_heads)))
+    queries, lse = random_queries(36).numpy(), np.zeros(36, np.float32)
+    slots, generations = np.arange(4), bounds.generations[:4].astype(np.int64)
+    asked = PredictRequest("s", "arena", slots, generations, queries, lse, np.zeros((0, spec.nbytes), np.uint8))
+    indexer = LocalIndexer(spec, 1, lambda _path: bounds)
+    try:
+        assert indexer.predict(asked).result(30).event_mass is None
+    finally:
+        indexer.close()
+
+
+@given(
+    heads=st.integers(1, 6),
+    chunks=st.integers(1, 9),
+    sharpness=st.floats(0.1, 10),
+    seed=st.integers(0, 2**31),
+)
+def test_event_mass_is_of_attention_and_knows_no_later_chunk(
+    heads: int, chunks: int, sharpness: float, seed: int
+) -> None:
+    lse = sharpness * torch.randn(heads, chunks, generator=torch.Generator().manual_seed(seed))
+    shares = head_shares(lse, torch.zeros(heads))
+    mass = event_mass(shares)
+    assert mass.shape == (chunks,)
+    assert (mass >= 0).all() and float(mass.sum()) <= heads * (1 + 1e-5)
+    assert torch.equal(mass > 0, (shares >= EVENT_SHARE).any(0))
+    assert (event_mass(shares, threshold=0.0) >= mass).all()
+    for known in range(1, chunks):
+        # a head's attention on what came later, seen from a step before it: nothing
+        before = lse.clone()
+        before[:, known:] = -torch.inf
+        early = event_mass(head_shares(before, torch.zeros(heads)))
+        torch.testing.assert_close(early[:known], event_mass(head_shares(lse[:, :known], torch.zeros(heads))))
+        assert (early[known:] == 0).all()
 
 
 def test_a_chunk_with_neither_slot_nor_record_is_an_error(table: Table) -> None:
