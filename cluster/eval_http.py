@@ -53,7 +53,7 @@ class HttpBackend:
             cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
             completion_tokens=usage["completion_tokens"],
             keep_ratio=usage["forecache"]["keep_ratio"],
-            coverage=usage["forecache"].get("coverage"),  # where the server measures it
+            coverage=usage["forecache"]["coverage"],
         )
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -43,6 +44,10 @@ _ENGINE_COUNTERS = (
     _Counter("forecache_lookahead_windows", "Windows begun.", "windows"),
     _Counter("forecache_lookahead_late", "Windows whose prediction or copies were late.", "late_windows"),
     _Counter("forecache_lookahead_failed", "Windows without a prediction.", "failed_predictions"),
+    _Counter("forecache_lookahead_hits", "Chunks with retrieval events that were resident.", "event_hits"),
+    _Counter("forecache_lookahead_misses", "Chunks with retrieval events that were not resident.", "event_misses"),
+    _Counter("forecache_fallbacks", "Budgets doubled for low coverage, full attention included.", "fallbacks"),
+    _Counter("forecache_fallbacks_refused", "Budgets not doubled for want of hot slots.", "refused_fallbacks"),
     _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
     _Counter("forecache_prompt_tokens", "Prompt tokens of admitted requests.", "prompt_tokens"),
     _Counter("forecache_generation_tokens", "Tokens generated.", "generated_tokens"),
@@ -125,6 +130,11 @@ class Metrics:
         self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Between two tokens.")
         self._end_to_end_s = self._histogram("forecache_e2e_request_latency_seconds", "Request to last token.")
         self._queue_s = self._histogram("forecache_request_queue_time_seconds", "Request to admission.")
+        self._coverage = self._histogram(
+            "forecache_attention_coverage",
+            "Share of a request's retrieval-event mass on resident chunks, 0 to 1; requests without events left out.",
+            _SHARES,
+        )
         self._errors = Counter(
             "forecache_errors",
             "Requests that got an error, by its code.",
@@ -142,8 +152,8 @@ class Metrics:
         """All series in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        family = Histogram(name, text, ["model_name"], buckets=_SECONDS, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        family = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
         return family.labels(self.model_name)
 
 
@@ -168,3 +178,5 @@ class RequestTimer:
             self._metrics._end_to_end_s.observe(now - self._started_s)
             if event.stats is not None:
                 self._metrics._queue_s.observe(event.stats.queue_s)
+                if event.stats.coverage is not None:
+                    self._metrics._coverage.observe(event.stats.coverage)

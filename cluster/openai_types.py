@@ -209,6 +209,8 @@ def usage(stats: SequenceStats) -> dict[str, Any]:
             "recalled_chunks": stats.recalled_chunks,
             "late_windows": stats.late_windows,
             "keep_ratio": stats.keep_ratio,
+            "coverage": stats.coverage,
+            "fallbacks": stats.fallbacks,
             "context_bytes": stats.context_bytes,
             "resident_bytes": stats.resident_bytes,
             "queue_s": stats.queue_s,

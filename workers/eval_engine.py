@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class EngineBackend:
                 cached_tokens=completion.stats.cached_tokens,
                 completion_tokens=completion.stats.completion_tokens,
                 keep_ratio=completion.stats.keep_ratio,
-                coverage=asdict(completion.stats).get("coverage"),  # where the engine measures it
+                coverage=completion.stats.coverage,
             )
             for completion in completions
         ]

@@ -83,7 +83,7 @@ def test_a_server_gives_the_answers_of_an_engine(
     served, local = answers(tmp_path / "http"), answers(tmp_path / "engine")
     assert len(served) == len(COLUMNS) * 4
     for (column, number), answer in served.items():
-        for name in ("text", "prompt_tokens", "completion_tokens", "keep_ratio"):
+        for name in ("text", "prompt_tokens", "completion_tokens", "keep_ratio", "coverage"):
             assert answer[name] == local[column, number][name], f"{name} of sample {number}, {column}"
     assert served["full", 0]["keep_ratio"] == 1.0
     assert served["recency", 0]["keep_ratio"] < 0.7

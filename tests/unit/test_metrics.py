@@ -20,6 +20,11 @@ NAMES = {
     "forecache_recall_bytes_total",
     "forecache_prefetch_stall_seconds_total",
     "forecache_lookahead_late_total",
+    "forecache_lookahead_hits_total",
+    "forecache_lookahead_misses_total",
+    "forecache_fallbacks_total",
+    "forecache_fallbacks_refused_total",
+    "forecache_attention_coverage_count",
     "forecache_time_to_first_token_seconds_count",
     "forecache_inter_token_latency_seconds_count",
     "forecache_e2e_request_latency_seconds_count",
@@ -55,12 +60,17 @@ def test_every_series_is_there_before_any_request() -> None:
 
 def test_workers_are_summed_and_a_nodes_tier_counts_once() -> None:
     metrics = Metrics("m")
-    one = EngineStats(running=1, hot_slots=10, hot_slots_referenced=5, resident_ratio=0.5, recalled_chunks=7)
-    two = EngineStats(running=3, hot_slots=30, hot_slots_referenced=5, resident_ratio=0.1, recalled_chunks=2)
+    one = EngineStats(
+        running=1, hot_slots=10, hot_slots_referenced=5, resident_ratio=0.5, recalled_chunks=7, fallbacks=1
+    )
+    two = EngineStats(
+        running=3, hot_slots=30, hot_slots_referenced=5, resident_ratio=0.1, recalled_chunks=2, fallbacks=2
+    )
     metrics.workers.update([worker("a", "n", one), worker("b", "n", two), worker("c", "o", EngineStats(), None)])
     found = samples(metrics)
     assert found["forecache_num_requests_running"] == 4 and found["forecache_workers"] == 3
     assert found["forecache_recalled_chunks_total"] == 9
+    assert found["forecache_fallbacks_total"] == 3
     assert found["forecache_hot_pool_usage_perc"] == 0.25
     assert found["forecache_resident_ratio"] == 0.2
     assert found["forecache_memory_tier_usage_perc"] == 0.4
@@ -87,8 +97,9 @@ def test_latencies_of_a_request() -> None:
     observe(TokenEvent("r", (), "", prefill_tokens_done=5))
     observe(TokenEvent("r", (1,), "a"))
     observe(TokenEvent("r", (2, 3), "bc"))
-    observe(TokenEvent("r", (4,), "d", "stop", SequenceStats(queue_s=0.25)))
+    observe(TokenEvent("r", (4,), "d", "stop", SequenceStats(queue_s=0.25, coverage=0.75)))
     found = samples(metrics)
+    assert (found["forecache_attention_coverage_count"], found["forecache_attention_coverage_sum"]) == (1, 0.75)
     assert found["forecache_time_to_first_token_seconds_count"] == 1
     assert found["forecache_inter_token_latency_seconds_count"] == 3
     assert found["forecache_e2e_request_latency_seconds_count"] == 1

@@ -147,6 +147,9 @@ def test_usage_shape() -> None:
     assert (told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]) == (10, 3, 13)
     assert told["prompt_tokens_details"] == {"cached_tokens": 4}
     assert told["forecache"]["context_chunks"] == 7
+    assert (told["forecache"]["coverage"], told["forecache"]["fallbacks"]) == (None, 0)
+    told = usage(SequenceStats(coverage=0.5, fallbacks=2))
+    assert (told["forecache"]["coverage"], told["forecache"]["fallbacks"]) == (0.5, 2)
 
 
 @pytest.mark.parametrize(

@@ -290,6 +290,51 @@ def test_a_streamed_sequence_takes_a_share_of_the_steps(bench: Bench) -> None:
     assert all(len(bench.scheduler.next_plan().streams) == 1 for _ in range(STREAMED_SHARE))
 
 
+def test_streamed_sequences_take_turns(bench: Bench) -> None:
+    row, *streamed = (bench.add(name, 40) for name in "abc")
+    bench.admit()
+    for seq in (row, *streamed):
+        finish_prefill(seq)
+    for seq in streamed:
+        seq.streamed = True
+    plans = [bench.scheduler.next_plan() for _ in range(4 * STREAMED_SHARE)]
+    assert all(plan.decode == (row,) for plan in plans)
+    lane = [part.sequence for plan in plans for part in plan.streams]
+    assert len(lane) == 4
+    assert [lane.count(seq) for seq in streamed] == [2, 2]
+    bench.leave(row)
+    assert {part.sequence for part in bench.scheduler.next_plan().streams} == set(streamed)
+
+
+def test_a_lane_step_that_took_long_is_paid_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("forecache.workers.decode.scheduler.time.perf_counter", lambda: now_s)
+    row, streamed = bench.add("a", 40), bench.add("b", 40)
+    bench.admit()
+    finish_prefill(row)
+    finish_prefill(streamed)
+    streamed.streamed = True
+
+    def until_the_lane_opens(step_s: float) -> int:
+        nonlocal now_s
+        for others in range(1000):
+            expected = bench.scheduler.streams_next
+            plan = bench.scheduler.next_plan()
+            assert plan.decode == (row,)
+            assert expected == bool(plan.streams)
+            if plan.streams:
+                now_s += 2.0
+                bench.scheduler.observe(plan, 2.0)
+                return others
+            now_s += step_s
+        raise AssertionError("the lane never opened")
+
+    assert until_the_lane_opens(0.1) == STREAMED_SHARE - 1
+    # two seconds for the streamed sequence, then at least six for the others
+    assert until_the_lane_opens(0.1) >= (STREAMED_SHARE - 1) * 2.0 / 0.1
+    assert until_the_lane_opens(10.0) == STREAMED_SHARE - 1
+
+
 def test_without_a_free_slot_the_step_is_empty_and_says_so(bench: Bench) -> None:
     seq = bench.add("a", 300)
     bench.admit()

@@ -73,6 +73,8 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
         recalled_chunks=counters.recalled_chunks,
         late_windows=counters.late_windows,
         keep_ratio=counters.kept_sum / counters.kept_steps if counters.kept_steps else 1.0,
+        coverage=counters.coverage_sum / counters.coverages if counters.coverages else None,
+        fallbacks=counters.fallbacks,
         context_bytes=chunks * chunk_bytes,
         resident_bytes=resident * chunk_bytes,
         queue_s=0.0 if admitted is None else admitted - arrived,
@@ -113,6 +115,10 @@ class EngineCounters:
     windows: int = 0
     late_windows: int = 0
     failed_predictions: int = 0
+    event_hits: int = 0
+    event_misses: int = 0
+    fallbacks: int = 0
+    refused_fallbacks: int = 0
     prefetch_stall_s: float = 0.0
     finished_requests: int = 0
     cancelled_requests: int = 0
@@ -135,6 +141,10 @@ class EngineCounters:
         self.windows += seq.counters.windows
         self.late_windows += seq.counters.late_windows
         self.failed_predictions += seq.counters.failed_predictions
+        self.event_hits += seq.counters.event_hits
+        self.event_misses += seq.counters.event_misses
+        self.fallbacks += seq.counters.fallbacks
+        self.refused_fallbacks += seq.counters.refused_fallbacks
         if reason == "cancelled":
             self.cancelled_requests += 1
         elif reason == "error":

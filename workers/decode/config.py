@@ -38,6 +38,12 @@ class EngineConfig(BaseModel):
     early_wait_s: float = Field(
         0.1, ge=0, description="longest wait for a late set in a sequence's first window, where most answers begin"
     )
+    fallback: bool = Field(
+        False, description="double a sequence's budget, up to everything, while its coverage is below the floor"
+    )
+    coverage_floor: float = Field(
+        0.5, ge=0, le=1, description="least share of retrieval-event mass that resident chunks should have"
+    )
     hot_bytes: int = Field(1 << 30, gt=0, description="bytes of the hot pool")
     max_batch_size: int = Field(16, ge=1, description="sequences decoded together")
     prefill_chunk_tokens: int | None = Field(

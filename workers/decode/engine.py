@@ -63,6 +63,7 @@ class Engine:
         self._has_tokenizer = tokenizer is not None
         self._memory = memory
         self._name = name
+        self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
         self._answers = Answers(tokenizer, frozenset(eos), backbone.layout.nbytes)
         self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
@@ -82,7 +83,7 @@ class Engine:
         if backbone.device.type == "cuda":
             self._runner.warm_up(
                 max_batch_size=config.max_batch_size,
-                max_chunks=self.windows.widest_table(backbone.max_model_len),
+                max_chunks=self.windows.budgets.widest_table(backbone.max_model_len),
                 cuda_graphs=config.cuda_graphs,
                 torch_compile=config.torch_compile,
             )
@@ -197,14 +198,15 @@ class Engine:
         for seq in plan.decode:
             if seq.state is not State.DECODE:
                 continue  # its last token was read meanwhile
-            seq.counters.kept_sum += seq.resident_share
-            seq.counters.kept_steps += 1
+            seq.count_kept()
             seq.open_exact = seq.open_exact and not seq.partial
             self._keeper.computed(seq, 1)
             self.windows.stepped(seq)
         for part in plan.streams:
             if part.sequence in lost:
                 continue
+            if part.sequence.state is State.DECODE:
+                part.sequence.count_kept()
             self._keeper.computed(part.sequence, part.tokens)
             if part.sequence.state is State.PREFILL:
                 self._events.append(self._answers.event(part.sequence))
@@ -235,7 +237,7 @@ class Engine:
             seq.state = State.DECODE
             return
         seq.state = State.RECALLING
-        self.windows.begin(seq, mass)
+        self.windows.begin(seq, mass, retrieval_heads=self._retrieval_heads)
 
     def _emit(self, seq: Sequence, token: int) -> None:
         """One more token of ``seq``: to the client, and maybe the last."""

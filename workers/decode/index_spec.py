@@ -28,7 +28,8 @@ def choose_index_spec(setting: str, model: str, backbone: Backbone) -> IndexSpec
     if manifest is not None:
         return IndexSpec.from_manifest(manifest, chunk_tokens=backbone.layout.chunk_tokens, scale=geometry.scale)
     logger.warning(
-        "%s has no retrieval-head manifest: chunks are chosen by bounds, which miss much. Make one with "
+        "%s has no retrieval-head manifest: chunks are chosen by bounds, which miss much; coverage is not "
+        "measured, and --fallback has nothing to go by. Make one with "
         "`forecache indexer calibrate --model %s`.",
         model,
         model,

@@ -46,8 +46,10 @@ class SequenceStats:
     """One request's account of its context. Sizes in bytes, times in seconds.
 
     ``context_chunks`` counts all chunks of the sequence, ``resident_chunks`` those its last step could read,
-    ``recalled_chunks`` the cold → hot copies made for it, ``kept_ratio`` the mean over decode steps of
-    resident / context chunks.
+    ``recalled_chunks`` the cold → hot copies made for it, ``keep_ratio`` the mean over decode steps of
+    resident / context chunks, ``coverage`` the mean share of retrieval-event mass on resident chunks over the
+    boundaries at which there were events (design §1; ``None``: at none, or nobody measured), ``fallbacks`` how often
+    low coverage doubled its budget.
     """
 
     prompt_tokens: int = 0
@@ -58,6 +60,8 @@ class SequenceStats:
     recalled_chunks: int = 0
     late_windows: int = 0
     keep_ratio: float = 1.0
+    coverage: float | None = None
+    fallbacks: int = 0
     context_bytes: int = 0
     resident_bytes: int = 0
     queue_s: float = 0.0

@@ -1,6 +1,7 @@
 """Who runs in the next step: admission within the hot pool and cold memory, decode rows, prefill slices."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.hot_pool import HotPool
 
 STREAMED_SHARE = 4
-"""A sequence whose full attention is streamed takes every fourth step while others decode."""
+"""Sequences whose full attention is streamed have a lane of their own: beside others, one of them steps in every fourth
+step at most, and such steps take a fourth of the time at most."""
 
 RATE_SMOOTHING = 0.5
 
@@ -73,6 +75,7 @@ class Scheduler:
         self._prefill_chunk_tokens = config.prefill_chunk_tokens
         self._prefill_slice_s = config.prefill_slice_s
         self._steps = 0
+        self._lane_opens_s = 0.0
         self.rate = PrefillRate(linear_equal)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -106,34 +109,28 @@ class Scheduler:
             located(seq)
 
     def _reserve(self, seq: Sequence) -> None:
-        """Hot slots promised to ``seq``: its budget, half of it again for a turn, and the chunks a window can add."""
-        budget = self._windows.budget(seq, seq.max_chunks)
-        added = self._config.window_steps // seq.chunk_tokens + 2
-        full = seq.max_chunks + 1
-        need = full if budget >= seq.max_chunks else min(full, budget + -(-budget // 2) + added)
+        """Hot slots promised to ``seq``: what its budget needs, or a prefill step where its past is streamed."""
+        need = self._windows.budgets.slots(seq, seq.widening)
         seq.streamed = need > self._pool.num_slots
         prefill = self._prefill_chunk_tokens // seq.chunk_tokens + 1
-        seq.reserved_slots = min(full, prefill, self._pool.num_slots) if seq.streamed else need
+        seq.reserved_slots = min(seq.max_chunks + 1, prefill, self._pool.num_slots) if seq.streamed else need
 
     def observe(self, plan: Plan, duration_s: float) -> None:
         """``plan`` was computed in ``duration_s``, its tokens not counted yet."""
         if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
             part = plan.streams[0]
             self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
+        if any(part.sequence.state is State.DECODE for part in plan.streams):
+            self._lane_opens_s = time.perf_counter() + (STREAMED_SHARE - 1) * duration_s
 
     def next_plan(self) -> Plan:
         """The next step's work, with slots allocated for every token it computes. May be empty."""
         self._steps += 1
         self.stalled = False
-        streams: list[StreamPart] = []
         ready = [seq for seq in self.running if self._may_decode(seq)]
-        rows = [seq for seq in ready if not seq.streamed]
         prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
-        decode = [seq for seq in rows if self._open(seq, 1)]
-        for seq in ready:
-            alone = not rows and not prefilling
-            if seq.streamed and (alone or self._steps % STREAMED_SHARE == 0) and self._open(seq, 1):
-                streams.append(StreamPart(seq, 1))
+        decode = [seq for seq in ready if not seq.streamed and self._open(seq, 1)]
+        streams = [StreamPart(seq, 1) for seq in self._lane(ready) if self._open(seq, 1)]
         budget = self._prefill_chunk_tokens
         # a chunk that prefill completes needs its slot only until it was written back
         spare = self.spare_slots
@@ -155,7 +152,26 @@ class Scheduler:
     @property
     def streams_next(self) -> bool:
         """Whether the next step may compute more than decode rows."""
-        return any(seq.state is State.PREFILL or seq.streamed for seq in self.running)
+        if any(seq.state is State.PREFILL for seq in self.running):
+            return True
+        return bool(self._lane([seq for seq in self.running if self._may_decode(seq)], ahead=1))
+
+    def _lane(self, ready: list[Sequence], *, ahead: int = 0) -> list[Sequence]:
+        """Those of the ``ready`` sequences that are streamed in the step at hand, or ``ahead`` steps later.
+
+        All of them while there is nobody else; else they take turns, so that nobody's tokens come much later.
+        """
+        streamed = [seq for seq in ready if seq.streamed]
+        if not streamed or not any(self._keeps_waiting(seq) for seq in self.running):
+            return streamed
+        turn, between = divmod(self._steps + ahead, STREAMED_SHARE)
+        if between or time.perf_counter() < self._lane_opens_s:
+            return []
+        return [streamed[turn % len(streamed)]]
+
+    def _keeps_waiting(self, seq: Sequence) -> bool:
+        """Whether a long step would keep ``seq`` waiting."""
+        return seq.state is State.PREFILL or (seq.state is State.DECODE and not seq.streamed)
 
     def _may_decode(self, seq: Sequence) -> bool:
         """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way."""

@@ -47,6 +47,12 @@ class Counters:
     late_windows: int = 0
     failed_predictions: int = 0
     windows: int = 0
+    coverage_sum: float = 0.0
+    coverages: int = 0
+    event_hits: int = 0
+    event_misses: int = 0
+    fallbacks: int = 0
+    refused_fallbacks: int = 0
     kept_sum: float = 0.0
     kept_steps: int = 0
     arrived_s: float = field(default_factory=time.perf_counter)
@@ -61,6 +67,8 @@ class Sequence:
     A decode step that was launched counts as computed; its token joins ``token_ids`` when the host has read it.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
+    ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
+    would have been with half of that, which would have done at the last ``steady_boundaries``.
     """
 
     def __init__(
@@ -97,6 +105,9 @@ class Sequence:
         self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
         self.streamed = False
         self.reserved_slots = 0
+        self.widening = 1
+        self.half_set = np.zeros(0, dtype=np.bool_)
+        self.steady_boundaries = 0
         self.decode_steps = 0
         self.counters = Counters()
 
@@ -132,8 +143,15 @@ class Sequence:
 
     @property
     def resident_share(self) -> float:
-        """Resident / all chunks, the open one counted on both sides."""
+        """Resident / all chunks, the open one counted on both sides; what is streamed is read whole."""
+        if self.streamed:
+            return 1.0
         return (len(self.resident) + 1) / (len(self.chunks) + 1)
+
+    def count_kept(self) -> None:
+        """A decode step of it was launched: account for what that reads."""
+        self.counters.kept_sum += self.resident_share
+        self.counters.kept_steps += 1
 
     @property
     def partial(self) -> bool:
@@ -197,5 +215,7 @@ class Sequence:
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
         self.decode_steps = 0
+        self.widening = 1
+        self.steady_boundaries = 0
         self.open_exact = True
         self.state = State.WAITING

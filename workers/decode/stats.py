@@ -28,6 +28,10 @@ class EngineStats:
     windows: int = 0
     late_windows: int = 0
     failed_predictions: int = 0
+    event_hits: int = 0
+    event_misses: int = 0
+    fallbacks: int = 0
+    refused_fallbacks: int = 0
     lost_chunks: int = 0
     prefetch_stall_s: float = 0.0
     finished_requests: int = 0

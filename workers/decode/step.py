@@ -25,7 +25,7 @@ class Capture:
     Its queries, their log-sum-exp over the first ``tail_tokens`` keys in ``tail_slot`` (this step's own included), and
     the index records of the completed chunks in ``local_slots``, which cold memory does not have yet. ``chunks``
     completed chunks come before the tail; they lie at ``ref_slots`` (-1: local), with ``generations``: int64 [chunks]
-    each. ``restarts``: as in :class:`Sampled`.
+    each; ``resident``, bool [chunks], are those that the step reads. ``restarts``: as in :class:`Sampled`.
     """
 
     row: int
@@ -37,6 +37,7 @@ class Capture:
     local_slots: tuple[int, ...]
     ref_slots: npt.NDArray[np.int64]
     generations: npt.NDArray[np.int64]
+    resident: npt.NDArray[np.bool_]
 
     @property
     def chunks(self) -> int:

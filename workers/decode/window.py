@@ -9,17 +9,19 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from forecache.indexer.config import SelectionConfig
+from forecache.indexer.index_keys import EVENT_SHARE
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
-from forecache.indexer.selection import budget_chunks, select
+from forecache.indexer.selection import select
+from forecache.workers.decode.budgets import Budgets
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
+from forecache.workers.decode.turn import Turn
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.prefetcher import Prefetcher, Recalled, RecallItem
@@ -28,29 +30,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_BOUNDARY = 2
 """Decode steps before the first swap: the first gives the first answer token's queries, the second hides the copy."""
-
-
-@dataclass
-class Turn:
-    """A resident set in the making, for the first ``chunks`` chunks of a sequence.
-
-    ``future`` is the prediction while it is awaited. Then ``selected`` are the chosen chunks, and ``wanted`` those of
-    them that the old set lacks, until the pool has slots for all; then they are in ``incoming`` with their slots,
-    referenced in the pool, and ``ticket`` names the recall that fills ``copying``.
-    """
-
-    boundary: int
-    chunks: int
-    future: Future[Prediction] | None = None
-    selected: frozenset[int] | None = None
-    incoming: dict[int, int] = field(default_factory=dict)
-    copying: list[RecallItem] = field(default_factory=list)
-    wanted: list[int] = field(default_factory=list)
-    ticket: int | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.selected is not None and not self.wanted and self.ticket is None
+STREAMED_SLOTS = 2
+"""Hot slots of a decoding sequence whose past is streamed: the chunk that fills, and one that is written back."""
 
 
 class WindowCycle:
@@ -69,6 +50,7 @@ class WindowCycle:
         indexer: Indexer,
         spare: Callable[[], int],
     ) -> None:
+        self.budgets = Budgets(config, selection, pool.num_slots, spare)
         self._config = config
         self._selection = selection
         self._pool = pool
@@ -82,28 +64,20 @@ class WindowCycle:
         self._asked: dict[Sequence, int] = {}
         self._waits_since: dict[Sequence, float] = {}
 
-    def budget(self, seq: Sequence, chunks: int) -> int:
-        """Chunks of ``seq`` that may be resident when it has ``chunks``."""
-        if seq.policy == "full":
-            return chunks
-        return budget_chunks(chunks, seq.keep_ratio, self._selection)
-
-    def widest_table(self, max_tokens: int) -> int:
-        """Most slots that a decode step of a sequence of ``max_tokens`` reads, at the configured keep ratio: the set,
-        and what was completed since it was chosen, which was up to two windows ago."""
-        config = self._config
-        budget = budget_chunks(-(-max_tokens // config.chunk_tokens), config.keep_ratio, self._selection)
-        return min(budget + 2 * (config.window_steps // config.chunk_tokens) + 4, self._pool.num_slots)
-
-    def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
+    def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None, *, retrieval_heads: bool) -> None:
         """Prefill is over: choose the first set from the last prompt tokens' attention ``mass`` [chunks].
 
         ``None`` will do where scores do not matter: for other policies, and when everything is kept.
+        ``retrieval_heads``: it is that of the model's retrieval heads.
         """
         self._boundaries[seq] = FIRST_BOUNDARY
         turn = Turn(boundary=0, chunks=len(seq.chunks))
         self._turns[seq] = turn
-        self._choose(seq, turn, None if mass is None else mass[: len(seq.chunks)])
+        scores = None if mass is None else mass[: turn.chunks]
+        events = None
+        if scores is not None and retrieval_heads:
+            events = np.where(scores >= EVENT_SHARE, scores, np.float32(0))  # of one head, not of all together
+        self._choose(seq, turn, scores, events)
 
     def capture(self, row: int, seq: Sequence) -> Capture | None:
         """What a prediction for ``seq`` needs of the coming step, in which it is row ``row``; ``None``: nothing."""
@@ -116,6 +90,8 @@ class WindowCycle:
             assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
             local.append(hot)
         self._asked[seq] = self._boundaries[seq]
+        resident = np.zeros(len(seq.chunks), dtype=np.bool_)
+        resident[list(seq.resident)] = True
         return Capture(
             row,
             seq,
@@ -126,6 +102,7 @@ class WindowCycle:
             local_slots=tuple(local),
             ref_slots=ref_slots,
             generations=generations,
+            resident=resident,
         )
 
     def stepped(self, seq: Sequence) -> None:
@@ -138,12 +115,12 @@ class WindowCycle:
     def captured(self, captured: Captured) -> None:
         """Ask for the next turn's prediction, with what was captured for it."""
         request, seq = captured.request, captured.request.sequence
-        if seq.state is not State.DECODE or seq.restarts != request.restarts:
+        if seq.state is not State.DECODE or seq.streamed or seq.restarts != request.restarts:
             return
         if seq in self._turns or self._boundaries[seq] != request.boundary:
             return  # an earlier step's capture was the one
         self._asked.pop(seq, None)
-        turn = Turn(request.boundary, request.chunks)
+        turn = Turn(request.boundary, request.chunks, request.resident)
         turn.future = self._indexer.predict(
             PredictRequest(
                 sequence_id=seq.request_id,
@@ -164,12 +141,12 @@ class WindowCycle:
         if turn is None:
             return
         if turn.future is not None and turn.future.done():
-            scores = self._scores(seq, turn, turn.future)
-            turn.future = None
-            self._choose(seq, turn, scores)
+            self._answered(seq, turn, turn.future)
+            if seq.streamed:
+                return
         if turn.wanted:
             self._bring_in(seq, turn)
-        if turn.ready and seq.decode_steps >= turn.boundary:
+        if turn.ready and (turn.urgent or seq.decode_steps >= turn.boundary):
             self._swap(seq, turn)
 
     def blocked(self, seq: Sequence) -> bool:
@@ -179,11 +156,17 @@ class WindowCycle:
         """
         turn = self._turns.get(seq)
         boundary = self._asked.get(seq) if turn is None else turn.boundary
-        if boundary is None or seq.decode_steps < boundary:
+        if boundary is None:
             return False
-        if boundary == 0 or self._config.late_policy == "wait":
+        early, waits = boundary <= self._config.window_steps, self._config.late_policy == "wait"
+        due = seq.decode_steps >= boundary or (turn is not None and turn.urgent)
+        if waits and early and self._config.fallback and (turn is None or turn.future is not None):
+            due = True  # what is awaited may be urgent: the step at which that is known must not depend on time
+        if not due:
+            return False
+        if boundary == 0 or waits:
             return True
-        if boundary > self._config.window_steps:
+        if not early:
             return False
         now = time.perf_counter()
         return now - self._waits_since.setdefault(seq, now) < self._config.early_wait_s
@@ -223,36 +206,73 @@ class WindowCycle:
 
     def _due(self, seq: Sequence, *, done: bool = False) -> bool:
         """Whether the step that is coming (or, with ``done``, was just made) is the one to ask after."""
-        if seq.streamed or seq in self._turns or self.budget(seq, seq.max_chunks) >= seq.max_chunks:
+        if seq.streamed or seq in self._turns or self.budgets.first(seq, seq.max_chunks) >= seq.max_chunks:
             return False
         boundary = self._boundaries[seq]
         previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
         ask = max(previous, boundary - self._config.lead_steps)
         return seq.decode_steps + (0 if done else 1) >= ask
 
-    def _scores(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> npt.NDArray[np.float32]:
-        """What was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
+    def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> None:
+        """Take in what was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
+        turn.future = None
         error = future.exception()
-        if error is None:
-            scores = future.result().scores
-            if np.isfinite(scores).all():
-                return scores
+        if error is None and not np.isfinite(future.result().scores).all():
             error = ValueError("a score is not finite")
-        logger.warning("no prediction for %s, its resident set stays: %s", seq.request_id, error)
-        seq.counters.failed_predictions += 1
-        return np.array([number in seq.resident for number in range(turn.chunks)], dtype=np.float32)
+        if error is not None:
+            logger.warning("no prediction for %s, its resident set stays: %s", seq.request_id, error)
+            seq.counters.failed_predictions += 1
+            kept = np.array([number in seq.resident for number in range(turn.chunks)], dtype=np.float32)
+            self._choose(seq, turn, kept)
+            return
+        prediction = future.result()
+        if prediction.event_mass is not None:
+            self._follow(seq, turn, prediction.event_mass)
+        if not seq.streamed:
+            self._choose(seq, turn, prediction.scores, prediction.event_mass)
 
-    def _choose(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None) -> None:
-        """Choose the set of ``turn`` by ``scores`` [chunks], as far as the sequence's reserved slots go."""
-        rng = np.random.default_rng([self._config.seed % 2**32, seq.sampling.seed % 2**32, seq.decode_steps])
-        chosen = select(
-            scores,
-            policy=seq.policy,
-            chunks=turn.chunks,
-            budget=self.budget(seq, turn.chunks),
-            config=self._selection,
-            rng=rng,
-        ).tolist()
+    def _follow(self, seq: Sequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
+        """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after (design §5.7)."""
+        assert turn.resident is not None, "only what was asked for is answered"
+        if not self.budgets.too_low(self.budgets.observe(seq, event_mass, turn.resident)):
+            self.budgets.narrow(seq, event_mass)
+            return
+        turn.urgent = turn.boundary <= self._config.window_steps
+        if self.budgets.streams(seq):
+            self._stream(seq)
+        else:
+            self.budgets.widen(seq)
+
+    def _stream(self, seq: Sequence) -> None:
+        """From now on ``seq`` attends to its whole past where that lies: everything does not fit the pool."""
+        seq.counters.fallbacks += 1
+        seq.streamed = True
+        seq.reserved_slots = min(seq.reserved_slots, STREAMED_SLOTS)
+        self.forget(seq)
+        for slot in seq.resident.values():
+            self._pool.release(slot)
+        seq.resident.clear()
+        seq.table_version += 1
+
+    def _choose(
+        self,
+        seq: Sequence,
+        turn: Turn,
+        scores: npt.NDArray[np.float32] | None,
+        event_mass: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Choose the set of ``turn`` by ``scores`` [chunks], as far as the sequence's reserved slots go.
+
+        While that is too small for the ``event_mass`` [chunks] that it is chosen by, the budget doubles.
+        """
+        chosen = self._select(seq, turn, scores, seq.widening)
+        while event_mass is not None and self.budgets.misses(seq, event_mass, chosen):
+            if self.budgets.streams(seq) or not self.budgets.widen(seq):
+                break
+            chosen = self._select(seq, turn, scores, seq.widening)
+        if seq.widening > 1:
+            seq.half_set = np.zeros(turn.chunks, dtype=np.bool_)
+            seq.half_set[self._select(seq, turn, scores, seq.widening // 2)] = True
         wanted = [number for number in chosen if number not in seq.resident]
         if scores is not None and len(scores):
             wanted.sort(key=lambda number: -scores[number])
@@ -263,6 +283,18 @@ class WindowCycle:
         turn.selected = frozenset(chosen) - frozenset(wanted[room:])
         turn.wanted = wanted[:room]
         self._bring_in(seq, turn)
+
+    def _select(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None, widening: int) -> list[int]:
+        """The chunks of ``turn`` with the first budget of ``seq`` times ``widening``."""
+        chosen: list[int] = select(
+            scores,
+            policy=seq.policy,
+            chunks=turn.chunks,
+            budget=min(self.budgets.first(seq, turn.chunks) * widening, turn.chunks),
+            config=self._selection,
+            rng=np.random.default_rng([self._config.seed % 2**32, seq.sampling.seed % 2**32, seq.decode_steps]),
+        ).tolist()
+        return chosen
 
     def _bring_in(self, seq: Sequence, turn: Turn) -> None:
         """Take the wanted chunks that are hot, and start the recall of the others, most wanted first.
@@ -295,6 +327,7 @@ class WindowCycle:
         seq.resident.update(turn.incoming)
         seq.table_version += 1
         turn.incoming = {}
+        self.budgets.swapped(seq)
         if turn.boundary:
             seq.counters.windows += 1
             seq.counters.late_windows += seq.decode_steps > turn.boundary

@@ -1,0 +1,355 @@
+"""Coverage of the retrieval heads' events, budgets that double where it is low, and full attention as the last step."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forecache.indexer.config import IndexerConfig
+from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.workers.decode.budgets import measure
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.decode.step import Captured
+from forecache.workers.decode.window import WindowCycle
+from forecache.workers.llm import LLM
+
+CHUNK = 16
+CHUNK_BYTES = 3 * 2 * 2 * CHUNK * 16 * 4
+TOKENS = 40
+FIRST_BUDGET = 8
+
+Events = Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""(how many predictions a sequence had before, its scores [chunks]) → event mass [chunks]."""
+
+
+def unlooked_for(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Events on the middle chunk with the smallest score, which no set has by its score."""
+    events = np.zeros(len(scores), dtype=np.float32)
+    events[2 + np.argmin(scores[2 : len(scores) // 2])] = 2
+    return events
+
+
+def none(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.zeros(len(scores), dtype=np.float32)
+
+
+def at_first(times: int) -> Events:
+    """Events where nothing is resident in the first ``times`` predictions, and then none."""
+    return lambda number, scores: unlooked_for(scores) if number < times else none(scores)
+
+
+@dataclass
+class Eventful:
+    """Answers as ``inner`` does, but with made-up ``events``, which the scores then follow."""
+
+    inner: Indexer
+    events: Events
+    asked: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        with self.lock:
+            number = self.asked.get(request.sequence_id, 0)
+            self.asked[request.sequence_id] = number + 1
+        found = self.inner.predict(request).result(30)
+        mass = self.events(number, found.scores)
+        answer: Future[Prediction] = Future()
+        answer.set_result(replace(found, scores=np.maximum(found.scores, mass), event_mass=mass))
+        return answer
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@contextmanager
+def opened(model: Path, tmp_path: Path, events: Events, *, hot_chunks: int = 100, **more: Any) -> Iterator[LLM]:
+    defaults: dict[str, Any] = {
+        "keep_ratio": 0.2,
+        "dtype": "float32",
+        "device": "cpu",
+        "chunk_tokens": CHUNK,
+        "window_steps": 16,
+        "cold_bytes": 4 << 20,
+        "late_policy": "wait",
+        "fallback": True,
+    }
+    with LLM(
+        str(model),
+        skip_tokenizer=True,
+        arena_dir=tmp_path,
+        hot_bytes=hot_chunks * CHUNK_BYTES,
+        wrap_indexer=lambda inner: Eventful(inner, events),
+        **(defaults | more),
+    ) as llm:
+        yield llm
+        llm.engine.flush()
+        llm.engine.flush()
+        llm.engine.check_integrity()
+        llm.memory.check_integrity()
+        assert llm.engine.pool.referenced == 0
+        assert llm.memory.stats().held_slots == 0
+
+
+def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int = TOKENS, cache: CacheOptions | None = None) -> None:
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    llm.engine.add_request(GenerateRequest(name, tuple(prompt), sampling, cache or CacheOptions()))
+
+
+def generate(llm: LLM, prompts: list[list[int]], tokens: int = TOKENS) -> list[Any]:
+    return llm.generate(prompts, max_tokens=tokens, ignore_eos=True)
+
+
+@given(
+    mass=st.lists(st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.5]), max_size=12),
+    kept=st.lists(st.booleans(), min_size=12, max_size=12),
+    sinks=st.integers(0, 3),
+    recency=st.integers(0, 5),
+    more=st.integers(0, 11),
+)
+def test_coverage_is_a_share_and_grows_with_the_set(
+    mass: list[float], kept: list[bool], sinks: int, recency: int, more: int
+) -> None:
+    events, resident = np.array(mass, dtype=np.float32), np.array(kept[: len(mass)], dtype=np.bool_)
+    found = measure(events, resident, sinks=sinks, recency=recency)
+    assert (found.share is None) == (found.hits + found.misses == 0)
+    assert found.share is None or 0 <= found.share <= 1
+    assert found.hits + found.misses == sum(m > 0 for m in mass[sinks : max(len(mass) - recency, sinks)])
+    everything = measure(events, np.ones_like(resident), sinks=sinks, recency=recency)
+    assert everything.share in (None, 1.0) and everything.misses == 0
+    if more < len(mass):
+        resident[more] = True
+        larger = measure(events, resident, sinks=sinks, recency=recency)
+        assert larger.share is None or found.share is None or larger.share >= found.share
+    # what always is resident says nothing
+    events[:sinks] = 9
+    events[len(mass) - min(recency, len(mass)) :] = 9
+    assert measure(events, resident, sinks=sinks, recency=recency).mass == pytest.approx(found.mass)
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+def test_low_coverage_doubles_the_budget_and_brings_the_chunks_in(
+    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, overlap_steps: bool
+) -> None:
+    with opened(tiny_model, tmp_path, at_first(1), overlap_steps=overlap_steps) as llm:
+        add(llm, "r", prompts[2], tokens=80)
+        (seq,) = llm.engine._sequences.values()
+        sizes: dict[int, tuple[int, int]] = {}
+        stats = None
+        while stats is None:
+            stats = next((e.stats for e in llm.engine.step() if e.finish_reason is not None), None)
+            sizes[seq.decode_steps] = (len(seq.resident), seq.reserved_slots)
+            llm.engine.check_integrity()
+        assert stats.coverage == 0.0 and stats.fallbacks == 1
+        assert llm.engine.stats().event_misses == 1
+    first, widest, last = sizes[1], max(sizes.values()), sizes[80 - 1]
+    assert first[0] <= FIRST_BUDGET
+    # at once: not only at the second step, its boundary
+    assert sizes[2][0] >= 2 * FIRST_BUDGET and widest[1] > first[1]
+    # half of it would have done since: it is given back
+    assert last[0] <= FIRST_BUDGET + 80 // CHUNK
+    assert last[1] == first[1]
+    assert 0.3 < stats.keep_ratio < 0.7
+
+
+def test_one_glance_of_one_head_is_no_reason(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    with opened(tiny_model, tmp_path, lambda _, scores: unlooked_for(scores) * np.float32(0.45)) as llm:
+        answer = generate(llm, [prompts[2]], tokens=12)[0]
+    assert answer.stats.coverage < 0.5 and answer.stats.fallbacks == 0
+
+
+def test_the_account_is_kept_without_fallback_too(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    with opened(tiny_model, tmp_path, at_first(2), fallback=False) as llm:
+        answer = generate(llm, [prompts[2]], tokens=20)[0]
+        assert answer.stats.coverage is not None and answer.stats.coverage < 1
+        assert answer.stats.fallbacks == 0
+        assert answer.stats.resident_chunks <= FIRST_BUDGET + 20 // CHUNK + 2
+
+
+def test_a_model_without_retrieval_heads_is_not_measured(
+    tiny_model: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    with LLM(
+        str(tiny_model), skip_tokenizer=True, arena_dir=tmp_path, chunk_tokens=CHUNK, cold_bytes=4 << 20, fallback=True
+    ) as llm:
+        stats = generate(llm, [prompts[2]])[0].stats
+    assert stats.coverage is None and stats.fallbacks == 0
+
+
+def manifest(path: Path) -> Path:
+    """Calls three heads of the tiny model retrieval heads."""
+    calibration = CalibrationRecord(
+        documents=0, tasks=(), min_tokens=0, max_tokens=0, chunk_tokens=CHUNK, seed=0, events=0.0,
+        torch_version="", transformers_version="", date="",
+    )  # fmt: skip
+    heads = tuple(RetrievalHead(layer=layer, head=head, score=0.5) for layer, head in ((0, 1), (1, 3), (2, 0)))
+    made = RetrievalManifest(
+        model_type="llama", layers=3, attention_heads=4, kv_heads=2, head_dim=16, heads=heads, calibration=calibration
+    )
+    path.write_text(made.model_dump_json(), encoding="utf-8")
+    return path
+
+
+def test_coverage_is_that_of_the_set_which_the_step_read(
+    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing made up: heads of the tiny model, and what each step had in its block table."""
+    captured, shares = WindowCycle.captured, []
+
+    def note(self: WindowCycle, found: Captured) -> None:
+        before = set(self._turns)
+        captured(self, found)
+        for seq in set(self._turns) - before:
+            turn = self._turns[seq]
+            assert turn.future is not None and turn.resident is not None
+            events = turn.future.result(30).event_mass
+            assert events is not None and len(events) == turn.chunks
+            looked = range(1, turn.chunks - max(1, int(max(8, -(-turn.chunks // 5)) / 3)))
+            if mass := sum(float(events[n]) for n in looked):
+                shares.append(sum(float(events[n]) for n in looked if turn.resident[n]) / mass)
+
+    monkeypatch.setattr(WindowCycle, "captured", note)
+    with LLM(
+        str(tiny_model),
+        skip_tokenizer=True,
+        arena_dir=tmp_path,
+        device="cpu",
+        chunk_tokens=CHUNK,
+        window_steps=8,
+        keep_ratio=0.2,
+        late_policy="wait",
+        cold_bytes=4 << 20,
+        indexer=IndexerConfig(manifest=str(manifest(tmp_path / "heads.json"))),
+    ) as llm:
+        stats = generate(llm, [prompts[2]], tokens=80)[0].stats
+    assert len(shares) >= 2, "the tiny model's heads never look back"
+    assert stats.coverage == pytest.approx(np.mean(shares), abs=1e-6)
+
+
+def test_a_pool_without_spare_slots_refuses_and_nobody_suffers(
+    tiny_model: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    # two sequences of 8 + 4 + 3 slots each: nothing is left over, and either could grow to 27 if it were alone
+    with opened(tiny_model, tmp_path, at_first(9), hot_chunks=30, max_batch_size=2) as llm:
+        answers = generate(llm, [prompts[2], prompts[2][1:]], tokens=20)
+        assert llm.engine.stats().refused_fallbacks > 0
+    assert [len(answer.token_ids) for answer in answers] == [20, 20]
+    assert all(answer.stats.coverage < 1 for answer in answers)
+
+
+def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    """From where the sets of a large pool hold everything, a small one that streams gives the same tokens."""
+    tokens, chunks = {}, -(-(len(prompts[2]) + TOKENS) // CHUNK)
+    for hot_chunks in (64, chunks):
+        with opened(
+            tiny_model, tmp_path, at_first(1), keep_ratio=0.58, hot_chunks=hot_chunks, overlap_steps=False
+        ) as llm:
+            add(llm, "r", prompts[2])
+            (seq,) = llm.engine._sequences.values()
+            tokens[hot_chunks], stats = [], None
+            while stats is None:
+                for event in llm.engine.step():
+                    tokens[hot_chunks] += event.token_ids
+                    stats = event.stats
+                llm.engine.check_integrity()
+            assert stats.fallbacks == 1
+            assert seq.streamed == (hot_chunks < 64)
+            # a large pool gives it back later, a streamed sequence goes on as it is
+            assert stats.keep_ratio > (0.6 if hot_chunks == 64 else 0.95)
+    # the sets of the large pool were whole at the first four boundaries
+    same = 8
+    assert tokens[64][:same] == tokens[chunks][:same]
+
+
+def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+    def only_of_one(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return unlooked_for(scores) if len(scores) > 15 else none(scores)
+
+    expected: list[list[int]] = []
+    for together in (False, True):
+        with opened(tiny_model, tmp_path, only_of_one, keep_ratio=0.58, hot_chunks=24 + 16) as llm:
+            if not together:
+                expected = [generate(llm, [prompt])[0].token_ids for prompt in (prompts[0], prompts[1])]
+                continue
+            add(llm, "streamed", prompts[2] * 2, tokens=TOKENS)
+            add(llm, "a", prompts[0])
+            add(llm, "b", prompts[1])
+            tokens: dict[str, list[int]] = {"streamed": [], "a": [], "b": []}
+            streamed = set()
+            while any(len(made) < TOKENS for made in tokens.values()):
+                for event in llm.engine.step():
+                    tokens[event.request_id] += event.token_ids
+                streamed |= {seq.request_id for seq in llm.engine._sequences.values() if seq.streamed}
+                llm.engine.check_integrity()
+            assert streamed == {"streamed"}
+            assert [tokens["a"], tokens["b"]] == expected
+
+
+workload = st.lists(
+    st.tuples(
+        st.integers(1, 250),  # prompt tokens
+        st.integers(1, 30),  # answer tokens
+        st.sampled_from([0.1, 0.3, 0.6]),
+        st.integers(0, 40),  # steps before it arrives
+        st.one_of(st.none(), st.integers(0, 60)),  # steps after which it is cancelled
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    plan=workload,
+    hot_chunks=st.integers(6, 50),
+    late_policy=st.sampled_from(["keep", "wait"]),
+    overlap_steps=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_sound_whatever_the_heads_look_for(
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    plan: list[Any],
+    hot_chunks: int,
+    late_policy: str,
+    overlap_steps: bool,
+    seed: int,
+) -> None:
+    """Every request ends, whole or cancelled, within its promise of slots, while budgets double, halve and stream."""
+
+    def events(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        rng = np.random.default_rng([seed, number, len(scores)])
+        return (3 * rng.random(len(scores)) * (rng.random(len(scores)) > 0.7)).astype(np.float32)
+
+    ends: set[str] = set()
+    with opened(
+        tiny_model,
+        tmp_path_factory.mktemp("arena"),
+        events,
+        hot_chunks=hot_chunks,
+        late_policy=late_policy,
+        overlap_steps=overlap_steps,
+        max_batch_size=4,
+    ) as llm:
+        step = 0
+        while len(ends) < len(plan):
+            for i, (prompt, answer, ratio, arrives, cancelled) in enumerate(plan):
+                if arrives == step:
+                    ids = np.random.default_rng(i % 3).integers(3, 256, prompt).tolist()
+                    add(llm, f"r{i}", ids, answer, CacheOptions("lookahead", ratio))
+                if cancelled is not None and step == arrives + cancelled:
+                    llm.engine.cancel(f"r{i}")
+            ends |= {event.request_id for event in llm.engine.step() if event.finish_reason is not None}
+            llm.engine.check_integrity()
+            assert llm.engine._scheduler.spare_slots >= 0
+            step += 1
+            assert step < 3000, f"no progress: {ends}"
