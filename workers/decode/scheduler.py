@@ -162,16 +162,13 @@ class Scheduler:
         All of them while there is nobody else; else they take turns, so that nobody's tokens come much later.
         """
         streamed = [seq for seq in ready if seq.streamed]
-        if not streamed or not any(self._keeps_waiting(seq) for seq in self.running):
+        others = len(streamed) < len(ready) or any(seq.state is State.PREFILL for seq in self.running)
+        if not streamed or not others:
             return streamed
         turn, between = divmod(self._steps + ahead, STREAMED_SHARE)
         if between or time.perf_counter() < self._lane_opens_s:
             return []
         return [streamed[turn % len(streamed)]]
-
-    def _keeps_waiting(self, seq: Sequence) -> bool:
-        """Whether a long step would keep ``seq`` waiting."""
-        return seq.state is State.PREFILL or (seq.state is State.DECODE and not seq.streamed)
 
     def _may_decode(self, seq: Sequence) -> bool:
         """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way."""
