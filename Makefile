@@ -23,8 +23,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# what needs a GPU, and the kernels once more: here compiled, in `make test` interpreted
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/unit
+	$(BIN)/python -m pytest tests/kernels
 
 # mypy reads an installed copy of the package: its four folders have no common parent in the tree.
 lint: install
