@@ -30,6 +30,10 @@ _UNITS = {
 }  # fmt: skip
 
 
+_FLAGS = {("indexer", "checkpoint"): "--indexer", ("indexer", "num_indexers"): "--num-indexers"}
+"""Flags that are not called as their setting."""
+
+
 class ConfigError(ForecacheError):
     """A setting is wrong; the message names it as the user wrote it."""
 
@@ -104,7 +108,8 @@ def _settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             prefix = "indexer-" if name == "indexer" else ""
             for inner, inner_field in field.annotation.model_fields.items():
-                yield f"--{prefix}{inner.replace('_', '-')}", (name, inner), inner_field
+                flag = _FLAGS.get((name, inner), f"--{prefix}{inner.replace('_', '-')}")
+                yield flag, (name, inner), inner_field
         else:
             yield f"--{name.replace('_', '-')}", (name,), field
 

@@ -1,5 +1,6 @@
-"""The indexer as a Ray actor: one per node, shared by the node's workers, over the node's mapped arena."""
+"""The indexer as Ray actors of one node, shared by the node's workers, over the node's mapped arena."""
 
+import asyncio
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Prediction, PredictRequest
 from forecache.indexer.scorer import Attach, LocalIndexer
 
@@ -19,13 +21,20 @@ class IndexerUnavailableError(RuntimeError):
 
 @ray.remote(num_cpus=0)
 class IndexerActor:
-    """``attach`` maps an arena by its path; it travels by pickle, so it must be a function of a module."""
+    """A :class:`.scorer.LocalIndexer` that all workers of a node ask; what waits is answered together.
 
-    def __init__(self, spec: IndexSpec, threads: int, attach: Attach) -> None:
-        self._indexer = LocalIndexer(spec, threads, attach)
+    ``attach`` maps an arena by its path; it travels by pickle, so it must be a function of a module.
+    """
 
-    def predict(self, request: PredictRequest) -> Prediction:
-        return self._indexer.predict(request).result()
+    def __init__(self, spec: IndexSpec, threads: int, attach: Attach, lookahead: LookaheadScorer | None = None) -> None:
+        self._indexer = LocalIndexer(spec, threads, attach, lookahead)
+
+    async def predict(self, request: PredictRequest) -> Prediction:
+        # a coroutine: Ray then hands over further requests while this one waits, so that they can be batched
+        return await asyncio.wrap_future(self._indexer.predict(request))
+
+    async def ready(self) -> None:
+        """Answers once the actor can score."""
 
 
 class RemoteIndexer:

@@ -16,11 +16,22 @@ class SelectionConfig(BaseModel):
 
 
 class IndexerConfig(BaseModel):
-    """The Memory Indexer."""
+    """The Memory Indexer.
+
+    ``checkpoint`` is the flag ``--indexer``. A checkpoint brings its retrieval heads; a ``manifest`` that is named goes
+    before one that only came with the package.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    checkpoint: str = Field(
+        "auto", description="path of a trained indexer; auto: the model's, if one came along; none: training-free"
+    )
     manifest: str = Field("auto", description="path of a retrieval-head manifest; auto: by model; none: bounds")
+    num_indexers: int = Field(1, ge=1, description="indexer actors of a node, which share its sequences")
+    deadline_s: float = Field(
+        2.0, gt=0, description="longest wait for an indexer actor, before the worker scores by itself"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of predictions that are made on the CPU")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="makes predictions; auto: where the model is")
     device_bytes: int = Field(2 << 30, ge=0, description="most GPU memory for index keys; 0: read from host memory")

@@ -11,9 +11,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from forecache.indexer.index_keys import IndexSpec, scores_and_events
-from forecache.indexer.protocol import Prediction, PredictRequest
-from forecache.indexer.scorer import ArenaIndexView, check_kind, prediction, unchanged, where_records_are
+from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.lookahead import LookaheadScorer
+from forecache.indexer.protocol import Prediction, PredictRequest, StepState
+from forecache.indexer.scorer import (
+    ArenaIndexView,
+    Read,
+    check_kind,
+    check_state,
+    prediction,
+    score,
+    unchanged,
+    where_records_are,
+)
 from forecache.kernels import ops
 
 ALIGNMENT_BYTES = 16
@@ -77,7 +87,8 @@ class CudaIndexer:
     Its answers are those of :class:`.scorer.LocalIndexer`. It waits for no other stream and keeps none waiting; its
     thread sleeps until the GPU is done. At most ``device_bytes`` of GPU memory keep records that were read; others are
     read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a CPU
-    does the same in PyTorch. Raises ValueError if the arena's records are of another kind than ``spec``.
+    does the same in PyTorch. ``lookahead``: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is
+    ``spec``. Raises ValueError if the arena's records are of another kind than ``spec``.
     """
 
     def __init__(
@@ -87,13 +98,17 @@ class CudaIndexer:
         device: torch.device,
         device_bytes: int,
         register: Callable[[Tensor], Registration],
+        lookahead: LookaheadScorer | None = None,
     ) -> None:
         check_kind(spec, arena)
-        self._spec = spec
+        self._own = spec
+        self._lookahead = None if lookahead is None else lookahead.to(device)
+        self._spec = spec = spec if lookahead is None else lookahead.spec
         self._arena = arena
         self._device = device
         # the kernel reads one KV head's keys for all its queries: they are brought into the KV heads' order
         self._query_rows = np.array([row for rows in spec.queries_of_kv for row in rows], dtype=np.int64)
+        self._given_rows = torch.from_numpy(self._query_rows.argsort()).to(device)
         starts = [0, *accumulate(len(rows) for rows in spec.queries_of_kv)]
         self._query_starts = torch.tensor(starts, dtype=torch.int32, device=device)
         self._cache = RecordCache(min(device_bytes // spec.nbytes, len(arena.index)), spec.nbytes, device)
@@ -133,6 +148,7 @@ class CudaIndexer:
         expected = (len(self._spec.query_heads), self._spec.head_dim)
         if request.queries.shape != expected:
             raise ValueError(f"queries have shape {request.queries.shape}, not {expected}")
+        check_state(request, self._lookahead)
         asked, local = where_records_are(request)
         chunks = asked[slots[asked] < len(self._arena.index)]
         chunks = chunks[unchanged(self._arena, request, chunks)]
@@ -141,8 +157,8 @@ class CudaIndexer:
         copy_rows = self._cache.claim(slots[new])
         with self._in_stream():
             lse, local_lse = self._read(request, rows[rows >= 0], slots[new], copy_rows)
-            found = self._to_host(scores_and_events(self._spec, lse, local_lse))
             read = np.concatenate([known, new, local])
+            found = self._score(request, read, lse, local_lse)
             # only now it is known whose records these were
             sound = np.ones(len(read), dtype=np.bool_)
             sound[: len(chunks)] = unchanged(self._arena, request, read[: len(chunks)])
@@ -152,8 +168,15 @@ class CudaIndexer:
                 # a half-written record spoils the softmax of all the others
                 read = read[sound]
                 (columns,) = self._upload(np.flatnonzero(sound))
-                found = self._to_host(scores_and_events(self._spec, lse[:, columns], local_lse))
-        return prediction(self._spec, request, read, found)
+                found = self._score(request, read, lse[:, columns], local_lse)
+        return prediction(self._own, request, read, found)
+
+    def _score(
+        self, request: PredictRequest, read: npt.NDArray[np.int64], lse: Tensor, local_lse: Tensor
+    ) -> npt.NDArray[np.float32]:
+        """float32 [2, chunks] as of :func:`.scorer.score`, from what the records of the chunks ``read`` gave."""
+        (chunks,) = self._upload(read)
+        return self._to_host(score(self._own, self._lookahead, [Read(request, chunks, lse, local_lse)])[0])
 
     def _read(
         self,
@@ -163,8 +186,8 @@ class CudaIndexer:
         copy_rows: npt.NDArray[np.int64],
     ) -> tuple[Tensor, Tensor]:
         """Log-sum-exps, float32 [query heads, chunks], of the cache's ``rows``, the arena's ``slots`` and the request's
-        own records; and its ``local_lse``. Query heads are in the KV heads' order; what is read of the arena is
-        copied to the cache's ``copy_rows``, where not -1."""
+        own records; and its ``local_lse``. What is read of the arena is copied to the cache's ``copy_rows``, where not
+        -1."""
         queries = request.queries[self._query_rows] * np.float32(self._spec.scale)
         if self._spec.kind == "bounds":
             # a negative component takes the minimum, a positive one the maximum
@@ -175,7 +198,7 @@ class CudaIndexer:
             copy_rows,
             np.arange(len(request.local_records)),
             queries,
-            request.local_lse[self._query_rows],
+            request.local_lse,
             request.local_records,
         )
 
@@ -194,7 +217,7 @@ class CudaIndexer:
         cached = self._cache.records
         # the cache's rows are read before any of them is written
         parts = [lse(cached, in_cache), lse(self._arena.index, in_arena, cached if len(cached) else None)]
-        return torch.cat([*parts, lse(records, numbers)], 1), local_lse
+        return torch.cat([*parts, lse(records, numbers)], 1)[self._given_rows], local_lse
 
     def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
         """``arrays`` on the device, in one copy."""
@@ -223,19 +246,27 @@ class CudaIndexer:
 
     def _warm_up(self) -> None:
         """Have kernels compiled and loaded now, not while decode steps run. What is read is nobody's, and forgotten."""
-        heads, none = len(self._spec.query_heads), np.zeros(0, dtype=np.int64)
+        heads, chunk_tokens = len(self._spec.query_heads), self._spec.chunk_tokens
+        state = None
+        if self._lookahead is not None:
+            manifest = self._lookahead.manifest
+            hidden = np.zeros((len(manifest.target_layers), manifest.hidden_size), dtype=np.float16)
+            state = StepState(3 * chunk_tokens - 1, self._lookahead.steps, hidden)
         request = PredictRequest(
             sequence_id="",
             arena_path="",
-            index_slots=none,
-            generations=none,
+            index_slots=np.array([0, 0, -1]),
+            generations=np.zeros(3, dtype=np.int64),
             queries=np.zeros((heads, self._spec.head_dim), dtype=np.float32),
             local_lse=np.zeros(heads, dtype=np.float32),
             local_records=np.zeros((1, self._spec.nbytes), dtype=np.uint8),
+            state=state,
         )
         first = np.zeros(1, dtype=np.int64)
         rows = first[: len(self._cache.records)]
+        read = np.arange(len(rows) + 2)
         with self._in_stream():
             lse, local_lse = self._read(request, rows, first, rows if len(rows) else first)
+            self._score(request, read, lse, local_lse)
             (columns,) = self._upload(first)
-            self._to_host(scores_and_events(self._spec, lse[:, columns], local_lse))
+            self._score(request, read[:1], lse[:, columns], local_lse)

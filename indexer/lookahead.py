@@ -1,6 +1,9 @@
 """The trained indexer as serving asks it: queries of the last steps, then scores from the records' log-sum-exps."""
 
-from dataclasses import replace
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -9,22 +12,58 @@ from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.encoder import MemoryIndexer
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What one prediction is made from, all on one device.
+
+    ``lse``: float32 [rows, chunks] of the queries of :attr:`LookaheadScorer.spec` over the complete chunks, -inf where
+    a record could not be read; ``local_lse``: float32 [rows], over the tokens that a row's step saw beside the chunks
+    that were complete by then; ``hidden``: [target layers, hidden] of the newest step, at ``position``; ``steps``: how
+    many steps of history there were.
+    """
+
+    lse: Tensor
+    local_lse: Tensor
+    hidden: Tensor
+    position: int
+    steps: int
+
+
 class LookaheadScorer:
-    """Scores one sequence's chunks. ``spec`` describes its queries, step by step of the history, heads within a step.
+    """Scores chunks with a trained indexer.
+
+    ``spec`` describes the queries it needs: those of the trained projection, step by step of the history and heads
+    within a step, then those of the model's own retrieval heads at the newest step, which ``own`` describes alone. Both
+    read the same records.
 
     A prediction is made in two halves, which may run in different processes: :meth:`queries` beside the model, and
     ``chunk_lse(spec, records, queries)`` followed by :meth:`scores` where the records are mapped.
     """
 
     def __init__(self, indexer: MemoryIndexer, manifest: CheckpointManifest) -> None:
-        self._indexer = indexer.eval()
+        self._indexer = indexer.eval().requires_grad_(False)
+        self.manifest = manifest
         self.history = manifest.history
-        own = manifest.index_spec
-        self.spec = replace(
-            own,
-            query_heads=own.query_heads * len(self.history),
-            query_to_kv=own.query_to_kv * len(self.history),
+        heads, retrieving = manifest.index_spec, manifest.retrieval_heads
+        self.own = replace(
+            heads, query_heads=heads.query_heads[:retrieving], query_to_kv=heads.query_to_kv[:retrieving]
         )
+        self.spec = replace(
+            heads,
+            query_heads=heads.query_heads * len(self.history) + self.own.query_heads,
+            query_to_kv=heads.query_to_kv * len(self.history) + self.own.query_to_kv,
+        )
+        self._heads = len(heads.query_heads)
+        self._back = torch.tensor(self.history, device=next(indexer.parameters()).device)
+
+    def to(self, device: torch.device) -> Self:
+        """The same scorer with its weights on ``device``."""
+        if self._back.device == device:
+            return self
+        moved = copy.copy(self)
+        moved._indexer = copy.deepcopy(self._indexer).to(device)
+        moved._back = self._back.to(device)
+        return moved
 
     @property
     def steps(self) -> int:
@@ -33,26 +72,42 @@ class LookaheadScorer:
 
     @torch.inference_mode()
     def queries(self, hidden: Tensor, position: int) -> Tensor:
-        """Queries of ``spec``, float32 [history · heads, head_dim], RoPE applied.
+        """Queries of the trained projection, float32 [history · heads, head_dim], RoPE applied.
 
         ``hidden``: [n ≥ 1, target layers, hidden], the inputs of the query projections at the last n ≤ ``steps`` steps,
-        oldest first; ``position``: that of the newest. The oldest stands for steps before it.
+        oldest first; ``position``: that of the newest. The oldest stands for steps before it. Nothing is waited for.
         """
-        back = torch.tensor(self.history, device=hidden.device).clamp(max=len(hidden) - 1)
+        back = self._back.clamp(max=len(hidden) - 1)
         queries: Tensor = self._indexer.queries(hidden[len(hidden) - 1 - back], position - back)
         return queries.flatten(0, 1)
 
-    @torch.inference_mode()
-    def scores(self, lse: Tensor, local_lse: Tensor, hidden: Tensor, tail_tokens: int) -> Tensor:
-        """Scores float32 [chunks]; larger is needed sooner.
+    def positions(self, position: int, steps: int) -> Tensor:
+        """Positions of the steps that the rows of ``spec`` are the queries of: int64 [rows]."""
+        asked = position - self._back.clamp(max=steps - 1)
+        newest = asked[:1].expand(len(self.own.query_heads))
+        return torch.cat([asked.repeat_interleave(self._heads), newest])
 
-        ``lse``: float32 [history · heads, chunks] of ``spec``'s queries over the complete chunks; ``local_lse``:
-        float32 [history · heads] over the ``tail_tokens`` tokens after them; ``hidden``: [target layers, hidden] of the
-        newest step.
+    @torch.inference_mode()
+    def scores(self, asked: Sequence[Asked]) -> list[Tensor]:
+        """Scores, float32 [chunks], of each of ``asked``, in one pass; larger is needed sooner, any may be negative.
+
+        Raises ValueError where there are not as many chunks as its position says.
         """
-        log_shares = lse - torch.logaddexp(lse.logsumexp(1), local_lse).unsqueeze(1)
-        by_step = log_shares.view(1, len(self.history), -1, lse.shape[1])
-        complete = torch.tensor([lse.shape[1]], device=lse.device)
-        tail = torch.tensor([tail_tokens / self.spec.chunk_tokens], device=lse.device)
-        scores: Tensor = self._indexer(by_step, hidden.unsqueeze(0), complete, tail)
-        return scores[0]
+        size, rows = self.spec.chunk_tokens, len(self.history) * self._heads
+        chunks = [one.lse.shape[1] for one in asked]
+        shares = self._back.new_full((len(asked), rows, max(chunks)), -torch.inf, dtype=torch.float32)
+        complete, tail = (self._back.new_zeros(len(asked), dtype=kind) for kind in (torch.int64, torch.float32))
+        for place, (one, count) in enumerate(zip(asked, chunks, strict=True)):
+            if (one.position + 1) // size != count:
+                raise ValueError(f"{count} chunks of {size} tokens can't be complete at position {one.position}")
+            # chunks that were completed since an older query was made have no share from it: it saw their tokens
+            seen = (self.positions(one.position, one.steps)[:rows] + 1) // size
+            later = torch.arange(count, device=seen.device) >= seen.unsqueeze(1)
+            lse = one.lse[:rows].masked_fill(later, -torch.inf)
+            total = torch.logaddexp(lse.logsumexp(1), one.local_lse[:rows])
+            shares[place, :, :count] = lse - total.clamp(min=torch.finfo(total.dtype).min).unsqueeze(1)
+            complete[place] = count
+            tail[place] = (one.position + 1 - count * size) / size
+        by_step = shares.view(len(asked), len(self.history), self._heads, -1)
+        logits = self._indexer(by_step, torch.stack([one.hidden for one in asked]), complete, tail)
+        return [row[:count] for row, count in zip(logits.unbind(0), chunks, strict=True)]

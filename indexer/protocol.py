@@ -9,6 +9,19 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True)
+class StepState:
+    """What a trained indexer wants to know of the step that asks.
+
+    ``position``: of the token that it read; ``steps``: how many steps of history the queries are made from, this one
+    included; ``hidden``: float16 [target layers, hidden], inputs of its query projections.
+    """
+
+    position: int
+    steps: int
+    hidden: npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
 class PredictRequest:
     """Which chunks will this sequence need next?
 
@@ -17,7 +30,9 @@ class PredictRequest:
     order: index records that come along because no arena has them. ``generations``: int64 [chunks], the slots'
     generations. ``queries``: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's
     heads. ``local_lse``: float32 [query_heads], log-sum-exp of these queries' scaled logits over the tail's tokens, so
-    that the softmax has its whole denominator (-inf where there are none).
+    that the softmax has its whole denominator (-inf where there are none). For a trained indexer queries and their
+    log-sum-exps are those of :attr:`.lookahead.LookaheadScorer.spec`, each over what its own step saw; ``state`` goes
+    with them.
     """
 
     sequence_id: str
@@ -27,11 +42,13 @@ class PredictRequest:
     queries: npt.NDArray[np.float32]
     local_lse: npt.NDArray[np.float32]
     local_records: npt.NDArray[np.uint8]
+    state: StepState | None = None
 
 
 @dataclass(frozen=True)
 class Prediction:
     """``scores``: float32 [chunks], larger is needed sooner; ``missing``: chunks whose index keys could not be read.
+    Those score least.
 
     ``event_mass``: float32 [chunks], retrieval events of the model's own retrieval heads at the step of the queries,
     summed (design §1); ``None`` where nobody knows these heads.

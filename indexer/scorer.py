@@ -1,14 +1,18 @@
 """Prediction in this process, over index keys that lie in a mapped arena."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, chunk_lse, scores_and_events
+from forecache.indexer.lookahead import Asked, LookaheadScorer
 from forecache.indexer.protocol import Prediction, PredictRequest
 
 
@@ -32,15 +36,46 @@ class ArenaIndexView(Protocol):
 
 Attach = Callable[[str], ArenaIndexView]
 """Maps the arena at a path."""
+BATCH_REQUESTS = 8
+"""Most requests answered together: the first of them waits for the last one's records."""
 
 
-def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> Prediction:
-    """Score the chunks of ``request`` whose records can be read, here or in the request; the others get 0.
+@dataclass(frozen=True)
+class Read:
+    """What the records that could be read say to one request, all on one device.
+
+    ``chunks``: int64 [n], whose records these were, in any order; ``lse``: float32 [query heads, n];
+    ``local_lse``: float32 [query heads].
+    """
+
+    request: PredictRequest
+    chunks: Tensor
+    lse: Tensor
+    local_lse: Tensor
+
+
+def predict(
+    spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
+) -> Prediction:
+    """Score the chunks of ``request`` whose records can be read, here or in the request; see :func:`score`.
+
+    Raises ValueError if the arena's records are of another kind than ``spec``, or the request contradicts itself.
+    """
+    read = read_records(spec, arena, request, lookahead)
+    return prediction(spec, request, read.chunks.numpy(), score(spec, lookahead, [read])[0].numpy())
+
+
+def read_records(
+    spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
+) -> Read:
+    """Log-sum-exps of the queries over the records that can be read.
 
     A slot's generation is read before its record and again after it: one that was given away meanwhile, or already
-    had been, is ``missing``. Raises ValueError if the arena's records are of another kind than ``spec``.
+    had been, is left out. Raises ValueError as :func:`predict` does.
     """
     check_kind(spec, arena)
+    check_state(request, lookahead)
+    rows = spec if lookahead is None else lookahead.spec
     # copies: what came from another process is read-only, which torch.from_numpy does not take
     queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
     asked, local = where_records_are(request)
@@ -48,28 +83,84 @@ def predict(spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest) -> 
     chunks = readable[unchanged(arena, request, readable)]
     while True:
         slots = torch.from_numpy(request.index_slots[chunks])
-        lse = chunk_lse(spec, arena.index, queries, slots)
+        lse = chunk_lse(rows, arena.index, queries, slots)
         sound = unchanged(arena, request, chunks)
         if sound.all():
             break
         # a half-written record spoils the softmax of all the others
         chunks = chunks[sound]
-    here = chunk_lse(spec, torch.tensor(request.local_records), queries)
-    found = scores_and_events(spec, torch.cat([lse, here], 1), local_lse).numpy()
-    return prediction(spec, request, np.concatenate([chunks, local]), found)
+    here = chunk_lse(rows, torch.tensor(request.local_records), queries)
+    read = torch.from_numpy(np.concatenate([chunks, local]))
+    return Read(request, read, torch.cat([lse, here], 1), local_lse)
+
+
+def score(spec: IndexSpec, lookahead: LookaheadScorer | None, reads: Sequence[Read]) -> list[Tensor]:
+    """For each request float32 [2, chunks], on the device of what was read: scores of all its chunks, and below them
+    the mass of the retrieval events of the model's own heads.
+
+    Chunks that could not be read score least: 0 without ``lookahead``, where scores are shares of attention.
+    """
+    found = [_by_own_heads(spec, read) for read in reads]
+    if lookahead is None:
+        return found
+    # a request without chunks has nothing to score
+    told = [(read, figures) for read, figures in zip(reads, found, strict=True) if figures.shape[1]]
+    asked = [
+        Asked(
+            lse=_in_order(read.lse, read, -torch.inf),
+            local_lse=read.local_lse,
+            hidden=torch.tensor(state.hidden).to(read.lse.device, non_blocking=True),
+            position=state.position,
+            steps=state.steps,
+        )
+        for read, _ in told
+        if (state := read.request.state) is not None
+    ]
+    for (read, figures), scores in zip(told, lookahead.scores(asked) if asked else (), strict=True):
+        # a trained indexer may like a chunk for its place alone
+        figures[0] = scores.amin()
+        figures[0, read.chunks] = scores[read.chunks]
+    return found
+
+
+def _by_own_heads(spec: IndexSpec, read: Read) -> Tensor:
+    """By the attention of the model's own retrieval heads now, the last rows: float32 [2, chunks], 0 where unread."""
+    own = slice(len(read.lse) - len(spec.query_heads), None)
+    return _in_order(scores_and_events(spec, read.lse[own], read.local_lse[own]), read, 0.0)
+
+
+def _in_order(values: Tensor, read: Read, unread: float) -> Tensor:
+    """``values`` [rows, read] in the order of the request's chunks: [rows, chunks], ``unread`` in the others."""
+    ordered = values.new_full((len(values), len(read.request.index_slots)), unread)
+    ordered[:, read.chunks] = values
+    return ordered
 
 
 def prediction(
     spec: IndexSpec, request: PredictRequest, read: npt.NDArray[np.int64], found: npt.NDArray[np.float32]
 ) -> Prediction:
-    """The answer to ``request`` from what the records of the chunks ``read`` gave: ``found`` [2, read] as of
-    :func:`.index_keys.scores_and_events`. Chunks of the arena that are not among them are missing."""
-    figures = np.zeros((2, len(request.index_slots)), dtype=np.float32)
-    figures[:, read] = found
+    """The answer to ``request`` from ``found`` [2, chunks], as of :func:`score`. Chunks of the arena that are not among
+    those ``read`` are missing."""
     missing = np.setdiff1d(np.flatnonzero(request.index_slots >= 0), read)
     # bounds are no attention, and of all heads
-    events = figures[1] if spec.kind == "tokens" else None
-    return Prediction(request.sequence_id, figures[0], tuple(missing.tolist()), events)
+    events = found[1] if spec.kind == "tokens" else None
+    return Prediction(request.sequence_id, found[0], tuple(missing.tolist()), events)
+
+
+def check_state(request: PredictRequest, lookahead: LookaheadScorer | None) -> None:
+    """Raise ValueError if ``request`` was not made for ``lookahead``."""
+    if (request.state is None) != (lookahead is None):
+        raise ValueError("a trained indexer and requests that were made for one go together: this worker has another")
+    if lookahead is None or request.state is None:
+        return
+    state, manifest = request.state, lookahead.manifest
+    shape = (len(manifest.target_layers), manifest.hidden_size)
+    chunks = (state.position + 1) // lookahead.spec.chunk_tokens
+    if state.hidden.shape != shape or state.steps < 1 or chunks != len(request.index_slots):
+        raise ValueError(
+            f"hidden states of shape {state.hidden.shape}, {state.steps} steps, {len(request.index_slots)} chunks at "
+            f"position {state.position}: expected {shape}, at least one step and {chunks} chunks"
+        )
 
 
 def check_kind(spec: IndexSpec, arena: ArenaIndexView) -> None:
@@ -109,13 +200,17 @@ class LocalIndexer:
     """An :class:`forecache.indexer.protocol.Indexer` with one thread of its own, in this process.
 
     ``threads``: CPU threads of the scoring itself. ``attach`` is called once per arena path, and again after a
-    prediction that had something missing: the arena may have been made anew under the same path.
+    prediction that had something missing: the arena may have been made anew under the same path. ``lookahead``: the
+    trained indexer, on the CPU, whose :attr:`.lookahead.LookaheadScorer.own` is ``spec``. Requests that wait are
+    answered together, ``BATCH_REQUESTS`` at most.
     """
 
-    def __init__(self, spec: IndexSpec, threads: int, attach: Attach) -> None:
+    def __init__(self, spec: IndexSpec, threads: int, attach: Attach, lookahead: LookaheadScorer | None = None) -> None:
         self._spec = spec
         self._attach = attach
+        self._lookahead = lookahead
         self._arenas: dict[str, ArenaIndexView] = {}
+        self._waiting: deque[tuple[PredictRequest, Future[Prediction]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
         # torch keeps one number per thread, and one more that threads started later begin with: put that back
         others = torch.get_num_threads()
@@ -123,18 +218,48 @@ class LocalIndexer:
         torch.set_num_threads(others)
 
     def predict(self, request: PredictRequest) -> Future[Prediction]:
-        return self._pool.submit(self._predict, request)
+        answer: Future[Prediction] = Future()
+        self._waiting.append((request, answer))
+        try:
+            self._pool.submit(self._answer_waiting)
+        except RuntimeError:
+            self._waiting.remove((request, answer))
+            raise
+        return answer
 
     def close(self) -> None:
-        """Finish the prediction under way, drop those that wait, unmap the arenas."""
+        """Finish the predictions under way, drop those that wait, unmap the arenas."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for _, answer in self._waiting:
+            answer.cancel()
+        self._waiting.clear()
         self._arenas.clear()
 
-    def _predict(self, request: PredictRequest) -> Prediction:
+    def _answer_waiting(self) -> None:
+        """Answer the requests that wait, those first that came first; a wrong one costs no other anything."""
+        reads: list[tuple[Read, Future[Prediction]]] = []
+        while self._waiting and len(reads) < BATCH_REQUESTS:
+            request, answer = self._waiting.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                reads.append((self._read(request), answer))
+            except BaseException as error:  # noqa: BLE001 - whoever asked gets it, as from any executor
+                answer.set_exception(error)
+        try:
+            scores = score(self._spec, self._lookahead, [read for read, _ in reads])
+        except BaseException as error:  # noqa: BLE001 - the same
+            for _, answer in reads:
+                answer.set_exception(error)
+            return
+        for (read, answer), scored in zip(reads, scores, strict=True):
+            found = prediction(self._spec, read.request, read.chunks.numpy(), scored.numpy())
+            if found.missing:
+                self._arenas.pop(read.request.arena_path, None)
+            answer.set_result(found)
+
+    def _read(self, request: PredictRequest) -> Read:
         path = request.arena_path
         if path not in self._arenas:
             self._arenas[path] = self._attach(path)
-        prediction = predict(self._spec, self._arenas[path], request)
-        if prediction.missing:
-            del self._arenas[path]
-        return prediction
+        return read_records(self._spec, self._arenas[path], request, self._lookahead)

@@ -119,3 +119,15 @@ def test_model_name(tmp_path: Path) -> None:
         assert parse("--model", f"{tmp_path}/{name}/").model_name == name
     assert parse("--model", "org/name").model_name == "org/name"
     assert parse("--model", "org/name", "--served-model-name", "x").model_name == "x"
+
+
+def test_the_indexers_flags_are_those_of_the_documentation(tmp_path: Path) -> None:
+    assert (parse().indexer.checkpoint, parse().indexer.num_indexers) == ("auto", 1)
+    config = parse("--indexer", "trained.safetensors", "--num-indexers", "3", "--indexer-deadline-s", "0.5")
+    assert (config.indexer.checkpoint, config.indexer.num_indexers) == ("trained.safetensors", 3)
+    assert config.indexer.deadline_s == 0.5
+    file = tmp_path / "serve.yaml"
+    file.write_text("indexer: {checkpoint: none, num_indexers: 2}\n")
+    assert parse("--config", str(file)).indexer.checkpoint == "none"
+    with pytest.raises(ConfigError, match="--num-indexers"):
+        parse("--num-indexers", "0")

@@ -25,7 +25,6 @@ from forecache.indexer.encoder import LEAST_LOG_SHARE, SIBLING_LOG_WEIGHT, Encod
 from forecache.indexer.evaluate import SCORERS, as_records, evaluate, gap_closed, table
 from forecache.indexer.index_keys import chunk_lse, encode_chunks, score_chunks
 from forecache.indexer.labels import LabelRule, complete_chunks, window_labels
-from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.plots import plot_curve, plot_figures
 from forecache.indexer.shards import (
     SEED_WEIGHTS_FILE,
@@ -228,30 +227,6 @@ def test_untrained_it_is_the_mean_share_of_the_retrieval_heads_as_served(recordi
         expected = (shares.clamp(min=math.exp(LEAST_LOG_SHARE)) * weights.unsqueeze(1)).sum(0)
         torch.testing.assert_close(found.logits[place, :complete].exp(), expected, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(found.training_free[place, :complete].exp(), shares[:2].amax(0))
-
-
-def test_serving_scores_as_training_did(recording: Path, trained: Path) -> None:
-    """In two halves, over the same records, with the tail's keys apart."""
-    indexer, told = load_checkpoint(trained)
-    scorer = LookaheadScorer(indexer, told)
-    document, spec = Recording(recording).document(20), told.index_spec
-    row = 24
-    found = predict_rows(indexer, spec, document, torch.tensor([row]))
-    position, complete = int(document.positions[row]), int(found.complete[0])
-    tail_tokens = position + 1 - complete * CHUNK_TOKENS
-    assert scorer.steps == 4 and tail_tokens > 3, "no chunk is completed within the history"
-    queries = scorer.queries(document.hidden[row - scorer.steps + 1 : row + 1], position)
-    tail = decode_records(spec, document.records[complete : complete + 1])
-    local = []
-    for number, kv in enumerate(scorer.spec.query_to_kv):
-        back = scorer.history[number // len(spec.query_heads)]
-        local.append((queries[number] * spec.scale @ tail[kv, : tail_tokens - back].T).logsumexp(0))
-    lse = chunk_lse(scorer.spec, document.records[:complete], queries)
-    scores = scorer.scores(lse, torch.stack(local), document.hidden[row], tail_tokens)
-    torch.testing.assert_close(scores, found.logits[0, :complete].detach(), atol=1e-4, rtol=1e-4)
-    first = scorer.queries(document.hidden[row : row + 1], position)
-    heads = len(spec.query_heads)
-    torch.testing.assert_close(first[:heads], first[heads:])
 
 
 def test_training_learns_what_the_queries_miss(recording: Path, trained: Path, tmp_path: Path) -> None:
