@@ -96,7 +96,8 @@ class Api:
         reached = [worker for worker in workers if worker.tier is not None]
         if not reached:
             return JSONResponse({"status": "not ready", "reason": "no memory tier answers"}, status_code=503)
-        return JSONResponse({"status": "ready", "workers": len(reached)})
+        scorers = sorted({worker.scorer.name for worker in reached})
+        return JSONResponse({"status": "ready", "workers": len(reached), "scorer": ", ".join(scorers)})
 
     async def metrics(self) -> Response:
         try:

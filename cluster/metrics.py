@@ -1,6 +1,7 @@
 """Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them."""
 
 import time
+from collections import Counter as Counts
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -98,6 +99,21 @@ class WorkerCollector(Collector):
             "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
             _ratio(sum(tier.held_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
         )
+        fallbacks = CounterMetricFamily(
+            "forecache_indexer_fallbacks",
+            "Predictions that a worker made itself since its indexer actor did not answer.",
+            labels=["model_name"],
+        )
+        fallbacks.add_metric([self._model_name], sum(worker.scorer.fallbacks for worker in self._workers))
+        yield fallbacks
+        scorers = GaugeMetricFamily(
+            "forecache_indexer_info",
+            "Workers by what scores their chunks: trained (with the checkpoint's digest), training-free or bounds.",
+            labels=["model_name", "scorer", "checkpoint"],
+        )
+        for (name, digest), count in Counts((w.scorer.name, w.scorer.digest) for w in self._workers).items():
+            scorers.add_metric([self._model_name, name, digest], count)
+        yield scorers
         yield self._gauge("forecache_workers", "Decode workers that answered.", len(self._workers))
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:

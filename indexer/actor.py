@@ -9,14 +9,11 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from forecache.indexer.fallback import IndexerUnavailableError
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Prediction, PredictRequest
 from forecache.indexer.scorer import Attach, LocalIndexer
-
-
-class IndexerUnavailableError(RuntimeError):
-    """The indexer actor is dead or too slow; scoring in this process (`LocalIndexer`) still works."""
 
 
 @ray.remote(num_cpus=0)

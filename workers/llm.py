@@ -21,7 +21,7 @@ from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_index_spec
+from forecache.workers.decode.index_spec import choose_scorer
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import (
     CacheOptions,
@@ -92,7 +92,8 @@ class LLM:
             kv_dtype=self.config.kv_dtype,
         )
         self.cold_layout = cold_layout(backbone.layout, memory.cold_dtype)
-        self.index_spec = spec = choose_index_spec(indexer.manifest, model_name(model), backbone)
+        self.scorer = chosen = choose_scorer(indexer, model_name(model), backbone)
+        self.index_spec = spec = chosen.spec
         verify_backbone(backbone, spec)
         remove_abandoned(memory.arena_dir)
         with ExitStack() as cleanup:  # of what was made when a later part can't be
@@ -110,9 +111,9 @@ class LLM:
             own: Indexer
             if indexer.device_type(backbone.device.type) == "cuda":
                 gpu = backbone.device if backbone.device.type == "cuda" else torch.device("cuda")
-                own = CudaIndexer(spec, self._arena, gpu, indexer.device_bytes, RegisteredMemory)
+                own = CudaIndexer(spec, self._arena, gpu, indexer.device_bytes, RegisteredMemory, chosen.lookahead)
             else:
-                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena)
+                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, chosen.lookahead)
             self._indexer = wrap_indexer(own)
             cleanup.callback(self._indexer.close)
             self.engine = Engine(
@@ -124,6 +125,7 @@ class LLM:
                 self._indexer,
                 spec,
                 cold_layout=self.cold_layout,
+                lookahead=chosen.lookahead,
             )
             cleanup.callback(self.engine.close)
             self._cleanup = cleanup.pop_all()

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import ray
 import torch
 
-from forecache.indexer.actor import IndexerActor, IndexerUnavailableError, RemoteIndexer
+from forecache.indexer.actor import IndexerActor, RemoteIndexer
+from forecache.indexer.fallback import IndexerUnavailableError, SharedIndexers
 from forecache.indexer.index_keys import IndexSpec, encode_chunks
 from forecache.indexer.protocol import PredictRequest
 from forecache.indexer.scorer import LocalIndexer
@@ -151,3 +153,43 @@ def test_an_actor_that_hangs_is_given_up_at_the_deadline(request_of_stored_chunk
         remote.predict(request_of_stored_chunks).result(60)
     remote.close()
     ray.kill(actor)
+
+
+def test_an_actor_that_dies_is_stood_in_for_and_asked_again(request_of_stored_chunks: PredictRequest) -> None:
+    """Killed in the middle of a run: no prediction is lost, and once Ray has restarted it, it scores again."""
+    actor_class: Any = IndexerActor
+    actor = actor_class.options(max_restarts=-1).remote(SPEC, 1, Arena.attach)
+    ray.get(actor.ready.remote(), timeout=60)
+    shared = SharedIndexers([RemoteIndexer(actor, 60)], lambda: LocalIndexer(SPEC, 1, Arena.attach))
+    expected = shared.predict(request_of_stored_chunks).result(60)
+    assert shared.fallbacks == 0
+    ray.kill(actor, no_restart=False)
+    answers = [shared.predict(request_of_stored_chunks) for _ in range(4)]
+    for answer in answers:
+        np.testing.assert_array_equal(answer.result(60).scores, expected.scores)
+    assert shared.fallbacks > 0
+    deadline_s = time.monotonic() + 60
+    asked_again = False
+    while not asked_again:
+        assert time.monotonic() < deadline_s, "the restarted actor is never asked again"
+        time.sleep(0.2)
+        before = shared.fallbacks
+        np.testing.assert_array_equal(shared.predict(request_of_stored_chunks).result(60).scores, expected.scores)
+        asked_again = shared.fallbacks == before
+    shared.close()
+    ray.kill(actor)
+
+
+def test_actors_share_sequences(request_of_stored_chunks: PredictRequest) -> None:
+    """A sequence always asks the same one; with one of two gone, only its sequences are scored here."""
+    started = [start() for _ in range(2)]
+    shared = SharedIndexers([remote for _, remote in started], lambda: LocalIndexer(SPEC, 1, Arena.attach))
+    requests = [replace(request_of_stored_chunks, sequence_id=f"s{number}") for number in range(16)]
+    for request in requests:
+        assert shared.predict(request).result(60).sequence_id == request.sequence_id
+    ray.kill(started[0][0])
+    for answer in [shared.predict(request) for request in requests]:
+        answer.result(60)
+    assert 0 < shared.fallbacks < 16
+    shared.close()
+    ray.kill(started[1][0])

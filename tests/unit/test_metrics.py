@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from forecache.cluster.metrics import Metrics
 from forecache.workers.decode.messages import SequenceStats, TokenEvent
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.decode.worker import WorkerStats
+from forecache.workers.decode.worker import ScorerStats, WorkerStats
 from forecache.workers.memory.protocol import TierStats
 
 TIER = TierStats(slots=10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0)
@@ -33,6 +33,7 @@ NAMES = {
     "forecache_num_requests_waiting",
     "forecache_prompt_tokens_total",
     "forecache_generation_tokens_total",
+    "forecache_indexer_fallbacks_total",
 }
 
 
@@ -49,7 +50,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
 
 
 def worker(name: str, node: str, engine: EngineStats, tier: TierStats | None = TIER) -> WorkerStats:
-    return WorkerStats(name, node, engine, tier)
+    return WorkerStats(name, node, engine, tier, ScorerStats("trained", "abc", 2))
 
 
 def test_every_series_is_there_before_any_request() -> None:
@@ -104,3 +105,11 @@ def test_latencies_of_a_request() -> None:
     assert found["forecache_inter_token_latency_seconds_count"] == 3
     assert found["forecache_e2e_request_latency_seconds_count"] == 1
     assert found["forecache_request_queue_time_seconds_sum"] == 0.25
+
+
+def test_what_scores_is_told() -> None:
+    metrics = Metrics("m")
+    metrics.workers.update([worker("a", "n1", EngineStats()), worker("b", "n1", EngineStats())])
+    rendered = metrics.render().decode()
+    assert 'forecache_indexer_info{checkpoint="abc",model_name="m",scorer="trained"} 2.0' in rendered
+    assert samples(metrics)["forecache_indexer_fallbacks_total"] == 4

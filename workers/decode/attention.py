@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from forecache.kernels import ops
 from forecache.kernels.prefill import prefill_attention
+from forecache.workers.decode.hidden_history import HiddenRows
 from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import PastReader, Store
 from forecache.workers.decode.step import DecodeRows
@@ -72,6 +73,7 @@ class StepBatch:
     streams: tuple[StreamRows, ...] = ()
     past: PastReader | None = None
     capture: QueryCapture | None = None
+    hidden: HiddenRows | None = None
     aborted: Callable[[], bool] = lambda: False
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from forecache.workers.decode.attention import QueryCapture, StepBatch
+from forecache.workers.decode.hidden_history import HiddenHistory, HiddenRows
 from forecache.workers.decode.past import Store
 from forecache.workers.decode.step import DecodeRow, DecodeRows
 
 WARM_UPS = 2
 """Eager runs before a capture: lazy initialisation (cuBLAS handles, Triton compilation) must be over by then."""
 
-TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN = range(6)
+TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
 """Rows of the input buffer."""
 
 
@@ -50,7 +51,8 @@ class DecodeGraphs:
     """Graphs of ``model``'s decode step, for batches up to ``max_batch_size`` and tables up to ``max_chunks`` wide.
 
     ``heads``: layer → the query heads whose queries are kept for the indexer. ``last_tokens``: int64 [at least the
-    largest bucket], the tokens of the step before. ``captured`` is called after each bucket.
+    largest bucket], the tokens of the step before. ``histories``: where hidden states go for a trained indexer.
+    ``captured`` is called after each bucket.
     """
 
     def __init__(
@@ -62,17 +64,19 @@ class DecodeGraphs:
         *,
         max_batch_size: int,
         max_chunks: int,
+        histories: HiddenHistory | None = None,
         captured: Callable[[int], None] = lambda _bucket: None,
     ) -> None:
         self.max_chunks = max_chunks
         self._buckets = batch_buckets(max_batch_size)
         self._pool = pool
         self._last_tokens = last_tokens
+        self._histories = histories
         largest, device = self._buckets[-1], pool.kv.device
         # two host copies in turn: while one is on its way to the device, the next step fills the other
         self._host = [_HostInputs(largest, max_chunks) for _ in range(2)]
         self._turn = 0
-        self._inputs = torch.zeros(6, largest, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(LINE + 1, largest, dtype=torch.int64, device=device)
         self._inputs[SLOT] = -1
         self._table = torch.zeros(largest, max_chunks, dtype=torch.int32, device=device)
         self._versions: list[object] = [None] * largest
@@ -135,6 +139,7 @@ class DecodeGraphs:
             pool=self._pool,
             decode=DecodeRows(self._table[:bucket], inputs[CONTEXT_LEN].to(torch.int32)),
             capture=capture,
+            hidden=self._hidden_rows(inputs),
         )
         output = model(
             input_ids=batch.token_ids.unsqueeze(0),
@@ -147,18 +152,28 @@ class DecodeGraphs:
         self._last_tokens[:bucket] = tokens
         return Replayed(logits, tokens, best, capture.queries)
 
+    def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
+        histories = self._histories
+        if histories is None:
+            return None
+        # padding rows write to nobody's line
+        places = inputs[POSITION] % histories.steps
+        return HiddenRows(histories.ring, histories.layers, None, inputs[LINE], places)
+
 
 class _HostInputs:
     """Page-locked host memory for one step's inputs, filled through numpy."""
 
     def __init__(self, rows: int, max_chunks: int) -> None:
-        self.inputs = torch.zeros(6, rows, dtype=torch.int64, pin_memory=True)
+        self.inputs = torch.zeros(LINE + 1, rows, dtype=torch.int64, pin_memory=True)
         self.table = torch.zeros(rows, max_chunks, dtype=torch.int32, pin_memory=True)
         self._inputs = self.inputs.numpy()
         self._table = self.table.numpy()
 
     def fill(self, rows: Sequence[DecodeRow], bucket: int) -> None:
-        values = [(row.token, row.source, row.position, row.slot, row.offset, row.context_len) for row in rows]
+        values = [
+            (row.token, row.source, row.position, row.slot, row.offset, row.context_len, row.line) for row in rows
+        ]
         self._inputs[:, : len(rows)] = list(zip(*values, strict=True))
         padding = self._inputs[:, len(rows) : bucket]
         padding[:] = 0

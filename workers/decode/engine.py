@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer
 from forecache.workers.decode.accounting import EngineCounters, check_references, check_request
 from forecache.workers.decode.answers import Answers
@@ -43,7 +44,8 @@ class Engine:
     """Continuous batching over one backbone.
 
     All methods belong to one thread, but for :meth:`cancel`, which any may call. ``name`` makes the engine's holds in
-    shared cold memory its own; ``cold_layout`` is that memory's layout, where it is not the pool's.
+    shared cold memory its own; ``cold_layout`` is that memory's layout, where it is not the pool's. ``lookahead``: the
+    trained indexer, where ``indexer`` scores with one.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         spec: IndexSpec,
         name: str = "local",
         cold_layout: ChunkLayout | None = None,
+        lookahead: LookaheadScorer | None = None,
     ) -> None:
         self.config = config = config.for_device(backbone.device.type)
         self._backbone = backbone
@@ -71,11 +74,24 @@ class Engine:
         cold = cold_layout or backbone.layout
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
         self._runner = ModelRunner(
-            backbone, self.pool, memory.arena, spec, max_rows=config.max_batch_size, cold_layout=cold
+            backbone,
+            self.pool,
+            memory.arena,
+            spec,
+            max_rows=config.max_batch_size,
+            cold_layout=cold,
+            lookahead=lookahead,
         )
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
         self.windows = WindowCycle(
-            config, selection, self.pool, memory.arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots
+            config,
+            selection,
+            self.pool,
+            memory.arena,
+            self._prefetcher,
+            indexer,
+            lambda: self._scheduler.spare_slots,
+            history_steps=1 if lookahead is None else lookahead.steps,
         )
         self._scheduler = Scheduler(
             config, self.pool, self.windows, cold_slots=memory.arena.slots, linear_equal=backbone.linear_equal
@@ -281,6 +297,7 @@ class Engine:
     def _restart(self, seq: Sequence) -> None:
         """Chunks of ``seq`` are gone: compute its tokens again, behind the longest prefix that is still stored."""
         self._scheduler.remove(seq)
+        self._runner.forget(seq)
         self._keeper.let_go(seq)
         seq.start_over(self._new_holder(seq.request_id))
         self._scheduler.add(seq, first=True)
@@ -296,6 +313,7 @@ class Engine:
         self._counters.leave(seq, reason)
         self._events.append(self._answers.end(seq, reason, tokens, text, error))
         self._scheduler.remove(seq)
+        self._runner.forget(seq)
         seq.state = State.FINISHED
         del self._sequences[seq.request_id]
         if self.windows.busy(seq):
@@ -327,6 +345,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` when the pool's references are not those of the running sequences."""
         self.pool.check_integrity()
+        self._runner.check_integrity()
         sequences = [*self._scheduler.running, *self._scheduler.waiting, *self._leaving]
         check_references(self.pool, sequences, self.windows.incoming)
 

@@ -1,13 +1,89 @@
-"""Which index keys a model gets: those of its retrieval heads, or bounds when nobody has calibrated it."""
+"""What scores a model's chunks, and by which keys: a trained indexer, its retrieval heads, or bounds."""
 
 import logging
+from dataclasses import dataclass
+from typing import Literal
 
+from forecache.indexer.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from forecache.indexer.config import IndexerConfig
 from forecache.indexer.index_keys import IndexSpec
+from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.manifest import ManifestError, find_manifest
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
+
+ScorerName = Literal["trained", "training-free", "bounds"]
+
+
+@dataclass(frozen=True)
+class ChosenScorer:
+    """``spec``: the records, and the model's own heads that read them; ``lookahead``: the trained indexer, where one
+    serves. ``digest`` names that one's weights."""
+
+    spec: IndexSpec
+    lookahead: LookaheadScorer | None = None
+
+    @property
+    def name(self) -> ScorerName:
+        if self.lookahead is not None:
+            return "trained"
+        return "training-free" if self.spec.kind == "tokens" else "bounds"
+
+    @property
+    def digest(self) -> str:
+        return "" if self.lookahead is None else self.lookahead.manifest.digest
+
+
+def choose_scorer(config: IndexerConfig, model: str, backbone: Backbone) -> ChosenScorer:
+    """The trained indexer that ``config`` names, if it fits the model, else what :func:`choose_index_spec` finds.
+
+    A checkpoint that is missing, damaged or another model's is said, and costs nothing but its help: prediction is a
+    hint. Which scorer serves is logged. Raises :class:`UnsupportedModelError` as :func:`choose_index_spec` does.
+    """
+    lookahead = _trained(config, model, backbone)
+    if lookahead is None:
+        chosen = ChosenScorer(choose_index_spec(config.manifest, model, backbone))
+        logger.info("chunks of %s are scored %s: no trained indexer serves", model, _how(chosen))
+        return chosen
+    chosen = ChosenScorer(lookahead.own, lookahead)
+    logger.info("chunks of %s are scored by the trained indexer %s", model, chosen.digest)
+    return chosen
+
+
+def _how(chosen: ChosenScorer) -> str:
+    return "by bounds" if chosen.name == "bounds" else "training-free, by its retrieval heads"
+
+
+def _trained(config: IndexerConfig, model: str, backbone: Backbone) -> LookaheadScorer | None:
+    if config.checkpoint == "auto" and config.manifest != "auto":
+        return None  # whoever names heads, or none, means them
+    try:
+        path = find_checkpoint(config.checkpoint, model_facts(backbone, model))
+        return None if path is None else LookaheadScorer(*load_checkpoint(path))
+    except CheckpointError as error:
+        logger.warning("no trained indexer serves, chunks are scored without one: %s", error)
+        return None
+
+
+def model_facts(backbone: Backbone, model: str) -> dict[str, object]:
+    """What of :data:`.checkpoint.MODEL_FACTS` a loaded model tells, and its name and weights."""
+    geometry = backbone.geometry
+    rotary = getattr(backbone.model.base_model, "rotary_emb", None)
+    return {
+        "model_name": model,
+        "weights_fingerprint": backbone.fingerprint,
+        "model_type": backbone.config.model_type,
+        "layers": geometry.layers,
+        "attention_heads": geometry.heads,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "hidden_size": int(backbone.config.hidden_size),
+        "scale": geometry.scale,
+        "chunk_tokens": backbone.layout.chunk_tokens,
+        "rope_scaling": float(getattr(rotary, "attention_scaling", 0.0)),
+    }
 
 
 def choose_index_spec(setting: str, model: str, backbone: Backbone) -> IndexSpec:

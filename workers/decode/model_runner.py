@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, encode_chunk
+from forecache.indexer.lookahead import LookaheadScorer
 from forecache.workers.decode.attention import QueryCapture, StepBatch, StreamRows
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.compiled_layers import MIN_TOKENS, check_compiled_once, compile_layers, compiled_graphs
 from forecache.workers.decode.cuda_graph import DecodeGraphs
+from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory, HiddenRows
 from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
-from forecache.workers.decode.running_step import ArenaPast, RunningStep
+from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw, sample, uniform
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
@@ -34,6 +36,7 @@ class ModelRunner:
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
     ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's.
+    ``spec``: the model's own retrieval heads; ``lookahead``: the trained indexer that scores beside them.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class ModelRunner:
         *,
         max_rows: int = 1,
         cold_layout: ChunkLayout | None = None,
+        lookahead: LookaheadScorer | None = None,
     ) -> None:
         self._backbone = backbone
         self._model = backbone.model
@@ -61,7 +65,13 @@ class ModelRunner:
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
-        self._query_to_kv = torch.tensor(spec.query_to_kv, device=self._device)
+        rows = spec if lookahead is None else lookahead.spec
+        self._query_to_kv = torch.tensor(rows.query_to_kv, device=self._device)
+        self._lookahead = None if lookahead is None else lookahead.to(self._device)
+        self._histories: HiddenHistory | None = None
+        if lookahead is not None:
+            layers = lookahead.manifest.target_layers
+            self._histories = HiddenHistory(self._model, layers, lookahead.steps, max_rows)
         self._buffers: PieceBuffers | None = None
 
     @torch.inference_mode()
@@ -125,10 +135,21 @@ class ModelRunner:
                 self._last_tokens,
                 max_batch_size=max_batch_size,
                 max_chunks=max_chunks,
+                histories=self._histories,
             )
         if torch_compile:
             check_compiled_once(first[0], compiled_graphs())
         logger.info("warmed up in %.1f s", time.perf_counter() - start)
+
+    def forget(self, seq: Sequence) -> None:
+        """``seq`` left, or starts over: nothing more is asked of its last steps."""
+        if self._histories is not None:
+            self._histories.forget(seq)
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` when what is kept of sequences' last steps contradicts itself."""
+        if self._histories is not None:
+            self._histories.check_integrity()
 
     def index_record(self, slot: int) -> Tensor:
         """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""
@@ -142,20 +163,35 @@ class ModelRunner:
             return keys
         return keys.float() * self._hot.scale[slot, self._key_layers, 0, self._key_heads, None, None]
 
-    def _capture(self, request: Capture, queries: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _capture(self, request: Capture, queries: dict[int, Tensor]) -> CapturedTensors:
         """Queries, log-sum-exp over the tail, and records; see :class:`.step.Captured`."""
         by_layer = {layer: iter(q[request.row].unbind(0)) for layer, q in queries.items()}
         mine = torch.stack([next(by_layer[layer]) for layer, _ in self._spec.query_heads])
-        if request.tail_tokens:
-            keys = self._index_keys(request.tail_slot)[:, : request.tail_tokens].float()
-            logits = torch.einsum("hd,htd->ht", mine, keys[self._query_to_kv]) * self._spec.scale
-            tail_lse = logits.logsumexp(-1)
-        else:
-            tail_lse = torch.full((len(mine),), -torch.inf, device=self._device)
-        records = [encode_chunk(self._spec, self._index_keys(slot)) for slot in request.local_slots]
-        if not records:
-            return mine, tail_lse, torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
-        return mine, tail_lse, torch.stack(records)
+        records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
+        if request.local_slots:
+            records = torch.stack([encode_chunk(self._spec, self._index_keys(slot)) for slot in request.local_slots])
+        position = request.position
+        if self._lookahead is None or self._histories is None:
+            positions = torch.full((len(mine),), position, device=self._device)
+            return CapturedTensors(mine, self._local_lse(request, mine, positions), records)
+        # an older query also saw what is complete by now; where that is not hot any more, nobody knows how much
+        steps = self._histories.length(request.sequence, position)
+        steps = min(steps, position + 2 - request.first_recent * self._spec.chunk_tokens)
+        hidden = self._histories.last(request.sequence, position, steps)
+        rows = torch.cat([self._lookahead.queries(hidden, position), mine])
+        lse = self._local_lse(request, rows, self._lookahead.positions(position, steps))
+        return CapturedTensors(rows, lse, records, hidden[-1], steps)
+
+    def _local_lse(self, request: Capture, queries: Tensor, positions: Tensor) -> Tensor:
+        """Log-sum-exp of ``queries`` [rows, head_dim], made at ``positions`` [rows], over the tokens that each saw
+        beside the chunks that were complete then: float32 [rows]."""
+        size, first = self._spec.chunk_tokens, request.first_recent * self._spec.chunk_tokens
+        keys = torch.cat([self._index_keys(slot) for slot in request.recent_slots], 1)
+        keys = keys[:, : request.position + 1 - first].float()
+        logits = torch.einsum("hd,htd->ht", queries, keys[self._query_to_kv]) * self._spec.scale
+        tokens = torch.arange(first, request.position + 1, device=self._device)
+        at = positions.unsqueeze(1)
+        return logits.masked_fill((tokens > at) | (tokens < (at + 1) // size * size), -torch.inf).logsumexp(1)
 
     def _forward(self, batch: StepBatch) -> Tensor:
         """float32 [logits rows, vocab]."""
@@ -182,7 +218,13 @@ class ModelRunner:
             context_len=(len(table) - 1) * seq.chunk_tokens + offset + 1,
             table=table,
             version=(seq.request_id, seq.restarts, seq.table_version),
+            line=self._line(seq),
         )
+
+    def _line(self, seq: Sequence) -> int:
+        if self._histories is None:
+            return NOBODYS_LINE
+        return self._histories.begin(seq, seq.num_computed, seq.num_computed + 1)[0]
 
     def _lay_out(
         self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
@@ -193,11 +235,15 @@ class ModelRunner:
         streams: list[StreamRows] = []
         pasts: list[ArenaPast] = []
         probes: dict[str, MassProbe] = {}
+        kept = [(number, row.line, row.position) for number, row in enumerate(rows)]
         for part in plan.streams:
             seq, start = part.sequence, len(tokens)
             span = range(seq.num_computed, seq.num_computed + part.tokens)
             tokens += seq.token_ids[span.start : span.stop] if span.start < len(seq.token_ids) else [-1]
             places += [(i, seq.open_slots[i // seq.chunk_tokens], i % seq.chunk_tokens) for i in span]
+            if self._histories is not None:
+                line, positions_kept = self._histories.begin(seq, span.start, span.stop)
+                kept += [(start + i - span.start, line, i) for i in positions_kept]
             if span.stop >= len(seq.token_ids):
                 sampled.append(seq)
                 logits_rows.append(len(tokens) - 1)
@@ -236,9 +282,17 @@ class ModelRunner:
             streams=tuple(streams),
             past=past,
             capture=capture,
+            hidden=self._hidden_rows(kept),
             aborted=aborted,
         )
         return batch, sampled, tuple(pasts), probes
+
+    def _hidden_rows(self, kept: list[tuple[int, int, int]]) -> HiddenRows | None:
+        """``kept``: packed token, ring line and position of each hidden state that is to be kept."""
+        if self._histories is None or not kept:
+            return None
+        rows, lines, positions = self._put(np.array(kept, dtype=np.int64).T)
+        return HiddenRows(self._histories.ring, self._histories.layers, rows, lines, positions % self._histories.steps)
 
     def _padding(self, tokens: int) -> StepBatch:
         """A batch that computes and keeps nothing."""

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from forecache.indexer.protocol import StepState
 from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import Segment, Store
 from forecache.workers.decode.sequence import Chunk, Sequence
@@ -75,6 +76,34 @@ def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tens
     return first, second
 
 
+@dataclass(frozen=True)
+class CapturedTensors:
+    """What a :class:`.step.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and ``steps``
+    of a trained indexer's history."""
+
+    queries: Tensor
+    tail_lse: Tensor
+    records: Tensor
+    hidden: Tensor | None = None
+    steps: int = 0
+
+    def to_host(self) -> "CapturedTensors":
+        return CapturedTensors(
+            _to_host(self.queries),
+            _to_host(self.tail_lse),
+            _to_host(self.records),
+            None if self.hidden is None else _to_host(self.hidden),
+            self.steps,
+        )
+
+    def answer(self, request: Capture) -> Captured:
+        """On the host."""
+        state = None
+        if self.hidden is not None:
+            state = StepState(request.position, self.steps, self.hidden.numpy())
+        return Captured(request, self.queries.numpy(), self.tail_lse.numpy(), self.records.numpy(), state)
+
+
 class RunningStep:
     """What :meth:`.model_runner.ModelRunner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
     until the next launch."""
@@ -86,7 +115,7 @@ class RunningStep:
         best: Tensor,
         logits: Tensor,
         captures: Seq[Capture],
-        captured: Seq[tuple[Tensor, Tensor, Tensor]],
+        captured: Seq[CapturedTensors],
         probes: dict[str, MassProbe],
         pasts: Seq[ArenaPast],
         arena: Arena | None,
@@ -97,7 +126,7 @@ class RunningStep:
         self._pasts = tuple(pasts)
         self._arena = arena
         self._tokens, self._best = _to_host(tokens), _to_host(best)
-        self._captured = [tuple(_to_host(tensor) for tensor in tensors) for tensors in captured]
+        self._captured = [tensors.to_host() for tensors in captured]
         self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
         self._sums = [None if past.sums is None else _to_host(past.sums) for past in pasts]
         self._done: torch.cuda.Event | None = None
@@ -112,8 +141,7 @@ class RunningStep:
         drawn = zip(self._sampled, self._tokens.tolist(), self._best.tolist(), strict=True)
         sampled = tuple(Sampled(seq, restarts, token, best) for (seq, restarts), token, best in drawn)
         captured = tuple(
-            Captured(request, queries.numpy(), tail_lse.numpy(), records.numpy())
-            for request, (queries, tail_lse, records) in zip(self._captures, self._captured, strict=True)
+            tensors.answer(request) for request, tensors in zip(self._captures, self._captured, strict=True)
         )
         masses = {request_id: mass.numpy() for request_id, mass in self._masses.items()}
         damaged = {}

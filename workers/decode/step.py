@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from forecache.indexer.protocol import StepState
 from forecache.workers.decode.sequence import Sequence
 
 
@@ -22,18 +23,21 @@ class StreamPart:
 class Capture:
     """What the indexer wants of decode row ``row``, for the turn at ``boundary``.
 
-    Its queries, their log-sum-exp over the first ``tail_tokens`` keys in ``tail_slot`` (this step's own included), and
-    the index records of the completed chunks in ``local_slots``, which cold memory does not have yet. ``chunks``
-    completed chunks come before the tail; they lie at ``ref_slots`` (-1: local), with ``generations``: int64 [chunks]
-    each; ``resident``, bool [chunks], are those that the step reads. ``restarts``: as in :class:`Sampled`.
+    Its queries at ``position``, their log-sum-exp over the tokens after the complete chunks (this step's own included),
+    and the index records of those complete chunks in ``local_slots`` that cold memory does not have yet. ``chunks``
+    chunks are complete, this step's token included; they lie at ``ref_slots`` (-1: local), with ``generations``: int64
+    [chunks] each; ``resident``, bool [chunks], are those that the step reads. ``recent_slots`` holds the
+    chunk that this step writes to, and before it those that older steps of a trained indexer's history wrote to, as far
+    as they are hot, from chunk ``first_recent`` on. ``restarts``: as in :class:`Sampled`.
     """
 
     row: int
     sequence: Sequence
     restarts: int
     boundary: int
-    tail_slot: int
-    tail_tokens: int
+    position: int
+    recent_slots: tuple[int, ...]
+    first_recent: int
     local_slots: tuple[int, ...]
     ref_slots: npt.NDArray[np.int64]
     generations: npt.NDArray[np.int64]
@@ -47,12 +51,13 @@ class Capture:
 @dataclass(frozen=True)
 class Captured:
     """``queries``: float32 [query heads, head_dim]; ``tail_lse``: float32 [query heads], -inf without a tail;
-    ``records``: uint8 [local slots, index bytes]."""
+    ``records``: uint8 [local slots, index bytes]. ``state`` is there for a trained indexer alone."""
 
     request: Capture
     queries: npt.NDArray[np.float32]
     tail_lse: npt.NDArray[np.float32]
     records: npt.NDArray[np.uint8]
+    state: StepState | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class StepOutput:
 class DecodeRow:
     """One row of a decode step, on the host. ``token`` is -1 while the host does not know it: then it is the one drawn
     in row ``source`` of the step before. ``table`` are the slots to read, ``context_len`` tokens in all, this one
-    included; ``version`` changes when ``table`` does, and differs between sequences."""
+    included; ``version`` changes when ``table`` does, and differs between sequences. ``line``: where its hidden states
+    are kept, see :mod:`.hidden_history`."""
 
     token: int
     source: int
@@ -108,6 +114,7 @@ class DecodeRow:
     context_len: int
     table: npt.NDArray[np.int32]
     version: tuple[str, int, int]
+    line: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from forecache.indexer.index_keys import EVENT_SHARE
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import select
 from forecache.workers.decode.budgets import Budgets
+from forecache.workers.decode.captures import make_capture
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
@@ -37,7 +38,8 @@ STREAMED_SLOTS = 2
 class WindowCycle:
     """Turns of all sequences of one engine. Runs in the engine's thread.
 
-    ``spare`` tells how many slots of the pool no sequence was promised: a turn may borrow them.
+    ``spare`` tells how many slots of the pool no sequence was promised: a turn may borrow them. ``history_steps``: of
+    how many steps, the newest included, a prediction wants queries.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class WindowCycle:
         prefetcher: Prefetcher,
         indexer: Indexer,
         spare: Callable[[], int],
+        history_steps: int = 1,
     ) -> None:
         self.budgets = Budgets(config, selection, pool.num_slots, spare)
         self._config = config
@@ -58,6 +61,7 @@ class WindowCycle:
         self._prefetcher = prefetcher
         self._indexer = indexer
         self._spare = spare
+        self._history_steps = history_steps
         self._turns: dict[Sequence, Turn] = {}
         self._boundaries: dict[Sequence, int] = {}
         # boundaries whose queries a step under way will bring, and when sequences began to wait
@@ -83,27 +87,8 @@ class WindowCycle:
         """What a prediction for ``seq`` needs of the coming step, in which it is row ``row``; ``None``: nothing."""
         if seq.policy != "lookahead" or not self._due(seq):
             return None
-        ref_slots, generations = (array.copy() for array in seq.refs())
-        local = []
-        for number in np.flatnonzero(ref_slots < 0).tolist():
-            hot = self._pool.lookup(seq.chunks[number].key)
-            assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
-            local.append(hot)
         self._asked[seq] = self._boundaries[seq]
-        resident = np.zeros(len(seq.chunks), dtype=np.bool_)
-        resident[list(seq.resident)] = True
-        return Capture(
-            row,
-            seq,
-            restarts=seq.restarts,
-            boundary=self._boundaries[seq],
-            tail_slot=seq.open_slots[len(seq.chunks)],
-            tail_tokens=seq.tail_tokens + 1,
-            local_slots=tuple(local),
-            ref_slots=ref_slots,
-            generations=generations,
-            resident=resident,
-        )
+        return make_capture(row, seq, self._boundaries[seq], self._pool, self._history_steps)
 
     def stepped(self, seq: Sequence) -> None:
         """A decode step of ``seq`` was launched: policies that need no prediction choose, when it is time."""
@@ -130,6 +115,7 @@ class WindowCycle:
                 queries=captured.queries,
                 local_lse=captured.tail_lse,
                 local_records=captured.records,
+                state=captured.state,
             )
         )
         turn.future.add_done_callback(lambda _: self._prefetcher.wake())

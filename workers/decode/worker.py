@@ -3,30 +3,29 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import ray
 import torch
 from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.indexer.actor import IndexerActor, RemoteIndexer
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.indexer.fallback import SharedIndexers
+from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
 from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_index_spec
+from forecache.workers.decode.index_spec import ChosenScorer, ScorerName, choose_scorer
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
@@ -43,6 +42,18 @@ from forecache.workers.memory.tier import MemoryTier
 
 logger = logging.getLogger(__name__)
 
+ACTOR_START_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class ScorerStats:
+    """What scores chunks: "trained", "training-free" or "bounds"; ``digest`` names a trained indexer. ``fallbacks``:
+    predictions that this worker made itself since its indexer actor did not answer."""
+
+    name: ScorerName
+    digest: str
+    fallbacks: int
+
 
 @dataclass(frozen=True)
 class WorkerStats:
@@ -52,6 +63,7 @@ class WorkerStats:
     node_id: str
     engine: EngineStats
     tier: TierStats | None
+    scorer: ScorerStats
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class WorkerSettings:
     redis_url: str | None = None
 
     def actor_name(self, kind: str, node_id: str) -> str:
-        """Name of the ``kind`` ("tier" or "indexer") actor of a node, also of the tier's arena."""
+        """Name of the ``kind`` ("tier", "indexer0", …) actor of a node, also of the tier's arena."""
         return actor_name(self.run, kind, node_id)
 
     @property
@@ -79,50 +91,6 @@ class WorkerSettings:
 
 def actor_name(run: str, kind: str, node_id: str) -> str:
     return f"{run}-{kind}-{node_id[:16]}"
-
-
-class FallbackIndexer:
-    """The node's indexer actor; once that one fails, its work is done in this process (design §5.8)."""
-
-    def __init__(self, actor: Indexer, make_local: Callable[[], Indexer]) -> None:
-        self._actor: Indexer | None = actor
-        self._make_local = make_local
-
-    @cached_property
-    def _local(self) -> Indexer:
-        return self._make_local()
-
-    def predict(self, request: PredictRequest) -> Future[Prediction]:
-        if self._actor is None:
-            return self._local.predict(request)
-        answer: Future[Prediction] = Future()
-        answer.set_running_or_notify_cancel()
-        self._actor.predict(request).add_done_callback(lambda future: self._settle(request, future, answer))
-        return answer
-
-    def close(self) -> None:
-        if self._actor is not None:
-            self._actor.close()
-        if "_local" in self.__dict__:
-            self._local.close()
-
-    def _settle(self, request: PredictRequest, asked: Future[Prediction], answer: Future[Prediction]) -> None:
-        error = asked.exception()
-        if error is None:
-            answer.set_result(asked.result())
-            return
-        if self._actor is not None:
-            logger.warning("the indexer actor failed (%s): scoring in the worker from now on", error)
-            self._actor = None
-        self._local.predict(request).add_done_callback(lambda future: _copy(future, answer))
-
-
-def _copy(source: Future[Prediction], target: Future[Prediction]) -> None:
-    error = source.exception()
-    if error is None:
-        target.set_result(source.result())
-    else:
-        target.set_exception(error)
 
 
 class DecodeWorker:
@@ -149,7 +117,8 @@ class DecodeWorker:
             kv_dtype=config.kv_dtype,
         )
         cold = cold_layout(backbone.layout, settings.memory.cold_dtype)
-        spec = choose_index_spec(settings.indexer.manifest, model_name(config.model), backbone)
+        self._scorer = chosen = choose_scorer(settings.indexer, model_name(config.model), backbone)
+        spec = chosen.spec
         verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
@@ -165,7 +134,7 @@ class DecodeWorker:
             redis_url=settings.redis_url,
         )
         self._memory = RemoteMemory(tier, settings.memory.call_deadline_s)
-        self._indexer = self._make_indexer(settings, spec, backbone.device)
+        self._indexer = self._make_indexer(settings, chosen, backbone.device)
         engine = Engine(
             backbone,
             load_tokenizer(path),
@@ -176,6 +145,7 @@ class DecodeWorker:
             spec,
             self._worker_id,
             cold,
+            chosen.lookahead,
         )
         self._engine = AsyncEngine(engine)
 
@@ -191,7 +161,9 @@ class DecodeWorker:
     async def stats(self) -> WorkerStats:
         """This worker's numbers now."""
         tier = await asyncio.to_thread(self._tier_stats)
-        return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), tier)
+        fallbacks = self._indexer.fallbacks if isinstance(self._indexer, SharedIndexers) else 0
+        scorer = ScorerStats(self._scorer.name, self._scorer.digest, fallbacks)
+        return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), tier, scorer)
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router reads every few seconds."""
@@ -215,17 +187,32 @@ class DecodeWorker:
             self._indexer.close()
             self._memory.close()
 
-    def _make_indexer(self, settings: WorkerSettings, spec: IndexSpec, device: torch.device) -> Indexer:
-        """On a GPU its own; else the node's actor, made by whoever asks first."""
-        config = settings.indexer
+    def _make_indexer(self, settings: WorkerSettings, chosen: ChosenScorer, device: torch.device) -> Indexer:
+        """On a GPU its own; else the node's actors, made by whoever asks first."""
+        config, spec, lookahead = settings.indexer, chosen.spec, chosen.lookahead
         if config.device_type(device.type) == "cuda":
             gpu = device if device.type == "cuda" else torch.device("cuda")
-            return CudaIndexer(spec, self._memory.arena, gpu, config.device_bytes, RegisteredMemory)
-        name = settings.actor_name("indexer", self._node_id)
-        actor = self._on_this_node(IndexerActor, name, settings, spec, config.threads, Arena.attach)
-        return FallbackIndexer(
-            RemoteIndexer(actor, settings.memory.call_deadline_s),
-            lambda: LocalIndexer(spec, config.threads, Arena.attach),
+            return CudaIndexer(spec, self._memory.arena, gpu, config.device_bytes, RegisteredMemory, lookahead)
+        actors = [
+            self._on_this_node(
+                IndexerActor,
+                settings.actor_name(f"indexer{number}", self._node_id),
+                settings,
+                spec,
+                config.threads,
+                Arena.attach,
+                lookahead,
+            )
+            for number in range(config.num_indexers)
+        ]
+        try:
+            # else the first predictions would wait for their processes to start, and be counted as fallbacks
+            ray.get([actor.ready.remote() for actor in actors], timeout=ACTOR_START_DEADLINE_S)
+        except (GetTimeoutError, RayActorError) as error:
+            logger.warning("the node's indexer actors are not up, the worker scores until they are: %s", error)
+        return SharedIndexers(
+            [RemoteIndexer(actor, config.deadline_s) for actor in actors],
+            lambda: LocalIndexer(spec, config.threads, Arena.attach, lookahead),
         )
 
     def _tier_stats(self) -> TierStats | None:
