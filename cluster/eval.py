@@ -16,7 +16,8 @@ from forecache.cluster.config import ServeConfig, config_from_args
 from forecache.cluster.eval_http import HttpBackend
 from forecache.cluster.eval_report import show, write
 from forecache.workers.corpus import Kind
-from forecache.workers.decode.backbone import pick_device, pick_dtype
+from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.decode.index_spec import find_before_load
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import InvalidRequestError
@@ -32,7 +33,7 @@ NOT_IN_ANSWERS = {
     *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that a run may change before it goes on."""
-DEFAULT_COLUMNS = ("full", "lookahead", "recency", "random")
+DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     plan = Plan(
         tasks=tuple(args.tasks),
         lengths=tuple(sorted(set(args.lengths))),
-        columns=tuple(COLUMNS[name] for name in dict.fromkeys(args.columns)),
+        columns=_columns(args),
         samples=args.samples,
     )
     clock = Clock(args.time_limit_s)
@@ -59,6 +60,14 @@ def main(argv: list[str]) -> int:
     return 0 if done else 1
 
 
+def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
+    """Those asked for; by default all that one server can answer, where there is one."""
+    if args.columns is not None:
+        return tuple(COLUMNS[name] for name in dict.fromkeys(args.columns))
+    columns = tuple(COLUMNS[name] for name in DEFAULT_COLUMNS)
+    return columns if args.url is None else tuple(column for column in columns if not column.indexer)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="forecache eval",
@@ -72,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
                         help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
                         metavar="TOKENS", help="contexts, answers included (default: 4K 8K 16K 32K)")  # fmt: skip
-    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), default=DEFAULT_COLUMNS, metavar="COLUMN",
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), metavar="COLUMN",
                         help=f"of {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
     parser.add_argument("--samples", type=_positive, default=100, help="of every task at every length (default: 100)")
     parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
@@ -85,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _setting(parser, "--dtype", "engine.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
     _setting(parser, "--hot-bytes", "engine.hot_bytes", "hot pool (default: what a batch needs, if there is room)")
     _setting(parser, "--cold-bytes", "memory.cold_bytes", "cold memory (default: what a cell needs, if there is room)")
+    _setting(parser, "--indexer", "indexer.checkpoint", "auto, a trained indexer or none (default: auto)")
     _setting(parser, "--indexer-manifest", "indexer.manifest", "auto, a manifest file or none (default: auto)")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file as of `forecache serve`; flags win")
     return parser
@@ -137,7 +147,7 @@ def _run(
     say(f"preparing {model}", 0, 0)
     path = resolve_model(model, lambda text: say(text, 0, 0))
     generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
-    identity = _identity(args, config, generator, server, model)
+    identity = _identity(args, config, generator, server, model, path)
     records = Records(args.out, identity)
     total = records.missing(plan, plan.columns)
 
@@ -185,7 +195,12 @@ def _by_engine(columns: Sequence[Column]) -> list[list[Column]]:
 
 
 def _identity(
-    args: argparse.Namespace, config: ServeConfig, generator: Generator, server: HttpBackend | None, model: str
+    args: argparse.Namespace,
+    config: ServeConfig,
+    generator: Generator,
+    server: HttpBackend | None,
+    model: str,
+    path: Path,
 ) -> dict[str, Any]:
     """What the answers depend on."""
     engine = config.engine
@@ -197,7 +212,8 @@ def _identity(
         "late_policy": engine.late_policy if "late_policy" in engine.model_fields_set else LATE_POLICY,
         "memory": config.memory.model_dump(include={"cold_dtype"}),
         "selection": config.selection.model_dump(),
-        "indexer": config.indexer.model_dump(exclude={"threads", "device", "device_bytes"}),
+        "indexer": config.indexer.model_dump(include={"manifest"}),
+        "trained_indexer": _trained_digest(config, path),
         "torch": importlib.metadata.version("torch"),
     }
     return {
@@ -211,3 +227,10 @@ def _identity(
         **(local if server is None else {"served": server.model}),
         "transformers": importlib.metadata.version("transformers"),
     }
+
+
+def _trained_digest(config: ServeConfig, path: Path) -> str | None:
+    """Names the weights of the trained indexer that the column `lookahead` uses."""
+    name, chunk_tokens = model_name(config.engine.model), config.engine.chunk_tokens
+    trained = find_before_load(config.indexer, name, load_config(path), chunk_tokens)
+    return None if trained is None else trained.digest

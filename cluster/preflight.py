@@ -11,6 +11,7 @@ import redis
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
+from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
 from forecache.workers.errors import UnsupportedModelError
 
@@ -99,6 +100,8 @@ class ModelFacts:
 
     max_model_len: int
     has_manifest: bool
+    trained: CheckpointManifest | None = None
+    """The trained indexer that will serve."""
     cold_limit: int | None = None
     """``max_model_len``, where cold memory and not the model sets it."""
 
@@ -128,10 +131,16 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     limit = wanted or own_limit
     manifest = _manifest(model, config)
     # other machines may have other devices, so other dtypes: there a worker's own check must do
-    cold = _cold_tokens(model, manifest, config) if config.address is None else limit
-    if cold < limit:
-        return ModelFacts(cold, manifest is not None, cold_limit=cold)
-    return ModelFacts(limit, manifest is not None)
+    trained = _trained(model, config)
+    cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
+    return ModelFacts(min(cold, limit), manifest is not None, trained, cold_limit=cold if cold < limit else None)
+
+
+def _trained(model: Any, config: ServeConfig) -> CheckpointManifest | None:
+    from forecache.workers.decode.index_spec import find_before_load
+    from forecache.workers.decode.loader import model_name
+
+    return find_before_load(config.indexer, model_name(config.engine.model), model, config.engine.chunk_tokens)
 
 
 def _shape(model: Any) -> tuple[int, int, int, int]:
@@ -159,7 +168,9 @@ def _manifest(model: Any, config: ServeConfig) -> RetrievalManifest | None:
         raise StartError(f"--indexer-manifest {config.indexer.manifest}: {error}") from error
 
 
-def _cold_tokens(model: Any, manifest: RetrievalManifest | None, config: ServeConfig) -> int:
+def _cold_tokens(
+    model: Any, manifest: RetrievalManifest | None, trained: CheckpointManifest | None, config: ServeConfig
+) -> int:
     """Tokens that the arena of one node holds: no request can have more."""
     from forecache.indexer.index_keys import IndexSpec
     from forecache.workers.decode.backbone import expected_layout, kv_number, pick_device, pick_dtype
@@ -168,7 +179,9 @@ def _cold_tokens(model: Any, manifest: RetrievalManifest | None, config: ServeCo
 
     layers, heads, kv_heads, head_dim = _shape(model)
     chunk_tokens = config.engine.chunk_tokens
-    if manifest is not None:
+    if trained is not None:
+        spec = trained.index_spec
+    elif manifest is not None:
         spec = IndexSpec.from_manifest(manifest, chunk_tokens=chunk_tokens)
     else:
         spec = IndexSpec.bounds(layers, heads, kv_heads, head_dim, chunk_tokens=chunk_tokens)

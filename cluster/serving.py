@@ -41,6 +41,10 @@ NO_MANIFEST = (
     "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
     "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
 )
+NO_CHECKPOINT = (
+    "--indexer {0} is missing, damaged or not for {1}: chunks are scored without a trained indexer. "
+    "The worker's log has the reason; `forecache indexer train` makes one."
+)
 COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
 
 Say = Callable[[str], None]
@@ -71,7 +75,9 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
     path = resolve_model(config.engine.model, say, config.engine.load_format)
     model = preflight.check_model(path, config)
     notes: list[str] = []
-    if not model.has_manifest and config.indexer.manifest != "none":
+    if model.trained is None and config.indexer.checkpoint not in ("auto", "none"):
+        notes.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
+    if model.trained is None and not model.has_manifest and config.indexer.manifest != "none":
         notes.append(NO_MANIFEST.format(config.engine.model))
     if model.cold_limit is not None:
         notes.append(COLD_LIMIT.format(model.cold_limit))

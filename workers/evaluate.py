@@ -30,7 +30,8 @@ COLUMNS = {
     for column in (
         Column("full", "full"),
         Column("lookahead", "lookahead"),
-        Column("bounds", "lookahead", {"manifest": "none"}),
+        Column("training-free", "lookahead", {"checkpoint": "none"}),
+        Column("bounds", "lookahead", {"checkpoint": "none", "manifest": "none"}),
         Column("recency", "recency"),
         Column("random", "random"),
     )

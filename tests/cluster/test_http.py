@@ -179,7 +179,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 def test_health_readiness_and_models(server: Server, client: openai.OpenAI) -> None:
     assert server.get("/health").json() == {"status": "ok"}
-    assert server.get("/ready").json() == {"status": "ready", "workers": 1}
+    assert server.get("/ready").json() == {"status": "ready", "workers": 1, "scorer": "bounds"}
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"
 

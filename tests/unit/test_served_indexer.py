@@ -14,6 +14,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.eval import _columns, _parser, _trained_digest
+from forecache.cluster.preflight import check_model
 from forecache.indexer import checkpoint as checkpoints
 from forecache.indexer.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
 from forecache.indexer.config import IndexerConfig
@@ -25,6 +28,7 @@ from forecache.indexer.protocol import Indexer, Prediction, PredictRequest, Step
 from forecache.indexer.shards import RecordedDocument
 from forecache.indexer.training_data import predict_rows
 from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
 from forecache.workers.record_model import describe, make_seed_weights, query_projection
@@ -94,7 +98,7 @@ def opened(model: Path, checkpoint: Path | str, arena_dir: Path, **settings: Any
         recorders.append(Recorder(inner))
         return recorders[0]
 
-    defaults: dict[str, Any] = {"device": "cpu", "late_policy": "wait"}
+    defaults: dict[str, Any] = {"device": "cpu", "late_policy": "wait", "cold_bytes": 8 << 20}
     with LLM(
         str(model),
         skip_tokenizer=True,
@@ -104,7 +108,6 @@ def opened(model: Path, checkpoint: Path | str, arena_dir: Path, **settings: Any
         lead_steps=2,
         keep_ratio=0.2,
         hot_bytes=4 << 20,
-        cold_bytes=8 << 20,
         arena_dir=arena_dir,
         indexer=IndexerConfig(checkpoint=str(checkpoint)),
         wrap_indexer=wrap,
@@ -345,3 +348,41 @@ def test_the_package_s_own_is_found(
     assert "do not belong together" in caplog.text
     manifest = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
     assert manifest["digest"] == load_checkpoint(checkpoint)[1].digest
+
+
+def test_before_anything_is_loaded_it_is_known_who_will_serve(
+    tiny_model: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """For the length of contexts, for notes at start, and for what an evaluation's answers depend on."""
+    digest = load_checkpoint(checkpoint)[1].digest
+
+    def found(*, chunk_tokens: int = CHUNK_TOKENS, **indexer: str) -> str | None:
+        engine = EngineConfig(model=str(tiny_model), dtype="float32", device="cpu", chunk_tokens=chunk_tokens)
+        config = ServeConfig.model_validate(
+            {"engine": engine, "memory": {"cold_bytes": 3 << 20}, "indexer": {"checkpoint": str(checkpoint), **indexer}}
+        )
+        facts = check_model(tiny_model, config)
+        named = None if facts.trained is None else facts.trained.digest
+        assert _trained_digest(config, tiny_model) == named
+        if named is not None:
+            with opened(tiny_model, checkpoint, tmp_path, cold_bytes=3 << 20) as (llm, _):
+                assert facts.cold_limit == llm.memory.arena.slots * CHUNK_TOKENS
+        return named
+
+    assert found() == digest
+    assert found(manifest="none") == digest
+    assert found(checkpoint="none") is None
+    assert found(checkpoint="auto") is None
+    assert found(checkpoint=str(tmp_path / "nowhere.safetensors")) is None
+    assert found(chunk_tokens=32) is None
+
+
+def test_the_evaluation_s_columns() -> None:
+    parse = _parser().parse_args
+    assert [c.name for c in _columns(parse(["--out", "x"]))] == [
+        "full", "lookahead", "training-free", "recency", "random",
+    ]  # fmt: skip
+    over_http = _columns(parse(["--out", "x", "--url", "http://there"]))
+    assert [c.name for c in over_http] == ["full", "lookahead", "recency", "random"], "a server has one indexer"
+    (free,) = _columns(parse(["--out", "x", "--columns", "training-free"]))
+    assert IndexerConfig().model_copy(update=dict(free.indexer)).checkpoint == "none"

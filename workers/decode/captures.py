@@ -8,7 +8,7 @@ from forecache.workers.memory.hot_pool import HotPool
 
 
 def make_capture(row: int, seq: Sequence, boundary: int, pool: HotPool, history_steps: int) -> Capture:
-    """For the turn of ``seq`` at ``boundary``; it is row ``row`` of the step, and queries of ``history_steps`` steps, the
+    """For the turn of ``seq`` at ``boundary``; it is row ``row`` of the step. Queries of ``history_steps`` steps, the
     newest included, are wanted."""
     ref_slots, generations = (array.copy() for array in seq.refs())
     resident = np.zeros(len(seq.chunks), dtype=np.bool_)

@@ -43,9 +43,8 @@ IDLE_WAIT_S = 0.05
 class Engine:
     """Continuous batching over one backbone.
 
-    All methods belong to one thread, but for :meth:`cancel`, which any may call. ``name`` makes the engine's holds in
-    shared cold memory its own; ``cold_layout`` is that memory's layout, where it is not the pool's. ``lookahead``: the
-    trained indexer, where ``indexer`` scores with one.
+    All methods belong to one thread, but for :meth:`cancel`, which any calls. ``name`` makes its holds in cold memory
+    its own; ``cold_layout``: that memory's, where not the pool's; ``lookahead``: the indexer's scorer, where trained.
     """
 
     def __init__(
@@ -69,39 +68,23 @@ class Engine:
         self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
         self._answers = Answers(tokenizer, frozenset(eos), backbone.layout.nbytes)
-        self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
+        pool = self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         cold = cold_layout or backbone.layout
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
-        self._runner = ModelRunner(
-            backbone,
-            self.pool,
-            memory.arena,
-            spec,
-            max_rows=config.max_batch_size,
-            cold_layout=cold,
-            lookahead=lookahead,
-        )
+        rows, arena = config.max_batch_size, memory.arena
+        self._runner = ModelRunner(backbone, pool, arena, spec, max_rows=rows, cold_layout=cold, lookahead=lookahead)
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
+        steps = 1 if lookahead is None else lookahead.steps
         self.windows = WindowCycle(
-            config,
-            selection,
-            self.pool,
-            memory.arena,
-            self._prefetcher,
-            indexer,
-            lambda: self._scheduler.spare_slots,
-            history_steps=1 if lookahead is None else lookahead.steps,
+            config, selection, self.pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
         )
-        self._scheduler = Scheduler(
-            config, self.pool, self.windows, cold_slots=memory.arena.slots, linear_equal=backbone.linear_equal
-        )
+        linear_equal = backbone.linear_equal
+        self._scheduler = Scheduler(config, self.pool, self.windows, cold_slots=arena.slots, linear_equal=linear_equal)
         if backbone.device.type == "cuda":
+            chunks, graphs = self.windows.budgets.widest_table(backbone.max_model_len), config.cuda_graphs
             self._runner.warm_up(
-                max_batch_size=config.max_batch_size,
-                max_chunks=self.windows.budgets.widest_table(backbone.max_model_len),
-                cuda_graphs=config.cuda_graphs,
-                torch_compile=config.torch_compile,
+                max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=config.torch_compile
             )
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
@@ -112,7 +95,7 @@ class Engine:
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
         self._counters = EngineCounters()
-        self._keeper = ChunkKeeper(self.pool, memory.arena, self._prefetcher, self.windows, self._counters)
+        self._keeper = ChunkKeeper(self.pool, arena, self._prefetcher, self.windows, self._counters)
 
     @property
     def max_model_len(self) -> int:

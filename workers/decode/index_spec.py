@@ -2,9 +2,16 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from forecache.indexer.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from forecache.indexer.checkpoint import (
+    CheckpointError,
+    CheckpointManifest,
+    find_checkpoint,
+    load_checkpoint,
+    load_manifest,
+)
 from forecache.indexer.config import IndexerConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
@@ -84,6 +91,36 @@ def model_facts(backbone: Backbone, model: str) -> dict[str, object]:
         "chunk_tokens": backbone.layout.chunk_tokens,
         "rope_scaling": float(getattr(rotary, "attention_scaling", 0.0)),
     }
+
+
+def find_before_load(
+    config: IndexerConfig, model: str, model_config: Any, chunk_tokens: int
+) -> CheckpointManifest | None:
+    """The trained indexer that will serve, as far as a model's name and configuration tell; None: none will.
+
+    Its weights are not compared: a copy of another name finds the package's only once it is loaded.
+    """
+    heads = int(model_config.num_attention_heads)
+    facts: dict[str, object] = {
+        "model_name": model,
+        "model_type": model_config.model_type,
+        "layers": int(model_config.num_hidden_layers),
+        "attention_heads": heads,
+        "kv_heads": int(getattr(model_config, "num_key_value_heads", None) or heads),
+        "hidden_size": int(model_config.hidden_size),
+        "chunk_tokens": chunk_tokens,
+    }
+    if config.checkpoint == "none" or (config.checkpoint == "auto" and config.manifest != "auto"):
+        return None
+    try:
+        if config.checkpoint == "auto":
+            path = find_checkpoint("auto", facts)
+            return None if path is None else load_manifest(path)
+        manifest = load_manifest(Path(config.checkpoint))
+    except CheckpointError as error:
+        logger.warning("no trained indexer will serve: %s", error)
+        return None
+    return manifest if set(manifest.differences(facts)) <= {"model_name"} else None
 
 
 def choose_index_spec(setting: str, model: str, backbone: Backbone) -> IndexSpec:
