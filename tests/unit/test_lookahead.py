@@ -12,7 +12,7 @@ import torch
 from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.encoder import EncoderShape, MemoryIndexer, decode_records
-from forecache.indexer.index_keys import attention_share, chunk_lse, encode_chunks
+from forecache.indexer.index_keys import attention_share, chunk_lse, encode_chunks, event_mass, head_shares
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest, StepState
 from forecache.indexer.queries import QueryProjection
@@ -187,6 +187,23 @@ def test_the_models_own_heads_are_the_last_rows() -> None:
     lse = chunk_lse(SCORER.spec, DOCUMENT.records[:6], torch.tensor(asked.queries))
     expected = attention_share(SCORER.own, lse[-2:], torch.tensor(asked.local_lse[-2:]))
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-5)
+
+
+@both
+def test_retrieval_events_are_those_of_the_models_own_heads(make: Make) -> None:
+    indexer = make(Table())
+    seen = 0.0
+    for position in range(20, 60, 3):
+        asked = request_at(position)
+        chunks = len(asked.index_slots)
+        lse = chunk_lse(SCORER.spec, DOCUMENT.records[:chunks], torch.tensor(asked.queries))[-2:]
+        expected = event_mass(head_shares(lse, torch.tensor(asked.local_lse[-2:])))
+        found = indexer.predict(asked).result(60).event_mass
+        assert found is not None
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+        seen += float(expected.sum())
+    indexer.close()
+    assert seen > 0
 
 
 @both
