@@ -137,6 +137,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.out == args.indexer.with_suffix(".json"):
+        raise IndexerCommandError(f"{args.out} is the indexer's manifest: choose another name for the figures")
     _use_threads(args.threads)
     from rich.console import Console
     from rich.table import Table

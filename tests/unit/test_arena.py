@@ -246,9 +246,12 @@ def test_remove_abandoned_keeps_the_living_and_the_foreign(arena: Arena, tmp_pat
     unfinished.touch()
     foreign = tmp_path / "forecache-notes"
     foreign.write_text("not an arena")
+    folder, link = tmp_path / "forecache-folder", tmp_path / "forecache-link"
+    folder.mkdir()
+    link.symlink_to(unfinished)
     reader = Arena.attach(arena.path)
     assert remove_abandoned(tmp_path) == [closed.path, unfinished]
-    assert sorted(tmp_path.iterdir()) == [foreign, arena.path]
+    assert sorted(tmp_path.iterdir()) == sorted([foreign, folder, link, arena.path])
     assert reader.slots == arena.slots
 
 

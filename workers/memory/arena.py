@@ -237,7 +237,8 @@ class Arena:
 
 def remove_abandoned(directory: Path) -> list[Path]:
     """Delete the arena files in ``directory`` whose owner is gone; return which."""
-    return [path for path in sorted(directory.glob(f"{FILE_PREFIX}*")) if _remove_if_abandoned(path)]
+    files = [path for path in sorted(directory.glob(f"{FILE_PREFIX}*")) if path.is_file() and not path.is_symlink()]
+    return [path for path in files if _remove_if_abandoned(path)]
 
 
 def _remove_if_abandoned(path: Path) -> bool:
