@@ -1,7 +1,8 @@
 """A tiny random Llama on disk: quick enough to compare every token of the engine with transformers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ Reference = Callable[[list[int], int], list[int]]
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def arena_dir() -> Iterator[Path]:
+    """A folder in shared memory: CUDA registers no file that lies on a disk."""
+    with TemporaryDirectory(prefix="arena-test-", dir="/dev/shm") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

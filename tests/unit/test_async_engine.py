@@ -31,7 +31,7 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def llm(tiny_model: Path, tmp_path: Path) -> Any:
+def llm(tiny_model: Path, arena_dir: Path) -> Any:
     """Owner of the engine's memory. It is not closed: the engine is, by the tests, and can be only once."""
     llm = LLM(
         str(tiny_model),
@@ -40,7 +40,7 @@ def llm(tiny_model: Path, tmp_path: Path) -> Any:
         chunk_tokens=16,
         hot_bytes=400 * CHUNK_BYTES,
         cold_bytes=8 << 20,
-        arena_dir=tmp_path,
+        arena_dir=arena_dir,
     )
     yield llm
     llm._indexer.close()

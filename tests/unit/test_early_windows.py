@@ -39,11 +39,11 @@ class Slow:
 
 
 @contextmanager
-def opened(model: Path, tmp_path: Path, delay_s: float | None, **settings: Any) -> Iterator[LLM]:
+def opened(model: Path, arena_dir: Path, delay_s: float | None, **settings: Any) -> Iterator[LLM]:
     with LLM(
         str(model),
         skip_tokenizer=True,
-        arena_dir=tmp_path,
+        arena_dir=arena_dir,
         dtype="float32",
         device="cpu",
         chunk_tokens=16,
@@ -58,19 +58,21 @@ def opened(model: Path, tmp_path: Path, delay_s: float | None, **settings: Any) 
 
 @pytest.mark.parametrize("overlap_steps", [False, True])
 def test_late_sets_of_the_first_window_are_waited_for(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, overlap_steps: bool
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, overlap_steps: bool
 ) -> None:
     answers = {}
     for late_policy in ("wait", "keep"):
         settings: dict[str, Any] = {"late_policy": late_policy, "overlap_steps": overlap_steps}
-        with opened(tiny_model, tmp_path, 0.03, early_wait_s=30, **settings) as llm:
+        with opened(tiny_model, arena_dir, 0.03, early_wait_s=30, **settings) as llm:
             answers[late_policy] = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
     assert [answer.token_ids for answer in answers["keep"]] == [answer.token_ids for answer in answers["wait"]]
     assert [answer.stats.late_windows for answer in answers["keep"]] == [0] * len(prompts)
 
 
 @pytest.mark.parametrize("early_wait_s", [0.0, 0.02])
-def test_nobody_waits_for_ever(tiny_model: Path, prompts: list[list[int]], tmp_path: Path, early_wait_s: float) -> None:
-    with opened(tiny_model, tmp_path, None, early_wait_s=early_wait_s) as llm:
+def test_nobody_waits_for_ever(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, early_wait_s: float
+) -> None:
+    with opened(tiny_model, arena_dir, None, early_wait_s=early_wait_s) as llm:
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
     assert [len(answer.token_ids) for answer in answers] == [TOKENS] * len(prompts)

@@ -72,7 +72,7 @@ class Eventful:
 
 
 @contextmanager
-def opened(model: Path, tmp_path: Path, events: Events, *, hot_chunks: int = 100, **more: Any) -> Iterator[LLM]:
+def opened(model: Path, arena_dir: Path, events: Events, *, hot_chunks: int = 100, **more: Any) -> Iterator[LLM]:
     defaults: dict[str, Any] = {
         "keep_ratio": 0.2,
         "dtype": "float32",
@@ -86,7 +86,7 @@ def opened(model: Path, tmp_path: Path, events: Events, *, hot_chunks: int = 100
     with LLM(
         str(model),
         skip_tokenizer=True,
-        arena_dir=tmp_path,
+        arena_dir=arena_dir,
         hot_bytes=hot_chunks * CHUNK_BYTES,
         wrap_indexer=lambda inner: Eventful(inner, events),
         **(defaults | more),
@@ -138,9 +138,9 @@ def test_coverage_is_a_share_and_grows_with_the_set(
 
 @pytest.mark.parametrize("overlap_steps", [False, True])
 def test_low_coverage_doubles_the_budget_and_brings_the_chunks_in(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, overlap_steps: bool
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, overlap_steps: bool
 ) -> None:
-    with opened(tiny_model, tmp_path, at_first(1), overlap_steps=overlap_steps) as llm:
+    with opened(tiny_model, arena_dir, at_first(1), overlap_steps=overlap_steps) as llm:
         add(llm, "r", prompts[2], tokens=80)
         (seq,) = llm.engine._sequences.values()
         sizes: dict[int, tuple[int, int]] = {}
@@ -161,14 +161,14 @@ def test_low_coverage_doubles_the_budget_and_brings_the_chunks_in(
     assert 0.3 < stats.keep_ratio < 0.7
 
 
-def test_one_glance_of_one_head_is_no_reason(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    with opened(tiny_model, tmp_path, lambda _, scores: unlooked_for(scores) * np.float32(0.45)) as llm:
+def test_one_glance_of_one_head_is_no_reason(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
+    with opened(tiny_model, arena_dir, lambda _, scores: unlooked_for(scores) * np.float32(0.45)) as llm:
         answer = generate(llm, [prompts[2]], tokens=12)[0]
     assert answer.stats.coverage < 0.5 and answer.stats.fallbacks == 0
 
 
-def test_the_account_is_kept_without_fallback_too(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
-    with opened(tiny_model, tmp_path, at_first(2), fallback=False) as llm:
+def test_the_account_is_kept_without_fallback_too(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
+    with opened(tiny_model, arena_dir, at_first(2), fallback=False) as llm:
         answer = generate(llm, [prompts[2]], tokens=20)[0]
         assert answer.stats.coverage is not None and answer.stats.coverage < 1
         assert answer.stats.fallbacks == 0
@@ -176,10 +176,10 @@ def test_the_account_is_kept_without_fallback_too(tiny_model: Path, prompts: lis
 
 
 def test_a_model_without_retrieval_heads_is_not_measured(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path
 ) -> None:
     with LLM(
-        str(tiny_model), skip_tokenizer=True, arena_dir=tmp_path, chunk_tokens=CHUNK, cold_bytes=4 << 20, fallback=True
+        str(tiny_model), skip_tokenizer=True, arena_dir=arena_dir, chunk_tokens=CHUNK, cold_bytes=4 << 20, fallback=True
     ) as llm:
         stats = generate(llm, [prompts[2]])[0].stats
     assert stats.coverage is None and stats.fallbacks == 0
@@ -200,7 +200,7 @@ def manifest(path: Path) -> Path:
 
 
 def test_coverage_is_that_of_the_set_which_the_step_read(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing made up: heads of the tiny model, and what each step had in its block table."""
     captured, shares = WindowCycle.captured, []
@@ -221,14 +221,14 @@ def test_coverage_is_that_of_the_set_which_the_step_read(
     with LLM(
         str(tiny_model),
         skip_tokenizer=True,
-        arena_dir=tmp_path,
+        arena_dir=arena_dir,
         device="cpu",
         chunk_tokens=CHUNK,
         window_steps=8,
         keep_ratio=0.2,
         late_policy="wait",
         cold_bytes=4 << 20,
-        indexer=IndexerConfig(manifest=str(manifest(tmp_path / "heads.json"))),
+        indexer=IndexerConfig(manifest=str(manifest(arena_dir / "heads.json"))),
     ) as llm:
         stats = generate(llm, [prompts[2]], tokens=80)[0].stats
     assert len(shares) >= 2, "the tiny model's heads never look back"
@@ -236,22 +236,22 @@ def test_coverage_is_that_of_the_set_which_the_step_read(
 
 
 def test_a_pool_without_spare_slots_refuses_and_nobody_suffers(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path
 ) -> None:
     # two sequences of 8 + 4 + 3 slots each: nothing is left over, and either could grow to 27 if it were alone
-    with opened(tiny_model, tmp_path, at_first(9), hot_chunks=30, max_batch_size=2) as llm:
+    with opened(tiny_model, arena_dir, at_first(9), hot_chunks=30, max_batch_size=2) as llm:
         answers = generate(llm, [prompts[2], prompts[2][1:]], tokens=20)
         assert llm.engine.stats().refused_fallbacks > 0
     assert [len(answer.token_ids) for answer in answers] == [20, 20]
     assert all(answer.stats.coverage < 1 for answer in answers)
 
 
-def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
     """From where the sets of a large pool hold everything, a small one that streams gives the same tokens."""
     tokens, chunks = {}, -(-(len(prompts[2]) + TOKENS) // CHUNK)
     for hot_chunks in (64, chunks):
         with opened(
-            tiny_model, tmp_path, at_first(1), keep_ratio=0.58, hot_chunks=hot_chunks, overlap_steps=False
+            tiny_model, arena_dir, at_first(1), keep_ratio=0.58, hot_chunks=hot_chunks, overlap_steps=False
         ) as llm:
             add(llm, "r", prompts[2])
             (seq,) = llm.engine._sequences.values()
@@ -270,13 +270,13 @@ def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: lis
     assert tokens[64][:same] == tokens[chunks][:same]
 
 
-def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
     def only_of_one(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return unlooked_for(scores) if len(scores) > 15 else none(scores)
 
     expected: list[list[int]] = []
     for together in (False, True):
-        with opened(tiny_model, tmp_path, only_of_one, keep_ratio=0.58, hot_chunks=24 + 16) as llm:
+        with opened(tiny_model, arena_dir, only_of_one, keep_ratio=0.58, hot_chunks=24 + 16) as llm:
             if not together:
                 expected = [generate(llm, [prompt])[0].token_ids for prompt in (prompts[0], prompts[1])]
                 continue

@@ -81,7 +81,7 @@ def test_fp8_in_the_pool_costs_little_and_not_nothing(gentle_model: Path) -> Non
 
 @pytest.mark.parametrize("formats", [{"kv_dtype": "fp8"}, {"cold_dtype": "fp8"}], ids=str)
 def test_answers_through_an_evicted_pool(
-    tiny_model: Path, prompts: list[list[int]], tmp_path: Path, formats: dict[str, Any]
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, formats: dict[str, Any]
 ) -> None:
     """What comes back from cold memory is what went there; and the arena holds twice as many chunks."""
     slots = {}
@@ -89,7 +89,7 @@ def test_answers_through_an_evicted_pool(
         with LLM(
             str(tiny_model),
             skip_tokenizer=True,
-            arena_dir=tmp_path,
+            arena_dir=arena_dir,
             dtype="float32",
             device="cpu",
             chunk_tokens=CHUNK,

@@ -196,11 +196,11 @@ def check_exact(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("overlap_steps", [False, True])
 def test_it_is_asked_what_training_asked(
-    tiny_model: Path, checkpoint: Path, tmp_path: Path, overlap_steps: bool, device: str
+    tiny_model: Path, checkpoint: Path, arena_dir: Path, overlap_steps: bool, device: str
 ) -> None:
     """From the first boundaries on, whose history lies in the prompt; prompts of several lengths side by side."""
     prompts = [text(size, size) for size in (83, 64, 47, 30, 90)]
-    with opened(tiny_model, checkpoint, tmp_path, overlap_steps=overlap_steps, device=device) as (llm, recorder):
+    with opened(tiny_model, checkpoint, arena_dir, overlap_steps=overlap_steps, device=device) as (llm, recorder):
         assert llm.scorer.name == "trained" and llm.scorer.digest == llm.scorer.lookahead.manifest.digest  # type: ignore[union-attr]
         texts = {f"s{len(prompt)}": list(prompt) for prompt in prompts}
         for name, prompt in texts.items():
@@ -217,10 +217,10 @@ def test_it_is_asked_what_training_asked(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_behind_a_stored_prefix_the_history_is_what_was_computed(
-    tiny_model: Path, checkpoint: Path, tmp_path: Path, device: str
+    tiny_model: Path, checkpoint: Path, arena_dir: Path, device: str
 ) -> None:
     prompt = text(5 * CHUNK_TOKENS + 3)
-    with opened(tiny_model, checkpoint, tmp_path, device=device, prefill_chunk_tokens=32) as (llm, recorder):
+    with opened(tiny_model, checkpoint, arena_dir, device=device, prefill_chunk_tokens=32) as (llm, recorder):
         llm.generate([prompt], max_tokens=60, ignore_eos=True)
         recorder.requests.clear()
         recorder.answers.clear()
@@ -230,9 +230,9 @@ def test_behind_a_stored_prefix_the_history_is_what_was_computed(
     assert len(check_exact(tiny_model, llm, recorder, texts, lambda state, name: 5 * CHUNK_TOKENS)) > 5
 
 
-def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:
     """More than the batch holds, some cancelled on the way, one restarted: lines are handed on, histories are not."""
-    with opened(tiny_model, checkpoint, tmp_path, max_batch_size=2, overlap_steps=True) as (llm, recorder):
+    with opened(tiny_model, checkpoint, arena_dir, max_batch_size=2, overlap_steps=True) as (llm, recorder):
         texts: dict[str, list[int]] = {}
         for number in range(5):
             prompt = text(35 + 7 * number, number)
@@ -269,10 +269,10 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
     assert len(starts) == 1 and starts.pop() % CHUNK_TOKENS == 0
 
 
-def test_an_aborted_prefill_costs_no_other_its_history(tiny_model: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_aborted_prefill_costs_no_other_its_history(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:
     """Steps that were given up half way are computed again, over what they had already written."""
     aborts: list[int] = []
-    with opened(tiny_model, checkpoint, tmp_path) as (llm, recorder):
+    with opened(tiny_model, checkpoint, arena_dir) as (llm, recorder):
         launch = llm.engine._runner.launch
 
         def aborting(plan: Any, aborted: Any = lambda: False) -> Any:
@@ -298,8 +298,8 @@ def test_an_aborted_prefill_costs_no_other_its_history(tiny_model: Path, checkpo
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_it_serves_where_little_is_kept(tiny_model: Path, checkpoint: Path, tmp_path: Path, device: str) -> None:
-    with opened(tiny_model, checkpoint, tmp_path, device=device, overlap_steps=True) as (llm, recorder):
+def test_it_serves_where_little_is_kept(tiny_model: Path, checkpoint: Path, arena_dir: Path, device: str) -> None:
+    with opened(tiny_model, checkpoint, arena_dir, device=device, overlap_steps=True) as (llm, recorder):
         answers = llm.generate([text(400, 4), text(523, 5)], max_tokens=70, ignore_eos=True)
         assert [len(answer.token_ids) for answer in answers] == [70, 70]
         assert all(answer.stats.resident_chunks < answer.stats.context_chunks / 2 for answer in answers)
@@ -311,11 +311,11 @@ def test_it_serves_where_little_is_kept(tiny_model: Path, checkpoint: Path, tmp_
 def test_the_package_s_own_is_found(
     tiny_model: Path,
     checkpoint: Path,
-    tmp_path: Path,
+    arena_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    packaged = tmp_path / "checkpoints"
+    packaged = arena_dir / "checkpoints"
     packaged.mkdir()
     for file in (checkpoint, checkpoint.with_suffix(".json")):
         shutil.copy(file, packaged)
@@ -325,7 +325,7 @@ def test_the_package_s_own_is_found(
     def name_with(config: IndexerConfig, **settings: Any) -> str:
         caplog.clear()
         with LLM(
-            str(tiny_model), skip_tokenizer=True, dtype="float32", device="cpu", arena_dir=tmp_path, hot_bytes=4 << 20,
+            str(tiny_model), skip_tokenizer=True, dtype="float32", device="cpu", arena_dir=arena_dir, hot_bytes=4 << 20,
             cold_bytes=8 << 20, indexer=config, **{"chunk_tokens": CHUNK_TOKENS, **settings},
         ) as llm:  # fmt: skip
             return llm.scorer.name
@@ -340,7 +340,7 @@ def test_the_package_s_own_is_found(
     # a path that does not fit is said, and costs nothing else
     assert name_with(IndexerConfig(checkpoint=str(checkpoint)), chunk_tokens=32) == "bounds"
     assert "chunk_tokens differ" in caplog.text and "WARNING" in caplog.text
-    assert name_with(IndexerConfig(checkpoint=str(tmp_path / "nowhere.safetensors"))) == "bounds"
+    assert name_with(IndexerConfig(checkpoint=str(arena_dir / "nowhere.safetensors"))) == "bounds"
     assert "can't read the indexer's manifest" in caplog.text
     broken = packaged / checkpoint.name
     broken.write_bytes(broken.read_bytes()[:-1] + b"\x01")
@@ -351,7 +351,7 @@ def test_the_package_s_own_is_found(
 
 
 def test_before_anything_is_loaded_it_is_known_who_will_serve(
-    tiny_model: Path, checkpoint: Path, tmp_path: Path
+    tiny_model: Path, checkpoint: Path, arena_dir: Path
 ) -> None:
     """For the length of contexts, for notes at start, and for what an evaluation's answers depend on."""
     digest = load_checkpoint(checkpoint)[1].digest
@@ -365,7 +365,7 @@ def test_before_anything_is_loaded_it_is_known_who_will_serve(
         named = None if facts.trained is None else facts.trained.digest
         assert _trained_digest(config, tiny_model) == named
         if named is not None:
-            with opened(tiny_model, checkpoint, tmp_path, cold_bytes=3 << 20) as (llm, _):
+            with opened(tiny_model, checkpoint, arena_dir, cold_bytes=3 << 20) as (llm, _):
                 assert facts.cold_limit == llm.memory.arena.slots * CHUNK_TOKENS
         return named
 
@@ -373,7 +373,7 @@ def test_before_anything_is_loaded_it_is_known_who_will_serve(
     assert found(manifest="none") == digest
     assert found(checkpoint="none") is None
     assert found(checkpoint="auto") is None
-    assert found(checkpoint=str(tmp_path / "nowhere.safetensors")) is None
+    assert found(checkpoint=str(arena_dir / "nowhere.safetensors")) is None
     assert found(chunk_tokens=32) is None
 
 

@@ -15,7 +15,8 @@ class RegisteredMemory:
     """Page-locks ``tensor`` (contiguous, on CPU) for CUDA until :meth:`close`.
 
     Copies from it then run at link speed and asynchronously, and kernels may read it in place. Raises
-    :class:`ArenaError` when the driver refuses, usually because the process may not lock that much memory.
+    :class:`ArenaError` when the driver refuses, usually because the process may not lock that much memory, or because
+    the memory is a file on a disk.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -24,8 +25,8 @@ class RegisteredMemory:
         status = _cudart().cudaHostRegister(self._address, nbytes, PORTABLE)
         if int(status) != 0:
             raise ArenaError(
-                f"CUDA can't register {nbytes} bytes of the arena (error {int(status)}). Raise the locked-memory limit "
-                "(ulimit -l unlimited) or lower --cold-bytes."
+                f"CUDA can't register {nbytes} bytes of the arena (error {int(status)}). Let --arena-dir be in shared "
+                "memory like /dev/shm, raise the locked-memory limit (ulimit -l unlimited) or lower --cold-bytes."
             )
 
     def close(self) -> None:
