@@ -1,10 +1,10 @@
 """The HTTP interface: OpenAI's paths, health, readiness and metrics."""
 
-import json
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -12,25 +12,27 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
+from forecache.cluster.http_body import read_json
 from forecache.cluster.metrics import CONTENT_TYPE, Metrics
-from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest, model_object
-from forecache.cluster.prompts import PromptEncoder
-from forecache.cluster.streams import (
-    AnswerFormat,
-    EventStream,
-    EventStreamResponse,
-    TokenStream,
-    collect,
-    server_sent_events,
+from forecache.cluster.openai_types import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    model_object,
+    seed_of_choice,
 )
+from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
+from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStream
 from forecache.workers.decode.messages import GenerateRequest
 from forecache.workers.decode.worker import WorkerStats
-from forecache.workers.errors import ForecacheError, InvalidRequestError
+from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 FIRST_EVENT_WAIT_S = 2.0
 SILENCE_S = 5.0
 
@@ -58,6 +60,8 @@ class Api:
         app = FastAPI(title="forecache", docs_url=None, redoc_url=None, openapi_url=None)
         app.add_api_route("/v1/chat/completions", self.chat_completions, methods=["POST"])
         app.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        app.add_api_route("/v1/tokenize", self.tokenize, methods=["POST"])
+        app.add_api_route("/v1/detokenize", self.detokenize, methods=["POST"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
@@ -72,6 +76,23 @@ class Api:
 
     async def completions(self, http: Request) -> Response:
         return await self._guarded(lambda: self._complete(http, CompletionRequest))
+
+    async def tokenize(self, http: Request) -> Response:
+        async def answer() -> Response:
+            request = TokenizeRequest.model_validate(await read_json(http))
+            self._check_model(request.model)
+            tokens = await self._encoder.tokenize(request)
+            return JSONResponse({"count": len(tokens), "max_model_len": self._encoder.max_model_len, "tokens": tokens})
+
+        return await self._guarded(answer)
+
+    async def detokenize(self, http: Request) -> Response:
+        async def answer() -> Response:
+            request = DetokenizeRequest.model_validate(await read_json(http))
+            self._check_model(request.model)
+            return JSONResponse({"prompt": await self._encoder.detokenize(request)})
+
+        return await self._guarded(answer)
 
     async def models(self) -> Response:
         return JSONResponse({"object": "list", "data": [model_object(self._metrics.model_name, self._created)]})
@@ -110,24 +131,53 @@ class Api:
     async def _complete(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
         request = kind.model_validate(await read_json(http))
         self._check_model(request.model)
-        tokens, max_tokens = await self._encoder.encode(request)
-        chat = kind is ChatCompletionRequest
-        request_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
-        answer = AnswerFormat(request_id, int(time.time()), request.model, chat, len(tokens), request.include_usage)
-        source = self._workers.generate(
-            GenerateRequest(request_id, tokens, request.sampling(max_tokens), request.cache())
+        prompts = await self._encoder.encode(request)
+        chat = isinstance(request, ChatCompletionRequest)
+        answer = AnswerFormat(
+            id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=request.model,
+            chat=chat,
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            include_usage=request.include_usage,
+            texts=None if request.logprobs_wanted() is None else await self._encoder.token_texts(),
+            tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
+            echo=tuple(prompt.echo for prompt in prompts if prompt.echo is not None),
         )
-        stream = EventStream(source, silence_s=SILENCE_S, observe=self._metrics.request())
+        streams = self._streams(request, prompts, answer.id)
         if not request.stream:
-            return JSONResponse(await collect(stream, answer))
+            return JSONResponse(await collect(streams, answer))
         try:
-            await stream.start(FIRST_EVENT_WAIT_S)
+            await streams.start(FIRST_EVENT_WAIT_S)
         except BaseException:
-            stream.close()
+            streams.close()
             raise
         return EventStreamResponse(
-            stream, server_sent_events(stream, answer, failed=lambda error: self._metrics.error(error.kind))
+            streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
         )
+
+    def _streams(
+        self, request: ChatCompletionRequest | CompletionRequest, prompts: Sequence[EncodedPrompt], request_id: str
+    ) -> ChoiceStreams:
+        """The request's choices, each a request to a worker once it is opened."""
+        per_prompt = request.n or 1
+        sampling, cache = request.sampling(1), request.cache()
+        alone = per_prompt * len(prompts) == 1
+
+        def open_stream(index: int) -> EventStream:
+            at, number = divmod(index, per_prompt)
+            seed = seed_of_choice(sampling.seed, number)
+            source = self._workers.generate(
+                GenerateRequest(
+                    request_id if alone else f"{request_id}-{index}",
+                    prompts[at].token_ids,
+                    replace(sampling, max_tokens=prompts[at].max_tokens, seed=seed),
+                    cache,
+                )
+            )
+            return EventStream(source, silence_s=SILENCE_S, observe=self._metrics.request())
+
+        return ChoiceStreams(open_stream, len(prompts), per_prompt, request.timeout_s)
 
     def _check_model(self, name: str) -> None:
         served = self._metrics.model_name
@@ -153,28 +203,3 @@ class Api:
     def _error(self, error: ApiError, headers: Any = None) -> Response:
         self._metrics.error(error.kind)
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
-
-
-async def read_json(http: Request) -> Any:
-    """The body as JSON.
-
-    Raises:
-        InvalidRequestError: too long, not UTF-8, or not JSON.
-    """
-    body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequestError(f"the body is longer than {MAX_BODY_BYTES >> 20} MiB")
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

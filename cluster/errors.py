@@ -25,6 +25,10 @@ class UnknownModelError(InvalidRequestError):
     """No such model is served."""
 
 
+class DeadlineError(ForecacheError):
+    """The request took longer than its ``timeout_s``."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -52,12 +56,19 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
     return ApiError(400, message, "invalid_request_error", param, code)
 
 
+_VARIANTS = {"system", "developer", "user", "assistant", "tool", "json_object", "ChosenFunction"}
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first fault pydantic found, named by its field."""
     first = error.errors(include_url=False)[0]
     # pydantic puts the tried variant of a union into the path, such as "str" or "list[int]": no field of the user's
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+    path = [str(part) for part in first["loc"] if str(part).isidentifier() or str(part).isdigit()]
     path = [part for part in path if part not in ("str", "int", "float", "bool")]
+    # nor is the variant that a message's role or a format's type chose
+    path = [part for at, part in enumerate(path) if part not in _VARIANTS and part not in path[at - 1 : at]]
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        path.append(first["ctx"]["discriminator"].strip("'"))
     param = ".".join(path) or None
     message = first["msg"].removeprefix("Value error, ")
     match first["type"]:
@@ -92,6 +103,8 @@ def from_exception(error: BaseException) -> ApiError:
             return invalid_request(str(error), error.param, "invalid_value")
         case OverloadedError():
             return ApiError(503, str(error), "server_error", code="overloaded")
+        case DeadlineError():
+            return ApiError(504, str(error), "server_error", code="deadline_exceeded")
         case WorkerLostError():
             return ApiError(503, str(error), "server_error", code="worker_lost")
         case ChunkLostError() | CatalogUnavailableError():

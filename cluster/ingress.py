@@ -1,6 +1,7 @@
 """The Serve deployment that speaks HTTP, and its way to the decode workers."""
 
 from collections.abc import AsyncIterator, Sequence
+from contextvars import Context
 from typing import Any, Self
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
@@ -52,7 +53,9 @@ class ServeWorkers:
         self._handle = handle
 
     def generate(self, request: GenerateRequest) -> ServeTokenStream:
-        response = self._handle.options(stream=True).generate.remote(request)
+        # Serve knows a call that waits for a replica by the id of the HTTP request it is made in, so that of several
+        # calls of one request all but one would wait for ever: outside of that context each has an id of its own
+        response = Context().run(lambda: self._handle.options(stream=True).generate.remote(request))
         assert isinstance(response, DeploymentResponseGenerator)
         return ServeTokenStream(response)
 

@@ -3,12 +3,32 @@
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from forecache.cluster.openai_tools import (
+    MAX_TOOLS,
+    ChosenFunction,
+    MadeCall,
+    ResponseFormat,
+    Strict,
+    Tool,
+    ToolChoice,
+    format_grammar,
+    tools_grammar,
+)
 from forecache.workers.decode.messages import CacheOptions, Policy, SamplingParams, SequenceStats
 from forecache.workers.errors import InvalidRequestError
 
 _SEED_LIMIT = 2**63
+_SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of a request's choices: odd, and near the golden ratio of 2⁶⁴."""
+
+MAX_MESSAGES = 4096
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_STOP, MAX_STOP_CHARS = 4, 1024
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
 
 # OpenAI's fields that ask for nothing here, with the values that ask for nothing. `...` takes any value.
 _NEUTRAL: dict[str, Any] = {
@@ -18,21 +38,10 @@ _NEUTRAL: dict[str, Any] = {
     "safety_identifier": ...,
     "prompt_cache_key": ...,
     "service_tier": (None, "auto", "default"),
-    "n": (None, 1),
     "best_of": (None, 1),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "echo": (None, False),
     "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "parallel_tool_calls": ...,
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
@@ -54,10 +63,6 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 def _joined(content: Any) -> Any:
     """Content may be a list of text parts; other parts (images, audio) are refused by name."""
     if not isinstance(content, list):
@@ -71,25 +76,59 @@ def _joined(content: Any) -> Any:
     return "".join(part["text"] for part in content)
 
 
-class Message(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined)]
+Content = Annotated[Text, BeforeValidator(_joined)]
+
+
+class SaidMessage(Strict):
+    role: Literal["system", "developer", "user"]
+    content: Content
     name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates take it; they know no ``developer``."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
-class ForecacheOptions(_Strict):
-    """A request's wishes for its KV cache."""
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Annotated[Text | None, BeforeValidator(_joined)] = None
+    name: str | None = None
+    refusal: None = None
+    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS)] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message has content or tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        calls = [call.for_template() for call in self.tool_calls or ()]
+        return {"role": "assistant", "content": self.content or "", **({"tool_calls": calls} if calls else {})}
+
+
+class ToolMessage(Strict):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+    def for_template(self) -> dict[str, Any]:
+        return {"role": "tool", "content": self.content, "tool_call_id": self.tool_call_id}
+
+
+Message = Annotated[SaidMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class ForecacheOptions(Strict):
+    """A request's wishes for its KV cache, and the longest it may take."""
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
-    cache_salt: Text = ""
+    cache_salt: Text = Field("", max_length=1024)
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
@@ -100,18 +139,27 @@ def _stop_tuple(stop: Any) -> Any:
     return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
 
 
-class _Request(_Strict):
+Penalty = Annotated[float | None, Field(ge=-2, le=2, allow_inf_nan=False)]
+TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Request(Strict):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0)
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    logit_bias: dict[TokenText, Bias] | None = Field(None, max_length=MAX_LOGIT_BIAS)
     seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
-    stop: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], BeforeValidator(_stop_tuple)] = Field(
-        (), max_length=4
-    )
+    stop: Annotated[tuple[Stop, ...], BeforeValidator(_stop_tuple)] = Field((), max_length=MAX_STOP)
+    response_format: ResponseFormat | None = None
     ignore_eos: bool = False
     forecache: ForecacheOptions | None = None
 
@@ -141,9 +189,20 @@ class _Request(_Strict):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def timeout_s(self) -> float | None:
+        return None if self.forecache is None else self.forecache.timeout_s
+
     def answer_tokens(self) -> int | None:
         """Most tokens of the answer; None is as many as the context takes."""
         return self.max_tokens
+
+    def logprobs_wanted(self) -> int | None:
+        """How many of the likeliest tokens are to be told beside each drawn one; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    def grammar(self) -> str | None:
+        return format_grammar(self.response_format)
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """OpenAI's defaults; a seed is drawn where none is given, so that a resumed stream goes on the same."""
@@ -155,6 +214,11 @@ class _Request(_Strict):
             seed=secrets.randbits(63) if self.seed is None else self.seed % _SEED_LIMIT,
             stop=self.stop,
             ignore_eos=self.ignore_eos,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=self.logprobs_wanted(),
+            grammar=self.grammar(),
         )
 
     def cache(self) -> CacheOptions:
@@ -162,38 +226,108 @@ class _Request(_Strict):
         return CacheOptions(options.policy, options.keep_ratio, options.cache_salt)
 
 
+def seed_of_choice(seed: int, number: int) -> int:
+    """Of the ``number``-th choice for a prompt: the first is what the request would get alone."""
+    return (seed + number * _SEED_STEP) % _SEED_LIMIT
+
+
 class ChatCompletionRequest(_Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("two tools have the same name", "tools")
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequestError("tool_choice needs tools to choose from", "tool_choice")
+        if isinstance(self.tool_choice, ChosenFunction) and self.tool_choice.function.name not in names:
+            raise InvalidRequestError(f"there is no tool named {self.tool_choice.function.name!r}", "tool_choice")
+        if self.tools_in_use and self.response_format is not None and self.response_format.type != "text":
+            raise InvalidRequestError(
+                "response_format can't be followed by an answer that may call tools; use tool_choice: none",
+                "response_format",
+            )
+        return self
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        """Those that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     def answer_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def logprobs_wanted(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    def grammar(self) -> str | None:
+        if self.tools_in_use:
+            parallel = self.parallel_tool_calls is not False
+            return tools_grammar(self.tools_in_use, self.tool_choice or "auto", parallel=parallel)
+        return super().grammar()
+
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[Text, Field(min_length=1)]
+
+
+class TokenizeRequest(Strict):
+    """A prompt, or messages as the chat template lays them out, to be counted."""
+
+    model: str
+    prompt: Prompt | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeRequest(Strict):
+    model: str
+    tokens: list[TokenId] = Field(max_length=1 << 20)
 
 
 class CompletionRequest(_Request):
-    prompt: Text | list[TokenId] | list[Text]
+    prompt: Prompt | TokenIds | Annotated[list[Prompt] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if not self.prompt:
-            raise InvalidRequestError("prompt must not be empty", "prompt")
-        if isinstance(self.prompt, list) and len(self.prompt) > 1 and isinstance(self.prompt[0], str):
-            raise InvalidRequestError(
-                "prompt: one prompt a request; send several requests, they are batched together", "prompt"
-            )
+    def _fits_together(self) -> Self:
+        if len(self.prompts()) * (self.n or 1) > MAX_PROMPTS:
+            raise InvalidRequestError(f"n times the prompts are more than {MAX_PROMPTS} answers", "n")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("echo is not supported together with logprobs; leave one of them out", "echo")
         return self
 
     def answer_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
-    def prompt_text(self) -> str | None:
-        """The prompt as text, or None when it is token ids."""
+    def logprobs_wanted(self) -> int | None:
+        return self.logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
         if isinstance(self.prompt, str):
-            return self.prompt
-        return self.prompt[0] if isinstance(self.prompt[0], str) else None
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
 def usage(stats: SequenceStats) -> dict[str, Any]:

@@ -1,17 +1,40 @@
 """Request → token ids: chat template, tokenizer, and whether the context takes it."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jinja2
 
 from forecache.cluster.errors import ContextLengthError
-from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest
+from forecache.cluster.logprobs import TokenTexts
+from forecache.cluster.openai_tools import Tool
+from forecache.cluster.openai_types import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    TokenizeRequest,
+)
+from forecache.cluster.tool_calls import template_knows_calls, written_out
+from forecache.workers.decode.grammar import Grammars
 from forecache.workers.errors import InvalidRequestError
+
+T = TypeVar("T")
 
 CHARS_PER_TOKEN = 16
 """More than any tokenizer makes of real text."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """``max_tokens``: most tokens of each answer to it; ``echo``: its text, where the answer is to repeat it."""
+
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    echo: str | None = None
 
 
 class PromptEncoder:
@@ -20,52 +43,97 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
+        self._template_knows_calls = template_knows_calls(str(getattr(tokenizer, "chat_template", None) or ""))
+        self._grammars = Grammars(tokenizer, frozenset())
         self.max_model_len = max_model_len
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
-    async def encode(self, request: ChatCompletionRequest | CompletionRequest) -> tuple[tuple[int, ...], int]:
-        """(prompt token ids, most tokens of the answer).
+    async def encode(self, request: ChatCompletionRequest | CompletionRequest) -> list[EncodedPrompt]:
+        """The request's prompts: one, but for completions that bring several.
 
         Raises:
             InvalidRequestError: the chat template refuses the messages, or a token id is out of the vocabulary.
             ContextLengthError: prompt and answer don't fit the context.
         """
-        loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._thread, self._tokens, request)
-        param = "messages" if isinstance(request, ChatCompletionRequest) else "prompt"
-        if not tokens:
-            raise InvalidRequestError(f"{param} has no tokens", param)
-        room = self.max_model_len - len(tokens)
-        wanted = request.answer_tokens()
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = f"{len(tokens)} in the {param} and {wanted or 1} for the answer"
-            raise self._too_long(f"{len(tokens) + (wanted or 1)} were asked for: {asked}", param)
-        return tokens, room if wanted is None else wanted
+        return await self._in_thread(lambda: self._encode(request))
+
+    async def tokenize(self, request: TokenizeRequest) -> list[int]:
+        """The token ids of a prompt or of messages, as :meth:`encode` makes them. Raises as it does."""
+        return list(await self._in_thread(lambda: self._tokenize(request)))
+
+    async def detokenize(self, request: DetokenizeRequest) -> str:
+        """The text of token ids.
+
+        Raises:
+            InvalidRequestError: one is out of the vocabulary.
+        """
+        self._check_vocabulary(request.tokens, "tokens")
+        return await self._in_thread(lambda: self._decode(request.tokens))
+
+    async def token_texts(self) -> TokenTexts:
+        """The bytes of each token, to be asked for later and on any thread."""
+        tokenizer = await self._in_thread(lambda: self._grammars.tokenizer)
+        return lambda token: bytes(tokenizer.decode_bytes([token]))
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _tokens(self, request: ChatCompletionRequest | CompletionRequest) -> tuple[int, ...]:
-        if isinstance(request, ChatCompletionRequest):
-            return self._ids(self._templated(request), "messages", add_special_tokens=False)
-        text = request.prompt_text()
-        if text is not None:
-            return self._ids(text, "prompt", add_special_tokens=True)
-        tokens = tuple(token for token in request.prompt if isinstance(token, int))
-        if (largest := max(tokens)) >= self._vocabulary:
-            raise InvalidRequestError(
-                f"prompt holds token id {largest}, but the vocabulary has {self._vocabulary} tokens", "prompt"
-            )
-        return tokens
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _templated(self, request: ChatCompletionRequest) -> str:
+    def _encode(self, request: ChatCompletionRequest | CompletionRequest) -> list[EncodedPrompt]:
+        wanted = request.answer_tokens()
+        if isinstance(request, ChatCompletionRequest):
+            text = self._templated(request.messages, request.tools_in_use)
+            return [self._fitted(self._ids(text, "messages", add_special_tokens=False), wanted, "messages")]
+        prompts = []
+        for prompt in request.prompts():
+            if isinstance(prompt, str):
+                tokens, echo = self._ids(prompt, "prompt", add_special_tokens=True), prompt
+            else:
+                self._check_vocabulary(prompt, "prompt")
+                tokens, echo = tuple(prompt), self._decode(prompt) if request.echo else ""
+            prompts.append(self._fitted(tokens, wanted, "prompt", echo if request.echo else None))
+        return prompts
+
+    def _fitted(
+        self, tokens: tuple[int, ...], wanted: int | None, param: str, echo: str | None = None
+    ) -> EncodedPrompt:
+        if not tokens:
+            raise InvalidRequestError(f"{param} has no tokens", param)
+        room = self.max_model_len - len(tokens)
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = f"{len(tokens)} in the {param} and {wanted or 1} for the answer"
+            raise self._too_long(f"{len(tokens) + (wanted or 1)} were asked for: {asked}", param)
+        return EncodedPrompt(tokens, room if wanted is None else wanted, echo)
+
+    def _tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
+        if request.messages is not None:
+            text = self._templated(request.messages, request.tools or [])
+            return self._ids(text, "messages", add_special_tokens=False)
+        return self._ids(request.prompt or "", "prompt", add_special_tokens=request.add_special_tokens)
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _check_vocabulary(self, tokens: Sequence[int], param: str) -> None:
+        if (largest := max(tokens, default=0)) >= self._vocabulary:
+            raise InvalidRequestError(
+                f"{param} holds token id {largest}, but the vocabulary has {self._vocabulary} tokens", param
+            )
+
+    def _templated(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             raise InvalidRequestError(
                 "this model has no chat template, so it takes no messages; use /v1/completions", "messages"
             )
-        messages = [message.for_template() for message in request.messages]
+        told, described = [message.for_template() for message in messages], [tool.for_template() for tool in tools]
+        if not self._template_knows_calls:
+            told, described = written_out(told, described), []
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                told, tools=described or None, tokenize=False, add_generation_prompt=True
+            )
         except jinja2.TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", "messages"

@@ -1,21 +1,15 @@
-"""One request's events → an answer at once, or a server-sent event stream."""
+"""One request's events, watched, and the HTTP response that ends them."""
 
 import asyncio
-import json
-import logging
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
-from forecache.cluster.openai_types import usage
-from forecache.workers.decode.messages import SequenceStats, TokenEvent
+from forecache.cluster.errors import WorkerLostError
+from forecache.workers.decode.messages import TokenEvent
 from forecache.workers.errors import ForecacheError
-
-logger = logging.getLogger(__name__)
 
 
 class TokenStream(Protocol):
@@ -85,99 +79,14 @@ class EventStream:
             raise WorkerLostError("the worker ended the answer early; send the request again") from None
 
 
-@dataclass(frozen=True)
-class AnswerFormat:
-    """The objects of `/v1/chat/completions` (``chat``) or `/v1/completions`."""
-
-    id: str
-    created: int
-    model: str
-    chat: bool
-    prompt_tokens: int
-    include_usage: bool = False
-
-    def whole(self, text: str, finish_reason: str, stats: SequenceStats) -> dict[str, Any]:
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": usage(stats)}
-
-    def chunk(self, text: str | None, finish_reason: str | None = None, *, first: bool = False) -> dict[str, Any]:
-        said: dict[str, Any]
-        if self.chat:
-            delta = {"role": "assistant"} if first else {}
-            said = {"delta": delta if text is None else {**delta, "content": text}}
-        else:
-            said = {"text": text or ""}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._chunk_head(), "choices": [choice], **({"usage": None} if self.include_usage else {})}
-
-    def usage_chunk(self, stats: SequenceStats) -> dict[str, Any]:
-        return {**self._chunk_head(), "choices": [], "usage": usage(stats)}
-
-    def _chunk_head(self) -> dict[str, Any]:
-        return self._head("chat.completion.chunk" if self.chat else "text_completion")
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-async def collect(stream: EventStream, answer: AnswerFormat) -> dict[str, Any]:
-    """The whole answer. Stops the request on its worker when the caller is cancelled."""
-    pieces: list[str] = []
-    try:
-        async for event in stream.events():
-            if event is None:
-                continue
-            pieces.append(event.text)
-            if event.finish_reason is not None:
-                return answer.whole("".join(pieces), event.finish_reason, event.stats or SequenceStats())
-    finally:
-        stream.close()
-    raise WorkerLostError("the worker ended the answer early; send the request again")
-
-
-def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def server_sent_events(
-    stream: EventStream, answer: AnswerFormat, failed: Callable[[ApiError], None]
-) -> AsyncIterator[str]:
-    """The answer piece by piece. Comment lines tell of prefill (``: prefill 1024/6500``) and of waiting.
-
-    An error after the start can't change the status any more: it is sent as an event with an ``error`` object.
-    """
-    try:
-        if answer.chat:
-            yield _data(answer.chunk("", first=True))
-        async for event in stream.events():
-            if event is None:
-                yield ": waiting\n\n"
-                continue
-            if event.text:
-                yield _data(answer.chunk(event.text))
-            elif not event.token_ids and event.finish_reason is None:
-                yield f": prefill {event.prefill_tokens_done}/{answer.prompt_tokens}\n\n"
-            if event.finish_reason is not None:
-                yield _data(answer.chunk(None, event.finish_reason))
-                if answer.include_usage:
-                    yield _data(answer.usage_chunk(event.stats or SequenceStats()))
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        if not isinstance(error, ForecacheError):
-            logger.exception("request %s failed", answer.id)
-        said = from_exception(error)
-        failed(said)
-        yield _data(said.body())
-    finally:
-        stream.close()
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class EventStreamResponse(StreamingResponse):
     """Server-sent events that stop their request whenever the response ends, even before its first byte."""
 
-    def __init__(self, stream: EventStream, body: AsyncIterator[str]) -> None:
+    def __init__(self, stream: Closable, body: AsyncIterator[str]) -> None:
         super().__init__(
             body,
             media_type="text/event-stream",

@@ -3,7 +3,7 @@
 import itertools
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from forecache.workers.decode.messages import (
     Policy,
     SamplingParams,
     SequenceStats,
+    TokenLogprobs,
 )
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.verify import verify_backbone
@@ -49,6 +50,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     stats: SequenceStats
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class LLM:
@@ -142,15 +144,25 @@ class LLM:
         seed: int = 0,
         stop: Seq[str] = (),
         ignore_eos: bool = False,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        grammar: str | None = None,
         policy: Policy | None = None,
         keep_ratio: float | None = None,
         cache_salt: str = "",
     ) -> list[Completion]:
         """Complete every prompt (text, or token ids as they are) in one batch; answers come in the prompts' order.
 
+        What the arguments mean is said at :class:`SamplingParams` and :class:`CacheOptions`.
+
         Raises :class:`forecache.workers.errors.InvalidRequestError` before anything runs if a prompt can't be served.
         """
-        sampling = SamplingParams(max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos)
+        sampling = SamplingParams(
+            max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos,
+            presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()), logprobs, grammar,
+        )  # fmt: skip
         cache = CacheOptions(policy, keep_ratio, cache_salt)
         ids: list[str] = []
         done: dict[str, Completion] = {}
@@ -159,12 +171,14 @@ class LLM:
                 ids.append(self._add(prompt, sampling, cache))  # noqa: PERF401 - known when a later one is refused
             tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
             texts = dict.fromkeys(ids, "")
+            logprobs_of: dict[str, tuple[TokenLogprobs, ...]] = dict.fromkeys(ids, ())
             while len(done) < len(ids):
                 for event in self.engine.step():
                     if event.request_id not in tokens:
                         continue
                     tokens[event.request_id] += event.token_ids
                     texts[event.request_id] += event.text
+                    logprobs_of[event.request_id] += event.logprobs
                     if event.finish_reason is not None:
                         if event.error is not None or event.stats is None:
                             raise ForecacheError(event.error or "the request ended without its account")
@@ -173,6 +187,7 @@ class LLM:
                             texts[event.request_id],
                             event.finish_reason,
                             event.stats,
+                            logprobs_of[event.request_id],
                         )
         except BaseException:
             for request_id in ids:
@@ -188,7 +203,8 @@ class LLM:
         else:
             tokens = list(prompt)
         request_id = f"local-{next(self._ids)}"
-        self.engine.add_request(GenerateRequest(request_id, tuple(tokens), sampling, cache))
+        request = GenerateRequest(request_id, tuple(tokens), sampling, cache)
+        self.engine.add_request(request, matcher=self.engine.grammars.matcher(sampling))
         return request_id
 
     def close(self) -> None:

@@ -266,7 +266,7 @@ def test_every_policy_answers(client: openai.OpenAI, policy: str) -> None:
         ({"top_k": -5}, 400, "top_k", "invalid_value"),
         ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
         ({"max_tokens": -1}, 400, "max_tokens", "invalid_value"),
-        ({"n": 3}, 400, "n", "invalid_value"),
+        ({"n": 0}, 400, "n", "invalid_value"),
         ({"nonsense": 1}, 400, "nonsense", "unknown_parameter"),
         ({"forecache": {"keep_ratio": 2}}, 400, "forecache.keep_ratio", "invalid_value"),
         ({"max_tokens": MAX_MODEL_LEN}, 400, "messages", "context_length_exceeded"),

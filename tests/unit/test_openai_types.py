@@ -7,11 +7,28 @@ import pytest
 from pydantic import ValidationError
 
 from forecache.cluster.errors import ApiError, from_exception
-from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest, usage
+from forecache.cluster.openai_types import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_STOP_CHARS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    seed_of_choice,
+    usage,
+)
 from forecache.workers.decode.messages import SequenceStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 
 
@@ -43,10 +60,19 @@ def test_all_that_is_served() -> None:
             "stop": ["a", "b"],
             "stream": True,
             "stream_options": {"include_usage": True},
-            "forecache": {"policy": "random", "keep_ratio": 0.5, "cache_salt": "s"},
+            "n": 3,
+            "presence_penalty": 0.5,
+            "frequency_penalty": -1,
+            "logit_bias": {"5": -100, "7": 1.5},
+            "logprobs": True,
+            "top_logprobs": 4,
+            "forecache": {"policy": "random", "keep_ratio": 0.5, "cache_salt": "s", "timeout_s": 2.5},
         }
     )
     sampling, cache = request.sampling(6), request.cache()
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1)
+    assert sampling.logit_bias == ((5, -100.0), (7, 1.5)) and sampling.logprobs == 4
+    assert request.n == 3 and request.timeout_s == 2.5
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (0, 0.5, 3, ("a", "b"))
     assert 0 <= sampling.seed < 2**63
     assert request.answer_tokens() == 6 and request.include_usage
@@ -100,9 +126,37 @@ def test_neutral_openai_fields_pass(field: dict[str, Any]) -> None:
         ({"stop": ["a"] * 5}, "stop", "invalid_value"),
         ({"stop": [""]}, "stop.0", "invalid_value"),
         ({"stop": 3}, "stop", "invalid_value"),
-        ({"n": 2}, "n", "invalid_value"),
-        ({"tools": [{"type": "function"}]}, "tools", "invalid_value"),
-        ({"logprobs": True}, "logprobs", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": MAX_CHOICES + 1}, "n", "invalid_value"),
+        ({"best_of": 2}, "best_of", "invalid_value"),
+        ({"functions": [{"name": "f"}]}, "functions", "invalid_value"),
+        ({"audio": {"voice": "x"}}, "audio", "invalid_value"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "invalid_value"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty", "invalid_value"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "invalid_value"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "invalid_value"),
+        ({"logit_bias": {str(i): 0 for i in range(MAX_LOGIT_BIAS + 1)}}, "logit_bias", "invalid_value"),
+        ({"stop": ["a" * (MAX_STOP_CHARS + 1)]}, "stop.0", "invalid_value"),
+        ({"logprobs": 1}, "logprobs", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),
+        ({"tools": [WEATHER, WEATHER]}, "tools", "invalid_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "invalid_value",
+        ),
+        ({"tools": [WEATHER], "response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter"),
+        ({"forecache": {"timeout_s": 0}}, "forecache.timeout_s", "invalid_value"),
+        ({"messages": [CHAT["messages"][0]] * (MAX_MESSAGES + 1)}, "messages", "invalid_value"),
+        ({"messages": [{"role": "assistant"}]}, "messages.0", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id", "missing_required_parameter"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"best_friend": 1}, "best_friend", "unknown_parameter"),
         ({"forecache": {"policy": "clever"}}, "forecache.policy", "invalid_value"),
@@ -130,13 +184,21 @@ def test_missing_and_wrong_bodies() -> None:
     assert "JSON object" in refused(ChatCompletionRequest, [1]).message
 
 
-@pytest.mark.parametrize("prompt", ["text", [1, 2, 3], ["text"]])
-def test_prompts(prompt: Any) -> None:
-    request = CompletionRequest.model_validate({**COMPLETION, "prompt": prompt})
-    assert request.prompt_text() == (None if prompt == [1, 2, 3] else "text")
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("text", ["text"]),
+        ([1, 2, 3], [[1, 2, 3]]),
+        (["text"], ["text"]),
+        (["a", "b"], ["a", "b"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_prompts(prompt: Any, prompts: list[Any]) -> None:
+    assert CompletionRequest.model_validate({**COMPLETION, "prompt": prompt}).prompts() == prompts
 
 
-@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [1, "a"], [-1], 5, None])
+@pytest.mark.parametrize("prompt", ["", [], ["a", ""], [1, "a"], [[1], "a"], [[]], [-1], 5, None])
 def test_wrong_prompts(prompt: Any) -> None:
     error = refused(CompletionRequest, {**COMPLETION, "prompt": prompt})
     assert error.status == 400 and error.param is not None and error.param.startswith("prompt")
@@ -168,3 +230,53 @@ def test_typed_errors_have_their_status(error: ForecacheError, status: int, code
 def test_an_unexpected_error_tells_no_details() -> None:
     said = from_exception(KeyError("secret"))
     assert said.status == 500 and "secret" not in json.dumps(said.body())
+
+
+def test_completions_take_logprobs_as_a_number_and_echo_without_them() -> None:
+    assert CompletionRequest.model_validate({**COMPLETION, "logprobs": 0}).sampling(1).logprobs == 0
+    assert CompletionRequest.model_validate({**COMPLETION, "echo": True}).sampling(1).logprobs is None
+    assert refused(CompletionRequest, {**COMPLETION, "echo": True, "logprobs": 1}).param == "echo"
+    assert refused(CompletionRequest, {**COMPLETION, "suffix": "x"}).param == "suffix"
+    assert refused(CompletionRequest, {**COMPLETION, "prompt": ["a"] * 20, "n": 100}).param == "n"
+
+
+def test_seeds_of_choices_differ_and_the_first_is_the_requests_own() -> None:
+    seeds = [seed_of_choice(5, number) for number in range(MAX_CHOICES)]
+    assert seeds[0] == 5 and len(set(seeds)) == MAX_CHOICES and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_earlier_calls_and_their_results_reach_the_template_as_objects() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+    request = ChatCompletionRequest.model_validate({**CHAT, "messages": messages, "tools": [WEATHER]})
+    told = [message.for_template() for message in request.messages]
+    assert told[1]["content"] == "" and told[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Bern"}
+    assert told[2] == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_grammar"),
+    [
+        ({}, False),
+        ({"response_format": {"type": "text"}}, False),
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}, True),
+        ({"tools": [WEATHER]}, False),
+        ({"tools": [WEATHER], "tool_choice": "none", "response_format": {"type": "json_object"}}, True),
+        ({"tools": [WEATHER], "tool_choice": "required"}, True),
+        ({"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]}, True),
+    ],
+)
+def test_what_has_a_grammar(fields: dict[str, Any], has_grammar: bool) -> None:
+    grammar = ChatCompletionRequest.model_validate({**CHAT, **fields}).sampling(1).grammar
+    assert (grammar is not None) == has_grammar
+
+
+@pytest.mark.parametrize("fields", [{}, {"prompt": "a", "messages": CHAT["messages"]}])
+def test_tokenize_takes_a_prompt_or_messages(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError):
+        TokenizeRequest.model_validate({"model": "m", **fields})

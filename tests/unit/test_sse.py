@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from forecache.cluster.errors import ApiError, WorkerLostError
-from forecache.cluster.streams import AnswerFormat, EventStream, EventStreamResponse, collect, server_sent_events
+from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.choices import ChoiceStreams
+from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
+from forecache.cluster.streams import EventStream, EventStreamResponse
 from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 
@@ -54,8 +56,10 @@ def chat(include_usage: bool = False) -> AnswerFormat:
     return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=9, include_usage=include_usage)
 
 
-def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> EventStream:
-    return EventStream(source, silence_s=silence_s, observe=None if seen is None else seen.append)
+def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> ChoiceStreams:
+    """The one choice of a request."""
+    observe = None if seen is None else seen.append
+    return ChoiceStreams(lambda _: EventStream(source, silence_s=silence_s, observe=observe), 1, 1)
 
 
 async def sse(source: Script, answer: AnswerFormat, silence_s: float = 60) -> tuple[list[str], list[ApiError]]:
@@ -166,6 +170,7 @@ def test_a_disconnect_cancels_the_request(after_events: int) -> None:
     async def leave() -> bool:
         source = Script(event("a"), event("b"), event("c"), event("d"), 60.0)
         stream = stream_of(source)
+        await stream.start(wait_s=60)
         response = EventStreamResponse(stream, server_sent_events(stream, chat(), lambda error: None))
         sent = 0
         gone = asyncio.Event()
@@ -191,8 +196,50 @@ def test_closing_after_the_end_cancels_nothing() -> None:
     async def finish() -> bool:
         source = Script(*ANSWER)
         stream = stream_of(source)
-        assert [e async for e in stream.events()] == list(ANSWER)
+        assert [e async for _, e in stream.events()] == list(ANSWER)
         stream.close()
         return source.cancelled
 
     assert not asyncio.run(finish())
+
+
+@pytest.mark.parametrize(("prompts", "per_prompt"), [(1, 3), (2, 1), (2, 2)])
+def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> None:
+    """Every choice says all of its own, and a prompt's others are opened with its first one's first token."""
+    count = prompts * per_prompt
+    opened: list[int] = []
+    begun: list[int] = []
+    sources = [Script(event(prefilled=9), 0.01, event(f"a{i}"), 0.01, event(f"b{i}", "stop")) for i in range(count)]
+
+    def open_stream(index: int) -> EventStream:
+        assert index % per_prompt == 0 or index // per_prompt * per_prompt in begun
+        opened.append(index)
+
+        def observe(event: TokenEvent) -> None:
+            if event.token_ids:
+                begun.append(index)
+
+        return EventStream(sources[index], silence_s=60, observe=observe)
+
+    streams = ChoiceStreams(open_stream, prompts, per_prompt)
+    whole = asyncio.run(collect(streams, chat()))
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(count)]
+    assert sorted(opened) == list(range(count)) and not any(source.cancelled for source in sources)
+    assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * count
+
+
+def test_one_choice_that_fails_ends_all() -> None:
+    sources = [Script(event("a"), 60.0), Script(event("a"), WorkerLostError("gone"))]
+    streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
+    with pytest.raises(WorkerLostError):
+        asyncio.run(collect(streams, chat()))
+    assert sources[0].cancelled and sources[1].cancelled
+
+
+@pytest.mark.parametrize("steps", [(60.0,), (event("a"), 60.0)])
+def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
+    source = Script(*steps)
+    streams = ChoiceStreams(lambda _: EventStream(source, silence_s=60), 1, 1, deadline_s=0.05)
+    with pytest.raises(DeadlineError, match=r"0\.05 s"):
+        asyncio.run(collect(streams, chat()))
+    assert source.cancelled

@@ -17,7 +17,8 @@ from forecache.workers.memory.prefetcher import Recalled
 
 def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:
     """Raise :class:`InvalidRequestError` for a request that can never be served; ``text``: there is a tokenizer."""
-    _check_sampling(request.sampling, text=text)
+    vocabulary = int(backbone.config.vocab_size)
+    _check_sampling(request.sampling, vocabulary, text=text)
     prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
     limit, layout = backbone.max_model_len, backbone.layout
     if not prompt:
@@ -30,7 +31,6 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
             f"{prompt} in the prompt and up to {answer} in the answer.",
             param="messages",
         )
-    vocabulary = backbone.config.vocab_size
     if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
         raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param="prompt")
     keep_ratio = request.cache.keep_ratio
@@ -45,7 +45,7 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
         )
 
 
-def _check_sampling(sampling: SamplingParams, *, text: bool) -> None:
+def _check_sampling(sampling: SamplingParams, vocabulary: int, *, text: bool) -> None:
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise InvalidRequestError(f"temperature must be 0 or more, not {sampling.temperature}", param="temperature")
     if not 0 < sampling.top_p <= 1:
@@ -56,6 +56,16 @@ def _check_sampling(sampling: SamplingParams, *, text: bool) -> None:
         raise InvalidRequestError("a stop string is empty", param="stop")
     if sampling.stop and not text:
         raise InvalidRequestError("stop strings need a tokenizer, and this engine has none", param="stop")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not math.isfinite(value := getattr(sampling, name)):
+            raise InvalidRequestError(f"{name} must be a finite number, not {value}", param=name)
+    if sampling.logprobs is not None and sampling.logprobs < 0:
+        raise InvalidRequestError(f"logprobs must be 0 or more, not {sampling.logprobs}", param="logprobs")
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < vocabulary:
+            raise InvalidRequestError(f"token id {token} is outside the vocabulary of {vocabulary}", "logit_bias")
+        if not math.isfinite(bias):
+            raise InvalidRequestError(f"a bias must be a finite number, not {bias}", "logit_bias")
 
 
 def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:

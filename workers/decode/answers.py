@@ -1,11 +1,29 @@
 """From tokens to what a client reads: text, why an answer ended, and its account."""
 
+from dataclasses import dataclass
+
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.decode.accounting import sequence_stats
-from forecache.workers.decode.messages import FinishReason, TokenEvent
+from forecache.workers.decode.messages import FinishReason, TokenEvent, TokenLogprobs
 from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.step import Sampled
 from forecache.workers.decode.tokenizer import Detokenizer
+from forecache.workers.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class News:
+    """What a step brought a request: tokens, the text that can be sent now, and, if that was all, why."""
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    reason: FinishReason | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+NOTHING_NEW = News()
 
 
 class Answers:
@@ -20,27 +38,32 @@ class Answers:
     def begin(self, seq: Sequence) -> None:
         self._detokenizers[seq.request_id] = Detokenizer(self._tokenizer, seq.sampling.stop)
 
-    def push(self, seq: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """``token`` was drawn for ``seq`` and stands last in its tokens: the text that can be sent now, and, if that
-        was the last one, why."""
-        detokenizer = self._detokenizers[seq.request_id]
+    def push(self, seq: Sequence, drawn: Sampled) -> News:
+        """A token was drawn for ``seq`` and stands last in its tokens."""
+        token, detokenizer = drawn.token, self._detokenizers[seq.request_id]
         if token in self._eos and not seq.sampling.ignore_eos:
-            return detokenizer.flush(), "stop"
+            return News((token,), detokenizer.flush(), "stop")
+        logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
         text = detokenizer.push(token)
-        if detokenizer.stopped:
-            return text + detokenizer.flush(), "stop"
+        try:
+            complete = seq.matcher is not None and seq.matcher.advance(token)
+        except InvalidRequestError as error:
+            return News((token,), text, "error", str(error))
+        if detokenizer.stopped or complete:
+            return News((token,), text + detokenizer.flush(), "stop", logprobs=logprobs)
         if len(seq.token_ids) >= seq.max_len:
-            return text + detokenizer.flush(), "length"
-        return text, None
+            return News((token,), text + detokenizer.flush(), "length", logprobs=logprobs)
+        return News((token,), text, logprobs=logprobs)
 
-    def event(self, seq: Sequence, tokens: tuple[int, ...] = (), text: str = "") -> TokenEvent:
+    def event(self, seq: Sequence, news: News = NOTHING_NEW) -> TokenEvent:
         """``seq`` goes on."""
-        return TokenEvent(seq.request_id, tokens, text, prefill_tokens_done=min(seq.num_computed, seq.prompt_len))
+        done = min(seq.num_computed, seq.prompt_len)
+        return TokenEvent(seq.request_id, news.tokens, news.text, prefill_tokens_done=done, logprobs=news.logprobs)
 
-    def end(
-        self, seq: Sequence, reason: FinishReason, tokens: tuple[int, ...], text: str, error: str | None
-    ) -> TokenEvent:
+    def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
         del self._detokenizers[seq.request_id]
         stats = sequence_stats(seq, self._chunk_bytes)
-        return TokenEvent(seq.request_id, tokens, text, reason, stats, error, seq.num_computed)
+        return TokenEvent(
+            seq.request_id, news.tokens, news.text, reason, stats, news.error, seq.num_computed, news.logprobs
+        )

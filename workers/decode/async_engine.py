@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 
 from forecache.workers.decode.engine import Engine
+from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError
@@ -27,7 +28,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: deque[tuple[GenerateRequest, Future[None], float]] = deque()
+        self._inbox: deque[tuple[GenerateRequest, Future[None], float, Matcher | None]] = deque()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
         self._inbox_lock = threading.Lock()
         self._closing = False
@@ -50,8 +51,8 @@ class AsyncEngine:
         self._streams[request_id] = (asyncio.get_running_loop(), queue)
         running = True
         try:
-            self._post(request, accepted)
             try:
+                await self._post(request, accepted)
                 await asyncio.wrap_future(accepted)
             except ForecacheError:
                 running = False
@@ -95,11 +96,14 @@ class AsyncEngine:
         self._engine.wake()
         self._thread.join()
 
-    def _post(self, request: GenerateRequest, accepted: Future[None]) -> None:
+    async def _post(self, request: GenerateRequest, accepted: Future[None]) -> None:
+        arrived_s, matcher = time.perf_counter(), None
+        if request.sampling.grammar is not None:  # not in the engine's thread, where everybody would wait for it
+            matcher = await asyncio.to_thread(self._engine.grammars.matcher, request.sampling)
         with self._inbox_lock:
             if self._ended:
                 raise self._dead()
-            self._inbox.append((request, accepted, time.perf_counter()))
+            self._inbox.append((request, accepted, arrived_s, matcher))
         self._engine.wake()
 
     def _run(self) -> None:
@@ -118,11 +122,13 @@ class AsyncEngine:
         finally:
             self._tell_all()
 
-    def _accept(self, request: GenerateRequest, accepted: Future[None], arrived_s: float) -> None:
+    def _accept(
+        self, request: GenerateRequest, accepted: Future[None], arrived_s: float, matcher: Matcher | None
+    ) -> None:
         if not accepted.set_running_or_notify_cancel():
             return
         try:
-            self._engine.add_request(request, arrived_s)
+            self._engine.add_request(request, arrived_s, matcher)
         except ForecacheError as error:
             accepted.set_exception(error)
         else:
@@ -140,7 +146,7 @@ class AsyncEngine:
         with self._inbox_lock:
             self._ended = True
         while self._inbox:
-            _, accepted, _ = self._inbox.popleft()
+            _, accepted, _, _ = self._inbox.popleft()
             if accepted.set_running_or_notify_cancel():
                 accepted.set_exception(self._dead())
         for loop, queue in list(self._streams.values()):

@@ -15,18 +15,19 @@ from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer
 from forecache.workers.decode.accounting import EngineCounters, check_references, check_request
-from forecache.workers.decode.answers import Answers
+from forecache.workers.decode.answers import NOTHING_NEW, Answers, News
 from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.grammar import Grammars, Matcher
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
 from forecache.workers.decode.model_runner import ModelRunner
 from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.decode.step import Plan, StepOutput
+from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
@@ -67,7 +68,8 @@ class Engine:
         self._name = name
         self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
-        self._answers = Answers(tokenizer, frozenset(eos), backbone.layout.nbytes)
+        self._answers = Answers(tokenizer, eos, backbone.layout.nbytes)
+        self.grammars = Grammars(tokenizer, eos)
         pool = self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         cold = cold_layout or backbone.layout
@@ -101,12 +103,17 @@ class Engine:
     def max_model_len(self) -> int:
         return self._backbone.max_model_len
 
-    def add_request(self, request: GenerateRequest, arrived_s: float | None = None) -> None:
+    def add_request(
+        self, request: GenerateRequest, arrived_s: float | None = None, matcher: Matcher | None = None
+    ) -> None:
         """Queue a request that came at ``arrived_s`` of ``time.perf_counter``, or now.
+
+        ``matcher`` is what ``grammars`` made of its grammar.
 
         Raises :class:`InvalidRequestError` for one that can never be served.
         """
         check_request(request, self._backbone, self._memory.arena.slots, text=self._has_tokenizer)
+        assert (matcher is None) == (request.sampling.grammar is None), "a grammar needs its matcher"
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
         cache = request.cache
@@ -117,6 +124,7 @@ class Engine:
             chunk_tokens=self.config.chunk_tokens,
             keep_ratio=self.config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
             policy=cache.policy or self.config.policy,
+            matcher=matcher,
         )
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         self._sequences[request.request_id] = seq
@@ -223,11 +231,11 @@ class Engine:
                 continue
             if not math.isfinite(drawn.best):
                 where = f"as its largest logit at position {len(seq.token_ids)}"
-                self._finish(seq, "error", error=f"the model gave {drawn.best} {where}")
+                self._finish(seq, "error", News(error=f"the model gave {drawn.best} {where}"))
                 continue
             if seq.state is State.PREFILL:
                 self._begin_decode(seq, output.masses.get(seq.request_id))
-            self._emit(seq, drawn.token)
+            self._emit(seq, drawn)
 
     def _begin_decode(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
@@ -238,15 +246,15 @@ class Engine:
         seq.state = State.RECALLING
         self.windows.begin(seq, mass, retrieval_heads=self._retrieval_heads)
 
-    def _emit(self, seq: Sequence, token: int) -> None:
+    def _emit(self, seq: Sequence, drawn: Sampled) -> None:
         """One more token of ``seq``: to the client, and maybe the last."""
-        seq.token_ids.append(token)
+        seq.token_ids.append(drawn.token)
         self._counters.generated_tokens += 1
-        text, reason = self._answers.push(seq, token)
-        if reason is None:
-            self._events.append(self._answers.event(seq, (token,), text))
+        news = self._answers.push(seq, drawn)
+        if news.reason is None:
+            self._events.append(self._answers.event(seq, news))
         else:
-            self._finish(seq, reason, (token,), text)
+            self._finish(seq, news.reason, news)
 
     def _absorb(self) -> None:
         """Take in what happened elsewhere since the last step: copies, predictions, cancellations."""
@@ -256,7 +264,7 @@ class Engine:
             elif isinstance(done, WrittenBack):
                 seq = self._keeper.written_back(done)
                 if seq is not None:
-                    self._finish(seq, "error", error=f"a chunk could not be stored: {done.reason}")
+                    self._finish(seq, "error", News(error=f"a chunk could not be stored: {done.reason}"))
             else:
                 self._recalled(done)
         with self._cancel_lock:
@@ -285,16 +293,9 @@ class Engine:
         seq.start_over(self._new_holder(seq.request_id))
         self._scheduler.add(seq, first=True)
 
-    def _finish(
-        self,
-        seq: Sequence,
-        reason: FinishReason,
-        tokens: tuple[int, ...] = (),
-        text: str = "",
-        error: str | None = None,
-    ) -> None:
+    def _finish(self, seq: Sequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:
         self._counters.leave(seq, reason)
-        self._events.append(self._answers.end(seq, reason, tokens, text, error))
+        self._events.append(self._answers.end(seq, reason, news))
         self._scheduler.remove(seq)
         self._runner.forget(seq)
         seq.state = State.FINISHED

@@ -13,6 +13,11 @@ class SamplingParams:
 
     ``seed`` makes sampling reproducible: the random number used for a token is a pure function of
     (seed, position), whatever else is in the batch.
+
+    The penalties are OpenAI's, over the answer's own tokens: a token that came ``c`` times before loses
+    ``frequency_penalty · c + presence_penalty · (c > 0)`` of its logit. ``logit_bias`` has (token id, what to add).
+    ``logprobs`` asks for each token's log-probability and for those of that many likeliest tokens, all as the model
+    gave them: before biases, penalties, masks and temperature. ``grammar`` is llguidance's; the answer follows it.
     """
 
     max_tokens: int = 64
@@ -22,6 +27,11 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,10 +79,20 @@ class SequenceStats:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of a token that was drawn, and (token id, log-probability) of the likeliest, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """One step's news of one request: new tokens and the text they complete (possibly none yet).
 
     The last event of a request has ``finish_reason`` and ``stats``; ``error`` goes with ``finish_reason="error"``.
+    ``logprobs``, where they were asked for, are of the tokens that are part of the text: not of one that ends it.
     """
 
     request_id: str
@@ -82,3 +102,4 @@ class TokenEvent:
     stats: SequenceStats | None = None
     error: str | None = None
     prefill_tokens_done: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -16,10 +16,11 @@ from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.compiled_layers import MIN_TOKENS, check_compiled_once, compile_layers, compiled_graphs
 from forecache.workers.decode.cuda_graph import DecodeGraphs
 from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory, HiddenRows
+from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
-from forecache.workers.decode.sampler import draw, sample, uniform
+from forecache.workers.decode.sampler import draw_rows, sample
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
@@ -62,6 +63,7 @@ class ModelRunner:
         self._min_tokens = 1
         self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
         self._last_rows: dict[str, int] = {}
+        self._adjuster = LogitAdjuster(int(backbone.config.vocab_size), self._device)
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
@@ -88,24 +90,29 @@ class ModelRunner:
             replayed = self._graphs.replay(rows)
             logits, best, queries = replayed.logits, replayed.best, replayed.queries
             sampled = list(plan.decode)
-            for row, seq in enumerate(sampled):
-                if seq.sampling.temperature > 0:
-                    number = uniform(seq.sampling.seed, seq.num_computed + 1)
-                    self._last_tokens[row] = draw(logits[row], seq.sampling, number)
+            adjusted = self._adjuster.adjust(logits, sampled)
+            if adjusted is not logits:
+                self._last_tokens[: len(sampled)] = adjusted.argmax(-1)
+            positions = [seq.num_computed + 1 for seq in sampled]
+            draw_rows(adjusted, [seq.sampling for seq in sampled], positions, self._last_tokens[: len(sampled)])
         else:
             batch, sampled, pasts, probes = self._lay_out(plan, rows, aborted)
             logits = self._forward(batch)
             positions = [seq.num_computed + _tokens_of(seq, plan) for seq in sampled]
-            drawn, best = sample(logits, [seq.sampling for seq in sampled], positions)
+            adjusted = self._adjuster.adjust(logits, sampled)
+            drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
             self._last_tokens[: len(drawn)] = drawn
             queries = {} if batch.capture is None else batch.capture.queries
         self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
+        tokens = self._last_tokens[: len(sampled)]
+        self._adjuster.drawn(tokens, sampled)
         captured = [self._capture(request, queries) for request in plan.captures]
         return RunningStep(
             sampled,
-            self._last_tokens[: len(sampled)],
+            tokens,
             best,
             logits,
+            logprobs_of(logits, tokens, sampled),
             plan.captures,
             captured,
             probes,
@@ -142,7 +149,8 @@ class ModelRunner:
         logger.info("warmed up in %.1f s", time.perf_counter() - start)
 
     def forget(self, seq: Sequence) -> None:
-        """``seq`` left, or starts over: nothing more is asked of its last steps."""
+        """``seq`` left, or starts over: nothing more is asked of its last steps, and its weights on logits can go."""
+        self._adjuster.forget(seq.request_id)
         if self._histories is not None:
             self._histories.forget(seq)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forecache.indexer.protocol import StepState
+from forecache.workers.decode.logits import Logprobs
 from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import Segment, Store
 from forecache.workers.decode.sequence import Chunk, Sequence
@@ -114,6 +115,7 @@ class RunningStep:
         tokens: Tensor,
         best: Tensor,
         logits: Tensor,
+        logprobs: Logprobs | None,
         captures: Seq[Capture],
         captured: Seq[CapturedTensors],
         probes: dict[str, MassProbe],
@@ -126,6 +128,7 @@ class RunningStep:
         self._pasts = tuple(pasts)
         self._arena = arena
         self._tokens, self._best = _to_host(tokens), _to_host(best)
+        self._logprobs = None if logprobs is None else logprobs.mapped(_to_host)
         self._captured = [tensors.to_host() for tensors in captured]
         self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
         self._sums = [None if past.sums is None else _to_host(past.sums) for past in pasts]
@@ -138,8 +141,14 @@ class RunningStep:
         """Wait until the step is over."""
         if self._done is not None:
             self._done.synchronize()
-        drawn = zip(self._sampled, self._tokens.tolist(), self._best.tolist(), strict=True)
-        sampled = tuple(Sampled(seq, restarts, token, best) for (seq, restarts), token, best in drawn)
+        tokens, best = self._tokens.tolist(), self._best.tolist()
+        asked = {} if self._logprobs is None else {row: i for i, row in enumerate(self._logprobs.rows)}
+        sampled = tuple(
+            Sampled(seq, restarts, tokens[row], best[row], self._logprobs.of(asked[row], tokens[row]))
+            if self._logprobs is not None and row in asked
+            else Sampled(seq, restarts, tokens[row], best[row])
+            for row, (seq, restarts) in enumerate(self._sampled)
+        )
         captured = tuple(
             tensors.answer(request) for request, tensors in zip(self._captures, self._captured, strict=True)
         )

@@ -171,8 +171,14 @@ class Scheduler:
         return [streamed[turn % len(streamed)]]
 
     def _may_decode(self, seq: Sequence) -> bool:
-        """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way."""
+        """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way.
+
+        A grammar says what may follow a token once the host has read it: such an answer takes every other step where
+        steps overlap, and the others go on as they are.
+        """
         if seq.state is not State.DECODE or self._windows.blocked(seq):
+            return False
+        if seq.matcher is not None and seq.awaited_tokens:
             return False
         return len(seq.token_ids) + seq.awaited_tokens < seq.max_len
 

@@ -4,10 +4,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
@@ -80,8 +82,10 @@ class Sequence:
         chunk_tokens: int,
         keep_ratio: float,
         policy: Policy,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request = request
+        self.matcher = matcher
         self.holder = holder
         self.root = root
         self.chunk_tokens = chunk_tokens
@@ -118,6 +122,12 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    @cached_property
+    def weighs_logits(self) -> bool:
+        """Whether its logits are changed by biases or penalties."""
+        sampling = self.request.sampling
+        return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)
 
     @property
     def cache(self) -> CacheOptions:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from forecache.indexer.protocol import StepState
+from forecache.workers.decode.messages import TokenLogprobs
 from forecache.workers.decode.sequence import Sequence
 
 
@@ -86,6 +87,7 @@ class Sampled:
     restarts: int
     token: int
     best: float
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""The events of a request's choices → an answer at once, or a server-sent event stream."""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from forecache.cluster.choices import ChoiceStreams
+from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
+from forecache.cluster.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from forecache.cluster.openai_types import usage
+from forecache.cluster.tool_calls import ToolCall, ToolCallParser
+from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+from forecache.workers.errors import ForecacheError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """The objects of `/v1/chat/completions` (``chat``) or `/v1/completions`.
+
+    ``texts`` is there when log-probabilities were asked for, ``tools`` when calls are to be looked for; ``echo`` has,
+    for each prompt, the text that stands before its answers.
+    """
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+    prompt_tokens: int
+    include_usage: bool = False
+    texts: TokenTexts | None = None
+    tools: bool = False
+    echo: tuple[str, ...] = ()
+
+    def choice(self, index: int, said: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def whole(self, choices: list[dict[str, Any]], stats: SequenceStats) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": usage(stats)}
+
+    def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return {**self._chunk_head(), "choices": [choice], **({"usage": None} if self.include_usage else {})}
+
+    def usage_chunk(self, stats: SequenceStats) -> dict[str, Any]:
+        return {**self._chunk_head(), "choices": [], "usage": usage(stats)}
+
+    def _chunk_head(self) -> dict[str, Any]:
+        return self._head("chat.completion.chunk" if self.chat else "text_completion")
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one event adds to a choice."""
+
+    content: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+
+
+@dataclass
+class ChoiceWriter:
+    """One choice in the making: what was said, and the pieces as they come."""
+
+    index: int
+    answer: AnswerFormat
+    before: str = ""
+    stats: SequenceStats = field(default_factory=SequenceStats)
+    _parser: ToolCallParser | None = None
+    _offset: int = 0
+    _calls: int = 0
+    _pieces: list[Piece] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._parser = ToolCallParser() if self.answer.tools else None
+        self._offset = len(self.before)
+
+    def take(self, event: TokenEvent) -> Piece:
+        """What ``event`` adds. Its last one brings what was held back."""
+        content, calls = event.text, list[ToolCall]()
+        if self._parser is not None:
+            content, calls = self._parser.push(event.text)
+        reason: str | None = event.finish_reason
+        if reason is not None:
+            self.stats = event.stats or self.stats
+            if self._parser is not None:
+                rest, last = self._parser.finish()
+                content, calls = content + rest, calls + last
+                reason = "tool_calls" if reason == "stop" and self._parser.found else reason
+        piece = Piece(content, tuple(calls), event.logprobs, reason)
+        self._pieces.append(piece)
+        return piece
+
+    def whole(self) -> dict[str, Any]:
+        """The finished choice."""
+        content = "".join(piece.content for piece in self._pieces)
+        calls = [call for piece in self._pieces for call in piece.calls]
+        logprobs = self._logprobs(tuple(told for piece in self._pieces for told in piece.logprobs))
+        said: dict[str, Any] = {"text": self.before + content}
+        if self.answer.chat:
+            said = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
+            if calls:
+                said["message"]["tool_calls"] = [call.whole() for call in calls]
+        return self.answer.choice(self.index, said, logprobs, self._pieces[-1].finish_reason)
+
+    def first(self) -> dict[str, Any] | None:
+        """The chunk that opens the choice, if it has one."""
+        if self.answer.chat:
+            opening = {"delta": {"role": "assistant", "content": ""}}
+        elif self.before:
+            opening = {"text": self.before}  # type: ignore[dict-item]
+        else:
+            return None
+        return self.answer.chunk(self.answer.choice(self.index, opening, None, None))
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """``piece`` as a stream tells it: what was said, then why it ended."""
+        said: dict[str, Any] = {"text": piece.content}
+        if self.answer.chat:
+            said = {"delta": {"content": piece.content} if piece.content or piece.logprobs else {}}
+            if piece.calls:
+                first, self._calls = self._calls, self._calls + len(piece.calls)
+                said["delta"]["tool_calls"] = [
+                    {"index": first + i, **call.whole()} for i, call in enumerate(piece.calls)
+                ]
+        told = []
+        if piece.content or piece.calls or piece.logprobs:
+            told.append(self.answer.choice(self.index, said, self._logprobs(piece.logprobs), None))
+        if piece.finish_reason is not None:
+            end: dict[str, Any] = {"delta": {}} if self.answer.chat else {"text": ""}
+            told.append(self.answer.choice(self.index, end, None, piece.finish_reason))
+        return [self.answer.chunk(choice) for choice in told]
+
+    def _logprobs(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+        texts = self.answer.texts
+        if texts is None:
+            return None
+        if self.answer.chat:
+            return chat_logprobs(told, texts)
+        logprobs, self._offset = completion_logprobs(told, texts, self._offset)
+        return logprobs
+
+
+def _writers(streams: ChoiceStreams, answer: AnswerFormat) -> list[ChoiceWriter]:
+    echo = answer.echo
+    return [ChoiceWriter(i, answer, echo[i // streams.per_prompt] if echo else "") for i in range(streams.count)]
+
+
+def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
+    """The account of all choices together; a prompt that several of them share is counted once."""
+    leaders = [writer.stats for writer in writers[::per_prompt]]
+    everyone = [writer.stats for writer in writers]
+    if len(everyone) == 1:
+        return everyone[0]
+    summed = ("context_chunks", "resident_chunks", "recalled_chunks", "late_windows", "context_bytes", "resident_bytes")
+    return replace(
+        leaders[0],
+        prompt_tokens=sum(stats.prompt_tokens for stats in leaders),
+        cached_tokens=sum(stats.cached_tokens for stats in leaders),
+        completion_tokens=sum(stats.completion_tokens for stats in everyone),
+        keep_ratio=sum(stats.keep_ratio for stats in everyone) / len(everyone),
+        queue_s=max(stats.queue_s for stats in everyone),
+        time_to_first_token_s=max(stats.time_to_first_token_s for stats in everyone),
+        **{name: sum(getattr(stats, name) for stats in everyone) for name in summed},
+    )
+
+
+async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> dict[str, Any]:
+    """The whole answer. Stops the request on its workers when the caller is cancelled."""
+    writers = _writers(streams, answer)
+    try:
+        async for index, event in streams.events():
+            if event is not None:
+                writers[index].take(event)
+    finally:
+        streams.close()
+    if not all(writer.stats.completion_tokens for writer in writers):
+        raise WorkerLostError("the worker ended the answer early; send the request again")
+    return answer.whole([writer.whole() for writer in writers], _total(writers, streams.per_prompt))
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def server_sent_events(
+    streams: ChoiceStreams, answer: AnswerFormat, failed: Callable[[ApiError], None]
+) -> AsyncIterator[str]:
+    """The answer piece by piece. Comment lines tell of prefill (``: prefill 1024/6500``) and of waiting.
+
+    An error after the start can't change the status any more: it is sent as an event with an ``error`` object.
+    """
+    writers = _writers(streams, answer)
+    try:
+        for writer in writers:
+            if (opening := writer.first()) is not None:
+                yield _data(opening)
+        async for index, event in streams.events():
+            if event is None:
+                yield ": waiting\n\n"
+                continue
+            for chunk in writers[index].chunks(writers[index].take(event)):
+                yield _data(chunk)
+            if not event.token_ids and not event.text and event.finish_reason is None:
+                yield f": prefill {event.prefill_tokens_done}/{answer.prompt_tokens}\n\n"
+        if answer.include_usage:
+            yield _data(answer.usage_chunk(_total(writers, streams.per_prompt)))
+        yield "data: [DONE]\n\n"
+    except Exception as error:
+        if not isinstance(error, ForecacheError):
+            logger.exception("request %s failed", answer.id)
+        said = from_exception(error)
+        failed(said)
+        yield _data(said.body())
+    finally:
+        streams.close()

@@ -1,0 +1,140 @@
+"""Tools and response formats of OpenAI's API, and the grammars they ask for."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from llguidance import LLMatcher, StructTag
+from pydantic import BaseModel, ConfigDict, Field
+
+from forecache.cluster.tool_calls import CLOSE, OPEN
+
+MAX_TOOLS = 128
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+# a model that is free to indent for ever may do so
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+
+
+class Strict(BaseModel):
+    """No field beyond those named, no value of another type than theirs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class Function(Strict):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        said = {"description": self.function.description or "", "parameters": self.schema_of_arguments()}
+        return {"type": "function", "function": {"name": self.function.name, **said}}
+
+    def schema_of_arguments(self) -> dict[str, Any]:
+        return self.function.parameters or {"type": "object", "properties": {}}
+
+
+class ChosenName(Strict):
+    name: Name
+
+
+class ChosenFunction(Strict):
+    type: Literal["function"]
+    function: ChosenName
+
+
+ToolChoice = Literal["none", "auto", "required"] | ChosenFunction
+
+
+class CalledFunction(Strict):
+    name: Name
+    arguments: str
+
+
+class MadeCall(Strict):
+    """A call that the model made in an earlier turn."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """Templates want the arguments as an object; what is none stays text."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
+    """The grammar of a response format; None for text."""
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    schema = {"type": "object"} if isinstance(wanted, JsonObjectFormat) else wanted.json_schema.schema_
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_OPTIONS)
+
+
+def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
+    """The grammar of an answer that may, or must, call ``tools``; None where the model is free.
+
+    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict.
+    """
+    if choice == "auto":
+        if not any(tool.function.strict for tool in tools):
+            return None
+        tags = [
+            StructTag(
+                trigger=OPEN,
+                begin=f'{OPEN}\n{{"name": {json.dumps(tool.function.name)}, "arguments": ',
+                grammar=tool.schema_of_arguments(),
+                end="}\n" + CLOSE,
+            )
+            for tool in tools
+        ]
+        return StructTag.to_grammar(tags, assume_special=False)
+    name = choice.function.name if isinstance(choice, ChosenFunction) else None
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "arguments": tool.schema_of_arguments()},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+        if name is None or tool.function.name == name
+    ]
+    schema = json.dumps({"anyOf": calls, "x-guidance": _JSON_OPTIONS})
+    more = ' ("\\n" call)*' if parallel and name is None else ""
+    opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
+    return f"%llguidance {{}}\nstart: call{more}\ncall: {opening} %json {schema} {closing}\n"

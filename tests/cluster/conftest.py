@@ -1,0 +1,110 @@
+"""A small model and servers of it, for tests of the serving surface."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+START_S = 180.0
+STOP_S = 60.0
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory named `bytes`: two layers of noise, a token a byte; token 0 ends an answer."""
+    path = tmp_path_factory.mktemp("models") / "bytes"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@dataclass
+class Server:
+    """A running `forecache serve`; ``url`` without `/v1`."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+
+    def metric(self, name: str) -> float:
+        """Sum of the samples of a series over its labels."""
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        assert found, f"no series {name}"
+        return sum(map(float, found))
+
+    def wait_for_metric(self, name: str, value: float, within_s: float) -> None:
+        start = time.monotonic()
+        while (now := self.metric(name)) != value:
+            assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
+            time.sleep(0.05)
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def start_server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of the small model with more flags; they end with the module."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str) -> Server:
+        command = [
+            *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(byte_model), "--port", "0"),
+            *("--arena-dir", str(tmp_path_factory.mktemp("arena")), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB"),
+            *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S), *flags),
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.search(r"(http://\S+)/v1", line):
+                return Server(process, match[1])
+        raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in started:
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
