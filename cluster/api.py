@@ -12,10 +12,11 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
-from forecache.cluster.http_body import read_json
+from forecache.cluster.http_body import check_headers, read_json
 from forecache.cluster.metrics import CONTENT_TYPE, Metrics
 from forecache.cluster.openai_types import (
     ChatCompletionRequest,
@@ -27,7 +28,8 @@ from forecache.cluster.openai_types import (
 )
 from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
 from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStream
-from forecache.workers.decode.messages import GenerateRequest
+from forecache.cluster.tenants import Tenant, Tenants
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
 from forecache.workers.decode.worker import WorkerStats
 from forecache.workers.errors import ForecacheError
 
@@ -35,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 FIRST_EVENT_WAIT_S = 2.0
 SILENCE_S = 5.0
+
+
+OpenAIRequest = ChatCompletionRequest | CompletionRequest
+ResidentBytes = Callable[[int, CacheOptions], int]
+"""Hot K/V, in bytes, that a sequence of so many tokens may come to hold, with its wishes."""
 
 
 class Workers(Protocol):
@@ -50,10 +57,22 @@ class Workers(Protocol):
 class Api:
     """Handlers over the workers of one model."""
 
-    def __init__(self, workers: Workers, encoder: PromptEncoder, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        encoder: PromptEncoder,
+        metrics: Metrics,
+        admission: Admission,
+        tenants: Tenants,
+        resident_bytes: ResidentBytes,
+    ) -> None:
         self._workers = workers
         self._encoder = encoder
         self._metrics = metrics
+        self._admission = admission
+        self._limits = admission.limits
+        self._tenants = tenants
+        self._resident_bytes = resident_bytes
         self._created = int(time.time())
 
     def app(self) -> FastAPI:
@@ -72,44 +91,49 @@ class Api:
         return app
 
     async def chat_completions(self, http: Request) -> Response:
-        return await self._guarded(lambda: self._complete(http, ChatCompletionRequest))
+        return await self._guarded(http, lambda tenant: self._complete(http, tenant, ChatCompletionRequest))
 
     async def completions(self, http: Request) -> Response:
-        return await self._guarded(lambda: self._complete(http, CompletionRequest))
+        return await self._guarded(http, lambda tenant: self._complete(http, tenant, CompletionRequest))
 
     async def tokenize(self, http: Request) -> Response:
-        async def answer() -> Response:
-            request = TokenizeRequest.model_validate(await read_json(http))
+        async def answer(_: Tenant) -> Response:
+            request = TokenizeRequest.model_validate(await read_json(http, self._limits))
             self._check_model(request.model)
             tokens = await self._encoder.tokenize(request)
             return JSONResponse({"count": len(tokens), "max_model_len": self._encoder.max_model_len, "tokens": tokens})
 
-        return await self._guarded(answer)
+        return await self._guarded(http, answer)
 
     async def detokenize(self, http: Request) -> Response:
-        async def answer() -> Response:
-            request = DetokenizeRequest.model_validate(await read_json(http))
+        async def answer(_: Tenant) -> Response:
+            request = DetokenizeRequest.model_validate(await read_json(http, self._limits))
             self._check_model(request.model)
             return JSONResponse({"prompt": await self._encoder.detokenize(request)})
 
-        return await self._guarded(answer)
+        return await self._guarded(http, answer)
 
-    async def models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [model_object(self._metrics.model_name, self._created)]})
+    async def models(self, http: Request) -> Response:
+        async def answer(_: Tenant) -> Response:
+            return JSONResponse({"object": "list", "data": [model_object(self._metrics.model_name, self._created)]})
 
-    async def model(self, name: str) -> Response:
-        async def answer() -> Response:
+        return await self._guarded(http, answer)
+
+    async def model(self, http: Request, name: str) -> Response:
+        async def answer(_: Tenant) -> Response:
             self._check_model(name)
             return JSONResponse(model_object(name, self._created))
 
-        return await self._guarded(answer)
+        return await self._guarded(http, answer)
 
     async def health(self) -> Response:
         """This process is up."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """A worker has its model loaded and its memory tier answers."""
+        """A worker has its model loaded and its memory tier answers; not while the server is being stopped."""
+        if self._admission.draining:
+            return JSONResponse({"status": "not ready", "reason": "being stopped"}, status_code=503)
         try:
             workers = await self._workers.stats()
         except ForecacheError as error:
@@ -128,8 +152,9 @@ class Api:
             self._metrics.workers.update(())
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _complete(self, http: Request, kind: type[ChatCompletionRequest] | type[CompletionRequest]) -> Response:
-        request = kind.model_validate(await read_json(http))
+    async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:
+        self._admission.check_open()
+        request = kind.model_validate(await read_json(http, self._limits))
         self._check_model(request.model)
         prompts = await self._encoder.encode(request)
         chat = isinstance(request, ChatCompletionRequest)
@@ -144,7 +169,7 @@ class Api:
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
             echo=tuple(prompt.echo for prompt in prompts if prompt.echo is not None),
         )
-        streams = self._streams(request, prompts, answer.id)
+        streams = self._streams(request, prompts, answer.id, tenant)
         if not request.stream:
             return JSONResponse(await collect(streams, answer))
         try:
@@ -157,37 +182,47 @@ class Api:
         )
 
     def _streams(
-        self, request: ChatCompletionRequest | CompletionRequest, prompts: Sequence[EncodedPrompt], request_id: str
+        self, request: OpenAIRequest, prompts: Sequence[EncodedPrompt], request_id: str, tenant: Tenant
     ) -> ChoiceStreams:
-        """The request's choices, each a request to a worker once it is opened."""
+        """The request's choices, let in, each a request to a worker once it is opened."""
         per_prompt = request.n or 1
         sampling, cache = request.sampling(1), request.cache()
+        cache = replace(cache, cache_salt=tenant.cache_salt(cache.cache_salt))
         alone = per_prompt * len(prompts) == 1
+        ticket = self._admission.admit(
+            tenant,
+            [len(prompt.token_ids) for prompt in prompts for _ in range(per_prompt)],
+            per_prompt * sum(self._resident_bytes(len(p.token_ids) + p.max_tokens, cache) for p in prompts),
+        )
 
         def open_stream(index: int) -> EventStream:
             at, number = divmod(index, per_prompt)
-            seed = seed_of_choice(sampling.seed, number)
-            source = self._workers.generate(
-                GenerateRequest(
-                    request_id if alone else f"{request_id}-{index}",
-                    prompts[at].token_ids,
-                    replace(sampling, max_tokens=prompts[at].max_tokens, seed=seed),
-                    cache,
-                )
-            )
-            return EventStream(source, silence_s=SILENCE_S, observe=self._metrics.request())
+            prompt, timer = prompts[at], self._metrics.request()
+            settings = replace(sampling, max_tokens=prompt.max_tokens, seed=seed_of_choice(sampling.seed, number))
 
-        return ChoiceStreams(open_stream, len(prompts), per_prompt, request.timeout_s)
+            def observe(event: TokenEvent) -> None:
+                timer(event)
+                if event.token_ids:
+                    ticket.begun(index)
+
+            source = self._workers.generate(
+                GenerateRequest(request_id if alone else f"{request_id}-{index}", prompt.token_ids, settings, cache)
+            )
+            return EventStream(source, silence_s=SILENCE_S, observe=observe)
+
+        limits = [limit for limit in (request.timeout_s, self._limits.request_timeout_s) if limit is not None]
+        return ChoiceStreams(open_stream, len(prompts), per_prompt, min(limits, default=None), ticket.close)
 
     def _check_model(self, name: str) -> None:
         served = self._metrics.model_name
         if name != served:
             raise UnknownModelError(f"the model {name!r} does not exist here; {served!r} is served", "model")
 
-    async def _guarded(self, handle: Callable[[], Awaitable[Response]]) -> Response:
-        """What ``handle`` answers, or the error object of what it raised."""
+    async def _guarded(self, http: Request, handle: Callable[[Tenant], Awaitable[Response]]) -> Response:
+        """What ``handle`` answers to the tenant whose key came along, or the error object of what it raised."""
         try:
-            return await handle()
+            check_headers(http, self._limits)
+            return await handle(self._tenants.of(http.headers.get("authorization")))
         except (ForecacheError, ValidationError) as error:
             return self._error(from_exception(error))
 
@@ -202,4 +237,4 @@ class Api:
 
     def _error(self, error: ApiError, headers: Any = None) -> Response:
         self._metrics.error(error.kind)
-        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+        return JSONResponse(error.body(), status_code=error.status, headers=headers or dict(error.headers))

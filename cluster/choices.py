@@ -13,15 +13,22 @@ class ChoiceStreams:
     """``per_prompt`` choices for each of ``prompts`` prompts; choice ``i`` answers prompt ``i // per_prompt``.
 
     ``open_stream`` starts a choice's request. Of a prompt's choices the first goes ahead: the others begin with its
-    first token, when the prompt's chunks are there for them. ``close`` is synchronous, as that of :class:`EventStream`.
+    first token, when the prompt's chunks are there for them. ``close`` is synchronous, as that of :class:`EventStream`,
+    and tells ``closed``.
     """
 
     def __init__(
-        self, open_stream: Callable[[int], EventStream], prompts: int, per_prompt: int, deadline_s: float | None = None
+        self,
+        open_stream: Callable[[int], EventStream],
+        prompts: int,
+        per_prompt: int,
+        deadline_s: float | None = None,
+        closed: Callable[[], None] = lambda: None,
     ) -> None:
         self.count = prompts * per_prompt
         self.per_prompt = per_prompt
         self._open = open_stream
+        self._closed = closed
         self._deadline_s = None if deadline_s is None else time.monotonic() + deadline_s
         self._timeout_s = deadline_s
         self._streams: dict[int, EventStream] = {}
@@ -60,6 +67,7 @@ class ChoiceStreams:
         self._pending.clear()
         for stream in self._streams.values():
             stream.close()
+        self._closed()
 
     def _follow(self, index: int) -> None:
         """Start the choices that waited for choice ``index``."""

@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.set_defaults(command=_calibrate)
     indexer_commands.register(indexer)
 
+    keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
+    new = keys.add_parser("new", help="make a key: it is printed once, its hash goes into --api-keys-file")
+    new.add_argument("--tenant", required=True, help="whose key it is; tenants share no cache")
+    new.set_defaults(command=_new_key)
+
     commands.add_parser("bench", help="measure this machine (see `forecache bench --help`)", add_help=False)
     commands.add_parser("eval", help="accuracy on long-context tasks (see `forecache eval --help`)", add_help=False)
     version = commands.add_parser("version", help="print the version")
@@ -121,6 +126,15 @@ def _calibrate(args: argparse.Namespace) -> int:
         )
         manifest.save(args.out)
     print(f"{args.out}: {len(manifest.heads)} retrieval heads")
+    return 0
+
+
+def _new_key(args: argparse.Namespace) -> int:
+    from forecache.cluster.tenants import new_key
+
+    key, digest = new_key()
+    print(f"the key, shown this once: {key}", file=sys.stderr)
+    print(f"- {{key_sha256: {digest}, tenant: {{name: {args.tenant}}}}}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """All settings of a served cluster: one model, filled from flags or a YAML file."""
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -18,17 +17,12 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.sizes import parse_bytes
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.config import MemoryConfig
-
-_UNITS = {
-    "": 1, "b": 1,
-    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
-
 
 _FLAGS = {("indexer", "checkpoint"): "--indexer", ("indexer", "num_indexers"): "--num-indexers"}
 """Flags that are not called as their setting."""
@@ -36,20 +30,6 @@ _FLAGS = {("indexer", "checkpoint"): "--indexer", ("indexer", "num_indexers"): "
 
 class ConfigError(ForecacheError):
     """A setting is wrong; the message names it as the user wrote it."""
-
-
-def parse_bytes(value: object) -> object:
-    """``"4GiB"``, ``"512 MB"``, ``"1.5gib"`` or ``"1024"`` → bytes. What is not a string passes through.
-
-    Raises:
-        ValueError: the string is no size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 Size = Annotated[int, BeforeValidator(parse_bytes)]
@@ -64,6 +44,7 @@ class ServeConfig(BaseModel):
     memory: MemoryConfig = Field(default_factory=lambda: MemoryConfig())
     selection: SelectionConfig = Field(default_factory=lambda: SelectionConfig())
     indexer: IndexerConfig = Field(default_factory=lambda: IndexerConfig())
+    limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
 
     host: str = Field("127.0.0.1", description="address the HTTP server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")

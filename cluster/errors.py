@@ -1,5 +1,6 @@
 """Typed errors → the error objects of OpenAI's HTTP API."""
 
+import math
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -25,6 +26,34 @@ class UnknownModelError(InvalidRequestError):
     """No such model is served."""
 
 
+class BodyTooLargeError(InvalidRequestError):
+    """The body, or the headers, are longer than they may be."""
+
+
+class AuthenticationError(ForecacheError):
+    """No valid API key came with the request."""
+
+
+class RetryLaterError(ForecacheError):
+    """Not now; ``retry_after_s`` says when it may be worth another try."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class TooManyRequestsError(RetryLaterError):
+    """As much waits or runs as may."""
+
+
+class DrainingError(RetryLaterError):
+    """The server is being stopped and takes nothing new."""
+
+
+class BodyDeadlineError(ForecacheError):
+    """The client took too long to send its body."""
+
+
 class DeadlineError(ForecacheError):
     """The request took longer than its ``timeout_s``."""
 
@@ -42,6 +71,7 @@ class ApiError:
     type: str
     param: str | None = None
     code: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
@@ -95,6 +125,19 @@ def from_exception(error: BaseException) -> ApiError:
     match error:
         case ValidationError():
             return from_validation(error)
+        case AuthenticationError():
+            challenge = (("WWW-Authenticate", "Bearer"),)
+            return ApiError(401, str(error), "invalid_request_error", code="invalid_api_key", headers=challenge)
+        case RetryLaterError():
+            retry = (("Retry-After", str(math.ceil(error.retry_after_s))),)
+            if isinstance(error, DrainingError):
+                return ApiError(503, str(error), "server_error", code="draining", headers=retry)
+            return ApiError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=retry)
+        case BodyDeadlineError():
+            return ApiError(408, str(error), "invalid_request_error", code="request_timeout")
+        case BodyTooLargeError():
+            status = 431 if error.param == "headers" else 413
+            return ApiError(status, str(error), "invalid_request_error", code="request_too_large")
         case ContextLengthError():
             return invalid_request(str(error), error.param, "context_length_exceeded")
         case UnknownModelError():

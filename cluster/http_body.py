@@ -1,26 +1,43 @@
-"""The body of a request, read within its limits."""
+"""What a client sends, read within its limits."""
 
+import asyncio
 import json
 from typing import Any
 
 from fastapi import Request
 
+from forecache.cluster.errors import BodyDeadlineError, BodyTooLargeError
+from forecache.cluster.limits import LimitsConfig
 from forecache.workers.errors import InvalidRequestError
 
-MAX_BODY_BYTES = 64 << 20
+
+def check_headers(http: Request, limits: LimitsConfig) -> None:
+    """Raise :class:`BodyTooLargeError` for headers, or an announced body, that are too long."""
+    length = sum(len(name) + len(value) + 4 for name, value in http.headers.raw)
+    if length > limits.max_header_bytes:
+        raise BodyTooLargeError(f"the headers are longer than {limits.max_header_bytes} bytes", "headers")
+    announced = http.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limits.max_body_bytes:
+        raise _too_long(limits)
 
 
-async def read_json(http: Request) -> Any:
+async def read_json(http: Request, limits: LimitsConfig) -> Any:
     """The body as JSON.
 
     Raises:
-        InvalidRequestError: too long, not UTF-8, or not JSON.
+        BodyTooLargeError: too long.
+        BodyDeadlineError: it did not come in time.
+        InvalidRequestError: not UTF-8, or not JSON.
     """
     body = bytearray()
-    async for part in http.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequestError(f"the body is longer than {MAX_BODY_BYTES >> 20} MiB")
+    try:
+        async with asyncio.timeout(limits.body_deadline_s):
+            async for part in http.stream():
+                body += part
+                if len(body) > limits.max_body_bytes:
+                    raise _too_long(limits)
+    except TimeoutError as error:
+        raise BodyDeadlineError(f"the body did not come within {limits.body_deadline_s:g} s") from error
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -29,6 +46,10 @@ async def read_json(http: Request) -> Any:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+
+
+def _too_long(limits: LimitsConfig) -> BodyTooLargeError:
+    return BodyTooLargeError(f"the body is longer than {limits.max_body_bytes} bytes")
 
 
 def _refuse_constant(name: str) -> None:

@@ -8,13 +8,16 @@ from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from forecache.cluster.admission import Admission
 from forecache.cluster.api import Api
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.metrics import Metrics
 from forecache.cluster.prompts import PromptEncoder
+from forecache.cluster.tenants import Tenants
+from forecache.indexer.selection import budget_chunks
 from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.worker import WorkerStats
 
@@ -80,11 +83,37 @@ class ServeWorkers:
 class Ingress:
     """Holds what the HTTP application needs; Serve builds the application from it in the replica."""
 
-    def __init__(self, config: ServeConfig, max_model_len: int, workers: "DeploymentHandle[Any]") -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        max_model_len: int,
+        chunk_bytes: int,
+        tenants: Tenants,
+        workers: "DeploymentHandle[Any]",
+    ) -> None:
         tokenizer = load_tokenizer(resolve_model(config.engine.model, load_format=config.engine.load_format))
-        self._encoder = PromptEncoder(tokenizer, max_model_len)
-        self._metrics = Metrics(config.model_name)
-        self._workers = ServeWorkers(workers)
+        self._admission = Admission(config.limits)
+        self._api = Api(
+            ServeWorkers(workers),
+            PromptEncoder(tokenizer, max_model_len),
+            Metrics(config.model_name),
+            self._admission,
+            tenants,
+            lambda tokens, cache: _resident_bytes(tokens, cache, config, chunk_bytes),
+        )
 
     def __serve_build_asgi_app__(self: Self) -> Any:
-        return Api(self._workers, self._encoder, self._metrics).app()
+        return self._api.app()
+
+    async def drain(self) -> int:
+        """Take nothing new from now on; how many requests are still under way."""
+        self._admission.draining = True
+        return self._admission.in_flight
+
+
+def _resident_bytes(tokens: int, cache: CacheOptions, config: ServeConfig, chunk_bytes: int) -> int:
+    chunks = -(-tokens // config.engine.chunk_tokens)
+    if (cache.policy or config.engine.policy) != "full":
+        keep_ratio = config.engine.keep_ratio if cache.keep_ratio is None else cache.keep_ratio
+        chunks = budget_chunks(chunks, keep_ratio, config.selection)
+    return chunks * chunk_bytes

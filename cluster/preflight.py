@@ -5,7 +5,7 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import redis
 
@@ -14,6 +14,9 @@ from forecache.cluster.errors import StartError
 from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
 from forecache.workers.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from forecache.workers.memory.layout import ChunkLayout
 
 
 def check(config: ServeConfig) -> None:
@@ -100,6 +103,7 @@ class ModelFacts:
 
     max_model_len: int
     has_manifest: bool
+    chunk_bytes: int
     trained: CheckpointManifest | None = None
     """The trained indexer that will serve."""
     cold_limit: int | None = None
@@ -130,10 +134,13 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
         )
     limit = wanted or own_limit
     manifest = _manifest(model, config)
+    chunk_bytes = _layout(model, config).nbytes
     # other machines may have other devices, so other dtypes: there a worker's own check must do
     trained = _trained(model, config)
     cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
-    return ModelFacts(min(cold, limit), manifest is not None, trained, cold_limit=cold if cold < limit else None)
+    return ModelFacts(
+        min(cold, limit), manifest is not None, chunk_bytes, trained, cold_limit=cold if cold < limit else None
+    )
 
 
 def _trained(model: Any, config: ServeConfig) -> CheckpointManifest | None:
@@ -168,12 +175,19 @@ def _manifest(model: Any, config: ServeConfig) -> RetrievalManifest | None:
         raise StartError(f"--indexer-manifest {config.indexer.manifest}: {error}") from error
 
 
+def _layout(model: Any, config: ServeConfig) -> "ChunkLayout":
+    """Of a chunk in the hot pool, as this machine would have it."""
+    from forecache.workers.decode.backbone import expected_layout, kv_number, pick_device, pick_dtype
+
+    dtype = kv_number(config.engine.kv_dtype, pick_dtype(config.engine.dtype, pick_device(config.engine.device)))
+    return expected_layout(model, chunk_tokens=config.engine.chunk_tokens, dtype=dtype)
+
+
 def _cold_tokens(
     model: Any, manifest: RetrievalManifest | None, trained: CheckpointManifest | None, config: ServeConfig
 ) -> int:
     """Tokens that the arena of one node holds: no request can have more."""
     from forecache.indexer.index_keys import IndexSpec
-    from forecache.workers.decode.backbone import expected_layout, kv_number, pick_device, pick_dtype
     from forecache.workers.memory.arena import describe
     from forecache.workers.memory.layout import cold_layout
 
@@ -185,7 +199,5 @@ def _cold_tokens(
         spec = IndexSpec.from_manifest(manifest, chunk_tokens=chunk_tokens)
     else:
         spec = IndexSpec.bounds(layers, heads, kv_heads, head_dim, chunk_tokens=chunk_tokens)
-    dtype = kv_number(config.engine.kv_dtype, pick_dtype(config.engine.dtype, pick_device(config.engine.device)))
-    layout = expected_layout(model, chunk_tokens=chunk_tokens, dtype=dtype)
-    cold = cold_layout(layout, config.memory.cold_dtype)
+    cold = cold_layout(_layout(model, config), config.memory.cold_dtype)
     return describe(cold, spec.nbytes, "", config.memory.cold_bytes).slots * chunk_tokens

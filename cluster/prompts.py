@@ -10,12 +10,12 @@ import jinja2
 
 from forecache.cluster.errors import ContextLengthError
 from forecache.cluster.logprobs import TokenTexts
+from forecache.cluster.openai_messages import Message
 from forecache.cluster.openai_tools import Tool
 from forecache.cluster.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Message,
     TokenizeRequest,
 )
 from forecache.cluster.tool_calls import template_knows_calls, written_out

@@ -26,6 +26,7 @@ from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
 from forecache.cluster.redis_server import EmbeddedRedis
 from forecache.cluster.router import PrefixAffinityRouter
+from forecache.cluster.tenants import Tenants
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
 from forecache.workers.memory.arena import remove_abandoned
@@ -64,8 +65,10 @@ class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for i
 
 
 @contextmanager
-def running(config: ServeConfig, say: Say) -> Iterator[Running]:
+def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None) -> Iterator[Running]:
     """The cluster, ready. Everything it started is stopped at the end, also when the start fails.
+
+    At the end nothing new is taken, and what runs may finish: for ``drain_deadline_s``, and until ``hurry`` is set.
 
     Raises:
         ForecacheError: it can't be started; the message says what to change.
@@ -74,6 +77,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say, config.engine.load_format)
     model = preflight.check_model(path, config)
+    tenants = Tenants.load(config.limits.api_keys_file)
     notes: list[str] = []
     if model.trained is None and config.indexer.checkpoint not in ("auto", "none"):
         notes.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
@@ -96,7 +100,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
         run = uuid.uuid4().hex[:12]
         stack.callback(_stop_node_actors, run, config.stop_deadline_s)
         stack.enter_context(_serve(settings))
-        _deploy(settings, model.max_model_len, WorkerSettings(
+        _deploy(settings, model, tenants, WorkerSettings(
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
@@ -104,6 +108,7 @@ def running(config: ServeConfig, say: Say) -> Iterator[Running]:
         stack.callback(lambda: silence.enter_context(redirect_stdout(io.StringIO())))
         say("loading the model")
         _wait_until_running(config.start_deadline_s)
+        stack.callback(_drain, config.limits.drain_deadline_s, hurry or threading.Event(), say)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
         yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", tuple(notes))
 
@@ -178,7 +183,22 @@ def _stop_node_actors(run: str, deadline_s: float) -> None:
             logger.warning("%s did not end in order: %s", name, error)
 
 
-def _deploy(config: ServeConfig, max_model_len: int, settings: WorkerSettings) -> None:
+def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
+    """Let requests that are under way finish, and nothing new in."""
+    ingress = serve.get_app_handle(APPLICATION)
+    end = time.monotonic() + deadline_s
+    try:
+        while under_way := ingress.drain.remote().result(timeout_s=POLL_S + deadline_s):
+            if hurry.is_set() or time.monotonic() > end:
+                logger.warning("%d requests were cut off", under_way)
+                return
+            say(f"waiting for {under_way} requests")
+            hurry.wait(POLL_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        logger.warning("requests were not waited for: %s", error)
+
+
+def _deploy(config: ServeConfig, model: preflight.ModelFacts, tenants: Tenants, settings: WorkerSettings) -> None:
     """The application: the ingress in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     decode = serve.deployment(
@@ -203,15 +223,15 @@ def _deploy(config: ServeConfig, max_model_len: int, settings: WorkerSettings) -
     )(DecodeWorker)
     ingress = serve.deployment(
         name="Ingress",
-        # health, readiness and metrics must get through when every worker is full
-        max_ongoing_requests=config.max_ongoing_requests * config.workers + 64,
+        # health, readiness and metrics must get through when every worker is full, and so must those to be refused
+        max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
     )(serve.ingress()(Ingress))
-    application = ingress.bind(config, max_model_len, decode.bind(settings))
+    application = ingress.bind(config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings))
     serve.run_many(
         [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
         wait_for_ingress_deployment_creation=False,
@@ -245,18 +265,19 @@ def _reason(message: str) -> str:
 
 def run(config: ServeConfig, say: Say, ready: Callable[[Running], None]) -> None:
     """Serve until SIGINT or SIGTERM. ``ready`` is told when requests can come."""
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
-            return  # already on the way out: a second signal must not leave half a cluster
+            hurry.set()  # already on the way out: a second signal must not leave half a cluster
+            return
         stop.set()
         raise Stopped
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
-        with running(config, say) as cluster:
+        with running(config, say, hurry) as cluster:
             ready(cluster)
             while True:
                 signal.pause()

@@ -192,6 +192,7 @@ class LLM:
         except BaseException:
             for request_id in ids:
                 self.engine.cancel(request_id)
+            self.engine.flush()  # their slots come back now, not when somebody next asks for something
             raise
         return [done[request_id] for request_id in ids]
 

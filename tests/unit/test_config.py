@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from forecache.cluster.config import ConfigError, ServeConfig, add_flags, config_from_args, parse_bytes
+from forecache.cluster.config import ConfigError, ServeConfig, add_flags, config_from_args
+from forecache.cluster.sizes import parse_bytes
 
 
 def parse(*argv: str) -> ServeConfig:
@@ -104,7 +105,8 @@ def test_every_setting_has_a_flag_and_a_description() -> None:
     add_flags(parser)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     sections = {
-        name: type(getattr(ServeConfig(), name)).model_fields for name in ("engine", "memory", "selection", "indexer")
+        name: type(getattr(ServeConfig(), name)).model_fields
+        for name in ("engine", "memory", "selection", "indexer", "limits")
     }
     wanted = {f"{section}.{name}" for section, fields in sections.items() for name in fields}
     wanted |= set(ServeConfig.model_fields) - set(sections) | {"config"}

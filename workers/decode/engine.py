@@ -106,9 +106,8 @@ class Engine:
     def add_request(
         self, request: GenerateRequest, arrived_s: float | None = None, matcher: Matcher | None = None
     ) -> None:
-        """Queue a request that came at ``arrived_s`` of ``time.perf_counter``, or now.
-
-        ``matcher`` is what ``grammars`` made of its grammar.
+        """Queue a request that came at ``arrived_s`` of ``time.perf_counter``, or now; ``matcher`` is what ``grammars``
+        made of its grammar.
 
         Raises :class:`InvalidRequestError` for one that can never be served.
         """

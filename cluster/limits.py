@@ -1,0 +1,31 @@
+"""Settings of what one server takes on: how much a request may be, and how many may wait."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LimitsConfig(BaseModel):
+    """Times in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    api_keys_file: Path | None = Field(
+        None,
+        description="YAML file of hashed keys and their tenants (see `forecache keys new`); default: no keys",
+    )
+    max_queued_requests: int = Field(
+        256, ge=1, description="requests that may wait for their first token; more are told to come again (429)"
+    )
+    max_queued_tokens: int = Field(
+        8_000_000, ge=1, description="prompt tokens that may wait so; a prompt that finds nobody waiting is let in"
+    )
+    max_body_bytes: int = Field(64 << 20, ge=1024, description="longest body of a request")
+    max_header_bytes: int = Field(16 << 10, ge=1024, description="longest headers of a request, all together")
+    body_deadline_s: float = Field(60.0, gt=0, description="longest time in which a client may send its body")
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="longest time of any request, whatever its own timeout_s; default: no limit"
+    )
+    drain_deadline_s: float = Field(
+        30.0, ge=0, description="longest wait for running requests once a signal came; a second signal ends it"
+    )

@@ -1,0 +1,102 @@
+"""API keys: whose request is this? The file holds hashes; keys are long and random, so that one round is enough."""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from forecache.cluster.errors import AuthenticationError, StartError
+from forecache.cluster.sizes import parse_bytes
+
+KEY_PREFIX = "fc-"
+_SALT_MARK = "\x1f"
+"""Between a tenant's name, which can't hold it, and what its requests add."""
+
+
+class Tenant(BaseModel):
+    """Who a request is for. Tenants share no chunk: the name is part of their cache salt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[\w.@-]{1,128}$")
+    max_concurrent: int | None = Field(None, ge=1, description="answers under way at once")
+    max_resident_bytes: Annotated[int | None, BeforeValidator(parse_bytes)] = Field(
+        None, ge=1, description="hot K/V that its requests may come to hold at once"
+    )
+
+    def cache_salt(self, asked: str) -> str:
+        return f"{self.name}{_SALT_MARK}{asked}"
+
+
+class Anybody(Tenant):
+    """Where no keys are asked for."""
+
+    name: str = ""
+
+    def cache_salt(self, asked: str) -> str:
+        return asked
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tenant: Tenant
+
+
+class Tenants:
+    """The keys of a file, or nobody's."""
+
+    def __init__(self, entries: Sequence[tuple[str, Tenant]] | None) -> None:
+        self._entries = entries
+
+    @classmethod
+    def load(cls, file: Path | None) -> "Tenants":
+        """The keys in ``file``; without one, everybody may come.
+
+        Raises:
+            StartError: it can't be read, or is not a list of hashes and tenants.
+        """
+        if file is None:
+            return cls(None)
+        try:
+            values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+            entries = TypeAdapter(list[_Entry]).validate_python(values)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+            raise StartError(f"--api-keys-file {file} can't be used: {error}") from error
+        if not entries:
+            raise StartError(f"--api-keys-file {file} holds no key: add one with `forecache keys new`")
+        return cls([(entry.key_sha256, entry.tenant) for entry in entries])
+
+    def of(self, authorization: str | None) -> Tenant:
+        """Whose ``Authorization`` header this is. Takes as long for any key, known or not.
+
+        Raises:
+            AuthenticationError: no key, or none of ours.
+        """
+        if self._entries is None:
+            return Anybody()
+        scheme, _, key = (authorization or "").partition(" ")
+        given = _digest(key.strip())
+        found = None
+        for digest, tenant in self._entries:
+            if hmac.compare_digest(digest, given):
+                found = tenant
+        if scheme.lower() != "bearer" or found is None:
+            raise AuthenticationError("a valid API key is needed: send it as `Authorization: Bearer KEY`")
+        return found
+
+
+def new_key() -> tuple[str, str]:
+    """A fresh key, and its hash for the file."""
+    key = KEY_PREFIX + secrets.token_urlsafe(32)
+    return key, _digest(key)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
