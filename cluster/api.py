@@ -91,10 +91,10 @@ class Api:
         return app
 
     async def chat_completions(self, http: Request) -> Response:
-        return await self._guarded(http, lambda tenant: self._complete(http, tenant, ChatCompletionRequest))
+        return await self.guarded(http, lambda tenant: self._complete(http, tenant, ChatCompletionRequest))
 
     async def completions(self, http: Request) -> Response:
-        return await self._guarded(http, lambda tenant: self._complete(http, tenant, CompletionRequest))
+        return await self.guarded(http, lambda tenant: self._complete(http, tenant, CompletionRequest))
 
     async def tokenize(self, http: Request) -> Response:
         async def answer(_: Tenant) -> Response:
@@ -103,7 +103,7 @@ class Api:
             tokens = await self._encoder.tokenize(request)
             return JSONResponse({"count": len(tokens), "max_model_len": self._encoder.max_model_len, "tokens": tokens})
 
-        return await self._guarded(http, answer)
+        return await self.guarded(http, answer)
 
     async def detokenize(self, http: Request) -> Response:
         async def answer(_: Tenant) -> Response:
@@ -111,20 +111,20 @@ class Api:
             self._check_model(request.model)
             return JSONResponse({"prompt": await self._encoder.detokenize(request)})
 
-        return await self._guarded(http, answer)
+        return await self.guarded(http, answer)
 
     async def models(self, http: Request) -> Response:
         async def answer(_: Tenant) -> Response:
             return JSONResponse({"object": "list", "data": [model_object(self._metrics.model_name, self._created)]})
 
-        return await self._guarded(http, answer)
+        return await self.guarded(http, answer)
 
     async def model(self, http: Request, name: str) -> Response:
         async def answer(_: Tenant) -> Response:
             self._check_model(name)
             return JSONResponse(model_object(name, self._created))
 
-        return await self._guarded(http, answer)
+        return await self.guarded(http, answer)
 
     async def health(self) -> Response:
         """This process is up."""
@@ -187,7 +187,8 @@ class Api:
         """The request's choices, let in, each a request to a worker once it is opened."""
         per_prompt = request.n or 1
         sampling, cache = request.sampling(1), request.cache()
-        cache = replace(cache, cache_salt=tenant.cache_salt(cache.cache_salt))
+        session_id = None if cache.session_id is None else tenant.session_id(cache.session_id)
+        cache = replace(cache, cache_salt=tenant.cache_salt(cache.cache_salt), session_id=session_id)
         alone = per_prompt * len(prompts) == 1
         ticket = self._admission.admit(
             tenant,
@@ -218,7 +219,7 @@ class Api:
         if name != served:
             raise UnknownModelError(f"the model {name!r} does not exist here; {served!r} is served", "model")
 
-    async def _guarded(self, http: Request, handle: Callable[[Tenant], Awaitable[Response]]) -> Response:
+    async def guarded(self, http: Request, handle: Callable[[Tenant], Awaitable[Response]]) -> Response:
         """What ``handle`` answers to the tenant whose key came along, or the error object of what it raised."""
         try:
             check_headers(http, self._limits)

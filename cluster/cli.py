@@ -53,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(command=_serve)
 
     doctor = commands.add_parser("doctor", help="tell what this machine has, and what will not work")
+    doctor.add_argument("--cluster", action="store_true", help="look at a running cluster: do its parts agree?")
+    doctor.add_argument("--address", default="auto", help="its Ray cluster (default: the one on this machine)")
     doctor.set_defaults(command=_doctor)
 
     demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
@@ -103,7 +105,7 @@ def _serve(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from forecache.cluster import doctor
 
-    return doctor.run()
+    return doctor.run_cluster(args.address) if args.cluster else doctor.run()
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.resume import ResumeConfig
 from forecache.cluster.sizes import parse_bytes
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.workers.decode.config import EngineConfig
@@ -46,10 +47,15 @@ class ServeConfig(BaseModel):
     indexer: IndexerConfig = Field(default_factory=lambda: IndexerConfig())
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
 
+    resume: ResumeConfig = Field(default_factory=lambda: ResumeConfig())
+
     host: str = Field("127.0.0.1", description="address the HTTP server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")
     served_model_name: str | None = Field(None, description="name clients ask for; default: what --model says")
     workers: int = Field(1, ge=1, description="decode worker replicas")
+    proxy_location: Literal["EveryNode", "HeadOnly"] = Field(
+        "EveryNode", description="nodes of the Ray cluster that listen for HTTP; of those with a worker"
+    )
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
     redis_url: str | None = Field(None, description="Redis of your own for the catalog; default: an embedded server")
     ray_num_cpus: int | None = Field(

@@ -1,6 +1,7 @@
 """What this machine has, and what will not work on it."""
 
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -189,3 +190,40 @@ def run() -> int:
             table.add_row("", "", f"→ {escape(finding.remedy)}")
     console.print(table)
     return int(any(finding.verdict == "will not work" for finding in found))
+
+
+def run_cluster(address: str) -> int:
+    """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
+
+    Raises:
+        ForecacheError: there is none.
+    """
+    import ray
+
+    from forecache.cluster.integrity import check_integrity
+    from forecache.cluster.serving import NAMESPACE
+    from forecache.cluster.tiers import find_tiers
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except (ConnectionError, ValueError) as error:
+        raise ForecacheError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        tiers = find_tiers(NAMESPACE)
+        stats = tiers.ask("stats")
+        table = Table(box=None, pad_edge=False)
+        for column in ("tier", "slots", "used", "held", "pinned", "chunks"):
+            table.add_column(column, justify="left" if column == "tier" else "right")
+        for name, tier in stats.items():
+            numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
+            table.add_row(escape(name), *map(str, numbers))
+        wrong = check_integrity(tiers)
+    finally:
+        ray.shutdown()
+    console = Console()
+    console.print(table)
+    for sentence in wrong:
+        console.print(f"[red]wrong[/] {escape(sentence)}")
+    if not wrong:
+        console.print("catalog, memory tiers and workers [green]agree[/]")
+    return int(bool(wrong))

@@ -58,6 +58,10 @@ class DeadlineError(ForecacheError):
     """The request took longer than its ``timeout_s``."""
 
 
+class UnknownSessionError(InvalidRequestError):
+    """No request has named such a session, or it is long ago."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -142,6 +146,8 @@ def from_exception(error: BaseException) -> ApiError:
             return invalid_request(str(error), error.param, "context_length_exceeded")
         case UnknownModelError():
             return ApiError(404, str(error), "invalid_request_error", error.param, "model_not_found")
+        case UnknownSessionError():
+            return ApiError(404, str(error), "invalid_request_error", "session_id", "session_not_found")
         case InvalidRequestError():
             return invalid_request(str(error), error.param, "invalid_value")
         case OverloadedError():

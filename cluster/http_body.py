@@ -21,8 +21,8 @@ def check_headers(http: Request, limits: LimitsConfig) -> None:
         raise _too_long(limits)
 
 
-async def read_json(http: Request, limits: LimitsConfig) -> Any:
-    """The body as JSON.
+async def read_json(http: Request, limits: LimitsConfig, *, empty: Any = None) -> Any:
+    """The body as JSON; ``empty``, if that is given, where there is none.
 
     Raises:
         BodyTooLargeError: too long.
@@ -38,6 +38,8 @@ async def read_json(http: Request, limits: LimitsConfig) -> Any:
                     raise _too_long(limits)
     except TimeoutError as error:
         raise BodyDeadlineError(f"the body did not come within {limits.body_deadline_s:g} s") from error
+    if not body and empty is not None:
+        return empty
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -14,8 +14,12 @@ from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.metrics import Metrics
 from forecache.cluster.prompts import PromptEncoder
+from forecache.cluster.resume import ResumeConfig, ResumingStream
+from forecache.cluster.sessions import SessionDirectory, SessionRoutes
 from forecache.cluster.tenants import Tenants
+from forecache.cluster.tiers import Tiers
 from forecache.indexer.selection import budget_chunks
+from forecache.workers.decode.async_engine import EngineDeadError
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
 from forecache.workers.decode.tokenizer import load_tokenizer
@@ -39,7 +43,10 @@ class ServeTokenStream:
             return event
         except RayTaskError as error:
             # Ray hands over the worker's exception as a class of both kinds
-            raise getattr(error, "cause", error) from None
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, EngineDeadError):
+                raise WorkerLostError(f"the worker of this request failed: {cause}") from error
+            raise cause from None
         except (RayActorError, TaskCancelledError) as error:
             raise WorkerLostError("the worker of this request died; send the request again") from error
         except DeploymentUnavailableError as error:
@@ -52,10 +59,15 @@ class ServeTokenStream:
 class ServeWorkers:
     """All replicas of the decode deployment."""
 
-    def __init__(self, handle: "DeploymentHandle[Any]") -> None:
+    def __init__(self, handle: "DeploymentHandle[Any]", resume: ResumeConfig) -> None:
         self._handle = handle
+        self._resume = resume
 
-    def generate(self, request: GenerateRequest) -> ServeTokenStream:
+    def generate(self, request: GenerateRequest) -> ResumingStream:
+        """The request's events, from as many workers as it takes."""
+        return ResumingStream(request, self._start, self._resume)
+
+    def _start(self, request: GenerateRequest) -> ServeTokenStream:
         # Serve knows a call that waits for a replica by the id of the HTTP request it is made in, so that of several
         # calls of one request all but one would wait for ever: outside of that context each has an id of its own
         response = Context().run(lambda: self._handle.options(stream=True).generate.remote(request))
@@ -90,20 +102,26 @@ class Ingress:
         chunk_bytes: int,
         tenants: Tenants,
         workers: "DeploymentHandle[Any]",
+        tiers: Tiers,
     ) -> None:
         tokenizer = load_tokenizer(resolve_model(config.engine.model, load_format=config.engine.load_format))
         self._admission = Admission(config.limits)
         self._api = Api(
-            ServeWorkers(workers),
+            ServeWorkers(workers, config.resume),
             PromptEncoder(tokenizer, max_model_len),
             Metrics(config.model_name),
             self._admission,
             tenants,
             lambda tokens, cache: _resident_bytes(tokens, cache, config, chunk_bytes),
         )
+        self._sessions = SessionRoutes(
+            SessionDirectory(tiers, config.engine.chunk_tokens), self._api.guarded, config.limits
+        )
 
     def __serve_build_asgi_app__(self: Self) -> Any:
-        return self._api.app()
+        app = self._api.app()
+        self._sessions.add_to(app)
+        return app
 
     async def drain(self) -> int:
         """Take nothing new from now on; how many requests are still under way."""

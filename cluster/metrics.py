@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from forecache.workers.decode.messages import TokenEvent
 from forecache.workers.decode.stats import EngineStats
+from forecache.workers.memory.protocol import TierStats
 
 if TYPE_CHECKING:
     from forecache.workers.decode.worker import WorkerStats
@@ -24,7 +25,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 
 @dataclass(frozen=True)
 class _Counter:
-    """A counter summed over workers, from one field of their :class:`EngineStats`."""
+    """A counter summed over workers or tiers, from one field of their stats."""
 
     name: str
     help: str
@@ -57,6 +58,15 @@ _ENGINE_COUNTERS = (
     _Counter("forecache_requests_failed", "Requests that failed on a worker.", "failed_requests"),
 )
 
+_TIER_COUNTERS = (
+    _Counter("forecache_memory_tier_fetched_chunks", "Chunks brought from other nodes.", "fetched_chunks"),
+    _Counter("forecache_memory_tier_fetched_bytes", "Bytes brought from other nodes.", "fetched_bytes"),
+    _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to nodes with room.", "moved_chunks"),
+    _Counter("forecache_memory_tier_replicated_chunks", "Chunks copied to other nodes.", "replicated_chunks"),
+    _Counter("forecache_memory_tier_evicted_chunks", "Chunks that others took the place of.", "evicted_chunks"),
+    _Counter("forecache_memory_tier_dropped_chunks", "Chunks whose bytes were found wrong.", "dropped_chunks"),
+)
+
 
 class WorkerCollector(Collector):
     """The workers' and tiers' stats of the last :meth:`update`, summed over the workers of a model."""
@@ -71,10 +81,7 @@ class WorkerCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         engines = [worker.engine for worker in self._workers]
         for counter in _ENGINE_COUNTERS:
-            total = sum(getattr(engine, counter.field) for engine in engines)
-            family = CounterMetricFamily(counter.name, counter.help, labels=["model_name"])
-            family.add_metric([self._model_name], total)
-            yield family
+            yield self._counter(counter, engines)
         yield self._gauge("forecache_num_requests_running", "Requests in the batch.", sum(e.running for e in engines))
         yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", sum(e.waiting for e in engines))
         yield self._gauge(
@@ -114,7 +121,19 @@ class WorkerCollector(Collector):
         for (name, digest), count in Counts((w.scorer.name, w.scorer.digest) for w in self._workers).items():
             scorers.add_metric([self._model_name, name, digest], count)
         yield scorers
+        yield self._gauge(
+            "forecache_memory_tier_pinned_slots",
+            "Arena slots that sessions have pinned.",
+            sum(tier.pinned_slots for tier in tiers.values()),
+        )
+        for counter in _TIER_COUNTERS:
+            yield self._counter(counter, tiers.values())
         yield self._gauge("forecache_workers", "Decode workers that answered.", len(self._workers))
+
+    def _counter(self, counter: _Counter, stats: Iterable[EngineStats | TierStats]) -> CounterMetricFamily:
+        family = CounterMetricFamily(counter.name, counter.help, labels=["model_name"])
+        family.add_metric([self._model_name], sum(getattr(one, counter.field) for one in stats))
+        return family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -57,6 +57,7 @@ class ForecacheOptions(Strict):
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
     cache_salt: Text = Field("", max_length=1024)
+    session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
 
 
@@ -155,7 +156,7 @@ class _Request(Strict):
 
     def cache(self) -> CacheOptions:
         options = self.forecache or ForecacheOptions()
-        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt)
+        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id)
 
 
 def seed_of_choice(seed: int, number: int) -> int:

@@ -78,11 +78,24 @@ class EmbeddedRedis:
             port, password = _free_port(host), secrets.token_urlsafe(24)
             listen = ["--port", str(port), "--bind", host, "--requirepass", password]
             self.url = f"redis://:{password}@{host}:{port}/0"
+        self._binary, self._listen, self._start_deadline_s = binary, listen, start_deadline_s
         try:
             self._start(binary, listen, start_deadline_s)
         except BaseException:
             self.close()
             raise
+
+    def revive(self) -> None:
+        """Start it again, empty and where it was, if it has died.
+
+        Call it from a thread that lives on: the kernel ends the server with the thread that started it.
+
+        Raises:
+            RedisStartError: it does not start.
+        """
+        assert self._process is not None
+        if self._process.poll() is not None:
+            self._start(self._binary, self._listen, self._start_deadline_s)
 
     def _start(self, binary: Path, listen: list[str], start_deadline_s: float) -> None:
         # settings go through a file, so that the password is not in the process list

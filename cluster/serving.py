@@ -26,7 +26,9 @@ from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
 from forecache.cluster.redis_server import EmbeddedRedis
 from forecache.cluster.router import PrefixAffinityRouter
+from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tenants import Tenants
+from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
 from forecache.workers.memory.arena import remove_abandoned
@@ -92,15 +94,18 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         stack.callback(remove_abandoned, config.memory.arena_dir)  # last: of tiers that could not end in order
         say("starting Ray" if config.address is None else f"joining Ray at {config.address}")
         stack.enter_context(_ray(config))
-        redis_url = config.redis_url
+        redis_url, revive = config.redis_url, lambda: None
         if redis_url is None:
             # other nodes must reach it when there may be any
             host = None if config.address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-            redis_url = stack.enter_context(EmbeddedRedis(host)).url
+            redis = stack.enter_context(EmbeddedRedis(host))
+            redis_url, revive = redis.url, redis.revive
         run = uuid.uuid4().hex[:12]
         stack.callback(_stop_node_actors, run, config.stop_deadline_s)
         stack.enter_context(_serve(settings))
-        _deploy(settings, model, tenants, WorkerSettings(
+        tiers = Tiers(NAMESPACE, run, redis_url, config.memory.call_deadline_s)
+        stack.enter_context(Supervisor(config.memory, tiers, revive))
+        _deploy(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
@@ -152,7 +157,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is not ours to tell
     try:
         serve.start(
-            proxy_location=ProxyLocation.EveryNode,
+            proxy_location=ProxyLocation(config.proxy_location),
             http_options=HTTPOptions(host=config.host, port=config.port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
@@ -198,14 +203,16 @@ def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
         logger.warning("requests were not waited for: %s", error)
 
 
-def _deploy(config: ServeConfig, model: preflight.ModelFacts, tenants: Tenants, settings: WorkerSettings) -> None:
+def _deploy(
+    config: ServeConfig, model: preflight.ModelFacts, tenants: Tenants, tiers: Tiers, settings: WorkerSettings
+) -> None:
     """The application: the ingress in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     decode = serve.deployment(
         name="DecodeWorker",
         num_replicas=config.workers,
         max_ongoing_requests=config.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus},
+        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus, "resources": _near_memory(config)},
         request_router_config=RequestRouterConfig(
             request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
             request_router_kwargs={
@@ -225,18 +232,24 @@ def _deploy(config: ServeConfig, model: preflight.ModelFacts, tenants: Tenants, 
         name="Ingress",
         # health, readiness and metrics must get through when every worker is full, and so must those to be refused
         max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
-        ray_actor_options={"num_cpus": 0},
+        # it holds the streams of all: on the one node that the cluster does not outlive
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
     )(serve.ingress()(Ingress))
-    application = ingress.bind(config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings))
+    application = ingress.bind(config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers)
     serve.run_many(
         [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
+
+
+def _near_memory(config: ServeConfig) -> dict[str, float]:
+    """Ray resources that bring a worker to a node with a memory tier."""
+    return {} if config.memory.tier_resource is None else {config.memory.tier_resource: 0.001}
 
 
 def _wait_until_running(deadline_s: float) -> None:

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.errors import ForecacheError
+from forecache.workers.errors import ForecacheError, OverloadedError
 
 
 class TokenStream(Protocol):
@@ -58,6 +58,8 @@ class EventStream:
             self._finished = event.finish_reason is not None
             if self._observe is not None:
                 self._observe(event)
+            if event.overloaded:
+                raise OverloadedError(event.error or "no room")
             if event.finish_reason == "error":
                 raise ForecacheError(event.error or "the worker failed without saying why")
             if event.finish_reason == "cancelled":

@@ -32,6 +32,10 @@ class Tenant(BaseModel):
     def cache_salt(self, asked: str) -> str:
         return f"{self.name}{_SALT_MARK}{asked}"
 
+    def session_id(self, asked: str) -> str:
+        """The name that its session has among those of all tenants."""
+        return f"{self.name}{_SALT_MARK}{asked}"
+
 
 class Anybody(Tenant):
     """Where no keys are asked for."""
@@ -39,6 +43,9 @@ class Anybody(Tenant):
     name: str = ""
 
     def cache_salt(self, asked: str) -> str:
+        return asked
+
+    def session_id(self, asked: str) -> str:
         return asked
 
 

@@ -25,6 +25,10 @@ class ArenaError(ForecacheError):
     """The shared-memory arena can't be made, mapped or trusted."""
 
 
+class ArenaMissingError(ArenaError):
+    """There is no arena where one should be, or none that is whole; its tier may be making it."""
+
+
 class ChunkLostError(ForecacheError):
     """A chunk that was held can't be read back (owner gone, checksum wrong)."""
 

@@ -152,6 +152,7 @@ class LLM:
         policy: Policy | None = None,
         keep_ratio: float | None = None,
         cache_salt: str = "",
+        session_id: str | None = None,
     ) -> list[Completion]:
         """Complete every prompt (text, or token ids as they are) in one batch; answers come in the prompts' order.
 
@@ -163,7 +164,7 @@ class LLM:
             max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos,
             presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()), logprobs, grammar,
         )  # fmt: skip
-        cache = CacheOptions(policy, keep_ratio, cache_salt)
+        cache = CacheOptions(policy, keep_ratio, cache_salt, session_id)
         ids: list[str] = []
         done: dict[str, Completion] = {}
         try:

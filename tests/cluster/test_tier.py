@@ -16,7 +16,7 @@ from forecache.workers.memory.catalog import Catalog
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.tier import MemoryTier
+from forecache.workers.memory.tier import MemoryTier, TierSettings
 
 TIER: Any = MemoryTier  # mypy does not see what Ray's decorator makes of the class
 
@@ -27,12 +27,16 @@ SLOTS = 8
 KEYS = [bytes([i]) * 16 for i in range(1, 20)]
 
 
+def settings(config: MemoryConfig, redis_url: str | None = None) -> TierSettings:
+    return TierSettings(config, LAYOUT, index_nbytes=16, index_fingerprint="index", redis_url=redis_url)
+
+
 class Worker:
     """What a decode worker does with cold memory, in a process of its own. A chunk's bytes follow from its key."""
 
     def __init__(self, name: str, tier: Any) -> None:
         self.name = name
-        self.memory = RemoteMemory(tier, deadline_s=20)
+        self.memory = RemoteMemory(lambda: tier, deadline_s=20)
 
     def pid(self) -> int:
         return os.getpid()
@@ -58,6 +62,10 @@ class Worker:
         values = [int(arena.chunks[ref.slot][0]) for ref in refs]
         good = [arena.check(ref, key) for ref, key in zip(refs, keys, strict=False)]
         return [value if is_good else -1 for value, is_good in zip(values, good, strict=True)]
+
+    def read_cut(self) -> int:
+        """Touch the last chunk, whatever has become of the file."""
+        return int(self.memory.arena.chunks[-1, -1])
 
     def release(self, sequence: str) -> None:
         self.memory.release(f"{self.name}/{sequence}")
@@ -97,21 +105,18 @@ def start_tier(arena_dir: Path, redis_server: Any) -> Iterator[StartTier]:
     started = []
 
     def start(tier_id: str = "tier", cold_bytes: int = (2 << 20) + SLOTS * LAYOUT.nbytes, **options: Any) -> Any:
-        tier = TIER.options(**options).remote(
-            MemoryConfig(cold_bytes=cold_bytes, arena_dir=arena_dir, heartbeat_s=0.1),
-            LAYOUT,
-            tier_id=tier_id,
-            index_nbytes=16,
-            index_fingerprint="index",
-            redis_url=redis_server.url,
-        )
+        config = MemoryConfig(cold_bytes=cold_bytes, arena_dir=arena_dir, heartbeat_s=0.1)
+        tier = TIER.options(**options).remote(settings(config, redis_url=redis_server.url), tier_id)
         ray.get(tier.arena_path.remote(), timeout=60)
         started.append(tier)
         return tier
 
     yield start
     for tier in started:
-        ray.get(tier.shutdown.remote(), timeout=30)
+        try:
+            ray.get(tier.shutdown.remote(), timeout=30)
+        except ray.exceptions.RayActorError:
+            continue  # the test has killed it
         ray.kill(tier)
     assert list(arena_dir.iterdir()) == []
 
@@ -159,7 +164,7 @@ def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier,
 
     # All room is had again; what was held by the dead one is evicted in favour of the living.
     assert get(a.write.remote("1", KEYS[4:8])) == [False] * 4
-    memory = RemoteMemory(tier, deadline_s=20)
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
     with pytest.raises(OverloadedError, match="0 can be evicted"):
         memory.reserve("driver/0", KEYS[8:9])
     memory.close()
@@ -170,7 +175,7 @@ def test_wrong_chunk_is_forgotten_everywhere(start_tier: StartTier, catalog: Cat
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:3]))
     wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
-    memory = RemoteMemory(tier, deadline_s=20)
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
     refs = memory.hold_prefix("driver/0", KEYS[:3])
     memory.arena.chunks[refs[1].slot][5] ^= 1
     assert get(a.read.remote("1", KEYS[:3])) == [1, -1, 3]
@@ -198,7 +203,7 @@ def test_redis_that_comes_back_empty_is_filled_again(
 
 def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog) -> None:
     tier = start_tier(max_restarts=1)
-    memory = RemoteMemory(tier, deadline_s=20)
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:3]))
     wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
@@ -223,17 +228,70 @@ def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog
     memory.close()
 
 
+def test_what_is_held_is_held_by_the_restarted_tier_too(start_tier: StartTier) -> None:
+    tier = start_tier(max_restarts=-1)
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:3]))
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
+    refs = memory.hold_prefix("driver/0", KEYS[:2])
+    memory.hold("driver/1", KEYS[2:3])
+    memory.release("driver/1")
+    [place] = memory.reserve("driver/0", KEYS[3:4])
+    for _ in range(2):
+        pid = process_of(tier)
+        os.kill(pid, signal.SIGKILL)
+        # asked while it is away: it is waited for
+        assert memory.hold("driver/0", KEYS[:2]) == refs
+        assert process_of(tier) != pid
+        assert memory.stats().held_slots == 2
+    # a place that the former life gave away is no place any more, and the chunk is asked a new one for
+    with pytest.raises(ChunkLostError, match="reserve again"):
+        memory.commit("driver/0", [(KEYS[3], place.ref)])
+    assert get(a.write.remote("0", KEYS[4:6])) == [False, False]
+    assert memory.stats().held_slots == 5  # two of the other worker's three are the same
+    get(tier.check_integrity.remote())
+    memory.close()
+
+
+def test_an_arena_that_is_cut_kills_who_reads_it_and_is_made_anew(start_tier: StartTier) -> None:
+    tier = start_tier(max_restarts=-1)
+    a = start_worker("a", tier)
+    get(a.write.remote("0", KEYS[:3]))
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
+    pid = process_of(tier)
+    os.truncate(memory.arena.path, 4096)
+    with pytest.raises(ArenaError, match="not the one that is mapped here"):
+        memory.hold("driver/0", KEYS[:1])
+    with pytest.raises(ray.exceptions.RayActorError):  # SIGBUS
+        get(a.read_cut.remote())
+    b = start_worker("b", tier)  # waits for the new one
+    assert get(b.read.remote("0", KEYS[:3])) == []
+    assert get(b.write.remote("0", KEYS[:3])) == [False] * 3
+    assert process_of(tier) != pid
+    memory.close()
+
+
+def test_a_tier_that_is_gone_for_good_is_an_error_in_the_end(start_tier: StartTier) -> None:
+    tier = start_tier("for-good")
+    memory = RemoteMemory(lambda: tier, deadline_s=20, restart_deadline_s=0.5)
+    ray.kill(tier)
+    with pytest.raises(ArenaError, match="does not come back"):
+        memory.hold("driver/0", KEYS[:1])
+    memory.close()
+    start_tier("next")  # removes the file
+
+
 def test_tier_that_does_not_answer_is_a_lost_chunk(start_tier: StartTier) -> None:
     tier = start_tier()
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:1]))
     get(a.release.remote("0"))
     pid = process_of(tier)
-    memory = RemoteMemory(tier, deadline_s=20)
-    impatient = RemoteMemory(tier, deadline_s=0.2)
+    memory = RemoteMemory(lambda: tier, deadline_s=20)
+    impatient = RemoteMemory(lambda: tier, deadline_s=0.2)
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(ChunkLostError, match=r"did not answer hold within 0.2 s"):
+        with pytest.raises(ChunkLostError, match=r"asked to hold, did not answer within 0.2 s"):
             impatient.hold("driver/0", KEYS[:1])
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -247,19 +305,13 @@ def test_tier_that_does_not_answer_is_a_lost_chunk(start_tier: StartTier) -> Non
 
 def test_file_of_a_killed_tier_is_removed_by_the_next(start_tier: StartTier, arena_dir: Path) -> None:
     living = start_tier("living")
-    killed = TIER.remote(
-        MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir),
-        LAYOUT,
-        tier_id="killed",
-        index_nbytes=16,
-        index_fingerprint="index",
-    )
-    memory = RemoteMemory(killed, deadline_s=20)
+    killed = TIER.remote(settings(MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir)), "killed")
+    memory = RemoteMemory(lambda: killed, deadline_s=20)
     path = memory.arena.path
     pid = process_of(killed)
     ray.kill(killed)
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
-    with pytest.raises(ChunkLostError, match="can't be reached for stats"):
+    with pytest.raises(ChunkLostError, match="asked for stats, can't be reached"):
         memory.stats()
     assert path.exists()
     start_tier("next")
@@ -269,13 +321,7 @@ def test_file_of_a_killed_tier_is_removed_by_the_next(start_tier: StartTier, are
 
 
 def test_tier_frees_its_file_when_its_handle_is_dropped(arena_dir: Path) -> None:
-    tier = TIER.remote(
-        MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir),
-        LAYOUT,
-        tier_id="dropped",
-        index_nbytes=16,
-        index_fingerprint="index",
-    )
+    tier = TIER.remote(settings(MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir)), "dropped")
     arena = Arena.attach(get(tier.arena_path.remote()))
     arena.close()
     del tier
@@ -283,16 +329,10 @@ def test_tier_frees_its_file_when_its_handle_is_dropped(arena_dir: Path) -> None
 
 
 def test_too_large_an_arena_is_a_sentence(arena_dir: Path) -> None:
-    tier = TIER.remote(
-        MemoryConfig(cold_bytes=1 << 50, arena_dir=arena_dir),
-        LAYOUT,
-        tier_id="large",
-        index_nbytes=16,
-        index_fingerprint="index",
-    )
+    tier = TIER.remote(settings(MemoryConfig(cold_bytes=1 << 50, arena_dir=arena_dir)), "large")
     with pytest.raises(
         ArenaError,
         match=r"^no memory tier: can't reserve .* \d+ bytes needed, \d+ bytes free .* another --arena-dir\.$",
     ):
-        RemoteMemory(tier, deadline_s=20)
+        RemoteMemory(lambda: tier, deadline_s=20)
     assert list(arena_dir.iterdir()) == []

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forecache.workers.errors import CatalogUnavailableError
-from forecache.workers.memory import tier as tier_module
+from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, TierRecord
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.publisher import CatalogPublisher
 from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.tier import CatalogPublisher
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEYS = [bytes([i]) * 16 for i in range(8)]

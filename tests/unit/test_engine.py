@@ -16,7 +16,8 @@ from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.prefetcher import Prefetcher, RecallItem
+from forecache.workers.memory.completions import RecallItem
+from forecache.workers.memory.prefetcher import Prefetcher
 
 Reference = Callable[[list[int], int], list[int]]
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4

@@ -17,8 +17,9 @@ from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenEvent
 from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, OverloadedError
 from forecache.workers.llm import LLM
+from forecache.workers.memory.completions import RecallItem
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.prefetcher import Prefetcher, RecallItem
+from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import Reservation
 from forecache.workers.memory.store import ArenaStore
 
@@ -246,3 +247,22 @@ def test_sequences_with_an_equal_beginning_part(tiny_model: Path, prompts: list[
         boundaries = {llm.engine.windows._boundaries[seq] for seq in llm.engine._sequences.values()}
         assert len(boundaries) > 1
         finish(llm, set(llm.engine._sequences))
+
+
+def test_a_request_that_the_memory_of_its_node_has_no_room_for_is_refused_and_says_why(
+    tiny_model: Path, prompts: list[list[int]]
+) -> None:
+    """Another worker of the node was promised the room; what runs goes on, and later there is room again."""
+    with open_llm(tiny_model) as llm:
+        add(llm, "runs", prompts[1], 40)
+        while not any(event.token_ids for event in llm.engine.step()):
+            pass
+        llm.memory.promise("another worker/0", llm.memory.stats().slots - 20)
+        add(llm, "new", prompts[2], 40)
+        ends = finish(llm, {"runs", "new"})
+        assert ends["runs"].finish_reason == "length"
+        assert ends["new"].finish_reason == "error" and ends["new"].overloaded
+        assert "promised to others" in str(ends["new"].error)
+        llm.memory.release("another worker/0")
+        add(llm, "again", prompts[2], 4)
+        assert finish(llm, {"again"})["again"].finish_reason == "length"

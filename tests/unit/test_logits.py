@@ -45,7 +45,7 @@ def test_nothing_asked_is_nothing_done() -> None:
     adjuster = LogitAdjuster(VOCAB, CPU)
     plain = [sequence("a"), sequence("b", temperature=1.0, logprobs=None)]
     assert adjuster.adjust(logits, plain) is logits
-    adjuster.drawn(torch.tensor([1, 2]), plain)
+    adjuster.drawn(torch.tensor([1, 2]), plain, [3, 3])
     assert logprobs_of(logits, torch.tensor([1, 2]), plain) is None
 
 
@@ -68,7 +68,7 @@ def test_penalties_and_biases_follow_the_formula_while_rows_come_and_go() -> Non
         assert torch.equal(logits, given), "the model's own logits are not to be touched"
         torch.testing.assert_close(got, torch.stack([expected(row, s) for row, s in zip(logits, batch, strict=True)]))
         tokens = torch.randint(0, 8, (len(batch),), generator=generator)  # few, so that they repeat
-        adjuster.drawn(tokens, batch)
+        adjuster.drawn(tokens, batch, [len(seq.token_ids) for seq in batch])
         for seq, token in zip(batch, tokens.tolist(), strict=True):
             seq.token_ids.append(token)
     adjuster.forget("all")
@@ -82,9 +82,21 @@ def test_a_sequence_that_starts_over_is_counted_from_its_tokens() -> None:
     seq = sequence("r", frequency_penalty=1.0)
     logits = torch.zeros(1, VOCAB)
     adjuster.adjust(logits, [seq])
-    adjuster.drawn(torch.tensor([9]), [seq])  # drawn, but lost with the chunk: never in its tokens
+    adjuster.drawn(torch.tensor([9]), [seq], [3])  # drawn, but lost with the chunk: never in its tokens
     seq.token_ids += [5, 5, 6]
     seq.start_over("again")
+    torch.testing.assert_close(adjuster.adjust(logits, [seq]), expected(logits[0], seq).unsqueeze(0))
+
+
+def test_an_answer_that_is_made_again_is_counted_once() -> None:
+    adjuster = LogitAdjuster(VOCAB, CPU)
+    seq = sequence("r", frequency_penalty=1.0)
+    seq.token_ids += [5, 5, 6]
+    seq.replay()
+    logits = torch.zeros(1, VOCAB)
+    for position in (3, 4, 5):  # what is drawn there is known already
+        adjuster.adjust(logits, [seq])
+        adjuster.drawn(torch.tensor([9]), [seq], [position])
     torch.testing.assert_close(adjuster.adjust(logits, [seq]), expected(logits[0], seq).unsqueeze(0))
 
 

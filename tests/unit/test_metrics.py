@@ -8,7 +8,7 @@ from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.worker import ScorerStats, WorkerStats
 from forecache.workers.memory.protocol import TierStats
 
-TIER = TierStats(slots=10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0)
+TIER = TierStats(10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3)
 
 NAMES = {
     "forecache_prefix_cache_queries_total",
@@ -75,6 +75,7 @@ def test_workers_are_summed_and_a_nodes_tier_counts_once() -> None:
     assert found["forecache_hot_pool_usage_perc"] == 0.25
     assert found["forecache_resident_ratio"] == 0.2
     assert found["forecache_memory_tier_usage_perc"] == 0.4
+    assert found["forecache_memory_tier_moved_chunks_total"] == 3
 
 
 def test_no_worker_is_no_division_by_zero() -> None:

@@ -13,18 +13,12 @@ import torch
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory import prefetcher as prefetcher_module
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.copies import BATCH_CHUNKS
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import (
-    Completion,
-    Prefetcher,
-    PrefixHeld,
-    Recalled,
-    RecallItem,
-    WrittenBack,
-)
+from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import Reservation, SlotRef
 from forecache.workers.memory.store import ArenaStore
 
@@ -38,7 +32,7 @@ def key_of(number: int) -> ChunkKey:
 
 
 class WatchedStore(ArenaStore):
-    """Tells what was asked of it, and lets a test hold up the copy thread: with a prefix asked for by GATE."""
+    """Tells what was asked of it, and lets a test hold up the copy thread: with the release of GATE."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena)
@@ -46,11 +40,11 @@ class WatchedStore(ArenaStore):
         self.committed: list[int] = []
         self.entered, self.gate = threading.Event(), threading.Event()
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+    def release(self, holder: str) -> None:
         if holder == GATE:
             self.entered.set()
             assert self.gate.wait(WAIT_S)
-        return super().hold_prefix(holder, keys)
+        super().release(holder)
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         self.reserved.append((holder, len(keys)))
@@ -86,7 +80,7 @@ class Bench:
         """What is posted inside waits in the queue."""
         self.store.entered.clear()
         self.store.gate.clear()
-        self.prefetcher.hold_prefix(GATE, [])
+        self.prefetcher.release(GATE)
         assert self.store.entered.wait(WAIT_S)
         yield
         self.store.gate.set()
@@ -97,10 +91,10 @@ class Bench:
             self.prefetcher.write_back(holder, key_of(number), number)
 
     def done(self) -> list[Completion]:
-        """What has completed once everything posted so far is done; the gate's answers left out."""
+        """What has completed once everything posted so far is done."""
         self.prefetcher.flush()
         self.prefetcher.flush()  # what was put back for want of room is behind the first one
-        news = [done for done in self.prefetcher.drain() if not (isinstance(done, PrefixHeld) and done.holder == GATE)]
+        news = self.prefetcher.drain()
         self.seen += news
         return news
 
@@ -180,7 +174,7 @@ def test_of_a_refused_batch_is_stored_what_fits() -> None:
         assert numbers_of(news) == [0, 1, 21]  # of 21 an equal chunk is there already
         refused = [done for done in news if isinstance(done, WrittenBack) and done.ref is None]
         assert [done.slot for done in refused] == [2, 3]
-        assert all("no room" in done.reason and done.written_bytes == 0 for done in refused)
+        assert all("no room" in done.failure and done.written_bytes == 0 for done in refused)
 
 
 def test_a_recall_waits_for_one_batch_at_most() -> None:
@@ -276,7 +270,7 @@ def test_a_place_given_away_while_it_is_written(monkeypatch: pytest.MonkeyPatch)
             bench.write_back("a", range(3))
         news = bench.done()
         assert numbers_of(news) == [0, 2] and len(news) == 3 and renewed
-        assert [done.reason for done in news if isinstance(done, WrittenBack) and done.ref is None] != [""]
+        assert [done.failure for done in news if isinstance(done, WrittenBack) and done.ref is None] != [""]
         assert bench.store.committed == [2]
 
 
@@ -290,8 +284,8 @@ def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:
         with bench.held_up():
             bench.write_back("a", range(4))
         news = bench.done()
-        assert [(done.slot, done.ref, done.reason) for done in news if isinstance(done, WrittenBack)] == [
-            (slot, None, "no answer") for slot in range(4)
+        assert [(done.slot, done.ref, done.failure) for done in news if isinstance(done, WrittenBack)] == [
+            (slot, None, "a chunk could not be stored: no answer") for slot in range(4)
         ]
 
 

@@ -11,10 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forecache.kernels import reference
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import Completion, Prefetcher, PrefixHeld, Recalled, RecallItem, WrittenBack
+from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.store import ArenaStore
 
@@ -86,7 +87,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
         for done in news:
             assert isinstance(done, WrittenBack)
             if done.ref is None:
-                assert "no room" in done.reason
+                assert "no room" in done.failure
                 assert self.store.stats().held_slots == PLACES
             else:
                 self.places[holder, done.slot] = done.ref

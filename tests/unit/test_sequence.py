@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.memory.keys import prefix_keys, root_key
 
@@ -115,3 +115,27 @@ def test_starting_over_computes_everything_again_exactly() -> None:
     assert len(list(seq.reusable_keys())) == 2
     compute(seq, 43)
     assert keys(seq) == list(prefix_keys(ROOT, seq.token_ids, CHUNK))
+
+
+def test_a_session_finds_what_it_decoded_and_nobody_else_does() -> None:
+    """Behind the exact chunks, in every later request of the session, whoever serves it."""
+
+    def turn(tokens: int, session_id: str | None, holder: str) -> Sequence:
+        cache = CacheOptions(session_id=session_id)
+        request = GenerateRequest("id", tuple(range(tokens)), SamplingParams(max_tokens=64), cache)
+        return Sequence(request, holder=holder, root=ROOT, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+
+    first = turn(2 * CHUNK, "s", "one")
+    compute(first, 2 * CHUNK)
+    first.open_exact = False
+    first.token_ids += range(2 * CHUNK, 4 * CHUNK)
+    compute(first, CHUNK)
+    compute(first, CHUNK)
+    assert [chunk.exact for chunk in first.chunks] == [True, True, False, False]
+    second = turn(5 * CHUNK, "s", "two")
+    assert list(second.reusable_keys())[:2] == keys(first)[:2]
+    assert second.session_keys(2)[:2] == keys(first)[2:]
+    assert not set(turn(5 * CHUNK, "other", "two").session_keys(2)) & set(keys(first))
+    assert not set(turn(5 * CHUNK, None, "one").session_keys(2)) & set(keys(first))
+    for key in second.session_keys(0):
+        assert key not in keys(first)

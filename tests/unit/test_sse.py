@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
 from forecache.cluster.streams import EventStream, EventStreamResponse
 from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
-from forecache.workers.errors import ForecacheError, InvalidRequestError
+from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 
 def event(
@@ -128,6 +129,7 @@ def test_an_error_in_mid_stream_is_an_event(steps: tuple[Any, ...], code: str) -
     [
         (event(finish="error", error="broken"), ForecacheError),
         (event(finish="cancelled"), WorkerLostError),
+        (replace(event(finish="error", error="full"), overloaded=True), OverloadedError),
         (InvalidRequestError("no"), InvalidRequestError),
     ],
 )

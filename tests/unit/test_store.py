@@ -65,6 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.good: dict[SlotRef, ChunkKey] = {}  # sealed, and not found wrong
         self.given: set[SlotRef] = set()
         self.heard: dict[ChunkKey, int] = {}
+        self.pinned: dict[str, set[ChunkKey]] = {}
 
     @initialize()
     def open(self) -> None:
@@ -93,7 +94,9 @@ class StoreMachine(RuleBasedStateMachine):
         needed = sum(key not in self.stored for key in keys)
         kept = {self.stored[key].slot for key in keys if key in self.stored}
         held_slots = {ref.slot for ref in self.all_held()}
-        if needed > SLOTS - len(held_slots | kept):
+        pins = set().union(*self.pinned.values()) - set(self.store.copied())
+        pinned = {ref.slot for key, ref in self.stored.items() if key in pins}
+        if needed > SLOTS - len(held_slots | kept | pinned):
             before = self.store.stats()
             with pytest.raises(OverloadedError, match="--cold-bytes"):
                 self.store.reserve(holder, keys)
@@ -117,6 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.unwritten[holder].append((reservation.key, ref))
             for key, victim in list(self.stored.items()):
                 if victim.slot == ref.slot:
+                    assert victim.slot not in pinned, "a pinned chunk was evicted"
                     del self.stored[key]
 
     @rule(holder=st.sampled_from(HOLDERS), count=st.integers(1, 4))
@@ -163,6 +167,20 @@ class StoreMachine(RuleBasedStateMachine):
         for holder in expected:
             del self.held[holder]
             self.unwritten[holder] = []
+
+    @rule(name=st.sampled_from(["s", "t"]), keys=st.lists(st.sampled_from(KEYS), max_size=3))
+    def pin(self, name: str, keys: list[ChunkKey]) -> None:
+        self.store.pin(name, keys)
+        self.pinned[name] = set(keys)
+
+    @rule(name=st.sampled_from(["s", "t"]))
+    def unpin(self, name: str) -> None:
+        self.store.unpin(name)
+        self.pinned.pop(name, None)
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=3), copied=st.booleans())
+    def set_copied(self, keys: list[ChunkKey], copied: bool) -> None:
+        self.store.set_copied(keys, copied)
 
     @precondition(lambda self: self.stored)
     @rule(data=st.data())
@@ -211,6 +229,46 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_no_more_is_promised_than_there_is(store: ArenaStore) -> None:
+    store_chunks(store, "past", KEYS[:2])
+    store.release("past")
+    store.pin("session", KEYS[:1])
+    store.promise("a/0", 3)
+    with pytest.raises(OverloadedError, match="3 are promised to others and 1 are pinned"):
+        store.promise("b/0", 2)
+    store.promise("b/0", 1)
+    store.promise("a/0", 2)  # changes its mind
+    store.release("b/0")
+    store.promise("b/1", 2)
+    # what is pinned and held is a part of what its holder was promised
+    store.hold("b/1", KEYS[:1])
+    store.promise("b/2", 1)
+    assert store.release_prefix("b/") == 2
+    store.promise("b/3", 2)
+    store.release("b/3")
+    store.release("a/0")
+    store.check_integrity()
+
+
+def test_chunks_with_a_copy_elsewhere_go_first(store: ArenaStore) -> None:
+    store_chunks(store, "first", KEYS[:5])
+    store.release("first")
+    store.set_copied([KEYS[0]], True)
+    store.pin("session", [KEYS[0], KEYS[2], KEYS[4]])
+    assert store.coldest(9) == [KEYS[3], KEYS[1]]
+    gone = []
+    for new in KEYS[5:8]:
+        before = set(store.keys())
+        store_chunks(store, "next", [new])
+        gone += before - set(store.keys())
+    assert gone == [KEYS[0], KEYS[3], KEYS[1]]
+    with pytest.raises(OverloadedError, match="2 are pinned"):
+        store.reserve("next", KEYS[8:9])
+    store.unpin("session")
+    store_chunks(store, "next", KEYS[8:9])
+    assert store.stored([KEYS[2]]) == [False]
 
 
 def test_least_recently_used_goes_first_and_a_sequence_loses_its_end_first(store: ArenaStore) -> None:

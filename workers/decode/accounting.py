@@ -11,8 +11,8 @@ from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.errors import InvalidRequestError
+from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.prefetcher import Recalled
 
 
 def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:
@@ -31,6 +31,8 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
             f"{prompt} in the prompt and up to {answer} in the answer.",
             param="messages",
         )
+    if len(request.resume_token_ids) >= answer:
+        raise InvalidRequestError(f"the answer is complete: {answer} tokens", param="resume_token_ids")
     if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
         raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param="prompt")
     keep_ratio = request.cache.keep_ratio

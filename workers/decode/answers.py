@@ -21,6 +21,7 @@ class News:
     reason: FinishReason | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    overloaded: bool = False
 
 
 NOTHING_NEW = News()
@@ -36,7 +37,12 @@ class Answers:
         self._detokenizers: dict[str, Detokenizer] = {}
 
     def begin(self, seq: Sequence) -> None:
-        self._detokenizers[seq.request_id] = Detokenizer(self._tokenizer, seq.sampling.stop)
+        detokenizer = Detokenizer(self._tokenizer, seq.sampling.stop)
+        for token in seq.request.resume_token_ids:
+            detokenizer.push(token)  # its text is out already
+            if seq.matcher is not None:
+                seq.matcher.advance(token)
+        self._detokenizers[seq.request_id] = detokenizer
 
     def push(self, seq: Sequence, drawn: Sampled) -> News:
         """A token was drawn for ``seq`` and stands last in its tokens."""
@@ -58,12 +64,27 @@ class Answers:
     def event(self, seq: Sequence, news: News = NOTHING_NEW) -> TokenEvent:
         """``seq`` goes on."""
         done = min(seq.num_computed, seq.prompt_len)
-        return TokenEvent(seq.request_id, news.tokens, news.text, prefill_tokens_done=done, logprobs=news.logprobs)
+        return TokenEvent(
+            seq.request_id,
+            news.tokens,
+            news.text,
+            prefill_tokens_done=done,
+            logprobs=news.logprobs,
+            position=len(seq.output_ids) - len(news.tokens),
+        )
 
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
         del self._detokenizers[seq.request_id]
-        stats = sequence_stats(seq, self._chunk_bytes)
         return TokenEvent(
-            seq.request_id, news.tokens, news.text, reason, stats, news.error, seq.num_computed, news.logprobs
+            seq.request_id,
+            news.tokens,
+            news.text,
+            reason,
+            sequence_stats(seq, self._chunk_bytes),
+            news.error,
+            seq.num_computed,
+            news.logprobs,
+            position=len(seq.output_ids) - len(news.tokens),
+            overloaded=news.overloaded,
         )

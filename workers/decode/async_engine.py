@@ -30,6 +30,7 @@ class AsyncEngine:
         self._engine = engine
         self._inbox: deque[tuple[GenerateRequest, Future[None], float, Matcher | None]] = deque()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
+        self._checks: deque[Future[None]] = deque()
         self._inbox_lock = threading.Lock()
         self._closing = False
         self._ended = False
@@ -73,6 +74,16 @@ class AsyncEngine:
         """Stop a request soon; unknown ids are fine."""
         self._engine.cancel(request_id)
 
+    async def check_integrity(self) -> None:
+        """:meth:`Engine.check_integrity`, between two steps."""
+        checked: Future[None] = Future()
+        with self._inbox_lock:
+            if self._ended:
+                raise self._dead()
+            self._checks.append(checked)
+        self._engine.wake()
+        await asyncio.wrap_future(checked)
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -111,6 +122,8 @@ class AsyncEngine:
             while not self._closing:
                 while self._inbox:
                     self._accept(*self._inbox.popleft())
+                while self._checks:
+                    self._check(self._checks.popleft())
                 for event in self._engine.step():
                     self._deliver(event)
                 if self._engine.idle and not self._inbox and not self._closing:
@@ -134,6 +147,16 @@ class AsyncEngine:
         else:
             accepted.set_result(None)
 
+    def _check(self, checked: Future[None]) -> None:
+        if not checked.set_running_or_notify_cancel():
+            return
+        try:
+            self._engine.check_integrity()
+        except AssertionError as error:
+            checked.set_exception(error)
+        else:
+            checked.set_result(None)
+
     def _deliver(self, event: TokenEvent) -> None:
         stream = self._streams.get(event.request_id)
         if stream is not None:
@@ -149,6 +172,10 @@ class AsyncEngine:
             _, accepted, _, _ = self._inbox.popleft()
             if accepted.set_running_or_notify_cancel():
                 accepted.set_exception(self._dead())
+        while self._checks:
+            checked = self._checks.popleft()
+            if checked.set_running_or_notify_cancel():
+                checked.set_exception(self._dead())
         for loop, queue in list(self._streams.values()):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(queue.put_nowait, None)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from forecache.workers.decode.accounting import EngineCounters
+from forecache.workers.decode.messages import FinishReason
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, WrittenBack
+from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import SlotRef
 
 
@@ -34,15 +36,23 @@ class ChunkKeeper:
         """``seq`` is admitted: find and hold what cold memory has of its prefix."""
         self._holders[seq.holder] = seq
         self._asked[seq.holder] = keys = tuple(seq.reusable_keys())
-        self._prefetcher.hold_prefix(seq.holder, keys)
+        # whoever wants exact answers gets chunks that were decoded over everything
+        partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
+        behind = seq.session_keys if partial and seq.cache.session_id is not None else None
+        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.max_chunks)
 
-    def located(self, held: PrefixHeld) -> None:
-        """The stored prefix of a sequence is known: prefill goes on behind it."""
+    def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
+        """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
+        return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
+
+    def located(self, held: PrefixHeld) -> Sequence | None:
+        """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
-        if seq is None:
-            return  # it left meanwhile; its release is queued behind this hold
-        refs: Iterator[SlotRef | None] = itertools.chain(held.refs, itertools.repeat(None))
-        for key, ref in zip(keys, refs, strict=False):
+        if seq is None or held.failure:
+            return seq  # None: it left meanwhile; its release is queued behind this hold
+        own = len(held.refs) - len(held.others)
+        refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
+        for key, ref in zip(keys[:own] if held.others else keys, refs, strict=False):
             slot = self._pool.lookup(key)
             if ref is None and slot is None:
                 break
@@ -53,6 +63,8 @@ class ChunkKeeper:
                 # hot, but on its way to cold memory: it must not be evicted before it is held there for this one too
                 self._pool.mark_dirty(slot)
                 self._prefetcher.write_back(seq.holder, key, slot)
+        for key, ref in zip(held.others, held.refs[own:], strict=True):
+            seq.stored_at(seq.complete_chunk(key, exact=False), ref)
         seq.num_computed = len(seq.chunks) * seq.chunk_tokens
         seq.state = State.PREFILL
         if seq.counters.admitted_s is None:
@@ -60,6 +72,7 @@ class ChunkKeeper:
             seq.counters.cached_tokens = seq.num_computed
             self._counters.prefix_queried_tokens += seq.prompt_len
             self._counters.prefix_hit_tokens += seq.num_computed
+        return None
 
     def computed(self, seq: Sequence, tokens: int) -> None:
         """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory."""
@@ -102,6 +115,11 @@ class ChunkKeeper:
         now = self._arena.generation(slots[stored])
         return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
 
+    def answered(self, seq: Sequence, reason: FinishReason) -> None:
+        """``seq`` has ended: if it was answered, its session can be gone on with."""
+        if seq.cache.session_id is not None and reason in ("stop", "length"):
+            self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks])
+
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
         self._windows.forget(seq)
@@ -111,7 +129,7 @@ class ChunkKeeper:
         seq.open_slots.clear()
         seq.table_version += 1
         for chunk in seq.chunks:
-            if not chunk.exact:
+            if not chunk.exact and seq.cache.session_id is None:
                 self._pool.discard(chunk.key)
         self._prefetcher.release(seq.holder)
         self._holders.pop(seq.holder, None)

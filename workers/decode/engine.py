@@ -31,11 +31,12 @@ from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
+from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
 from forecache.workers.memory.layout import ChunkLayout, chunk_fingerprint
-from forecache.workers.memory.prefetcher import Prefetcher, PrefixHeld, Recalled, WrittenBack
+from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import ColdMemory
 
 IDLE_WAIT_S = 0.05
@@ -238,15 +239,15 @@ class Engine:
 
     def _begin_decode(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
-        self._counters.prompt_tokens += seq.prompt_len if not seq.restarts else 0
-        if seq.streamed:
-            seq.state = State.DECODE
-            return
-        seq.state = State.RECALLING
-        self.windows.begin(seq, mass, retrieval_heads=self._retrieval_heads)
+        self._counters.prompt_tokens += 0 if seq.restarts or seq.request.resume_token_ids else seq.prompt_len
+        seq.state = State.DECODE if seq.streamed else State.RECALLING
+        if not seq.streamed:
+            self.windows.begin(seq, mass, retrieval_heads=self._retrieval_heads)
 
     def _emit(self, seq: Sequence, drawn: Sampled) -> None:
-        """One more token of ``seq``: to the client, and maybe the last."""
+        """One more token of ``seq``: to the client, and maybe the last; or one that the client has."""
+        if seq.replays():
+            return
         seq.token_ids.append(drawn.token)
         self._counters.generated_tokens += 1
         news = self._answers.push(seq, drawn)
@@ -258,14 +259,10 @@ class Engine:
     def _absorb(self) -> None:
         """Take in what happened elsewhere since the last step: copies, predictions, cancellations."""
         for done in self._prefetcher.drain():
-            if isinstance(done, PrefixHeld):
-                self._keeper.located(done)
-            elif isinstance(done, WrittenBack):
-                seq = self._keeper.written_back(done)
-                if seq is not None:
-                    self._finish(seq, "error", News(error=f"a chunk could not be stored: {done.reason}"))
-            else:
+            if isinstance(done, Recalled):
                 self._recalled(done)
+            elif (failed := self._keeper.settle(done)) is not None:
+                self._finish(failed, "error", News(error=done.failure, overloaded=done.overloaded))
         with self._cancel_lock:
             cancelled, self._cancelled = self._cancelled, set()
         for request_id in cancelled:
@@ -294,6 +291,7 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:
         self._counters.leave(seq, reason)
+        self._keeper.answered(seq, reason)
         self._events.append(self._answers.end(seq, reason, news))
         self._scheduler.remove(seq)
         self._runner.forget(seq)

@@ -64,9 +64,14 @@ class LogitAdjuster:
             logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
         return logits
 
-    def drawn(self, tokens: Tensor, sequences: Seq[Sequence]) -> None:
-        """``tokens``, int64 [rows], were drawn for ``sequences``: count them."""
-        counted = [(i, self._places[seq.request_id].row) for i, seq in enumerate(sequences) if seq.weighs_logits]
+    def drawn(self, tokens: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
+        """``tokens``, int64 [rows], were drawn for ``sequences``, to stand at ``positions``: count them, but for those
+        where a token stands already, of which an answer that is made once more knows."""
+        counted = [
+            (i, self._places[seq.request_id].row)
+            for i, (seq, position) in enumerate(zip(sequences, positions, strict=True))
+            if seq.weighs_logits and position >= len(seq.token_ids)
+        ]
         if counted:
             rows, places = self._put(list(zip(*counted, strict=True)))
             self._counts[places, tokens[rows]] += 1

@@ -36,19 +36,26 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """A request's wishes for its KV cache; ``None`` takes the server's setting."""
+    """A request's wishes for its KV cache; ``None`` takes the server's setting.
+
+    Requests of one ``session_id`` also share chunks that were decoded over partial resident sets.
+    """
 
     policy: Policy | None = None
     keep_ratio: float | None = None
     cache_salt: str = ""
+    session_id: str | None = None
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
+    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it."""
+
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    resume_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class TokenEvent:
 
     The last event of a request has ``finish_reason`` and ``stats``; ``error`` goes with ``finish_reason="error"``.
     ``logprobs``, where they were asked for, are of the tokens that are part of the text: not of one that ends it.
+    ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room.
     """
 
     request_id: str
@@ -103,3 +111,5 @@ class TokenEvent:
     error: str | None = None
     prefill_tokens_done: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
+    position: int = 0
+    overloaded: bool = False

@@ -21,7 +21,7 @@ from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -105,7 +105,7 @@ class ModelRunner:
             queries = {} if batch.capture is None else batch.capture.queries
         self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
         tokens = self._last_tokens[: len(sampled)]
-        self._adjuster.drawn(tokens, sampled)
+        self._adjuster.drawn(tokens, sampled, positions)
         captured = [self._capture(request, queries) for request in plan.captures]
         return RunningStep(
             sampled,
@@ -252,7 +252,7 @@ class ModelRunner:
             if self._histories is not None:
                 line, positions_kept = self._histories.begin(seq, span.start, span.stop)
                 kept += [(start + i - span.start, line, i) for i in positions_kept]
-            if span.stop >= len(seq.token_ids):
+            if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
                 sampled.append(seq)
                 logits_rows.append(len(tokens) - 1)
             if part.probe:

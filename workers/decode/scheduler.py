@@ -82,6 +82,10 @@ class Scheduler:
         self.stalled = False
 
     def add(self, seq: Sequence, *, first: bool = False) -> None:
+        """Queue ``seq``, of which nothing is computed. What another worker, or another try, has decoded of it over
+        partial sets is decoded again where runs shall be reproducible; else it is prefilled: quicker, and exact."""
+        if self._config.late_policy == "wait" and self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks:
+            seq.replay()
         if first:
             self.waiting.appendleft(seq)
         else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ class Sequence:
 
     ``token_ids`` is the prompt and what has been generated; the K/V of the first ``num_computed`` of them is in chunks.
     A decode step that was launched counts as computed; its token joins ``token_ids`` when the host has read it.
+    ``replayed_tokens`` is for how many coming tokens it is known already what is drawn.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
@@ -92,10 +94,11 @@ class Sequence:
         self.keep_ratio = keep_ratio
         self.policy = policy
         self.state = State.WAITING
-        self.token_ids = list(request.prompt_token_ids)
-        self.prompt_len = len(self.token_ids)
+        self.token_ids = [*request.prompt_token_ids, *request.resume_token_ids]
+        self.prompt_len = len(request.prompt_token_ids)
         self.num_computed = 0
-        self.prefill_target = self.prompt_len
+        self.prefill_target = len(self.token_ids)
+        self.replayed_tokens = 0
         self.restarts = 0
         self.chunks: list[Chunk] = []
         self.chunk_of: dict[ChunkKey, Chunk] = {}
@@ -196,23 +199,48 @@ class Sequence:
         """Keys of the chunks that a prefix hit may fill; at least one token is left to compute."""
         return prefix_keys(self.root, self.token_ids[: self.prefill_target - 1], self.chunk_tokens)
 
-    def complete_chunk(self, known: ChunkKey | None = None) -> Chunk:
+    def session_keys(self, chunks: int) -> list[ChunkKey]:
+        """As :meth:`reusable_keys`, of what earlier requests of the session have decoded over partial resident sets
+        behind the first ``chunks`` chunks, which are anybody's."""
+        parent = list(islice(self.reusable_keys(), chunks))[-1] if chunks else self.root
+        tokens = self.token_ids[chunks * self.chunk_tokens : self.prefill_target - 1]
+        return list(prefix_keys(self._private(parent), tokens, self.chunk_tokens))
+
+    def _private(self, parent: ChunkKey) -> ChunkKey:
+        """What was decoded over a partial resident set must not meet anybody else's prefix."""
+        session_id = self.cache.session_id
+        owner = self.holder if session_id is None else f"session {session_id}"
+        return child_key(parent, [ord(c) for c in f"private {owner}"])
+
+    def complete_chunk(self, known: ChunkKey | None = None, *, exact: bool = True) -> Chunk:
         """The tokens of the first open chunk are all computed: name it and add it to the chunks.
 
-        ``known``: its key, where that is one of :meth:`reusable_keys`.
+        ``known``: its key, where that is one of :meth:`reusable_keys`, or, not ``exact``, of :meth:`session_keys`.
         """
         start = len(self.chunks) * self.chunk_tokens
         parent = self.chunks[-1].key if self.chunks else self.root
-        exact = self.open_exact and (not self.chunks or self.chunks[-1].exact)
+        exact = exact and self.open_exact and (not self.chunks or self.chunks[-1].exact)
         if not exact and (not self.chunks or self.chunks[-1].exact):
-            # what was decoded over a partial resident set must not meet anybody else's prefix
-            parent = child_key(parent, [ord(c) for c in f"private {self.holder}"])
+            parent = self._private(parent)
         key = known or child_key(parent, self.token_ids[start : start + self.chunk_tokens])
         chunk = Chunk(len(self.chunks), key, None, exact)
         self.chunks.append(chunk)
         self.chunk_of[key] = chunk
         self.open_exact = True
         return chunk
+
+    def replay(self) -> None:
+        """The answer so far is to be computed as it was, by decode steps over sets chosen anew, not by prefill: what
+        follows is then what would have followed. Call it before any token is computed."""
+        self.prefill_target = self.prompt_len
+        self.replayed_tokens = len(self.token_ids) - self.prompt_len
+
+    def replays(self) -> bool:
+        """Whether the token that was drawn now is one that is known already."""
+        if not self.replayed_tokens:
+            return False
+        self.replayed_tokens -= 1
+        return True
 
     def start_over(self, holder: str) -> None:
         """Forget all chunks: the tokens so far are to be computed again, held in the name of ``holder``."""
@@ -224,6 +252,7 @@ class Sequence:
         self.table_version += 1
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
+        self.replayed_tokens = 0
         self.decode_steps = 0
         self.widening = 1
         self.steady_boundaries = 0

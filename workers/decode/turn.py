@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forecache.indexer.protocol import Prediction
-from forecache.workers.memory.prefetcher import RecallItem
+from forecache.workers.memory.completions import RecallItem
 
 
 @dataclass

@@ -24,8 +24,9 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
 from forecache.workers.decode.turn import Turn
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.completions import Recalled, RecallItem
 from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.prefetcher import Prefetcher, Recalled, RecallItem
+from forecache.workers.memory.prefetcher import Prefetcher
 
 logger = logging.getLogger(__name__)
 

@@ -31,14 +31,14 @@ from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.verify import verify_backbone
-from forecache.workers.errors import ChunkLostError
+from forecache.workers.errors import ArenaError, ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.protocol import TierStats
 from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.tier import MemoryTier
+from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
 
 logger = logging.getLogger(__name__)
 
@@ -122,18 +122,16 @@ class DecodeWorker:
         verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
-        tier = self._on_this_node(
-            MemoryTier,
-            self._tier_id,
-            settings,
-            settings.memory,
-            cold,
-            tier_id=self._tier_id,
-            index_nbytes=spec.nbytes,
-            index_fingerprint=spec.fingerprint,
-            redis_url=settings.redis_url,
+        memory = settings.memory
+        [node] = [node for node in ray.nodes() if node["NodeID"] == self._node_id]  # type: ignore[no-untyped-call]
+        if not gives_memory(node, memory):
+            raise ArenaError(f"this node has no memory tier: it lacks the Ray resource {memory.tier_resource!r}")
+        tiers = TierSettings(memory, cold, spec.nbytes, spec.fingerprint, settings.namespace, settings.redis_url)
+        self._memory = RemoteMemory(
+            lambda: start_tier(tiers, self._tier_id, self._node_id),
+            memory.call_deadline_s,
+            fetch_deadline_s=memory.fetch_deadline_s,
         )
-        self._memory = RemoteMemory(tier, settings.memory.call_deadline_s)
         self._indexer = self._make_indexer(settings, chosen, backbone.device)
         engine = Engine(
             backbone,
@@ -164,6 +162,14 @@ class DecodeWorker:
         fallbacks = self._indexer.fallbacks if isinstance(self._indexer, SharedIndexers) else 0
         scorer = ScorerStats(self._scorer.name, self._scorer.digest, fallbacks)
         return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), tier, scorer)
+
+    async def integrity(self) -> str:
+        """What the engine's check finds wrong, made between two steps; empty if nothing."""
+        try:
+            await self._engine.check_integrity()
+        except AssertionError as error:
+            return f"{self._worker_id}: {error}"
+        return ""
 
     def record_routing_stats(self) -> dict[str, Any]:
         """What the router reads every few seconds."""

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from forecache.workers.errors import ArenaError, ChunkLostError
+from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
+from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.headers import HEADER, Headers
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
@@ -26,6 +27,7 @@ FILE_PREFIX = "forecache-"
 MAGIC = b"forecach"
 VERSION = 2
 PAGE_BYTES = 4096
+LIFE_START = PAGE_BYTES - 8
 CHUNKS_ALIGNMENT_BYTES = 2 << 20
 
 
@@ -78,6 +80,10 @@ class Arena:
         # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
         mapping = mmap.mmap(fd, description.file_bytes)
         slots = description.slots
+        self._life = np.ndarray(1, np.uint64, mapping, LIFE_START)
+        if owner:
+            self._life += np.uint64(1)
+        self._inode = os.fstat(fd).st_ino
         self._headers = Headers(np.ndarray(slots, HEADER, mapping, PAGE_BYTES))
         index_shape, chunks_shape = (slots, description.index_nbytes), (slots, description.nbytes)
         self._index = np.ndarray(index_shape, np.uint8, mapping, description.index_start)
@@ -115,7 +121,7 @@ class Arena:
                 ) from error
             text = json.dumps(asdict(description)).encode()
             page = VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
-            if len(MAGIC) + len(page) > PAGE_BYTES:
+            if len(MAGIC) + len(page) > LIFE_START:
                 raise ArenaError(f"the fingerprints are too long for the first page of {path}")
             os.pwrite(fd, page, len(MAGIC))
             os.pwrite(fd, MAGIC, 0)  # last: a file without it is not finished
@@ -149,6 +155,19 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
+
+    @property
+    def life(self) -> int:
+        """How many owners this file has had. A new one knows nothing of what the one before has handed out."""
+        return int(self._life[0])
+
+    def is_intact(self) -> bool:
+        """Is what is mapped here still all of the file at :attr:`path`? Of one that was cut, reading would kill."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return stat.st_ino == self._inode and stat.st_size == self.description.file_bytes
 
     @property
     def slots(self) -> int:
@@ -187,6 +206,23 @@ class Arena:
         if self._headers.generation(ref.slot) != ref.generation:
             raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
         self._headers.seal(ref.slot, key, self._digests(ref.slot), device_checksum)
+
+    def read(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> ChunkBatch:
+        """A copy of those of the chunks ``keys``, at ``refs`` (n of each), whose bytes are what was sealed."""
+        slots = np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
+        chunks, index = self._chunks[slots], self._index[slots]
+        sums = self._headers.all_checksums(slots)
+        sealed = self._headers.sealed(refs, keys) if refs else np.zeros(0, np.bool_)  # after the copy
+        return ChunkBatch(tuple(keys), chunks, index, sums).only(sealed).sound()
+
+    def write(self, ref: "SlotRef", batch: ChunkBatch, row: int) -> None:
+        """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, to its reserved place, and seal it."""
+        if self._headers.generation(ref.slot) != ref.generation:
+            raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
+        self._chunks[ref.slot] = batch.chunks[row]
+        self._index[ref.slot] = batch.index[row]
+        chunk, index, device = batch.checksums[row].tolist()
+        self._headers.seal(ref.slot, batch.keys[row], (chunk, index), device)
 
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
@@ -280,14 +316,14 @@ def _read_description(path: Path, fd: int) -> ArenaDescription:
     page = os.pread(fd, PAGE_BYTES, 0)
     version, length = (int.from_bytes(page[i : i + 4], "little") for i in (8, 12))
     if page[:8] != MAGIC or version != VERSION:
-        raise ArenaError(f"{path} is no arena of version {VERSION}: delete it")
+        raise ArenaMissingError(f"{path} is no arena of version {VERSION}: delete it")
     try:
         fields: dict[str, Any] = json.loads(page[16 : 16 + length])
         description = ArenaDescription(**fields)
     except (ValueError, TypeError) as error:
         raise ArenaError(f"the first page of {path} is damaged: delete it") from error
     if os.fstat(fd).st_size != description.file_bytes:
-        raise ArenaError(f"{path} has {os.fstat(fd).st_size} bytes, not {description.file_bytes}: delete it")
+        raise ArenaMissingError(f"{path} has {os.fstat(fd).st_size} bytes, not {description.file_bytes}: delete it")
     return description
 
 

@@ -6,6 +6,7 @@ Schema, under the prefix ``forecache:``
 - ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``;
   expires with the tier's heartbeat.
 - ``tiers``: set of tier ids, some of them perhaps expired.
+- ``session:<id>``: hash of ``keys`` (16 bytes each) and ``pinned_until_unix_s``; ``sessions``: set of their ids.
 
 An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
 after a tier has died.
@@ -16,18 +17,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, Self, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from forecache.workers.errors import CatalogUnavailableError
-from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.keys import KEY_BYTES, ChunkKey
 
 CHUNK_PREFIX = b"forecache:chunk:"
 TIER_PREFIX = b"forecache:tier:"
 TIERS_KEY = b"forecache:tiers"
+SESSION_PREFIX = b"forecache:session:"
+SESSIONS_KEY = b"forecache:sessions"
 
 CHUNK_EXPIRY_S = 3600
 """Entries of chunks are gone after this time; tiers publish again well before."""
@@ -54,10 +58,26 @@ for tier in pairs(tiers) do reply[#reply + 1] = tier end
 return reply
 """
 
+# KEYS: chunks; ARGV[1]: prefix of tier records. For each chunk the tiers that hold it.
+LOCATE = """
+local incarnations, reply = {}, {}
+for i, key in ipairs(KEYS) do
+  local entries, holding = redis.call('HGETALL', key), {}
+  for j = 1, #entries, 2 do
+    local tier = entries[j]
+    if incarnations[tier] == nil then incarnations[tier] = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
+    if incarnations[tier] == entries[j + 1] then holding[#holding + 1] = tier end
+  end
+  reply[i] = holding
+end
+return reply
+"""
+
 
 @dataclass(frozen=True)
 class TierRecord:
-    """What a tier says of itself with each heartbeat. ``incarnation`` differs in each life of the tier."""
+    """What a tier says of itself with each heartbeat. ``incarnation`` differs in each life of the tier; ``used_slots``
+    are those that can't be had without loss."""
 
     tier_id: str
     incarnation: str
@@ -65,6 +85,28 @@ class TierRecord:
     slots: int
     used_slots: int
     heartbeat_unix_s: float = 0.0
+
+
+RECORD_EXPIRY_S = 24 * 3600.0
+"""So long after its last request a session that is not pinned is remembered."""
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """``keys``: the chunks of the session's last request, in order. Pinned until ``pinned_until_unix_s``, if not 0."""
+
+    session_id: str
+    keys: tuple[ChunkKey, ...]
+    pinned_until_unix_s: float = 0.0
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.pinned_until_unix_s > time.time()
+
+    @property
+    def expiry_s(self) -> float:
+        """From now on."""
+        return max(RECORD_EXPIRY_S, self.pinned_until_unix_s - time.time())
 
 
 class Catalog:
@@ -87,6 +129,7 @@ class Catalog:
         except ValueError as error:
             raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
         self._longest_prefix = self._redis.register_script(LONGEST_PREFIX)
+        self._locate = self._redis.register_script(LOCATE)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
         """The tier lives, for ``expiry_s`` more. False if it was not known: publish everything again."""
@@ -145,6 +188,22 @@ class Catalog:
             chunks, *tier_ids = self._longest_prefix(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
         return int(chunks), sorted(tier_id.decode() for tier_id in tier_ids)
 
+    def locate(self, keys: Sequence[ChunkKey]) -> list[set[str]]:
+        """For each of ``keys`` the ids of the living tiers that say they hold it. One round trip per batch."""
+        places: list[set[str]] = []
+        for batch in _batches(keys):
+            with self._errors():
+                found = self._locate(keys=[CHUNK_PREFIX + key for key in batch], args=[TIER_PREFIX])
+            places += [{tier_id.decode() for tier_id in tier_ids} for tier_ids in found]
+        return places
+
+    def entries(self) -> Iterator[tuple[ChunkKey, set[str]]]:
+        """Every chunk that has an entry, and the living tiers that say they hold it. Reads all there is."""
+        with self._errors():
+            names = cast(Iterator[bytes], self._redis.scan_iter(CHUNK_PREFIX + b"*", count=BATCH_KEYS))
+            for batch in _batches(name.removeprefix(CHUNK_PREFIX) for name in names):
+                yield from zip(batch, self.locate(batch), strict=True)
+
     def tiers(self) -> list[TierRecord]:
         """All living tiers, by id."""
         with self._errors():
@@ -169,8 +228,56 @@ class Catalog:
             if record
         ]
 
+    def set_session(self, record: SessionRecord) -> None:
+        """The session is as ``record`` says."""
+        name = SESSION_PREFIX + record.session_id.encode()
+        fields: dict[Any, Any] = {
+            "keys": b"".join(record.keys),
+            "pinned_until_unix_s": record.pinned_until_unix_s,
+        }
+        with self._errors():
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.hset(name, mapping=fields)
+            pipeline.pexpire(name, int(record.expiry_s * 1000))
+            pipeline.sadd(SESSIONS_KEY, record.session_id)
+            pipeline.execute()
+
+    def session(self, session_id: str) -> SessionRecord | None:
+        """``None`` for one that is not known, or no longer."""
+        with self._errors():
+            fields = cast(dict[bytes, bytes], self._redis.hgetall(SESSION_PREFIX + session_id.encode()))
+        return _session(session_id, fields) if fields else None
+
+    def remove_session(self, session_id: str) -> None:
+        with self._errors():
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.delete(SESSION_PREFIX + session_id.encode())
+            pipeline.srem(SESSIONS_KEY, session_id)
+            pipeline.execute()
+
+    def sessions(self) -> list[SessionRecord]:
+        """All that are known."""
+        with self._errors():
+            session_ids = sorted(cast(set[bytes], self._redis.smembers(SESSIONS_KEY)))
+            pipeline = self._redis.pipeline(transaction=False)
+            for session_id in session_ids:
+                pipeline.hgetall(SESSION_PREFIX + session_id)
+            found = list(zip(session_ids, pipeline.execute(), strict=True))
+            expired = [session_id for session_id, fields in found if not fields]
+            if expired:
+                self._redis.srem(SESSIONS_KEY, *expired)
+        return [_session(session_id.decode(), fields) for session_id, fields in found if fields]
+
     def close(self) -> None:
         self._redis.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -178,6 +285,12 @@ class Catalog:
             yield
         except redis.RedisError as error:
             raise CatalogUnavailableError(f"Redis at {self._url} does not answer: {error}") from error
+
+
+def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord:
+    joined = fields[b"keys"]
+    keys = tuple(joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
+    return SessionRecord(session_id, keys, float(fields[b"pinned_until_unix_s"]))
 
 
 def _batches(keys: Iterable[ChunkKey]) -> Iterator[list[ChunkKey]]:

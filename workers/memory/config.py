@@ -16,5 +16,12 @@ class MemoryConfig(BaseModel):
         "auto", description="format of cold chunks: as in the hot pool, or fp8 with a scale per chunk and head"
     )
     arena_dir: Path = Field(Path("/dev/shm"), description="directory of the arena file; must be memory-backed")
+    tier_resource: str | None = Field(
+        None, description="Ray custom resource of the nodes that give memory, and get workers; default: all nodes"
+    )
+    replicas: int = Field(1, ge=1, description="copies of each chunk, on different nodes")
+    fetch_deadline_s: float = Field(
+        30.0, gt=0, description="longest time to bring a stored prefix from other nodes; what came until then is used"
+    )
     call_deadline_s: float = Field(10.0, gt=0, description="longest wait for an answer of a memory tier")
     heartbeat_s: float = Field(2.0, gt=0, description="seconds between a tier's signs of life in the catalog")

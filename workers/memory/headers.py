@@ -56,6 +56,11 @@ class Headers:
         header = self._array[slot]
         return int(header["checksum"]), int(header["index_checksum"])
 
+    def all_checksums(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Of ``slots`` [n]: chunk, index and device checksum, uint64 ``[n, 3]``."""
+        names = ("checksum", "index_checksum", "device_checksum")
+        return np.stack([self._array[name][slots] for name in names], axis=1)
+
     def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
         """Of the slots of ``refs``, uint64 ``[n]``; 0 where there is none."""
         return self._device_checksums[_slots(refs)]

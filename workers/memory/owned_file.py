@@ -4,7 +4,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from forecache.workers.errors import ArenaError
+from forecache.workers.errors import ArenaError, ArenaMissingError
 
 
 def create_owned(path: Path) -> int:
@@ -25,7 +25,7 @@ def open_existing(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError as error:
-        raise ArenaError(f"can't open the arena {path} ({error.strerror}): is its tier running?") from error
+        raise ArenaMissingError(f"can't open the arena {path} ({error.strerror}): is its tier running?") from error
 
 
 def own(fd: int, path: Path) -> bool:

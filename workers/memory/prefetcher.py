@@ -1,20 +1,25 @@
-"""Moves chunks between the hot pool and cold memory, in a thread of its own.
+"""Moves chunks between the hot pool and cold memory, in a thread of its own; another one looks for stored prefixes.
 
 The engine's thread posts jobs and, at each step's edge, drains what has completed. Jobs only touch slots that the
 engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock. On a GPU a job
-carries a mark of the engine's stream: steps launched before it may still be reading or writing its slots.
+carries a mark of the engine's stream: steps launched before it may still be reading or writing its slots. A prefix may
+have to come from other nodes, which must not keep the copies of running sequences waiting.
 """
 
 import itertools
+import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.copies import BATCH_CHUNKS, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.cuda_copies import CudaCopies
 from forecache.workers.memory.hot_pool import HotPool
@@ -22,67 +27,31 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
 
+logger = logging.getLogger(__name__)
+
 BATCH_BYTES = 64 << 20
 """Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
 FLUSH_CHECK_S = 0.5
-
-RecallItem = CopyItem
-
-
-@dataclass(frozen=True)
-class PrefixHeld:
-    """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its places."""
-
-    holder: str
-    refs: tuple[SlotRef, ...]
-
-
-@dataclass(frozen=True)
-class Recalled:
-    """A recall is done. ``lost`` names the items whose chunk was gone or damaged; their slots hold nothing.
-
-    ``recalled_bytes`` of cold memory, in ``recalled_chunks`` chunks, took ``duration_s`` to copy and verify.
-    """
-
-    ticket: int
-    lost: tuple[RecallItem, ...]
-    recalled_bytes: int
-    duration_s: float
-    recalled_chunks: int
-
-
-@dataclass(frozen=True)
-class WrittenBack:
-    """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or was out of reach.
-
-    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's share of the time its
-    batch took to copy and seal.
-    """
-
-    holder: str
-    key: ChunkKey
-    slot: int
-    ref: SlotRef | None
-    reason: str = ""
-    written_bytes: int = 0
-    duration_s: float = 0.0
-
-
-Completion = PrefixHeld | Recalled | WrittenBack
+PROMISE_WAIT_S, PROMISE_POLL_S = 1.5, 0.02
+WRITE_FAILURES = 3
+"""So often a chunk whose place was lost is written again."""
 
 
 @dataclass(frozen=True)
 class _WriteBack:
-    """Posted; ``alone``: cold memory had no room for it together with others."""
+    """Posted; ``alone``: cold memory had no room for it with others, or its place got lost ``failures`` times."""
 
     holder: str
     key: ChunkKey
     slot: int
     after: Mark
     alone: bool = False
+    failures: int = 0
 
 
 _Job = Callable[[], None]
+Behind = Callable[[int], Sequence[ChunkKey]]
+"""Length of a run of keys → other keys for the chunks that follow it."""
 
 
 class Prefetcher:
@@ -111,6 +80,10 @@ class Prefetcher:
         self._urgent: deque[_Job] = deque()
         self._stores: deque[_Job | _WriteBack] = deque()
         self._closing = False
+        # in order: a chunk that was dropped is not found by a search that was asked for later
+        self._locator = ThreadPoolExecutor(1, thread_name_prefix="forecache-locator")
+        self._locating: set[str] = set()
+        self._released: set[str] = set()  # of those that are being located
         self._posted = threading.Condition()
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -123,9 +96,12 @@ class Prefetcher:
         self._started.wait()
         torch.set_num_threads(threads)
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> None:
-        """Ask for the longest stored run of ``keys``; answered by :class:`PrefixHeld`."""
-        self._post_urgent(lambda: self._hold_prefix(holder, tuple(keys)))
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey], behind: Behind | None = None, chunks: int = 0) -> None:
+        """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
+        room for ``chunks`` in all; answered by :class:`PrefixHeld`."""
+        with self._posted:
+            self._locating.add(holder)
+        self._post_locate(lambda: self._hold_prefix(holder, tuple(keys), behind, chunks))
 
     def recall(self, items: Sequence[RecallItem]) -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`."""
@@ -135,7 +111,7 @@ class Prefetcher:
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`hold_prefix` on."""
-        self._post_urgent(lambda: self._drop(key, ref))
+        self._post_locate(lambda: self._drop(key, ref))
 
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
@@ -144,6 +120,10 @@ class Prefetcher:
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, after what was asked for it before."""
         self._post_store(lambda: self._release(holder))
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        """A request of the session has ended with the chunks ``keys``, once they are stored."""
+        self._post_store(lambda: self._record_session(session_id, keys))
 
     def drain(self) -> list[Completion]:
         """What has completed since the last call. Raises what broke the copy thread, if something did."""
@@ -168,17 +148,29 @@ class Prefetcher:
     def flush(self) -> None:
         """Wait until the jobs posted so far are done."""
         done = threading.Event()
-        self._post_store(done.set)
+        self._post_locate(lambda: self._post_store(done.set))
         while not done.wait(FLUSH_CHECK_S):
             if self._failure is not None:
                 raise self._failure
 
     def close(self) -> None:
-        """Finish the jobs posted so far and end the thread."""
+        """Finish the jobs posted so far and end the threads."""
         with self._posted:
-            self._closing = True
+            self._closing = True  # ends waiting for room, and the copy thread once it has nothing to do
+        self._locator.shutdown()
+        with self._posted:
             self._posted.notify()
         self._thread.join()
+
+    def _post_locate(self, job: _Job) -> None:
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - as in _work
+                self._failure = error
+            self._news.set()
+
+        self._locator.submit(run)
 
     def _post_urgent(self, job: _Job) -> None:
         with self._posted:
@@ -224,15 +216,45 @@ class Prefetcher:
             self._failure = error
             self._news.set()
 
-    def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...]) -> None:
+    def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
+        refs = self._find(holder, keys)
+        others: tuple[ChunkKey, ...] = ()
+        if behind is not None and len(refs) < len(keys):
+            others = tuple(behind(len(refs)))
+            more = self._find(holder, others)
+            refs, others = [*refs, *more], others[: len(more)]
+        failure = self._promise(holder, chunks) if chunks else ""
+        with self._posted:
+            self._locating.discard(holder)
+            released = holder in self._released
+            self._released.discard(holder)
+        if released or failure:
+            self._release(holder)
+        self._completions.put(PrefixHeld(holder, () if failure else tuple(refs), () if failure else others, failure))
+
+    def _promise(self, holder: str, chunks: int) -> str:
+        """Why there is no room for so many chunks; empty if there is. Waits a little: somebody may be leaving."""
+        end_s = time.monotonic() + PROMISE_WAIT_S
+        while True:
+            try:
+                self._memory.promise(holder, chunks)
+                return ""
+            except ChunkLostError:
+                return ""  # a memory tier that is gone promises nothing; it will be seen when it is written to
+            except OverloadedError as error:
+                if time.monotonic() > end_s or self._closing:
+                    return str(error)
+            time.sleep(PROMISE_POLL_S)
+
+    def _find(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         try:
             refs = self._memory.hold_prefix(holder, keys)
         except ChunkLostError:
-            refs = []  # a memory tier that is gone has no prefix; the prompt is prefilled
+            return []  # a memory tier that is gone has no prefix; the prompt is prefilled
         sound = self._copies.sound_prefix(keys, refs)
         if sound < len(refs):
             self._drop(keys[sound], refs[sound])
-        self._completions.put(PrefixHeld(holder, tuple(refs[:sound])))
+        return refs[:sound]
 
     def _recall(self, ticket: int, items: tuple[RecallItem, ...], after: Mark) -> None:
         copied = self._copies.recall(items, [after])
@@ -254,12 +276,16 @@ class Prefetcher:
             places = self._memory.reserve(holder, [job.key for job in jobs])
             news = self._store(jobs, places)
         except (OverloadedError, ChunkLostError) as error:
-            if isinstance(error, OverloadedError) and len(jobs) > 1:
-                # there may be room for some of them
+            # there may be room for some of them; a tier that was restarted does not know what it had reserved
+            failed = isinstance(error, ChunkLostError)
+            if (len(jobs) > 1) if not failed else jobs[0].failures < WRITE_FAILURES:
                 with self._posted:
-                    self._stores.extendleft(replace(job, alone=True) for job in reversed(jobs))
+                    self._stores.extendleft(
+                        replace(job, alone=True, failures=job.failures + failed) for job in reversed(jobs)
+                    )
                 return
-            news = [WrittenBack(holder, job.key, job.slot, None, str(error)) for job in jobs]
+            said = f"a chunk could not be stored: {error}"
+            news = [WrittenBack(holder, job.key, job.slot, None, said, not failed) for job in jobs]
         for done in news:
             self._completions.put(done)
 
@@ -278,12 +304,22 @@ class Prefetcher:
             if place.ref in written:
                 done = replace(done, written_bytes=self._cold.nbytes, duration_s=copied.duration_s / len(items))
             elif not place.stored:
-                done = replace(done, ref=None, reason="its place was given away before it was written")
+                done = replace(done, ref=None, failure="a chunk's place was given away before it was written")
             news.append(done)
         return news
 
     def _release(self, holder: str) -> None:
+        with self._posted:
+            if holder in self._locating:
+                self._released.add(holder)  # what it asked for has to come first
+                return
         try:
             self._memory.release(holder)
         except ChunkLostError:
             return  # the owner is gone, and its holds with it
+
+    def _record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        try:
+            self._memory.record_session(session_id, keys)
+        except ChunkLostError as error:
+            logger.warning("session %s is not recorded: %s", session_id, error)

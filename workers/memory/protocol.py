@@ -27,12 +27,24 @@ class Reservation:
 
 @dataclass(frozen=True)
 class TierStats:
+    """Slots are of now, chunks and bytes since start, but for ``stored_chunks``.
+
+    ``pinned_slots`` and ``copied_slots``: of those that nobody holds, which may not be evicted, and which go first.
+    """
+
     slots: int
     used_slots: int
     held_slots: int
     stored_chunks: int
     evicted_chunks: int
     dropped_chunks: int
+    pinned_slots: int = 0
+    copied_slots: int = 0
+    fetched_chunks: int = 0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+    replicated_chunks: int = 0
+    moved_chunks: int = 0
 
 
 class ColdMemory(Protocol):
@@ -70,8 +82,19 @@ class ColdMemory(Protocol):
         """The chunk read from ``ref`` was wrong: forget it everywhere. Holders keep the slot until they release."""
         ...
 
+    def promise(self, holder: str, chunks: int) -> None:
+        """``holder`` may need so many slots in all: no more is promised than there is, until it is released.
+
+        Raises :class:`forecache.workers.errors.OverloadedError`, and promises nothing, when there is too little.
+        """
+        ...
+
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds; unknown holders are fine."""
+        ...
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        """A request of the session has ended with the chunks ``keys``."""
         ...
 
     def stats(self) -> TierStats: ...

@@ -1,14 +1,15 @@
 """Which chunk lies where in an arena, who holds it, and what may be evicted."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.headers import SEALED
+from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 
@@ -19,9 +20,9 @@ Listener = Callable[[ChunkKey, bool], None]
 class ArenaStore:
     """The owner's side of an arena: `ColdMemory` in-process, safe to call from any thread.
 
-    A slot is in one of three places: ``_free``; ``_idle`` (stored, held by nobody, least recently used
-    first); or held by at least one holder. A held slot is *stored* when ``_stored`` leads to it; else it is
-    private to its holder (reserved and not committed, committed second, or dropped) and freed by it.
+    A slot is in one of three places: ``_free``; ``_idle`` (stored, held by nobody); or held by at least one holder. A
+    held slot is *stored* when ``_stored`` leads to it; else it is private to its holder (reserved and not committed,
+    committed second, or dropped) and freed by it.
 
     An arena that was adopted from a dead owner keeps its sealed chunks.
     """
@@ -33,9 +34,13 @@ class ArenaStore:
         self._stored: dict[ChunkKey, int] = {}
         self._keys: list[ChunkKey | None] = [None] * arena.slots
         self._free: list[int] = []
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle = IdleSlots()
+        self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
+        self._pins: dict[str, tuple[ChunkKey, ...]] = {}
+        self._pin_counts: Counter[ChunkKey] = Counter()
         self._held: dict[str, dict[int, None]] = {}  # dict as ordered set: the order of a sequence's chunks
         self._hold_counts = [0] * arena.slots
+        self._promised: dict[str, int] = {}
         self._evicted = self._dropped = 0
         self._adopt()
 
@@ -45,7 +50,7 @@ class ArenaStore:
             key = headers[slot]["key"].tobytes()
             if headers[slot]["state"] == SEALED and key not in self._stored:
                 self._keys[slot] = key
-                self._idle[slot] = None
+                self._idle.add(slot, Idle.SOLE)
                 self._insert(key, slot)
             else:
                 self._arena.clear(slot)
@@ -73,8 +78,9 @@ class ArenaStore:
             refs = iter(self._hold_all(holder, [slot for slot in slots if slot is not None]))
             return [None if slot is None else next(refs) for slot in slots]
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-        """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room.
+    def reserve(self, holder: str, keys: Sequence[ChunkKey], *, copied_only: bool = False) -> list[Reservation]:
+        """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room, or only those
+        that somebody else answers for.
 
         A key that someone has reserved but not committed gets a place of its own: the first commit wins.
         Raises :class:`OverloadedError`, and changes nothing, when too few slots are free or idle.
@@ -82,11 +88,14 @@ class ArenaStore:
         with self._lock:
             stored = {key: self._stored[key] for key in keys if key in self._stored}
             needed = sum(key not in stored for key in keys)
-            evictable = len(self._idle) - sum(slot in self._idle for slot in stored.values())
+            kinds = [Idle.COPIED] if copied_only else [Idle.COPIED, Idle.SOLE]
+            evictable = sum(map(self._idle.count, kinds))
+            evictable -= sum(self._idle.is_any_of(slot, kinds) for slot in set(stored.values()))
             if needed > len(self._free) + evictable:
                 raise OverloadedError(
                     f"no room for {needed} chunks in the memory tier: of {self._arena.slots} slots "
-                    f"{len(self._free)} are free, {evictable} can be evicted, the rest is in use. "
+                    f"{len(self._free)} are free, {evictable} can be evicted, "
+                    f"{self._idle.count(Idle.PINNED)} are pinned, the rest is in use. "
                     "Try again later, or raise --cold-bytes."
                 )
             refs = {key: self._hold(holder, slot) for key, slot in stored.items()}
@@ -123,8 +132,22 @@ class ArenaStore:
             self._dropped += 1
             self._arena.clear(ref.slot)
             if ref.slot in self._idle:
-                del self._idle[ref.slot]
+                self._idle.discard(ref.slot)
                 self._make_free(ref.slot)
+
+    def promise(self, holder: str, chunks: int) -> None:
+        """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
+        nobody holds can't be promised. Raises :class:`OverloadedError`."""
+        with self._lock:
+            others = sum(self._promised.values()) - self._promised.get(holder, 0)
+            pinned = self._idle.count(Idle.PINNED)
+            if chunks + others + pinned > self._arena.slots:
+                raise OverloadedError(
+                    f"no room for the {chunks} chunks that the request may need: of {self._arena.slots} slots of the "
+                    f"memory tier {others} are promised to others and {pinned} are pinned. Try again later, lower "
+                    "max_tokens, or raise --cold-bytes."
+                )
+            self._promised[holder] = chunks
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds; unknown holders are fine."""
@@ -134,15 +157,72 @@ class ArenaStore:
     def release_prefix(self, prefix: str) -> int:
         """Release every holder whose name starts with ``prefix``; return how many there were."""
         with self._lock:
-            holders = [holder for holder in self._held if holder.startswith(prefix)]
+            holders = [holder for holder in {**self._held, **self._promised} if holder.startswith(prefix)]
             for holder in holders:
                 self._release(holder)
             return len(holders)
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        """Chunks of a session are found by their keys; there is nobody here who would pin it."""
+
+    def holders(self) -> list[str]:
+        """Names of all that hold something."""
+        with self._lock:
+            return list({**self._held, **self._promised})
 
     def keys(self) -> list[ChunkKey]:
         """Keys of all stored chunks."""
         with self._lock:
             return list(self._stored)
+
+    def stored(self, keys: Iterable[ChunkKey]) -> list[bool]:
+        """Which of ``keys`` are stored."""
+        with self._lock:
+            return [key in self._stored for key in keys]
+
+    @property
+    def room(self) -> int:
+        """Slots that can be had without loss: free, or of chunks that somebody else answers for."""
+        with self._lock:
+            return len(self._free) + self._idle.count(Idle.COPIED)
+
+    def coldest(self, count: int) -> list[ChunkKey]:
+        """At most ``count`` chunks that only this store answers for, those that would be evicted first."""
+        with self._lock:
+            return [key for slot in self._idle.of(Idle.SOLE)[:count] if (key := self._keys[slot]) is not None]
+
+    def copied(self) -> list[ChunkKey]:
+        """Chunks that somebody else answers for."""
+        with self._lock:
+            return list(self._copied)
+
+    def set_copied(self, keys: Iterable[ChunkKey], copied: bool) -> None:
+        """Somebody else answers for ``keys`` too (or does no longer): such chunks are evicted first."""
+        with self._lock:
+            known = [key for key in keys if key in self._stored]
+            (self._copied.update if copied else self._copied.difference_update)(known)
+            self._settle(known)
+
+    def pin(self, name: str, keys: Sequence[ChunkKey]) -> None:
+        """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later."""
+        with self._lock:
+            self._unpin(name)
+            self._pins[name] = tuple(dict.fromkeys(keys))
+            self._pin_counts.update(self._pins[name])
+            self._settle(self._pins[name])
+
+    def unpin(self, name: str) -> None:
+        """Unknown names are fine."""
+        with self._lock:
+            self._unpin(name)
+
+    def _unpin(self, name: str) -> None:
+        keys = self._pins.pop(name, ())
+        self._pin_counts.subtract(keys)
+        for key in keys:
+            if not self._pin_counts[key]:
+                del self._pin_counts[key]
+        self._settle(keys)
 
     def stats(self) -> TierStats:
         with self._lock:
@@ -151,6 +231,8 @@ class ArenaStore:
                 slots=self._arena.slots,
                 used_slots=used,
                 held_slots=used - len(self._idle),
+                pinned_slots=self._idle.count(Idle.PINNED),
+                copied_slots=self._idle.count(Idle.COPIED),
                 stored_chunks=len(self._stored),
                 evicted_chunks=self._evicted,
                 dropped_chunks=self._dropped,
@@ -171,8 +253,14 @@ class ArenaStore:
                 places = [slot in free, slot in self._idle, count > 0]
                 assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, idle, held"
                 assert (self._keys[slot] is None) == (slot in free), f"slot {slot}: a key and free, or neither"
-            for slot in self._idle:
-                assert self._stored.get(self._keys[slot] or b"") == slot, f"slot {slot} is idle and not stored"
+            for kind in Idle:
+                for slot in self._idle.of(kind):
+                    key = self._keys[slot] or b""
+                    assert self._stored.get(key) == slot, f"slot {slot} is idle and not stored"
+                    assert self._kind(key) is kind, f"slot {slot} is among the {kind.name} and is not"
+            assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
+            pins = Counter(key for keys in self._pins.values() for key in keys)
+            assert pins == self._pin_counts, "pins are miscounted"
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
                 ref = SlotRef(slot, self._arena.generation_of(slot))
@@ -193,7 +281,7 @@ class ArenaStore:
             if slot not in held:
                 held[slot] = None
                 self._hold_counts[slot] += 1
-                self._idle.pop(slot, None)
+                self._idle.discard(slot)
         generations = self._arena.generation(np.array(slots, np.int64)).tolist()
         return [SlotRef(slot, generation) for slot, generation in zip(slots, generations, strict=True)]
 
@@ -201,7 +289,7 @@ class ArenaStore:
         if self._free:
             slot = self._free.pop()
         else:
-            slot, _ = self._idle.popitem(last=False)
+            slot = self._idle.pop()
             evicted = self._keys[slot]
             assert evicted is not None
             self._remove(evicted)
@@ -211,6 +299,7 @@ class ArenaStore:
         return self._hold(holder, slot)
 
     def _release(self, holder: str) -> None:
+        self._promised.pop(holder, None)
         # Last chunks first: a prefix is of use without its continuation, not the other way round.
         for slot in reversed(self._held.pop(holder, {})):
             self._hold_counts[slot] -= 1
@@ -218,7 +307,7 @@ class ArenaStore:
                 continue
             key = self._keys[slot]
             if key is not None and self._stored.get(key) == slot:
-                self._idle[slot] = None
+                self._idle.add(slot, self._kind(key))
             else:
                 self._make_free(slot)
 
@@ -232,7 +321,20 @@ class ArenaStore:
         if self._listener is not None:
             self._listener(key, True)
 
+    def _kind(self, key: ChunkKey) -> Idle:
+        if key in self._copied:
+            return Idle.COPIED  # pinned or not: it is where it is answered for
+        return Idle.PINNED if self._pin_counts[key] else Idle.SOLE
+
+    def _settle(self, keys: Iterable[ChunkKey]) -> None:
+        """Pins or copies of ``keys`` have changed."""
+        for key in keys:
+            slot = self._stored.get(key)
+            if slot is not None:
+                self._idle.change(slot, self._kind(key))
+
     def _remove(self, key: ChunkKey) -> None:
         del self._stored[key]
+        self._copied.discard(key)
         if self._listener is not None:
             self._listener(key, False)

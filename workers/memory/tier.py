@@ -1,72 +1,102 @@
-"""The memory tier: a Ray actor that owns its node's arena and tells the catalog what is in it."""
+"""The memory tier: a Ray actor that owns its node's arena, tells the catalog of it, and deals with the other tiers."""
 
 import atexit
 import logging
+import os
 import threading
-import time
-import uuid
-from collections.abc import Sequence
-from random import uniform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from forecache.workers.errors import ArenaError, CatalogUnavailableError
+from forecache.workers.errors import ArenaError
 from forecache.workers.memory.arena import FILE_PREFIX, Arena, describe, remove_abandoned
-from forecache.workers.memory.catalog import CHUNK_EXPIRY_S, Catalog, TierRecord
+from forecache.workers.memory.catalog import Catalog, SessionRecord
+from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.exchange import ChunkExchange
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
+from forecache.workers.memory.publisher import CatalogPublisher
+from forecache.workers.memory.remote import RemotePeers
+from forecache.workers.memory.sessions import Sessions
 from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import read, take_in
 
 logger = logging.getLogger(__name__)
 
-MISSED_HEARTBEATS = 4
-"""A tier that is silent for so many heartbeats is no longer in the catalog."""
-MAX_BACKOFF_S = 10.0
-MAX_PENDING = 100_000
-"""Changes kept for a Redis that is away; after more the tier takes a new incarnation and publishes all."""
+
+@dataclass(frozen=True)
+class TierSettings:
+    """What all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
+
+    Tiers meet through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids; without either
+    each is alone.
+    """
+
+    config: MemoryConfig
+    layout: ChunkLayout
+    index_nbytes: int
+    index_fingerprint: str
+    namespace: str | None = None
+    redis_url: str | None = None
 
 
-# Ray's annotations do not know max_concurrency.
-@ray.remote(num_cpus=0, max_concurrency=8)  # type: ignore[call-overload]
+# Ray's annotations do not know max_concurrency and the groups.
+@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups={"peers": 4})  # type: ignore[call-overload]
 class MemoryTier:
     """`ColdMemory` of a node for its workers, which reach it through `RemoteMemory`. Runs on that node.
 
     Restarted under the same ``tier_id`` it adopts the file of its former life, if that fits, with all sealed
     chunks; what was held then is held no more. Arena files of others that are gone are deleted first.
+
+    Calls of other tiers have threads of their own and never call back: two tiers that ask each other don't wait in a
+    circle.
     """
 
-    def __init__(
-        self,
-        config: MemoryConfig,
-        layout: ChunkLayout,
-        *,
-        tier_id: str,
-        index_nbytes: int,
-        index_fingerprint: str,
-        redis_url: str | None = None,
-    ) -> None:
-        """``index_nbytes``: bytes of a chunk's index record. Raises :class:`ArenaError`."""
-        self._arena = _open_arena(config, layout, tier_id, index_nbytes, index_fingerprint)
+    def __init__(self, settings: TierSettings, tier_id: str) -> None:
+        """Raises :class:`ArenaError`."""
+        config = settings.config
+        self._settings = settings
+        self._arena = _open_arena(settings, tier_id)
         self._publisher: CatalogPublisher | None = None
-        if redis_url is None:
+        self._exchange: ChunkExchange | None = None
+        self._sessions: Sessions | None = None
+        if settings.redis_url is None:
             self._store = ArenaStore(self._arena)
         else:
-            catalog = Catalog(redis_url, timeout_s=config.heartbeat_s)
+            catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
             node_id = ray.get_runtime_context().get_node_id()
-            self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s)
-            self._store = ArenaStore(self._arena, listener=self._publisher.changed)
+            self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
+            self._store = ArenaStore(self._arena, listener=self._changed)
+            self._sessions = Sessions(self._store, catalog)
+            if settings.namespace is not None:
+                peers = RemotePeers(settings.namespace, config.call_deadline_s)
+                self._exchange = ChunkExchange(
+                    tier_id, self._store, catalog, peers, config, self._publisher.publish_now
+                )
+                self._exchange.start()
             self._publisher.start(self._store)
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, args=(config.heartbeat_s,), name="tier-watch", daemon=True).start()
         # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
         atexit.register(self.shutdown)
+
+    def settings(self) -> TierSettings:
+        """What a tier of another node needs to be one of this cluster."""
+        return self._settings
 
     def arena_path(self) -> str:
         """Where the workers of this node find the arena."""
         return str(self._arena.path)
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        return self._store.hold_prefix(holder, keys)
+        """Of what is stored on any node."""
+        return (self._exchange or self._store).hold_prefix(holder, keys)
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
@@ -80,31 +110,125 @@ class MemoryTier:
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         self._store.drop(key, ref)
 
+    def promise(self, holder: str, chunks: int) -> None:
+        self._store.promise(holder, chunks)
+
     def release(self, holder: str) -> None:
         self._store.release(holder)
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        """A request of the session has ended with these chunks."""
+        if self._sessions is not None:
+            self._sessions.record(session_id, keys)
+
+    @ray.method(concurrency_group="peers")
+    def set_session(self, record: SessionRecord) -> None:
+        """The session is as ``record`` says: pinned, or no longer."""
+        if self._sessions is not None:
+            self._sessions.set(record)
+
+    @ray.method(concurrency_group="peers")
+    def forget_session(self, session_id: str) -> None:
+        if self._sessions is not None:
+            self._sessions.forget(session_id)
+
+    def holding_workers(self) -> list[str]:
+        """Ids of the workers that hold something: the part of their holders' names before the slash."""
+        return sorted({holder.partition("/")[0] for holder in self._store.holders()})
 
     def release_worker(self, worker_id: str) -> int:
         """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were."""
         return self._store.release_prefix(f"{worker_id}/")
 
     def stats(self) -> TierStats:
-        return self._store.stats()
+        stats = self._store.stats()
+        return stats if self._exchange is None else replace(stats, **asdict(self._exchange.counters))
 
     def check_integrity(self) -> None:
         self._store.check_integrity()
 
+    def integrity(self) -> str:
+        """What :meth:`check_integrity` says; empty if all is well."""
+        try:
+            self._store.check_integrity()
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def stored_keys(self) -> list[ChunkKey]:
+        return self._store.keys()
+
+    @ray.method(concurrency_group="peers")
+    def read_chunks(self, keys: Sequence[ChunkKey]) -> ChunkBatch:
+        """Copies of those of ``keys`` that are stored here and sound."""
+        return read(self._store, keys)
+
+    @ray.method(concurrency_group="peers")
+    def take_in(self, batch: ChunkBatch, copied_only: bool) -> list[ChunkKey]:
+        """Store ``batch`` as far as there is room; returns the keys that are stored now."""
+        taken = take_in(self._store, batch, copied_only=copied_only)
+        if self._publisher is not None:
+            self._publisher.publish_now(taken)  # whoever sent them may let them go now
+        return taken
+
+    @ray.method(concurrency_group="peers")
+    def set_copied(self, keys: Sequence[ChunkKey]) -> None:
+        """Another tier answers for ``keys``: they may go first."""
+        self._store.set_copied(keys, True)
+
     def shutdown(self) -> None:
         """Leave the catalog and free the arena's file; workers keep what they have mapped."""
+        self._ended.set()
+        if self._exchange is not None:
+            self._exchange.stop()
         if self._publisher is not None:
             self._publisher.stop()
         self._arena.unlink()
         self._arena.close()
 
+    def _publish_sessions(self) -> None:
+        """The catalog does not know this tier: it is new, or the catalog is."""
+        if self._sessions is not None:
+            self._sessions.load()
+            self._sessions.publish()
 
-def _open_arena(
-    config: MemoryConfig, layout: ChunkLayout, tier_id: str, index_nbytes: int, index_fingerprint: str
-) -> Arena:
-    wanted = describe(layout, index_nbytes, index_fingerprint, config.cold_bytes)
+    def _watch(self, period_s: float) -> None:
+        """A file that somebody has cut or replaced is none to work with: end, and Ray begins again with a new one."""
+        while not self._ended.wait(period_s):
+            if self._sessions is not None:
+                self._sessions.tick()
+            if not self._arena.is_intact():
+                logger.error("the arena %s was changed from outside: the memory tier starts again", self._arena.path)
+                os._exit(1)
+
+    def _changed(self, key: ChunkKey, stored: bool) -> None:
+        assert self._publisher is not None
+        self._publisher.changed(key, stored)
+        if self._exchange is not None:
+            self._exchange.changed(key, stored)
+
+
+def gives_memory(node: Mapping[str, Any], config: MemoryConfig) -> bool:
+    """Whether ``node``, an entry of ``ray.nodes()``, lives and gets a memory tier."""
+    return bool(node["Alive"]) and (config.tier_resource is None or node["Resources"].get(config.tier_resource, 0) > 0)
+
+
+def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHandle[Any]":
+    """The tier ``tier_id`` of a node, made unless it is there. It outlives who asks, and is restarted by Ray."""
+    tier: ActorHandle[Any] = MemoryTier.options(  # type: ignore[attr-defined]
+        name=tier_id,
+        namespace=settings.namespace,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(settings, tier_id)
+    return tier
+
+
+def _open_arena(settings: TierSettings, tier_id: str) -> Arena:
+    config = settings.config
+    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, config.cold_bytes)
     path = config.arena_dir / f"{FILE_PREFIX}{tier_id}"
     if path.exists():
         try:
@@ -121,100 +245,8 @@ def _open_arena(
     return Arena.create(
         config.arena_dir,
         tier_id,
-        layout=layout,
-        index_nbytes=index_nbytes,
-        index_fingerprint=index_fingerprint,
+        layout=settings.layout,
+        index_nbytes=settings.index_nbytes,
+        index_fingerprint=settings.index_fingerprint,
         capacity_bytes=config.cold_bytes,
     )
-
-
-class CatalogPublisher:
-    """Tells the catalog what a store holds, from a thread of its own: the store never waits for Redis.
-
-    With Redis away it tries again, less and less often. When Redis does not know the tier (the first time, or
-    because it came back empty), all chunks are published.
-    """
-
-    def __init__(self, catalog: Catalog, tier_id: str, node_id: str, heartbeat_s: float) -> None:
-        self._catalog = catalog
-        self._tier_id = tier_id
-        self._node_id = node_id
-        self._heartbeat_s = heartbeat_s
-        self._incarnation = uuid.uuid4().hex
-        self._lock = threading.Lock()
-        self._pending: dict[ChunkKey, bool] = {}  # the last word on each chunk: stored or gone
-        self._overflowed = False
-        self._next_heartbeat_s = self._next_publish_all_s = 0.0  # of time.monotonic
-        self._wake = threading.Event()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def changed(self, key: ChunkKey, stored: bool) -> None:
-        """The store's listener."""
-        with self._lock:
-            if len(self._pending) < MAX_PENDING:
-                self._pending[key] = stored
-            else:
-                self._overflowed = True
-        self._wake.set()
-
-    def start(self, store: ArenaStore) -> None:
-        self._thread = threading.Thread(target=self._run, args=(store,), name="catalog-publisher", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread and take the tier out of the catalog, if Redis is there."""
-        if self._stopping.is_set() or self._thread is None:
-            return
-        self._stopping.set()
-        self._wake.set()
-        self._thread.join()
-        try:
-            self._catalog.remove_tier(self._tier_id)
-        except CatalogUnavailableError as error:
-            logger.warning("the tier's catalog entry is left to expire: %s", error)
-        self._catalog.close()
-
-    def _run(self, store: ArenaStore) -> None:
-        backoff_s = 0.0
-        while not self._stopping.is_set():
-            try:
-                self._publish(store)
-            except CatalogUnavailableError as error:
-                if not backoff_s:
-                    logger.warning("chunks of %s are not published until it is back: %s", self._tier_id, error)
-                backoff_s = min(MAX_BACKOFF_S, max(0.1, 2 * backoff_s))
-                self._next_heartbeat_s = 0.0
-                self._stopping.wait(backoff_s * uniform(0.5, 1))
-                continue
-            backoff_s = 0.0
-            self._wake.wait(max(0.0, self._next_heartbeat_s - time.monotonic()))
-
-    def _publish(self, store: ArenaStore) -> None:
-        self._wake.clear()
-        now_s = time.monotonic()
-        if now_s >= self._next_heartbeat_s:
-            self._heartbeat(store.stats())
-            self._next_heartbeat_s = now_s + self._heartbeat_s
-        with self._lock:
-            changes, self._pending = self._pending, {}
-        try:
-            self._catalog.withdraw(self._tier_id, [key for key, stored in changes.items() if not stored])
-            self._catalog.publish(self._tier_id, self._incarnation, [key for key, stored in changes.items() if stored])
-        except CatalogUnavailableError:
-            with self._lock:
-                self._pending = {**changes, **self._pending}
-            raise
-        # After the changes: one that comes while these keys are written is pending, and written later.
-        if now_s >= self._next_publish_all_s:
-            self._catalog.publish(self._tier_id, self._incarnation, store.keys())
-            self._next_publish_all_s = now_s + CHUNK_EXPIRY_S / 2
-
-    def _heartbeat(self, stats: TierStats) -> None:
-        with self._lock:
-            if self._overflowed:
-                # Withdrawals were forgotten: a new incarnation voids all that was published.
-                self._overflowed, self._pending, self._incarnation = False, {}, uuid.uuid4().hex
-        record = TierRecord(self._tier_id, self._incarnation, self._node_id, stats.slots, stats.used_slots)
-        if not self._catalog.heartbeat(record, expiry_s=MISSED_HEARTBEATS * self._heartbeat_s):
-            self._next_publish_all_s = 0.0

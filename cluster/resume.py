@@ -1,0 +1,103 @@
+"""A stream of tokens that outlives its worker (design §5.9)."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from random import uniform
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from forecache.cluster.errors import WorkerLostError
+from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+
+if TYPE_CHECKING:  # what settings import must not bring the web framework
+    from forecache.cluster.streams import TokenStream
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
+
+
+class ResumeConfig(BaseModel):
+    """When a running answer is taken to another worker."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token_deadline_s: float = Field(
+        120.0, gt=0, description="longest silence within an answer before another worker goes on with it"
+    )
+    resume_attempts: int = Field(
+        8, ge=0, description="workers that are tried in a row without one more token; then the request fails"
+    )
+
+
+class ResumingStream:
+    """A :class:`.streams.TokenStream` over one worker after another; ``start`` sends a request to some worker.
+
+    A worker is lost when Ray says so, when its engine has ended, when it gives the request up, or when it is silent
+    for too long once the answer has begun (before, it may be waiting for its turn). Then prompt and tokens so far go
+    elsewhere, under a request id of the next epoch; the old worker is cancelled and heard no more.
+    """
+
+    def __init__(
+        self, request: GenerateRequest, start: "Callable[[GenerateRequest], TokenStream]", config: ResumeConfig
+    ) -> None:
+        self._request = request
+        self._start = start
+        self._config = config
+        self._epoch = 0
+        self._failures = 0
+        self._sent: list[int] = []
+        self._source = start(request)
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        """The next event. Raises :class:`WorkerLostError` when no worker goes on with the answer."""
+        while True:
+            try:
+                event = await self._pull()
+            except WorkerLostError as error:
+                await self._resume(error)
+                continue
+            if event.token_ids:
+                self._failures = 0
+                self._sent += event.token_ids
+            return replace(event, request_id=self._request.request_id)
+
+    def cancel(self) -> None:
+        self._source.cancel()
+
+    async def _pull(self) -> TokenEvent:
+        deadline_s = self._config.token_deadline_s if self._sent else None
+        try:
+            event = await asyncio.wait_for(anext(self._source), deadline_s)
+        except TimeoutError as error:
+            raise WorkerLostError(f"no token came for {deadline_s:g} s") from error
+        except StopAsyncIteration:
+            raise WorkerLostError("the worker ended the answer early") from None
+        if event.finish_reason == "cancelled":
+            raise WorkerLostError("the worker gave the request up: it is being stopped")
+        if event.token_ids and event.position != len(self._sent):
+            raise WorkerLostError(f"token {event.position} came after {len(self._sent)} tokens")
+        return event
+
+    async def _resume(self, error: WorkerLostError) -> None:
+        self._source.cancel()
+        self._failures += 1
+        if self._failures > self._config.resume_attempts:
+            raise error
+        request_id = self._request.request_id
+        logger.warning("%s goes on at another worker after %d tokens: %s", request_id, len(self._sent), error)
+        await asyncio.sleep(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (self._failures - 1)) * uniform(0.5, 1))
+        self._epoch += 1
+        self._source = self._start(
+            replace(
+                self._request,
+                request_id=f"{request_id}~{self._epoch}",
+                resume_token_ids=(*self._request.resume_token_ids, *self._sent),
+            )
+        )

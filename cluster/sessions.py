@@ -1,0 +1,103 @@
+"""`/v1/sessions/{id}`: which chunks a session has and where they are, and that they stay."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from forecache.cluster.errors import UnknownSessionError
+from forecache.cluster.http_body import read_json
+from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.tenants import Tenant
+from forecache.cluster.tiers import Tiers
+from forecache.workers.memory.catalog import Catalog, SessionRecord
+
+DEFAULT_TTL_S = 3600.0
+MAX_TTL_S = 30 * 24 * 3600.0
+Guarded = Callable[[Request, Callable[[Tenant], Awaitable[Response]]], Awaitable[Response]]
+
+
+class PinRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    ttl_s: float = Field(DEFAULT_TTL_S, gt=0, le=MAX_TTL_S, allow_inf_nan=False)
+
+
+class SessionDirectory:
+    """What the catalog and the tiers know of sessions. Calls block for a deadline of theirs at most."""
+
+    def __init__(self, tiers: Tiers, chunk_tokens: int) -> None:
+        self._tiers = tiers
+        self._chunk_tokens = chunk_tokens
+        self._catalog = Catalog(tiers.redis_url)
+
+    def describe(self, session_id: str) -> dict[str, Any]:
+        """Raises :class:`UnknownSessionError`, :class:`CatalogUnavailableError`."""
+        record = self._record(session_id)
+        places = self._catalog.locate(record.keys)
+        return {
+            "object": "session",
+            "chunks": len(record.keys),
+            "tokens": len(record.keys) * self._chunk_tokens,
+            "stored_chunks": sum(bool(tiers) for tiers in places),
+            "tiers": dict(sorted(Counter(tier for tiers in places for tier in tiers).items())),
+            "pinned_until": record.pinned_until_unix_s if record.is_pinned else None,
+        }
+
+    def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
+        """No tier evicts the session's chunks for ``ttl_s``."""
+        record = self._record(session_id)
+        pinned = SessionRecord(session_id, record.keys, time.time() + ttl_s)
+        self._catalog.set_session(pinned)  # first: a tier that is being restarted takes it from there
+        self._tiers.ask("set_session", pinned)
+        return self.describe(session_id)
+
+    def delete(self, session_id: str) -> dict[str, Any]:
+        """Its chunks may be evicted, and nobody goes on with it."""
+        self._record(session_id)
+        self._catalog.remove_session(session_id)
+        self._tiers.ask("forget_session", session_id)
+        return {"object": "session", "deleted": True}
+
+    def _record(self, session_id: str) -> SessionRecord:
+        record = self._catalog.session(session_id)
+        if record is None:
+            raise UnknownSessionError("no such session is known: it begins with a request that names it")
+        return record
+
+
+class SessionRoutes:
+    """The handlers. ``guarded``: :meth:`.api.Api.guarded`; a tenant knows its own sessions alone."""
+
+    def __init__(self, directory: SessionDirectory, guarded: Guarded, limits: LimitsConfig) -> None:
+        self._directory = directory
+        self._guarded = guarded
+        self._limits = limits
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v1/sessions/{session_id}", self.get, methods=["GET"])
+        app.add_api_route("/v1/sessions/{session_id}", self.pin, methods=["POST"])
+        app.add_api_route("/v1/sessions/{session_id}", self.delete, methods=["DELETE"])
+
+    async def get(self, http: Request, session_id: str) -> Response:
+        return await self._guarded(http, lambda tenant: _answer(self._directory.describe, tenant, session_id))
+
+    async def pin(self, http: Request, session_id: str) -> Response:
+        async def answer(tenant: Tenant) -> Response:
+            asked = PinRequest.model_validate(await read_json(http, self._limits, empty={}))
+            return await _answer(self._directory.pin, tenant, session_id, asked.ttl_s)
+
+        return await self._guarded(http, answer)
+
+    async def delete(self, http: Request, session_id: str) -> Response:
+        return await self._guarded(http, lambda tenant: _answer(self._directory.delete, tenant, session_id))
+
+
+async def _answer(handle: Callable[..., dict[str, Any]], tenant: Tenant, session_id: str, *more: object) -> Response:
+    told = await asyncio.to_thread(handle, tenant.session_id(session_id), *more)
+    return JSONResponse(told | {"id": session_id})

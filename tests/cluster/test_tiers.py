@@ -1,0 +1,314 @@
+"""Memory tiers of several nodes, each with an arena of its own, around one Redis."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from forecache.cluster.supervisor import Supervisor
+from forecache.cluster.tiers import Tiers
+from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.remote import RemoteMemory
+from forecache.workers.memory.tier import TierSettings, start_tier
+
+pytestmark = pytest.mark.cluster
+
+NAMESPACE = "tiers"
+LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+SLOTS = 16
+KEYS = [bytes([i]) * 16 for i in range(1, 250)]
+
+
+class Client:
+    """What a decode worker does with cold memory, in a process on a tier's node. Bytes follow from keys."""
+
+    def __init__(self, name: str, tier: Any) -> None:
+        self.name = name
+        self.memory = RemoteMemory(lambda: tier, deadline_s=20)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def write(self, sequence: str, keys: list[bytes], *, keep: bool = False) -> None:
+        holder, arena = f"{self.name}/{sequence}", self.memory.arena
+        for start in range(0, len(keys), 4):
+            fresh = [(r.key, r.ref) for r in self.memory.reserve(holder, keys[start : start + 4]) if not r.stored]
+            for key, ref in fresh:
+                arena.chunks[ref.slot] = key[0]
+                arena.index[ref.slot] = key[1]
+                arena.seal(ref, key)
+            self.memory.commit(holder, fresh)
+            if not keep:
+                self.memory.release(holder)
+
+    def read(self, keys: list[bytes], *, keep: bool = False) -> list[int]:
+        """First bytes of the chunks of the longest stored prefix; -1 for one that is not what was written."""
+        holder, arena = f"{self.name}/read", self.memory.arena
+        refs = self.memory.hold_prefix(holder, keys)
+        found = []
+        for key, ref in zip(keys, refs, strict=False):
+            same = bool((arena.chunks[ref.slot] == key[0]).all()) and bool((arena.index[ref.slot] == key[1]).all())
+            found.append(key[0] if same and arena.check(ref, key) else -1)
+        if not keep:
+            self.memory.release(holder)
+        return found
+
+    def flip_a_bit(self, key: bytes) -> None:
+        [ref] = self.memory.hold(f"{self.name}/flip", [key])
+        assert ref is not None
+        self.memory.arena.chunks[ref.slot][key[0] % LAYOUT.nbytes] ^= 1 << key[0] % 8
+        self.memory.release(f"{self.name}/flip")
+
+
+def get(ref: Any) -> Any:
+    return ray.get(ref, timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 40) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"it did not come about in {within_s} s"
+        time.sleep(0.05)
+
+
+def heads(keys: list[bytes]) -> list[int]:
+    return [key[0] for key in keys]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes; tests that take one away put another in its place."""
+    cloudpickle: Any = ray.cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**node)
+        ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+class Nodes:
+    """Tiers on the nodes of the cluster, the head's first, and clients beside them."""
+
+    def __init__(self, cluster: Any, directory: Path, redis_url: str) -> None:
+        self.cluster = cluster
+        self.directory = directory
+        self.redis_url = redis_url
+        self.tiers: list[Any] = []
+        self.clients: list[Any] = []
+        self.ids: list[str] = []
+
+    def settings(self, name: str, slots: int = SLOTS, **options: Any) -> TierSettings:
+        arena_dir = self.directory / name
+        arena_dir.mkdir(exist_ok=True)
+        cold_bytes = (2 << 20) + slots * LAYOUT.nbytes
+        config = MemoryConfig(cold_bytes=cold_bytes, arena_dir=arena_dir, heartbeat_s=0.2, call_deadline_s=5, **options)
+        return TierSettings(config, LAYOUT, 16, "index", NAMESPACE, self.redis_url)
+
+    def start(self, slots: int = SLOTS, **options: Any) -> None:
+        for number, node in enumerate(self.cluster.list_all_nodes()):
+            tier_id = f"{self.directory.name}-{number}"
+            self.ids.append(tier_id)
+            self.tiers.append(start_tier(self.settings(str(number), slots, **options), tier_id, node.node_id))
+            here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            client = ray.remote(Client).options(num_cpus=0, scheduling_strategy=here)
+            self.clients.append(client.remote(f"w{number}", self.tiers[number]))
+        get([client.pid.remote() for client in self.clients])
+        with Catalog(self.redis_url) as catalog:
+            wait_until(lambda: len(catalog.tiers()) == len(self.tiers))
+
+    def stats(self, number: int) -> Any:
+        return get(self.tiers[number].stats.remote())
+
+    def wait_until_found(self, keys: list[bytes], copies: int = 1) -> None:
+        with Catalog(self.redis_url) as catalog:
+            wait_until(lambda: all(len(tiers) >= copies for tiers in catalog.locate(keys)))
+
+    def check(self) -> None:
+        get([tier.check_integrity.remote() for tier in self.tiers])
+
+    def stop(self) -> None:
+        for client in self.clients:
+            ray.kill(client)
+        for tier in self.tiers:
+            try:
+                get(tier.shutdown.remote())
+            except ray.exceptions.RayError:
+                continue  # its node is gone
+            ray.kill(tier)
+
+
+@pytest.fixture
+def nodes(cluster: Any, tmp_path: Path, redis_server: Any) -> Iterator[Nodes]:
+    nodes = Nodes(cluster, tmp_path, redis_server.url)
+    yield nodes
+    nodes.stop()
+
+
+def test_chunks_of_another_node_are_brought_here_once(nodes: Nodes) -> None:
+    nodes.start()
+    a, b, _ = nodes.clients
+    get(a.write.remote("0", KEYS[:6]))
+    nodes.wait_until_found(KEYS[:6])
+    assert get(b.read.remote(KEYS[:8])) == heads(KEYS[:6])
+    assert nodes.stats(1).fetched_chunks == 6
+    assert get(b.read.remote(KEYS[:6])) == heads(KEYS[:6])
+    assert nodes.stats(1).fetched_chunks == 6  # what was brought stays
+    assert nodes.stats(0).fetched_chunks == 0
+    wait_until(lambda: nodes.stats(0).copied_slots == 6)  # who uses them answers for them
+    assert nodes.stats(1).copied_slots == 0
+    nodes.check()
+
+
+def test_what_is_here_and_there_makes_one_prefix(nodes: Nodes) -> None:
+    nodes.start()
+    a, b, c = nodes.clients
+    for client, keys in ((a, KEYS[0:3]), (b, KEYS[3:5]), (c, KEYS[5:8]), (a, KEYS[9:10])):
+        get(client.write.remote("0", keys))
+    nodes.wait_until_found([*KEYS[:8], KEYS[9]])
+    assert get(b.read.remote(KEYS[:12], keep=True)) == heads(KEYS[:8])
+    assert nodes.stats(1).fetched_chunks == 6
+    assert nodes.stats(1).held_slots == 8
+    nodes.check()
+
+
+def test_three_nodes_hold_three_times_what_one_holds(nodes: Nodes) -> None:
+    nodes.start()
+    writer, *others = nodes.clients
+    keys = KEYS[: 3 * SLOTS - 6]
+    for key in keys:
+        get(writer.write.remote("0", [key]))
+        wait_until(lambda: nodes.stats(0).slots - nodes.stats(0).used_slots + nodes.stats(0).copied_slots > 0)
+    nodes.wait_until_found(keys)
+    assert nodes.stats(0).moved_chunks >= 2 * SLOTS - 8
+    for client in others:  # there is room for eight more, so that what is fetched changes places with what is there
+        for start in range(0, len(keys), 4):
+            part = keys[start : start + 4]
+            assert get(client.read.remote(part)) == heads(part)
+    assert sum(nodes.stats(number).evicted_chunks for number in range(3)) > len(keys)
+    nodes.check()
+
+
+def test_replicas_outlive_a_node(nodes: Nodes, cluster: Any) -> None:
+    nodes.start(replicas=2)
+    _, b, c = nodes.clients
+    get(c.write.remote("0", KEYS[:6]))
+    nodes.wait_until_found(KEYS[:6], copies=2)
+    assert nodes.stats(2).replicated_chunks == 6
+    assert nodes.stats(0).stored_chunks + nodes.stats(1).stored_chunks == 6
+    cluster.remove_node(cluster.list_all_nodes()[2])
+    try:
+        assert get(b.read.remote(KEYS[:6])) == heads(KEYS[:6])
+        # two nodes are left: both have all again
+        nodes.wait_until_found(KEYS[:6], copies=2)
+        wait_until(lambda: nodes.stats(0).stored_chunks == nodes.stats(1).stored_chunks == 6)
+        get([tier.check_integrity.remote() for tier in nodes.tiers[:2]])
+    finally:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+def test_chunks_without_a_replica_end_the_prefix_when_their_node_is_gone(nodes: Nodes, cluster: Any) -> None:
+    nodes.start()
+    _, b, c = nodes.clients
+    get(b.write.remote("0", KEYS[:2]))
+    get(c.write.remote("0", KEYS[2:4]))
+    nodes.wait_until_found(KEYS[:4])
+    cluster.remove_node(cluster.list_all_nodes()[2])
+    try:
+        assert get(b.read.remote(KEYS[:4])) == heads(KEYS[:2])
+    finally:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+def test_a_damaged_chunk_is_not_sent_and_a_replica_takes_its_place(nodes: Nodes) -> None:
+    nodes.start(replicas=2)
+    a, b, c = nodes.clients
+    get(a.write.remote("0", KEYS[:6]))
+    nodes.wait_until_found(KEYS[:6], copies=2)
+    get(a.flip_a_bit.remote(KEYS[2]))
+    for client in (b, c):
+        assert get(client.read.remote(KEYS[:6])) == heads(KEYS[:6])
+    assert nodes.stats(1).fetched_chunks + nodes.stats(2).fetched_chunks == 6
+    nodes.check()
+
+
+def test_without_redis_each_node_goes_on_alone(nodes: Nodes, redis_server: Any) -> None:
+    nodes.start()
+    a, b, _ = nodes.clients
+    get(a.write.remote("0", KEYS[:4]))
+    redis_server.kill()
+    get(a.write.remote("0", KEYS[4:6]))
+    assert get(a.read.remote(KEYS[:6])) == heads(KEYS[:6])
+    assert get(b.read.remote(KEYS[:6])) == []
+    redis_server.start()
+    nodes.wait_until_found(KEYS[:6])
+    assert get(b.read.remote(KEYS[:6])) == heads(KEYS[:6])
+
+
+def test_a_tier_that_does_not_answer_costs_its_chunks_and_no_more_than_a_deadline(nodes: Nodes) -> None:
+    nodes.start()
+    a, b, _ = nodes.clients
+    get(a.write.remote("0", KEYS[:4]))
+    nodes.wait_until_found(KEYS[:4])
+    pid = get(nodes.tiers[0].__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start_s = time.monotonic()
+        assert get(b.read.remote(KEYS[:4])) == []
+        assert time.monotonic() - start_s < 7
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_the_supervisor_follows_nodes_and_reclaims_what_the_dead_held(nodes: Nodes, cluster: Any) -> None:
+    settings = nodes.settings("all")
+
+    ours = Tiers(NAMESPACE, nodes.directory.name, nodes.redis_url, deadline_s=20)
+    name = ours.name
+
+    def tiers() -> list[str]:
+        return sorted(ours.actors())
+
+    node_ids = [node.node_id for node in cluster.list_all_nodes()]
+    with Supervisor(settings.config, ours, period_s=0.2):
+        first = start_tier(settings, name(node_ids[0]), node_ids[0])
+        nodes.tiers.append(first)
+        wait_until(lambda: tiers() == sorted(map(name, node_ids)))
+        added = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        wait_until(lambda: name(added.node_id) in tiers())
+        nodes.tiers += [ray.get_actor(name(node), namespace=NAMESPACE) for node in [*node_ids[1:], added.node_id]]
+        get([tier.arena_path.remote() for tier in nodes.tiers])
+
+        here = NodeAffinitySchedulingStrategy(node_ids[0], soft=False)
+        worker = ray.remote(Client).options(num_cpus=0, scheduling_strategy=here, name="REPLICA#dead-soon")
+        client = worker.remote("dead-soon", first)
+        get(client.write.remote("0", KEYS[:3], keep=True))
+        time.sleep(1)
+        assert get(first.stats.remote()).held_slots == 3
+        os.kill(get(client.pid.remote()), signal.SIGKILL)
+        wait_until(lambda: get(first.stats.remote()).held_slots == 0)
+
+        # a tier that is killed is restarted by Ray; one that is killed for good, here
+        ray.kill(nodes.tiers[1])
+        wait_until(lambda: name(node_ids[1]) not in tiers())
+        wait_until(lambda: name(node_ids[1]) in tiers())
+        nodes.tiers[1] = ray.get_actor(name(node_ids[1]), namespace=NAMESPACE)
+        cluster.remove_node(added)
+        wait_until(lambda: name(added.node_id) not in tiers())

@@ -1,0 +1,221 @@
+"""An answer that outlives its worker: other engines go on with it, and nobody can tell from its tokens."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from forecache.cluster.errors import WorkerLostError
+from forecache.cluster.resume import ResumeConfig, ResumingStream
+from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.errors import InvalidRequestError
+from forecache.workers.llm import LLM
+
+CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
+
+
+@contextmanager
+def open_llm(model: Path, **settings: Any) -> Iterator[LLM]:
+    """16-token chunks; a hot pool in which not everything stays."""
+    defaults = {"chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16, "hot_bytes": 40 * CHUNK_BYTES}
+    with (
+        TemporaryDirectory(prefix="resume-test-", dir="/dev/shm") as directory,
+        LLM(str(model), skip_tokenizer=True, arena_dir=Path(directory), **(defaults | settings)) as llm,
+    ):
+        yield llm
+
+
+def tokens_of(llm: LLM, request: GenerateRequest) -> list[int]:
+    tokens: list[int] = []
+    llm.engine.add_request(request)
+    while True:
+        for event in llm.engine.step():
+            assert event.position == len(request.resume_token_ids) + len(tokens) or not event.token_ids
+            tokens += event.token_ids
+            if event.finish_reason is not None:
+                assert event.finish_reason == "length" and event.stats is not None
+                assert event.stats.completion_tokens == request.sampling.max_tokens
+                return tokens
+
+
+def request_for(prompt: list[int], tokens: int, resume: tuple[int, ...] = (), **cache: Any) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.7, seed=3)
+    return GenerateRequest("r", tuple(prompt), sampling, CacheOptions(**cache), resume)
+
+
+@pytest.mark.parametrize(
+    "cache", [{"keep_ratio": 1.0}, {"policy": "full"}, {"keep_ratio": 0.2}, {"keep_ratio": 0.2, "policy": "random"}]
+)
+@pytest.mark.parametrize("sent", [1, 15, 40])
+def test_another_engine_goes_on_where_one_stopped(
+    tiny_model: Path, prompts: list[list[int]], cache: dict[str, Any], sent: int
+) -> None:
+    """Over partial sets too: with ``late_policy="wait"`` the steps so far are made again over the same sets."""
+    settings: dict[str, Any] = {"late_policy": "wait", "seed": 0}
+    with open_llm(tiny_model, **settings) as llm:
+        whole = tokens_of(llm, request_for(prompts[2], 60, **cache))
+    with open_llm(tiny_model, **settings) as llm:
+        resumed = tokens_of(llm, request_for(prompts[2], 60, tuple(whole[:sent]), **cache))
+        assert whole[:sent] + resumed == whole
+        with pytest.raises(InvalidRequestError, match="complete"):
+            llm.engine.add_request(request_for(prompts[2], 60, tuple(whole), **cache))
+        llm.engine.flush()
+        llm.engine.check_integrity()
+
+
+class EngineStream:
+    """A worker's stream, as the ingress has it through Ray Serve."""
+
+    def __init__(self, engine: AsyncEngine, request: GenerateRequest) -> None:
+        self._engine = engine
+        self._request = request
+        self._events: AsyncGenerator[TokenEvent, None] = engine.generate(request)
+
+    def __aiter__(self) -> "EngineStream":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        try:
+            return await anext(self._events)
+        except EngineDeadError as error:
+            raise WorkerLostError(str(error)) from error
+
+    def cancel(self) -> None:
+        self._engine.cancel(self._request.request_id)
+
+
+def test_engines_that_end_one_after_the_other_give_one_answer(tiny_model: Path, prompts: list[list[int]]) -> None:
+    request = request_for(prompts[1], 90, keep_ratio=1.0)
+    with open_llm(tiny_model) as llm:
+        whole = tokens_of(llm, request)
+
+    async def through_three() -> list[int]:
+        with ExitStack() as stack:
+            engines = []
+            for _ in range(3):
+                engines.append(AsyncEngine(stack.enter_context(open_llm(tiny_model)).engine))
+                stack.callback(engines[-1].close)
+            asked: list[GenerateRequest] = []
+
+            def start(asked_for: GenerateRequest) -> EngineStream:
+                asked.append(asked_for)
+                return EngineStream(engines[len(asked) - 1], asked_for)
+
+            stream, tokens = ResumingStream(request, start, ResumeConfig()), list[int]()
+            async for event in stream:
+                tokens += event.token_ids
+                assert event.request_id == "r"
+                if len(tokens) in (20, 50) and event.token_ids:
+                    await asyncio.to_thread(engines[len(asked) - 1].close)
+                if event.finish_reason is not None:
+                    break
+            assert [a.request_id for a in asked] == ["r", "r~1", "r~2"]
+            assert all(list(a.resume_token_ids) == tokens[: len(a.resume_token_ids)] for a in asked)
+            return tokens
+
+    assert asyncio.run(through_three()) == whole
+
+
+def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> None:
+    request = request_for(prompts[0], 30, keep_ratio=1.0)
+
+    async def left() -> tuple[list[int], int]:
+        with open_llm(tiny_model) as llm:
+            engine = AsyncEngine(llm.engine)
+            asked = 0
+
+            class Silent(EngineStream):
+                """Nothing comes after the fifth event, of a worker that lives."""
+
+                events = 0
+
+                async def __anext__(self) -> TokenEvent:
+                    self.events += 1
+                    if self.events > 5:
+                        await asyncio.sleep(3600)
+                    return await super().__anext__()
+
+            def start(asked_for: GenerateRequest) -> EngineStream:
+                nonlocal asked
+                asked += 1
+                return (Silent if asked == 1 else EngineStream)(engine, asked_for)
+
+            tokens = [
+                token
+                async for event in until_the_end(ResumingStream(request, start, ResumeConfig(token_deadline_s=0.5)))
+                for token in event.token_ids
+            ]
+            await asyncio.to_thread(engine.close)
+            return tokens, asked
+
+    tokens, asked = asyncio.run(left())
+    with open_llm(tiny_model) as llm:
+        assert tokens == tokens_of(llm, request)
+    assert asked == 2
+
+
+async def until_the_end(stream: ResumingStream) -> AsyncGenerator[TokenEvent, None]:
+    async for event in stream:
+        yield event
+        if event.finish_reason is not None:
+            return
+
+
+def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list[list[int]]) -> None:
+    async def nobody() -> int:
+        with open_llm(tiny_model) as llm:
+            engine = AsyncEngine(llm.engine)
+            await asyncio.to_thread(engine.close)
+            asked = 0
+
+            def start(request: GenerateRequest) -> EngineStream:
+                nonlocal asked
+                asked += 1
+                return EngineStream(engine, request)
+
+            stream = ResumingStream(request_for(prompts[0], 5), start, ResumeConfig(resume_attempts=2))
+            with pytest.raises(WorkerLostError):
+                await anext(stream)
+            return asked
+
+    assert asyncio.run(nobody()) == 3
+
+
+def test_a_session_is_gone_on_with_over_what_it_decoded(tiny_model: Path, prompts: list[list[int]]) -> None:
+    """The second turn finds the chunks of the first one's answer; outside the session, and where the answer must be
+    exact, it finds the prompt's alone."""
+    with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
+
+        def cached(prompt: list[int], **options: Any) -> tuple[int, list[int]]:
+            [answer] = llm.generate([prompt], max_tokens=70, ignore_eos=True, **options)
+            return answer.stats.cached_tokens // 16, answer.token_ids
+
+        _, answer = cached(prompts[2], session_id="s")
+        llm.engine.flush()
+        following = [*prompts[2], *answer, 7, 8, 9]
+        assert cached(following)[0] == len(prompts[2]) // 16
+        assert cached(following, session_id="other")[0] == len(following) // 16  # prefilled just now, exact
+        branch = [*prompts[2], *answer, 9, 8, 7]
+        assert cached(branch, session_id="s")[0] == len(branch) // 16
+        llm.engine.flush()
+        llm.engine.check_integrity()
+        assert llm.memory.stats().held_slots == 0
+
+
+@pytest.mark.parametrize("options", [{"keep_ratio": 1.0}, {"policy": "full"}])
+def test_an_exact_request_of_a_session_takes_no_approximate_chunk(
+    tiny_model: Path, prompts: list[list[int]], options: dict[str, Any]
+) -> None:
+    with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
+        [first] = llm.generate([prompts[2]], max_tokens=70, ignore_eos=True, session_id="s")
+        llm.engine.flush()
+        following = [*prompts[2], *first.token_ids, 7, 8, 9]
+        [again] = llm.generate([following], max_tokens=4, session_id="s")
+        [exact] = llm.generate([following[:-1]], max_tokens=4, session_id="s", **options)
+        assert again.stats.cached_tokens // 16 == len(following) // 16
+        assert exact.stats.cached_tokens // 16 == len(prompts[2]) // 16

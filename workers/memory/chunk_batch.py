@@ -1,0 +1,45 @@
+"""Whole chunks on their way between tiers, or to and from a disk."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from forecache.workers.memory.keys import ChunkKey
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """``chunks``: uint8 ``[n, nbytes]``; ``index``: uint8 ``[n, index_nbytes]``; ``checksums``: uint64 ``[n, 3]``,
+    those of a slot's header: xxh3_64 of chunk and index bytes, and the device checksum."""
+
+    keys: tuple[ChunkKey, ...]
+    chunks: npt.NDArray[np.uint8]
+    index: npt.NDArray[np.uint8]
+    checksums: npt.NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        return self.chunks.nbytes + self.index.nbytes
+
+    def only(self, rows: npt.NDArray[np.bool_]) -> "ChunkBatch":
+        """Those of ``rows``, bool ``[n]``."""
+        if rows.all():
+            return self
+        keys = tuple(key for key, row in zip(self.keys, rows.tolist(), strict=True) if row)
+        return replace(
+            self, keys=keys, chunks=self.chunks[rows], index=self.index[rows], checksums=self.checksums[rows]
+        )
+
+    def sound(self) -> "ChunkBatch":
+        """Those whose bytes have the checksums they came with."""
+        digests = [
+            (xxhash.xxh3_64_intdigest(chunk), xxhash.xxh3_64_intdigest(index))
+            for chunk, index in zip(self.chunks, self.index, strict=True)
+        ]
+        found = np.array(digests, np.uint64).reshape(len(self), 2)
+        return self.only((found == self.checksums[:, :2]).all(1))

@@ -1,0 +1,292 @@
+"""What a tier does with the others: brings chunks here, copies them, and moves them where there is room."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from random import uniform
+from typing import Protocol
+
+from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
+from forecache.workers.memory.catalog import Catalog, TierRecord
+from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.placement import rendezvous
+from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import read, take_in
+
+logger = logging.getLogger(__name__)
+
+BATCH_BYTES = 16 << 20
+"""Most bytes of one call between tiers, unless one chunk has more: several are on their way at once."""
+READS_AT_ONCE = 3
+FETCHES = 3
+"""Times that a prefix is looked for while it is on the move."""
+FREE_SHARE = 16
+"""A tier moves chunks away while fewer than this part of its slots could be had without loss."""
+VERIFY_CHUNKS = 4096
+MAX_PENDING = 100_000
+
+
+class PendingBatch(Protocol):
+    def result(self, timeout_s: float) -> ChunkBatch:
+        """Raises :class:`ChunkLostError` when the tier does not answer in time, or is gone."""
+        ...
+
+
+class Peers(Protocol):
+    """The other tiers. Every method raises :class:`ChunkLostError` when one can't be reached."""
+
+    def read(self, tier_id: str, keys: Sequence[ChunkKey]) -> PendingBatch:
+        """Copies of those of ``keys`` that the tier has; does not wait."""
+        ...
+
+    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+        """Have the tier store ``batch`` and answer for it; returns the keys that it has now."""
+        ...
+
+    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey]) -> None:
+        """Tell the tier that another one answers for ``keys``; does not wait."""
+        ...
+
+
+@dataclass
+class ExchangeCounters:
+    """Since start; named as in :class:`TierStats`."""
+
+    fetched_chunks: int = 0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+    replicated_chunks: int = 0
+    moved_chunks: int = 0
+
+
+class ChunkExchange:
+    """One tier's dealings with its peers: :meth:`fetch` for those who ask, the rest in a thread of its own.
+
+    Whoever a chunk came to last answers for it; the copy that is left where it came from goes first when room is
+    needed. So a chunk that is fetched into a full arena changes places with a cold one, and nothing is lost while any
+    tier has room.
+    """
+
+    def __init__(
+        self,
+        tier_id: str,
+        store: ArenaStore,
+        catalog: Catalog,
+        peers: Peers,
+        config: MemoryConfig,
+        publish: Callable[[Sequence[ChunkKey]], None],
+    ) -> None:
+        """``publish`` tells the catalog of chunks at once."""
+        self._tier_id = tier_id
+        self._store = store
+        self._catalog = catalog
+        self._peers = peers
+        self._config = config
+        self._publish = publish
+        description = store.arena.description
+        self._batch_chunks = max(1, BATCH_BYTES // (description.nbytes + description.index_nbytes))
+        self._uncopied: deque[ChunkKey] = deque(maxlen=MAX_PENDING)
+        self._living: frozenset[str] = frozenset()
+        self.counters = ExchangeCounters()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chunk-exchange", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def changed(self, key: ChunkKey, stored: bool) -> None:
+        """The store's listener."""
+        if stored:
+            if self._config.replicas > 1:
+                self._uncopied.append(key)
+            self._wake.set()
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from other tiers."""
+        refs = self._store.hold_prefix(holder, keys)
+        deadline_s = time.monotonic() + self._config.fetch_deadline_s
+        for _ in range(FETCHES):
+            if len(refs) == len(keys) or not self._fetch(holder, keys[len(refs) :], deadline_s):
+                break
+            refs = self._store.hold_prefix(holder, keys)
+        return refs
+
+    def _fetch(self, holder: str, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
+        """Bring the longest run of ``keys`` that somebody has, and hold what came. Returns whether it is worth another
+        try: chunks are moved while they are looked for."""
+        start_s = time.monotonic()
+        try:
+            places = self._catalog.locate(keys)
+        except CatalogUnavailableError:
+            return False  # as if nobody had them
+        here = self._store.stored(keys)
+        wanted = []
+        for key, tier_ids, is_here in zip(keys, places, here, strict=True):
+            others = tier_ids - {self._tier_id}
+            if not is_here and not others:
+                break
+            if not is_here:
+                wanted.append((key, others))
+        count = self._bring(holder, wanted, deadline_s)
+        self.counters.fetch_s += time.monotonic() - start_s
+        return bool(wanted) and time.monotonic() < deadline_s and (count > 0 or self._store.room > 0)
+
+    def _bring(self, holder: str, wanted: list[tuple[ChunkKey, set[str]]], deadline_s: float) -> int:
+        calls = iter(list(self._calls(wanted)))
+        others = dict(wanted)
+        under_way: deque[tuple[str, list[ChunkKey], PendingBatch]] = deque()
+
+        def ask() -> None:
+            for tier_id, keys in islice(calls, READS_AT_ONCE - len(under_way)):
+                under_way.append((tier_id, keys, self._peers.read(tier_id, keys)))
+
+        count = 0
+        ask()
+        while under_way:
+            tier_id, keys, pending = under_way.popleft()
+            taken = self._take(holder, tier_id, keys, pending, deadline_s)
+            # whom else to ask: a replica
+            missing = [key for key in keys if key not in taken]
+            for other in rendezvous(missing[0], others[missing[0]] - {tier_id}) if missing else []:
+                taken |= self._take(holder, other, missing, self._peers.read(other, missing), deadline_s)
+                missing = [key for key in missing if key not in taken]
+                if not missing:
+                    break
+            count += len(taken)
+            if missing or time.monotonic() > deadline_s:
+                break  # the run ends here
+            ask()
+        return count
+
+    def _take(
+        self, holder: str, tier_id: str, keys: Sequence[ChunkKey], pending: PendingBatch, deadline_s: float
+    ) -> set[ChunkKey]:
+        try:
+            batch = pending.result(max(0.0, deadline_s - time.monotonic()))
+        except ChunkLostError as error:
+            logger.warning("%d chunks did not come: %s", len(keys), error)
+            return set()
+        missing_room = len(batch) - self._store.room
+        if missing_room > 0:
+            self._move_away(self._store.coldest(missing_room), self._living)
+        taken = take_in(self._store, batch, holder)
+        self._publish(taken)
+        self._peers.set_copied(tier_id, taken)
+        self.counters.fetched_chunks += len(taken)
+        self.counters.fetched_bytes += batch.nbytes
+        return set(taken)
+
+    def _calls(self, wanted: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:
+        """Whom to ask for what: runs of at most a batch from one tier, in the order of the chunks."""
+        tier_id, keys = "", list[ChunkKey]()
+        for key, tier_ids in wanted:
+            if tier_id not in tier_ids or len(keys) == self._batch_chunks:
+                if keys:
+                    yield tier_id, keys
+                tier_id, keys = (tier_id if tier_id in tier_ids else rendezvous(key, tier_ids)[0]), []
+            keys.append(key)
+        if keys:
+            yield tier_id, keys
+
+    def _run(self) -> None:
+        backoff_s = 0.0
+        while not self._stopping.is_set():
+            self._wake.clear()
+            try:
+                self._round()
+                backoff_s = 0.0
+            except CatalogUnavailableError:
+                # the publisher says so; without the catalog nobody is known here
+                backoff_s = min(10.0, max(0.2, 2 * backoff_s))
+                self._stopping.wait(backoff_s * uniform(0.5, 1))
+                continue
+            # a little later: what is published and asked for comes in bursts
+            self._stopping.wait(min(0.2, self._config.heartbeat_s))
+            self._wake.wait(self._config.heartbeat_s)
+
+    def _round(self) -> None:
+        tiers = {tier.tier_id: tier for tier in self._catalog.tiers() if tier.tier_id != self._tier_id}
+        if self._living - tiers.keys():
+            self._lost_tiers()
+        self._living = frozenset(tiers)
+        self._replicate(tiers)
+        self._make_room(tiers)
+
+    def _lost_tiers(self) -> None:
+        """Tiers have gone, and copies with them."""
+        for keys in _batches(self._store.copied(), VERIFY_CHUNKS):
+            places = self._catalog.locate(keys)
+            alone = [key for key, tiers in zip(keys, places, strict=True) if not tiers - {self._tier_id}]
+            self._store.set_copied(alone, False)
+        if self._config.replicas > 1:
+            self._uncopied.extend(self._store.keys())
+
+    def _replicate(self, tiers: Mapping[str, TierRecord]) -> None:
+        """Copy chunks that have too few copies to those next in their order."""
+        while self._uncopied and tiers and not self._stopping.is_set():
+            keys = [self._uncopied.popleft() for _ in range(min(len(self._uncopied), VERIFY_CHUNKS))]
+            targets: list[tuple[ChunkKey, set[str]]] = []
+            for key, holders in zip(keys, self._catalog.locate(keys), strict=True):
+                holding = holders | {self._tier_id}
+                missing = self._config.replicas - len(holding)
+                if missing > 0 and rendezvous(key, holding)[0] == self._tier_id:
+                    targets += [(key, {other}) for other in rendezvous(key, tiers.keys() - holding)[:missing]]
+            for tier_id, batch in self._by_tier(targets):
+                sent = self._send(tier_id, batch, copied_only=False)
+                self.counters.replicated_chunks += len(sent)
+                if len(sent) < len(batch):
+                    left = set(batch) - set(sent)
+                    self._uncopied.extend(key for key in batch if key in left)
+                    return  # no room, or no answer: again later
+
+    def _make_room(self, tiers: Mapping[str, TierRecord]) -> None:
+        """Before chunks have to go for good, others may have room for the coldest."""
+        coldest = self._store.coldest(max(0, -(-self._store.arena.slots // FREE_SHARE) - self._store.room))
+        if coldest:
+            # also to those that have copies: whether they will keep them they alone know
+            self._move_away(coldest, {tier_id for tier_id, tier in tiers.items() if tier.used_slots < tier.slots})
+
+    def _move_away(self, keys: Sequence[ChunkKey], tier_ids: Collection[str]) -> None:
+        """Have others of ``tier_ids`` answer for ``keys``, as far as they have room."""
+        untried = {key: rendezvous(key, tier_ids) for key in keys}
+        while any(untried.values()) and not self._stopping.is_set():
+            targets = [(key, {order.pop(0)}) for key, order in untried.items() if order]
+            for tier_id, batch in self._by_tier(targets):
+                sent = self._send(tier_id, batch, copied_only=True)
+                self._store.set_copied(sent, True)
+                self.counters.moved_chunks += len(sent)
+                for key in sent:
+                    del untried[key]
+
+    def _by_tier(self, targets: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:
+        return self._calls(sorted(targets, key=lambda target: min(target[1])))
+
+    def _send(self, tier_id: str, keys: list[ChunkKey], *, copied_only: bool) -> list[ChunkKey]:
+        """Returns what ``tier_id`` has now, and what is stored here no longer."""
+        batch = read(self._store, keys)
+        gone = set(keys) - set(batch.keys)
+        try:
+            taken = self._peers.take_in(tier_id, batch, copied_only=copied_only) if len(batch) else []
+            return [*gone, *taken]
+        except ChunkLostError as error:
+            logger.warning("%d chunks were not sent: %s", len(keys), error)
+            return list(gone)
+
+
+def _batches(keys: Sequence[ChunkKey], size: int) -> Iterator[Sequence[ChunkKey]]:
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]

@@ -1,0 +1,73 @@
+"""Sessions as a tier knows them: whose chunks are whose, and which of them must stay."""
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.memory.catalog import Catalog, SessionRecord
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.store import ArenaStore
+
+
+class Sessions:
+    """The records that came through this tier, and all pins, in its store and for the catalog.
+
+    The catalog has all records; it gets them again from the tiers when it comes back empty, and a tier that was
+    restarted takes the pins from it.
+    """
+
+    def __init__(self, store: ArenaStore, catalog: Catalog) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._lock = threading.Lock()
+        self._records: dict[str, SessionRecord] = {}
+
+    def record(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+        """A request of the session has ended with these chunks; a pin goes over to them."""
+        with self._lock:
+            known = self._records.get(session_id)
+        with suppress(CatalogUnavailableError):  # then what this tier knows must do
+            known = self._catalog.session(session_id) or known
+        until = known.pinned_until_unix_s if known is not None else 0.0
+        self.set(SessionRecord(session_id, tuple(keys), until))
+        self.publish([session_id])
+
+    def set(self, record: SessionRecord) -> None:
+        """Take over ``record``, pins included."""
+        with self._lock:
+            self._records[record.session_id] = record
+        if record.is_pinned:
+            self._store.pin(record.session_id, record.keys)
+        else:
+            self._store.unpin(record.session_id)
+
+    def forget(self, session_id: str) -> None:
+        """The session is over; unknown ones are fine."""
+        with self._lock:
+            self._records.pop(session_id, None)
+        self._store.unpin(session_id)
+
+    def tick(self) -> None:
+        """Let go of pins whose time is over, and of records that nobody can ask for any more."""
+        with self._lock:
+            over = [record for record in self._records.values() if record.pinned_until_unix_s and not record.is_pinned]
+        for record in over:
+            self.set(SessionRecord(record.session_id, record.keys))
+
+    def load(self) -> None:
+        """Take the pins from the catalog."""
+        for record in self._catalog.sessions():
+            if record.is_pinned:
+                self.set(record)
+
+    def publish(self, session_ids: Sequence[str] | None = None) -> None:
+        """Write the records of ``session_ids``, or all, to the catalog, if it is there."""
+        with self._lock:
+            names = self._records if session_ids is None else session_ids
+            records = [self._records[name] for name in names if name in self._records]
+        try:
+            for record in records:
+                self._catalog.set_session(record)
+        except CatalogUnavailableError:
+            return  # all are published when it is back

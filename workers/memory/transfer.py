@@ -1,0 +1,53 @@
+"""Chunks out of a store and into one, by value."""
+
+import uuid
+from collections.abc import Sequence
+
+from forecache.workers.errors import OverloadedError
+from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.store import ArenaStore
+
+
+def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
+    """Copies of those of ``keys`` that are stored. One whose bytes are wrong is dropped from the store."""
+    holder = f"transfer/{uuid.uuid4().hex}"
+    try:
+        held = [(key, ref) for key, ref in zip(keys, store.hold(holder, keys), strict=True) if ref is not None]
+        batch = store.arena.read([ref for _, ref in held], [key for key, _ in held])
+        if len(batch) < len(held):
+            sound = set(batch.keys)
+            for key, ref in held:
+                if key not in sound:
+                    store.drop(key, ref)
+        return batch
+    finally:
+        store.release(holder)
+
+
+def take_in(
+    store: ArenaStore, batch: ChunkBatch, holder: str | None = None, *, copied_only: bool = False
+) -> list[ChunkKey]:
+    """Store chunks of ``batch``, in its order, while there is room; returns the keys that are stored now.
+
+    They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them.
+    Bytes that do not have the checksums they came with are not taken.
+    """
+    batch = batch.sound()
+    name = holder or f"transfer/{uuid.uuid4().hex}"
+    taken: list[ChunkKey] = []
+    try:
+        for row, key in enumerate(batch.keys):
+            try:
+                [place] = store.reserve(name, [key], copied_only=copied_only)
+            except OverloadedError:
+                break
+            if not place.stored:
+                store.arena.write(place.ref, batch, row)
+                store.commit(name, [(key, place.ref)])
+            taken.append(key)
+        store.set_copied(taken, False)
+    finally:
+        if holder is None:
+            store.release(name)
+    return taken
