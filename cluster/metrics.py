@@ -63,6 +63,8 @@ _TIER_COUNTERS = (
     _Counter("forecache_memory_tier_fetched_bytes", "Bytes brought from other nodes.", "fetched_bytes"),
     _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to nodes with room.", "moved_chunks"),
     _Counter("forecache_memory_tier_replicated_chunks", "Chunks copied to other nodes.", "replicated_chunks"),
+    _Counter("forecache_memory_tier_spilled_chunks", "Chunks written to disk.", "spilled_chunks"),
+    _Counter("forecache_memory_tier_disk_recalled_chunks", "Chunks read from disk.", "disk_recalled_chunks"),
     _Counter("forecache_memory_tier_evicted_chunks", "Chunks that others took the place of.", "evicted_chunks"),
     _Counter("forecache_memory_tier_dropped_chunks", "Chunks whose bytes were found wrong.", "dropped_chunks"),
 )

@@ -91,7 +91,10 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
         silence = stack.enter_context(ExitStack())
-        stack.callback(remove_abandoned, config.memory.arena_dir)  # last: of tiers that could not end in order
+        # last: of tiers that could not end in order
+        stack.callback(remove_abandoned, config.memory.arena_dir)
+        if config.memory.disk_bytes:
+            stack.callback(remove_abandoned, config.memory.disk_dir)
         say("starting Ray" if config.address is None else f"joining Ray at {config.address}")
         stack.enter_context(_ray(config))
         redis_url, revive = config.redis_url, lambda: None

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
+from forecache.workers.memory.arena import remove_abandoned
 from forecache.workers.memory.catalog import Catalog
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.layout import attention_layout
@@ -153,6 +154,15 @@ class Nodes:
             except ray.exceptions.RayError:
                 continue  # its node is gone
             ray.kill(tier)
+        # the file of a tier whose node was killed is left to the next one of its machine
+        living = [path for path in self.directory.glob("*/forecache-*") if not own_file(path)]
+        assert living == []
+
+
+def own_file(path: Path) -> bool:
+    """Whether nobody owns the arena at ``path``, which is removed then."""
+    remove_abandoned(path.parent)
+    return not path.exists()
 
 
 @pytest.fixture
@@ -192,17 +202,42 @@ def test_what_is_here_and_there_makes_one_prefix(nodes: Nodes) -> None:
 def test_three_nodes_hold_three_times_what_one_holds(nodes: Nodes) -> None:
     nodes.start()
     writer, *others = nodes.clients
-    keys = KEYS[: 3 * SLOTS - 6]
+    keys = KEYS[: 3 * SLOTS - 9]
     for key in keys:
         get(writer.write.remote("0", [key]))
         wait_until(lambda: nodes.stats(0).slots - nodes.stats(0).used_slots + nodes.stats(0).copied_slots > 0)
     nodes.wait_until_found(keys)
     assert nodes.stats(0).moved_chunks >= 2 * SLOTS - 8
-    for client in others:  # there is room for eight more, so that what is fetched changes places with what is there
-        for start in range(0, len(keys), 4):
-            part = keys[start : start + 4]
+    for client in others:  # there is room for six more, so that what is fetched changes places with what is there
+        for start in range(0, len(keys), 3):
+            part = keys[start : start + 3]
             assert get(client.read.remote(part)) == heads(part)
     assert sum(nodes.stats(number).evicted_chunks for number in range(3)) > len(keys)
+    nodes.check()
+
+
+def test_what_no_node_has_room_for_goes_to_disk_and_comes_back(nodes: Nodes) -> None:
+    disk = nodes.directory / "disk"
+    disk.mkdir()
+    nodes.start(disk_dir=disk, disk_bytes=(2 << 20) + 4 * SLOTS * LAYOUT.nbytes)
+    a, b, _ = nodes.clients
+    keys = KEYS[: 5 * SLOTS]
+    for key in keys:
+        get(a.write.remote("0", [key]))
+        wait_until(lambda: nodes.stats(0).slots - nodes.stats(0).used_slots + nodes.stats(0).copied_slots > 0)
+    nodes.wait_until_found(keys)
+    assert nodes.stats(0).spilled_chunks >= 2 * SLOTS
+    for client in (a, b):
+        for start in range(0, len(keys), 8):
+            part = keys[start : start + 8]
+            assert get(client.read.remote(part)) == heads(part)
+    assert nodes.stats(0).disk_recalled_chunks > 0
+    # a tier that is restarted has its disk again
+    pid = get(nodes.tiers[0].__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    for start in range(0, len(keys), 8):
+        part = keys[start : start + 8]
+        assert get(a.read.remote(part)) == heads(part)
     nodes.check()
 
 

@@ -26,6 +26,17 @@ class ChunkBatch:
     def nbytes(self) -> int:
         return self.chunks.nbytes + self.index.nbytes
 
+    def __add__(self, other: "ChunkBatch") -> "ChunkBatch":
+        """These, then those of ``other``."""
+        if not len(other):
+            return self
+        return ChunkBatch(
+            self.keys + other.keys,
+            np.concatenate([self.chunks, other.chunks]),
+            np.concatenate([self.index, other.index]),
+            np.concatenate([self.checksums, other.checksums]),
+        )
+
     def only(self, rows: npt.NDArray[np.bool_]) -> "ChunkBatch":
         """Those of ``rows``, bool ``[n]``."""
         if rows.all():

@@ -20,6 +20,10 @@ class MemoryConfig(BaseModel):
         None, description="Ray custom resource of the nodes that give memory, and get workers; default: all nodes"
     )
     replicas: int = Field(1, ge=1, description="copies of each chunk, on different nodes")
+    disk_bytes: int = Field(
+        0, ge=0, description="bytes of disk on each node for cold chunks that no node has memory for; 0: none"
+    )
+    disk_dir: Path = Field(Path("/var/tmp"), description="directory of the file on disk")
     fetch_deadline_s: float = Field(
         30.0, gt=0, description="longest time to bring a stored prefix from other nodes; what came until then is used"
     )

@@ -28,7 +28,8 @@ READS_AT_ONCE = 3
 FETCHES = 3
 """Times that a prefix is looked for while it is on the move."""
 FREE_SHARE = 16
-"""A tier moves chunks away while fewer than this part of its slots could be had without loss."""
+"""A tier moves chunks away while fewer than this part of its slots could be had without loss, and takes none in then:
+full tiers would send their chunks round and round."""
 VERIFY_CHUNKS = 4096
 MAX_PENDING = 100_000
 
@@ -64,6 +65,8 @@ class ExchangeCounters:
     fetch_s: float = 0.0
     replicated_chunks: int = 0
     moved_chunks: int = 0
+    spilled_chunks: int = 0
+    disk_recalled_chunks: int = 0
 
 
 class ChunkExchange:
@@ -82,16 +85,19 @@ class ChunkExchange:
         peers: Peers,
         config: MemoryConfig,
         publish: Callable[[Sequence[ChunkKey]], None],
+        disk: ArenaStore | None = None,
     ) -> None:
-        """``publish`` tells the catalog of chunks at once."""
+        """``publish`` tells the catalog of chunks at once; ``disk`` takes what no tier has room for."""
         self._tier_id = tier_id
         self._store = store
+        self._disk = disk
         self._catalog = catalog
         self._peers = peers
         self._config = config
         self._publish = publish
         description = store.arena.description
         self._batch_chunks = max(1, BATCH_BYTES // (description.nbytes + description.index_nbytes))
+        self._wanted_room = wanted_room(store.arena.slots)
         self._uncopied: deque[ChunkKey] = deque(maxlen=MAX_PENDING)
         self._living: frozenset[str] = frozenset()
         self.counters = ExchangeCounters()
@@ -116,14 +122,43 @@ class ChunkExchange:
             self._wake.set()
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from other tiers."""
+        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers."""
         refs = self._store.hold_prefix(holder, keys)
         deadline_s = time.monotonic() + self._config.fetch_deadline_s
         for _ in range(FETCHES):
-            if len(refs) == len(keys) or not self._fetch(holder, keys[len(refs) :], deadline_s):
+            if len(refs) == len(keys):
+                break
+            from_disk = self._from_disk(holder, keys[len(refs) :])
+            if from_disk:
+                refs = self._store.hold_prefix(holder, keys)
+            if not self._fetch(holder, keys[len(refs) :], deadline_s) and not from_disk:
                 break
             refs = self._store.hold_prefix(holder, keys)
         return refs
+
+    def _from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
+        """Bring the longest run of ``keys`` that lies here on disk, and hold it; returns how many chunks came."""
+        if self._disk is None:
+            return 0
+        here, on_disk = self._store.stored(keys), self._disk.stored(keys)
+        run = next((i for i, known in enumerate(zip(here, on_disk, strict=True)) if not any(known)), len(keys))
+        wanted = [key for key, is_here in zip(keys[:run], here, strict=False) if not is_here]
+        count = 0
+        for part in _batches(wanted, self._batch_chunks):
+            self._make_room_for(len(part))
+            taken = take_in(self._store, read(self._disk, part), holder)
+            self._disk.set_copied(taken, True)
+            count += len(taken)
+            if len(taken) < len(part):
+                break
+        self.counters.disk_recalled_chunks += count
+        return count
+
+    def _make_room_for(self, chunks: int) -> None:
+        missing = chunks - self._store.room
+        if missing > 0:
+            self._move_away(self._store.coldest(missing), self._living)
+            self._spill(self._store.coldest(chunks - self._store.room))
 
     def _fetch(self, holder: str, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
         """Bring the longest run of ``keys`` that somebody has, and hold what came. Returns whether it is worth another
@@ -180,9 +215,7 @@ class ChunkExchange:
         except ChunkLostError as error:
             logger.warning("%d chunks did not come: %s", len(keys), error)
             return set()
-        missing_room = len(batch) - self._store.room
-        if missing_room > 0:
-            self._move_away(self._store.coldest(missing_room), self._living)
+        self._make_room_for(len(batch))
         taken = take_in(self._store, batch, holder)
         self._publish(taken)
         self._peers.set_copied(tier_id, taken)
@@ -255,10 +288,11 @@ class ChunkExchange:
 
     def _make_room(self, tiers: Mapping[str, TierRecord]) -> None:
         """Before chunks have to go for good, others may have room for the coldest."""
-        coldest = self._store.coldest(max(0, -(-self._store.arena.slots // FREE_SHARE) - self._store.room))
+        coldest = self._store.coldest(self._wanted_room - self._store.room)
         if coldest:
             # also to those that have copies: whether they will keep them they alone know
-            self._move_away(coldest, {tier_id for tier_id, tier in tiers.items() if tier.used_slots < tier.slots})
+            self._move_away(coldest, {tier_id for tier_id, tier in tiers.items() if has_room(tier)})
+            self._spill(self._store.coldest(self._wanted_room - self._store.room))
 
     def _move_away(self, keys: Sequence[ChunkKey], tier_ids: Collection[str]) -> None:
         """Have others of ``tier_ids`` answer for ``keys``, as far as they have room."""
@@ -271,6 +305,15 @@ class ChunkExchange:
                 self.counters.moved_chunks += len(sent)
                 for key in sent:
                     del untried[key]
+
+    def _spill(self, keys: Sequence[ChunkKey]) -> None:
+        """Have the disk answer for ``keys``; what is oldest there goes."""
+        if self._disk is None:
+            return
+        for part in _batches(keys, self._batch_chunks):
+            taken = take_in(self._disk, read(self._store, part))
+            self._store.set_copied(taken, True)
+            self.counters.spilled_chunks += len(taken)
 
     def _by_tier(self, targets: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:
         return self._calls(sorted(targets, key=lambda target: min(target[1])))
@@ -285,6 +328,15 @@ class ChunkExchange:
         except ChunkLostError as error:
             logger.warning("%d chunks were not sent: %s", len(keys), error)
             return list(gone)
+
+
+def wanted_room(slots: int) -> int:
+    """Slots that a tier of so many wants to have without loss."""
+    return -(-slots // FREE_SHARE)
+
+
+def has_room(tier: TierRecord) -> bool:
+    return tier.slots - tier.used_slots > wanted_room(tier.slots)
 
 
 def _batches(keys: Sequence[ChunkKey], size: int) -> Iterator[Sequence[ChunkKey]]:

@@ -45,6 +45,10 @@ class TierStats:
     fetch_s: float = 0.0
     replicated_chunks: int = 0
     moved_chunks: int = 0
+    disk_slots: int = 0
+    disk_used_slots: int = 0
+    spilled_chunks: int = 0
+    disk_recalled_chunks: int = 0
 
 
 class ColdMemory(Protocol):

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from random import uniform
 
@@ -45,6 +46,7 @@ class CatalogPublisher:
         self._unknown = unknown
         self._incarnation = uuid.uuid4().hex
         self._lock = threading.Lock()
+        self._copies: Counter[ChunkKey] = Counter()  # of each chunk here: in memory, on disk
         self._pending: dict[ChunkKey, bool] = {}  # the last word on each chunk: stored or gone
         self._overflowed = False
         self._next_heartbeat_s = self._next_publish_all_s = 0.0  # of time.monotonic
@@ -53,8 +55,15 @@ class CatalogPublisher:
         self._thread: threading.Thread | None = None
 
     def changed(self, key: ChunkKey, stored: bool) -> None:
-        """The store's listener."""
+        """The listener of each store."""
         with self._lock:
+            if stored:
+                self._copies[key] += 1
+            elif self._copies[key] > 1:
+                self._copies[key] -= 1
+                return
+            else:
+                del self._copies[key]
             if len(self._pending) < MAX_PENDING:
                 self._pending[key] = stored
             else:
@@ -117,7 +126,9 @@ class CatalogPublisher:
             raise
         # After the changes: one that comes while these keys are written is pending, and written later.
         if now_s >= self._next_publish_all_s:
-            self._catalog.publish(self._tier_id, self._incarnation, store.keys())
+            with self._lock:
+                keys = list(self._copies)
+            self._catalog.publish(self._tier_id, self._incarnation, keys)
             self._next_publish_all_s = now_s + CHUNK_EXPIRY_S / 2
 
     def _heartbeat(self, stats: TierStats) -> None:

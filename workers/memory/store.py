@@ -189,7 +189,7 @@ class ArenaStore:
     def coldest(self, count: int) -> list[ChunkKey]:
         """At most ``count`` chunks that only this store answers for, those that would be evicted first."""
         with self._lock:
-            return [key for slot in self._idle.of(Idle.SOLE)[:count] if (key := self._keys[slot]) is not None]
+            return [key for slot in self._idle.of(Idle.SOLE)[: max(count, 0)] if (key := self._keys[slot]) is not None]
 
     def copied(self) -> list[ChunkKey]:
         """Chunks that somebody else answers for."""

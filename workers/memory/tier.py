@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from forecache.workers.memory.arena import FILE_PREFIX, Arena, describe, remove_
 from forecache.workers.memory.catalog import Catalog, SessionRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.exchange import ChunkExchange
+from forecache.workers.memory.exchange import ChunkExchange, wanted_room
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
@@ -62,7 +63,8 @@ class MemoryTier:
         """Raises :class:`ArenaError`."""
         config = settings.config
         self._settings = settings
-        self._arena = _open_arena(settings, tier_id)
+        self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes)
+        self._disk: ArenaStore | None = None
         self._publisher: CatalogPublisher | None = None
         self._exchange: ChunkExchange | None = None
         self._sessions: Sessions | None = None
@@ -74,10 +76,13 @@ class MemoryTier:
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
             self._store = ArenaStore(self._arena, listener=self._changed)
             self._sessions = Sessions(self._store, catalog)
+            if config.disk_bytes:
+                on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
+                self._disk = ArenaStore(on_disk, listener=self._publisher.changed)
             if settings.namespace is not None:
                 peers = RemotePeers(settings.namespace, config.call_deadline_s)
                 self._exchange = ChunkExchange(
-                    tier_id, self._store, catalog, peers, config, self._publisher.publish_now
+                    tier_id, self._store, catalog, peers, config, self._publisher.publish_now, self._disk
                 )
                 self._exchange.start()
             self._publisher.start(self._store)
@@ -142,6 +147,9 @@ class MemoryTier:
 
     def stats(self) -> TierStats:
         stats = self._store.stats()
+        if self._disk is not None:
+            disk = self._disk.stats()
+            stats = replace(stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots)
         return stats if self._exchange is None else replace(stats, **asdict(self._exchange.counters))
 
     def check_integrity(self) -> None:
@@ -151,22 +159,29 @@ class MemoryTier:
         """What :meth:`check_integrity` says; empty if all is well."""
         try:
             self._store.check_integrity()
+            if self._disk is not None:
+                self._disk.check_integrity()
         except AssertionError as error:
             return str(error)
         return ""
 
     def stored_keys(self) -> list[ChunkKey]:
-        return self._store.keys()
+        on_disk = self._disk.keys() if self._disk is not None else []
+        return list(dict.fromkeys([*self._store.keys(), *on_disk]))
 
     @ray.method(concurrency_group="peers")
     def read_chunks(self, keys: Sequence[ChunkKey]) -> ChunkBatch:
         """Copies of those of ``keys`` that are stored here and sound."""
-        return read(self._store, keys)
+        batch = read(self._store, keys)
+        if self._disk is not None and len(batch) < len(keys):
+            batch += read(self._disk, [key for key in keys if key not in set(batch.keys)])
+        return batch
 
     @ray.method(concurrency_group="peers")
     def take_in(self, batch: ChunkBatch, copied_only: bool) -> list[ChunkKey]:
         """Store ``batch`` as far as there is room; returns the keys that are stored now."""
-        taken = take_in(self._store, batch, copied_only=copied_only)
+        keep = wanted_room(self._arena.slots)
+        taken = take_in(self._store, batch, copied_only=copied_only, keep_room=keep)
         if self._publisher is not None:
             self._publisher.publish_now(taken)  # whoever sent them may let them go now
         return taken
@@ -183,8 +198,9 @@ class MemoryTier:
             self._exchange.stop()
         if self._publisher is not None:
             self._publisher.stop()
-        self._arena.unlink()
-        self._arena.close()
+        for arena in (self._arena, *([self._disk.arena] if self._disk is not None else [])):
+            arena.unlink()
+            arena.close()
 
     def _publish_sessions(self) -> None:
         """The catalog does not know this tier: it is new, or the catalog is."""
@@ -226,10 +242,9 @@ def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHand
     return tier
 
 
-def _open_arena(settings: TierSettings, tier_id: str) -> Arena:
-    config = settings.config
-    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, config.cold_bytes)
-    path = config.arena_dir / f"{FILE_PREFIX}{tier_id}"
+def _open_arena(settings: TierSettings, name: str, directory: Path, capacity_bytes: int) -> Arena:
+    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, capacity_bytes)
+    path = directory / f"{FILE_PREFIX}{name}"
     if path.exists():
         try:
             arena = Arena.adopt(path)
@@ -238,15 +253,15 @@ def _open_arena(settings: TierSettings, tier_id: str) -> Arena:
             logger.warning("%s is not adopted: %s", path, error)
         else:
             if arena.description == wanted:
-                remove_abandoned(config.arena_dir)
+                remove_abandoned(directory)
                 return arena
             arena.close()
-    remove_abandoned(config.arena_dir)
+    remove_abandoned(directory)
     return Arena.create(
-        config.arena_dir,
-        tier_id,
+        directory,
+        name,
         layout=settings.layout,
         index_nbytes=settings.index_nbytes,
         index_fingerprint=settings.index_fingerprint,
-        capacity_bytes=config.cold_bytes,
+        capacity_bytes=capacity_bytes,
     )

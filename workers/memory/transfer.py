@@ -26,18 +26,21 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
 
 
 def take_in(
-    store: ArenaStore, batch: ChunkBatch, holder: str | None = None, *, copied_only: bool = False
+    store: ArenaStore, batch: ChunkBatch, holder: str | None = None, *, copied_only: bool = False, keep_room: int = 0
 ) -> list[ChunkKey]:
     """Store chunks of ``batch``, in its order, while there is room; returns the keys that are stored now.
 
-    They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them.
-    Bytes that do not have the checksums they came with are not taken.
+    They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them,
+    and ``keep_room`` slots must be left that can be had so. Bytes that do not have the checksums they came with are not
+    taken.
     """
     batch = batch.sound()
     name = holder or f"transfer/{uuid.uuid4().hex}"
     taken: list[ChunkKey] = []
     try:
         for row, key in enumerate(batch.keys):
+            if copied_only and store.room <= keep_room and store.stored([key]) == [False]:
+                break
             try:
                 [place] = store.reserve(name, [key], copied_only=copied_only)
             except OverloadedError:
