@@ -1,5 +1,6 @@
 """The HTTP interface: OpenAI's paths, health, readiness and metrics."""
 
+import importlib.metadata
 import logging
 import time
 import uuid
@@ -26,6 +27,7 @@ from forecache.cluster.openai_types import (
     model_object,
     seed_of_choice,
 )
+from forecache.cluster.openapi import document
 from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
 from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStream
 from forecache.cluster.tenants import Tenant, Tenants
@@ -83,6 +85,7 @@ class Api:
         app.add_api_route("/v1/detokenize", self.detokenize, methods=["POST"])
         app.add_api_route("/v1/models", self.models, methods=["GET"])
         app.add_api_route("/v1/models/{name:path}", self.model, methods=["GET"])
+        app.add_api_route("/openapi.json", self.openapi, methods=["GET"])
         app.add_api_route("/health", self.health, methods=["GET"])
         app.add_api_route("/ready", self.ready, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
@@ -125,6 +128,9 @@ class Api:
             return JSONResponse(model_object(name, self._created))
 
         return await self.guarded(http, answer)
+
+    async def openapi(self) -> Response:
+        return JSONResponse(document(self._metrics.model_name, importlib.metadata.version("forecache")))
 
     async def health(self) -> Response:
         """This process is up."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from forecache.cluster import bench_serve
 from forecache.workers.bench_decode import Measured, PairResult, Settings, Timings, measure
 from forecache.workers.bench_turns import BASELINE
 
@@ -65,6 +66,8 @@ class Row:
 def main(argv: list[str]) -> int:
     """Run one benchmark; returns the exit status."""
     args = _parser().parse_args(argv)
+    if args.benchmark == "serve":
+        return bench_serve.run(args)
     settings = Settings(
         model=args.model,
         context=args.context,
@@ -79,7 +82,14 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forecache bench", description="Measure this machine.")
-    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK", dest="benchmark")
+    serve = benchmarks.add_parser(
+        "serve",
+        help="load on a running server",
+        description="Asks a running server as many clients would, and tells what they see: throughput, time to first "
+        "token, gaps between tokens, goodput under an SLO, keep ratio, and how much of the prompts was in the cache.",
+    )
+    bench_serve.add_arguments(serve, _positive, _ratio)
     decode = benchmarks.add_parser(
         "decode",
         help="prefill and decode beside transformers' own generate",

@@ -12,8 +12,9 @@ from forecache.cluster.tool_calls import CLOSE, OPEN
 MAX_TOOLS = 128
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
-# a model that is free to indent for ever may do so
+# a model that is free to indent for ever may do so; calls are written in a line
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,24}"}
+_CALL_OPTIONS: Any = {"whitespace_pattern": r"[ \n]?"}
 
 
 class Strict(BaseModel):
@@ -117,7 +118,7 @@ def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) 
             StructTag(
                 trigger=OPEN,
                 begin=f'{OPEN}\n{{"name": {json.dumps(tool.function.name)}, "arguments": ',
-                grammar=tool.schema_of_arguments(),
+                grammar={**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS},
                 end="}\n" + CLOSE,
             )
             for tool in tools
@@ -134,7 +135,7 @@ def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) 
         for tool in tools
         if name is None or tool.function.name == name
     ]
-    schema = json.dumps({"anyOf": calls, "x-guidance": _JSON_OPTIONS})
+    schema = json.dumps({"anyOf": calls, "x-guidance": _CALL_OPTIONS})
     more = ' ("\\n" call)*' if parallel and name is None else ""
     opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
     return f"%llguidance {{}}\nstart: call{more}\ncall: {opening} %json {schema} {closing}\n"

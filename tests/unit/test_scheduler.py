@@ -1,5 +1,6 @@
 """Admission and steps: what is promised fits, first come is first served, prefill leaves room for running streams."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -251,6 +252,31 @@ def test_a_prompt_alone_is_prefilled_in_large_steps(bench: Bench) -> None:
             seq.complete_chunk()
     # the first set is chosen by the attention of the last tokens
     assert steps == [(128, False), (128, False), (44, True)]
+
+
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(bench: Bench) -> None:
+    """Nor does a long one starve beside short ones that keep coming: it has at least every other step."""
+    long = bench.add("long", 3000)
+    bench.admit()
+    bench.scheduler.next_plan()
+    short = bench.add("short", 100)
+    bench.admit()
+    steps = 0
+    while short.num_computed < short.prompt_len:
+        for part in bench.scheduler.next_plan().streams:
+            part.sequence.num_computed += part.tokens
+        steps += 1
+        assert steps <= 2
+    turns = []
+    for number in range(12):
+        if short.num_computed >= short.prompt_len:
+            bench.leave(short)
+            short = bench.add(f"short {number}", 100)
+            bench.admit()
+        streams = bench.scheduler.next_plan().streams
+        turns.append(streams[0].sequence)
+        streams[0].sequence.num_computed += streams[0].tokens
+    assert turns.count(long) == 6 and long not in [b for a, b in itertools.pairwise(turns) if a is long]
 
 
 def test_a_step_of_prefill_stays_within_the_reservation(bench: Bench) -> None:

@@ -56,7 +56,8 @@ class PrefillRate:
 
 
 class Scheduler:
-    """First come, first served. Owns the queue and the list of running sequences."""
+    """First come, first served; of admitted prompts, every other step is the shortest one's. Owns the queue and the
+    list of running sequences."""
 
     def __init__(
         self,
@@ -133,6 +134,9 @@ class Scheduler:
         self.stalled = False
         ready = [seq for seq in self.running if self._may_decode(seq)]
         prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
+        if self._steps % 2 == 0:
+            # a short prompt need not wait for all of a long one, which goes on in every other step
+            prefilling.sort(key=lambda seq: seq.prefill_target - seq.num_computed)
         decode = [seq for seq in ready if not seq.streamed and self._open(seq, 1)]
         streams = [StreamPart(seq, 1) for seq in self._lane(ready) if self._open(seq, 1)]
         budget = self._prefill_chunk_tokens

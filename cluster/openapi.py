@@ -1,0 +1,68 @@
+"""The OpenAPI document of the HTTP interface, from the models that parse its requests."""
+
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from forecache.cluster.openai_types import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_BODIES: dict[str, tuple[type[BaseModel], str]] = {
+    "/v1/chat/completions": (ChatCompletionRequest, "Answers to messages"),
+    "/v1/completions": (CompletionRequest, "Continuations of prompts"),
+    "/v1/tokenize": (TokenizeRequest, "Token ids of a prompt or of messages"),
+    "/v1/detokenize": (DetokenizeRequest, "Text of token ids"),
+}
+_READS = {
+    "/v1/models": "The model that is served",
+    "/health": "This process is up",
+    "/ready": "Requests can be served; 503 while they can't",
+    "/metrics": "Prometheus series",
+}
+
+_ERROR: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+            "additionalProperties": False,
+        }
+    },
+    "required": ["error"],
+}
+
+
+def document(model_name: str, version: str) -> dict[str, Any]:
+    """OpenAPI 3.1, for a server of ``model_name``."""
+    models = [(model, "validation") for model, _ in _BODIES.values()]
+    _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    components = {**schemas["$defs"], "Error": _ERROR}
+    for model, _ in _BODIES.values():
+        components[model.__name__]["properties"]["model"] = {"type": "string", "enum": [model_name]}
+    failed = _content({"$ref": "#/components/schemas/Error"}, "What was wrong")
+    paths: dict[str, Any] = {}
+    for path, (model, summary) in _BODIES.items():
+        body = _content({"$ref": f"#/components/schemas/{model.__name__}"}, None)
+        answers = {"200": {"description": "The answer; server-sent events with `stream`"}, "default": failed}
+        paths[path] = {"post": {"summary": summary, "requestBody": {**body, "required": True}, "responses": answers}}
+    for path, summary in _READS.items():
+        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": summary}, "default": {
+            "description": "Not now"}}}}  # fmt: skip
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "forecache", "version": version},
+        "paths": paths,
+        "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _content(schema: dict[str, Any], description: str | None) -> dict[str, Any]:
+    said = {} if description is None else {"description": description}
+    return {**said, "content": {"application/json": {"schema": schema}}}

@@ -1,0 +1,51 @@
+"""`forecache bench serve` against a real server: what it counts is what the server counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forecache.cluster import cli
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Any) -> Any:
+    return start_server()
+
+
+@pytest.mark.parametrize(
+    ("flags", "requests", "hits"),
+    [
+        (("--workload", "unique", "--rate", "20"), 8, False),
+        (("--workload", "shared-prefix", "--prefixes", "1", "--concurrency", "1"), 8, True),
+        (("--workload", "multi-turn", "--turns", "3", "--concurrency", "2"), 24, True),
+    ],
+)
+def test_a_run_of_each_workload(
+    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], requests: int, hits: bool
+) -> None:
+    names = ("forecache_requests_finished_total", "forecache_prompt_tokens_total", "forecache_generation_tokens_total")
+    before = [server.metric(name) for name in names]
+    sizes = ("--conversations", "8", "--input-tokens", "300", "--question-tokens", "40", "--output-tokens", "6")
+    command = ["bench", "serve", "--model", "bytes", "--url", f"{server.url}/v1", "--out", str(tmp_path), *sizes]
+    assert cli.main([*command, *flags, "--seed", str(len(flags))]) == 0
+    told = json.loads((tmp_path / "serve.json").read_text())
+    summary, seen = told["summary"], told["requests"]
+    assert (summary["requests"], summary["answered"], summary["failed"]) == (requests, requests, 0)
+    grown = [server.metric(name) - value for name, value in zip(names, before, strict=True)]
+    prompt = sum(one["prompt_tokens"] for one in seen)
+    assert grown == [requests, prompt, 6 * requests]
+    first_turns = [one["prompt_tokens"] for one in seen if one["turn"] == 0]
+    assert all(200 < tokens < 450 for tokens in first_turns)
+    assert (summary["prefix_hit_ratio"] > 0.3) if hits else (summary["prefix_hit_ratio"] < 0.1)
+    assert 0 < summary["time_to_first_token_s"]["p50"] <= summary["end_to_end_s"]["p50"]
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+    assert "time to first token" in capsys.readouterr().out
+
+
+def test_a_name_that_is_not_served(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "serve", "--model", "other", "--url", f"{server.url}/v1"]) == 2
+    assert "404" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Programs that were made for OpenAI's service, and one that tries to break any service, against a real server."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import lm_eval
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from lm_eval.tasks import TaskManager
+from pydantic import BaseModel, SecretStr
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+
+pytestmark = pytest.mark.cluster
+
+MODEL = "bytes"
+CASES = 20
+"""Of each path, sound and unsound; the README says how ten thousand are run."""
+
+
+@pytest.fixture(scope="module")
+def server(start_server: Any) -> Any:
+    return start_server("--max-model-len", "800")
+
+
+@pytest.fixture(scope="module")
+def llm(server: Any) -> ChatOpenAI:
+    return ChatOpenAI(
+        model=MODEL, base_url=f"{server.url}/v1", api_key=SecretStr("none"), temperature=0, max_retries=0, seed=1,
+        max_completion_tokens=60,
+    )  # fmt: skip
+
+
+class Trip(BaseModel):
+    """Nothing in it is free text: a model of noise would fill that to the end of its context."""
+
+    city: Literal["Bern", "Rome"]
+    days: Literal[1, 2]
+
+
+@tool
+def weather(city: Literal["Bern", "Rome"]) -> str:
+    """The weather of a city."""
+    return "rain"
+
+
+def test_langchain_invokes_batches_and_streams(llm: ChatOpenAI) -> None:
+    messages = [SystemMessage("be brief"), HumanMessage("hello")]
+    whole = llm.invoke(messages)
+    assert whole.usage_metadata is not None and whole.usage_metadata["output_tokens"] > 0
+    assert "".join(str(chunk.content) for chunk in llm.stream(messages)) == whole.content
+    assert [answer.content for answer in llm.batch([messages, messages])] == [whole.content] * 2
+
+
+def test_langchain_gets_structured_answers_and_calls(llm: ChatOpenAI) -> None:
+    free = llm.model_copy(update={"max_tokens": 200})
+    trip: Any = free.with_structured_output(Trip, method="json_schema", include_raw=True).invoke("plan")
+    assert trip["parsing_error"] is None and isinstance(trip["parsed"], Trip)
+    called: Any = free.bind_tools([weather], tool_choice="weather", strict=True).invoke("how is it in Bern?")
+    assert called.tool_calls
+    for call in called.tool_calls:
+        assert call["name"] == "weather" and weather.invoke(call["args"]) == "rain"
+
+
+def test_lm_eval_runs_a_task_over_local_completions(server: Any, tmp_path: Path) -> None:
+    documents = [{"question": f"{i} and {i} make", "answer": str(2 * i)} for i in range(6)]
+    data = tmp_path / "sums.json"
+    data.write_text("\n".join(map(json.dumps, documents)))
+    (tmp_path / "sums.yaml").write_text(
+        f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}} '\ndoc_to_target: '{{answer}}'\n"
+        'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    results: Any = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": MODEL, "base_url": f"{server.url}/v1/completions", "tokenizer_backend": None,
+            "tokenized_requests": False, "num_concurrent": 2, "max_retries": 1,
+        },
+        tasks=["sums"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )  # fmt: skip
+    assert results["n-samples"]["sums"]["effective"] == len(documents)
+    # what it was given is what the server says to the same prompts
+    for sample in results["samples"]["sums"]:
+        (context, _) = sample["arguments"][0] if isinstance(sample["arguments"], list) else (
+            sample["arguments"]["gen_args_0"]["arg_0"], None
+        )  # fmt: skip
+        body = {"model": MODEL, "prompt": context, "max_tokens": 8, "temperature": 0, "stop": ["\n"]}
+        assert sample["resps"][0][0] == server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+
+@pytest.fixture(scope="module")
+def interface(server: Any) -> Any:
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"])
+def test_no_request_is_a_server_error(server: Any, interface: Any, path: str, mode: GenerationMode) -> None:
+    """And none hangs: each has its time limit. A stream, whatever was asked, holds well-formed events alone."""
+
+    @given(case=interface[path]["POST"].as_strategy(generation_mode=mode))
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    def check(case: Any) -> None:
+        response = case.call(timeout=60)
+        case.validate_response(response, checks=[not_a_server_error])
+        if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+            check_events(server.post(path, case.body).text)  # schemathesis reads a few events and leaves
+
+    check()
+
+
+def check_events(text: str) -> None:
+    events = text.split("\n\n")
+    assert events.pop() == "", "the last event is not complete"
+    for event in events:
+        assert re.fullmatch(r": (waiting|prefill \d+/\d+)|data: \[DONE\]|data: \{.*\}", event), event
+        if event.startswith("data: {"):
+            assert {"choices", "error"} & set(json.loads(event.removeprefix("data: ")))
+    assert events[-1] == "data: [DONE]" or "error" in json.loads(events[-1].removeprefix("data: "))
+
+
+def test_the_server_is_well_afterwards(server: Any) -> None:
+    server.wait_for_metric("forecache_num_requests_running", 0, within_s=30)
+    assert server.get("/ready").status_code == 200
+    server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
+    body = {"model": MODEL, "prompt": "abc", "max_tokens": 3}
+    assert server.post("/v1/completions", body).status_code == 200
