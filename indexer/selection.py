@@ -59,7 +59,7 @@ def select(
         if np.isnan(scores).any():
             raise ValueError("a score is NaN")
         newest_first = candidates[::-1]
-        chosen = newest_first[np.argsort(-scores[newest_first], kind="stable")[:room]]
+        chosen = newest_first[_largest(scores[newest_first], room)]
     elif policy == "recency":
         chosen = candidates[len(candidates) - room :]
     else:
@@ -68,3 +68,14 @@ def select(
         chosen = rng.choice(candidates, room, replace=False)
     kept = np.concatenate([np.arange(sinks), chosen, np.arange(chunks - recency, chunks)])
     return np.sort(kept).astype(np.int64)
+
+
+def _largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Where the ``count`` largest of ``values`` are, of equal ones the first; in linear time."""
+    if count >= len(values):
+        return np.arange(len(values))
+    if count <= 0:
+        return np.empty(0, dtype=np.int64)
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    larger = np.flatnonzero(values > least)
+    return np.concatenate([larger, np.flatnonzero(values == least)[: count - len(larger)]])

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,10 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from forecache.cluster.errors import UnknownSessionError
+from forecache.cluster.integrity import check_integrity
+from forecache.cluster.serving import NAMESPACE
+from forecache.cluster.sessions import SessionDirectory
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
 from forecache.workers.memory.arena import remove_abandoned
@@ -25,7 +30,6 @@ from forecache.workers.memory.tier import TierSettings, start_tier
 
 pytestmark = pytest.mark.cluster
 
-NAMESPACE = "tiers"
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 16
 KEYS = [bytes([i]) * 16 for i in range(1, 250)]
@@ -64,6 +68,9 @@ class Client:
         if not keep:
             self.memory.release(holder)
         return found
+
+    def record_session(self, session_id: str, keys: list[bytes]) -> None:
+        self.memory.record_session(session_id, keys)
 
     def flip_a_bit(self, key: bytes) -> None:
         [ref] = self.memory.hold(f"{self.name}/flip", [key])
@@ -125,11 +132,12 @@ class Nodes:
 
     def start(self, slots: int = SLOTS, **options: Any) -> None:
         for number, node in enumerate(self.cluster.list_all_nodes()):
-            tier_id = f"{self.directory.name}-{number}"
+            tier_id = f"{self.directory.name}-tier-{number}"
             self.ids.append(tier_id)
             self.tiers.append(start_tier(self.settings(str(number), slots, **options), tier_id, node.node_id))
             here = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-            client = ray.remote(Client).options(num_cpus=0, scheduling_strategy=here)
+            name = f"REPLICA {self.directory.name}#w{number}"  # by its end a worker is known to live
+            client = ray.remote(Client).options(num_cpus=0, scheduling_strategy=here, name=name)
             self.clients.append(client.remote(f"w{number}", self.tiers[number]))
         get([client.pid.remote() for client in self.clients])
         with Catalog(self.redis_url) as catalog:
@@ -142,8 +150,12 @@ class Nodes:
         with Catalog(self.redis_url) as catalog:
             wait_until(lambda: all(len(tiers) >= copies for tiers in catalog.locate(keys)))
 
+    @property
+    def all(self) -> Tiers:
+        return Tiers(NAMESPACE, self.directory.name, self.redis_url, deadline_s=20)
+
     def check(self) -> None:
-        get([tier.check_integrity.remote() for tier in self.tiers])
+        assert check_integrity(self.all, settle_s=30) == []
 
     def stop(self) -> None:
         for client in self.clients:
@@ -254,7 +266,7 @@ def test_replicas_outlive_a_node(nodes: Nodes, cluster: Any) -> None:
         # two nodes are left: both have all again
         nodes.wait_until_found(KEYS[:6], copies=2)
         wait_until(lambda: nodes.stats(0).stored_chunks == nodes.stats(1).stored_chunks == 6)
-        get([tier.check_integrity.remote() for tier in nodes.tiers[:2]])
+        nodes.check()
     finally:
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
 
@@ -282,6 +294,72 @@ def test_a_damaged_chunk_is_not_sent_and_a_replica_takes_its_place(nodes: Nodes)
         assert get(client.read.remote(KEYS[:6])) == heads(KEYS[:6])
     assert nodes.stats(1).fetched_chunks + nodes.stats(2).fetched_chunks == 6
     nodes.check()
+
+
+def test_pins_outlive_redis_and_tiers(nodes: Nodes, redis_server: Any) -> None:
+    nodes.start()
+    a, b, _ = nodes.clients
+    get(a.write.remote("0", KEYS[:4]))
+    get(a.record_session.remote("s", KEYS[:4]))
+    nodes.wait_until_found(KEYS[:4])
+    directory = SessionDirectory(nodes.all, chunk_tokens=16)
+    told = directory.pin("s", ttl_s=600)
+    assert told["stored_chunks"] == told["tiers"][nodes.ids[0]] == 4 and told["pinned_until"] > time.time()
+    assert nodes.stats(0).pinned_slots == 4
+    # what is pinned stays, whatever comes
+    get(a.write.remote("1", KEYS[10 : 10 + 2 * SLOTS]))
+    assert get(a.read.remote(KEYS[:4])) == heads(KEYS[:4])
+
+    redis_server.kill()
+    redis_server.start()
+    with Catalog(nodes.redis_url) as catalog:
+        wait_until(lambda: (known := catalog.session("s")) is not None and known.is_pinned)
+    pid = get(nodes.tiers[0].__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    assert get(a.read.remote(KEYS[:4])) == heads(KEYS[:4])  # waits for the restarted one
+    wait_until(lambda: nodes.stats(0).pinned_slots == 4)
+    # used elsewhere, it is pinned there, and may go here
+    assert get(b.read.remote(KEYS[:4])) == heads(KEYS[:4])
+    wait_until(lambda: nodes.stats(0).pinned_slots == 0)
+    assert nodes.stats(1).pinned_slots == 4
+    nodes.check()
+
+    assert directory.delete("s")["deleted"]
+    assert nodes.stats(1).pinned_slots == 0
+    with pytest.raises(UnknownSessionError):
+        directory.describe("s")
+
+
+def doctor(cluster: Any) -> tuple[int, str]:
+    """Exit status and words of `forecache doctor --cluster`."""
+    command = [sys.executable, "-m", "forecache.cluster.cli", "doctor", "--cluster", "--address", cluster.address]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended.returncode, " ".join(ended.stdout.split())
+
+
+def test_what_does_not_agree_is_told(nodes: Nodes, cluster: Any) -> None:
+    nodes.start()
+    get(nodes.clients[0].write.remote("0", KEYS[:3]))
+    nodes.wait_until_found(KEYS[:3])
+    nodes.check()
+    status, said = doctor(cluster)
+    assert status == 0 and "catalog, memory tiers and workers agree" in said and nodes.ids[2] in said
+    with Catalog(nodes.redis_url) as catalog:
+        [record, *_] = catalog.tiers()
+        catalog.publish(record.tier_id, record.incarnation, KEYS[100:101])
+        catalog.withdraw(record.tier_id, KEYS[:1])
+    memory = RemoteMemory(lambda: nodes.tiers[0], deadline_s=20)
+    memory.hold("gone/0", KEYS[1:2])
+    wrong = check_integrity(nodes.all, settle_s=1)
+    assert f"{record.tier_id}: chunk {KEYS[100].hex()} is entered and not stored" in wrong
+    assert f"{record.tier_id}: chunk {KEYS[0].hex()} is stored and not entered" in wrong
+    assert f"{nodes.ids[0]}: worker gone is gone and holds slots" in wrong
+    assert len(wrong) == 3
+    status, said = doctor(cluster)
+    assert status == 1 and "worker gone is gone and holds slots" in said
+    memory.release("gone/0")
+    memory.close()
 
 
 def test_without_redis_each_node_goes_on_alone(nodes: Nodes, redis_server: Any) -> None:
@@ -315,7 +393,7 @@ def test_a_tier_that_does_not_answer_costs_its_chunks_and_no_more_than_a_deadlin
 def test_the_supervisor_follows_nodes_and_reclaims_what_the_dead_held(nodes: Nodes, cluster: Any) -> None:
     settings = nodes.settings("all")
 
-    ours = Tiers(NAMESPACE, nodes.directory.name, nodes.redis_url, deadline_s=20)
+    ours = nodes.all
     name = ours.name
 
     def tiers() -> list[str]:

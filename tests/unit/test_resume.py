@@ -68,6 +68,21 @@ def test_another_engine_goes_on_where_one_stopped(
         llm.engine.check_integrity()
 
 
+def test_where_runs_need_not_be_reproducible_the_beginning_is_prefilled(
+    tiny_model: Path, prompts: list[list[int]]
+) -> None:
+    with open_llm(tiny_model, keep_ratio=0.2) as llm:
+        whole = tokens_of(llm, request_for(prompts[2], 60))
+    with open_llm(tiny_model, keep_ratio=0.2) as llm:
+        llm.engine.add_request(request_for(prompts[2], 60, tuple(whole[:40])))
+        steps, tokens = 0, 0
+        while not llm.engine.idle:
+            events = llm.engine.step()
+            steps += any(event.token_ids for event in events)
+            tokens += sum(len(event.token_ids) for event in events)
+        assert tokens == steps == 20
+
+
 class EngineStream:
     """A worker's stream, as the ingress has it through Ray Serve."""
 
