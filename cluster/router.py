@@ -140,13 +140,13 @@ class PrefixAffinityRouter(RequestRouter):
         if self._catalog is None or not keys or time.monotonic() < self._catalog_asleep_until_s:
             return {}
         try:
-            chunks, tiers = await asyncio.to_thread(self._catalog.longest_prefix, keys)
+            chunks = await asyncio.to_thread(self._catalog.prefixes, keys)
         except CatalogUnavailableError as error:
             logger.warning("routing without the catalog for %.0f s: %s", CATALOG_RETRY_S, error)
             self._catalog_asleep_until_s = time.monotonic() + CATALOG_RETRY_S
             return {}
         return {
-            _name(replica.replica_id): chunks for replica in replicas if replica.routing_stats.get("tier_id") in tiers
+            _name(replica.replica_id): chunks.get(str(replica.routing_stats.get("tier_id")), 0) for replica in replicas
         }
 
 

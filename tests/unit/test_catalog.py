@@ -151,6 +151,18 @@ def test_errors_are_typed_and_the_client_recovers(catalog: Catalog, redis_server
     assert catalog.longest_prefix(KEYS) == (0, [])
 
 
+def test_each_tier_has_a_prefix_of_its_own(catalog: Catalog) -> None:
+    for tier_id, keys in (("a", KEYS[:2]), ("b", KEYS), ("c", KEYS[1:])):
+        catalog.heartbeat(record(tier_id), expiry_s=60)
+        catalog.publish(tier_id, record(tier_id).incarnation, keys)
+    catalog.publish("d", "of the past", KEYS)
+    assert catalog.prefixes(KEYS) == {"a": 2, "b": len(KEYS)}
+    assert catalog.prefixes(KEYS[1:]) == {"a": 1, "b": len(KEYS) - 1, "c": len(KEYS) - 1}
+    assert catalog.prefixes([]) == {}
+    assert catalog.locate([KEYS[0], KEYS[2], b"x" * 16]) == [{"a", "b"}, {"b", "c"}, set()]
+    assert dict(catalog.entries()) == dict(zip(KEYS, catalog.locate(KEYS), strict=True))
+
+
 @pytest.fixture
 def publisher(redis_server: Any) -> Iterator[CatalogPublisher]:
     publisher = CatalogPublisher(Catalog(redis_server.url), "a", "node", heartbeat_s=0.05)

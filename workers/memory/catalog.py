@@ -38,23 +38,26 @@ CHUNK_EXPIRY_S = 3600
 BATCH_KEYS = 1000
 """Keys of one pipelined write, so that no single one keeps Redis long from answering others."""
 
-# KEYS: chunks in order; ARGV[1]: prefix of tier records. Follows the tiers that hold every chunk so far.
-LONGEST_PREFIX = """
-local chunks, tiers = 0, {}
+# KEYS: chunks in order; ARGV[1]: prefix of tier records. For each tier that holds the first chunk: how many in a row.
+PREFIXES = """
+local holding, counts = {}, {}
 for i, key in ipairs(KEYS) do
   local entries = redis.call('HGETALL', key)
-  local holding, any = {}, false
+  local following, any = {}, false
   for j = 1, #entries, 2 do
     local tier, incarnation = entries[j], entries[j + 1]
-    local living = tiers[tier]
+    local living = holding[tier]
     if i == 1 then living = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
-    if living == incarnation then holding[tier], any = living, true end
+    if living == incarnation then following[tier], counts[tier], any = living, i, true end
   end
   if not any then break end
-  chunks, tiers = i, holding
+  holding = following
 end
-local reply = {chunks}
-for tier in pairs(tiers) do reply[#reply + 1] = tier end
+local reply = {}
+for tier, chunks in pairs(counts) do
+  reply[#reply + 1] = tier
+  reply[#reply + 1] = chunks
+end
 return reply
 """
 
@@ -128,7 +131,7 @@ class Catalog:
             )
         except ValueError as error:
             raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
-        self._longest_prefix = self._redis.register_script(LONGEST_PREFIX)
+        self._prefixes = self._redis.register_script(PREFIXES)
         self._locate = self._redis.register_script(LOCATE)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
@@ -177,16 +180,22 @@ class Catalog:
             pipeline.srem(TIERS_KEY, tier_id)
             pipeline.execute()
 
-    def longest_prefix(self, keys: Sequence[ChunkKey]) -> tuple[int, list[str]]:
-        """The most of ``keys``, from the first, that a living tier holds; and which tiers hold them.
+    def prefixes(self, keys: Sequence[ChunkKey]) -> dict[str, int]:
+        """Living tier → how many of ``keys``, from the first without a gap, it holds; tiers without any are left out.
 
         One round trip (three, the first time a Redis server meets the script).
         """
         if not keys:
-            return 0, []
+            return {}
         with self._errors():
-            chunks, *tier_ids = self._longest_prefix(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
-        return int(chunks), sorted(tier_id.decode() for tier_id in tier_ids)
+            found = self._prefixes(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
+        return {tier_id.decode(): int(chunks) for tier_id, chunks in zip(found[::2], found[1::2], strict=True)}
+
+    def longest_prefix(self, keys: Sequence[ChunkKey]) -> tuple[int, list[str]]:
+        """The most of ``keys``, from the first, that a living tier holds; and which tiers hold them."""
+        chunks = self.prefixes(keys)
+        most = max(chunks.values(), default=0)
+        return most, sorted(tier_id for tier_id, held in chunks.items() if held == most)
 
     def locate(self, keys: Sequence[ChunkKey]) -> list[set[str]]:
         """For each of ``keys`` the ids of the living tiers that say they hold it. One round trip per batch."""
