@@ -217,6 +217,8 @@ async def server_sent_events(
         if not isinstance(error, ForecacheError):
             logger.exception("request %s failed", answer.id)
         said = from_exception(error)
+        if said.code == "internal_error":
+            logger.warning("request %s: %s", answer.id, error)
         failed(said)
         yield _data(said.body())
     finally:

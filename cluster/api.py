@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
+from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
@@ -39,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_EVENT_WAIT_S = 2.0
 SILENCE_S = 5.0
+CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)
+"""How the web framework, and how Serve, tell that the client went away while it was listened to."""
+CLIENT_LEFT_STATUS = 499
 
 
 OpenAIRequest = ChatCompletionRequest | CompletionRequest
@@ -231,7 +236,10 @@ class Api:
             check_headers(http, self._limits)
             return await handle(self._tenants.of(http.headers.get("authorization")))
         except (ForecacheError, ValidationError) as error:
-            return self._error(from_exception(error))
+            said = from_exception(error)
+            if said.code == "internal_error":
+                logger.warning("%s %s: %s", http.method, http.url.path, error)
+            return self._error(said)
 
     async def _http_error(self, http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -239,6 +247,8 @@ class Api:
         return self._error(said, error.headers)
 
     async def _unexpected(self, http: Request, error: Exception) -> Response:
+        if isinstance(error, CLIENT_LEFT):
+            return Response(status_code=CLIENT_LEFT_STATUS)  # nobody reads it
         logger.error("%s %s failed", http.method, http.url.path, exc_info=error)
         return self._error(from_exception(error))
 

@@ -63,6 +63,7 @@ class ChoiceStreams:
     def close(self) -> None:
         """Stop what is not over on its worker."""
         for task in self._pending:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks for it any more
             task.cancel()
         self._pending.clear()
         for stream in self._streams.values():

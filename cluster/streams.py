@@ -69,6 +69,7 @@ class EventStream:
     def close(self) -> None:
         """Stop the request on its worker unless it is over."""
         if self._next is not None:
+            self._next.add_done_callback(_forget)
             self._next.cancel()
         if not self._finished:
             self._finished = True
@@ -79,6 +80,12 @@ class EventStream:
             return await anext(self._source)
         except StopAsyncIteration:
             raise WorkerLostError("the worker ended the answer early; send the request again") from None
+
+
+def _forget(task: "asyncio.Task[TokenEvent]") -> None:
+    """What a request that was given up says in the end is of no use to anybody, and no news for the log."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Closable(Protocol):

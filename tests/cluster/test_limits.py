@@ -188,6 +188,7 @@ def test_a_thousand_clients_that_leave_at_random_moments_leave_nothing_behind(se
     server.wait_for_metric("forecache_num_requests_waiting", 0, within_s=1)
     assert server.metric("forecache_hot_pool_usage_perc") == 0
     server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
+    assert 'kind="internal_error"' not in server.get("/metrics").text
     # the queue is empty too: as many as may wait are let in at once
     with concurrent.futures.ThreadPoolExecutor(MAX_QUEUED) as pool:
         answers = list(pool.map(lambda i: ask(server, content=str(i)).status_code, range(MAX_QUEUED)))
