@@ -1,10 +1,12 @@
 """Time of predictions, from the question to the last answer, beside the time that reading their index records takes.
 
     python tests/benchmarks/bench_indexer.py --out DIR [--contexts 131072] [--sequences 1 8] [--where cpu hbm host]
+    python tests/benchmarks/bench_indexer.py --out DIR --checkpoint indexer/checkpoints/smollm2-135m.safetensors
 
 Records are random keys of the heads that an indexer of the shape reads, in a table as large as all sequences need; each
 repetition reads other records of it. ``cpu``: `LocalIndexer`; ``hbm``: `CudaIndexer` whose cache holds all of them;
-``host``: `CudaIndexer` without a cache, which reads registered host memory. All sequences ask at once.
+``host``: `CudaIndexer` without a cache, which reads registered host memory. All sequences ask at once. A checkpoint is
+asked with random queries of all steps of its history; what making them from hidden states costs is not in it.
 """
 
 import argparse
@@ -24,10 +26,12 @@ import numpy.typing as npt
 import torch
 from harness import SHAPES, append_row, copy_bandwidth, host_bandwidth, machine_facts, now, percentiles, write_model
 
+from forecache.indexer.checkpoint import load_checkpoint
 from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.index_keys import IndexSpec, encode_chunks
+from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.manifest import RetrievalManifest
-from forecache.indexer.protocol import Indexer, PredictRequest
+from forecache.indexer.protocol import Indexer, PredictRequest, StepState
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.memory.cuda_host import RegisteredMemory
 
@@ -72,8 +76,9 @@ class Row:
 class Table:
     """The index part of an arena in which ``slots`` records never change."""
 
-    def __init__(self, spec: IndexSpec, slots: int) -> None:
+    def __init__(self, spec: IndexSpec, slots: int, lookahead: LookaheadScorer | None = None) -> None:
         self.spec = spec
+        self.lookahead = lookahead
         self.index_fingerprint = spec.fingerprint
         memory = np.ndarray((slots, spec.nbytes), np.uint8, mmap.mmap(-1, slots * spec.nbytes))
         self.index = torch.from_numpy(memory)
@@ -89,16 +94,23 @@ class Table:
 
     def request(self, number: int, chunks: int) -> PredictRequest:
         """For ``chunks`` records; requests of consecutive numbers read different ones, as long as there are any."""
-        heads = len(self.spec.query_heads)
+        random = np.random.default_rng(number)
+        heads = len((self.spec if self.lookahead is None else self.lookahead.spec).query_heads)
+        state = None
+        if self.lookahead is not None:
+            facts = self.lookahead.manifest
+            hidden = random.standard_normal((len(facts.target_layers), facts.hidden_size)).astype(np.float16)
+            state = StepState((chunks + 1) * self.spec.chunk_tokens - 2, self.lookahead.steps, hidden)
         slots = np.take(self._order, np.arange(number * chunks, (number + 1) * chunks), mode="wrap")
         return PredictRequest(
             sequence_id=str(number),
             arena_path="",
             index_slots=slots,
             generations=np.ones(chunks, dtype=np.int64),
-            queries=np.random.default_rng(number).standard_normal((heads, self.spec.head_dim), dtype=np.float32),
+            queries=random.standard_normal((heads, self.spec.head_dim), dtype=np.float32),
             local_lse=np.zeros(heads, dtype=np.float32),
             local_records=np.zeros((0, self.spec.nbytes), dtype=np.uint8),
+            state=state,
         )
 
 
@@ -106,10 +118,10 @@ class Table:
 def opened(where: str, table: Table, threads: int) -> Iterator[Indexer]:
     indexer: Indexer
     if where == "cpu":
-        indexer = LocalIndexer(table.spec, threads, lambda _path: table)
+        indexer = LocalIndexer(table.spec, threads, lambda _path: table, table.lookahead)
     else:
         budget = table.index.nbytes if where == "hbm" else 0
-        indexer = CudaIndexer(table.spec, table, torch.device("cuda"), budget, RegisteredMemory)
+        indexer = CudaIndexer(table.spec, table, torch.device("cuda"), budget, RegisteredMemory, table.lookahead)
     try:
         if where == "hbm":
             indexer.predict(table.request(0, len(table.index))).result()
@@ -154,7 +166,10 @@ def index_spec(shape: str) -> IndexSpec:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    spec = index_spec(args.shape)
+    lookahead = None if args.checkpoint is None else LookaheadScorer(*load_checkpoint(args.checkpoint))
+    spec = index_spec(args.shape) if lookahead is None else lookahead.own
+    shape = args.shape if lookahead is None else f"{lookahead.manifest.model_name}, trained"
+    query_heads = len((spec if lookahead is None else lookahead.spec).query_heads)
     limit = int(args.limit_gib * (1 << 30))
     sizes = [(context, context // CHUNK_TOKENS, count) for context in args.contexts for count in args.sequences]
     fitting = [size for size in sizes if size[1] * size[2] * spec.nbytes <= limit]
@@ -163,7 +178,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             print(f"{count} x {context}: over --limit-gib, not measured", file=sys.stderr, flush=True)
     if not fitting:
         return
-    table = Table(spec, max(chunks * count for _, chunks, count in fitting))
+    table = Table(spec, max(chunks * count for _, chunks, count in fitting), lookahead)
     expected = {chunks: table.request(0, chunks) for _, chunks, _ in fitting}
     with opened("cpu", table, args.threads) as cpu:
         scores = {chunks: cpu.predict(request).result().scores for chunks, request in expected.items()}
@@ -178,10 +193,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 floor_ms = 1e3 * index_bytes / bandwidth
                 yield Row(
                     where=where,
-                    shape=args.shape,
+                    shape=shape,
                     context=context,
                     sequences=count,
-                    query_heads=len(spec.query_heads),
+                    query_heads=query_heads,
                     record_bytes=spec.nbytes,
                     index_bytes=index_bytes,
                     read_gb_per_s=round(bandwidth / 1e9, 1),
@@ -203,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--out", type=Path, required=True, help="directory for indexer.csv")
     parser.add_argument("--shape", choices=list(SHAPES), default="llama-3.1-8b")
+    parser.add_argument("--checkpoint", type=Path, help="a trained indexer, instead of the heads of a shape")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens of each sequence")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 7], help="how many ask at once")
     parser.add_argument(
