@@ -50,6 +50,7 @@ class ResumingStream:
         self._epoch = 0
         self._failures = 0
         self._sent: list[int] = []
+        self._cancelled = False
         self._source = start(request)
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
@@ -61,6 +62,8 @@ class ResumingStream:
             try:
                 event = await self._pull()
             except WorkerLostError as error:
+                if self._cancelled:
+                    raise  # a cancelled call looks lost too, but nobody wants its answer any more
                 await self._resume(error)
                 continue
             if event.token_ids:
@@ -69,6 +72,7 @@ class ResumingStream:
             return replace(event, request_id=self._request.request_id)
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._source.cancel()
 
     async def _pull(self) -> TokenEvent:
@@ -93,6 +97,8 @@ class ResumingStream:
         request_id = self._request.request_id
         logger.warning("%s goes on at another worker after %d tokens: %s", request_id, len(self._sent), error)
         await asyncio.sleep(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (self._failures - 1)) * uniform(0.5, 1))
+        if self._cancelled:
+            raise error
         self._epoch += 1
         self._source = self._start(
             replace(

@@ -201,6 +201,43 @@ def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list
     assert asyncio.run(nobody()) == 3
 
 
+@pytest.mark.parametrize("lost_by_itself", [False, True])
+def test_what_a_client_has_left_is_begun_nowhere_else(lost_by_itself: bool) -> None:
+    """A call that is cancelled ends like one whose worker is lost; and a worker may be lost just before."""
+    begun: list[GenerateRequest] = []
+
+    class Source:
+        def __init__(self) -> None:
+            self.over = asyncio.Event()
+            if lost_by_itself:
+                self.over.set()
+
+        def __aiter__(self) -> "Source":
+            return self
+
+        async def __anext__(self) -> TokenEvent:
+            await self.over.wait()
+            raise WorkerLostError("it is gone")
+
+        def cancel(self) -> None:
+            self.over.set()
+
+    def start(request: GenerateRequest) -> Source:
+        begun.append(request)
+        return Source()
+
+    async def leave() -> None:
+        stream = ResumingStream(request_for([1, 2, 3], 4), start, ResumeConfig())
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.02)  # less than the first pause before another worker is asked
+        stream.cancel()
+        with pytest.raises(WorkerLostError):
+            await waiting
+
+    asyncio.run(leave())
+    assert len(begun) == 1
+
+
 def test_a_session_is_gone_on_with_over_what_it_decoded(tiny_model: Path, prompts: list[list[int]]) -> None:
     """The second turn finds the chunks of the first one's answer; outside the session, and where the answer must be
     exact, it finds the prompt's alone."""
