@@ -37,6 +37,7 @@ _ENGINE_COUNTERS = (
     _Counter("forecache_prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_hit_tokens"),
     _Counter("forecache_recalled_chunks", "Chunks copied from cold memory to the hot pool.", "recalled_chunks"),
     _Counter("forecache_recall_bytes", "Bytes copied from cold memory to the hot pool.", "recall_bytes"),
+    _Counter("forecache_recall_seconds", "Seconds that copies from cold memory to the hot pool took.", "recall_s"),
     _Counter(
         "forecache_written_back_chunks",
         "Chunks copied from the hot pool to cold memory.",
@@ -108,6 +109,12 @@ class WorkerCollector(Collector):
             "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
             _ratio(sum(tier.held_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
         )
+        yield self._gauge(
+            "forecache_memory_tier_disk_usage_perc",
+            "Chunk slots on disk in use / all, over the nodes, 0 to 1.",
+            _ratio(sum(t.disk_used_slots for t in tiers.values()), sum(t.disk_slots for t in tiers.values())),
+        )
+        yield self._gauge("forecache_memory_tiers", "Memory tiers of the workers' nodes that answered.", len(tiers))
         fallbacks = CounterMetricFamily(
             "forecache_indexer_fallbacks",
             "Predictions that a worker made itself since its indexer actor did not answer.",

@@ -18,6 +18,9 @@ NAMES = {
     "forecache_hot_pool_usage_perc",
     "forecache_memory_tier_usage_perc",
     "forecache_recall_bytes_total",
+    "forecache_recall_seconds_total",
+    "forecache_memory_tiers",
+    "forecache_memory_tier_disk_usage_perc",
     "forecache_prefetch_stall_seconds_total",
     "forecache_lookahead_late_total",
     "forecache_lookahead_hits_total",
@@ -78,10 +81,30 @@ def test_workers_are_summed_and_a_nodes_tier_counts_once() -> None:
     assert found["forecache_memory_tier_moved_chunks_total"] == 3
 
 
+def test_tiers_are_counted_by_node_and_their_disks_filled_together() -> None:
+    metrics = Metrics("m")
+    half = TierStats(10, 4, 1, 4, 0, 0, disk_slots=30, disk_used_slots=15)
+    empty = TierStats(10, 4, 1, 4, 0, 0, disk_slots=10)
+    copied = EngineStats(recall_bytes=300, recall_s=0.25)
+    metrics.workers.update(
+        [
+            worker("a", "n", copied, half),
+            worker("b", "n", copied, half),
+            worker("c", "o", copied, empty),
+            worker("d", "p", copied, None),
+        ]
+    )
+    found = samples(metrics)
+    assert found["forecache_memory_tiers"] == 2 and found["forecache_workers"] == 4
+    assert found["forecache_memory_tier_disk_usage_perc"] == 0.375
+    assert found["forecache_recall_seconds_total"] == 1
+
+
 def test_no_worker_is_no_division_by_zero() -> None:
     metrics = Metrics("m")
     found = samples(metrics)
     assert found["forecache_workers"] == 0 and found["forecache_hot_pool_usage_perc"] == 0
+    assert found["forecache_memory_tiers"] == 0 and found["forecache_memory_tier_disk_usage_perc"] == 0
 
 
 def test_errors_by_kind() -> None:

@@ -40,6 +40,8 @@ def test_every_module_is_in_the_readme_and_nothing_else_is() -> None:
     files = {str(path.relative_to(ROOT)) for path in [*MODULES, *(ROOT / "tests").rglob("*.py")]}
     assert {path for path in listed if path.endswith(".py")} == files
     assert [path for path in listed if not (ROOT / path).exists()] == []
+    shipped = {str(path.relative_to(ROOT)) for path in (ROOT / "grafana").rglob("*") if path.is_file()}
+    assert {path for path in listed if path.startswith("grafana/") and not path.endswith("/")} == shipped
 
 
 def imports(path: Path) -> Iterator[str]:
