@@ -57,6 +57,7 @@ class Server:
 
     process: "subprocess.Popen[str]"
     url: str
+    arena_dir: Path
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(f"{self.url}{path}", timeout=30, **options)
@@ -70,33 +71,47 @@ class Server:
         assert found, f"no series {name}"
         return sum(map(float, found))
 
-    def wait_for_metric(self, name: str, value: float, within_s: float) -> None:
+    def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
+        """Seconds until the series has the value. Fails when it takes longer."""
         start = time.monotonic()
         while (now := self.metric(name)) != value:
             assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
             time.sleep(0.05)
+        return time.monotonic() - start
 
 
+Command = Callable[..., list[str]]
 Start = Callable[..., Server]
 
 
+@pytest.fixture(scope="session")
+def serve_command() -> Command:
+    """The command of a server of ``model`` whose arenas are in ``arena_dir``, with more flags."""
+
+    def command(model: Path, arena_dir: Path, *flags: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0"),
+            *("--arena-dir", str(arena_dir), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB"),
+            *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S), *flags),
+        ]
+
+    return command
+
+
 @pytest.fixture(scope="module")
-def start_server(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts servers of the small model with more flags; they end with the module."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*flags: str) -> Server:
-        command = [
-            *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(byte_model), "--port", "0"),
-            *("--arena-dir", str(tmp_path_factory.mktemp("arena")), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB"),
-            *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S), *flags),
-        ]
+        arena_dir = tmp_path_factory.mktemp("arena")
+        command = serve_command(byte_model, arena_dir, *flags)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stdout is not None
         for line in process.stdout:
             if match := re.search(r"(http://\S+)/v1", line):
-                return Server(process, match[1])
+                return Server(process, match[1], arena_dir)
         raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
 
     yield start

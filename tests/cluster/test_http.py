@@ -8,102 +8,24 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 pytestmark = pytest.mark.cluster
 
-MODEL = "tiny"
+MODEL = "bytes"
 MAX_MODEL_LEN = 8192
 CHUNK_TOKENS = 16
 START_S = 180.0
 STOP_S = 60.0
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of noise, a token a byte."""
-    path = tmp_path_factory.mktemp("models") / MODEL
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast: Any = PreTrainedTokenizerFast
-    fast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@dataclass
-class Server:
-    process: "subprocess.Popen[str]"
-    url: str
-    arena_dir: Path
-
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
-
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60)
-
-    def metric(self, name: str) -> float:
-        """Sum of the samples of a series over its labels."""
-        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
-        assert found, f"no series {name}"
-        return sum(map(float, found))
-
-    def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
-        """Seconds until the series has the value. Fails when it takes longer."""
-        start = time.monotonic()
-        while (now := self.metric(name)) != value:
-            assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
-            time.sleep(0.05)
-        return time.monotonic() - start
-
-
-def command(model: Path | str, arena_dir: Path, *flags: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0"),
-        *("--arena-dir", str(arena_dir), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB", "--threads", "1"),
-        *("--chunk-tokens", str(CHUNK_TOKENS), "--start-deadline-s", str(START_S), *flags),
-    ]
-
-
-def start(model: Path, arena_dir: Path, *flags: str) -> Server:
-    process = subprocess.Popen(command(model, arena_dir, *flags), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if match := re.search(r"(http://\S+)/v1", line):
-            return Server(process, match[1], arena_dir)
-    raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
 
 
 def descendants(pid: int) -> set[int]:
@@ -143,9 +65,9 @@ def still_running(pids: set[int]) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(start_server: Any) -> Iterator[Any]:
     """One cluster for the module; its end is a test as well."""
-    running = start(model, tmp_path_factory.mktemp("arena"))
+    running = start_server()
     try:
         yield running
         processes = descendants(running.process.pid)
@@ -161,7 +83,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[openai.OpenAI]:
+def client(server: Any) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
@@ -177,7 +99,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def test_health_readiness_and_models(server: Server, client: openai.OpenAI) -> None:
+def test_health_readiness_and_models(server: Any, client: openai.OpenAI) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/ready").json() == {"status": "ready", "workers": 1, "scorer": "bounds"}
     assert [model.id for model in client.models.list()] == [MODEL]
@@ -219,7 +141,7 @@ def test_completions(client: openai.OpenAI) -> None:
     assert "".join(pieces) == by_text.choices[0].text
 
 
-def test_a_stream_tells_of_its_prefill_in_comments(server: Server) -> None:
+def test_a_stream_tells_of_its_prefill_in_comments(server: Any) -> None:
     body = chat_body("x" * 3000, stream=True)
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
         lines = [line for line in response.iter_lines() if line]
@@ -244,7 +166,7 @@ def test_an_equal_beginning_is_not_prefilled_again(client: openai.OpenAI) -> Non
     assert cached_tokens(cache_salt="mine") == 0
 
 
-def test_a_session_is_pinned_told_of_and_deleted(server: Server) -> None:
+def test_a_session_is_pinned_told_of_and_deleted(server: Any) -> None:
     path = "/v1/sessions/trip"
     for method in ("GET", "POST", "DELETE"):
         missing = httpx.request(method, f"{server.url}{path}", timeout=30)
@@ -297,21 +219,21 @@ def test_every_policy_answers(client: openai.OpenAI, policy: str) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_bad_requests(server: Server, fields: dict[str, Any], status: int, param: str, code: str, stream: bool) -> None:
+def test_bad_requests(server: Any, fields: dict[str, Any], status: int, param: str, code: str, stream: bool) -> None:
     response = server.post("/v1/chat/completions", {**chat_body(), "stream": stream, **fields})
     error = error_of(response)
     assert (response.status_code, error["param"], error["code"]) == (status, param, code)
     assert error["type"] == "invalid_request_error"
 
 
-def test_a_text_far_over_the_context_is_refused_before_it_is_all_tokenized(server: Server) -> None:
+def test_a_text_far_over_the_context_is_refused_before_it_is_all_tokenized(server: Any) -> None:
     response = server.post("/v1/chat/completions", chat_body("x" * 50 * MAX_MODEL_LEN))
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
     assert f"{MAX_MODEL_LEN} tokens" in error["message"] and f"more than {16 * MAX_MODEL_LEN - 1}" in error["message"]
 
 
-def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Server) -> None:
+def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Any) -> None:
     response = server.post("/v1/chat/completions", chat_body("x" * MAX_MODEL_LEN))
     message = error_of(response)["message"]
     asked = MAX_MODEL_LEN + len("<user><assistant>") + 4
@@ -321,21 +243,21 @@ def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Server) ->
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b'{"model": "tiny", "messages": [', "not valid JSON"),
+        (b'{"model": "bytes", "messages": [', "not valid JSON"),
         (b"", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b'{"model": "tiny", "max_tokens": NaN}', "not valid JSON"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "not valid UTF-8"),
-        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "not valid Unicode"),
+        (b'{"model": "bytes", "max_tokens": NaN}', "not valid JSON"),
+        (b'{"model": "bytes", "messages": [{"role": "user", "content": "\xff\xfe"}]}', "not valid UTF-8"),
+        (b'{"model": "bytes", "messages": [{"role": "user", "content": "\\ud800"}]}', "not valid Unicode"),
         (b"[1, 2]", "JSON object"),
     ],
 )
-def test_bad_bodies(server: Server, content: bytes, sentence: str) -> None:
+def test_bad_bodies(server: Any, content: bytes, sentence: str) -> None:
     response = httpx.post(f"{server.url}/v1/chat/completions", content=content, timeout=30)
     assert response.status_code == 400 and sentence in error_of(response)["message"]
 
 
-def test_wrong_paths_and_methods(server: Server) -> None:
+def test_wrong_paths_and_methods(server: Any) -> None:
     missing = server.get("/v1/embeddings")
     assert missing.status_code == 404 and error_of(missing)["code"] == "unknown_url"
     wrong = server.get("/v1/chat/completions")
@@ -344,7 +266,7 @@ def test_wrong_paths_and_methods(server: Server) -> None:
     assert unknown.status_code == 404 and error_of(unknown)["code"] == "model_not_found"
 
 
-def test_errors_are_counted_and_harm_nobody(server: Server, client: openai.OpenAI) -> None:
+def test_errors_are_counted_and_harm_nobody(server: Any, client: openai.OpenAI) -> None:
     before = server.metric("forecache_errors_total")
     stream = client.chat.completions.create(**chat_body(max_tokens=200, temperature=0), stream=True)
     next(iter(stream))
@@ -355,7 +277,7 @@ def test_errors_are_counted_and_harm_nobody(server: Server, client: openai.OpenA
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_slots(server: Server, stream: bool) -> None:
+def test_a_client_that_goes_away_frees_its_slots(server: Any, stream: bool) -> None:
     server.wait_for_metric("forecache_num_requests_running", 0, within_s=30)
     cancelled = server.metric("forecache_requests_cancelled_total")
     host, port = server.url.removeprefix("http://").split(":")
@@ -373,7 +295,7 @@ def test_a_client_that_goes_away_frees_its_slots(server: Server, stream: bool) -
     assert server.metric("forecache_requests_cancelled_total") == cancelled + 1
 
 
-def test_metrics_count_what_the_client_counts(server: Server, client: openai.OpenAI) -> None:
+def test_metrics_count_what_the_client_counts(server: Any, client: openai.OpenAI) -> None:
     names = ("forecache_prompt_tokens_total", "forecache_generation_tokens_total", "forecache_requests_finished_total")
     before = [server.metric(name) for name in names]
     first_tokens = server.metric("forecache_time_to_first_token_seconds_count")
@@ -395,9 +317,9 @@ def test_metrics_count_what_the_client_counts(server: Server, client: openai.Ope
     ],
 )
 def test_what_cannot_work_is_said_at_start(
-    model: Path, tmp_path: Path, flags: tuple[str, ...], sentences: list[str]
+    byte_model: Path, serve_command: Any, tmp_path: Path, flags: tuple[str, ...], sentences: list[str]
 ) -> None:
-    ended = subprocess.run(command(model, tmp_path, *flags), capture_output=True, text=True, timeout=START_S)
+    ended = subprocess.run(serve_command(byte_model, tmp_path, *flags), capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2
     said = ended.stderr.strip().splitlines()[-1]
     assert said.startswith("forecache: ") and all(sentence in said for sentence in sentences)
@@ -405,38 +327,46 @@ def test_what_cannot_work_is_said_at_start(
     assert not list(tmp_path.glob("forecache-*"))
 
 
-def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_no_decoder_is_refused(serve_command: Any, tmp_path: Path) -> None:
     config = BertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    ended = subprocess.run(command(tmp_path / "bert", tmp_path), capture_output=True, text=True, timeout=START_S)
+    ended = subprocess.run(serve_command(tmp_path / "bert", tmp_path), capture_output=True, text=True, timeout=START_S)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "decoder" in ended.stderr.strip().splitlines()[-1]
 
 
-def test_a_model_whose_logits_are_not_what_we_compute_is_refused(model: Path, tmp_path: Path) -> None:
-    broken = LlamaForCausalLM.from_pretrained(model)
+def test_a_model_whose_logits_are_not_what_we_compute_is_refused(
+    byte_model: Path, serve_command: Any, tmp_path: Path
+) -> None:
+    broken = LlamaForCausalLM.from_pretrained(byte_model)
     broken.model.norm.weight.data.fill_(float("nan"))
-    shutil.copytree(model, tmp_path / "broken")
+    shutil.copytree(byte_model, tmp_path / "broken")
     broken.save_pretrained(tmp_path / "broken")
-    ended = subprocess.run(command(tmp_path / "broken", tmp_path), capture_output=True, text=True, timeout=START_S)
+    ended = subprocess.run(
+        serve_command(tmp_path / "broken", tmp_path), capture_output=True, text=True, timeout=START_S
+    )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "differ from the model's own" in ended.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.glob("forecache-*"))
 
 
-def test_a_port_that_is_taken(model: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_taken(byte_model: Path, serve_command: Any, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         ended = subprocess.run(
-            command(model, tmp_path, "--port", port), capture_output=True, text=True, timeout=START_S
+            serve_command(byte_model, tmp_path, "--port", port), capture_output=True, text=True, timeout=START_S
         )
     assert ended.returncode == 2 and f"127.0.0.1:{port}" in ended.stderr and "--port" in ended.stderr
 
 
-def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(model, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(
+    byte_model: Path, serve_command: Any, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        serve_command(byte_model, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "loading the model" in line:
@@ -457,8 +387,8 @@ def text_of(answer: httpx.Response) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
-def test_a_worker_that_is_killed_costs_a_pause(model: Path, tmp_path: Path) -> None:
-    server = start(model, tmp_path, "--workers", "2", "--keep-ratio", "1.0")
+def test_a_worker_that_is_killed_costs_a_pause(start_server: Any) -> None:
+    server = start_server("--workers", "2", "--keep-ratio", "1.0")
     try:
         url = f"{server.url}/v1/chat/completions"
         # different from the first chunk on, so that no worker is preferred for its prefix
