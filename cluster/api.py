@@ -198,8 +198,8 @@ class Api:
         """The request's choices, let in, each a request to a worker once it is opened."""
         per_prompt = request.n or 1
         sampling, cache = request.sampling(1), request.cache()
-        session_id = None if cache.session_id is None else tenant.session_id(cache.session_id)
-        cache = replace(cache, cache_salt=tenant.cache_salt(cache.cache_salt), session_id=session_id)
+        session_id = None if cache.session_id is None else tenant.own(cache.session_id)
+        cache = replace(cache, cache_salt=tenant.own(cache.cache_salt), session_id=session_id)
         alone = per_prompt * len(prompts) == 1
         ticket = self._admission.admit(
             tenant,

@@ -105,6 +105,7 @@ class Ingress:
         tiers: Tiers,
     ) -> None:
         tokenizer = load_tokenizer(resolve_model(config.engine.model, load_format=config.engine.load_format))
+        self._tiers = tiers
         self._admission = Admission(config.limits)
         self._api = Api(
             ServeWorkers(workers, config.resume),

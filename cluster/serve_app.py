@@ -35,8 +35,7 @@ class SupervisedIngress(Ingress):
 
     def __init__(self, config: ServeConfig, *rest: Any) -> None:
         super().__init__(config, *rest)
-        tiers = next(argument for argument in rest if isinstance(argument, Tiers))
-        self._supervisor = Supervisor(config.memory, tiers)
+        self._supervisor = Supervisor(config.memory, self._tiers)
         self._supervisor.__enter__()
 
     def __del__(self) -> None:

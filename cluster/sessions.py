@@ -99,5 +99,5 @@ class SessionRoutes:
 
 
 async def _answer(handle: Callable[..., dict[str, Any]], tenant: Tenant, session_id: str, *more: object) -> Response:
-    told = await asyncio.to_thread(handle, tenant.session_id(session_id), *more)
+    told = await asyncio.to_thread(handle, tenant.own(session_id), *more)
     return JSONResponse(told | {"id": session_id})

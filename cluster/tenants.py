@@ -29,11 +29,8 @@ class Tenant(BaseModel):
         None, ge=1, description="hot K/V that its requests may come to hold at once"
     )
 
-    def cache_salt(self, asked: str) -> str:
-        return f"{self.name}{_SALT_MARK}{asked}"
-
-    def session_id(self, asked: str) -> str:
-        """The name that its session has among those of all tenants."""
+    def own(self, asked: str) -> str:
+        """What its cache salt or session of this name is called among those of all tenants."""
         return f"{self.name}{_SALT_MARK}{asked}"
 
 
@@ -42,10 +39,7 @@ class Anybody(Tenant):
 
     name: str = ""
 
-    def cache_salt(self, asked: str) -> str:
-        return asked
-
-    def session_id(self, asked: str) -> str:
+    def own(self, asked: str) -> str:
         return asked
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forecache.indexer.index_keys import EVENT_SHARE
 from forecache.indexer.shards import RecordedDocument
 
 
@@ -21,7 +22,7 @@ class LabelRule:
 
     window_steps: int = 64
     min_heads: int = 2
-    event_share: float = 0.3
+    event_share: float = EVENT_SHARE
     sink_chunks: int = 1
     recency_chunks: int = 2
     heads: tuple[int, ...] | None = None

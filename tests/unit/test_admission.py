@@ -218,10 +218,10 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 def test_without_a_file_everybody_comes_and_salts_are_their_own() -> None:
     anybody = Tenants.load(None).of(None)
-    assert anybody.cache_salt("s") == "s" and anybody.max_concurrent is None
-    salts = [Tenant(name=name).cache_salt(asked) for name, asked in (("a", "b"), ("a", ""), ("ab", ""), ("b", "a"))]
+    assert anybody.own("s") == "s" and anybody.max_concurrent is None
+    salts = [Tenant(name=name).own(asked) for name, asked in (("a", "b"), ("a", ""), ("ab", ""), ("b", "a"))]
     assert len({*salts, "", "b", "a"}) == 7
-    sessions = {Tenant(name=name).session_id("trip") for name in ("a", "b")} | {anybody.session_id("trip")}
+    sessions = {Tenant(name=name).own("trip") for name in ("a", "b")} | {anybody.own("trip")}
     assert len(sessions) == 3 and "trip" in sessions
 
 

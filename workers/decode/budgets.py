@@ -116,7 +116,7 @@ class Budgets:
 
     def misses(self, seq: Sequence, event_mass: npt.NDArray[np.float32], chosen: list[int]) -> bool:
         """Whether the set ``chosen`` is too small already for the events it was chosen by."""
-        return self.too_low(self._measure(seq, event_mass, _mask(chosen, len(event_mass))))
+        return self.too_low(self._measure(seq, event_mass, mask_of(chosen, len(event_mass))))
 
     def streams(self, seq: Sequence) -> bool:
         """Whether the next doubling of ``seq`` is more than the whole pool."""
@@ -158,7 +158,8 @@ class Budgets:
         return measure(event_mass, kept, sinks=self._selection.sink_chunks, recency=recency)
 
 
-def _mask(numbers: list[int], chunks: int) -> npt.NDArray[np.bool_]:
+def mask_of(numbers: list[int], chunks: int) -> npt.NDArray[np.bool_]:
+    """Whether each chunk is one of ``numbers``: bool [chunks]."""
     mask = np.zeros(chunks, dtype=np.bool_)
     mask[numbers] = True
     return mask

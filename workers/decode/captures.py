@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from forecache.workers.decode.budgets import mask_of
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture
 from forecache.workers.memory.hot_pool import HotPool
@@ -11,8 +12,7 @@ def make_capture(row: int, seq: Sequence, boundary: int, pool: HotPool, history_
     """For the turn of ``seq`` at ``boundary``; it is row ``row`` of the step. Queries of ``history_steps`` steps, the
     newest included, are wanted."""
     ref_slots, generations = (array.copy() for array in seq.refs())
-    resident = np.zeros(len(seq.chunks), dtype=np.bool_)
-    resident[list(seq.resident)] = True
+    resident = mask_of(list(seq.resident), len(seq.chunks))
     local = []
     for number in np.flatnonzero(ref_slots < 0).tolist():
         hot = pool.lookup(seq.chunks[number].key)

@@ -3,7 +3,6 @@
 They stay on the device, in a ring per sequence, and are written where they arise: also within CUDA graphs.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,7 @@ class HiddenHistory:
         self.layers = {layer: number for number, layer in enumerate(layers)}
         shape = (sequences + 1, steps, len(layers), int(model.config.hidden_size))
         self.ring = torch.zeros(shape, dtype=torch.float16, device=model.device)
-        self._free = [line for line in range(sequences, 0, -1) if line != NOBODYS_LINE]
+        self._free = list(range(sequences, NOBODYS_LINE, -1))
         self._kept: dict[str, _Kept] = {}
         modules = attention_modules(model)
         for layer in layers:
@@ -102,11 +101,8 @@ class HiddenHistory:
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` when a line is lost, or belongs to two."""
-        lines = sorted([*self._free, *self._used()])
+        lines = sorted([*self._free, *(kept.line for kept in self._kept.values())])
         assert lines == list(range(1, len(self.ring))), f"lines {lines} of {len(self.ring)}"
-
-    def _used(self) -> Iterator[int]:
-        return (kept.line for kept in self._kept.values())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator] # attention breaks compiled layers anyway

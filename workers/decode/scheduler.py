@@ -162,6 +162,8 @@ class Scheduler:
         """Whether the next step may compute more than decode rows."""
         if any(seq.state is State.PREFILL for seq in self.running):
             return True
+        if not any(seq.streamed for seq in self.running):
+            return False  # nearly always, and before every step
         return bool(self._lane([seq for seq in self.running if self._may_decode(seq)], ahead=1))
 
     def _lane(self, ready: list[Sequence], *, ahead: int = 0) -> list[Sequence]:

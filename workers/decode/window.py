@@ -17,7 +17,7 @@ from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import EVENT_SHARE
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import select
-from forecache.workers.decode.budgets import Budgets
+from forecache.workers.decode.budgets import Budgets, mask_of
 from forecache.workers.decode.captures import make_capture
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.sequence import Sequence, State
@@ -258,8 +258,7 @@ class WindowCycle:
                 break
             chosen = self._select(seq, turn, scores, seq.widening)
         if seq.widening > 1:
-            seq.half_set = np.zeros(turn.chunks, dtype=np.bool_)
-            seq.half_set[self._select(seq, turn, scores, seq.widening // 2)] = True
+            seq.half_set = mask_of(self._select(seq, turn, scores, seq.widening // 2), turn.chunks)
         wanted = [number for number in chosen if number not in seq.resident]
         if scores is not None and len(scores):
             wanted.sort(key=lambda number: -scores[number])

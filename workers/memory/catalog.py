@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -25,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from forecache.workers.errors import CatalogUnavailableError
-from forecache.workers.memory.keys import KEY_BYTES, ChunkKey
+from forecache.workers.memory.keys import KEY_BYTES, ChunkKey, batches
 
 CHUNK_PREFIX = b"forecache:chunk:"
 TIER_PREFIX = b"forecache:tier:"
@@ -155,7 +154,7 @@ class Catalog:
 
     def publish(self, tier_id: str, incarnation: str, keys: Iterable[ChunkKey]) -> None:
         """The tier holds these chunks."""
-        for batch in _batches(keys):
+        for batch in batches(keys, BATCH_KEYS):
             with self._errors():
                 pipeline = self._redis.pipeline(transaction=False)
                 for key in batch:
@@ -165,7 +164,7 @@ class Catalog:
 
     def withdraw(self, tier_id: str, keys: Iterable[ChunkKey]) -> None:
         """The tier holds these chunks no longer."""
-        for batch in _batches(keys):
+        for batch in batches(keys, BATCH_KEYS):
             with self._errors():
                 pipeline = self._redis.pipeline(transaction=False)
                 for key in batch:
@@ -200,7 +199,7 @@ class Catalog:
     def locate(self, keys: Sequence[ChunkKey]) -> list[set[str]]:
         """For each of ``keys`` the ids of the living tiers that say they hold it. One round trip per batch."""
         places: list[set[str]] = []
-        for batch in _batches(keys):
+        for batch in batches(keys, BATCH_KEYS):
             with self._errors():
                 found = self._locate(keys=[CHUNK_PREFIX + key for key in batch], args=[TIER_PREFIX])
             places += [{tier_id.decode() for tier_id in tier_ids} for tier_ids in found]
@@ -210,7 +209,7 @@ class Catalog:
         """Every chunk that has an entry, and the living tiers that say they hold it. Reads all there is."""
         with self._errors():
             names = cast(Iterator[bytes], self._redis.scan_iter(CHUNK_PREFIX + b"*", count=BATCH_KEYS))
-            for batch in _batches(name.removeprefix(CHUNK_PREFIX) for name in names):
+            for batch in batches((name.removeprefix(CHUNK_PREFIX) for name in names), BATCH_KEYS):
                 yield from zip(batch, self.locate(batch), strict=True)
 
     def tiers(self) -> list[TierRecord]:
@@ -300,9 +299,3 @@ def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord:
     joined = fields[b"keys"]
     keys = tuple(joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
     return SessionRecord(session_id, keys, float(fields[b"pinned_until_unix_s"]))
-
-
-def _batches(keys: Iterable[ChunkKey]) -> Iterator[list[ChunkKey]]:
-    iterator = iter(keys)
-    while batch := list(islice(iterator, BATCH_KEYS)):
-        yield batch

@@ -14,7 +14,7 @@ from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory.catalog import Catalog, TierRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.keys import ChunkKey, batches
 from forecache.workers.memory.placement import rendezvous
 from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.store import ArenaStore
@@ -144,7 +144,7 @@ class ChunkExchange:
         run = next((i for i, known in enumerate(zip(here, on_disk, strict=True)) if not any(known)), len(keys))
         wanted = [key for key, is_here in zip(keys[:run], here, strict=False) if not is_here]
         count = 0
-        for part in _batches(wanted, self._batch_chunks):
+        for part in batches(wanted, self._batch_chunks):
             self._make_room_for(len(part))
             taken = take_in(self._store, read(self._disk, part), holder)
             self._disk.set_copied(taken, True)
@@ -261,7 +261,7 @@ class ChunkExchange:
 
     def _lost_tiers(self) -> None:
         """Tiers have gone, and copies with them."""
-        for keys in _batches(self._store.copied(), VERIFY_CHUNKS):
+        for keys in batches(self._store.copied(), VERIFY_CHUNKS):
             places = self._catalog.locate(keys)
             alone = [key for key, tiers in zip(keys, places, strict=True) if not tiers - {self._tier_id}]
             self._store.set_copied(alone, False)
@@ -310,7 +310,7 @@ class ChunkExchange:
         """Have the disk answer for ``keys``; what is oldest there goes."""
         if self._disk is None:
             return
-        for part in _batches(keys, self._batch_chunks):
+        for part in batches(keys, self._batch_chunks):
             taken = take_in(self._disk, read(self._store, part))
             self._store.set_copied(taken, True)
             self.counters.spilled_chunks += len(taken)
@@ -337,8 +337,3 @@ def wanted_room(slots: int) -> int:
 
 def has_room(tier: TierRecord) -> bool:
     return tier.slots - tier.used_slots > wanted_room(tier.slots)
-
-
-def _batches(keys: Sequence[ChunkKey], size: int) -> Iterator[Sequence[ChunkKey]]:
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]

@@ -1,7 +1,8 @@
 """Names of chunks: equal prefixes have equal names, whoever computed them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 
@@ -34,3 +35,10 @@ def prefix_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> 
     for start in range(0, len(token_ids) - chunk_tokens + 1, chunk_tokens):
         key = child_key(key, token_ids[start : start + chunk_tokens])
         yield key
+
+
+def batches(keys: Iterable[ChunkKey], size: int) -> Iterator[list[ChunkKey]]:
+    """``keys`` in lists of ``size``, the last one perhaps shorter."""
+    iterator = iter(keys)
+    while batch := list(islice(iterator, size)):
+        yield batch
