@@ -59,6 +59,9 @@ def register(commands: Any) -> None:
     train.add_argument(
         "--dropout", type=float, default=None, help="share of the network's units that a step leaves out"
     )
+    train.add_argument("--reach", type=int, default=None, help="chunks to either side that a score may depend on")
+    train.add_argument("--rows", type=int, default=None, help="predictions of a document in one step")
+    train.add_argument("--time-limit-s", type=float, default=None, help="seconds to train at most (default: no limit)")
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=_train)
@@ -112,7 +115,7 @@ def _train(args: argparse.Namespace) -> int:
 
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
-    shaped = {"context": args.context, "units": args.units}
+    shaped = {"context": args.context, "units": args.units, "reach": args.reach}
     shaped["history"] = None if args.history is None else _integers(args.history)
     shape = EncoderShape(**{name: value for name, value in shaped.items() if value is not None})
 

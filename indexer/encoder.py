@@ -157,9 +157,14 @@ def _lse(logits: Tensor) -> Tensor:
     return (logits - top).exp().sum(-1).clamp(min=torch.finfo(logits.dtype).tiny).log() + top.squeeze(-1)
 
 
+def run_starts(rows: Tensor, runs: Tensor) -> Tensor:
+    """First row of the run that each of ``rows`` belongs to; both int64 [rows]. ``runs``: int64 [runs, 2]."""
+    starts = runs[:, 0].to(rows.device).contiguous()
+    return starts[torch.searchsorted(starts, rows.contiguous(), right=True) - 1]
+
+
 def history_rows(rows: Tensor, runs: Tensor, history: Sequence[int]) -> Tensor:
     """Rows of the steps ``history`` back, int64 [rows, history]; a run's first row stands for those before it."""
-    starts = runs[:, 0].to(rows.device).contiguous()
-    start = starts[torch.searchsorted(starts, rows.contiguous(), right=True) - 1]
+    start = run_starts(rows, runs)
     back = torch.tensor(history, device=rows.device)
     return torch.maximum(rows.unsqueeze(1) - back, start.unsqueeze(1))

@@ -122,7 +122,14 @@ def _judge(
 ) -> Iterator[tuple[str, float, str, list[float]]]:
     """(scorer, budget, figure, values) of one document at one lead."""
     spec = recorded.index_spec
-    rows = usable_rows(document, lead, rule, least_steps=least_steps, chunk_tokens=spec.chunk_tokens)[::ROW_STRIDE]
+    rows = usable_rows(
+        document,
+        lead,
+        rule,
+        least_steps=least_steps,
+        chunk_tokens=spec.chunk_tokens,
+        history_steps=pair[0].shape.history[-1],
+    )[::ROW_STRIDE]
     if len(rows):
         labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
         own = replace(rule, heads=recorded.retrieval_numbers)

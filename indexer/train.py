@@ -7,13 +7,11 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +21,8 @@ from forecache.indexer.encoder import EncoderShape, MemoryIndexer
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.labels import LabelRule, answer_labels, window_labels
 from forecache.indexer.metrics import coverage, keep_masks, nan_mean, recall
+from forecache.indexer.processes import Group, join
+from forecache.indexer.schedule import CosineSchedule
 from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
 from forecache.indexer.train_state import Epoch, resume, save_state
 from forecache.indexer.training_data import predict_rows, usable_rows
@@ -32,6 +32,7 @@ FOCAL_GAMMA = 2.0
 VALIDATION_EVERY = 8
 """One training document in so many is held out to stop early by."""
 VALIDATION_BUDGET = 0.10
+VALIDATION_ROW_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class TrainConfig:
     document in one step. ``listwise``: weight of the ranking loss beside the focal one; ``retrieval``: the part of its
     target that counts which retrieval heads look at a chunk at all, be it for the few steps of an answer; ``answer``:
     the part that the answer's chunks have in windows in which it begins.
-    ``patience``: epochs without better held-out coverage before training stops. Learning rates fall to zero along a
+    ``patience``: epochs without better held-out coverage before training stops; ``time_limit_s``: seconds after which
+    it ends, its learning rates with it. Learning rates fall to zero along a
     cosine; the queries, which start as the model's own, have their own rate. What is judged and kept are the weights'
     exponential moving averages over some 1 / (1 - ``average_decay``) steps.
     """
@@ -62,6 +64,7 @@ class TrainConfig:
     retrieval: float = 0.5
     answer: float = 0.25
     patience: int = 5
+    time_limit_s: float | None = None
     least_steps: int = 8
     bf16: bool = False
     seed: int = 0
@@ -122,33 +125,6 @@ def focal_loss(logits: Tensor, golden: Tensor) -> Tensor:
     return entropy * (1 - (-entropy).exp()) ** FOCAL_GAMMA
 
 
-@dataclass(frozen=True)
-class _Group:
-    """This process among those that train together."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-
-@contextmanager
-def _group(device: str) -> Iterator[_Group]:
-    """One process, or those that torchrun started."""
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if not torch.distributed.is_torchelastic_launched():
-        yield _Group(0, 1, torch.device(kind))
-        return
-    torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
-    rank = torch.distributed.get_rank()
-    if kind == "cuda":
-        kind = f"cuda:{rank % torch.cuda.device_count()}"
-        torch.cuda.set_device(kind)
-    try:
-        yield _Group(rank, torch.distributed.get_world_size(), torch.device(kind))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def train(
     data: Path,
     out: Path,
@@ -165,7 +141,7 @@ def train(
     same settings, training goes on there. Raises :class:`ShardError` when there is nothing to learn from.
     """
     config, shape, rule = config or TrainConfig(), shape or EncoderShape(), rule or LabelRule()
-    with _group(device) as group:
+    with join(device) as group:
         return _train(data, out, config, shape, rule, group, progress)
 
 
@@ -175,7 +151,7 @@ def _train(
     config: TrainConfig,
     shape: EncoderShape,
     rule: LabelRule,
-    group: _Group,
+    group: Group,
     progress: Callable[[Epoch], None],
 ) -> list[Epoch]:
     recording = Recording(data)
@@ -186,6 +162,7 @@ def _train(
         raise ShardError(f"{data} has {len(numbers)} training documents; at least {VALIDATION_EVERY} are needed")
     spec = recording.manifest.index_spec
     documents = {number: recording.document(number).to(group.device) for number in [*learned, *held_out]}
+    _check_runs(documents, config, shape, rule, spec)
     torch.manual_seed(config.seed)
     loss = IndexerLoss(new_indexer(recording, shape), recording.manifest, rule, config).to(group.device)
     optimizer = _optimizer(loss, config)
@@ -196,12 +173,19 @@ def _train(
     state = out.with_suffix(".state")
     curve, best = resume(state, settings, loss, averaged, optimizer)
     share = math.ceil(len(learned) / (config.documents_per_step * group.size))
-    schedule = _Schedule(config, share)
+    schedule = CosineSchedule(
+        config.epochs * share,
+        warmup_steps=config.warmup_steps,
+        time_limit_s=config.time_limit_s,
+        spent_s=sum(epoch.seconds for epoch in curve),
+    )
     for epoch in range(len(curve), config.epochs):
-        if curve and len(curve) - 1 - best >= config.patience:
+        if curve and (len(curve) - 1 - best >= config.patience or group.as_first(schedule.time_is_up)):
             break
         start = time.monotonic()
-        losses = _epoch(model, averaged, optimizer, schedule, documents, learned, config, rule, spec, group, epoch)
+        losses = _epoch(
+            model, averaged, optimizer, schedule, share, documents, learned, config, rule, spec, group, epoch
+        )
         figures = validate(averaged, [documents[number] for number in held_out], spec, rule, config)
         curve.append(Epoch(epoch, losses, *figures, time.monotonic() - start))
         if len(curve) == 1 or curve[-1].merit > curve[best].merit:
@@ -217,6 +201,31 @@ def _train(
     return curve
 
 
+def _check_runs(
+    documents: dict[int, RecordedDocument], config: TrainConfig, shape: EncoderShape, rule: LabelRule, spec: IndexSpec
+) -> None:
+    """Raise :class:`ShardError` unless something can be predicted in every document."""
+    for number, document in documents.items():
+        if not len(_rows(document, config, rule, spec, shape.history[-1])):
+            raise ShardError(
+                f"document {number} has no step to predict at: none has {shape.history[-1]} recorded steps before it, "
+                f"{max(config.leads) + config.least_steps} after it, and enough chunks. Choose a shorter history, or "
+                "record longer runs."
+            )
+
+
+def _rows(document: RecordedDocument, config: TrainConfig, rule: LabelRule, spec: IndexSpec, history: int) -> Tensor:
+    """Rows that can be predicted at, whatever the lead."""
+    return usable_rows(
+        document,
+        max(config.leads),
+        rule,
+        least_steps=config.least_steps,
+        chunk_tokens=spec.chunk_tokens,
+        history_steps=history,
+    )
+
+
 def _optimizer(loss: IndexerLoss, config: TrainConfig) -> torch.optim.AdamW:
     queries = list(loss.indexer.projection.parameters())
     others = [parameter for name, parameter in loss.named_parameters() if not name.startswith("indexer.projection.")]
@@ -229,45 +238,35 @@ def _optimizer(loss: IndexerLoss, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-class _Schedule:
-    """Share of the learning rate at a step: linear warm-up, then a cosine to zero."""
-
-    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self._warmup = config.warmup_steps
-        self._steps = max(config.epochs * steps_per_epoch, 1)
-
-    def share(self, step: int) -> float:
-        return min((step + 1) / max(self._warmup, 1), 0.5 * (1 + math.cos(math.pi * step / self._steps)))
-
-
 def _epoch(
     model: nn.Module,
     averaged: IndexerLoss,
     optimizer: torch.optim.AdamW,
-    schedule: _Schedule,
+    schedule: CosineSchedule,
+    steps: int,
     documents: dict[int, RecordedDocument],
     learned: list[int],
     config: TrainConfig,
     rule: LabelRule,
     spec: IndexSpec,
-    group: _Group,
+    group: Group,
     epoch: int,
 ) -> float:
     """One pass; the order and every draw follow from the seed and the epoch. Returns the mean loss."""
     model.train()
     torch.manual_seed(hash((config.seed, epoch, group.rank)))  # dropout, wherever training was stopped
     rates = [config.query_learning_rate, config.learning_rate]
+    history_steps = averaged.indexer.shape.history[-1]
     order = random.Random(f"{config.seed} {epoch}").sample(learned, len(learned))
     size = config.documents_per_step * group.size
     total = torch.zeros((), device=group.device)
-    for step in range(schedule.steps_per_epoch):
+    for step in range(steps):
         # the last step is filled up from the beginning, so that every process has as many
         batch = [order[place % len(order)] for place in range(step * size, (step + 1) * size)][group.rank :: group.size]
         draw = random.Random(f"{config.seed} {epoch} {step} {group.rank}")
         chosen = [documents[number] for number in batch]
-        drawn = [_draw_rows(document, config, rule, spec, draw) for document in chosen]
-        share = schedule.share(epoch * schedule.steps_per_epoch + step)
+        drawn = [_draw_rows(document, config, rule, spec, history_steps, draw) for document in chosen]
+        share = schedule.share(epoch * steps + step)
         for settings, rate in zip(optimizer.param_groups, rates, strict=True):
             settings["lr"] = rate * share
         optimizer.zero_grad()
@@ -276,21 +275,24 @@ def _epoch(
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
         # the first steps move far: what was before them is soon forgotten
-        newest = max(1 - config.average_decay, 9 / (10 + epoch * schedule.steps_per_epoch + step))
+        newest = max(1 - config.average_decay, 9 / (10 + epoch * steps + step))
         with torch.no_grad():
             for average, weight in zip(averaged.parameters(), model.parameters(), strict=True):
                 average.lerp_(weight, newest)
         total += loss.detach()
-    return float(total) / schedule.steps_per_epoch
+    return float(total) / steps
 
 
 def _draw_rows(
-    document: RecordedDocument, config: TrainConfig, rule: LabelRule, spec: IndexSpec, draw: random.Random
+    document: RecordedDocument,
+    config: TrainConfig,
+    rule: LabelRule,
+    spec: IndexSpec,
+    history_steps: int,
+    draw: random.Random,
 ) -> tuple[Tensor, Tensor]:
     """Rows to predict at, and the lead of each."""
-    rows = usable_rows(
-        document, max(config.leads), rule, least_steps=config.least_steps, chunk_tokens=spec.chunk_tokens
-    )
+    rows = _rows(document, config, rule, spec, history_steps)
     picked = sorted(draw.sample(rows.tolist(), min(config.rows, len(rows))))
     leads = draw.choices(config.leads, k=len(picked))
     device = rows.device
@@ -314,9 +316,7 @@ def validate(
     coverages: list[float] = []
     retrieval: list[float] = []
     for document in documents:
-        rows = usable_rows(document, lead, rule, least_steps=config.least_steps, chunk_tokens=spec.chunk_tokens)[::4]
-        if not len(rows):
-            continue
+        rows = _rows(document, config, rule, spec, loss.indexer.shape.history[-1])[::VALIDATION_ROW_STRIDE]
         labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
         found = predict_rows(loss.indexer, spec, document, rows)
         kept = keep_masks(found.logits, found.complete, VALIDATION_BUDGET, selection)

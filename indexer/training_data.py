@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forecache.indexer.encoder import MemoryIndexer, chunk_log_shares, decode_records, history_rows
+from forecache.indexer.encoder import MemoryIndexer, chunk_log_shares, decode_records, history_rows, run_starts
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.labels import LabelRule, complete_chunks, window_rows
 from forecache.indexer.shards import RecordedDocument
@@ -24,13 +24,16 @@ class Predictions:
 
 
 def usable_rows(
-    document: RecordedDocument, lead: int, rule: LabelRule, *, least_steps: int, chunk_tokens: int
+    document: RecordedDocument, lead: int, rule: LabelRule, *, least_steps: int, chunk_tokens: int, history_steps: int
 ) -> Tensor:
-    """Rows at which a prediction has at least ``least_steps`` recorded steps to be judged by, and a candidate."""
+    """Rows at which a prediction has at least ``least_steps`` recorded steps to be judged by, a candidate, and the
+    ``history_steps`` steps before it that serving would have."""
     rows = torch.arange(document.steps, device=document.positions.device)
     first, last = window_rows(document, rows, lead, rule.window_steps)
     complete = complete_chunks(document.positions, chunk_tokens)
-    return rows[(last - first >= least_steps) & (complete > rule.sink_chunks + rule.recency_chunks)]
+    behind = rows - run_starts(rows, document.runs)
+    judged = (last - first >= least_steps) & (behind >= history_steps)
+    return rows[judged & (complete > rule.sink_chunks + rule.recency_chunks)]
 
 
 def predict_rows(

@@ -159,13 +159,14 @@ def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _kept_positions(prompt_tokens: int, recipe: Recipe, number: int) -> Iterator[int]:
-    """Positions of the prompt whose steps are kept, ascending: windows of its text, and its end."""
+    """Positions of the prompt whose steps are kept, ascending: windows of its text, its end, and the steps before."""
     rng = random.Random(f"{recipe.seed} {prompt_tokens} {number}")
     size = recipe.prompt_window_tokens
     places = range(prompt_tokens // 4, prompt_tokens - PROMPT_END_STEPS - size, size)
-    for start in sorted(rng.sample(places, min(recipe.prompt_windows, len(places)))):
-        yield from range(start, start + size)
-    yield from range(prompt_tokens - PROMPT_END_STEPS, prompt_tokens)
+    windows = [(start, start + size) for start in rng.sample(places, min(recipe.prompt_windows, len(places)))]
+    windows.append((prompt_tokens - PROMPT_END_STEPS, prompt_tokens))
+    kept = {place for start, end in windows for place in range(max(start - recipe.history_steps, 0), end)}
+    yield from sorted(kept)
 
 
 def _document(

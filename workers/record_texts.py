@@ -52,7 +52,8 @@ class Recipe:
 
     Training documents are made of ``tasks`` over ``texts``, documents for evaluation of ``eval_tasks`` over
     ``eval_texts``. ``reply_tokens``: the longest reply, fed and greedy together. ``prompt_windows``: windows of
-    ``prompt_window_tokens`` steps kept from every prompt beside its reply.
+    ``prompt_window_tokens`` steps kept from every prompt beside its reply. ``history_steps``: kept before each
+    window and before the prompt's last steps, so that predictions there have as long a history as in serving.
     """
 
     documents: int = 384
@@ -66,6 +67,7 @@ class Recipe:
     reply_tokens: int = 96
     prompt_windows: int = 2
     prompt_window_tokens: int = 96
+    history_steps: int = 48
     documents_per_shard: int = 16
     event_mass: float = 0.1
     seed: int = 0

@@ -18,7 +18,7 @@ from forecache.indexer.train import TrainConfig, train
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.events import bounds_lse, chunk_lse
-from forecache.workers.record import record
+from forecache.workers.record import _kept_positions, record
 from forecache.workers.record_model import query_projection
 from forecache.workers.record_texts import Recipe, SourceDocument, make_document, text_source
 
@@ -35,6 +35,7 @@ RECIPE = Recipe(
     reply_tokens=48,
     prompt_windows=2,
     prompt_window_tokens=24,
+    history_steps=8,
     documents_per_shard=3,
     event_mass=0.05,
 )
@@ -115,7 +116,7 @@ def recording(folder: Path) -> Recording:
 
 
 def source_of(recording: Recording, number: int, model_path: Path) -> SourceDocument:
-    """The document that was recorded as ``number``, made again: its length is that of its prompt."""
+    """The document that was recorded as ``number``, made again: of the length that gives the steps that were kept."""
     document = recording.document(number)
     tokenizer = load_tokenizer(model_path)
     for tokens in range(RECIPE.min_tokens, RECIPE.max_tokens + 1):
@@ -127,7 +128,8 @@ def source_of(recording: Recording, number: int, model_path: Path) -> SourceDocu
             tokens=tokens,
             seed=RECIPE.seed * 1_000_003 + number,
         )
-        if len(made.prompt_token_ids) - 32 == int(document.positions[document.runs[-1, 0]]):
+        kept = list(_kept_positions(len(made.prompt_token_ids), RECIPE, number % RECIPE.documents_per_shard))
+        if document.positions[: len(kept)].tolist() == kept:
             return made
     raise AssertionError(f"no length makes document {number} again")
 

@@ -26,6 +26,7 @@ from forecache.indexer.evaluate import SCORERS, as_records, evaluate, gap_closed
 from forecache.indexer.index_keys import chunk_lse, encode_chunks, score_chunks
 from forecache.indexer.labels import LabelRule, complete_chunks, window_labels
 from forecache.indexer.plots import plot_curve, plot_figures
+from forecache.indexer.schedule import CosineSchedule
 from forecache.indexer.shards import (
     SEED_WEIGHTS_FILE,
     RecordedDocument,
@@ -210,7 +211,7 @@ def test_untrained_it_is_the_mean_share_of_the_retrieval_heads_as_served(recordi
     opened = Recording(recording)
     indexer = new_indexer(opened, EncoderShape(history=(0,)))
     document, spec = opened.document(3), opened.manifest.index_spec
-    rows = usable_rows(document, 1, RULE, least_steps=1, chunk_tokens=CHUNK_TOKENS)
+    rows = usable_rows(document, 1, RULE, least_steps=1, chunk_tokens=CHUNK_TOKENS, history_steps=0)
     found = predict_rows(indexer, spec, document, rows)
     queries = indexer.queries(document.hidden[rows], document.positions[rows]).detach()
     weights = torch.tensor([0.0, 0.0, SIBLING_LOG_WEIGHT, SIBLING_LOG_WEIGHT]).softmax(0)
@@ -355,7 +356,7 @@ opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 from forecache.cluster.cli import main
 status = main(["indexer", "train", "--data", sys.argv[1], "--out", sys.argv[2], "--device", "cpu", "--threads", "1",
-               "--epochs", "1"])
+               "--epochs", "1", "--history", "0,3"])
 print(json.dumps({"status": status, "modules": sorted(sys.modules), "opened": opened}))
 """
 
@@ -378,7 +379,31 @@ def test_two_processes_train_one_indexer(recording: Path, tmp_path: Path) -> Non
     out = tmp_path / "indexer.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "forecache.cluster.cli", "indexer", "train", "--data", str(recording), "--out", str(out)]
-    subprocess.run([*command, "--device", "cpu", "--threads", "1", "--epochs", "1"], check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--device", "cpu", "--threads", "1", "--epochs", "1", "--history", "0,3"],
+        check=True,
+        capture_output=True,
+    )
     indexer, told = load_checkpoint(out)
     assert told.training["epochs"] == 1
     assert all(bool(weight.isfinite().all()) for weight in indexer.parameters())
+
+
+def test_a_run_gives_predictions_only_where_its_history_is_whole() -> None:
+    document = make_document(1, "train")
+    rows = usable_rows(document, 1, RULE, least_steps=2, chunk_tokens=CHUNK_TOKENS, history_steps=7)
+    assert rows.tolist() == [7, *range(17, document.steps - 2)], "runs are rows 0 to 9 and 10 to 39"
+
+
+def test_recordings_too_short_for_the_history_are_refused(recording: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="no step to predict at"):
+        train(recording, tmp_path / "a.safetensors", shape=EncoderShape(history=(0, 40)), rule=RULE, device="cpu")
+
+
+def test_training_and_its_learning_rates_end_with_the_time(recording: Path, tmp_path: Path) -> None:
+    ended = CosineSchedule(100, warmup_steps=1, time_limit_s=10, spent_s=10)
+    assert ended.time_is_up and ended.share(1) == 0
+    half = CosineSchedule(100, warmup_steps=1, time_limit_s=1e6, spent_s=5e5)
+    assert not half.time_is_up and half.share(1) == pytest.approx(0.5, abs=1e-3) and half.share(75) < 0.15
+    config = replace(CONFIG, time_limit_s=1e-3)
+    assert len(train(recording, tmp_path / "a.safetensors", config=config, shape=SHAPE, rule=RULE, device="cpu")) == 1
