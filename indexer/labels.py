@@ -1,6 +1,7 @@
 """What a prediction should have said: which chunks the steps of the coming window retrieved from. Causal by shape."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -59,38 +60,64 @@ def window_rows(
     return first, torch.minimum(first + window_steps, end)
 
 
+@dataclass(frozen=True)
+class EventSums:
+    """Events of a document summed up to each of its steps, so that those of any window are a difference of two rows.
+
+    ``mass``: float32 [steps + 1, chunks], the events' shares; ``seen``: int16 [steps + 1, pairs], events of each pair
+    of a chunk and a head that has any; ``chunk_of_pair``: int64 [pairs].
+    """
+
+    mass: Tensor
+    seen: Tensor
+    chunk_of_pair: Tensor
+
+    @classmethod
+    def of(cls, document: RecordedDocument, rule: LabelRule) -> Self:
+        """Of the events that count by ``rule``."""
+        chunks, device = len(document.records), document.records.device
+        counts = document.event_offsets.diff()
+        row = torch.arange(document.steps, device=device).repeat_interleave(counts)
+        strong = document.event_share >= rule.event_share
+        if rule.heads is not None:
+            strong &= torch.isin(document.event_head, torch.tensor(rule.heads, device=device))
+        row, chunk, head = row[strong], document.event_chunk[strong].long(), document.event_head[strong].long()
+        mass = torch.zeros(document.steps + 1, chunks, device=device)
+        mass.view(-1).index_add_(0, (row + 1) * chunks + chunk, document.event_share[strong].float())
+        heads = int(document.event_head.max()) + 1 if len(document.event_head) else 1
+        pairs, pair = torch.unique(chunk * heads + head, return_inverse=True)
+        seen = torch.zeros(document.steps + 1, len(pairs), dtype=torch.int16, device=device)
+        seen.view(-1).index_fill_(0, (row + 1) * len(pairs) + pair, 1)
+        return cls(mass.cumsum(0), seen.cumsum(0, dtype=torch.int16), pairs // heads)
+
+
 def window_labels(
-    document: RecordedDocument, rows: Tensor, lead: int | Tensor, rule: LabelRule, *, chunk_tokens: int
+    document: RecordedDocument,
+    rows: Tensor,
+    lead: int | Tensor,
+    rule: LabelRule,
+    *,
+    chunk_tokens: int,
+    sums: EventSums | None = None,
 ) -> WindowLabels:
-    """Labels of the predictions made at ``rows``, int64 [R], for the windows ``lead`` steps (or [R]) later."""
+    """Labels of the predictions made at ``rows``, int64 [R], for the windows ``lead`` steps (or [R]) later.
+
+    ``sums``: the document's by ``rule``, where they are at hand.
+    """
+    sums = sums or EventSums.of(document, rule)
     chunks, device = len(document.records), document.records.device
     rows = rows.to(device)
     complete = complete_chunks(document.positions[rows], chunk_tokens).unsqueeze(1)
     numbers = torch.arange(chunks, device=device)
     candidates = (numbers >= rule.sink_chunks) & (numbers < complete - rule.recency_chunks)
     first, last = window_rows(document, rows, lead, rule.window_steps)
-
-    counts = document.event_offsets.diff()
-    row = torch.arange(document.steps, device=device).repeat_interleave(counts)
-    strong = document.event_share >= rule.event_share
-    if rule.heads is not None:
-        strong &= torch.isin(document.event_head, torch.tensor(rule.heads, device=device))
-    row, chunk, head = row[strong], document.event_chunk[strong].long(), document.event_head[strong].long()
-    mass = torch.zeros(document.steps + 1, chunks, device=device)
-    mass.view(-1).index_add_(0, (row + 1) * chunks + chunk, document.event_share[strong].float())
-    mass = mass.cumsum(0)
     # one head counts once for a chunk, in however many steps of the window it looks there
-    heads = int(document.event_head.max()) + 1 if len(document.event_head) else 1
-    pairs, pair = torch.unique(chunk * heads + head, return_inverse=True)
-    seen = torch.zeros(document.steps + 1, len(pairs), dtype=torch.int32, device=device)
-    seen.view(-1).index_fill_(0, (row + 1) * len(pairs) + pair, 1)
-    seen = seen.cumsum(0, dtype=torch.int32)
-    present = (seen[last] > seen[first]).float()
-    lookers = torch.zeros(len(rows), chunks, device=device).index_add_(1, pairs // heads, present)
+    present = (sums.seen[last] > sums.seen[first]).float()
+    lookers = torch.zeros(len(rows), chunks, device=device).index_add_(1, sums.chunk_of_pair, present)
     return WindowLabels(
         candidates,
         candidates & (lookers >= rule.min_heads),
-        (mass[last] - mass[first]).clamp(min=0) * candidates,
+        (sums.mass[last] - sums.mass[first]).clamp(min=0) * candidates,
         lookers * candidates,
         last - first,
     )

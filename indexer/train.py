@@ -19,13 +19,13 @@ from forecache.indexer.checkpoint import CheckpointManifest, new_indexer, save_c
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.encoder import EncoderShape, MemoryIndexer
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.labels import LabelRule, answer_labels, window_labels
+from forecache.indexer.labels import EventSums, LabelRule, WindowLabels, answer_labels, window_labels
 from forecache.indexer.metrics import coverage, keep_masks, nan_mean, recall
 from forecache.indexer.processes import Group, join
 from forecache.indexer.schedule import CosineSchedule
 from forecache.indexer.shards import RecordedDocument, Recording, ShardError, ShardManifest
 from forecache.indexer.train_state import Epoch, resume, save_state
-from forecache.indexer.training_data import predict_rows, usable_rows
+from forecache.indexer.training_data import Lesson, predict_rows, usable_rows
 
 FOCAL_GAMMA = 2.0
 """Lin et al., arXiv 1708.02002."""
@@ -89,26 +89,46 @@ class IndexerLoss(nn.Module):
         self.retrieval_rule = replace(rule, heads=manifest.retrieval_numbers)
         self._config = config
 
-    def forward(self, documents: Sequence[RecordedDocument], rows: Sequence[Tensor], leads: Sequence[Tensor]) -> Tensor:
-        """``rows``, ``leads``: int64 [R] of each document. Returns the mean loss of a prediction."""
+    def forward(self, lessons: Sequence[Lesson], rows: Sequence[Tensor], leads: Sequence[Tensor]) -> Tensor:
+        """``rows``, ``leads``: int64 [R] of each document, on the host. Returns the mean loss of a prediction."""
         losses = []
-        for document, at, lead in zip(documents, rows, leads, strict=True):
-            device_type = document.records.device.type
-            with torch.autocast(device_type, torch.bfloat16, enabled=self._config.bf16):
-                logits = predict_rows(self.indexer, self._spec, document, at).logits.float()
-            losses.append(self.of_logits(logits, document, at, lead))
+        for lesson, at, lead in zip(lessons, rows, leads, strict=True):
+            device = lesson.document.records.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._config.bf16):
+                logits = predict_rows(self.indexer, self._spec, lesson.document, at).logits.float()
+            losses.append(self.of_logits(logits, lesson, at.to(device), lead.to(device)))
         return torch.cat(losses).mean()
 
-    def of_logits(self, logits: Tensor, document: RecordedDocument, rows: Tensor, lead: int | Tensor) -> Tensor:
+    def prepare(self, document: RecordedDocument, device: torch.device) -> Lesson:
+        """``document``, on the host, for training on ``device``."""
+        config = self._config
+        rows = usable_rows(
+            document,
+            max(config.leads),
+            self._rule,
+            least_steps=config.least_steps,
+            chunk_tokens=self._spec.chunk_tokens,
+            history_steps=self.indexer.shape.history[-1],
+        )
+        moved = replace(document.to(device), runs=document.runs)
+        return Lesson(moved, EventSums.of(moved, self._rule), EventSums.of(moved, self.retrieval_rule), rows)
+
+    def labels(self, lesson: Lesson, rows: Tensor, lead: int | Tensor) -> tuple[WindowLabels, WindowLabels]:
+        """Of the events of all heads that count, and of those of the retrieval heads."""
+        size, document = self._spec.chunk_tokens, lesson.document
+        return (
+            window_labels(document, rows, lead, self._rule, chunk_tokens=size, sums=lesson.sums),
+            window_labels(document, rows, lead, self.retrieval_rule, chunk_tokens=size, sums=lesson.retrieval_sums),
+        )
+
+    def of_logits(self, logits: Tensor, lesson: Lesson, rows: Tensor, lead: int | Tensor) -> Tensor:
         """Loss of each prediction, [R], from its ``logits`` [R, chunks]."""
-        chunk_tokens = self._spec.chunk_tokens
-        labels = window_labels(document, rows, lead, self._rule, chunk_tokens=chunk_tokens)
-        retrieved = window_labels(document, rows, lead, self.retrieval_rule, chunk_tokens=chunk_tokens)
+        labels, retrieved = self.labels(lesson, rows, lead)
         focal = focal_loss(self.scale * logits + self.offset, labels.golden.float())
         focal = (focal * labels.candidates).sum(1) / labels.golden.sum(1).clamp(min=1)
         part = self._config.retrieval
         wanted = (1 - part) * _normalised(labels.event_mass) + part * _normalised(retrieved.heads)
-        answers = answer_labels(document, rows, lead, self._rule, labels.candidates)
+        answers = answer_labels(lesson.document, rows, lead, self._rule, labels.candidates)
         told = self._config.answer * answers.any(1, keepdim=True)
         wanted = (1 - told) * wanted + told * _normalised(answers.float())
         ranked = logits.masked_fill(~labels.candidates, -torch.inf).log_softmax(1).masked_fill(~labels.candidates, 0)
@@ -160,11 +180,16 @@ def _train(
     learned = [number for number in numbers if number not in set(held_out)]
     if not held_out:
         raise ShardError(f"{data} has {len(numbers)} training documents; at least {VALIDATION_EVERY} are needed")
-    spec = recording.manifest.index_spec
-    documents = {number: recording.document(number).to(group.device) for number in [*learned, *held_out]}
-    _check_runs(documents, config, shape, rule, spec)
     torch.manual_seed(config.seed)
     loss = IndexerLoss(new_indexer(recording, shape), recording.manifest, rule, config).to(group.device)
+    lessons = {number: loss.prepare(recording.document(number), group.device) for number in [*learned, *held_out]}
+    for number, lesson in lessons.items():
+        if not len(lesson.rows):
+            raise ShardError(
+                f"document {number} has no step to predict at: none has {shape.history[-1]} recorded steps before it, "
+                f"{max(config.leads) + config.least_steps} after it, and enough chunks. Choose a shorter history, or "
+                "record longer runs."
+            )
     optimizer = _optimizer(loss, config)
     averaged = copy.deepcopy(loss)
     model: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss)
@@ -183,10 +208,8 @@ def _train(
         if curve and (len(curve) - 1 - best >= config.patience or group.as_first(schedule.time_is_up)):
             break
         start = time.monotonic()
-        losses = _epoch(
-            model, averaged, optimizer, schedule, share, documents, learned, config, rule, spec, group, epoch
-        )
-        figures = validate(averaged, [documents[number] for number in held_out], spec, rule, config)
+        losses = _epoch(model, averaged, optimizer, schedule, share, lessons, learned, config, group, epoch)
+        figures = validate(averaged, [lessons[number] for number in held_out], recording.manifest.index_spec, config)
         curve.append(Epoch(epoch, losses, *figures, time.monotonic() - start))
         if len(curve) == 1 or curve[-1].merit > curve[best].merit:
             best = epoch
@@ -199,31 +222,6 @@ def _train(
             save_state(state, settings, loss, averaged, optimizer, curve, best)
             progress(curve[-1])
     return curve
-
-
-def _check_runs(
-    documents: dict[int, RecordedDocument], config: TrainConfig, shape: EncoderShape, rule: LabelRule, spec: IndexSpec
-) -> None:
-    """Raise :class:`ShardError` unless something can be predicted in every document."""
-    for number, document in documents.items():
-        if not len(_rows(document, config, rule, spec, shape.history[-1])):
-            raise ShardError(
-                f"document {number} has no step to predict at: none has {shape.history[-1]} recorded steps before it, "
-                f"{max(config.leads) + config.least_steps} after it, and enough chunks. Choose a shorter history, or "
-                "record longer runs."
-            )
-
-
-def _rows(document: RecordedDocument, config: TrainConfig, rule: LabelRule, spec: IndexSpec, history: int) -> Tensor:
-    """Rows that can be predicted at, whatever the lead."""
-    return usable_rows(
-        document,
-        max(config.leads),
-        rule,
-        least_steps=config.least_steps,
-        chunk_tokens=spec.chunk_tokens,
-        history_steps=history,
-    )
 
 
 def _optimizer(loss: IndexerLoss, config: TrainConfig) -> torch.optim.AdamW:
@@ -244,11 +242,9 @@ def _epoch(
     optimizer: torch.optim.AdamW,
     schedule: CosineSchedule,
     steps: int,
-    documents: dict[int, RecordedDocument],
+    lessons: dict[int, Lesson],
     learned: list[int],
     config: TrainConfig,
-    rule: LabelRule,
-    spec: IndexSpec,
     group: Group,
     epoch: int,
 ) -> float:
@@ -256,7 +252,6 @@ def _epoch(
     model.train()
     torch.manual_seed(hash((config.seed, epoch, group.rank)))  # dropout, wherever training was stopped
     rates = [config.query_learning_rate, config.learning_rate]
-    history_steps = averaged.indexer.shape.history[-1]
     order = random.Random(f"{config.seed} {epoch}").sample(learned, len(learned))
     size = config.documents_per_step * group.size
     total = torch.zeros((), device=group.device)
@@ -264,8 +259,8 @@ def _epoch(
         # the last step is filled up from the beginning, so that every process has as many
         batch = [order[place % len(order)] for place in range(step * size, (step + 1) * size)][group.rank :: group.size]
         draw = random.Random(f"{config.seed} {epoch} {step} {group.rank}")
-        chosen = [documents[number] for number in batch]
-        drawn = [_draw_rows(document, config, rule, spec, history_steps, draw) for document in chosen]
+        chosen = [lessons[number] for number in batch]
+        drawn = [_draw_rows(lesson, config, draw) for lesson in chosen]
         share = schedule.share(epoch * steps + step)
         for settings, rate in zip(optimizer.param_groups, rates, strict=True):
             settings["lr"] = rate * share
@@ -277,35 +272,21 @@ def _epoch(
         # the first steps move far: what was before them is soon forgotten
         newest = max(1 - config.average_decay, 9 / (10 + epoch * steps + step))
         with torch.no_grad():
-            for average, weight in zip(averaged.parameters(), model.parameters(), strict=True):
-                average.lerp_(weight, newest)
+            torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), newest)
         total += loss.detach()
     return float(total) / steps
 
 
-def _draw_rows(
-    document: RecordedDocument,
-    config: TrainConfig,
-    rule: LabelRule,
-    spec: IndexSpec,
-    history_steps: int,
-    draw: random.Random,
-) -> tuple[Tensor, Tensor]:
+def _draw_rows(lesson: Lesson, config: TrainConfig, draw: random.Random) -> tuple[Tensor, Tensor]:
     """Rows to predict at, and the lead of each."""
-    rows = _rows(document, config, rule, spec, history_steps)
-    picked = sorted(draw.sample(rows.tolist(), min(config.rows, len(rows))))
+    picked = sorted(draw.sample(lesson.rows.tolist(), min(config.rows, len(lesson.rows))))
     leads = draw.choices(config.leads, k=len(picked))
-    device = rows.device
-    return torch.tensor(picked, device=device, dtype=torch.int64), torch.tensor(leads, device=device)
+    return torch.tensor(picked, dtype=torch.int64), torch.tensor(leads)
 
 
 @torch.no_grad()
 def validate(
-    loss: IndexerLoss,
-    documents: Sequence[RecordedDocument],
-    spec: IndexSpec,
-    rule: LabelRule,
-    config: TrainConfig,
+    loss: IndexerLoss, lessons: Sequence[Lesson], spec: IndexSpec, config: TrainConfig
 ) -> tuple[float, float, float, float]:
     """(loss, recall, coverage, retrieval coverage) over held-out documents, at the longest lead and a 10 % budget."""
     loss.eval()
@@ -315,15 +296,15 @@ def validate(
     recalls: list[float] = []
     coverages: list[float] = []
     retrieval: list[float] = []
-    for document in documents:
-        rows = _rows(document, config, rule, spec, loss.indexer.shape.history[-1])[::VALIDATION_ROW_STRIDE]
-        labels = window_labels(document, rows, lead, rule, chunk_tokens=spec.chunk_tokens)
-        found = predict_rows(loss.indexer, spec, document, rows)
+    for lesson in lessons:
+        rows = lesson.rows[::VALIDATION_ROW_STRIDE]
+        found = predict_rows(loss.indexer, spec, lesson.document, rows)
         kept = keep_masks(found.logits, found.complete, VALIDATION_BUDGET, selection)
-        losses += loss.of_logits(found.logits, document, rows, lead).tolist()
+        rows = rows.to(kept.device)
+        losses += loss.of_logits(found.logits, lesson, rows, lead).tolist()
+        labels, retrieved = loss.labels(lesson, rows, lead)
         recalls += recall(kept, labels).tolist()
         coverages += coverage(kept, labels).tolist()
-        retrieved = window_labels(document, rows, lead, loss.retrieval_rule, chunk_tokens=spec.chunk_tokens)
         retrieval += coverage(kept, retrieved).tolist()
     means = [nan_mean(values) for values in (losses, recalls, coverages, retrieval)]
     loss_mean, recall_mean, coverage_mean, retrieval_mean = (math.nan if mean is None else mean for mean in means)

@@ -7,8 +7,22 @@ from torch import Tensor
 
 from forecache.indexer.encoder import MemoryIndexer, chunk_log_shares, decode_records, history_rows, run_starts
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.labels import LabelRule, complete_chunks, window_rows
+from forecache.indexer.labels import EventSums, LabelRule, complete_chunks, window_rows
 from forecache.indexer.shards import RecordedDocument
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A document and what every step of training needs of it, made once.
+
+    ``sums``, ``retrieval_sums``: of its events, and of those of the retrieval heads alone; ``rows``: int64 on the host,
+    those that can be predicted at, whatever the lead. The document's ``runs`` are on the host too.
+    """
+
+    document: RecordedDocument
+    sums: EventSums
+    retrieval_sums: EventSums
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,10 @@ def predict_rows(
     """Predictions made at ``rows``, int64 [R]. ``keys``: the document's decoded records, where they are at hand."""
     if keys is None:
         keys = decode_records(spec, document.records)
-    history = history_rows(rows, document.runs, indexer.shape.history)
-    needed, places = torch.unique(history, return_inverse=True)
+    device = document.records.device
+    # where the rows are: those on the host cost no wait for the device
+    needed, places = torch.unique(history_rows(rows, document.runs, indexer.shape.history), return_inverse=True)
+    rows, needed, places = rows.to(device), needed.to(device), places.to(device)
     positions = document.positions[needed]
     queries = indexer.queries(document.hidden[needed], positions)
     log_shares = chunk_log_shares(spec, keys, queries, positions)[places]
