@@ -17,6 +17,9 @@ from forecache.kernels import checks, tuning
 
 _TILE_ELEMENTS = 16384
 _WARP_ELEMENTS = 2048
+_QUERY_TILE = 32
+_LEAST_QUERIES = 8
+_LEAST_TILE = 16
 _DTYPES = {
     torch.int8: tl.int8,
     torch.float8_e4m3fn: tl.float8e4nv,
@@ -43,6 +46,7 @@ def _score_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    QUERIES: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
@@ -73,16 +77,37 @@ def _score_kernel(
                 if HAS_SCALE:
                     tl.store((p_copy + key_bytes).to(scale_pointer) + o_scale, b_scale, mask=m_token)
 
-        # float32 products and sums: queries do not fit the tensor cores' 16 bits, and the records' bytes take longer
         b_keys = b_stored.to(tl.float32)
         b_factor = b_scale.to(tl.float32)
-        for i_query in range(tl.load(query_starts + i_head), tl.load(query_starts + i_head + 1)):
-            b_query = tl.load(queries + i_query * DIM + o_dim, mask=o_dim < DIM, other=0.0)
-            b_logits = tl.sum(b_keys * b_query[None, :], 1) * b_factor
-            b_logits = tl.where(m_token, b_logits, float("-inf"))
-            largest = tl.max(b_logits, 0)
-            lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
-            tl.store(out + (i_query * n + i_chunk) * blocks + i_block, lse)
+        first, last = tl.load(query_starts + i_head), tl.load(query_starts + i_head + 1)
+        if QUERIES == 1:
+            # float32 products and sums: queries do not fit the tensor cores' bits, and the records' bytes take longer
+            for i_query in range(first, last):
+                b_query = tl.load(queries + i_query * DIM + o_dim, mask=o_dim < DIM, other=0.0)
+                b_logits = tl.sum(b_keys * b_query[None, :], 1) * b_factor
+                b_logits = tl.where(m_token, b_logits, float("-inf"))
+                largest = tl.max(b_logits, 0)
+                lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
+                tl.store(out + (i_query * n + i_chunk) * blocks + i_block, lse)
+        else:
+            # tensor cores: three products of TensorFloat32 parts are as good as one of float32
+            for i_first in range(first, last, QUERIES):
+                o_query = i_first + tl.arange(0, QUERIES)
+                m_query = o_query < last
+                p_query = queries + o_query[:, None] * DIM + o_dim[None, :]
+                b_queries = tl.load(p_query, mask=m_query[:, None] & (o_dim < DIM)[None, :], other=0.0)
+                b_many = tl.dot(b_queries, tl.trans(b_keys), input_precision="tf32x3") * b_factor[None, :]
+                b_many = tl.where(m_token[None, :], b_many, float("-inf"))
+                b_largest = tl.max(b_many, 1)
+                b_lse = b_largest + tl.log(tl.sum(tl.exp(b_many - b_largest[:, None]), 1))
+                tl.store(out + (o_query * n + i_chunk) * blocks + i_block, b_lse, mask=m_query)
+
+
+def _query_tile(query_heads: int, kv_heads: int, block: int, dim_pad: int) -> int:
+    """Queries of one product. 1: a loop over them, where they are few or tiles too small for tensor cores."""
+    if query_heads < _LEAST_QUERIES * kv_heads or min(block, dim_pad) < _LEAST_TILE:
+        return 1
+    return _QUERY_TILE
 
 
 def score_chunks(
@@ -124,6 +149,7 @@ def score_chunks(
             DIM=head_dim,
             BLOCK=block,
             DIM_PAD=dim_pad,
+            QUERIES=_query_tile(query_heads, kv_heads, block, dim_pad),
             DTYPE=_DTYPES[dtype],
             HAS_SCALE=not dtype.is_floating_point,
             HAS_COPIES=copies is not None,

@@ -82,6 +82,9 @@ def scores():
         queries, starts = torch.zeros(3, head_dim), torch.tensor([0, 1, 3], dtype=torch.int32)
         for kept in ({}, {"copies": rows, "copy_slots": where}):
             score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=tokens, dtype=dtype, **kept)
+    for dtype, head_dim in ((int8, 64), (torch.float32, 128)):
+        queries, starts = torch.zeros(50, head_dim), torch.tensor([0, 25, 50], dtype=torch.int32)
+        score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=64, dtype=dtype)
 
 
 def splits():
@@ -105,7 +108,7 @@ def streams():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
 @pytest.mark.parametrize(
-    ("group", "kernels"), [("copies", 9), ("fp8", 6), ("scores", 8), ("splits", 10), ("streams", 8)]
+    ("group", "kernels"), [("copies", 9), ("fp8", 6), ("scores", 10), ("splits", 10), ("streams", 8)]
 )
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(

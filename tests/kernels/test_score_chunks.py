@@ -23,6 +23,14 @@ SHAPES = [  # dtype, queries of each KV head, chunk_tokens, head_dim
     (torch.bfloat16, (3, 1), 16, 96),
     (torch.float8_e4m3fn, (1, 2), 16, 64),
     (torch.float32, (2,), 5, 12),
+    # enough queries for products on tensor cores
+    (torch.int8, (25, 9), 64, 64),
+    (torch.int8, (40, 0, 3), 20, 80),
+    (torch.int8, (33,), 160, 128),
+    (torch.float16, (17,), 16, 96),
+    (torch.bfloat16, (16,), 16, 256),
+    (torch.float32, (12, 20), 48, 24),
+    (torch.float32, (40,), 5, 12),
 ]
 
 
@@ -106,8 +114,9 @@ def test_a_head_without_queries_is_passed_over(kernels: Any, device: torch.devic
     torch.testing.assert_close(lse.cpu().double(), case.lse[[0, 1, 4, 5]], rtol=1e-5, atol=1e-5)
 
 
-def test_large_logits_neither_overflow_nor_vanish(kernels: Any, device: torch.device) -> None:
-    case = Case(*SHAPES[0])
+@pytest.mark.parametrize("shape", [SHAPES[0], (torch.int8, (25, 9), 64, 64)], ids=str)
+def test_large_logits_neither_overflow_nor_vanish(kernels: Any, shape: Any, device: torch.device) -> None:
+    case = Case(*shape)
     records, queries, starts = case.on(device)
     lse = kernels.score_chunks(records, torch.arange(7, device=device), queries * 100, starts, **case.options)
     assert lse.isfinite().all() and (lse > 100).any()
