@@ -33,6 +33,8 @@ NOT_IN_ANSWERS = {
     *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that a run may change before it goes on."""
+TRAINED_COLUMN = "lookahead"
+"""Its answers alone depend on the weights of the trained indexer."""
 DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
 
 
@@ -148,7 +150,11 @@ def _run(
     path = resolve_model(model, lambda text: say(text, 0, 0))
     generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
     identity = _identity(args, config, generator, server, model, path)
-    records = Records(args.out, identity)
+    of_columns = {}
+    if server is None and any(column.name == TRAINED_COLUMN for column in plan.columns):
+        of_columns[TRAINED_COLUMN] = {"trained_indexer": _trained_digest(config, path)}
+    records = Records(args.out, identity, of_columns)
+    identity |= of_columns.get(TRAINED_COLUMN, {})
     total = records.missing(plan, plan.columns)
 
     def ask(columns: Sequence[Column], backend: Backend) -> bool:
@@ -213,7 +219,6 @@ def _identity(
         "memory": config.memory.model_dump(include={"cold_dtype"}),
         "selection": config.selection.model_dump(),
         "indexer": config.indexer.model_dump(include={"manifest"}),
-        "trained_indexer": _trained_digest(config, path),
         "torch": importlib.metadata.version("torch"),
     }
     return {

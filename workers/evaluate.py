@@ -1,6 +1,7 @@
 """Accuracy on generated tasks, column by column on the same samples; every answer is kept as it comes."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from forecache.workers.ruler import Generator, Sample, Task, score
 
 ANSWERS_FILE = "answers.jsonl"
 SETTINGS_FILE = "settings.json"
+COMMON = "all columns"
+"""Part of the settings' file."""
 
 
 @dataclass(frozen=True)
@@ -96,28 +99,36 @@ class Backend(Protocol):
 class Records:
     """The answers of a run, on disk: what is there is never asked again.
 
-    ``identity``: the settings that decide the answers. A folder that holds answers of others is refused.
+    ``identity``: the settings that decide the answers; ``of_columns``: those that decide the answers of one column
+    alone, by its name. A folder that holds answers of others is refused. Processes that ask different things may share
+    a folder.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, identity: Mapping[str, Any], of_columns: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / ANSWERS_FILE
-        self._check(folder / SETTINGS_FILE, json.loads(json.dumps(identity)))
+        ours: dict[str, dict[str, Any]] = json.loads(json.dumps({COMMON: identity, **(of_columns or {})}))
+        self._check(folder / SETTINGS_FILE, ours)
         self._records: dict[tuple[Task, int, int, str], Record] = {}
         for record in self._read():
             self._records[record.key] = record
 
-    def _check(self, path: Path, identity: Mapping[str, Any]) -> None:
-        if not path.exists():
-            path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-            return
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted({*there, *identity}):
-            if there.get(name) != identity.get(name):
-                raise ForecacheError(
-                    f"{path.parent} holds answers of other settings: {name} is {there.get(name)!r} there and "
-                    f"{identity.get(name)!r} here. Use another --out."
-                )
+    def _check(self, path: Path, ours: Mapping[str, Mapping[str, Any]]) -> None:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for part in sorted({*there} & {*ours}):
+            for name in sorted({*there[part], *ours[part]}):
+                old, new = there[part].get(name), ours[part].get(name)
+                if old != new:
+                    raise ForecacheError(
+                        f"{path.parent} holds answers of other settings: {name} is {old!r} there and {new!r} here. Use "
+                        "another --out."
+                    )
+        if not {*ours} <= {*there}:
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial.write_text(json.dumps({**there, **ours}, indent=2) + "\n", encoding="utf-8")
+            partial.rename(path)
 
     def _read(self) -> Iterator[Record]:
         if not self._file.exists():
@@ -136,8 +147,9 @@ class Records:
 
     def add(self, records: Sequence[Record]) -> None:
         """Keep them, on disk before this returns."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        with self._file.open("ab", buffering=0) as file:
+            file.write(lines.encode())  # at once: others may be writing too
         self._records.update((record.key, record) for record in records)
 
     def of(self, task: Task, tokens: int, column: str) -> dict[int, Record]:

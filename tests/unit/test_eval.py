@@ -229,3 +229,12 @@ def test_records_refuse_other_settings(tmp_path: Path) -> None:
     Records(tmp_path, {"selection": {"sink_chunks": 1}, "seed": 0})
     with pytest.raises(ForecacheError, match="seed is 0 there and None here"):
         Records(tmp_path, {"selection": {"sink_chunks": 1}})
+
+
+def test_settings_of_one_column_do_not_bind_the_others(tmp_path: Path) -> None:
+    Records(tmp_path, {"seed": 0})
+    Records(tmp_path, {"seed": 0}, {"lookahead": {"trained_indexer": "one"}})
+    Records(tmp_path, {"seed": 0}, {"lookahead": {"trained_indexer": "one"}})
+    Records(tmp_path, {"seed": 0})
+    with pytest.raises(ForecacheError, match="trained_indexer is 'one' there and 'other' here"):
+        Records(tmp_path, {"seed": 0}, {"lookahead": {"trained_indexer": "other"}})
