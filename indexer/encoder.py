@@ -29,10 +29,10 @@ class EncoderShape:
     """``history``: steps back at which queries are taken, 0 first; ``context``, ``units``: widths of the network;
     ``reach``: chunks to either side that a chunk's score may depend on."""
 
-    history: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 20, 24)
-    context: int = 16
-    units: int = 48
-    reach: int = 2
+    history: tuple[int, ...] = (0, 3, 7, 12, 18, 26, 36, 48)
+    context: int = 48
+    units: int = 160
+    reach: int = 4
 
     def __post_init__(self) -> None:
         if not self.history or self.history[0] != 0 or list(self.history) != sorted(set(self.history)):

@@ -51,10 +51,10 @@ class TrainConfig:
 
     epochs: int = 24
     documents_per_step: int = 4
-    rows: int = 96
+    rows: int = 256
     leads: tuple[int, ...] = (1, 2, 4, 8)
     learning_rate: float = 2e-3
-    query_learning_rate: float = 1e-4
+    query_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: int = 20
     clip_norm: float = 1.0
@@ -62,7 +62,7 @@ class TrainConfig:
     average_decay: float = 0.99
     listwise: float = 1.0
     retrieval: float = 0.5
-    answer: float = 0.25
+    answer: float = 0.5
     patience: int = 5
     time_limit_s: float | None = None
     least_steps: int = 8
