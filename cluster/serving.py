@@ -32,6 +32,7 @@ from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
 from forecache.workers.memory.arena import remove_abandoned
+from forecache.workers.memory.config import MemoryConfig
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         tiers = Tiers(NAMESPACE, run, redis_url, config.memory.call_deadline_s)
         stack.enter_context(Supervisor(config.memory, tiers, revive))
         bound = application(settings, model, tenants, tiers, WorkerSettings(
-            engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
+            engine=config.engine, memory=_memory(config), selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
         serve.run_many(
@@ -124,6 +125,13 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         stack.callback(_drain, config.limits.drain_deadline_s, hurry or threading.Event(), say)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
         yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", tuple(notes))
+
+
+def _memory(config: ServeConfig) -> MemoryConfig:
+    """A machine of its own has no other nodes, and needs no records of what is there."""
+    if config.address is not None or config.memory.remote_index_bytes is not None:
+        return config.memory
+    return config.memory.model_copy(update={"remote_index_bytes": 0})
 
 
 @contextmanager
