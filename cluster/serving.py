@@ -234,16 +234,7 @@ def application(
         num_replicas=config.workers,
         max_ongoing_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus, "resources": _near_memory(config)},
-        request_router_config=RequestRouterConfig(
-            request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
-            request_router_kwargs={
-                "chunk_tokens": config.engine.chunk_tokens,
-                "namespace": settings.namespace,
-                "run": settings.run,
-                "redis_url": settings.redis_url,
-            },
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
-        ),
+        request_router_config=_router(config, settings),
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
@@ -264,6 +255,21 @@ def application(
         config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers
     )
     return bound
+
+
+def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfig:
+    if config.router == "power-of-two":
+        return RequestRouterConfig()
+    return RequestRouterConfig(
+        request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
+        request_router_kwargs={
+            "chunk_tokens": config.engine.chunk_tokens,
+            "namespace": settings.namespace,
+            "run": settings.run,
+            "redis_url": settings.redis_url,
+        },
+        request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
+    )
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:
