@@ -51,6 +51,8 @@ NO_CHECKPOINT = (
 )
 COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
 
+NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
+"""Ray keeps an account of each of its last 100,000 tasks, for a dashboard that is not there: some 100 MB."""
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""
 
@@ -146,6 +148,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 num_cpus=config.ray_num_cpus or config.workers + 1,
                 object_store_memory=config.object_store_bytes,
                 include_dashboard=False,
+                _system_config=NO_TASK_EVENTS,
                 **quiet,
             )
         else:

@@ -27,7 +27,7 @@ from faults import NODE, VOCABULARY, make_model, processes
 from ray.cluster_utils import Cluster
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import running
+from forecache.cluster.serving import NO_TASK_EVENTS, running
 
 ROLES = {
     "ray::MemoryTier": "memory tier",
@@ -204,6 +204,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     make_model(model)
     arena_dir.mkdir()
     head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
+    head["_system_config"] = NO_TASK_EVENTS  # as the Ray that `forecache serve` starts
     cluster: Any = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(args.nodes):
         cluster.add_node(**NODE)

@@ -62,8 +62,10 @@ class ChunkExchange:
         self._uncopied: deque[ChunkKey] = deque(maxlen=MAX_PENDING)
         self._living: frozenset[str] = frozenset()
         self.counters = self.fetcher.counters
-        self.spread = SpreadSequences(tier_id, store, self.records, catalog, peers, self.fetcher, config)
         self._wake = threading.Event()
+        self.spread = SpreadSequences(
+            tier_id, store, self.records, catalog, peers, self.fetcher, config, self._wake.set
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chunk-exchange", daemon=True)
 

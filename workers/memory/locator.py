@@ -99,7 +99,9 @@ class Locator:
         if released or failure:
             release(self._memory, holder)
         if failure:
-            refs, others, share = [], (), None
+            refs, others = [], ()
+        if failure or released:
+            share = None
         self._settle(PrefixHeld(holder, tuple(refs), others, failure, share=share))
 
     def _find_all(

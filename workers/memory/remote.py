@@ -108,9 +108,11 @@ class RemoteMemory:
         with self._lock:
             self._held.pop(holder, None)
             self._promised.pop(holder, None)
-        if self._others is not None:
-            self._others.forget(holder)
-        self._call("release", holder)
+        try:
+            self._call("release", holder)
+        finally:
+            if self._others is not None:
+                self._others.forget(holder)  # after it: a tier that was restarted meanwhile is told first what is where
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
         """A request of the session has ended with the chunks ``keys``."""

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -58,7 +58,9 @@ class SpreadSequences:
         peers: Peers,
         fetcher: ChunkFetcher,
         config: MemoryConfig,
+        wake: Callable[[], None],
     ) -> None:
+        """``wake`` has somebody call :meth:`tick` soon."""
         self._tier_id = tier_id
         self._store = store
         self._records = records
@@ -66,6 +68,7 @@ class SpreadSequences:
         self._peers = peers
         self._fetcher = fetcher
         self._config = config
+        self._wake = wake
         self._spread: dict[str, _Spread] = {}
         self._incarnations: dict[str, str] = {}
         self._to_release: dict[str, set[str]] = {}  # tier id -> holders
@@ -87,7 +90,7 @@ class SpreadSequences:
 
     def promise_rest(self, holder: str) -> Share:
         """See :meth:`.protocol.OtherNodes`."""
-        spread = self._spread[holder]
+        spread = self._of(holder)
         missing = spread.chunks - spread.share.stays - sum(spread.promised.values())
         for tier in sorted(self._others(), key=lambda tier: tier.used_slots - tier.slots):
             if missing <= 0:
@@ -107,7 +110,7 @@ class SpreadSequences:
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys`` that is stored in memory anywhere, each chunk where it lies."""
-        spread = self._spread[holder]
+        spread = self._of(holder)
         try:
             places = self._catalog.locate(keys)
         except CatalogUnavailableError:
@@ -138,7 +141,7 @@ class SpreadSequences:
         as long as for any call."""
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs = self._store.hold(reader, keys)
-        places = self._spread[holder].places
+        places = self._of(holder).places
         while missing := [key for key, ref in zip(keys, refs, strict=True) if ref is None]:
             wanted = [(key, {places[key]}) for key in missing if key in places]
             came = self._fetcher.bring(reader, wanted, deadline_s, cached=True)
@@ -159,7 +162,7 @@ class SpreadSequences:
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """See :meth:`.protocol.OtherNodes.move_out`. It takes as long as a call may: a tier may be starting again."""
-        spread = self._spread[holder]
+        spread = self._of(holder)
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs: dict[ChunkKey, SlotRef | None] = {}
         for part in batches(keys, self._fetcher.batch_chunks):
@@ -197,9 +200,9 @@ class SpreadSequences:
         self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
     ) -> list[ChunkKey]:
         """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
-        if holder not in self._spread:
-            self.begin(holder, chunks)
-        spread = self._spread[holder]
+        spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
+        # as far as there is room: new work may have come first, and what runs goes on
+        self._store.promise_up_to(holder, max(spread.share.slots, len(own) + 2 * spread.share.at_once))
         held = self._store.hold(holder, own)
         records = self._records.hold(holder, list(places))
         spread.own.update(own)
@@ -221,6 +224,7 @@ class SpreadSequences:
         with self._lock:
             for tier_id in {*spread.promised, *spread.places.values()}:
                 self._to_release.setdefault(tier_id, set()).add(holder)
+        self._wake()
 
     def release_prefix(self, prefix: str) -> None:
         """As :meth:`release`, of every holder whose name starts with ``prefix``."""
@@ -263,6 +267,12 @@ class SpreadSequences:
                     self._to_release.setdefault(tier_id, set()).add(holder)
         return True
 
+    def _of(self, holder: str) -> _Spread:
+        spread = self._spread.get(holder)
+        if spread is None:
+            raise ChunkLostError(f"{holder} has let go of all its chunks")
+        return spread
+
     def _hold_here(self, holder: str, spread: _Spread, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         more = len(spread.own) + len(keys) - spread.share.stays
         if more > 0:
@@ -274,7 +284,7 @@ class SpreadSequences:
         return refs
 
     def _hold_at(self, holder: str, tier_id: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        spread = self._spread[holder]
+        spread = self._of(holder)
         held = sum(place == tier_id for place in spread.places.values())
         refs: list[SlotRef] = []
         try:
