@@ -62,6 +62,9 @@ class ServeConfig(BaseModel):
         None, ge=1, description="logical CPUs of the Ray started here; default: workers + 1"
     )
     object_store_bytes: Size = Field(128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here")
+    router: Literal["prefix", "power-of-two"] = Field(
+        "prefix", description="which worker gets a request: who has most of its prompt, by load; or the freer of two"
+    )
     max_ongoing_requests: int = Field(256, ge=1, description="requests one worker accepts, running and waiting")
     start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")
     stop_deadline_s: float = Field(20.0, gt=0, description="longest wait for running requests and actors at the end")

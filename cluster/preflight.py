@@ -26,7 +26,8 @@ def check(config: ServeConfig) -> None:
         StartError: what is wrong and what to change.
     """
     check_port(config.host, config.port)
-    check_arena_dir(config.memory.arena_dir, config.memory.cold_bytes, config.object_store_bytes, config.address)
+    cold_bytes = config.memory.cold_bytes + (config.memory.record_bytes if config.address is not None else 0)
+    check_arena_dir(config.memory.arena_dir, cold_bytes, config.object_store_bytes, config.address)
     if config.redis_url is not None:
         check_redis(config.redis_url)
 

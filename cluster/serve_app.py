@@ -1,5 +1,6 @@
 """The application as Ray Serve's own tools start it (`serve deploy`, KubeRay's RayService): no starter stays."""
 
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class SupervisedIngress(Ingress):
 
     def __init__(self, config: ServeConfig, *rest: Any) -> None:
         super().__init__(config, *rest)
-        self._supervisor = Supervisor(config.memory, self._tiers)
-        self._supervisor.__enter__()
+        self._supervised = ExitStack()
+        self._supervised.enter_context(Supervisor(config.memory, self._tiers))
 
     def __del__(self) -> None:
         """Serve calls it when the replica stops. The tiers stay: the next replica looks after them."""
-        if hasattr(self, "_supervisor"):
-            self._supervisor.__exit__(None, None, None)
+        if hasattr(self, "_supervised"):
+            self._supervised.close()
 
 
 def read_config(files: list[Path]) -> ServeConfig:

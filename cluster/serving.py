@@ -32,6 +32,7 @@ from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
 from forecache.workers.memory.arena import remove_abandoned
+from forecache.workers.memory.config import MemoryConfig
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ NO_CHECKPOINT = (
 )
 COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
 
+NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
+"""Ray keeps an account of each of its last 100,000 tasks, for a dashboard that is not there: some 100 MB."""
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""
 
@@ -109,7 +112,7 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         tiers = Tiers(NAMESPACE, run, redis_url, config.memory.call_deadline_s)
         stack.enter_context(Supervisor(config.memory, tiers, revive))
         bound = application(settings, model, tenants, tiers, WorkerSettings(
-            engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
+            engine=config.engine, memory=_memory(config), selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
         ))  # fmt: skip
         serve.run_many(
@@ -126,6 +129,13 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", tuple(notes))
 
 
+def _memory(config: ServeConfig) -> MemoryConfig:
+    """A machine of its own has no other nodes, and needs no records of what is there."""
+    if config.address is not None or config.memory.remote_index_bytes is not None:
+        return config.memory
+    return config.memory.model_copy(update={"remote_index_bytes": 0})
+
+
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
     """Ray, started here with sizes of our choice, or joined."""
@@ -138,6 +148,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 num_cpus=config.ray_num_cpus or config.workers + 1,
                 object_store_memory=config.object_store_bytes,
                 include_dashboard=False,
+                _system_config=NO_TASK_EVENTS,
                 **quiet,
             )
         else:
@@ -226,16 +237,7 @@ def application(
         num_replicas=config.workers,
         max_ongoing_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus, "resources": _near_memory(config)},
-        request_router_config=RequestRouterConfig(
-            request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
-            request_router_kwargs={
-                "chunk_tokens": config.engine.chunk_tokens,
-                "namespace": settings.namespace,
-                "run": settings.run,
-                "redis_url": settings.redis_url,
-            },
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
-        ),
+        request_router_config=_router(config, settings),
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
@@ -256,6 +258,21 @@ def application(
         config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers
     )
     return bound
+
+
+def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfig:
+    if config.router == "power-of-two":
+        return RequestRouterConfig()
+    return RequestRouterConfig(
+        request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
+        request_router_kwargs={
+            "chunk_tokens": config.engine.chunk_tokens,
+            "namespace": settings.namespace,
+            "run": settings.run,
+            "redis_url": settings.redis_url,
+        },
+        request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
+    )
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:

@@ -44,6 +44,16 @@ SHAPES: dict[str, PreTrainedConfig] = {
         rope_parameters={"rope_type": "default", "rope_theta": 1e7},
         tie_word_embeddings=False,
     ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+    ),
     "tiny": LlamaConfig(
         vocab_size=256,
         hidden_size=64,

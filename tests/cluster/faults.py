@@ -69,8 +69,8 @@ class Kill:
     ready_after_s: float
 
 
-def make_model(path: Path) -> None:
-    """Two layers of noise, a token a byte."""
+def make_model(path: Path, hidden_size: int = 64, layers: int = 2) -> None:
+    """Layers of noise, a token a byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -81,9 +81,9 @@ def make_model(path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=8192,

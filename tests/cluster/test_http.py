@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -387,8 +388,41 @@ def text_of(answer: httpx.Response) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
-def test_a_worker_that_is_killed_costs_a_pause(start_server: Any) -> None:
-    server = start_server("--workers", "2", "--keep-ratio", "1.0")
+@pytest.fixture(scope="module")
+def two_workers(start_server: Any) -> Any:
+    """Of one arena, which has room for two answers of 5,000 tokens."""
+    return start_server("--workers", "2", "--keep-ratio", "1.0", "--cold-bytes", "8MiB")
+
+
+def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_workers: Any) -> None:
+    url = f"{two_workers.url}/v1/chat/completions"
+    long = {"max_tokens": 5000, "ignore_eos": True}
+    bodies = [chat_body(letter * 20, stream=True, **long) for letter in "ab"]
+    with (
+        httpx.stream("POST", url, json=bodies[0], timeout=60) as one,
+        httpx.stream("POST", url, json=bodies[1], timeout=60) as two,
+    ):
+        lines = [answer.iter_lines() for answer in (one, two)]
+        for running in lines:
+            next(running)
+        refused = two_workers.post("/v1/chat/completions", chat_body("c" * 20, **long))
+        assert refused.status_code == 503
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("server_error", "overloaded")
+        assert "no room for the 31" in error["message"] and "max_tokens" in error["message"]
+        # one that fits is let in, and those that run have gone on
+        assert two_workers.post("/v1/chat/completions", chat_body("d" * 20)).status_code == 200
+        for running in lines:
+            events = (line.removeprefix("data: ") for line in running if line.startswith("data: "))
+            told = [json.loads(event) for event in islice(events, 20)]
+            assert len(told) == 20 and not any("error" in event for event in told)
+    two_workers.wait_for_metric("forecache_num_requests_running", 0, within_s=10)
+    two_workers.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
+
+
+def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
+    """The last test of this server."""
+    server = two_workers
     try:
         url = f"{server.url}/v1/chat/completions"
         # different from the first chunk on, so that no worker is preferred for its prefix

@@ -199,7 +199,7 @@ def test_shared_memory_holds_arena_and_object_store(settings: ServeConfig, ray_s
     cluster = ray_service["rayClusterConfig"]
     for group in cluster["workerGroupSpecs"]:
         store = int(group["rayStartParams"]["object-store-memory"])
-        check_memory(group["template"], settings.memory.cold_bytes + store)
+        check_memory(group["template"], settings.memory.cold_bytes + settings.memory.record_bytes + store)
     head = cluster["headGroupSpec"]
     check_memory(head["template"], int(head["rayStartParams"]["object-store-memory"]))
 

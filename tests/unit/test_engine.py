@@ -155,11 +155,11 @@ def test_a_chunk_damaged_while_running_restarts_its_sequence(
 ) -> None:
     recall, recalls = Prefetcher.recall, []
 
-    def damage_then_recall(self: Prefetcher, items: Sequence[RecallItem]) -> int:
+    def damage_then_recall(self: Prefetcher, items: Sequence[RecallItem], holder: str) -> int:
         if not recalls:
             llm.memory.arena.chunks[items[3].ref.slot, 0] ^= 255
         recalls.append(items)
-        return recall(self, items)
+        return recall(self, items, holder)
 
     monkeypatch.setattr(Prefetcher, "recall", damage_then_recall)
     with open_llm(tiny_model) as llm:

@@ -128,9 +128,9 @@ def test_news_of_a_request_that_has_left_is_no_news(
 
     recall = Prefetcher.recall
 
-    def recalls_once_it_stores(self: Prefetcher, items: Sequence[RecallItem]) -> int:
+    def recalls_once_it_stores(self: Prefetcher, items: Sequence[RecallItem], holder: str) -> int:
         assert entered.wait(30)
-        return recall(self, items)
+        return recall(self, items, holder)
 
     monkeypatch.setattr(ArenaStore, "reserve", fails_late)
     monkeypatch.setattr(Prefetcher, "recall", recalls_once_it_stores)

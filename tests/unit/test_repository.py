@@ -14,7 +14,13 @@ FLOORS = {
     "indexer": {"kernels"},  # scores on a GPU
     "kernels": set(),
 }
-RAY_ALLOWED = {"indexer/actor.py", "workers/memory/tier.py", "workers/memory/remote.py", "workers/decode/worker.py"}
+RAY_ALLOWED = {
+    "indexer/actor.py",
+    "workers/memory/tier.py",
+    "workers/memory/remote.py",
+    "workers/memory/remote_peers.py",
+    "workers/decode/worker.py",
+}
 MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -13,6 +13,7 @@ from forecache.workers.decode.stats import EngineStats
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.protocol import ColdMemory
 
 
 def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:
@@ -45,6 +46,11 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
             "Shorten the prompt, lower max_tokens or raise --cold-bytes.",
             param="messages",
         )
+
+
+def most_chunks(memory: ColdMemory) -> int:
+    """The most chunks that a request of this node can have: more than its arena holds, where they may lie elsewhere."""
+    return memory.arena.slots + (0 if memory.others is None else memory.arena.record_slots)
 
 
 def _check_sampling(sampling: SamplingParams, vocabulary: int, *, text: bool) -> None:

@@ -50,6 +50,7 @@ class ChunkKeeper:
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
         if seq is None or held.failure:
             return seq  # None: it left meanwhile; its release is queued behind this hold
+        seq.share = held.share
         own = len(held.refs) - len(held.others)
         refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
         for key, ref in zip(keys[:own] if held.others else keys, refs, strict=False):

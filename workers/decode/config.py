@@ -32,6 +32,9 @@ class EngineConfig(BaseModel):
     chunk_tokens: int = Field(64, ge=16, le=1024, description="tokens of one chunk")
     window_steps: int = Field(64, ge=1, description="decode steps between two resident sets")
     lead_steps: int = Field(8, ge=0, description="steps before a boundary at which its prediction is asked for")
+    remote_lead_steps: int = Field(
+        64, ge=0, description="the same for a sequence that has chunks on other nodes: a window ahead"
+    )
     late_policy: Literal["keep", "wait"] = Field(
         "keep", description="an answer that is late: keep the old set, or wait"
     )

@@ -14,7 +14,7 @@ from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer
-from forecache.workers.decode.accounting import EngineCounters, check_references, check_request
+from forecache.workers.decode.accounting import EngineCounters, check_references, check_request, most_chunks
 from forecache.workers.decode.answers import NOTHING_NEW, Answers, News
 from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.backbone import Backbone
@@ -23,6 +23,7 @@ from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.grammar import Grammars, Matcher
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
 from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.remote_past import FarPast, PastLostError
 from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
@@ -76,14 +77,13 @@ class Engine:
         cold = cold_layout or backbone.layout
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
         rows, arena = config.max_batch_size, memory.arena
-        self._runner = ModelRunner(backbone, pool, arena, spec, max_rows=rows, cold_layout=cold, lookahead=lookahead)
+        self._runner = ModelRunner(backbone, pool, arena, spec, rows, cold, lookahead, FarPast.of(memory, cold))
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
         steps = 1 if lookahead is None else lookahead.steps
         self.windows = WindowCycle(
             config, selection, self.pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
         )
-        linear_equal = backbone.linear_equal
-        self._scheduler = Scheduler(config, self.pool, self.windows, cold_slots=arena.slots, linear_equal=linear_equal)
+        self._scheduler = Scheduler(config, pool, self.windows, arena.slots, backbone.linear_equal)
         if backbone.device.type == "cuda":
             chunks, graphs = self.windows.budgets.widest_table(backbone.max_model_len), config.cuda_graphs
             self._runner.warm_up(
@@ -112,18 +112,17 @@ class Engine:
 
         Raises :class:`InvalidRequestError` for one that can never be served.
         """
-        check_request(request, self._backbone, self._memory.arena.slots, text=self._has_tokenizer)
+        check_request(request, self._backbone, most_chunks(self._memory), text=self._has_tokenizer)
         assert (matcher is None) == (request.sampling.grammar is None), "a grammar needs its matcher"
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
-        cache = request.cache
         seq = Sequence(
             request,
             holder=self._new_holder(request.request_id),
-            root=root_key(self._fingerprint, cache.cache_salt),
+            root=root_key(self._fingerprint, request.cache.cache_salt),
             chunk_tokens=self.config.chunk_tokens,
-            keep_ratio=self.config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
-            policy=cache.policy or self.config.policy,
+            keep_ratio=self.config.keep_ratio if request.cache.keep_ratio is None else request.cache.keep_ratio,
+            policy=request.cache.policy or self.config.policy,
             matcher=matcher,
         )
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
@@ -178,6 +177,9 @@ class Engine:
             # only a long step is worth aborting: the other rows' work is lost with it
             return self._runner.launch(plan, lambda: not self._cancelled.isdisjoint(members))
         except StepAbortedError:
+            return None
+        except PastLostError as error:
+            self._restart(self._sequences[error.request_id])
             return None
 
     def _read_running(self) -> bool:

@@ -19,6 +19,7 @@ from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory,
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
+from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
 from forecache.workers.decode.sequence import Sequence, State
@@ -36,7 +37,8 @@ WARM_UP_TOKENS = (37, 101)
 class ModelRunner:
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
-    ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's.
+    ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's;
+    ``far`` reads chunks of other nodes.
     ``spec``: the model's own retrieval heads; ``lookahead``: the trained indexer that scores beside them.
     """
 
@@ -46,16 +48,17 @@ class ModelRunner:
         pool: HotPool,
         arena: Arena | None,
         spec: IndexSpec,
-        *,
         max_rows: int = 1,
         cold_layout: ChunkLayout | None = None,
         lookahead: LookaheadScorer | None = None,
+        far: FarPast | None = None,
     ) -> None:
         self._backbone = backbone
         self._model = backbone.model
         self._device = backbone.device
         self._pool = pool
         self._arena = arena
+        self._far = far
         self._hot = _store(backbone.layout, pool.memory)
         self._cold = None if arena is None else _store(cold_layout or backbone.layout, arena.chunks)
         self._spec = spec
@@ -258,7 +261,7 @@ class ModelRunner:
             if part.probe:
                 probes[seq.request_id] = self._probe(seq, part.tokens)
             streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
-            pasts.append(ArenaPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device))
+            pasts.append(ArenaPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._far))
         padding = max(self._min_tokens - len(tokens), 0)
         tokens += [0] * padding
         places += [(0, -1, 0)] * padding

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forecache.kernels import ops
+from forecache.workers.decode.remote_past import RemoteChunks, RemoteReads
 
 PIECE_CHUNKS = 256
 """Chunks gathered at once on a CPU."""
@@ -31,12 +32,14 @@ class Store:
 @dataclass(frozen=True)
 class Segment:
     """Full chunks of one store. ``slots``, ``chunks`` (their numbers): int64 [n]. ``sums``: int64 [n] on the GPU, to
-    which reading adds each chunk's checksum, or ``None``."""
+    which reading adds each chunk's checksum, or ``None``. ``remote``: the chunks lie on other nodes, and ``slots`` and
+    ``store`` say nothing of them."""
 
     store: Store
     slots: Tensor
     chunks: Tensor
     sums: Tensor | None = None
+    remote: RemoteChunks | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,14 @@ class PastReader:
         self._buffers = buffers
         self._pasts = [[piece for segment in past for piece in _pieces(segment, buffers)] for past in pasts]
         self._order = iter([(layer, piece) for layer in range(layers) for past in self._pasts for piece in past])
+        remote = [
+            (piece.segment.remote, piece.part, layer)
+            for layer in range(layers)
+            for past in self._pasts
+            for piece in past
+            if piece.segment.remote is not None
+        ]
+        self._remote = RemoteReads(remote)
         self._next_buffer = 0
         self._ahead: tuple[int, Tensor, Tensor] | None = None
         if buffers is not None:
@@ -105,9 +116,14 @@ class PastReader:
         """
         for piece in self._pasts[stream]:
             if self._buffers is None:
-                yield piece.chunks, *piece.gather(layer, self._dtype)
+                yield piece.chunks, *self._gather(piece, layer)
             else:
                 yield from self._take(piece, self._buffers)
+
+    def _gather(self, piece: _Piece, layer: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if piece.segment.remote is not None:
+            return self._remote.take(self._dtype, out, piece.chunks.device)
+        return piece.gather(layer, self._dtype, out)
 
     def _take(self, piece: _Piece, buffers: PieceBuffers) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         assert self._ahead is not None, "more pieces are read than there are"
@@ -128,7 +144,7 @@ class PastReader:
         tokens = len(piece.chunks) * piece.segment.store.kv.shape[4]
         with torch.cuda.stream(buffers.stream):
             buffers.stream.wait_event(buffers.read[index])
-            k, v = piece.gather(layer, self._dtype, buffers.view(index, tokens))
+            k, v = self._gather(piece, layer, buffers.view(index, tokens))
             buffers.filled[index].record(buffers.stream)
         return index, k, v
 

@@ -12,6 +12,7 @@ from forecache.indexer.protocol import StepState
 from forecache.workers.decode.logits import Logprobs
 from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import Segment, Store
+from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.sequence import Chunk, Sequence
 from forecache.workers.decode.step import Capture, Captured, Sampled, StepOutput
 from forecache.workers.memory.arena import Arena
@@ -20,7 +21,8 @@ from forecache.workers.memory.hot_pool import HotPool
 
 @dataclass(frozen=True)
 class ArenaPast:
-    """The full chunks before a stream's tokens: the hot ones, then those that are read where they lie in the arena.
+    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, and
+    those on other nodes.
 
     On a GPU ``sums`` (int64 [cold chunks]) gathers the checksum of each ``cold`` chunk while it is read.
     """
@@ -32,11 +34,19 @@ class ArenaPast:
 
     @classmethod
     def of(
-        cls, seq: Sequence, pool: HotPool, arena: Arena | None, hot: Store, cold: Store | None, device: torch.device
+        cls,
+        seq: Sequence,
+        pool: HotPool,
+        arena: Arena | None,
+        hot: Store,
+        cold: Store | None,
+        device: torch.device,
+        far: FarPast | None = None,
     ) -> "ArenaPast":
-        """Where the past of ``seq`` is now."""
+        """Where the past of ``seq`` is now; ``far`` reads what is on other nodes."""
         in_pool: list[tuple[int, int]] = []
         in_arena: list[Chunk] = []
+        elsewhere: list[Chunk] = []
         for chunk in seq.chunks:
             slot = seq.resident.get(chunk.number)
             if slot is None:
@@ -45,7 +55,7 @@ class ArenaPast:
                 in_pool.append((slot, chunk.number))
             else:
                 assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
-                in_arena.append(chunk)
+                (elsewhere if chunk.ref.remote else in_arena).append(chunk)
         segments = []
         if in_pool:
             segments.append(Segment(hot, *_columns(in_pool, device)))
@@ -56,6 +66,11 @@ class ArenaPast:
             if device.type == "cuda":
                 sums = torch.zeros(len(places), dtype=torch.int64, device=device)
             segments.append(Segment(cold, *_columns(places, device), sums))
+        if elsewhere:
+            assert far is not None, "chunks are on other nodes and there is nobody to read them"
+            places = [(-1, chunk.number) for chunk in elsewhere]
+            remote = far.chunks(seq, tuple(chunk.key for chunk in elsewhere))
+            segments.append(Segment(hot, *_columns(places, device), remote=remote))
         return cls(seq.request_id, tuple(segments), tuple(in_arena), sums)
 
     def damaged(self, sums: npt.NDArray[np.int64] | None, arena: Arena | None) -> list[int]:

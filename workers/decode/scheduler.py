@@ -11,6 +11,7 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.share import share_of
 
 STREAMED_SHARE = 4
 """Sequences whose full attention is streamed have a lane of their own: beside others, one of them steps in every fourth
@@ -64,7 +65,6 @@ class Scheduler:
         config: EngineConfig,
         pool: HotPool,
         windows: WindowCycle,
-        *,
         cold_slots: int,
         linear_equal: float,
     ) -> None:
@@ -105,13 +105,19 @@ class Scheduler:
             seq = self.waiting[0]
             self._reserve(seq)
             slots = sum(other.reserved_slots for other in self.running)
-            cold = sum(other.max_chunks for other in self.running)
-            if slots + seq.reserved_slots > self._pool.num_slots or cold + seq.max_chunks > self._cold_slots:
+            cold = sum(map(self._cold, self.running))
+            if slots + seq.reserved_slots > self._pool.num_slots or cold + self._cold(seq) > self._cold_slots:
                 return
             self.waiting.popleft()
             self.running.append(seq)
             seq.state = State.LOCATING
             located(seq)
+
+    def _cold(self, seq: Sequence) -> int:
+        """Arena slots of this node that ``seq`` may need."""
+        if seq.share is None and seq.max_chunks <= self._cold_slots:
+            return seq.max_chunks
+        return (seq.share or share_of(self._cold_slots)).slots
 
     def _reserve(self, seq: Sequence) -> None:
         """Hot slots promised to ``seq``: what its budget needs, or a prefill step where its past is streamed."""

@@ -14,6 +14,7 @@ from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.share import Share
 
 
 class State(Enum):
@@ -71,6 +72,8 @@ class Sequence:
     ``replayed_tokens`` is for how many coming tokens it is known already what is drawn.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
+    ``share`` is there when it is spread over nodes: what it may use of this one's arena; ``remote_chunks`` of its
+    chunks lie on other nodes.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
     would have been with half of that, which would have done at the last ``steady_boundaries``.
     """
@@ -110,6 +113,8 @@ class Sequence:
         # where its chunks are in the arena, for the indexer: -1 where they are not there yet
         self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
         self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
+        self.remote_chunks = 0
+        self.share: Share | None = None
         self.streamed = False
         self.reserved_slots = 0
         self.widening = 1
@@ -191,7 +196,8 @@ class Sequence:
         return self._ref_slots[:count], self._ref_generations[:count]
 
     def stored_at(self, chunk: Chunk, ref: SlotRef) -> None:
-        """``chunk`` has reached the arena."""
+        """``chunk`` has reached the arena, or another node and its record the arena."""
+        self.remote_chunks += ref.remote - (chunk.ref is not None and chunk.ref.remote)
         chunk.ref = ref
         self._ref_slots[chunk.number], self._ref_generations[chunk.number] = ref.slot, ref.generation
 
@@ -249,6 +255,8 @@ class Sequence:
         self.chunks.clear()
         self.chunk_of.clear()
         self._ref_slots.fill(-1)
+        self.remote_chunks = 0
+        self.share = None
         self.table_version += 1
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)

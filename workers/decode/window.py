@@ -197,7 +197,8 @@ class WindowCycle:
             return False
         boundary = self._boundaries[seq]
         previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
-        ask = max(previous, boundary - self._config.lead_steps)
+        lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
+        ask = max(previous, boundary - lead)
         return seq.decode_steps + (0 if done else 1) >= ask
 
     def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> None:
@@ -303,7 +304,7 @@ class WindowCycle:
         turn.wanted = []
         seq.counters.recalled_chunks += len(turn.copying)
         if turn.copying:
-            turn.ticket = self._prefetcher.recall(turn.copying)
+            turn.ticket = self._prefetcher.recall(turn.copying, seq.holder)
 
     def _swap(self, seq: Sequence, turn: Turn) -> None:
         """The new set takes over; chunks completed since it was chosen stay."""

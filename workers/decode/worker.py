@@ -38,6 +38,7 @@ from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.protocol import TierStats
 from forecache.workers.memory.remote import RemoteMemory
+from forecache.workers.memory.remote_peers import RemotePeers
 from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class DecodeWorker:
             lambda: start_tier(tiers, self._tier_id, self._node_id),
             memory.call_deadline_s,
             fetch_deadline_s=memory.fetch_deadline_s,
+            peers=RemotePeers(settings.namespace, memory.call_deadline_s) if settings.redis_url is not None else None,
         )
         self._indexer = self._make_indexer(settings, chosen, backbone.device)
         engine = Engine(

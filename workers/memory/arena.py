@@ -4,7 +4,7 @@ import json
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # protocol.py names Arena in its annotations
 
 FILE_PREFIX = "forecache-"
 MAGIC = b"forecach"
-VERSION = 2
+VERSION = 3
 PAGE_BYTES = 4096
 LIFE_START = PAGE_BYTES - 8
 CHUNKS_ALIGNMENT_BYTES = 2 << 20
@@ -37,21 +37,29 @@ def _align(nbytes: int, alignment: int) -> int:
 
 @dataclass(frozen=True)
 class ArenaDescription:
-    """What the first page of the file says; the places of its three arrays follow from it. Sizes in bytes."""
+    """What the first page of the file says; the places of its three arrays follow from it. Sizes in bytes.
+
+    ``record_slots`` slots behind those of chunks have a header and an index record, and no chunk: see `records.py`.
+    """
 
     layout_fingerprint: str
     index_fingerprint: str
     slots: int
     nbytes: int
     index_nbytes: int
+    record_slots: int = 0
 
     @property
     def index_start(self) -> int:
-        return _align(PAGE_BYTES + self.slots * HEADER.itemsize, PAGE_BYTES)
+        return _align(PAGE_BYTES + self._headers * HEADER.itemsize, PAGE_BYTES)
 
     @property
     def chunks_start(self) -> int:
-        return _align(self.index_start + self.slots * self.index_nbytes, CHUNKS_ALIGNMENT_BYTES)
+        return _align(self.index_start + self._headers * self.index_nbytes, CHUNKS_ALIGNMENT_BYTES)
+
+    @property
+    def _headers(self) -> int:
+        return self.slots + self.record_slots
 
     @property
     def file_bytes(self) -> int:
@@ -61,8 +69,8 @@ class ArenaDescription:
 class Arena:
     """Slots of ``nbytes`` chunk bytes and ``index_nbytes`` index bytes, each with a 64-byte header.
 
-    ``chunks`` (uint8 ``[slots, nbytes]``) and ``index`` (uint8 ``[slots, index_nbytes]``) are tensors over
-    the mapping itself, which lives as long as any of them, also after :meth:`close` and :meth:`unlink`.
+    ``chunks`` (uint8 ``[slots, nbytes]``) and ``index`` (uint8 ``[slots + record slots, index_nbytes]``) are tensors
+    over the mapping itself, which lives as long as any of them, also after :meth:`close` and :meth:`unlink`.
 
     Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It has a lock on
     the file, which the kernel lets go when the owner dies.
@@ -79,13 +87,13 @@ class Arena:
         self._fd = fd
         # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
         mapping = mmap.mmap(fd, description.file_bytes)
-        slots = description.slots
+        slots, headers = description.slots, description.slots + description.record_slots
         self._life = np.ndarray(1, np.uint64, mapping, LIFE_START)
         if owner:
             self._life += np.uint64(1)
         self._inode = os.fstat(fd).st_ino
-        self._headers = Headers(np.ndarray(slots, HEADER, mapping, PAGE_BYTES))
-        index_shape, chunks_shape = (slots, description.index_nbytes), (slots, description.nbytes)
+        self._headers = Headers(np.ndarray(headers, HEADER, mapping, PAGE_BYTES))
+        index_shape, chunks_shape = (headers, description.index_nbytes), (slots, description.nbytes)
         self._index = np.ndarray(index_shape, np.uint8, mapping, description.index_start)
         self._chunks = np.ndarray(chunks_shape, np.uint8, mapping, description.chunks_start)
         self.index = torch.from_numpy(self._index)
@@ -101,12 +109,14 @@ class Arena:
         index_nbytes: int,
         index_fingerprint: str,
         capacity_bytes: int,
+        record_bytes: int = 0,
     ) -> "Arena":
-        """A new file ``directory/forecache-<name>`` of ``capacity_bytes``, as many slots as fit.
+        """A new file ``directory/forecache-<name>`` of ``capacity_bytes``, as many slots as fit; beside them as many
+        record slots as fit in ``record_bytes``.
 
         Raises :class:`ArenaError` when not one slot fits, the name is taken, or the memory can't be reserved.
         """
-        description = describe(layout, index_nbytes, index_fingerprint, capacity_bytes)
+        description = describe(layout, index_nbytes, index_fingerprint, capacity_bytes, record_bytes)
         path = directory / f"{FILE_PREFIX}{name}"
         fd = create_owned(path)
         try:
@@ -174,6 +184,10 @@ class Arena:
         return self.description.slots
 
     @property
+    def record_slots(self) -> int:
+        return self.description.record_slots
+
+    @property
     def layout_fingerprint(self) -> str:
         return self.description.layout_fingerprint
 
@@ -182,7 +196,7 @@ class Arena:
         return self.description.index_fingerprint
 
     def headers(self) -> npt.NDArray[np.void]:
-        """A read-only view of all headers: ``HEADER [slots]``."""
+        """A read-only view of all headers: ``HEADER [slots + record slots]``."""
         return self._headers.read_only()
 
     def generation_of(self, slot: int) -> int:
@@ -224,6 +238,11 @@ class Arena:
         chunk, index, device = batch.checksums[row].tolist()
         self._headers.seal(ref.slot, batch.keys[row], (chunk, index), device)
 
+    def write_record(self, ref: "SlotRef", key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int) -> None:
+        """Copy ``record``, of xxh3_64 ``checksum``, to its place (owner only), and seal it as that of ``key``."""
+        self._index[ref.slot] = record
+        self._headers.seal(ref.slot, key, (0, checksum), 0)
+
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
         return self._headers.is_sealed(ref, key)
@@ -233,7 +252,7 @@ class Arena:
         return self._headers.sealed(refs, keys)
 
     def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
-        """Is the slot still ``ref``, and are its bytes those that were sealed as ``key``?
+        """Is the slot still ``ref``, and are its bytes (remote: its record's) those that were sealed as ``key``?
 
         A reader that copies, then finds True here, has copied the right bytes: the generation is compared
         again after the checksums.
@@ -244,10 +263,8 @@ class Arena:
         return sealed == self._digests(ref.slot) and self.is_sealed(ref, key)
 
     def _digests(self, slot: int) -> tuple[int, int]:
-        return (
-            xxhash.xxh3_64_intdigest(self._chunks[slot]),
-            xxhash.xxh3_64_intdigest(self._index[slot]),
-        )
+        chunk = xxhash.xxh3_64_intdigest(self._chunks[slot]) if slot < self.slots else 0
+        return chunk, xxhash.xxh3_64_intdigest(self._index[slot])
 
     def renew(self, slot: int) -> int:
         """Give ``slot`` away (owner only): every reference to it goes stale. Returns the new generation."""
@@ -259,12 +276,11 @@ class Arena:
 
     def close(self) -> None:
         """Let go of the file and the owner's lock. Tensors over the mapping stay valid."""
-        if self._fd < 0:
-            return
-        if self.owner:
-            disown(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        if self._fd >= 0:
+            if self.owner:
+                disown(self._fd)
+            os.close(self._fd)
+            self._fd = -1
 
     def unlink(self) -> None:
         """Remove the file's name; its memory is freed when the last process has unmapped it."""
@@ -294,7 +310,9 @@ def _remove_if_abandoned(path: Path) -> bool:
         os.close(fd)
 
 
-def describe(layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int) -> ArenaDescription:
+def describe(
+    layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int, record_bytes: int = 0
+) -> ArenaDescription:
     """The arena of as many slots as fit in ``capacity_bytes``. Raises :class:`ArenaError` if none does."""
     slot_bytes = layout.nbytes + index_nbytes + HEADER.itemsize
 
@@ -309,7 +327,7 @@ def describe(layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, cap
             f"--cold-bytes {capacity_bytes} holds no chunk: one of {layout.nbytes} bytes needs an arena of "
             f"{with_slots(1).file_bytes} bytes. Raise --cold-bytes."
         )
-    return with_slots(slots)
+    return replace(with_slots(slots), record_slots=record_bytes // (index_nbytes + HEADER.itemsize))
 
 
 def _read_description(path: Path, fd: int) -> ArenaDescription:

@@ -1,4 +1,4 @@
-"""Whole chunks on their way between tiers, or to and from a disk."""
+"""Chunks, and parts of them, on their way between tiers, or to and from a disk."""
 
 from dataclasses import dataclass, replace
 
@@ -54,3 +54,42 @@ class ChunkBatch:
         ]
         found = np.array(digests, np.uint64).reshape(len(self), 2)
         return self.only((found == self.checksums[:, :2]).all(1))
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Index records alone. ``index``: uint8 ``[n, index_nbytes]``; ``checksums``: uint64 ``[n]``, xxh3_64 of each."""
+
+    keys: tuple[ChunkKey, ...]
+    index: npt.NDArray[np.uint8]
+    checksums: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, batch: ChunkBatch) -> "RecordBatch":
+        """Those of ``batch``."""
+        return cls(batch.keys, batch.index, batch.checksums[:, 1])
+
+    def sound(self) -> "RecordBatch":
+        """Those whose bytes have the checksums they came with."""
+        digests = np.array([xxhash.xxh3_64_intdigest(record) for record in self.index], np.uint64)
+        rows = digests == self.checksums
+        keys = tuple(key for key, row in zip(self.keys, rows.tolist(), strict=True) if row)
+        return RecordBatch(keys, self.index[rows], self.checksums[rows])
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """One layer of chunks. ``rows``: uint8 ``[n, ChunkLayout.layer_nbytes]``; ``checksum``: xxh3_64 of all of them."""
+
+    keys: tuple[ChunkKey, ...]
+    rows: npt.NDArray[np.uint8]
+    checksum: int
+
+    @classmethod
+    def sealed(cls, keys: tuple[ChunkKey, ...], rows: npt.NDArray[np.uint8]) -> "LayerBatch":
+        return cls(keys, rows, xxhash.xxh3_64_intdigest(rows.tobytes()))
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the bytes are those that were sent."""
+        return xxhash.xxh3_64_intdigest(self.rows.tobytes()) == self.checksum

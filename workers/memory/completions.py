@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from forecache.workers.memory.copies import CopyItem
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.share import Share
 
 RecallItem = CopyItem
 
@@ -14,7 +15,8 @@ class PrefixHeld:
     """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its places.
 
     The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
-    no room for what ``holder`` may need, so that it holds nothing.
+    no room for what ``holder`` may need, so that it holds nothing. ``share``: it has room on other nodes, and so much
+    here.
     """
 
     holder: str
@@ -22,6 +24,7 @@ class PrefixHeld:
     others: tuple[ChunkKey, ...] = ()
     failure: str = ""
     overloaded: bool = True
+    share: Share | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ class MemoryConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cold_bytes: int = Field(4 << 30, gt=0, description="bytes of CPU memory for cold chunks on each node")
+    remote_index_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="bytes on each node, beside cold_bytes, for index records of chunks that running sequences have on "
+        "other nodes; 0: a sequence must fit its node; default: a sixteenth of cold_bytes",
+    )
     cold_dtype: Literal["auto", "fp8"] = Field(
         "auto", description="format of cold chunks: as in the hot pool, or fp8 with a scale per chunk and head"
     )
@@ -29,3 +35,8 @@ class MemoryConfig(BaseModel):
     )
     call_deadline_s: float = Field(10.0, gt=0, description="longest wait for an answer of a memory tier")
     heartbeat_s: float = Field(2.0, gt=0, description="seconds between a tier's signs of life in the catalog")
+
+    @property
+    def record_bytes(self) -> int:
+        """:attr:`remote_index_bytes`, or its default."""
+        return self.cold_bytes // 16 if self.remote_index_bytes is None else self.remote_index_bytes

@@ -5,26 +5,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from random import uniform
-from typing import Protocol
 
 from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory.catalog import Catalog, TierRecord
-from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.fetching import ChunkFetcher
 from forecache.workers.memory.keys import ChunkKey, batches
+from forecache.workers.memory.peers import Peers
 from forecache.workers.memory.placement import rendezvous
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.records import RecordSlots
+from forecache.workers.memory.spread import SpreadSequences
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read, take_in
 
 logger = logging.getLogger(__name__)
 
-BATCH_BYTES = 16 << 20
-"""Most bytes of one call between tiers, unless one chunk has more: several are on their way at once."""
-READS_AT_ONCE = 3
 FETCHES = 3
 """Times that a prefix is looked for while it is on the move."""
 FREE_SHARE = 16
@@ -32,41 +29,6 @@ FREE_SHARE = 16
 full tiers would send their chunks round and round."""
 VERIFY_CHUNKS = 4096
 MAX_PENDING = 100_000
-
-
-class PendingBatch(Protocol):
-    def result(self, timeout_s: float) -> ChunkBatch:
-        """Raises :class:`ChunkLostError` when the tier does not answer in time, or is gone."""
-        ...
-
-
-class Peers(Protocol):
-    """The other tiers. Every method raises :class:`ChunkLostError` when one can't be reached."""
-
-    def read(self, tier_id: str, keys: Sequence[ChunkKey]) -> PendingBatch:
-        """Copies of those of ``keys`` that the tier has; does not wait."""
-        ...
-
-    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
-        """Have the tier store ``batch`` and answer for it; returns the keys that it has now."""
-        ...
-
-    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey]) -> None:
-        """Tell the tier that another one answers for ``keys``; does not wait."""
-        ...
-
-
-@dataclass
-class ExchangeCounters:
-    """Since start; named as in :class:`TierStats`."""
-
-    fetched_chunks: int = 0
-    fetched_bytes: int = 0
-    fetch_s: float = 0.0
-    replicated_chunks: int = 0
-    moved_chunks: int = 0
-    spilled_chunks: int = 0
-    disk_recalled_chunks: int = 0
 
 
 class ChunkExchange:
@@ -88,20 +50,22 @@ class ChunkExchange:
         disk: ArenaStore | None = None,
     ) -> None:
         """``publish`` tells the catalog of chunks at once; ``disk`` takes what no tier has room for."""
+        self.records = RecordSlots(store.arena)
         self._tier_id = tier_id
         self._store = store
         self._disk = disk
         self._catalog = catalog
         self._peers = peers
         self._config = config
-        self._publish = publish
-        description = store.arena.description
-        self._batch_chunks = max(1, BATCH_BYTES // (description.nbytes + description.index_nbytes))
+        self.fetcher = ChunkFetcher(store, peers, publish, self._make_room_for)
         self._wanted_room = wanted_room(store.arena.slots)
         self._uncopied: deque[ChunkKey] = deque(maxlen=MAX_PENDING)
         self._living: frozenset[str] = frozenset()
-        self.counters = ExchangeCounters()
+        self.counters = self.fetcher.counters
         self._wake = threading.Event()
+        self.spread = SpreadSequences(
+            tier_id, store, self.records, catalog, peers, self.fetcher, config, self._wake.set
+        )
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chunk-exchange", daemon=True)
 
@@ -122,13 +86,18 @@ class ChunkExchange:
             self._wake.set()
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers."""
+        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers.
+
+        Of a sequence that is spread it stays where it is.
+        """
+        if holder in self.spread:
+            return self.spread.hold_prefix(holder, keys)
         refs = self._store.hold_prefix(holder, keys)
         deadline_s = time.monotonic() + self._config.fetch_deadline_s
         for _ in range(FETCHES):
             if len(refs) == len(keys):
                 break
-            from_disk = self._from_disk(holder, keys[len(refs) :])
+            from_disk = self.from_disk(holder, keys[len(refs) :])
             if from_disk:
                 refs = self._store.hold_prefix(holder, keys)
             if not self._fetch(holder, keys[len(refs) :], deadline_s) and not from_disk:
@@ -136,7 +105,7 @@ class ChunkExchange:
             refs = self._store.hold_prefix(holder, keys)
         return refs
 
-    def _from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
+    def from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
         """Bring the longest run of ``keys`` that lies here on disk, and hold it; returns how many chunks came."""
         if self._disk is None:
             return 0
@@ -144,7 +113,7 @@ class ChunkExchange:
         run = next((i for i, known in enumerate(zip(here, on_disk, strict=True)) if not any(known)), len(keys))
         wanted = [key for key, is_here in zip(keys[:run], here, strict=False) if not is_here]
         count = 0
-        for part in batches(wanted, self._batch_chunks):
+        for part in batches(wanted, self.fetcher.batch_chunks):
             self._make_room_for(len(part))
             taken = take_in(self._store, read(self._disk, part), holder)
             self._disk.set_copied(taken, True)
@@ -163,7 +132,6 @@ class ChunkExchange:
     def _fetch(self, holder: str, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
         """Bring the longest run of ``keys`` that somebody has, and hold what came. Returns whether it is worth another
         try: chunks are moved while they are looked for."""
-        start_s = time.monotonic()
         try:
             places = self._catalog.locate(keys)
         except CatalogUnavailableError:
@@ -176,64 +144,8 @@ class ChunkExchange:
                 break
             if not is_here:
                 wanted.append((key, others))
-        count = self._bring(holder, wanted, deadline_s)
-        self.counters.fetch_s += time.monotonic() - start_s
-        return bool(wanted) and time.monotonic() < deadline_s and (count > 0 or self._store.room > 0)
-
-    def _bring(self, holder: str, wanted: list[tuple[ChunkKey, set[str]]], deadline_s: float) -> int:
-        calls = iter(list(self._calls(wanted)))
-        others = dict(wanted)
-        under_way: deque[tuple[str, list[ChunkKey], PendingBatch]] = deque()
-
-        def ask() -> None:
-            for tier_id, keys in islice(calls, READS_AT_ONCE - len(under_way)):
-                under_way.append((tier_id, keys, self._peers.read(tier_id, keys)))
-
-        count = 0
-        ask()
-        while under_way:
-            tier_id, keys, pending = under_way.popleft()
-            taken = self._take(holder, tier_id, keys, pending, deadline_s)
-            # whom else to ask: a replica
-            missing = [key for key in keys if key not in taken]
-            for other in rendezvous(missing[0], others[missing[0]] - {tier_id}) if missing else []:
-                taken |= self._take(holder, other, missing, self._peers.read(other, missing), deadline_s)
-                missing = [key for key in missing if key not in taken]
-                if not missing:
-                    break
-            count += len(taken)
-            if missing or time.monotonic() > deadline_s:
-                break  # the run ends here
-            ask()
-        return count
-
-    def _take(
-        self, holder: str, tier_id: str, keys: Sequence[ChunkKey], pending: PendingBatch, deadline_s: float
-    ) -> set[ChunkKey]:
-        try:
-            batch = pending.result(max(0.0, deadline_s - time.monotonic()))
-        except ChunkLostError as error:
-            logger.warning("%d chunks did not come: %s", len(keys), error)
-            return set()
-        self._make_room_for(len(batch))
-        taken = take_in(self._store, batch, holder)
-        self._publish(taken)
-        self._peers.set_copied(tier_id, taken)
-        self.counters.fetched_chunks += len(taken)
-        self.counters.fetched_bytes += batch.nbytes
-        return set(taken)
-
-    def _calls(self, wanted: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:
-        """Whom to ask for what: runs of at most a batch from one tier, in the order of the chunks."""
-        tier_id, keys = "", list[ChunkKey]()
-        for key, tier_ids in wanted:
-            if tier_id not in tier_ids or len(keys) == self._batch_chunks:
-                if keys:
-                    yield tier_id, keys
-                tier_id, keys = (tier_id if tier_id in tier_ids else rendezvous(key, tier_ids)[0]), []
-            keys.append(key)
-        if keys:
-            yield tier_id, keys
+        came = self.fetcher.bring(holder, wanted, deadline_s)
+        return bool(wanted) and time.monotonic() < deadline_s and (bool(came) or self._store.room > 0)
 
     def _run(self) -> None:
         backoff_s = 0.0
@@ -256,6 +168,7 @@ class ChunkExchange:
         if self._living - tiers.keys():
             self._lost_tiers()
         self._living = frozenset(tiers)
+        self.spread.tick(tiers)
         self._replicate(tiers)
         self._make_room(tiers)
 
@@ -310,13 +223,13 @@ class ChunkExchange:
         """Have the disk answer for ``keys``; what is oldest there goes."""
         if self._disk is None:
             return
-        for part in batches(keys, self._batch_chunks):
+        for part in batches(keys, self.fetcher.batch_chunks):
             taken = take_in(self._disk, read(self._store, part))
             self._store.set_copied(taken, True)
             self.counters.spilled_chunks += len(taken)
 
     def _by_tier(self, targets: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:
-        return self._calls(sorted(targets, key=lambda target: min(target[1])))
+        return self.fetcher.calls(sorted(targets, key=lambda target: min(target[1])))
 
     def _send(self, tier_id: str, keys: list[ChunkKey], *, copied_only: bool) -> list[ChunkKey]:
         """Returns what ``tier_id`` has now, and what is stored here no longer."""

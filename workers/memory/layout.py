@@ -64,6 +64,26 @@ class ChunkLayout:
                 return field
         raise KeyError(name)
 
+    @cached_property
+    def layer_nbytes(self) -> int:
+        """Bytes of one layer of a chunk whose fields all begin with the layers."""
+        return sum(field.nbytes // field.shape[0] for field in self.fields)
+
+    def layer_parts(self, layer: int) -> list[slice]:
+        """Which bytes of a chunk are those of ``layer``, one slice for each field."""
+        sizes = [(self.offsets[field.name], field.nbytes // field.shape[0]) for field in self.fields]
+        return [slice(start + layer * size, start + (layer + 1) * size) for start, size in sizes]
+
+    def layer_view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
+        """``[n, 1, *shape of a layer]`` of field ``name`` over rows of :meth:`layer_parts` side by side, uint8."""
+        start = 0
+        for field in self.fields:
+            size = field.nbytes // field.shape[0]
+            if field.name == name:
+                return rows[:, start : start + size].contiguous().view(field.dtype).view(-1, 1, *field.shape[1:])
+            start += size
+        raise KeyError(name)
+
     def view(self, slots: torch.Tensor, name: str) -> torch.Tensor:
         """A typed view ``[slots, *shape]`` of field ``name`` over uint8 ``[slots, nbytes]``, of any row stride."""
         field = self.field(name)

@@ -10,21 +10,22 @@ import itertools
 import logging
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
-from forecache.workers.memory.copies import BATCH_CHUNKS, Copies, CopyItem, CpuCopies, IndexRecord, Mark
+from forecache.workers.memory.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.cuda_copies import CudaCopies
+from forecache.workers.memory.far_chunks import FarChunks
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
+from forecache.workers.memory.locator import Behind, Locator, drop, release
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 BATCH_BYTES = 64 << 20
 """Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
 FLUSH_CHECK_S = 0.5
-PROMISE_WAIT_S, PROMISE_POLL_S = 1.5, 0.02
+PROMISED_FAILURES = 40
 WRITE_FAILURES = 3
 """So often a chunk whose place was lost is written again."""
 
@@ -50,8 +51,6 @@ class _WriteBack:
 
 
 _Job = Callable[[], None]
-Behind = Callable[[int], Sequence[ChunkKey]]
-"""Length of a run of keys → other keys for the chunks that follow it."""
 
 
 class Prefetcher:
@@ -80,14 +79,12 @@ class Prefetcher:
         self._urgent: deque[_Job] = deque()
         self._stores: deque[_Job | _WriteBack] = deque()
         self._closing = False
-        # in order: a chunk that was dropped is not found by a search that was asked for later
-        self._locator = ThreadPoolExecutor(1, thread_name_prefix="forecache-locator")
-        self._locating: set[str] = set()
-        self._released: set[str] = set()  # of those that are being located
         self._posted = threading.Condition()
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._news = threading.Event()
+        self._locator = Locator(memory, self._copies, self._located, self._fail)
+        self._far = None if memory.others is None else FarChunks(memory, memory.others, self._settle, self._fail)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
         # torch keeps a number of threads for each thread, and one more that threads started later begin with
@@ -99,19 +96,21 @@ class Prefetcher:
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey], behind: Behind | None = None, chunks: int = 0) -> None:
         """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
         room for ``chunks`` in all; answered by :class:`PrefixHeld`."""
-        with self._posted:
-            self._locating.add(holder)
-        self._post_locate(lambda: self._hold_prefix(holder, tuple(keys), behind, chunks))
+        self._locator.hold_prefix(holder, tuple(keys), behind, chunks)
 
-    def recall(self, items: Sequence[RecallItem]) -> int:
-        """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`."""
+    def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
+        """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
+        asked for where some lie on other nodes."""
         ticket, mark = next(self._tickets), self._copies.mark()
-        self._post_urgent(lambda: self._recall(ticket, tuple(items), mark))
+        if self._far is not None and any(item.ref.remote for item in items):
+            self._far.recall(ticket, holder, tuple(items), lambda here: self._copied(here, mark), self._cold.nbytes)
+        else:
+            self._post_urgent(lambda: self._recall(ticket, tuple(items), mark))
         return ticket
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`hold_prefix` on."""
-        self._post_locate(lambda: self._drop(key, ref))
+        self._locator.drop(key, ref)
 
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
@@ -148,29 +147,35 @@ class Prefetcher:
     def flush(self) -> None:
         """Wait until the jobs posted so far are done."""
         done = threading.Event()
-        self._post_locate(lambda: self._post_store(done.set))
+        self._locator.post(lambda: self._post_store(done.set))
         while not done.wait(FLUSH_CHECK_S):
             if self._failure is not None:
                 raise self._failure
+        if self._far is not None:
+            self._far.flush()
 
     def close(self) -> None:
         """Finish the jobs posted so far and end the threads."""
+        self._locator.close()
+        if self._far is not None:
+            self._far.close()
         with self._posted:
-            self._closing = True  # ends waiting for room, and the copy thread once it has nothing to do
-        self._locator.shutdown()
-        with self._posted:
+            self._closing = True  # ends the copy thread once it has nothing to do
             self._posted.notify()
         self._thread.join()
 
-    def _post_locate(self, job: _Job) -> None:
-        def run() -> None:
-            try:
-                job()
-            except BaseException as error:  # noqa: BLE001 - as in _work
-                self._failure = error
-            self._news.set()
+    def _located(self, held: PrefixHeld) -> None:
+        if held.share is not None and self._far is not None:
+            self._far.begin(held.holder, held.share, sum(not ref.remote for ref in held.refs))
+        self._settle(held)
 
-        self._locator.submit(run)
+    def _settle(self, done: Completion) -> None:
+        self._completions.put(done)
+        self._news.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._news.set()
 
     def _post_urgent(self, job: _Job) -> None:
         with self._posted:
@@ -194,6 +199,8 @@ class Prefetcher:
             if not isinstance(first, _WriteBack):
                 return first
             batch, most = [first], 1 if first.alone else self._batch_chunks
+            if self._far is not None:
+                most = self._far.most_at_once(first.holder, most)
             while self._stores and len(batch) < most:
                 following = self._stores[0]
                 if not isinstance(following, _WriteBack) or following.alone or following.holder != first.holder:
@@ -213,81 +220,55 @@ class Prefetcher:
                 job()
                 self._news.set()
         except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it in drain()
-            self._failure = error
-            self._news.set()
+            self._fail(error)
 
-    def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
-        refs = self._find(holder, keys)
-        others: tuple[ChunkKey, ...] = ()
-        if behind is not None and len(refs) < len(keys):
-            others = tuple(behind(len(refs)))
-            more = self._find(holder, others)
-            refs, others = [*refs, *more], others[: len(more)]
-        failure = self._promise(holder, chunks) if chunks else ""
-        with self._posted:
-            self._locating.discard(holder)
-            released = holder in self._released
-            self._released.discard(holder)
-        if released or failure:
-            self._release(holder)
-        self._completions.put(PrefixHeld(holder, () if failure else tuple(refs), () if failure else others, failure))
-
-    def _promise(self, holder: str, chunks: int) -> str:
-        """Why there is no room for so many chunks; empty if there is. Waits a little: somebody may be leaving."""
-        end_s = time.monotonic() + PROMISE_WAIT_S
+    def _copied(self, items: tuple[RecallItem, ...], after: Mark) -> Copied:
+        """What the copy thread makes of ``items``; for another thread, which waits for it."""
+        done: Future[Copied] = Future()
+        self._post_urgent(lambda: done.set_result(self._copies.recall(items, [after])))
         while True:
             try:
-                self._memory.promise(holder, chunks)
-                return ""
-            except ChunkLostError:
-                return ""  # a memory tier that is gone promises nothing; it will be seen when it is written to
-            except OverloadedError as error:
-                if time.monotonic() > end_s or self._closing:
-                    return str(error)
-            time.sleep(PROMISE_POLL_S)
-
-    def _find(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        try:
-            refs = self._memory.hold_prefix(holder, keys)
-        except ChunkLostError:
-            return []  # a memory tier that is gone has no prefix; the prompt is prefilled
-        sound = self._copies.sound_prefix(keys, refs)
-        if sound < len(refs):
-            self._drop(keys[sound], refs[sound])
-        return refs[:sound]
+                return done.result(FLUSH_CHECK_S)
+            except TimeoutError:
+                if self._failure is not None:
+                    raise self._failure from None
 
     def _recall(self, ticket: int, items: tuple[RecallItem, ...], after: Mark) -> None:
         copied = self._copies.recall(items, [after])
         for item in copied.lost:
-            self._drop(item.key, item.ref)
+            drop(self._memory, item.key, item.ref)
         chunks = len(items) - len(copied.lost)
         nbytes = chunks * self._cold.nbytes
         self._completions.put(Recalled(ticket, copied.lost, nbytes, copied.duration_s, chunks))
 
-    def _drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        try:
-            self._memory.drop(key, ref)
-        except ChunkLostError:
-            return  # the owner is gone, and with it what was to be forgotten
-
     def _write_back(self, jobs: list[_WriteBack]) -> None:
         holder = jobs[0].holder
+        if self._far is not None and self._far.defer(holder, lambda: self._post_first(jobs)):
+            return  # of those before it some are on their way to other nodes
         try:
             places = self._memory.reserve(holder, [job.key for job in jobs])
             news = self._store(jobs, places)
         except (OverloadedError, ChunkLostError) as error:
             # there may be room for some of them; a tier that was restarted does not know what it had reserved
             failed = isinstance(error, ChunkLostError)
+            if not failed and self._far is not None and jobs[0].failures < PROMISED_FAILURES:
+                again = [replace(job, alone=True, failures=job.failures + 1) for job in jobs]
+                if self._far.pause(holder, lambda: self._post_first(again)):
+                    return  # the room is promised: whoever is in it will leave
             if (len(jobs) > 1) if not failed else jobs[0].failures < WRITE_FAILURES:
-                with self._posted:
-                    self._stores.extendleft(
-                        replace(job, alone=True, failures=job.failures + failed) for job in reversed(jobs)
-                    )
+                self._post_first([replace(job, alone=True, failures=job.failures + failed) for job in jobs])
                 return
             said = f"a chunk could not be stored: {error}"
             news = [WrittenBack(holder, job.key, job.slot, None, said, not failed) for job in jobs]
+        if self._far is not None:
+            news = self._far.keep(holder, news)
         for done in news:
             self._completions.put(done)
+
+    def _post_first(self, jobs: Sequence[_WriteBack]) -> None:
+        with self._posted:
+            self._stores.extendleft(reversed(jobs))
+            self._posted.notify()
 
     def _store(self, jobs: list[_WriteBack], places: list[Reservation]) -> list[WrittenBack]:
         """Fill the reserved places, and tell what became of each job."""
@@ -309,14 +290,13 @@ class Prefetcher:
         return news
 
     def _release(self, holder: str) -> None:
-        with self._posted:
-            if holder in self._locating:
-                self._released.add(holder)  # what it asked for has to come first
-                return
-        try:
-            self._memory.release(holder)
-        except ChunkLostError:
-            return  # the owner is gone, and its holds with it
+        if self._locator.release_later(holder):
+            return  # what it asked for has to come first
+        if self._far is not None and self._far.defer(holder, lambda: self.release(holder)):
+            return
+        release(self._memory, holder)
+        if self._far is not None:
+            self._far.end(holder)
 
     def _record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
         try:

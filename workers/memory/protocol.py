@@ -4,16 +4,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.share import Share
 
 
 @dataclass(frozen=True)
 class SlotRef:
-    """A slot of an arena as it was when handed out; ``generation`` changes whenever the slot is given away."""
+    """A slot of an arena as it was when handed out; ``generation`` changes whenever the slot is given away.
+
+    ``remote``: only the chunk's index record lies there, its bytes are held for the same holder on another node.
+    """
 
     slot: int
     generation: int
+    remote: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,54 @@ class TierStats:
     disk_used_slots: int = 0
     spilled_chunks: int = 0
     disk_recalled_chunks: int = 0
+    remote_records: int = 0
+    """Of chunks that lie on other nodes, held by sequences of this one."""
+
+
+class OtherNodes(Protocol):
+    """Where a sequence keeps the chunks that the arena of its node has no room for: it is *spread*.
+
+    Its first chunks stay here, the others are held for it on other nodes, and only their index records lie here. Every
+    method but :meth:`read_layer` may block as those of :class:`ColdMemory`, and raises what they raise.
+    """
+
+    def spread(self, holder: str, chunks: int) -> None:
+        """``holder`` may need so many slots in all, most of them on other nodes: begin with a share of this node's.
+
+        What is found for it from now on stays where it lies.
+        """
+        ...
+
+    def promise_rest(self, holder: str) -> Share:
+        """The stored prefix of ``holder`` is held: have other nodes promise room for all that may follow, and this one
+        where they have too little. Returns what ``holder`` has here."""
+        ...
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Other nodes hold these chunks from now on, stored and held here, which are let go of here.
+
+        Returns where their records are; ``None`` for those that nobody took, which are let go of too.
+        """
+        ...
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Bring remote chunks of ``holder`` here, and hold them for ``reader``; ``None`` for each that is lost.
+
+        At most :attr:`Share.at_once`, and released before others are asked for.
+        """
+        ...
+
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> "PendingLayer":
+        """One layer of remote chunks of ``holder``, to be read where they lie; does not wait. Any thread may call."""
+        ...
+
+
+class PendingLayer(Protocol):
+    """One layer of chunks, on its way from other nodes."""
+
+    def result(self) -> npt.NDArray[np.uint8]:
+        """uint8 ``[chunks, ChunkLayout.layer_nbytes]``. Raises :class:`ChunkLostError` when a chunk does not come."""
+        ...
 
 
 class ColdMemory(Protocol):
@@ -61,6 +117,11 @@ class ColdMemory(Protocol):
     @property
     def arena(self) -> Arena:
         """The node's arena, mapped into this process."""
+        ...
+
+    @property
+    def others(self) -> OtherNodes | None:
+        """``None`` where there is but this arena."""
         ...
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:

@@ -1,7 +1,6 @@
 """Which chunk lies where in an arena, who holds it, and what may be evicted."""
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.pins import Pins
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 
 Listener = Callable[[ChunkKey, bool], None]
@@ -36,15 +36,11 @@ class ArenaStore:
         self._free: list[int] = []
         self._idle = IdleSlots()
         self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
-        self._pins: dict[str, tuple[ChunkKey, ...]] = {}
-        self._pin_counts: Counter[ChunkKey] = Counter()
+        self._pins = Pins()
         self._held: dict[str, dict[int, None]] = {}  # dict as ordered set: the order of a sequence's chunks
         self._hold_counts = [0] * arena.slots
         self._promised: dict[str, int] = {}
         self._evicted = self._dropped = 0
-        self._adopt()
-
-    def _adopt(self) -> None:
         headers = self._arena.headers()
         for slot in range(self._arena.slots - 1, -1, -1):
             key = headers[slot]["key"].tobytes()
@@ -59,6 +55,10 @@ class ArenaStore:
     @property
     def arena(self) -> Arena:
         return self._arena
+
+    @property
+    def others(self) -> None:
+        """There is but this arena."""
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
@@ -149,6 +149,26 @@ class ArenaStore:
                 )
             self._promised[holder] = chunks
 
+    def promise_up_to(self, holder: str, chunks: int) -> int:
+        """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
+        with self._lock:
+            before = self._promised.get(holder, 0)
+            others = sum(self._promised.values()) - before
+            room = self._arena.slots - others - self._idle.count(Idle.PINNED)
+            self._promised[holder] = max(before, min(chunks, room))
+            return self._promised[holder]
+
+    def let_go(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+        """``holder`` needs those of ``keys`` no longer that are stored here."""
+        with self._lock:
+            held = self._held.get(holder, {})
+            for slot in [self._stored.get(key, -1) for key in keys]:
+                if slot in held:
+                    del held[slot]
+                    self._unhold(slot)
+            if not held:
+                self._held.pop(holder, None)
+
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds; unknown holders are fine."""
         with self._lock:
@@ -206,23 +226,11 @@ class ArenaStore:
     def pin(self, name: str, keys: Sequence[ChunkKey]) -> None:
         """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later."""
         with self._lock:
-            self._unpin(name)
-            self._pins[name] = tuple(dict.fromkeys(keys))
-            self._pin_counts.update(self._pins[name])
-            self._settle(self._pins[name])
+            self._settle(self._pins.set(name, keys))
 
     def unpin(self, name: str) -> None:
         """Unknown names are fine."""
-        with self._lock:
-            self._unpin(name)
-
-    def _unpin(self, name: str) -> None:
-        keys = self._pins.pop(name, ())
-        self._pin_counts.subtract(keys)
-        for key in keys:
-            if not self._pin_counts[key]:
-                del self._pin_counts[key]
-        self._settle(keys)
+        self.pin(name, ())
 
     def stats(self) -> TierStats:
         with self._lock:
@@ -259,8 +267,7 @@ class ArenaStore:
                     assert self._stored.get(key) == slot, f"slot {slot} is idle and not stored"
                     assert self._kind(key) is kind, f"slot {slot} is among the {kind.name} and is not"
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
-            pins = Counter(key for keys in self._pins.values() for key in keys)
-            assert pins == self._pin_counts, "pins are miscounted"
+            self._pins.check_integrity()
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
                 ref = SlotRef(slot, self._arena.generation_of(slot))
@@ -302,14 +309,17 @@ class ArenaStore:
         self._promised.pop(holder, None)
         # Last chunks first: a prefix is of use without its continuation, not the other way round.
         for slot in reversed(self._held.pop(holder, {})):
-            self._hold_counts[slot] -= 1
-            if self._hold_counts[slot]:
-                continue
-            key = self._keys[slot]
-            if key is not None and self._stored.get(key) == slot:
-                self._idle.add(slot, self._kind(key))
-            else:
-                self._make_free(slot)
+            self._unhold(slot)
+
+    def _unhold(self, slot: int) -> None:
+        self._hold_counts[slot] -= 1
+        if self._hold_counts[slot]:
+            return
+        key = self._keys[slot]
+        if key is not None and self._stored.get(key) == slot:
+            self._idle.add(slot, self._kind(key))
+        else:
+            self._make_free(slot)
 
     def _make_free(self, slot: int) -> None:
         self._arena.clear(slot)
@@ -324,7 +334,7 @@ class ArenaStore:
     def _kind(self, key: ChunkKey) -> Idle:
         if key in self._copied:
             return Idle.COPIED  # pinned or not: it is where it is answered for
-        return Idle.PINNED if self._pin_counts[key] else Idle.SOLE
+        return Idle.PINNED if key in self._pins else Idle.SOLE
 
     def _settle(self, keys: Iterable[ChunkKey]) -> None:
         """Pins or copies of ``keys`` have changed."""

@@ -19,11 +19,12 @@ from forecache.workers.memory.catalog import Catalog, SessionRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange, wanted_room
+from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 from forecache.workers.memory.publisher import CatalogPublisher
-from forecache.workers.memory.remote import RemotePeers
+from forecache.workers.memory.remote_peers import RemotePeers
 from forecache.workers.memory.sessions import Sessions
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read, take_in
@@ -63,11 +64,14 @@ class MemoryTier:
         """Raises :class:`ArenaError`."""
         config = settings.config
         self._settings = settings
-        self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes)
+        spreads = settings.redis_url is not None and settings.namespace is not None
+        records = config.record_bytes if spreads else 0
+        self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes, records)
         self._disk: ArenaStore | None = None
         self._publisher: CatalogPublisher | None = None
         self._exchange: ChunkExchange | None = None
         self._sessions: Sessions | None = None
+        self._hosted: HostedSequences | None = None
         if settings.redis_url is None:
             self._store = ArenaStore(self._arena)
         else:
@@ -84,6 +88,7 @@ class MemoryTier:
                 self._exchange = ChunkExchange(
                     tier_id, self._store, catalog, peers, config, self._publisher.publish_now, self._disk
                 )
+                self._hosted = HostedSequences(self._store, settings.layout, self._exchange.from_disk)
                 self._exchange.start()
             self._publisher.start(self._store)
         self._ended = threading.Event()
@@ -119,7 +124,20 @@ class MemoryTier:
         self._store.promise(holder, chunks)
 
     def release(self, holder: str) -> None:
+        if self._exchange is not None:
+            self._exchange.spread.release(holder)
         self._store.release(holder)
+
+    def spread_call(self, method: str, *args: object) -> object:
+        """One of :class:`SpreadSequences`' methods, for a worker of this node."""
+        assert self._exchange is not None, "sequences are spread over tiers that know each other"
+        return getattr(self._exchange.spread, method)(*args)
+
+    @ray.method(concurrency_group="peers")
+    def hosted_call(self, method: str, *args: object) -> object:
+        """One of :class:`HostedSequences`' methods, for the tier of another node, or a worker there."""
+        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        return getattr(self._hosted, method)(*args)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
         """A request of the session has ended with these chunks."""
@@ -139,10 +157,15 @@ class MemoryTier:
 
     def holding_workers(self) -> list[str]:
         """Ids of the workers that hold something: the part of their holders' names before the slash."""
-        return sorted({holder.partition("/")[0] for holder in self._store.holders()})
+        holders = self._store.holders()
+        if self._exchange is not None:
+            holders += self._exchange.records.holders()
+        return sorted({holder.partition("/")[0] for holder in holders})
 
     def release_worker(self, worker_id: str) -> int:
         """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were."""
+        if self._exchange is not None:
+            self._exchange.spread.release_prefix(f"{worker_id}/")
         return self._store.release_prefix(f"{worker_id}/")
 
     def stats(self) -> TierStats:
@@ -150,7 +173,9 @@ class MemoryTier:
         if self._disk is not None:
             disk = self._disk.stats()
             stats = replace(stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots)
-        return stats if self._exchange is None else replace(stats, **asdict(self._exchange.counters))
+        if self._exchange is None:
+            return stats
+        return replace(stats, remote_records=self._exchange.records.held, **asdict(self._exchange.counters))
 
     def check_integrity(self) -> None:
         self._store.check_integrity()
@@ -159,6 +184,8 @@ class MemoryTier:
         """What :meth:`check_integrity` says; empty if all is well."""
         try:
             self._store.check_integrity()
+            if self._exchange is not None:
+                self._exchange.records.check_integrity()
             if self._disk is not None:
                 self._disk.check_integrity()
         except AssertionError as error:
@@ -242,8 +269,10 @@ def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHand
     return tier
 
 
-def _open_arena(settings: TierSettings, name: str, directory: Path, capacity_bytes: int) -> Arena:
-    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, capacity_bytes)
+def _open_arena(
+    settings: TierSettings, name: str, directory: Path, capacity_bytes: int, record_bytes: int = 0
+) -> Arena:
+    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, capacity_bytes, record_bytes)
     path = directory / f"{FILE_PREFIX}{name}"
     if path.exists():
         try:
@@ -264,4 +293,5 @@ def _open_arena(settings: TierSettings, name: str, directory: Path, capacity_byt
         index_nbytes=settings.index_nbytes,
         index_fingerprint=settings.index_fingerprint,
         capacity_bytes=capacity_bytes,
+        record_bytes=record_bytes,
     )

@@ -26,17 +26,24 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
 
 
 def take_in(
-    store: ArenaStore, batch: ChunkBatch, holder: str | None = None, *, copied_only: bool = False, keep_room: int = 0
+    store: ArenaStore,
+    batch: ChunkBatch,
+    holder: str | None = None,
+    *,
+    copied_only: bool = False,
+    keep_room: int = 0,
+    cached: bool = False,
 ) -> list[ChunkKey]:
     """Store chunks of ``batch``, in its order, while there is room; returns the keys that are stored now.
 
     They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them,
-    and ``keep_room`` slots must be left that can be had so. Bytes that do not have the checksums they came with are not
-    taken.
+    and ``keep_room`` slots must be left that can be had so. ``cached``: others go on to answer for those that are new
+    here. Bytes that do not have the checksums they came with are not taken.
     """
     batch = batch.sound()
     name = holder or f"transfer/{uuid.uuid4().hex}"
     taken: list[ChunkKey] = []
+    new: list[ChunkKey] = []
     try:
         for row, key in enumerate(batch.keys):
             if copied_only and store.room <= keep_room and store.stored([key]) == [False]:
@@ -48,8 +55,12 @@ def take_in(
             if not place.stored:
                 store.arena.write(place.ref, batch, row)
                 store.commit(name, [(key, place.ref)])
+                new.append(key)
             taken.append(key)
-        store.set_copied(taken, False)
+        if cached:
+            store.set_copied(new, True)
+        else:
+            store.set_copied(taken, False)
     finally:
         if holder is None:
             store.release(name)

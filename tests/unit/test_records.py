@@ -1,0 +1,169 @@
+"""Index records of chunks on other nodes, under random operations, and what sequences over several nodes hold."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from forecache.workers.errors import OverloadedError
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.chunk_batch import LayerBatch, RecordBatch
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.records import RecordSlots
+from forecache.workers.memory.share import share_of
+from forecache.workers.memory.store import ArenaStore
+
+LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float8_e4m3fn)
+INDEX_NBYTES, SLOTS, RECORDS = 8, 4, 5
+KEYS = [bytes([i]) * 16 for i in range(1, 10)]
+HOLDERS = ["a/0", "a/1", "b/0"]
+
+
+def small_arena(directory: Path) -> Arena:
+    return Arena.create(
+        directory,
+        "records",
+        layout=LAYOUT,
+        index_nbytes=INDEX_NBYTES,
+        index_fingerprint="index",
+        capacity_bytes=(2 << 20) + SLOTS * LAYOUT.nbytes,
+        record_bytes=RECORDS * (INDEX_NBYTES + 64),
+    )
+
+
+def batch_of(keys: list[bytes]) -> RecordBatch:
+    index = np.stack([np.full(INDEX_NBYTES, key[0], np.uint8) for key in keys])
+    return RecordBatch(tuple(keys), index, np.array([xxhash.xxh3_64_intdigest(row) for row in index], np.uint64))
+
+
+class RecordsMachine(RuleBasedStateMachine):
+    """Holders against a model: who holds which keys."""
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.arena = small_arena(Path(self.directory.name))
+        assert (self.arena.slots, self.arena.record_slots) == (SLOTS, RECORDS)
+        self.records = RecordSlots(self.arena)
+        self.held: dict[str, set[bytes]] = {holder: set() for holder in HOLDERS}
+
+    def teardown(self) -> None:
+        self.arena.close()
+        self.directory.cleanup()
+
+    @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4, unique=True))
+    def put(self, holder: str, keys: list[bytes]) -> None:
+        before = {key for held in self.held.values() for key in held}
+        refs = self.records.put(holder, batch_of(keys))
+        for key, ref in zip(keys, refs, strict=True):
+            if ref is None:
+                assert key not in before and len({key for held in self.held.values() for key in held}) == RECORDS
+                continue
+            assert ref.remote and ref.slot >= SLOTS and self.arena.check(ref, key)
+            assert self.arena.index[ref.slot].tolist() == [key[0]] * INDEX_NBYTES
+            self.held[holder].add(key)
+
+    @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), max_size=4, unique=True))
+    def hold(self, holder: str, keys: list[bytes]) -> None:
+        for key, ref in zip(keys, self.records.hold(holder, keys), strict=True):
+            if any(key in held for held in self.held.values()):
+                assert ref is not None
+            if ref is not None:
+                assert self.arena.check(ref, key)
+                self.held[holder].add(key)
+
+    @rule(holder=st.sampled_from(HOLDERS))
+    def release(self, holder: str) -> None:
+        self.records.release(holder)
+        self.held[holder].clear()
+
+    @rule()
+    def damage_one(self) -> None:
+        for key in KEYS:
+            [ref] = self.records.hold("damage", [key])
+            self.records.release("damage")
+            if ref is not None:
+                self.arena.index[ref.slot, 0] ^= 255
+                assert not self.arena.check(ref, key)
+                [again] = self.records.put("damage", batch_of([key]))
+                self.records.release("damage")
+                assert again == ref and self.arena.check(ref, key)
+                return
+
+    @rule()
+    def restart(self) -> None:
+        """A new owner finds the records; who needs them has to say so again."""
+        self.records = RecordSlots(self.arena)
+        for holder, keys in self.held.items():
+            assert None not in self.records.hold(holder, sorted(keys))
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "records"):
+            self.records.check_integrity()
+            assert self.records.held == len({key for held in self.held.values() for key in held})
+
+
+TestRecords = RecordsMachine.TestCase
+TestRecords.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+def test_no_more_records_are_promised_than_there_is_room_for(tmp_path: Path) -> None:
+    records = RecordSlots(small_arena(tmp_path))
+    records.promise("a/0", 3)
+    with pytest.raises(OverloadedError, match="index records of 3 chunks"):
+        records.promise("a/1", 3)
+    records.promise("a/0", 5)
+    records.release("a/0")
+    records.promise("a/1", 3)
+
+
+def test_a_store_promises_what_it_has_and_lets_go_of_single_chunks(tmp_path: Path) -> None:
+    arena = small_arena(tmp_path)
+    store = ArenaStore(arena)
+    store.promise("a/0", 1)
+    assert store.promise_up_to("b/0", 10) == SLOTS - 1
+    assert store.promise_up_to("a/0", 3) == 1
+    assert store.promise_up_to("b/0", 1) == SLOTS - 1  # what was promised stays
+    places = store.reserve("b/0", KEYS[:3])
+    for place in places:
+        arena.seal(place.ref, place.key)
+    store.commit("b/0", [(place.key, place.ref) for place in places])
+    store.let_go("b/0", [KEYS[1], KEYS[8]])
+    store.check_integrity()
+    assert store.stats().held_slots == 2
+    store.let_go("b/0", KEYS[:3])
+    store.check_integrity()
+    assert store.stats().held_slots == 0 and store.stats().stored_chunks == 3
+
+
+def test_a_share_is_never_more_than_the_arena() -> None:
+    for slots in (*range(3, 40), 1000):
+        share = share_of(slots)
+        assert share.at_once >= 1 and share.slots <= slots
+    assert share_of(1000).slots == 250 and share_of(1000).stays == 126
+
+
+def test_a_layer_of_a_chunk_is_what_its_fields_say() -> None:
+    memory = torch.randint(0, 256, (3, LAYOUT.nbytes), dtype=torch.uint8)
+    kv, scale = LAYOUT.view(memory, "kv"), LAYOUT.view(memory, "scale")
+    for layer in range(2):
+        rows = torch.cat([memory[:, part] for part in LAYOUT.layer_parts(layer)], dim=1)
+        assert rows.shape == (3, LAYOUT.layer_nbytes)
+        assert torch.equal(LAYOUT.layer_view(rows, "kv").view(torch.uint8), kv[:, layer : layer + 1].view(torch.uint8))
+        got, wanted = LAYOUT.layer_view(rows, "scale"), scale[:, layer : layer + 1]
+        assert torch.equal(got.view(torch.int32), wanted.contiguous().view(torch.int32))
+
+
+def test_a_layer_that_was_changed_on_its_way_is_found() -> None:
+    rows = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    batch = LayerBatch.sealed(tuple(KEYS[:4]), rows)
+    assert batch.is_sound
+    rows[2, 3] ^= 1
+    assert not batch.is_sound

@@ -1,0 +1,56 @@
+"""What a tier does for sequences of other nodes: promises room, holds their chunks, and sends layers of them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.layout import ChunkLayout
+from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import take_in
+
+
+class HostedSequences:
+    """Over the ``store`` of one tier. Holders have the names that they have on their own node."""
+
+    def __init__(
+        self, store: ArenaStore, layout: ChunkLayout, from_disk: Callable[[str, Sequence[ChunkKey]], int]
+    ) -> None:
+        """``from_disk`` brings the first of some chunks, as far as they lie on disk, into the store, and holds them."""
+        self._store = store
+        self._layout = layout
+        self._from_disk = from_disk
+
+    def promise(self, holder: str, chunks: int) -> int:
+        """Room for ``chunks`` in all, as far as there is; returns for how many."""
+        return self._store.promise_up_to(holder, chunks)
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+        """Hold those of ``keys`` that are here and sound; returns their records, in order."""
+        self._from_disk(holder, keys)
+        held = [(key, ref) for key, ref in zip(keys, self._store.hold(holder, keys), strict=True) if ref is not None]
+        batch = self._store.arena.read([ref for _, ref in held], [key for key, _ in held])
+        sound = set(batch.keys)
+        for key, ref in held:
+            if key not in sound:
+                self._store.drop(key, ref)
+        return RecordBatch.of(batch)
+
+    def take_in(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+        """Store and hold ``batch`` as far as there is room; returns the keys that are held now."""
+        return take_in(self._store, batch, holder)
+
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
+        """One layer of those of ``keys`` that ``holder`` holds here. Their bytes were verified when they were held."""
+        refs = self._store.hold(holder, keys)
+        found = [(key, ref.slot) for key, ref in zip(keys, refs, strict=True) if ref is not None]
+        slots = np.array([slot for _, slot in found], np.int64)
+        chunks = self._store.arena.chunks.numpy()
+        rows = np.concatenate([chunks[slots, part] for part in self._layout.layer_parts(layer)], axis=1)
+        return LayerBatch.sealed(tuple(key for key, _ in found), rows)
+
+    def release(self, holders: Sequence[str]) -> None:
+        """Let go of all that these hold."""
+        for holder in holders:
+            self._store.release(holder)

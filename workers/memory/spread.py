@@ -1,0 +1,344 @@
+"""Sequences that are more than their node's arena: where each of their chunks is held, on the side of the tier."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from forecache.workers.errors import CatalogUnavailableError, ChunkLostError, OverloadedError
+from forecache.workers.memory.catalog import Catalog, TierRecord
+from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.fetching import ChunkFetcher
+from forecache.workers.memory.keys import ChunkKey, batches
+from forecache.workers.memory.peers import Peers
+from forecache.workers.memory.placement import rendezvous
+from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.records import RecordSlots
+from forecache.workers.memory.share import Share, share_of
+from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import read
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+
+
+@dataclass
+class _Spread:
+    """One sequence of at most ``chunks``. ``own``: those that were found here, and stay; ``places``: the tiers that
+    hold others; ``promised``: what the tiers have promised it."""
+
+    chunks: int
+    share: Share
+    own: set[ChunkKey] = field(default_factory=set)
+    places: dict[ChunkKey, str] = field(default_factory=dict)
+    promised: dict[str, int] = field(default_factory=dict)
+
+    def room_at(self, tier_id: str) -> int:
+        """Chunks that the tier will still hold."""
+        return self.promised.get(tier_id, 0) - sum(place == tier_id for place in self.places.values())
+
+
+class SpreadSequences:
+    """Keeps chunks of this node's sequences on other tiers, which hold them in the sequences' names.
+
+    A tier that was restarted is asked to hold them again; one that was out of reach is told later what was let go of.
+    """
+
+    def __init__(
+        self,
+        tier_id: str,
+        store: ArenaStore,
+        records: RecordSlots,
+        catalog: Catalog,
+        peers: Peers,
+        fetcher: ChunkFetcher,
+        config: MemoryConfig,
+        wake: Callable[[], None],
+    ) -> None:
+        """``wake`` has somebody call :meth:`tick` soon."""
+        self._tier_id = tier_id
+        self._store = store
+        self._records = records
+        self._catalog = catalog
+        self._peers = peers
+        self._fetcher = fetcher
+        self._config = config
+        self._wake = wake
+        self._spread: dict[str, _Spread] = {}
+        self._incarnations: dict[str, str] = {}
+        self._to_release: dict[str, set[str]] = {}  # tier id -> holders
+        self._lock = threading.Lock()
+
+    def __contains__(self, holder: str) -> bool:
+        return holder in self._spread
+
+    def begin(self, holder: str, chunks: int) -> None:
+        """See :meth:`.protocol.OtherNodes.spread`."""
+        share = share_of(self._store.arena.slots)
+        self._store.promise(holder, share.slots)
+        try:
+            self._records.promise(holder, max(chunks - share.stays, 0))
+        except OverloadedError:
+            self._store.release(holder)
+            raise
+        self._spread[holder] = _Spread(chunks, share)
+
+    def promise_rest(self, holder: str) -> Share:
+        """See :meth:`.protocol.OtherNodes`."""
+        spread = self._of(holder)
+        missing = spread.chunks - spread.share.stays - sum(spread.promised.values())
+        for tier in sorted(self._others(), key=lambda tier: tier.used_slots - tier.slots):
+            if missing <= 0:
+                break
+            missing -= self._promise_at(tier.tier_id, holder, spread, missing)
+        if missing > 0:
+            granted = self._store.promise_up_to(holder, spread.share.slots + missing) - spread.share.slots
+            spread.share = replace(spread.share, stays=spread.share.stays + granted)
+            missing -= granted
+        if missing > 0:
+            raise OverloadedError(
+                f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.share.slots} "
+                f"slots for it, and with those of other nodes {missing} are missing. Try again later, lower "
+                "max_tokens, or raise --cold-bytes."
+            )
+        return spread.share
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """Hold the longest run of ``keys`` that is stored in memory anywhere, each chunk where it lies."""
+        spread = self._of(holder)
+        try:
+            places = self._catalog.locate(keys)
+        except CatalogUnavailableError:
+            places = [set[str]() for _ in keys]  # as if nobody else had them
+        here = self._store.stored(keys)
+        run: list[tuple[ChunkKey, str]] = []
+        own = len(spread.own)
+        for key, tier_ids, is_here in zip(keys, places, here, strict=True):
+            others = tier_ids - {self._tier_id}
+            if is_here and (own < spread.share.stays or not others):
+                own += 1
+                run.append((key, ""))
+            elif others:
+                last = run[-1][1] if run else ""
+                run.append((key, last if last in others else rendezvous(key, others)[0]))
+            else:
+                break
+        refs: list[SlotRef] = []
+        for tier_id, part in _runs(run):
+            held = self._hold_here(holder, spread, part) if not tier_id else self._hold_at(holder, tier_id, part)
+            refs += held
+            if len(held) < len(part):
+                break
+        return refs
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """See :meth:`.protocol.OtherNodes.fetch`. A tier that does not answer may be starting again: it is waited for,
+        as long as for any call."""
+        deadline_s = time.monotonic() + self._config.call_deadline_s
+        refs = self._store.hold(reader, keys)
+        places = self._of(holder).places
+        while missing := [key for key, ref in zip(keys, refs, strict=True) if ref is None]:
+            wanted = [(key, {places[key]}) for key in missing if key in places]
+            came = self._fetcher.bring(reader, wanted, deadline_s, cached=True)
+            if len(came) < len(missing):
+                left = [key for key in missing if key not in came]
+                came |= self._fetcher.bring(reader, self._replicas(left), deadline_s, cached=True)
+            refs = self._store.hold(reader, keys)
+            if len(came) < len(missing):
+                if time.monotonic() + RETRY_S > deadline_s:
+                    break
+                time.sleep(RETRY_S)
+        return refs
+
+    def places(self, holder: str, keys: Sequence[ChunkKey]) -> list[str]:
+        """Ids of the tiers that hold ``keys`` for ``holder``; empty for one that none does."""
+        spread = self._spread.get(holder)
+        return ["" if spread is None else spread.places.get(key, "") for key in keys]
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """See :meth:`.protocol.OtherNodes.move_out`. It takes as long as a call may: a tier may be starting again."""
+        spread = self._of(holder)
+        deadline_s = time.monotonic() + self._config.call_deadline_s
+        refs: dict[ChunkKey, SlotRef | None] = {}
+        for part in batches(keys, self._fetcher.batch_chunks):
+            batch = read(self._store, part)
+            while len(batch):
+                for tier_id in self._takers(holder, spread):
+                    taken = self._give(tier_id, holder, spread, batch)
+                    refs |= taken
+                    batch = batch.only(np.array([key not in taken for key in batch.keys], np.bool_))
+                    if not len(batch):
+                        break
+                if len(batch) and time.monotonic() + RETRY_S > deadline_s:
+                    break
+                if len(batch):
+                    time.sleep(RETRY_S)
+        self._store.let_go(holder, keys)
+        return [refs.get(key) for key in keys]
+
+    def _give(self, tier_id: str, holder: str, spread: _Spread, batch: ChunkBatch) -> dict[ChunkKey, SlotRef | None]:
+        """Have a tier hold as much of ``batch`` as it has promised; returns where the records of what it took are."""
+        room = spread.room_at(tier_id)
+        if room <= 0:
+            return {}
+        try:
+            taken = set(self._peers.take_in_for(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
+        except ChunkLostError as error:
+            logger.warning("%d chunks were not taken: %s", min(room, len(batch)), error)
+            return {}
+        records = RecordBatch.of(batch.only(np.array([key in taken for key in batch.keys], np.bool_)))
+        spread.places |= dict.fromkeys(records.keys, tier_id)
+        self._store.set_copied(records.keys, True)
+        return dict(zip(records.keys, self._records.put(holder, records), strict=True))
+
+    def hold_again(
+        self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
+    ) -> list[ChunkKey]:
+        """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
+        spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
+        # as far as there is room: new work may have come first, and what runs goes on
+        self._store.promise_up_to(holder, max(spread.share.slots, len(own) + 2 * spread.share.at_once))
+        held = self._store.hold(holder, own)
+        records = self._records.hold(holder, list(places))
+        spread.own.update(own)
+        spread.places.update(places)
+        for tier_id in set(places.values()):
+            keys = [key for key, place in places.items() if place == tier_id]
+            spread.promised[tier_id] = len(keys)
+        lost = [key for key, ref in zip([*own, *places], [*held, *records], strict=True) if ref is None]
+        if lost:
+            logger.warning("%d chunks of %s are gone", len(lost), holder)
+        return lost
+
+    def release(self, holder: str) -> None:
+        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine."""
+        self._records.release(holder)
+        spread = self._spread.pop(holder, None)
+        if spread is None:
+            return
+        with self._lock:
+            for tier_id in {*spread.promised, *spread.places.values()}:
+                self._to_release.setdefault(tier_id, set()).add(holder)
+        self._wake()
+
+    def release_prefix(self, prefix: str) -> None:
+        """As :meth:`release`, of every holder whose name starts with ``prefix``."""
+        for holder in {*self._spread, *self._records.holders()}:
+            if holder.startswith(prefix):
+                self.release(holder)
+
+    def tick(self, tiers: Mapping[str, TierRecord]) -> None:
+        """Once in a while, with the other living ``tiers``: tell them what was let go of, and have those that were
+        restarted hold again."""
+        with self._lock:
+            due, self._to_release = self._to_release, {}
+        for tier_id, holders in due.items():
+            try:
+                if tier_id not in tiers:
+                    raise ChunkLostError(f"{tier_id} is not there now")
+                self._peers.release_for(tier_id, sorted(holders))
+            except ChunkLostError as error:
+                logger.debug("%s will be told again to let go: %s", tier_id, error)
+                with self._lock:
+                    self._to_release.setdefault(tier_id, set()).update(holders)
+        for tier_id, tier in tiers.items():
+            known = self._incarnations.setdefault(tier_id, tier.incarnation)
+            if known != tier.incarnation and self._renew_holds(tier_id):
+                self._incarnations[tier_id] = tier.incarnation
+
+    def _renew_holds(self, tier_id: str) -> bool:
+        for holder, spread in list(self._spread.items()):
+            keys = [key for key, place in list(spread.places.items()) if place == tier_id]
+            promised = spread.promised.get(tier_id, 0)
+            try:
+                if promised or keys:
+                    self._peers.promise_for(tier_id, holder, max(promised, len(keys)))
+                    self._peers.hold_for(tier_id, holder, keys)
+            except ChunkLostError as error:
+                logger.warning("%s is to hold %d chunks again, later: %s", tier_id, len(keys), error)
+                return False
+            if holder not in self._spread:
+                with self._lock:
+                    self._to_release.setdefault(tier_id, set()).add(holder)
+        return True
+
+    def _of(self, holder: str) -> _Spread:
+        spread = self._spread.get(holder)
+        if spread is None:
+            raise ChunkLostError(f"{holder} has let go of all its chunks")
+        return spread
+
+    def _hold_here(self, holder: str, spread: _Spread, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        more = len(spread.own) + len(keys) - spread.share.stays
+        if more > 0:
+            # only here: they stay, if there is room for so many
+            granted = self._store.promise_up_to(holder, spread.share.slots + more)
+            keys = keys[: len(keys) - max(spread.share.slots + more - granted, 0)]
+        refs = self._store.hold_prefix(holder, keys)
+        spread.own.update(keys[: len(refs)])
+        return refs
+
+    def _hold_at(self, holder: str, tier_id: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        spread = self._of(holder)
+        held = sum(place == tier_id for place in spread.places.values())
+        refs: list[SlotRef] = []
+        try:
+            spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, held + len(keys))
+            batch = self._peers.hold_for(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
+        except ChunkLostError as error:
+            logger.warning("%d chunks are not held: %s", len(keys), error)
+            return []
+        found = dict(zip(batch.keys, self._records.put(holder, batch), strict=True))
+        for key in keys:
+            ref = found.get(key)
+            if ref is None:
+                break
+            spread.places[key] = tier_id
+            refs.append(ref)
+        return refs
+
+    def _promise_at(self, tier_id: str, holder: str, spread: _Spread, more: int) -> int:
+        """Have a tier promise ``more`` slots than it has; returns how many it adds."""
+        before = spread.promised.get(tier_id, 0)
+        try:
+            spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, before + more)
+        except ChunkLostError as error:
+            logger.warning("%s promises nothing: %s", tier_id, error)
+        return spread.promised.get(tier_id, 0) - before
+
+    def _takers(self, holder: str, spread: _Spread) -> Iterator[str]:
+        """Tiers that promised room; then others, which are asked for it."""
+        yield from list(spread.promised)
+        for tier in self._others():
+            if tier.tier_id not in spread.promised and self._promise_at(
+                tier.tier_id, holder, spread, spread.share.at_once
+            ):
+                yield tier.tier_id
+
+    def _others(self) -> list[TierRecord]:
+        try:
+            return [tier for tier in self._catalog.tiers() if tier.tier_id != self._tier_id]
+        except CatalogUnavailableError:
+            return []
+
+    def _replicas(self, keys: Sequence[ChunkKey]) -> list[tuple[ChunkKey, set[str]]]:
+        try:
+            found = zip(keys, self._catalog.locate(keys), strict=True)
+        except CatalogUnavailableError:
+            return []
+        return [(key, others) for key, tier_ids in found if (others := tier_ids - {self._tier_id})]
+
+
+def _runs(places: Sequence[tuple[ChunkKey, str]]) -> Iterator[tuple[str, list[ChunkKey]]]:
+    """Chunks in a row of one tier."""
+    run: list[ChunkKey] = []
+    for number, (key, tier_id) in enumerate(places):
+        run.append(key)
+        if number + 1 == len(places) or places[number + 1][1] != tier_id:
+            yield tier_id, run
+            run = []
