@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from forecache.cluster.admission import Admission
-from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.answers import AnswerFormat, Echo, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
 from forecache.cluster.http_body import check_headers, read_json
@@ -178,7 +178,7 @@ class Api:
             include_usage=request.include_usage,
             texts=None if request.logprobs_wanted() is None else await self._encoder.token_texts(),
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
-            echo=tuple(prompt.echo for prompt in prompts if prompt.echo is not None),
+            echo=tuple(Echo(p.echo, p.token_ids[0]) for p in prompts if p.echo is not None),
         )
         streams = self._streams(request, prompts, answer.id, tenant)
         if not request.stream:

@@ -29,6 +29,7 @@ MAX_PROMPTS = 1024
 MAX_STOP, MAX_STOP_CHARS = 4, 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_WINDOW_STEPS = 65536
 
 # OpenAI's fields that ask for nothing here, with the values that ask for nothing. `...` takes any value.
 _NEUTRAL: dict[str, Any] = {
@@ -52,10 +53,12 @@ _NEUTRAL: dict[str, Any] = {
 
 
 class ForecacheOptions(Strict):
-    """A request's wishes for its KV cache, and the longest it may take."""
+    """A request's wishes for its KV cache, and the longest it may take. ``window``: decode steps between two resident
+    sets."""
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
+    window: int | None = Field(None, ge=1, le=MAX_WINDOW_STEPS)
     cache_salt: Text = Field("", max_length=1024)
     session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -126,6 +129,11 @@ class _Request(Strict):
     def timeout_s(self) -> float | None:
         return None if self.forecache is None else self.forecache.timeout_s
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted too."""
+        return False
+
     def answer_tokens(self) -> int | None:
         """Most tokens of the answer; None is as many as the context takes."""
         return self.max_tokens
@@ -152,11 +160,12 @@ class _Request(Strict):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=self.logprobs_wanted(),
             grammar=self.grammar(),
+            prompt_logprobs=self.scores_prompt,
         )
 
     def cache(self) -> CacheOptions:
         options = self.forecache or ForecacheOptions()
-        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id)
+        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id, options.window)
 
 
 def seed_of_choice(seed: int, number: int) -> int:
@@ -244,9 +253,11 @@ class CompletionRequest(_Request):
     def _fits_together(self) -> Self:
         if len(self.prompts()) * (self.n or 1) > MAX_PROMPTS:
             raise InvalidRequestError(f"n times the prompts are more than {MAX_PROMPTS} answers", "n")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo is not supported together with logprobs; leave one of them out", "echo")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
     def answer_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens

@@ -47,9 +47,10 @@ class Answers:
     def push(self, seq: Sequence, drawn: Sampled) -> News:
         """A token was drawn for ``seq`` and stands last in its tokens."""
         token, detokenizer = drawn.token, self._detokenizers[seq.request_id]
-        if token in self._eos and not seq.sampling.ignore_eos:
-            return News((token,), detokenizer.flush(), "stop")
         logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+        if token in self._eos and not seq.sampling.ignore_eos:
+            told = logprobs if seq.sampling.prompt_logprobs else ()
+            return News((token,), detokenizer.flush(), "stop", logprobs=told)
         text = detokenizer.push(token)
         try:
             complete = seq.matcher is not None and seq.matcher.advance(token)
@@ -71,6 +72,7 @@ class Answers:
             prefill_tokens_done=done,
             logprobs=news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
+            prompt_logprobs=_prompt_logprobs(seq, news),
         )
 
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
@@ -87,4 +89,9 @@ class Answers:
             news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
+            prompt_logprobs=_prompt_logprobs(seq, news),
         )
+
+
+def _prompt_logprobs(seq: Sequence, news: News) -> tuple[TokenLogprobs, ...]:
+    return seq.told_prompt() if seq.scores_prompt and news.tokens else ()

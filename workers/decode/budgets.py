@@ -74,6 +74,10 @@ class Budgets:
             return chunks
         return budget_chunks(chunks, seq.keep_ratio, self._selection)
 
+    def window_steps(self, seq: Sequence) -> int:
+        """Decode steps between two resident sets of ``seq``."""
+        return seq.cache.window_steps or self._config.window_steps
+
     def of(self, seq: Sequence, chunks: int) -> int:
         """Chunks of ``seq`` that may be resident now, when it has ``chunks``."""
         return min(self.first(seq, chunks) * seq.widening, chunks)
@@ -85,7 +89,7 @@ class Budgets:
         everything = seq.max_chunks + 1
         if budget >= seq.max_chunks:
             return everything
-        return min(everything, budget + -(-budget // 2) + self._config.window_steps // seq.chunk_tokens + 2)
+        return min(everything, budget + -(-budget // 2) + self.window_steps(seq) // seq.chunk_tokens + 2)
 
     def widest_table(self, max_tokens: int) -> int:
         """Most slots that a decode step of a sequence of ``max_tokens`` usually reads, at the configured keep ratio:

@@ -225,6 +225,8 @@ class Engine:
         self._read_s = now
         for captured in output.captured:
             self.windows.captured(captured)
+        for scored in output.scored:
+            scored.take()
         for drawn in output.sampled:
             seq = drawn.sequence
             if seq in lost or seq.state is State.FINISHED or seq.restarts != drawn.restarts:

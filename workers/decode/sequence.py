@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forecache.workers.decode.grammar import Matcher
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenLogprobs
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
 
@@ -71,6 +71,7 @@ class Sequence:
     ``replayed_tokens`` is for how many coming tokens it is known already what is drawn.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
+    ``scores_prompt``: log-probabilities of its prompt are wanted, and ``prompt_logprobs`` are those so far.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
     would have been with half of that, which would have done at the last ``steady_boundaries``.
     """
@@ -88,6 +89,8 @@ class Sequence:
     ) -> None:
         self.request = request
         self.matcher = matcher
+        self.scores_prompt = request.sampling.prompt_logprobs and not request.resume_token_ids
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.holder = holder
         self.root = root
         self.chunk_tokens = chunk_tokens
@@ -229,6 +232,12 @@ class Sequence:
         self.open_exact = True
         return chunk
 
+    def told_prompt(self) -> tuple[TokenLogprobs, ...]:
+        """What is known of its prompt, to be told once."""
+        self.scores_prompt, told = False, tuple(self.prompt_logprobs)
+        self.prompt_logprobs.clear()
+        return told
+
     def replay(self) -> None:
         """The answer so far is to be computed as it was, by decode steps over sets chosen anew, not by prefill: what
         follows is then what would have followed. Call it before any token is computed."""
@@ -248,6 +257,7 @@ class Sequence:
         self.holder = holder
         self.chunks.clear()
         self.chunk_of.clear()
+        self.prompt_logprobs.clear()
         self._ref_slots.fill(-1)
         self.table_version += 1
         self.num_computed = 0
