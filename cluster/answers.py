@@ -11,7 +11,7 @@ from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
 from forecache.cluster.logprobs import TokenTexts, chat_logprobs, completion_logprobs, echoed_logprobs, joined
 from forecache.cluster.openai_types import usage
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser
-from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+from forecache.workers.decode.messages import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,11 @@ class AnswerFormat:
 
     def usage_chunk(self, stats: SequenceStats) -> dict[str, Any]:
         return {**self._chunk_head(), "choices": [], "usage": usage(stats)}
+
+    def view_chunk(self, index: int, view: ChunkView) -> dict[str, Any]:
+        """Where the chunks of choice ``index`` are."""
+        told = {"index": index, "chunks": view.states, "keep_ratio": view.keep_ratio, "coverage": view.coverage}
+        return {**self._chunk_head(), "choices": [], "forecache": told}
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head("chat.completion.chunk" if self.chat else "text_completion")
@@ -235,6 +240,8 @@ async def server_sent_events(
             if event is None:
                 yield ": waiting\n\n"
                 continue
+            if event.view is not None:
+                yield _data(answer.view_chunk(index, event.view))
             for chunk in writers[index].chunks(writers[index].take(event)):
                 yield _data(chunk)
             if not event.token_ids and not event.text and event.finish_reason is None:

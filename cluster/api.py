@@ -165,7 +165,23 @@ class Api:
 
     async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:
         self._admission.check_open()
-        request = kind.model_validate(await read_json(http, self._limits))
+        body = await read_json(http, self._limits)
+        with self._admission.entering():
+            request = kind.model_validate(body)
+            streams, answer = await self._admitted(request, tenant)
+        if not request.stream:
+            return JSONResponse(await collect(streams, answer))
+        try:
+            await streams.start(FIRST_EVENT_WAIT_S)
+        except BaseException:
+            streams.close()
+            raise
+        return EventStreamResponse(
+            streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
+        )
+
+    async def _admitted(self, request: OpenAIRequest, tenant: Tenant) -> tuple[ChoiceStreams, AnswerFormat]:
+        """Its choices, let in, and the form of their answer."""
         self._check_model(request.model)
         prompts = await self._encoder.encode(request)
         chat = isinstance(request, ChatCompletionRequest)
@@ -180,17 +196,7 @@ class Api:
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
             echo=tuple(Echo(p.echo, p.token_ids[0]) for p in prompts if p.echo is not None),
         )
-        streams = self._streams(request, prompts, answer.id, tenant)
-        if not request.stream:
-            return JSONResponse(await collect(streams, answer))
-        try:
-            await streams.start(FIRST_EVENT_WAIT_S)
-        except BaseException:
-            streams.close()
-            raise
-        return EventStreamResponse(
-            streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
-        )
+        return self._streams(request, prompts, answer.id, tenant), answer
 
     def _streams(
         self, request: OpenAIRequest, prompts: Sequence[EncodedPrompt], request_id: str, tenant: Tenant
@@ -218,7 +224,13 @@ class Api:
                     ticket.begun(index)
 
             source = self._workers.generate(
-                GenerateRequest(request_id if alone else f"{request_id}-{index}", prompt.token_ids, settings, cache)
+                GenerateRequest(
+                    request_id if alone else f"{request_id}-{index}",
+                    prompt.token_ids,
+                    settings,
+                    cache,
+                    show_chunks=request.show_chunks,
+                )
             )
             return EventStream(source, silence_s=SILENCE_S, observe=observe)
 

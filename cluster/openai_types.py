@@ -54,7 +54,7 @@ _NEUTRAL: dict[str, Any] = {
 
 class ForecacheOptions(Strict):
     """A request's wishes for its KV cache, and the longest it may take. ``window``: decode steps between two resident
-    sets."""
+    sets; ``show_chunks``: the stream also tells where its chunks are."""
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
@@ -62,6 +62,7 @@ class ForecacheOptions(Strict):
     cache_salt: Text = Field("", max_length=1024)
     session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    show_chunks: bool = False
 
 
 class StreamOptions(Strict):
@@ -119,11 +120,17 @@ class _Request(Strict):
     def _stream_options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream: true", "stream_options")
+        if self.show_chunks and not self.stream:
+            raise InvalidRequestError("show_chunks is only allowed with stream: true", "forecache.show_chunks")
         return self
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def show_chunks(self) -> bool:
+        return self.forecache is not None and self.forecache.show_chunks
 
     @property
     def timeout_s(self) -> float | None:

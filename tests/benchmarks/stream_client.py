@@ -1,4 +1,4 @@
-"""A client that costs little: HTTP/1.1 over asyncio's sockets, for streams of events beside the server that makes them."""
+"""A client that costs little: HTTP/1.1 over asyncio sockets, for streams of events beside the server of them."""
 
 import asyncio
 import json

@@ -18,6 +18,8 @@ from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.worker import DecodeWorker, ScorerStats, WorkerSettings, WorkerStats
 
 TOKENS_PER_S = 20.0
+APART_SEED = 1
+"""An engine setting that means nothing here tells that tokens come apart."""
 
 
 class StubEngine:
@@ -90,7 +92,7 @@ class StubWorker(DecodeWorker):
     """The replica, with no model and no memory."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._engine = AsyncEngine(StubEngine(apart=settings.engine.seed == 1))  # type: ignore[arg-type]
+        self._engine = AsyncEngine(StubEngine(apart=settings.engine.seed == APART_SEED))  # type: ignore[arg-type]
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         async for event in super().generate(request):

@@ -1,11 +1,12 @@
 """From tokens to what a client reads: text, why an answer ended, and its account."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.decode.accounting import sequence_stats
-from forecache.workers.decode.messages import FinishReason, TokenEvent, TokenLogprobs
+from forecache.workers.decode.messages import ChunkView, FinishReason, TokenEvent, TokenLogprobs
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Sampled
 from forecache.workers.decode.tokenizer import Detokenizer
@@ -28,12 +29,20 @@ NOTHING_NEW = News()
 
 
 class Answers:
-    """The answers under way. ``eos`` are the token ids that end one; ``chunk_bytes`` are for the account."""
+    """The answers under way. ``eos`` are the token ids that end one; ``chunk_bytes`` are for the account, ``view``
+    tells those who watch where chunks are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos: frozenset[int], chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos: frozenset[int],
+        chunk_bytes: int,
+        view: Callable[[Sequence], ChunkView | None],
+    ) -> None:
         self._tokenizer = tokenizer
         self._eos = eos
         self._chunk_bytes = chunk_bytes
+        self._view = view
         self._detokenizers: dict[str, Detokenizer] = {}
 
     def begin(self, seq: Sequence) -> None:
@@ -73,6 +82,7 @@ class Answers:
             logprobs=news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             prompt_logprobs=_prompt_logprobs(seq, news),
+            view=self._view(seq),
         )
 
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
@@ -90,6 +100,7 @@ class Answers:
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
             prompt_logprobs=_prompt_logprobs(seq, news),
+            view=self._view(seq),
         )
 
 

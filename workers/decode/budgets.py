@@ -104,6 +104,7 @@ class Budgets:
     def observe(self, seq: Sequence, event_mass: npt.NDArray[np.float32], resident: npt.NDArray[np.bool_]) -> Coverage:
         """A step of ``seq`` that read the chunks ``resident`` had ``event_mass``: count it. Both are [chunks]."""
         found = self._measure(seq, event_mass, resident)
+        seq.attended = frozenset(np.flatnonzero((event_mass > 0) & resident).tolist())
         counters = seq.counters
         counters.event_hits += found.hits
         counters.event_misses += found.misses

@@ -52,13 +52,25 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it."""
+    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it.
+    ``show_chunks``: they also tell where its chunks are."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache: CacheOptions = field(default_factory=CacheOptions)
     resume_token_ids: tuple[int, ...] = ()
+    show_chunks: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """Where a request's chunks are: a letter each in ``states``, see :mod:`.chunk_states`. ``keep_ratio`` is that of
+    the coming step, ``coverage`` the mean so far, as in :class:`SequenceStats`."""
+
+    states: str
+    keep_ratio: float
+    coverage: float | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ class TokenEvent:
     The last event of a request has ``finish_reason`` and ``stats``; ``error`` goes with ``finish_reason="error"``.
     ``logprobs``, where they were asked for, are of the tokens that are part of the text: not of one that ends it.
     ``prompt_logprobs``, where they were, come with the first token: of the prompt's tokens but the first.
+    ``view``: where its chunks are, if that is wanted and has changed.
     ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room.
     """
 
@@ -118,3 +131,4 @@ class TokenEvent:
     position: int = 0
     overloaded: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    view: ChunkView | None = None

@@ -73,7 +73,8 @@ class Sequence:
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
     ``scores_prompt``: log-probabilities of its prompt are wanted, and ``prompt_logprobs`` are those so far.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
-    would have been with half of that, which would have done at the last ``steady_boundaries``.
+    would have been with half of that, which would have done at the last ``steady_boundaries``. ``attended``: resident
+    chunks that retrieval heads looked at when that was last measured; ``shown`` is of :mod:`.chunk_states`.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Sequence:
         self.widening = 1
         self.half_set = np.zeros(0, dtype=np.bool_)
         self.steady_boundaries = 0
+        self.attended: frozenset[int] = frozenset()
+        self.shown: tuple[object, ...] = ()
         self.decode_steps = 0
         self.counters = Counters()
 

@@ -19,7 +19,9 @@ from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import select
 from forecache.workers.decode.budgets import Budgets, mask_of
 from forecache.workers.decode.captures import make_capture
+from forecache.workers.decode.chunk_states import chunk_view
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.messages import ChunkView
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
 from forecache.workers.decode.turn import Turn
@@ -180,6 +182,10 @@ class WindowCycle:
                 turn.future.cancel()
             for slot in turn.incoming.values():
                 self._pool.release(slot)
+
+    def view(self, seq: Sequence) -> ChunkView | None:
+        """Where its chunks are, for those who watch."""
+        return chunk_view(seq, self._pool, self._turns.get(seq))
 
     def busy(self, seq: Sequence) -> bool:
         """Whether a copy into slots of ``seq`` is running."""
