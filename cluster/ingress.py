@@ -14,12 +14,12 @@ from forecache.cluster.api import Api
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.metrics import Metrics
+from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.sessions import SessionDirectory, SessionRoutes
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
-from forecache.cluster.ui import add_page
 from forecache.indexer.selection import budget_chunks
 from forecache.workers.decode.async_engine import EngineDeadError
 from forecache.workers.decode.loader import resolve_model

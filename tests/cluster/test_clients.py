@@ -1,21 +1,19 @@
 """Programs that were made for OpenAI's service, and one that tries to break any service, against a real server."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
+import fuzz
 import lm_eval
 import pytest
 import schemathesis
 import torch
-from hypothesis import HealthCheck, given, settings
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, SecretStr
-from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +21,7 @@ pytestmark = pytest.mark.cluster
 
 MODEL = "bytes"
 CASES = 20
-"""Of each path, sound and unsound; the README says how ten thousand are run."""
+"""Of each path, sound and unsound; `fuzz.py` runs ten thousand."""
 
 
 @pytest.fixture(scope="module")
@@ -141,34 +139,11 @@ def interface(server: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"])
+@pytest.mark.parametrize("path", fuzz.PATHS)
 def test_no_request_is_a_server_error(server: Any, interface: Any, path: str, mode: GenerationMode) -> None:
     """And none hangs: each has its time limit. A stream, whatever was asked, holds well-formed events alone."""
-
-    @given(case=interface[path]["POST"].as_strategy(generation_mode=mode))
-    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    def check(case: Any) -> None:
-        response = case.call(timeout=60)
-        case.validate_response(response, checks=[not_a_server_error])
-        if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
-            check_events(server.post(path, case.body).text)  # schemathesis reads a few events and leaves
-
-    check()
-
-
-def check_events(text: str) -> None:
-    events = text.split("\n\n")
-    assert events.pop() == "", "the last event is not complete"
-    for event in events:
-        assert re.fullmatch(r": (waiting|prefill \d+/\d+)|data: \[DONE\]|data: \{.*\}", event), event
-        if event.startswith("data: {"):
-            assert {"choices", "error"} & set(json.loads(event.removeprefix("data: ")))
-    assert events[-1] == "data: [DONE]" or "error" in json.loads(events[-1].removeprefix("data: "))
+    fuzz.try_cases(server.url, interface, path, mode, CASES)
 
 
 def test_the_server_is_well_afterwards(server: Any) -> None:
-    server.wait_for_metric("forecache_num_requests_running", 0, within_s=30)
-    assert server.get("/ready").status_code == 200
-    server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
-    body = {"model": MODEL, "prompt": "abc", "max_tokens": 3}
-    assert server.post("/v1/completions", body).status_code == 200
+    fuzz.check_well(server.url, MODEL)

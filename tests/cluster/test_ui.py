@@ -1,5 +1,6 @@
 """The page at `/ui` in a real browser, against a real server."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def open_page(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
+        page.route("**/v1/chat/completions", to_the_end)
         page.goto(f"{server.url}/ui")
         playwright_api.expect(page.locator("#model")).to_have_text("bytes")
         return page
@@ -57,6 +59,11 @@ def open_page(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
         context.close()
     assert said == []
     assert asked and all(url.startswith((f"{server.url}/", "data:")) for url in asked)
+
+
+def to_the_end(route: Any) -> None:
+    """The model is noise: only so does it always say the same, and as much as it may."""
+    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True, "seed": 1}))
 
 
 @pytest.fixture(scope="module")

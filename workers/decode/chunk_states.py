@@ -12,7 +12,7 @@ one; there for the next one already; in none of both; not computed yet."""
 
 def chunk_view(seq: Sequence, pool: HotPool, turn: Turn | None) -> ChunkView | None:
     """What has changed since it was last asked for; ``None``: nothing, or nobody watches. ``turn`` is the set in the
-    making. While a prompt is prefilled there is no set yet: what the pool holds is hot then."""
+    making. While a prompt is prefilled there is no set: what the pool holds is hot then."""
     if not seq.request.show_chunks:
         return None
     turned = None if turn is None else (turn.boundary, turn.selected is None, turn.ready)
@@ -22,7 +22,7 @@ def chunk_view(seq: Sequence, pool: HotPool, turn: Turn | None) -> ChunkView | N
     seq.shown = now
     counters = seq.counters
     coverage = counters.coverage_sum / counters.coverages if counters.coverages else None
-    if seq.state in (State.DECODE, State.FINISHED):
+    if seq.state in (State.RECALLING, State.DECODE, State.FINISHED):
         return ChunkView(_decoding(seq, turn), seq.resident_share, coverage)
     done = "".join(HOT if pool.lookup(chunk.key) is not None else COLD for chunk in seq.chunks)
     all_chunks = -(-seq.prefill_target // seq.chunk_tokens)
