@@ -162,6 +162,7 @@ def test_neutral_openai_fields_pass(field: dict[str, Any]) -> None:
         ({"forecache": {"policy": "clever"}}, "forecache.policy", "invalid_value"),
         ({"forecache": {"keep_ratio": 0}}, "forecache.keep_ratio", "invalid_value"),
         ({"forecache": {"window": 0}}, "forecache.window", "invalid_value"),
+        ({"forecache": {"show_chunks": True}}, "forecache.show_chunks", "invalid_value"),
         ({"forecache": {"keep_ration": 1}}, "forecache.keep_ration", "unknown_parameter"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
