@@ -5,7 +5,8 @@ A request waits from its admission to its first token. What is refused costs not
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from forecache.cluster.errors import DrainingError, TooManyRequestsError
@@ -97,6 +98,7 @@ class Admission:
     queued_requests: int = 0
     queued_tokens: int = 0
     in_flight: int = 0
+    _entering: int = 0
     _uses: dict[str, _Use] = field(default_factory=dict)
 
     def check_open(self) -> None:
@@ -107,9 +109,22 @@ class Admission:
             TooManyRequestsError: as many wait as may.
         """
         if self.draining:
-            raise DrainingError("this server is being stopped; send the request again", FIRST_RETRY_S)
-        if self.queued_requests >= self.limits.max_queued_requests:
-            raise self._full(f"{self.queued_requests} requests wait already")
+            raise self._draining()
+        self._check_places(self._entering)
+
+    @contextmanager
+    def entering(self) -> Iterator[None]:
+        """A place is kept for a request while its prompt is tokenized and until it is admitted. What finds none is told
+        so before that work, and does not stand in line for it.
+
+        Raises as :meth:`check_open` does.
+        """
+        self.check_open()
+        self._entering += 1
+        try:
+            yield
+        finally:
+            self._entering -= 1
 
     def admit(self, tenant: Tenant, choices: Sequence[int], resident_bytes: int) -> Ticket:
         """Let in a request whose choices have so many prompt tokens, and may come to hold ``resident_bytes`` hot.
@@ -118,7 +133,9 @@ class Admission:
             DrainingError, TooManyRequestsError: as above; or the tenant has as much under way as it may.
             InvalidRequestError: the request alone is more than its tenant may have.
         """
-        self.check_open()
+        if self.draining:
+            raise self._draining()
+        self._check_places(0)
         tokens = sum(choices)
         if self.queued_requests and self.queued_requests + len(choices) > self.limits.max_queued_requests:
             raise self._full(f"{self.queued_requests} requests wait already, and this one asks for {len(choices)}")
@@ -158,6 +175,14 @@ class Admission:
         assert self.queued_tokens >= 0 and (self.queued_requests or not self.queued_tokens)
         assert all(use.requests > 0 and use.resident_bytes >= 0 for use in self._uses.values())
         assert (self.in_flight > 0) == bool(self._uses)
+
+    def _check_places(self, taken: int) -> None:
+        """``taken``: places that are kept for others, and not yet in the queue."""
+        if self.queued_requests + taken >= self.limits.max_queued_requests:
+            raise self._full(f"{self.queued_requests + taken} requests wait already")
+
+    def _draining(self) -> DrainingError:
+        return DrainingError("this server is being stopped; send the request again", FIRST_RETRY_S)
 
     def _check_tenant(self, tenant: Tenant, use: _Use, choices: int, resident_bytes: int) -> None:
         most, most_bytes = tenant.max_concurrent, tenant.max_resident_bytes

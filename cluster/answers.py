@@ -8,13 +8,21 @@ from typing import Any
 
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
-from forecache.cluster.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from forecache.cluster.logprobs import TokenTexts, chat_logprobs, completion_logprobs, echoed_logprobs, joined
 from forecache.cluster.openai_types import usage
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser
-from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+from forecache.workers.decode.messages import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that its answers begin with: its text, and its ``first_token``."""
+
+    text: str
+    first_token: int
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class AnswerFormat:
     """The objects of `/v1/chat/completions` (``chat``) or `/v1/completions`.
 
     ``texts`` is there when log-probabilities were asked for, ``tools`` when calls are to be looked for; ``echo`` has,
-    for each prompt, the text that stands before its answers.
+    for each prompt, what stands before its answers.
     """
 
     id: str
@@ -33,7 +41,7 @@ class AnswerFormat:
     include_usage: bool = False
     texts: TokenTexts | None = None
     tools: bool = False
-    echo: tuple[str, ...] = ()
+    echo: tuple[Echo, ...] = ()
 
     def choice(self, index: int, said: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -47,6 +55,11 @@ class AnswerFormat:
 
     def usage_chunk(self, stats: SequenceStats) -> dict[str, Any]:
         return {**self._chunk_head(), "choices": [], "usage": usage(stats)}
+
+    def view_chunk(self, index: int, view: ChunkView) -> dict[str, Any]:
+        """Where the chunks of choice ``index`` are."""
+        told = {"index": index, "chunks": view.states, "keep_ratio": view.keep_ratio, "coverage": view.coverage}
+        return {**self._chunk_head(), "choices": [], "forecache": told}
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head("chat.completion.chunk" if self.chat else "text_completion")
@@ -62,6 +75,7 @@ class Piece:
     content: str = ""
     calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
 
 
@@ -71,16 +85,22 @@ class ChoiceWriter:
 
     index: int
     answer: AnswerFormat
-    before: str = ""
+    echo: Echo | None = None
     stats: SequenceStats = field(default_factory=SequenceStats)
     _parser: ToolCallParser | None = None
     _offset: int = 0
     _calls: int = 0
+    _scores: bool = False
     _pieces: list[Piece] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._parser = ToolCallParser() if self.answer.tools else None
         self._offset = len(self.before)
+        self._scores = self.echo is not None and self.answer.texts is not None
+
+    @property
+    def before(self) -> str:
+        return "" if self.echo is None else self.echo.text
 
     def take(self, event: TokenEvent) -> Piece:
         """What ``event`` adds. Its last one brings what was held back."""
@@ -94,7 +114,7 @@ class ChoiceWriter:
                 rest, last = self._parser.finish()
                 content, calls = content + rest, calls + last
                 reason = "tool_calls" if reason == "stop" and self._parser.found else reason
-        piece = Piece(content, tuple(calls), event.logprobs, reason)
+        piece = Piece(content, tuple(calls), event.logprobs, event.prompt_logprobs, reason)
         self._pieces.append(piece)
         return piece
 
@@ -102,7 +122,10 @@ class ChoiceWriter:
         """The finished choice."""
         content = "".join(piece.content for piece in self._pieces)
         calls = [call for piece in self._pieces for call in piece.calls]
+        before = self._echoed(tuple(told for piece in self._pieces for told in piece.prompt_logprobs))
         logprobs = self._logprobs(tuple(told for piece in self._pieces for told in piece.logprobs))
+        if before is not None and logprobs is not None:
+            logprobs = joined(before, logprobs)
         said: dict[str, Any] = {"text": self.before + content}
         if self.answer.chat:
             said = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
@@ -114,7 +137,7 @@ class ChoiceWriter:
         """The chunk that opens the choice, if it has one."""
         if self.answer.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
-        elif self.before:
+        elif self.before and not self._scores:
             opening = {"text": self.before}  # type: ignore[dict-item]
         else:
             return None
@@ -131,12 +154,23 @@ class ChoiceWriter:
                     {"index": first + i, **call.whole()} for i, call in enumerate(piece.calls)
                 ]
         told = []
+        if self._scores and (piece.prompt_logprobs or piece.logprobs):
+            before = self._echoed(piece.prompt_logprobs)
+            told.append(self.answer.choice(self.index, {"text": self.before}, before, None))
+            self._scores = False
         if piece.content or piece.calls or piece.logprobs:
             told.append(self.answer.choice(self.index, said, self._logprobs(piece.logprobs), None))
         if piece.finish_reason is not None:
             end: dict[str, Any] = {"delta": {}} if self.answer.chat else {"text": ""}
             told.append(self.answer.choice(self.index, end, None, piece.finish_reason))
         return [self.answer.chunk(choice) for choice in told]
+
+    def _echoed(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+        """Log-probabilities of the prompt, where they are to be told."""
+        if not self._scores or self.echo is None or self.answer.texts is None:
+            return None
+        logprobs, self._offset = echoed_logprobs(self.echo.first_token, told, self.answer.texts)
+        return logprobs
 
     def _logprobs(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
         texts = self.answer.texts
@@ -150,7 +184,7 @@ class ChoiceWriter:
 
 def _writers(streams: ChoiceStreams, answer: AnswerFormat) -> list[ChoiceWriter]:
     echo = answer.echo
-    return [ChoiceWriter(i, answer, echo[i // streams.per_prompt] if echo else "") for i in range(streams.count)]
+    return [ChoiceWriter(i, answer, echo[i // streams.per_prompt] if echo else None) for i in range(streams.count)]
 
 
 def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
@@ -206,6 +240,8 @@ async def server_sent_events(
             if event is None:
                 yield ": waiting\n\n"
                 continue
+            if event.view is not None:
+                yield _data(answer.view_chunk(index, event.view))
             for chunk in writers[index].chunks(writers[index].take(event)):
                 yield _data(chunk)
             if not event.token_ids and not event.text and event.finish_reason is None:

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from forecache.cluster.admission import Admission
-from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.answers import AnswerFormat, Echo, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
 from forecache.cluster.http_body import check_headers, read_json
@@ -165,7 +165,23 @@ class Api:
 
     async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:
         self._admission.check_open()
-        request = kind.model_validate(await read_json(http, self._limits))
+        body = await read_json(http, self._limits)
+        with self._admission.entering():
+            request = kind.model_validate(body)
+            streams, answer = await self._admitted(request, tenant)
+        if not request.stream:
+            return JSONResponse(await collect(streams, answer))
+        try:
+            await streams.start(FIRST_EVENT_WAIT_S)
+        except BaseException:
+            streams.close()
+            raise
+        return EventStreamResponse(
+            streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
+        )
+
+    async def _admitted(self, request: OpenAIRequest, tenant: Tenant) -> tuple[ChoiceStreams, AnswerFormat]:
+        """Its choices, let in, and the form of their answer."""
         self._check_model(request.model)
         prompts = await self._encoder.encode(request)
         chat = isinstance(request, ChatCompletionRequest)
@@ -178,19 +194,9 @@ class Api:
             include_usage=request.include_usage,
             texts=None if request.logprobs_wanted() is None else await self._encoder.token_texts(),
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
-            echo=tuple(prompt.echo for prompt in prompts if prompt.echo is not None),
+            echo=tuple(Echo(p.echo, p.token_ids[0]) for p in prompts if p.echo is not None),
         )
-        streams = self._streams(request, prompts, answer.id, tenant)
-        if not request.stream:
-            return JSONResponse(await collect(streams, answer))
-        try:
-            await streams.start(FIRST_EVENT_WAIT_S)
-        except BaseException:
-            streams.close()
-            raise
-        return EventStreamResponse(
-            streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
-        )
+        return self._streams(request, prompts, answer.id, tenant), answer
 
     def _streams(
         self, request: OpenAIRequest, prompts: Sequence[EncodedPrompt], request_id: str, tenant: Tenant
@@ -218,7 +224,13 @@ class Api:
                     ticket.begun(index)
 
             source = self._workers.generate(
-                GenerateRequest(request_id if alone else f"{request_id}-{index}", prompt.token_ids, settings, cache)
+                GenerateRequest(
+                    request_id if alone else f"{request_id}-{index}",
+                    prompt.token_ids,
+                    settings,
+                    cache,
+                    show_chunks=request.show_chunks,
+                )
             )
             return EventStream(source, silence_s=SILENCE_S, observe=observe)
 

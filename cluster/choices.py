@@ -44,13 +44,17 @@ class ChoiceStreams:
 
         Raises what went wrong with any of them, and :class:`DeadlineError` when the time is over.
         """
+        if self.count == 1:  # nearly always: it needs no task for each event
+            async for event in self._alone():
+                yield 0, event
+            return
         for leader in range(0, self.count, self.per_prompt):
             self._ask(leader)
         while self._pending:
             left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
             done, _ = await asyncio.wait(self._pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if not done:
-                raise DeadlineError(f"the answer was not complete within timeout_s = {self._timeout_s:g} s")
+                raise self._late()
             for task in done:
                 index = self._pending.pop(task)
                 event = task.result()
@@ -59,6 +63,26 @@ class ChoiceStreams:
                 if event is not None and (event.token_ids or event.finish_reason is not None):
                     self._follow(index)
                 yield index, event
+
+    async def _alone(self) -> AsyncIterator[TokenEvent | None]:
+        events = aiter(self._stream(0).events())
+        left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
+        while True:
+            limit = asyncio.timeout_at(end_s)
+            try:
+                async with limit:
+                    event = await anext(events)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                if limit.expired():
+                    raise self._late() from error
+                raise
+            yield event
+
+    def _late(self) -> DeadlineError:
+        return DeadlineError(f"the answer was not complete within timeout_s = {self._timeout_s:g} s")
 
     def close(self) -> None:
         """Stop what is not over on its worker."""

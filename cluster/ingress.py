@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextvars import Context
 from typing import Any, Self
 
+import grpc
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -13,6 +14,7 @@ from forecache.cluster.api import Api
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.metrics import Metrics
+from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.sessions import SessionDirectory, SessionRoutes
@@ -47,7 +49,9 @@ class ServeTokenStream:
             if isinstance(cause, EngineDeadError):
                 raise WorkerLostError(f"the worker of this request failed: {cause}") from error
             raise cause from None
-        except (RayActorError, TaskCancelledError) as error:
+        except EngineDeadError as error:
+            raise WorkerLostError(f"the worker of this request failed: {error}") from error
+        except (RayActorError, TaskCancelledError, grpc.aio.AioRpcError) as error:
             raise WorkerLostError("the worker of this request died; send the request again") from error
         except DeploymentUnavailableError as error:
             raise WorkerLostError("no worker is running") from error
@@ -69,8 +73,10 @@ class ServeWorkers:
 
     def _start(self, request: GenerateRequest) -> ServeTokenStream:
         # Serve knows a call that waits for a replica by the id of the HTTP request it is made in, so that of several
-        # calls of one request all but one would wait for ever: outside of that context each has an id of its own
-        response = Context().run(lambda: self._handle.options(stream=True).generate.remote(request))
+        # calls of one request all but one would wait for ever: outside of that context each has an id of its own.
+        # By value: a token comes by gRPC, for less than half of what an object of Ray's costs
+        handle = self._handle.options(stream=True, _by_reference=False)
+        response = Context().run(lambda: handle.generate.remote(request))
         assert isinstance(response, DeploymentResponseGenerator)
         return ServeTokenStream(response)
 
@@ -95,6 +101,8 @@ class ServeWorkers:
 class Ingress:
     """Holds what the HTTP application needs; Serve builds the application from it in the replica."""
 
+    workers_class = ServeWorkers
+
     def __init__(
         self,
         config: ServeConfig,
@@ -108,7 +116,7 @@ class Ingress:
         self._tiers = tiers
         self._admission = Admission(config.limits)
         self._api = Api(
-            ServeWorkers(workers, config.resume),
+            self.workers_class(workers, config.resume),
             PromptEncoder(tokenizer, max_model_len),
             Metrics(config.model_name),
             self._admission,
@@ -122,6 +130,7 @@ class Ingress:
     def __serve_build_asgi_app__(self: Self) -> Any:
         app = self._api.app()
         self._sessions.add_to(app)
+        add_page(app)
         return app
 
     async def drain(self) -> int:

@@ -40,6 +40,19 @@ def completion_logprobs(told: Sequence[TokenLogprobs], texts: TokenTexts, offset
     return logprobs, offset
 
 
+def echoed_logprobs(first: int, told: Sequence[TokenLogprobs], texts: TokenTexts) -> tuple[dict[str, Any], int]:
+    """As :func:`completion_logprobs`, of a prompt: nothing comes before its ``first`` token, so that has no number."""
+    data = texts(first)
+    rest, offset = completion_logprobs(told, texts, len(data.decode("utf-8", "ignore")))
+    head = {"tokens": [_name(data)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+    return joined(head, rest), offset
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Log-probabilities of `/v1/completions`, one after the other."""
+    return {name: first[name] + second[name] for name in first}
+
+
 def _name(data: bytes) -> str:
     """Bytes that are no whole characters are written as OpenAI does, so that names stay different."""
     try:

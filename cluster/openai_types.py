@@ -29,6 +29,7 @@ MAX_PROMPTS = 1024
 MAX_STOP, MAX_STOP_CHARS = 4, 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
+MAX_WINDOW_STEPS = 65536
 
 # OpenAI's fields that ask for nothing here, with the values that ask for nothing. `...` takes any value.
 _NEUTRAL: dict[str, Any] = {
@@ -52,13 +53,16 @@ _NEUTRAL: dict[str, Any] = {
 
 
 class ForecacheOptions(Strict):
-    """A request's wishes for its KV cache, and the longest it may take."""
+    """A request's wishes for its KV cache, and the longest it may take. ``window``: decode steps between two resident
+    sets; ``show_chunks``: the stream also tells where its chunks are."""
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
+    window: int | None = Field(None, ge=1, le=MAX_WINDOW_STEPS)
     cache_salt: Text = Field("", max_length=1024)
     session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    show_chunks: bool = False
 
 
 class StreamOptions(Strict):
@@ -116,6 +120,8 @@ class _Request(Strict):
     def _stream_options_need_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options is only allowed with stream: true", "stream_options")
+        if self.show_chunks and not self.stream:
+            raise InvalidRequestError("show_chunks is only allowed with stream: true", "forecache.show_chunks")
         return self
 
     @property
@@ -123,8 +129,17 @@ class _Request(Strict):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
+    def show_chunks(self) -> bool:
+        return self.forecache is not None and self.forecache.show_chunks
+
+    @property
     def timeout_s(self) -> float | None:
         return None if self.forecache is None else self.forecache.timeout_s
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are wanted too."""
+        return False
 
     def answer_tokens(self) -> int | None:
         """Most tokens of the answer; None is as many as the context takes."""
@@ -152,11 +167,12 @@ class _Request(Strict):
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=self.logprobs_wanted(),
             grammar=self.grammar(),
+            prompt_logprobs=self.scores_prompt,
         )
 
     def cache(self) -> CacheOptions:
         options = self.forecache or ForecacheOptions()
-        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id)
+        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id, options.window)
 
 
 def seed_of_choice(seed: int, number: int) -> int:
@@ -244,9 +260,11 @@ class CompletionRequest(_Request):
     def _fits_together(self) -> Self:
         if len(self.prompts()) * (self.n or 1) > MAX_PROMPTS:
             raise InvalidRequestError(f"n times the prompts are more than {MAX_PROMPTS} answers", "n")
-        if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo is not supported together with logprobs; leave one of them out", "echo")
         return self
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
     def answer_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens

@@ -78,7 +78,8 @@ class ResumingStream:
     async def _pull(self) -> TokenEvent:
         deadline_s = self._config.token_deadline_s if self._sent else None
         try:
-            event = await asyncio.wait_for(anext(self._source), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                event = await anext(self._source)
         except TimeoutError as error:
             raise WorkerLostError(f"no token came for {deadline_s:g} s") from error
         except StopAsyncIteration:

@@ -70,7 +70,13 @@ class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for i
 
 
 @contextmanager
-def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None) -> Iterator[Running]:
+def running(
+    config: ServeConfig,
+    say: Say,
+    hurry: threading.Event | None = None,
+    ingress_class: type[Ingress] = Ingress,
+    worker_class: type[DecodeWorker] = DecodeWorker,
+) -> Iterator[Running]:
     """The cluster, ready. Everything it started is stopped at the end, also when the start fails.
 
     At the end nothing new is taken, and what runs may finish: for ``drain_deadline_s``, and until ``hurry`` is set.
@@ -114,7 +120,7 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         bound = application(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=_memory(config), selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url,
-        ))  # fmt: skip
+        ), ingress_class, worker_class)  # fmt: skip
         serve.run_many(
             [serve.RunTarget(bound, name=APPLICATION, route_prefix="/")],
             wait_for_ingress_deployment_creation=False,
@@ -148,7 +154,8 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 num_cpus=config.ray_num_cpus or config.workers + 1,
                 object_store_memory=config.object_store_bytes,
                 include_dashboard=False,
-                _system_config=NO_TASK_EVENTS,
+                # Ray's default of niceness is 15: anything else on the machine would come before the model
+                _system_config={**NO_TASK_EVENTS, "worker_niceness": 0},
                 **quiet,
             )
         else:
@@ -229,6 +236,7 @@ def application(
     tiers: Tiers,
     settings: WorkerSettings,
     ingress_class: type[Ingress] = Ingress,
+    worker_class: type[DecodeWorker] = DecodeWorker,
 ) -> serve.Application:
     """The ingress in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -242,7 +250,7 @@ def application(
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,
         logging_config=quiet,
-    )(DecodeWorker)
+    )(worker_class)
     ingress = serve.deployment(
         name="Ingress",
         # health, readiness and metrics must get through when every worker is full, and so must those to be refused

@@ -153,6 +153,7 @@ class LLM:
         keep_ratio: float | None = None,
         cache_salt: str = "",
         session_id: str | None = None,
+        window_steps: int | None = None,
     ) -> list[Completion]:
         """Complete every prompt (text, or token ids as they are) in one batch; answers come in the prompts' order.
 
@@ -164,7 +165,7 @@ class LLM:
             max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos,
             presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()), logprobs, grammar,
         )  # fmt: skip
-        cache = CacheOptions(policy, keep_ratio, cache_salt, session_id)
+        cache = CacheOptions(policy, keep_ratio, cache_salt, session_id, window_steps)
         ids: list[str] = []
         done: dict[str, Completion] = {}
         try:

@@ -1,27 +1,27 @@
 """Programs that were made for OpenAI's service, and one that tries to break any service, against a real server."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, Literal
 
+import fuzz
 import lm_eval
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+import torch
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from lm_eval.tasks import TaskManager
 from pydantic import BaseModel, SecretStr
-from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.cluster
 
 MODEL = "bytes"
 CASES = 20
-"""Of each path, sound and unsound; the README says how ten thousand are run."""
+"""Of each path, sound and unsound; `fuzz.py` runs ten thousand."""
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +68,69 @@ def test_langchain_gets_structured_answers_and_calls(llm: ChatOpenAI) -> None:
         assert call["name"] == "weather" and weather.invoke(call["args"]) == "rain"
 
 
-def test_lm_eval_runs_a_task_over_local_completions(server: Any, tmp_path: Path) -> None:
-    documents = [{"question": f"{i} and {i} make", "answer": str(2 * i)} for i in range(6)]
-    data = tmp_path / "sums.json"
+def evaluate(server: Any, folder: Path, task: str, **model_args: Any) -> list[Any]:
+    """The samples of a task of lm-eval about six sums; ``task`` is the rest of its description."""
+    documents = [
+        {"question": f"{i} and {i} make", "answer": str(2 * i), "choices": [str(2 * i), "a lot"], "right": 0}
+        for i in range(6)
+    ]
+    data = folder / "sums.json"
     data.write_text("\n".join(map(json.dumps, documents)))
-    (tmp_path / "sums.yaml").write_text(
+    (folder / "sums.yaml").write_text(
         f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: '{data}'}}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{question}} '\ndoc_to_target: '{{answer}}'\n"
-        'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}\n'
-        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+        f"test_split: test\ndoc_to_text: '{{{{question}}}} '\n{task}"
     )
     results: Any = lm_eval.simple_evaluate(
         model="local-completions",
         model_args={
-            "model": MODEL, "base_url": f"{server.url}/v1/completions", "tokenizer_backend": None,
-            "tokenized_requests": False, "num_concurrent": 2, "max_retries": 1,
+            "model": MODEL, "base_url": f"{server.url}/v1/completions", "num_concurrent": 2, "max_retries": 1,
+            **model_args,
         },
         tasks=["sums"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         bootstrap_iters=0,
         log_samples=True,
     )  # fmt: skip
     assert results["n-samples"]["sums"]["effective"] == len(documents)
+    return list(results["samples"]["sums"])
+
+
+def test_lm_eval_runs_a_task_over_local_completions(server: Any, tmp_path: Path) -> None:
+    task = (
+        "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
+        'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
     # what it was given is what the server says to the same prompts
-    for sample in results["samples"]["sums"]:
+    for sample in evaluate(server, tmp_path, task, tokenizer_backend=None, tokenized_requests=False):
         (context, _) = sample["arguments"][0] if isinstance(sample["arguments"], list) else (
             sample["arguments"]["gen_args_0"]["arg_0"], None
         )  # fmt: skip
         body = {"model": MODEL, "prompt": context, "max_tokens": 8, "temperature": 0, "stop": ["\n"]}
         assert sample["resps"][0][0] == server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+
+def test_lm_eval_gets_the_likelihood_of_choices(server: Any, byte_model: Path, tmp_path: Path) -> None:
+    """That of one forward pass of transformers over context and choice."""
+    task = (
+        "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: right\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    backbone = AutoModelForCausalLM.from_pretrained(byte_model)
+    samples = evaluate(
+        server, tmp_path, task + "target_delimiter: ''\n", tokenizer_backend="huggingface", tokenizer=str(byte_model)
+    )
+    for sample in samples:
+        context = sample["doc"]["question"]  # lm-eval counts the space behind it to the choices
+        for choice, told in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            tokens = torch.tensor([tokenizer(f"{context} {choice}")["input_ids"]])
+            with torch.inference_mode():
+                logprobs = backbone(tokens).logits[0, :-1].log_softmax(-1)
+            own = range(len(context) - 1, tokens.shape[1] - 1)
+            want = sum(float(logprobs[at, tokens[0, at + 1]]) for at in own)
+            assert told[0][0] == pytest.approx(want, abs=1e-3)
+            assert told[0][1] == all(int(logprobs[at].argmax()) == int(tokens[0, at + 1]) for at in own)
 
 
 @pytest.fixture(scope="module")
@@ -105,34 +139,11 @@ def interface(server: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"])
+@pytest.mark.parametrize("path", fuzz.PATHS)
 def test_no_request_is_a_server_error(server: Any, interface: Any, path: str, mode: GenerationMode) -> None:
     """And none hangs: each has its time limit. A stream, whatever was asked, holds well-formed events alone."""
-
-    @given(case=interface[path]["POST"].as_strategy(generation_mode=mode))
-    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    def check(case: Any) -> None:
-        response = case.call(timeout=60)
-        case.validate_response(response, checks=[not_a_server_error])
-        if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
-            check_events(server.post(path, case.body).text)  # schemathesis reads a few events and leaves
-
-    check()
-
-
-def check_events(text: str) -> None:
-    events = text.split("\n\n")
-    assert events.pop() == "", "the last event is not complete"
-    for event in events:
-        assert re.fullmatch(r": (waiting|prefill \d+/\d+)|data: \[DONE\]|data: \{.*\}", event), event
-        if event.startswith("data: {"):
-            assert {"choices", "error"} & set(json.loads(event.removeprefix("data: ")))
-    assert events[-1] == "data: [DONE]" or "error" in json.loads(events[-1].removeprefix("data: "))
+    fuzz.try_cases(server.url, interface, path, mode, CASES)
 
 
 def test_the_server_is_well_afterwards(server: Any) -> None:
-    server.wait_for_metric("forecache_num_requests_running", 0, within_s=30)
-    assert server.get("/ready").status_code == 200
-    server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=10)
-    body = {"model": MODEL, "prompt": "abc", "max_tokens": 3}
-    assert server.post("/v1/completions", body).status_code == 200
+    fuzz.check_well(server.url, MODEL)

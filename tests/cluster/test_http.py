@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -421,26 +422,38 @@ def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_worker
 
 
 def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
-    """The last test of this server."""
+    """Plain answers and those under a grammar, one of each on either worker, go on as if nothing had happened. The last
+    test of this server."""
     server = two_workers
     try:
         url = f"{server.url}/v1/chat/completions"
         # different from the first chunk on, so that no worker is preferred for its prefix
-        options = {"max_tokens": 1500, "stream": True, "ignore_eos": True, "temperature": 0.8, "seed": 1}
-        bodies = [chat_body(text, **options) for text in ("a" * 20, "b" * 20)]
+        options = {"max_tokens": 900, "stream": True, "ignore_eos": True, "temperature": 0.8, "seed": 1}
+        schema = {"type": "array", "items": {"enum": ["Bern", "Rome"]}, "minItems": 90, "maxItems": 90}
+        ruled: dict[str, Any] = {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "cities", "schema": schema}}
+        }
+        blanks = server.post("/v1/tokenize", {"model": MODEL, "prompt": " \n\t\r"}).json()["tokens"]
+        ruled["logit_bias"] = {str(token): -100 for token in blanks}  # else noise would fill the answer with them
+        bodies = [
+            *(chat_body(text * 20, **options, **ruled) for text in "ab"),
+            *(chat_body(text * 20, **options) for text in "cd"),
+        ]
         whole = []
         for body in bodies:
             with httpx.stream("POST", url, json=body, timeout=60) as answer:
                 whole.append(text_of(answer))
-        with (
-            httpx.stream("POST", url, json=bodies[0], timeout=60) as one,
-            httpx.stream("POST", url, json=bodies[1], timeout=60) as two,
-        ):
-            server.wait_for_metric("forecache_num_requests_running", 2, within_s=30)
+        assert all(set(json.loads(text)) == {"Bern", "Rome"} for text in whole[:2])
+        with ExitStack() as streams:
+            answers = []
+            for running, body in enumerate(bodies, start=1):
+                # the next goes to the worker that has fewer
+                answers.append(streams.enter_context(httpx.stream("POST", url, json=body, timeout=60)))
+                server.wait_for_metric("forecache_num_requests_running", running, within_s=30)
             workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
             assert len(workers) == 2
             os.kill(min(workers), signal.SIGKILL)
-            assert [text_of(one), text_of(two)] == whole
+            assert [text_of(answer) for answer in answers] == whole
         # its holds are given back, and another takes its place
         server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=30)
         server.wait_for_metric("forecache_workers", 2, within_s=START_S)

@@ -62,7 +62,7 @@ def test_only_keys_of_the_file_open_the_door(server: Any) -> None:
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
             assert refused.headers["www-authenticate"] == "Bearer"
         assert server.get("/v1/models", headers=headers).status_code == 401
-    assert all(server.get(path).status_code == 200 for path in ("/health", "/ready", "/metrics"))
+    assert all(server.get(path).status_code == 200 for path in ("/health", "/ready", "/metrics", "/ui"))
 
 
 def test_long_bodies_and_headers(server: Any) -> None:

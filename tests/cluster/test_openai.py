@@ -102,6 +102,16 @@ def test_logprobs_of_completions(client: openai.OpenAI) -> None:
         for offset in piece.logprobs.text_offset or ()
     ]
     assert offsets == told.text_offset
+    echoed = client.completions.create(**body, echo=True, n=2).choices[1]
+    assert echoed.text == "abc" + choice.text and echoed.logprobs is not None
+    both = echoed.logprobs
+    assert both.tokens[:3] == ["a", "b", "c"] and both.token_logprobs[0] is both.top_logprobs[0] is None
+    assert all(value < 0 for value in both.token_logprobs[1:3]) and both.text_offset[:4] == [0, 1, 2, 3]
+    assert both.tokens[3:] == told.tokens and both.token_logprobs[3:] == pytest.approx(told.token_logprobs, abs=1e-4)
+    pieces = [part.choices[0] for part in client.completions.create(**body, echo=True, stream=True)]
+    assert "".join(piece.text for piece in pieces) == echoed.text
+    values = [v for piece in pieces if piece.logprobs is not None for v in piece.logprobs.token_logprobs or ()]
+    assert values == pytest.approx(both.token_logprobs, abs=1e-4)
     bare = client.completions.create(**{**body, "logprobs": 0}).choices[0].logprobs
     assert bare is not None and bare.token_logprobs == told.token_logprobs
 

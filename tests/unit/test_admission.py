@@ -48,6 +48,28 @@ def test_the_queue_is_bounded_in_requests_and_a_first_token_leaves_it() -> None:
     assert (admission.queued_requests, admission.queued_tokens, admission.in_flight) == (0, 0, 0)
 
 
+def test_a_prompt_that_is_being_tokenized_has_its_place_already() -> None:
+    admission, _ = door(max_queued_requests=2)
+    with admission.entering():
+        ticket = admission.admit(Anybody(), [10], 0)  # its own place is not in its way
+        for _ in range(3):
+            with pytest.raises(TooManyRequestsError), admission.entering():
+                raise AssertionError("let in, though one waits and one is about to")
+    with admission.entering():
+        other = admission.admit(Anybody(), [10], 0)
+    with pytest.raises(TooManyRequestsError):
+        admission.admit(Anybody(), [10], 0)
+    ticket.close()
+    other.close()
+    with pytest.raises(ValueError), admission.entering():
+        raise ValueError("a bad prompt")
+    with admission.entering(), admission.entering():
+        pass
+    admission.draining = True
+    with pytest.raises(DrainingError), admission.entering():
+        pass
+
+
 def test_the_queue_is_bounded_in_tokens_but_an_empty_one_takes_any_prompt() -> None:
     admission, _ = door(max_queued_tokens=100)
     long = admission.admit(Anybody(), [5000], 0)

@@ -190,6 +190,20 @@ def test_waiting_windows_are_reproducible(tiny_model: Path, prompts: list[list[i
         assert run(llm, prompts, policy=policy) == alone
 
 
+def test_requests_choose_their_windows(tiny_model: Path, prompts: list[list[int]]) -> None:
+    """As many turns as boundaries: 2, 4, 8 and every window, the first of them earlier by a stagger."""
+
+    def turns(llm: LLM, window_steps: int | None) -> int:
+        before = llm.engine.stats().windows
+        llm.generate([prompts[2]], max_tokens=65, ignore_eos=True, window_steps=window_steps)
+        return llm.engine.stats().windows - before
+
+    with open_llm(tiny_model, keep_ratio=0.2, late_policy="wait", hot_chunks=40) as llm:
+        assert 15 <= turns(llm, 4) <= 17
+        assert 5 <= turns(llm, None) <= 7 and turns(llm, 16) == turns(llm, None)
+        assert turns(llm, 64) in (5, 6)
+
+
 def test_cold_chunks_come_back_while_decoding(tiny_model: Path, prompts: list[list[int]]) -> None:
     with open_llm(tiny_model, keep_ratio=0.1, hot_chunks=16, late_policy="wait") as llm:
         answer = llm.generate([prompts[2]], max_tokens=60, ignore_eos=True, policy="random")[0]
@@ -248,6 +262,7 @@ def test_more_requests_than_the_pool_holds(tiny_model: Path, prompts: list[list[
         ((5,), {"stop": ("",)}, {}, "stop string is empty"),
         ((5,), {"stop": ("x",)}, {}, "tokenizer"),
         ((5,), {}, {"keep_ratio": 0.0}, "keep_ratio"),
+        ((5,), {}, {"window_steps": 0}, "window"),
         ((5,), {}, {"keep_ratio": float("nan")}, "keep_ratio"),
     ],
 )

@@ -66,7 +66,7 @@ def test_all_that_is_served() -> None:
             "logit_bias": {"5": -100, "7": 1.5},
             "logprobs": True,
             "top_logprobs": 4,
-            "forecache": {"policy": "random", "keep_ratio": 0.5, "cache_salt": "s", "timeout_s": 2.5},
+            "forecache": {"policy": "random", "keep_ratio": 0.5, "window": 9, "cache_salt": "s", "timeout_s": 2.5},
         }
     )
     sampling, cache = request.sampling(6), request.cache()
@@ -76,7 +76,7 @@ def test_all_that_is_served() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.stop) == (0, 0.5, 3, ("a", "b"))
     assert 0 <= sampling.seed < 2**63
     assert request.answer_tokens() == 6 and request.include_usage
-    assert (cache.policy, cache.keep_ratio, cache.cache_salt) == ("random", 0.5, "s")
+    assert (cache.policy, cache.keep_ratio, cache.window_steps, cache.cache_salt) == ("random", 0.5, 9, "s")
 
 
 def test_a_seed_is_drawn_when_none_is_given() -> None:
@@ -161,6 +161,8 @@ def test_neutral_openai_fields_pass(field: dict[str, Any]) -> None:
         ({"best_friend": 1}, "best_friend", "unknown_parameter"),
         ({"forecache": {"policy": "clever"}}, "forecache.policy", "invalid_value"),
         ({"forecache": {"keep_ratio": 0}}, "forecache.keep_ratio", "invalid_value"),
+        ({"forecache": {"window": 0}}, "forecache.window", "invalid_value"),
+        ({"forecache": {"show_chunks": True}}, "forecache.show_chunks", "invalid_value"),
         ({"forecache": {"keep_ration": 1}}, "forecache.keep_ration", "unknown_parameter"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
@@ -232,10 +234,13 @@ def test_an_unexpected_error_tells_no_details() -> None:
     assert said.status == 500 and "secret" not in json.dumps(said.body())
 
 
-def test_completions_take_logprobs_as_a_number_and_echo_without_them() -> None:
+def test_completions_take_logprobs_as_a_number_and_echo() -> None:
     assert CompletionRequest.model_validate({**COMPLETION, "logprobs": 0}).sampling(1).logprobs == 0
     assert CompletionRequest.model_validate({**COMPLETION, "echo": True}).sampling(1).logprobs is None
-    assert refused(CompletionRequest, {**COMPLETION, "echo": True, "logprobs": 1}).param == "echo"
+    both = CompletionRequest.model_validate({**COMPLETION, "echo": True, "logprobs": 1}).sampling(1)
+    assert both.prompt_logprobs and both.logprobs == 1
+    for one in ({"echo": True}, {"logprobs": 1}, {"echo": False, "logprobs": 0}):
+        assert not CompletionRequest.model_validate({**COMPLETION, **one}).sampling(1).prompt_logprobs
     assert refused(CompletionRequest, {**COMPLETION, "suffix": "x"}).param == "suffix"
     assert refused(CompletionRequest, {**COMPLETION, "prompt": ["a"] * 20, "n": 100}).param == "n"
 

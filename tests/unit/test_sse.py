@@ -13,7 +13,7 @@ from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
 from forecache.cluster.streams import EventStream, EventStreamResponse
-from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
+from forecache.workers.decode.messages import ChunkView, FinishReason, SequenceStats, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 
@@ -93,6 +93,16 @@ def test_stream() -> None:
     assert events[-2]["choices"][0]["finish_reason"] == "stop" and events[-2]["usage"] is None
     assert events[-1]["choices"] == [] and events[-1]["usage"]["prompt_tokens"] == 9
     assert lines[-1] == "data: [DONE]\n\n" and not errors
+
+
+def test_who_watches_is_told_where_chunks_are() -> None:
+    view = ChunkView("hc", 0.5, None)
+    source = Script(replace(event(prefilled=9), view=view), event("a"), replace(event("b", "stop"), view=view))
+    told = data(asyncio.run(sse(source, chat()))[0])
+    views = [one["forecache"] for one in told if "forecache" in one]
+    assert views == [{"index": 0, "chunks": "hc", "keep_ratio": 0.5, "coverage": None}] * 2
+    assert all(one["choices"] == [] for one in told if "forecache" in one)
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in told if one["choices"]) == "ab"
 
 
 def test_completions_have_text() -> None:

@@ -39,6 +39,9 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
     keep_ratio = request.cache.keep_ratio
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise InvalidRequestError(f"keep_ratio must be in (0, 1], not {keep_ratio}", param="forecache.keep_ratio")
+    window_steps = request.cache.window_steps
+    if window_steps is not None and window_steps < 1:
+        raise InvalidRequestError(f"window must be at least 1 step, not {window_steps}", param="forecache.window")
     chunks = -(-(prompt + answer) // layout.chunk_tokens)
     if chunks > cold_slots:
         raise InvalidRequestError(

@@ -1,11 +1,12 @@
 """From tokens to what a client reads: text, why an answer ended, and its account."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.decode.accounting import sequence_stats
-from forecache.workers.decode.messages import FinishReason, TokenEvent, TokenLogprobs
+from forecache.workers.decode.messages import ChunkView, FinishReason, TokenEvent, TokenLogprobs
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Sampled
 from forecache.workers.decode.tokenizer import Detokenizer
@@ -28,12 +29,20 @@ NOTHING_NEW = News()
 
 
 class Answers:
-    """The answers under way. ``eos`` are the token ids that end one; ``chunk_bytes`` are for the account."""
+    """The answers under way. ``eos`` are the token ids that end one; ``chunk_bytes`` are for the account, ``view``
+    tells those who watch where chunks are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos: frozenset[int], chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        eos: frozenset[int],
+        chunk_bytes: int,
+        view: Callable[[Sequence], ChunkView | None],
+    ) -> None:
         self._tokenizer = tokenizer
         self._eos = eos
         self._chunk_bytes = chunk_bytes
+        self._view = view
         self._detokenizers: dict[str, Detokenizer] = {}
 
     def begin(self, seq: Sequence) -> None:
@@ -47,9 +56,10 @@ class Answers:
     def push(self, seq: Sequence, drawn: Sampled) -> News:
         """A token was drawn for ``seq`` and stands last in its tokens."""
         token, detokenizer = drawn.token, self._detokenizers[seq.request_id]
-        if token in self._eos and not seq.sampling.ignore_eos:
-            return News((token,), detokenizer.flush(), "stop")
         logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
+        if token in self._eos and not seq.sampling.ignore_eos:
+            told = logprobs if seq.sampling.prompt_logprobs else ()
+            return News((token,), detokenizer.flush(), "stop", logprobs=told)
         text = detokenizer.push(token)
         try:
             complete = seq.matcher is not None and seq.matcher.advance(token)
@@ -71,6 +81,8 @@ class Answers:
             prefill_tokens_done=done,
             logprobs=news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
+            prompt_logprobs=_prompt_logprobs(seq, news),
+            view=self._view(seq),
         )
 
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
@@ -87,4 +99,10 @@ class Answers:
             news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
+            prompt_logprobs=_prompt_logprobs(seq, news),
+            view=self._view(seq),
         )
+
+
+def _prompt_logprobs(seq: Sequence, news: News) -> tuple[TokenLogprobs, ...]:
+    return seq.told_prompt() if seq.scores_prompt and news.tokens else ()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -24,10 +25,12 @@ class EngineDeadError(ForecacheError):
 
 
 class AsyncEngine:
-    """Runs ``engine`` until :meth:`close`. All coroutines belong to one event loop; the engine to its thread."""
+    """Runs ``engine`` until :meth:`close`. All coroutines belong to one event loop; the engine to its thread, which,
+    with those that it starts, is ``niceness`` below the rest of the process."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, niceness: int = 0) -> None:
         self._engine = engine
+        self._niceness = niceness
         self._inbox: deque[tuple[GenerateRequest, Future[None], float, Matcher | None]] = deque()
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
         self._checks: deque[Future[None]] = deque()
@@ -119,6 +122,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            os.nice(self._niceness)  # on Linux, of this thread alone
             while not self._closing:
                 while self._inbox:
                     self._accept(*self._inbox.popleft())

@@ -74,6 +74,10 @@ class Budgets:
             return chunks
         return budget_chunks(chunks, seq.keep_ratio, self._selection)
 
+    def window_steps(self, seq: Sequence) -> int:
+        """Decode steps between two resident sets of ``seq``."""
+        return seq.cache.window_steps or self._config.window_steps
+
     def of(self, seq: Sequence, chunks: int) -> int:
         """Chunks of ``seq`` that may be resident now, when it has ``chunks``."""
         return min(self.first(seq, chunks) * seq.widening, chunks)
@@ -85,7 +89,7 @@ class Budgets:
         everything = seq.max_chunks + 1
         if budget >= seq.max_chunks:
             return everything
-        return min(everything, budget + -(-budget // 2) + self._config.window_steps // seq.chunk_tokens + 2)
+        return min(everything, budget + -(-budget // 2) + self.window_steps(seq) // seq.chunk_tokens + 2)
 
     def widest_table(self, max_tokens: int) -> int:
         """Most slots that a decode step of a sequence of ``max_tokens`` usually reads, at the configured keep ratio:
@@ -100,6 +104,7 @@ class Budgets:
     def observe(self, seq: Sequence, event_mass: npt.NDArray[np.float32], resident: npt.NDArray[np.bool_]) -> Coverage:
         """A step of ``seq`` that read the chunks ``resident`` had ``event_mass``: count it. Both are [chunks]."""
         found = self._measure(seq, event_mass, resident)
+        seq.attended = frozenset(np.flatnonzero((event_mass > 0) & resident).tolist())
         counters = seq.counters
         counters.event_hits += found.hits
         counters.event_misses += found.misses

@@ -35,10 +35,10 @@ class ChunkKeeper:
     def locate(self, seq: Sequence) -> None:
         """``seq`` is admitted: find and hold what cold memory has of its prefix."""
         self._holders[seq.holder] = seq
-        self._asked[seq.holder] = keys = tuple(seq.reusable_keys())
+        self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
         # whoever wants exact answers gets chunks that were decoded over everything
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
-        behind = seq.session_keys if partial and seq.cache.session_id is not None else None
+        behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
         self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.max_chunks)
 
     def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:

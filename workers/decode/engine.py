@@ -70,7 +70,7 @@ class Engine:
         self._name = name
         self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
-        self._answers = Answers(tokenizer, eos, backbone.layout.nbytes)
+        self._answers = Answers(tokenizer, eos, backbone.layout.nbytes, lambda seq: self.windows.view(seq))
         self.grammars = Grammars(tokenizer, eos)
         pool = self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
@@ -227,6 +227,8 @@ class Engine:
         self._read_s = now
         for captured in output.captured:
             self.windows.captured(captured)
+        for scored in output.scored:
+            scored.take()
         for drawn in output.sampled:
             seq = drawn.sequence
             if seq in lost or seq.state is State.FINISHED or seq.restarts != drawn.restarts:

@@ -17,7 +17,8 @@ class SamplingParams:
     The penalties are OpenAI's, over the answer's own tokens: a token that came ``c`` times before loses
     ``frequency_penalty · c + presence_penalty · (c > 0)`` of its logit. ``logit_bias`` has (token id, what to add).
     ``logprobs`` asks for each token's log-probability and for those of that many likeliest tokens, all as the model
-    gave them: before biases, penalties, masks and temperature. ``grammar`` is llguidance's; the answer follows it.
+    gave them: before biases, penalties, masks and temperature; ``prompt_logprobs`` asks for the same of the prompt's
+    tokens, and of the token that ends the answer. ``grammar`` is llguidance's; the answer follows it.
     """
 
     max_tokens: int = 64
@@ -32,6 +33,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     grammar: str | None = None
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,30 @@ class CacheOptions:
     keep_ratio: float | None = None
     cache_salt: str = ""
     session_id: str | None = None
+    window_steps: int | None = None
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it."""
+    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it.
+    ``show_chunks``: they also tell where its chunks are."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache: CacheOptions = field(default_factory=CacheOptions)
     resume_token_ids: tuple[int, ...] = ()
+    show_chunks: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkView:
+    """Where a request's chunks are: a letter each in ``states``, see :mod:`.chunk_states`. ``keep_ratio`` is that of
+    the coming step, ``coverage`` the mean so far, as in :class:`SequenceStats`."""
+
+    states: str
+    keep_ratio: float
+    coverage: float | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,8 @@ class TokenEvent:
 
     The last event of a request has ``finish_reason`` and ``stats``; ``error`` goes with ``finish_reason="error"``.
     ``logprobs``, where they were asked for, are of the tokens that are part of the text: not of one that ends it.
+    ``prompt_logprobs``, where they were, come with the first token: of the prompt's tokens but the first.
+    ``view``: where its chunks are, if that is wanted and has changed.
     ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room.
     """
 
@@ -113,3 +130,5 @@ class TokenEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     position: int = 0
     overloaded: bool = False
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    view: ChunkView | None = None

@@ -19,6 +19,7 @@ from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory,
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
+from forecache.workers.decode.prompt_logprobs import Scored, score, targets_of
 from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
@@ -88,7 +89,7 @@ class ModelRunner:
         """
         rows = [self._decode_row(seq) for seq in plan.decode]
         pasts: tuple[ArenaPast, ...] = ()
-        probes: dict[str, MassProbe] = {}
+        probes, scored = dict[str, MassProbe](), tuple[Scored, ...]()
         if self._graphs is not None and not plan.streams and self._graphs.takes(rows):
             replayed = self._graphs.replay(rows)
             logits, best, queries = replayed.logits, replayed.best, replayed.queries
@@ -101,7 +102,8 @@ class ModelRunner:
         else:
             batch, sampled, pasts, probes = self._lay_out(plan, rows, aborted)
             logits = self._forward(batch)
-            positions = [seq.num_computed + _tokens_of(seq, plan) for seq in sampled]
+            scored, logits = score(plan.streams, logits[len(sampled) :]), logits[: len(sampled)]
+            positions = [seq.num_computed + plan.tokens_of(seq) for seq in sampled]
             adjusted = self._adjuster.adjust(logits, sampled)
             drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
             self._last_tokens[: len(drawn)] = drawn
@@ -116,6 +118,7 @@ class ModelRunner:
             best,
             logits,
             logprobs_of(logits, tokens, sampled),
+            scored,
             plan.captures,
             captured,
             probes,
@@ -247,6 +250,7 @@ class ModelRunner:
         pasts: list[ArenaPast] = []
         probes: dict[str, MassProbe] = {}
         kept = [(number, row.line, row.position) for number, row in enumerate(rows)]
+        scored_rows: list[int] = []
         for part in plan.streams:
             seq, start = part.sequence, len(tokens)
             span = range(seq.num_computed, seq.num_computed + part.tokens)
@@ -258,6 +262,7 @@ class ModelRunner:
             if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
                 sampled.append(seq)
                 logits_rows.append(len(tokens) - 1)
+            scored_rows += range(start, start + len(targets_of(part)))
             if part.probe:
                 probes[seq.request_id] = self._probe(seq, part.tokens)
             streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
@@ -287,7 +292,7 @@ class ModelRunner:
             positions=positions,
             slots=slots,
             offsets=offsets,
-            logits_rows=self._put(np.array(logits_rows, dtype=np.int64)),
+            logits_rows=self._put(np.array(logits_rows + scored_rows, dtype=np.int64)),
             pool=self._hot,
             decode=self._table_of(rows) if rows else None,
             streams=tuple(streams),
@@ -331,10 +336,6 @@ class ModelRunner:
         chunks = -(-(seq.num_computed + tokens) // seq.chunk_tokens)
         scale = self._backbone.geometry.scale
         return MassProbe(self._query_heads, min(tokens, PROBE_QUERIES), chunks, seq.chunk_tokens, scale)
-
-
-def _tokens_of(seq: Sequence, plan: Plan) -> int:
-    return next((part.tokens for part in plan.streams if part.sequence is seq), 1)
 
 
 def _store(layout: ChunkLayout, memory: Tensor) -> Store:

@@ -1,7 +1,7 @@
 """A step under way: what it will tell the host, and what it read of the arena."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from forecache.indexer.protocol import StepState
 from forecache.workers.decode.logits import Logprobs
 from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import Segment, Store
+from forecache.workers.decode.prompt_logprobs import Scored
 from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.sequence import Chunk, Sequence
 from forecache.workers.decode.step import Capture, Captured, Sampled, StepOutput
@@ -131,6 +132,7 @@ class RunningStep:
         best: Tensor,
         logits: Tensor,
         logprobs: Logprobs | None,
+        scored: Seq[Scored],
         captures: Seq[Capture],
         captured: Seq[CapturedTensors],
         probes: dict[str, MassProbe],
@@ -144,6 +146,7 @@ class RunningStep:
         self._arena = arena
         self._tokens, self._best = _to_host(tokens), _to_host(best)
         self._logprobs = None if logprobs is None else logprobs.mapped(_to_host)
+        self._scored = [replace(one, told=_to_host(one.told), tokens=_to_host(one.tokens)) for one in scored]
         self._captured = [tensors.to_host() for tensors in captured]
         self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
         self._sums = [None if past.sums is None else _to_host(past.sums) for past in pasts]
@@ -173,7 +176,7 @@ class RunningStep:
             numbers = past.damaged(None if sums is None else sums.numpy(), self._arena)
             if numbers:
                 damaged[past.request_id] = numbers
-        return StepOutput(sampled, captured, masses, damaged)
+        return StepOutput(sampled, captured, masses, damaged, tuple(self._scored))
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.decode.window import WindowCycle
@@ -210,6 +211,8 @@ class Scheduler:
         """Alone, a step is as large as the batch and the ``slots`` for its chunks allow (it can be aborted between
         layers); beside running streams it is sized to take ``prefill_slice_s``."""
         tokens = min(seq.prefill_target - seq.num_computed, budget)
+        if seq.scores_prompt:
+            tokens = min(tokens, MAX_STEP_TOKENS)
         if beside:
             fitting = self.rate.tokens_in(self._prefill_slice_s, seq.num_computed)
             # fewer cost as much: a step reads all weights, and the past of a prompt larger than the pool, however short

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forecache.workers.decode.grammar import Matcher
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenLogprobs
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.share import Share
@@ -74,8 +74,10 @@ class Sequence:
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
     ``share`` is there when it is spread over nodes: what it may use of this one's arena; ``remote_chunks`` of its
     chunks lie on other nodes.
+    ``scores_prompt``: log-probabilities of its prompt are wanted, and ``prompt_logprobs`` are those so far.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
-    would have been with half of that, which would have done at the last ``steady_boundaries``.
+    would have been with half of that, which would have done at the last ``steady_boundaries``. ``attended``: resident
+    chunks that retrieval heads looked at when that was last measured; ``shown`` is of :mod:`.chunk_states`.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Sequence:
     ) -> None:
         self.request = request
         self.matcher = matcher
+        self.scores_prompt = request.sampling.prompt_logprobs and not request.resume_token_ids
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.holder = holder
         self.root = root
         self.chunk_tokens = chunk_tokens
@@ -120,6 +124,8 @@ class Sequence:
         self.widening = 1
         self.half_set = np.zeros(0, dtype=np.bool_)
         self.steady_boundaries = 0
+        self.attended: frozenset[int] = frozenset()
+        self.shown: tuple[object, ...] = ()
         self.decode_steps = 0
         self.counters = Counters()
 
@@ -235,6 +241,12 @@ class Sequence:
         self.open_exact = True
         return chunk
 
+    def told_prompt(self) -> tuple[TokenLogprobs, ...]:
+        """What is known of its prompt, to be told once."""
+        self.scores_prompt, told = False, tuple(self.prompt_logprobs)
+        self.prompt_logprobs.clear()
+        return told
+
     def replay(self) -> None:
         """The answer so far is to be computed as it was, by decode steps over sets chosen anew, not by prefill: what
         follows is then what would have followed. Call it before any token is computed."""
@@ -254,6 +266,7 @@ class Sequence:
         self.holder = holder
         self.chunks.clear()
         self.chunk_of.clear()
+        self.prompt_logprobs.clear()
         self._ref_slots.fill(-1)
         self.remote_chunks = 0
         self.share = None

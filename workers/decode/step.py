@@ -8,6 +8,7 @@ import torch
 
 from forecache.indexer.protocol import StepState
 from forecache.workers.decode.messages import TokenLogprobs
+from forecache.workers.decode.prompt_logprobs import Scored
 from forecache.workers.decode.sequence import Sequence
 
 
@@ -74,6 +75,9 @@ class Plan:
     def tokens(self) -> int:
         return len(self.decode) + sum(part.tokens for part in self.streams)
 
+    def tokens_of(self, seq: Sequence) -> int:
+        return next((part.tokens for part in self.streams if part.sequence is seq), 1)
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -93,12 +97,14 @@ class Sampled:
 @dataclass(frozen=True)
 class StepOutput:
     """What the host learns of a step. ``masses``: float32 [chunks] for each probed stream, by request id; ``damaged``:
-    by request id, the numbers of chunks whose bytes in the arena were not those that were stored."""
+    by request id, the numbers of chunks whose bytes in the arena were not those that were stored; ``scored``: prompt
+    tokens whose log-probabilities were wanted."""
 
     sampled: tuple[Sampled, ...]
     captured: tuple[Captured, ...] = ()
     masses: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     damaged: dict[str, list[int]] = field(default_factory=dict)
+    scored: tuple[Scored, ...] = ()
 
 
 @dataclass(frozen=True)

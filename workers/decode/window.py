@@ -19,7 +19,9 @@ from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.indexer.selection import select
 from forecache.workers.decode.budgets import Budgets, mask_of
 from forecache.workers.decode.captures import make_capture
+from forecache.workers.decode.chunk_states import chunk_view
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.messages import ChunkView
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
 from forecache.workers.decode.turn import Turn
@@ -145,7 +147,7 @@ class WindowCycle:
         boundary = self._asked.get(seq) if turn is None else turn.boundary
         if boundary is None:
             return False
-        early, waits = boundary <= self._config.window_steps, self._config.late_policy == "wait"
+        early, waits = boundary <= self.budgets.window_steps(seq), self._config.late_policy == "wait"
         due = seq.decode_steps >= boundary or (turn is not None and turn.urgent)
         if waits and early and self._config.fallback and (turn is None or turn.future is not None):
             due = True  # what is awaited may be urgent: the step at which that is known must not depend on time
@@ -181,6 +183,10 @@ class WindowCycle:
             for slot in turn.incoming.values():
                 self._pool.release(slot)
 
+    def view(self, seq: Sequence) -> ChunkView | None:
+        """Where its chunks are, for those who watch."""
+        return chunk_view(seq, self._pool, self._turns.get(seq))
+
     def busy(self, seq: Sequence) -> bool:
         """Whether a copy into slots of ``seq`` is running."""
         turn = self._turns.get(seq)
@@ -196,7 +202,8 @@ class WindowCycle:
         if seq.streamed or seq in self._turns or self.budgets.first(seq, seq.max_chunks) >= seq.max_chunks:
             return False
         boundary = self._boundaries[seq]
-        previous = boundary // 2 if boundary <= self._config.window_steps else boundary - self._config.window_steps
+        window = self.budgets.window_steps(seq)
+        previous = boundary // 2 if boundary <= window else boundary - window
         lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
         ask = max(previous, boundary - lead)
         return seq.decode_steps + (0 if done else 1) >= ask
@@ -225,7 +232,7 @@ class WindowCycle:
         if not self.budgets.too_low(self.budgets.observe(seq, event_mass, turn.resident)):
             self.budgets.narrow(seq, event_mass)
             return
-        turn.urgent = turn.boundary <= self._config.window_steps
+        turn.urgent = turn.boundary <= self.budgets.window_steps(seq)
         if self.budgets.streams(seq):
             self._stream(seq)
         else:
@@ -328,7 +335,7 @@ class WindowCycle:
         self._waits_since.pop(seq, None)
         if turn.boundary == 0:
             return
-        window = self._config.window_steps
+        window = self.budgets.window_steps(seq)
         following = turn.boundary * 2 if turn.boundary * 2 <= window else turn.boundary + window
         if turn.boundary * 2 > window >= turn.boundary:
             # once, at the end of the early boundaries, so that sequences that started together part

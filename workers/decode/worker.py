@@ -44,6 +44,8 @@ from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
 logger = logging.getLogger(__name__)
 
 ACTOR_START_DEADLINE_S = 60.0
+CPU_NICENESS = 5
+"""Of a model that computes on the cores that HTTP needs too: tokens on their way, and refusals, come before it."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class DecodeWorker:
             cold,
             chosen.lookahead,
         )
-        self._engine = AsyncEngine(engine)
+        self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Events of one request; the request is cancelled when the caller stops listening.

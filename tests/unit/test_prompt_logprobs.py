@@ -1,0 +1,137 @@
+"""Log-probabilities of a prompt's own tokens: those of transformers, whatever is stored, hot, shared or begun again."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from forecache.cluster.answers import AnswerFormat, ChoiceWriter, Echo
+from forecache.workers.decode.messages import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
+from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
+from forecache.workers.llm import LLM
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> Iterator[LLM]:
+    settings: dict[str, Any] = {"chunk_tokens": 16, "hot_bytes": 1 << 20, "cold_bytes": 1 << 22, "keep_ratio": 0.3}
+    with LLM(str(tiny_model), skip_tokenizer=True, **settings) as llm:
+        yield llm
+
+
+def add(llm: LLM, name: str, prompt: list[int], **sampling: Any) -> None:
+    settings = {"logprobs": 3, "prompt_logprobs": True, "max_tokens": 4, "ignore_eos": True, **sampling}
+    llm.engine.add_request(GenerateRequest(name, tuple(prompt), SamplingParams(**settings)))
+
+
+def events_of(llm: LLM) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
+    while not llm.engine.idle:
+        events += llm.engine.step()
+    llm.engine.flush()
+    llm.engine.check_integrity()
+    return events
+
+
+def check(model: Path, prompt: list[int], events: list[TokenEvent]) -> None:
+    """They come once, with the first token, and are those of one forward pass in float32."""
+    (told,) = [event for event in events if event.prompt_logprobs]
+    assert told.token_ids and told.position == 0
+    backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.inference_mode():
+        want = backbone(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert [one.token_id for one in told.prompt_logprobs] == prompt[1:]
+    for at, one in enumerate(told.prompt_logprobs):
+        assert one.logprob == pytest.approx(float(want[at, one.token_id]), abs=1e-3)
+        best = want[at].topk(3)
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_of_prompts_long_and_short_beside_each_other_and_stored(
+    llm: LLM, tiny_model: Path, prompts: list[list[int]]
+) -> None:
+    long = (prompts[2] * 3)[: 2 * MAX_STEP_TOKENS + 37]
+    for _ in range(2):  # the second time all their chunks are stored, hot and cold
+        add(llm, "long", long)
+        add(llm, "short", prompts[0])
+        add(llm, "one", [7])
+        add(llm, "plain", prompts[2], prompt_logprobs=False)
+        events = events_of(llm)
+        for name, prompt in (("long", long), ("short", prompts[0])):
+            mine = [event for event in events if event.request_id == name]
+            check(tiny_model, prompt, mine)
+            assert mine[-1].stats is not None and mine[-1].stats.cached_tokens == 0
+        assert not any(event.prompt_logprobs for event in events if event.request_id in ("one", "plain"))
+
+
+def test_a_prompt_that_is_begun_again_is_told_once(llm: LLM, tiny_model: Path, prompts: list[list[int]]) -> None:
+    long = (prompts[1] * 30)[: MAX_STEP_TOKENS + 60]
+    add(llm, "r", long)
+    (seq,) = llm.engine._sequences.values()
+    events: list[TokenEvent] = []
+    while not seq.prompt_logprobs:
+        events += llm.engine.step()
+    assert 0 < len(seq.prompt_logprobs) < len(long) - 1
+    llm.engine._restart(seq)
+    events += events_of(llm)
+    check(tiny_model, long, events)
+    # and not again once it was told
+    add(llm, "r", long, max_tokens=30)
+    events = []
+    while not any(event.token_ids for event in events):
+        events += llm.engine.step()
+    (seq,) = llm.engine._sequences.values()
+    llm.engine._restart(seq)
+    events += events_of(llm)
+    check(tiny_model, long, events)
+    assert seq.prompt_logprobs == []
+
+
+def test_an_answer_that_goes_on_elsewhere_has_told_its_prompt(llm: LLM, prompts: list[list[int]]) -> None:
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True, logprobs=1, prompt_logprobs=True)
+    llm.engine.add_request(GenerateRequest("r", tuple(prompts[0]), sampling, resume_token_ids=(5, 6)))
+    assert not any(event.prompt_logprobs for event in events_of(llm))
+
+
+LETTERS = {1: "a", 2: "é", 3: "c"}
+
+
+def writer(stream: bool) -> tuple[ChoiceWriter, list[dict[str, Any]]]:
+    """The choice after a prompt of two tokens and an answer of one, and what a stream would say of it."""
+    texts = lambda token: LETTERS[token].encode()  # noqa: E731
+    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=2, texts=texts, echo=(Echo("aé", 1),))
+    choice, told = ChoiceWriter(0, answer, answer.echo[0]), list[dict[str, Any]]()
+    assert choice.first() is None  # with its first token: the log-probabilities are not known before
+    for event in (
+        TokenEvent("r", (), "", prefill_tokens_done=2),
+        TokenEvent(
+            "r", (3,), "c", "length", SequenceStats(), logprobs=(TokenLogprobs(3, -3.0, ((3, -3.0),)),),
+            prompt_logprobs=(TokenLogprobs(2, -2.0, ((1, -0.5),)),),
+        ),
+    ):  # fmt: skip
+        piece = choice.take(event)
+        if stream:
+            told += [chunk["choices"][0] for chunk in choice.chunks(piece)]
+    return choice, told
+
+
+def test_the_answer_repeats_the_prompt_with_its_numbers() -> None:
+    choice, _ = writer(stream=False)
+    assert choice.whole()["text"] == "aéc"
+    assert choice.whole()["logprobs"] == {
+        "tokens": ["a", "é", "c"],
+        "token_logprobs": [None, -2.0, -3.0],
+        "top_logprobs": [None, {"a": -0.5}, {"c": -3.0}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_a_stream_says_the_same_piece_by_piece() -> None:
+    whole = writer(stream=False)[0].whole()
+    _, told = writer(stream=True)
+    assert "".join(part["text"] for part in told) == whole["text"]
+    for name, values in whole["logprobs"].items():
+        assert [value for part in told if part["logprobs"] for value in part["logprobs"][name]] == values
+    assert [part["finish_reason"] for part in told] == [None, None, "length"]
