@@ -156,11 +156,7 @@ class Api:
         return JSONResponse({"status": "ready", "workers": len(reached), "scorer": ", ".join(scorers)})
 
     async def metrics(self) -> Response:
-        try:
-            self._metrics.workers.update(await self._workers.stats())
-        except ForecacheError:
-            # the ingress' own series are still true; `forecache_workers` says what is missing
-            self._metrics.workers.update(())
+        """This process' own series; `/metrics/cluster` has everybody's."""
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:

@@ -10,7 +10,7 @@ from ray.serve import Application
 from forecache.cluster import preflight
 from forecache.cluster.config import ConfigError, ServeConfig, read_yaml
 from forecache.cluster.ingress import Ingress
-from forecache.cluster.serving import NAMESPACE, application
+from forecache.cluster.serving import NAMESPACE, application, cluster_telemetry
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
@@ -84,6 +84,6 @@ def build(arguments: Arguments) -> Application:
     tiers = Tiers(NAMESPACE, run, config.redis_url, config.memory.call_deadline_s)
     settings = WorkerSettings(
         engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
-        namespace=NAMESPACE, run=run, redis_url=config.redis_url,
+        namespace=NAMESPACE, run=run, redis_url=config.redis_url, telemetry=cluster_telemetry(config),
     )  # fmt: skip
     return application(config, model, tenants, tiers, settings, SupervisedIngress)

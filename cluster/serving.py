@@ -27,6 +27,7 @@ from forecache.cluster.ingress import Ingress
 from forecache.cluster.redis_server import EmbeddedRedis
 from forecache.cluster.router import PrefixAffinityRouter
 from forecache.cluster.supervisor import Supervisor
+from forecache.cluster.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
@@ -110,7 +111,7 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
         stack.enter_context(Supervisor(config.memory, tiers, revive))
         bound = application(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
-            namespace=NAMESPACE, run=run, redis_url=redis_url,
+            namespace=NAMESPACE, run=run, redis_url=redis_url, telemetry=cluster_telemetry(config),
         ))  # fmt: skip
         serve.run_many(
             [serve.RunTarget(bound, name=APPLICATION, route_prefix="/")],
@@ -220,7 +221,11 @@ def application(
     ingress_class: type[Ingress] = Ingress,
 ) -> serve.Application:
     """The ingress in front of `workers` replicas of the decode worker."""
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = LoggingConfig(
+        log_level="WARNING",
+        enable_access_log=False,
+        encoding="JSON" if config.telemetry.log_format == "json" else "TEXT",
+    )
     decode = serve.deployment(
         name="DecodeWorker",
         num_replicas=config.workers,
@@ -253,9 +258,15 @@ def application(
         logging_config=quiet,
     )(serve.ingress()(ingress_class))
     bound: serve.Application = ingress.bind(
-        config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers
+        config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers, cluster_telemetry(config)
     )
     return bound
+
+
+def cluster_telemetry(config: ServeConfig) -> ClusterTelemetry:
+    """What every process of the cluster is told. A Ray that was started here is for this machine alone."""
+    host = config.telemetry.metrics_host or ("127.0.0.1" if config.address is None else None)
+    return ClusterTelemetry(config.telemetry, config.model_name, host)
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:

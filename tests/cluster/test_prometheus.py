@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -64,7 +65,8 @@ def prometheus(server: Any, tmp_path: Path) -> Iterator[Prometheus]:
     config = yaml.safe_load((shipped / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), f"{INTERVAL_S}s")
     config["rule_files"] = [str(shipped / name) for name in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"] = [{"targets": [server.url.removeprefix("http://")]}]
+    [discovery] = config["scrape_configs"][0]["http_sd_configs"]
+    discovery.update(url=f"{server.url}{urlsplit(discovery['url']).path}", refresh_interval=f"{INTERVAL_S}s")
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = [
         *("prometheus", f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}"),
@@ -111,8 +113,8 @@ def ask(server: Any, text: str) -> dict[str, Any]:
 
 
 def test_every_query_has_data_and_no_rule_fails(server: Any, prometheus: Prometheus) -> None:
-    prometheus.wait_for('up{job="forecache"}', 1)
-    prometheus.wait_for("forecache_workers", 1)
+    prometheus.wait_for('count by (job) (up{job="forecache"} == 1)', 4)  # ingress, worker, tier, indexer
+    prometheus.wait_for("model:forecache_workers:count", 1)
     # two documents, each asked about twice: more than the hot pool holds, so chunks are recalled
     documents = ["".join(chr(97 + (seed * i * i + i) % 26) for i in range(1400)) for seed in (3, 7)]
     usages = [ask(server, document + question) for question in ("who?", "what?") for document in documents]

@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.errors import ArenaError
 from forecache.workers.memory.arena import FILE_PREFIX, Arena, describe, remove_abandoned
 from forecache.workers.memory.catalog import Catalog, SessionRecord
@@ -36,7 +37,7 @@ class TierSettings:
     """What all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
 
     Tiers meet through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids; without either
-    each is alone.
+    each is alone. ``telemetry``: how each tells what it does.
     """
 
     config: MemoryConfig
@@ -45,6 +46,7 @@ class TierSettings:
     index_fingerprint: str
     namespace: str | None = None
     redis_url: str | None = None
+    telemetry: Telemetry = SILENCE
 
 
 # Ray's annotations do not know max_concurrency and the groups.
@@ -63,6 +65,7 @@ class MemoryTier:
         """Raises :class:`ArenaError`."""
         config = settings.config
         self._settings = settings
+        node_id = ray.get_runtime_context().get_node_id()
         self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes)
         self._disk: ArenaStore | None = None
         self._publisher: CatalogPublisher | None = None
@@ -72,7 +75,6 @@ class MemoryTier:
             self._store = ArenaStore(self._arena)
         else:
             catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
-            node_id = ray.get_runtime_context().get_node_id()
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
             self._store = ArenaStore(self._arena, listener=self._changed)
             self._sessions = Sessions(self._store, catalog)
@@ -86,6 +88,7 @@ class MemoryTier:
                 )
                 self._exchange.start()
             self._publisher.start(self._store)
+        self._telemetry = settings.telemetry.start("tier", tier_id, node_id, self.stats)
         self._ended = threading.Event()
         threading.Thread(target=self._watch, args=(config.heartbeat_s,), name="tier-watch", daemon=True).start()
         # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
@@ -151,6 +154,9 @@ class MemoryTier:
             disk = self._disk.stats()
             stats = replace(stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots)
         return stats if self._exchange is None else replace(stats, **asdict(self._exchange.counters))
+
+    def metrics_target(self) -> MetricsTarget | None:
+        return self._telemetry.target
 
     def check_integrity(self) -> None:
         self._store.check_integrity()
