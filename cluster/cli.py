@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--address", default="auto", help="its Ray cluster (default: the one on this machine)")
     doctor.set_defaults(command=_doctor)
 
+    top = commands.add_parser("top", help="watch a running cluster: workers, tiers, hits, throughput")
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
+    top.add_argument("--interval-s", type=float, default=2.0, help="seconds between two readings (default: 2)")
+    top.add_argument("--once", action="store_true", help="print one table of two readings and end")
+    top.set_defaults(command=_top)
+
     demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
     demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
     demo.add_argument("--tokens", type=int, default=6500, help="length of the document (default: 6500)")
@@ -106,6 +112,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from forecache.cluster import doctor
 
     return doctor.run_cluster(args.address) if args.cluster else doctor.run()
+
+
+def _top(args: argparse.Namespace) -> int:
+    from forecache.cluster import top
+
+    return top.run(args.url, args.interval_s, args.once)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -1,18 +1,32 @@
 """A real Prometheus, with the shipped configuration, scrapes a running server: dashboards and rules have data."""
 
+import itertools
 import json
+import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import torch
 import yaml
+from transformers import LlamaForCausalLM
+
+from forecache.cluster.top import short
+from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 
 pytestmark = [
     pytest.mark.cluster,
@@ -23,13 +37,31 @@ GRAFANA = Path(__file__).resolve().parents[2] / "grafana"
 INTERVAL_S = 2
 DATA_WITHIN_S = 40.0
 STOP_S = 10.0
-# a model without a manifest has no retrieval heads, so no retrieval events; the quantiles of nothing are NaN
-NEED_RETRIEVAL_EVENTS = re.compile(r"forecache_attention_coverage|forecache_lookahead_hit_ratio")
+SHARPER = 20.0
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Any) -> Any:
-    return start_server("--hot-bytes", "1MiB", "--keep-ratio", "0.2")
+def server(start_server: Any, byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of a model whose attention is sharp enough for retrieval events, all of its heads called retrieval heads."""
+    folder = tmp_path_factory.mktemp("sharp")
+    shutil.copytree(byte_model, folder / "bytes")
+    model = LlamaForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                weight.mul_(SHARPER)
+    model.save_pretrained(folder / "bytes")
+    calibration = CalibrationRecord(
+        documents=0, tasks=(), min_tokens=0, max_tokens=0, chunk_tokens=16, seed=0, events=0.0,
+        torch_version="", transformers_version="", date="",
+    )  # fmt: skip
+    manifest = RetrievalManifest(
+        model_type="llama", layers=2, attention_heads=4, kv_heads=2, head_dim=16, calibration=calibration,
+        heads=tuple(RetrievalHead(layer=layer, head=head, score=0.5) for layer in range(2) for head in range(4)),
+    )  # fmt: skip
+    (folder / "heads.json").write_text(manifest.model_dump_json(), encoding="utf-8")
+    flags = ("--model", str(folder / "bytes"), "--indexer-manifest", str(folder / "heads.json"))
+    return start_server(*flags, "--hot-bytes", "1MiB", "--keep-ratio", "0.2")
 
 
 class Prometheus:
@@ -55,6 +87,13 @@ class Prometheus:
         start = time.monotonic()
         while (now := self.values(expression)) != [value]:
             assert time.monotonic() - start < DATA_WITHIN_S, f"{expression} is {now}, not {value}"
+            time.sleep(0.2)
+
+    def wait_for_rules(self) -> None:
+        """Until every rule was evaluated over what is stored now."""
+        start, now = time.monotonic(), datetime.now(UTC)
+        while any(datetime.fromisoformat(x["lastEvaluation"]) < now for x in self.get("rules")["groups"]):
+            assert time.monotonic() - start < DATA_WITHIN_S, "rules are not evaluated"
             time.sleep(0.2)
 
 
@@ -112,22 +151,41 @@ def ask(server: Any, text: str) -> dict[str, Any]:
     return usage
 
 
+@contextmanager
+def load(server: Any) -> Iterator[list[dict[str, Any]]]:
+    """Two clients, each with two documents that it asks about again and again: more than the hot pool holds, so chunks
+    are recalled. What was said of usage is complete after the block."""
+    usages: list[dict[str, Any]] = []
+    done = threading.Event()
+
+    def client(seeds: tuple[int, int]) -> None:
+        documents = ["".join(chr(97 + (seed * i * i + i) % 26) for i in range(1400)) for seed in seeds]
+        for number in itertools.count():
+            usages.append(ask(server, f"{documents[number % 2]} question {number}?"))
+            if done.wait(0.2):
+                return
+
+    with ThreadPoolExecutor(2) as pool:
+        clients = [pool.submit(client, seeds) for seeds in ((3, 7), (11, 17))]
+        try:
+            yield usages
+        finally:
+            done.set()
+    for one in clients:
+        one.result()
+
+
 def test_every_query_has_data_and_no_rule_fails(server: Any, prometheus: Prometheus) -> None:
     prometheus.wait_for('count by (job) (up{job="forecache"} == 1)', 4)  # ingress, worker, tier, indexer
     prometheus.wait_for("model:forecache_workers:count", 1)
-    # two documents, each asked about twice: more than the hot pool holds, so chunks are recalled
-    documents = ["".join(chr(97 + (seed * i * i + i) % 26) for i in range(1400)) for seed in (3, 7)]
-    usages = [ask(server, document + question) for question in ("who?", "what?") for document in documents]
     assert server.post("/v1/completions", {"model": "other", "prompt": "x"}).status_code == 404
+    with load(server) as usages:
+        wanted, start = queries(), time.monotonic()
+        while wanted := {where: query for where, query in wanted.items() if not prometheus.values(query)}:
+            assert time.monotonic() - start < DATA_WITHIN_S, f"no data: {list(wanted)}"
+            time.sleep(0.5)
     prometheus.wait_for("forecache_requests_finished_total", len(usages))
-
-    wanted = {where: query for where, query in queries().items() if not NEED_RETRIEVAL_EVENTS.search(query)}
-    start = time.monotonic()
-    while missing := [where for where, query in wanted.items() if not prometheus.values(query)]:
-        assert time.monotonic() - start < DATA_WITHIN_S, f"no data: {missing}"
-        time.sleep(0.5)
-    for query in queries().values():
-        prometheus.get("query", query=query)  # those that may have no data are right PromQL too
+    prometheus.wait_for_rules()
 
     groups = prometheus.get("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
@@ -140,3 +198,38 @@ def test_every_query_has_data_and_no_rule_fails(server: Any, prometheus: Prometh
     told = cached / sum(usage["prompt_tokens"] for usage in usages)
     assert told > 0.3
     assert prometheus.values("model:forecache_prefix_cache_hit_ratio:rate5m") == [pytest.approx(told, rel=0.01)]
+
+
+def test_top_shows_what_the_server_does(server: Any) -> None:
+    command = [sys.executable, "-m", "forecache.cluster.cli", "top", "--url", server.url, "--interval-s", "1", "--once"]
+    with load(server) as usages:
+        while len(usages) < 2:
+            time.sleep(0.1)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    tokens = re.search(r"tokens/s out\s+([\d.]+)", done.stdout)
+    assert tokens is not None and float(tokens[1]) > 10, done.stdout
+    assert {"worker", "tier", "indexer"} <= rows.keys() and "4 / 4" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()) and "…" not in done.stdout
+    ids = {short(group["labels"]["process"]) for group in server.get("/metrics/targets").json()}
+    assert len(ids & rows.keys()) == 3, "a worker, a tier and an indexer, but not the ingress"
+    nobody = subprocess.run([*command, "--url", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
+    assert nobody.returncode == 2 and "does not answer" in nobody.stderr
+
+
+def test_top_goes_on_until_it_is_stopped(server: Any) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "forecache.cluster.cli", "top", "--url", server.url, "--interval-s", "0.2"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        try:
+            start, shown = time.monotonic(), b""
+            while shown.count(b"tokens/s out") < 3:
+                assert time.monotonic() - start < DATA_WITHIN_S, shown
+                shown += os.read(ours, 65536)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(STOP_S) == 130
+        finally:
+            process.kill()
+            os.close(ours)
