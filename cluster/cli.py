@@ -2,15 +2,18 @@
 
 import argparse
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from forecache.cluster import indexer_commands
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.session import run_in_own_session
 from forecache.workers.errors import ForecacheError
+
+logger = logging.getLogger("forecache.cluster.cli")  # this module may run as __main__
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -93,13 +96,14 @@ def _serve(args: argparse.Namespace) -> int:
     config = config_from_args(args)
 
     def serve() -> int:
-        with _status() as say:
+        as_json = config.telemetry.log_format == "json"
+        with nullcontext(logger.info) if as_json else _status() as say:
             from forecache.cluster import serving
 
             def ready(cluster: serving.Running) -> None:
-                say("")
+                say("serving" if as_json else "")
                 for note in cluster.notes:
-                    print(f"note: {note}", file=sys.stderr)
+                    logger.warning(note) if as_json else print(f"note: {note}", file=sys.stderr)
                 print(f"forecache serves {config.model_name} at {cluster.url}/v1", flush=True)
 
             serving.run(config, say, ready)

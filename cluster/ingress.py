@@ -123,6 +123,7 @@ class Ingress:
             self._admission,
             tenants,
             lambda tokens, cache: _resident_bytes(tokens, cache, config, chunk_bytes),
+            self._telemetry,
         )
         self._sessions = SessionRoutes(
             SessionDirectory(tiers, config.engine.chunk_tokens), self._api.guarded, config.limits

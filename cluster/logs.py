@@ -53,7 +53,8 @@ class TextFormatter(logging.Formatter):
 def configure(config: TelemetryConfig, component: str, process: str, stream: TextIO | None = None) -> None:
     """Have forecache's loggers of this process write to ``stream``, stderr by default, and nowhere else."""
     logger = logging.getLogger(LOGGER)
-    handler = logging.StreamHandler(stream or sys.stderr)
+    # not sys.stderr, which Ray Serve puts a logger of its own into
+    handler = logging.StreamHandler(stream or sys.__stderr__)
     handler.setFormatter(JsonFormatter(component, process) if config.log_format == "json" else TextFormatter())
     logger.handlers[:] = [handler]
     logger.propagate = False

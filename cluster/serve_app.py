@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve import Application
 
-from forecache.cluster import preflight
+from forecache.cluster import preflight, tracing
 from forecache.cluster.config import ConfigError, ServeConfig, read_yaml
 from forecache.cluster.ingress import Ingress
 from forecache.cluster.serving import NAMESPACE, application, cluster_telemetry
@@ -76,6 +76,7 @@ def build(arguments: Arguments) -> Application:
         ForecacheError: it can't be started; the message says what to change.
     """
     config = read_config(arguments.config)
+    tracing.check_installed(config.telemetry.otlp_endpoint)
     assert config.redis_url is not None  # read_config saw to it
     preflight.check_redis(config.redis_url)
     model = preflight.check_model(resolve_model(config.engine.model, load_format=config.engine.load_format), config)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import signal
 import threading
@@ -20,7 +21,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from forecache.cluster import preflight
+from forecache.cluster import logs, preflight, tracing
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
@@ -76,6 +77,8 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
     Raises:
         ForecacheError: it can't be started; the message says what to change.
     """
+    logs.configure(config.telemetry, "starter", str(os.getpid()))
+    tracing.check_installed(config.telemetry.otlp_endpoint)
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say, config.engine.load_format)

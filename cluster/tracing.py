@@ -19,7 +19,7 @@ class Tracer(Protocol):
 
 class NoTracer:
     def span(self, name: str, traceparent: str, **attributes: Attribute) -> AbstractContextManager[Span]:
-        return nullcontext(SilentSpan(traceparent))
+        return nullcontext(SilentSpan())
 
 
 def make_tracer(endpoint: str | None, component: str, process: str) -> Tracer:
@@ -63,7 +63,7 @@ class OtlpTracer:
         made = self._tracer.start_span(name, above, attributes=dict(attributes))
         try:
             yield OtlpSpan(made)
-        except BaseException as error:
+        except Exception as error:
             made.record_exception(error)
             made.set_status(Status(StatusCode.ERROR, str(error)))
             raise

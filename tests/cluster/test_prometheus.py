@@ -1,5 +1,7 @@
-"""A real Prometheus, with the shipped configuration, scrapes a running server: dashboards and rules have data."""
+"""What an operator sees of a running server. A real Prometheus, with the shipped configuration, scrapes it: dashboards
+and rules have data; a real OTLP receiver gets its traces; logs and `forecache top` tell the same."""
 
+import gzip
 import itertools
 import json
 import os
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,15 +26,15 @@ import httpx
 import pytest
 import torch
 import yaml
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from transformers import LlamaForCausalLM
 
 from forecache.cluster.top import short
 from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH"),
-]
+pytestmark = pytest.mark.cluster
+needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH")
 
 GRAFANA = Path(__file__).resolve().parents[2] / "grafana"
 INTERVAL_S = 2
@@ -40,8 +43,61 @@ STOP_S = 10.0
 SHARPER = 20.0
 
 
+class Collector:
+    """An OTLP receiver: what it was sent, as (service, span). ``url`` without a path."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Span]] = []
+        spans = self.spans
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers["Content-Encoding"] == "gzip":
+                    body = gzip.decompress(body)
+                sent = ExportTraceServiceRequest.FromString(body)
+                for resource in sent.resource_spans:
+                    [service] = [
+                        one.value.string_value for one in resource.resource.attributes if one.key == "service.name"
+                    ]
+                    spans.extend((service, span) for scope in resource.scope_spans for span in scope.spans)
+                assert self.path == "/v1/traces"
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def trace(self, trace_id: str, spans: int) -> dict[str, tuple[str, Span]]:
+        """Name of each span of a trace → (service, span), once there are so many."""
+        start = time.monotonic()
+        while True:
+            found = {span.name: (service, span) for service, span in self.spans if span.trace_id.hex() == trace_id}
+            if len(found) >= spans:
+                return found
+            assert time.monotonic() - start < DATA_WITHIN_S, f"{list(found)} of {len(self.spans)} spans"
+            time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
-def server(start_server: Any, byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(made.http.serve_forever)
+        try:
+            yield made
+        finally:
+            made.http.shutdown()
+            made.http.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(
+    start_server: Any, byte_model: Path, collector: "Collector", tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Of a model whose attention is sharp enough for retrieval events, all of its heads called retrieval heads."""
     folder = tmp_path_factory.mktemp("sharp")
     shutil.copytree(byte_model, folder / "bytes")
@@ -61,7 +117,8 @@ def server(start_server: Any, byte_model: Path, tmp_path_factory: pytest.TempPat
     )  # fmt: skip
     (folder / "heads.json").write_text(manifest.model_dump_json(), encoding="utf-8")
     flags = ("--model", str(folder / "bytes"), "--indexer-manifest", str(folder / "heads.json"))
-    return start_server(*flags, "--hot-bytes", "1MiB", "--keep-ratio", "0.2")
+    telling = ("--log-format", "json", "--log-level", "info", "--otlp-endpoint", collector.url)
+    return start_server(*flags, *telling, "--hot-bytes", "1MiB", "--keep-ratio", "0.2")
 
 
 class Prometheus:
@@ -175,6 +232,7 @@ def load(server: Any) -> Iterator[list[dict[str, Any]]]:
         one.result()
 
 
+@needs_prometheus
 def test_every_query_has_data_and_no_rule_fails(server: Any, prometheus: Prometheus) -> None:
     prometheus.wait_for('count by (job) (up{job="forecache"} == 1)', 4)  # ingress, worker, tier, indexer
     prometheus.wait_for("model:forecache_workers:count", 1)
@@ -233,3 +291,62 @@ def test_top_goes_on_until_it_is_stopped(server: Any) -> None:
         finally:
             process.kill()
             os.close(ours)
+
+
+def test_a_trace_follows_a_request_to_the_tier(server: Any, collector: Collector) -> None:
+    trace_id, above = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    body = {"model": "bytes", "prompt": "trace " * 40, "max_tokens": 5, "ignore_eos": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json=body, headers={"traceparent": f"00-{trace_id}-{above}-01"}
+    ) as answer:
+        request_id = json.loads(next(line for line in answer.iter_lines() if line.startswith("data:"))[5:])["id"]
+    found = collector.trace(trace_id, 3)
+    names = ("POST /v1/completions", "worker.generate", "tier.hold_prefix")
+    services = ("forecache-ingress", "forecache-worker", "forecache-tier")
+    assert tuple(found[name][0] for name in names) == services
+    parents = [found[name][1].parent_span_id.hex() for name in names]
+    assert parents == [above, *(found[name][1].span_id.hex() for name in names[:2])]
+    for name in names:
+        told = {one.key: one.value for one in found[name][1].attributes}
+        assert told["request_id"].string_value == request_id
+        assert found[name][1].end_time_unix_nano > found[name][1].start_time_unix_nano
+    worker = {one.key: one.value for one in found["worker.generate"][1].attributes}
+    assert worker["completion_tokens"].int_value == 5 and worker["finish_reason"].string_value == "length"
+    assert [event.name for event in found[names[0]][1].events] == ["first token"]
+
+
+def test_logs_name_the_request_in_every_process(server: Any) -> None:
+    answer = server.post("/v1/completions", {"model": "bytes", "prompt": "log " * 40, "max_tokens": 3}).json()
+    refused = server.post("/v1/completions", {"model": "bytes", "prompt": "x", "max_tokens": -1})
+    assert refused.status_code == 400
+    [session] = {
+        found[1] for pid in processes_of(server.process.pid) if (found := re.search(r"--session_dir=(\S+)", pid))
+    }
+    lines: list[dict[str, Any]] = []
+    start = time.monotonic()
+    while {"ingress", "worker", "tier"} - {line["component"] for line in lines if of_request(line, answer["id"])}:
+        assert time.monotonic() - start < DATA_WITHIN_S, lines
+        time.sleep(0.2)
+        files = Path(session, "logs").glob("worker-*.err")
+        text = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in text if line.startswith('{"time"')]
+    messages = {line["message"]: line for line in lines if of_request(line, answer["id"])}
+    assert messages.keys() == {"request came", "prefix looked up", "request done", "request ended"}
+    usage = answer["usage"]
+    assert messages["request ended"]["completion_tokens"] == usage["completion_tokens"]
+    assert messages["request done"]["prompt_tokens"] == usage["prompt_tokens"] == 160
+    assert any(line["message"] == "request refused" and line["status"] == 400 for line in lines)
+    assert all(datetime.fromisoformat(line["time"]).tzinfo is UTC for line in lines)
+
+
+def of_request(line: dict[str, Any], request_id: str) -> bool:
+    return line.get("request_id") == request_id
+
+
+def processes_of(pid: int) -> list[str]:
+    """Command lines of a process' descendants."""
+    children = [
+        int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()
+    ]
+    lines = [Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ") for child in children]
+    return lines + [line for child in children for line in processes_of(child)]

@@ -49,13 +49,17 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it."""
+    """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it.
+
+    ``traceparent``: the span (W3C) that the worker's own belongs to; empty: not traced.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache: CacheOptions = field(default_factory=CacheOptions)
     resume_token_ids: tuple[int, ...] = ()
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -157,9 +157,17 @@ class DecodeWorker:
 
         Raises :class:`InvalidRequestError` or :class:`OverloadedError` before the first event.
         """
-        async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                yield event
+        name, who = "worker.generate", {"request_id": request.request_id}
+        logger.info("request came", extra=who | {"prompt_tokens": len(request.prompt_token_ids)})
+        with self._telemetry.span(name, request.traceparent, **who) as span:
+            traced = replace(request, traceparent=span.traceparent)
+            async with aclosing(self._engine.generate(traced)) as events:
+                async for event in events:
+                    if event.stats is not None:
+                        told = {name: value for name, value in asdict(event.stats).items() if value is not None}
+                        span.set(finish_reason=str(event.finish_reason), **told)
+                        logger.info("request done", extra=who | {"finish_reason": event.finish_reason} | told)
+                    yield event
 
     async def stats(self) -> WorkerStats:
         """This worker's numbers now."""

@@ -20,6 +20,7 @@ from forecache.workers.memory.catalog import Catalog, SessionRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange, wanted_room
+from forecache.workers.memory.holders import request_of
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
@@ -104,7 +105,14 @@ class MemoryTier:
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Of what is stored on any node."""
-        return (self._exchange or self._store).hold_prefix(holder, keys)
+        request_id, traceparent = request_of(holder)
+        with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
+            found = (self._exchange or self._store).hold_prefix(holder, keys)
+            span.set(held=len(found))
+        logger.info(
+            "prefix looked up", extra={"request_id": request_id, "asked_chunks": len(keys), "held_chunks": len(found)}
+        )
+        return found
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
