@@ -17,6 +17,8 @@ from forecache.indexer.telemetry import Attribute, Component, MetricsTarget, Spa
 
 logger = logging.getLogger(__name__)
 
+ANY_HOST = ("0.0.0.0", "::")
+
 
 @dataclass(frozen=True)
 class RunningTelemetry:
@@ -31,7 +33,8 @@ class RunningTelemetry:
 
 @dataclass(frozen=True)
 class ClusterTelemetry:
-    """A :class:`forecache.indexer.telemetry.Telemetry`. ``host``: where to listen; ``None``: the node's address."""
+    """A :class:`forecache.indexer.telemetry.Telemetry`. ``host``: where to listen; ``None``: the node's address,
+    which is also what is told where ``host`` is any."""
 
     config: TelemetryConfig
     model_name: str
@@ -46,8 +49,10 @@ class ClusterTelemetry:
     ) -> RunningTelemetry:
         """The same with a registry that is there."""
         logs.configure(self.config, component, process)
-        host = self.host or str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        address = f"[{host}]" if ":" in host else host
+        own = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        host = self.host or own
+        address = own if host in ANY_HOST else host
+        address = f"[{address}]" if ":" in address else address
         target = MetricsTarget(f"{address}:{self._serve(registry, host)}", component, process, node)
         logger.info("%s serves its metrics at %s", component, target.address)
         return RunningTelemetry(target, make_tracer(self.config.otlp_endpoint, component, process))
