@@ -12,7 +12,11 @@ from forecache.cluster.telemetry_config import TelemetryConfig
 LOGGER = "forecache"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""What every record has; the rest came with ``extra``."""
+
+
+def _extra(record: logging.LogRecord) -> dict[str, object]:
+    """What came with ``extra``; Ray adds names with an underscore to every record."""
+    return {name: value for name, value in vars(record).items() if name not in _OWN and not name.startswith("_")}
 
 
 class JsonFormatter(logging.Formatter):
@@ -31,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             **self._who,
             "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _OWN},
+            **_extra(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -46,7 +50,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         head, *trace = super().format(record).split("\n", 1)
-        extra = "".join(f" {name}={value}" for name, value in vars(record).items() if name not in _OWN)
+        extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
         return "\n".join([head + extra, *trace])
 
 
