@@ -16,7 +16,7 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from forecache.cluster import cli, serve_app
+from forecache.cluster import autoscaling, cli, serve_app
 from forecache.cluster.api import Api
 from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
 from forecache.cluster.sizes import parse_bytes
@@ -188,9 +188,15 @@ def test_the_settings_fit_the_cluster(settings: ServeConfig, ray_service: dict[s
     assert settings.workers == most == groups["gpu"]["maxReplicas"]
     assert groups["gpu"]["minReplicas"] == decode["autoscaling_config"]["min_replicas"]
     memory = groups["memory"]
-    assert memory["minReplicas"] == memory["replicas"] == memory["maxReplicas"], "Ray would take its nodes for idle"
+    assert memory["minReplicas"] == memory["replicas"] <= memory["maxReplicas"] == settings.memory.max_memory_nodes
     for group in groups.values():
         assert f'\\"{settings.memory.tier_resource}\\": 1' in group["rayStartParams"]["resources"]
+    marked = [
+        f'\\"{settings.memory.node_resource}\\": 1' in group["rayStartParams"]["resources"]
+        for group in (groups["gpu"], memory)
+    ]
+    assert marked == [False, True], "GPU nodes that are asked for as memory nodes would never go"
+    assert import_attr(decode["autoscaling_config"]["policy"]["policy_function"]) is autoscaling.workers
     assert sum(group["replicas"] for group in groups.values()) > settings.memory.replicas, "one may go"
     assert settings.memory.tier_resource not in str(cluster["headGroupSpec"]["rayStartParams"])
     assert settings.engine.threads == int(groups["gpu"]["rayStartParams"]["num-cpus"])

@@ -194,6 +194,11 @@ class DecodeWorker:
             "waiting": stats.waiting,
         }
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler reads, where a policy asks for it."""
+        stats = self._engine.stats()
+        return {"hot_pool_usage": stats.hot_slots_referenced / stats.hot_slots if stats.hot_slots else 0.0}
+
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: the engine's thread has ended."""
         if not self._engine.alive:
