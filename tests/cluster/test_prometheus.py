@@ -299,7 +299,8 @@ def test_a_trace_follows_a_request_to_the_tier(server: Any, collector: Collector
     with httpx.stream(
         "POST", f"{server.url}/v1/completions", json=body, headers={"traceparent": f"00-{trace_id}-{above}-01"}
     ) as answer:
-        request_id = json.loads(next(line for line in answer.iter_lines() if line.startswith("data:"))[5:])["id"]
+        lines = [line for line in answer.iter_lines() if line.startswith("data:")]
+    request_id = json.loads(lines[0].removeprefix("data:"))["id"]
     found = collector.trace(trace_id, 3)
     names = ("POST /v1/completions", "worker.generate", "tier.hold_prefix")
     services = ("forecache-ingress", "forecache-worker", "forecache-tier")

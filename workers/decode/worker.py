@@ -160,6 +160,7 @@ class DecodeWorker:
         name, who = "worker.generate", {"request_id": request.request_id}
         logger.info("request came", extra=who | {"prompt_tokens": len(request.prompt_token_ids)})
         with self._telemetry.span(name, request.traceparent, **who) as span:
+            span.set(finish_reason="cancelled")  # unless it comes to another end
             traced = replace(request, traceparent=span.traceparent)
             async with aclosing(self._engine.generate(traced)) as events:
                 async for event in events:
