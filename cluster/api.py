@@ -31,8 +31,10 @@ from forecache.cluster.openai_types import (
 )
 from forecache.cluster.openapi import document
 from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
+from forecache.cluster.request_record import RequestRecord
 from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStream
 from forecache.cluster.tenants import Tenant, Tenants
+from forecache.indexer.telemetry import SILENCE, ProcessTelemetry
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
 from forecache.workers.decode.worker import WorkerStats
 from forecache.workers.errors import ForecacheError
@@ -72,6 +74,7 @@ class Api:
         admission: Admission,
         tenants: Tenants,
         resident_bytes: ResidentBytes,
+        telemetry: ProcessTelemetry = SILENCE,
     ) -> None:
         self._workers = workers
         self._encoder = encoder
@@ -80,6 +83,7 @@ class Api:
         self._limits = admission.limits
         self._tenants = tenants
         self._resident_bytes = resident_bytes
+        self._telemetry = telemetry
         self._created = int(time.time())
 
     def app(self) -> FastAPI:
@@ -156,11 +160,7 @@ class Api:
         return JSONResponse({"status": "ready", "workers": len(reached), "scorer": ", ".join(scorers)})
 
     async def metrics(self) -> Response:
-        try:
-            self._metrics.workers.update(await self._workers.stats())
-        except ForecacheError:
-            # the ingress' own series are still true; `forecache_workers` says what is missing
-            self._metrics.workers.update(())
+        """This process' own series; `/metrics/cluster` has everybody's."""
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:
@@ -168,7 +168,7 @@ class Api:
         body = await read_json(http, self._limits)
         with self._admission.entering():
             request = kind.model_validate(body)
-            streams, answer = await self._admitted(request, tenant)
+            streams, answer = await self._admitted(http, request, tenant)
         if not request.stream:
             return JSONResponse(await collect(streams, answer))
         try:
@@ -180,7 +180,9 @@ class Api:
             streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
         )
 
-    async def _admitted(self, request: OpenAIRequest, tenant: Tenant) -> tuple[ChoiceStreams, AnswerFormat]:
+    async def _admitted(
+        self, http: Request, request: OpenAIRequest, tenant: Tenant
+    ) -> tuple[ChoiceStreams, AnswerFormat]:
         """Its choices, let in, and the form of their answer."""
         self._check_model(request.model)
         prompts = await self._encoder.encode(request)
@@ -196,10 +198,15 @@ class Api:
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
             echo=tuple(Echo(p.echo, p.token_ids[0]) for p in prompts if p.echo is not None),
         )
-        return self._streams(request, prompts, answer.id, tenant), answer
+        return self._streams(http, request, prompts, answer, tenant), answer
 
     def _streams(
-        self, request: OpenAIRequest, prompts: Sequence[EncodedPrompt], request_id: str, tenant: Tenant
+        self,
+        http: Request,
+        request: OpenAIRequest,
+        prompts: Sequence[EncodedPrompt],
+        answer: AnswerFormat,
+        tenant: Tenant,
     ) -> ChoiceStreams:
         """The request's choices, let in, each a request to a worker once it is opened."""
         per_prompt = request.n or 1
@@ -213,6 +220,11 @@ class Api:
             per_prompt * sum(self._resident_bytes(len(p.token_ids) + p.max_tokens, cache) for p in prompts),
         )
 
+        request_id, traceparent = answer.id, http.headers.get("traceparent", "")
+        record = RequestRecord(
+            self._telemetry, request_id, http.url.path, tenant.name, answer.prompt_tokens, traceparent
+        )
+
         def open_stream(index: int) -> EventStream:
             at, number = divmod(index, per_prompt)
             prompt, timer = prompts[at], self._metrics.request()
@@ -220,22 +232,30 @@ class Api:
 
             def observe(event: TokenEvent) -> None:
                 timer(event)
+                record.observe(event)
                 if event.token_ids:
                     ticket.begun(index)
 
+            name = request_id if alone else f"{request_id}-{index}"
             source = self._workers.generate(
                 GenerateRequest(
-                    request_id if alone else f"{request_id}-{index}",
+                    name,
                     prompt.token_ids,
                     settings,
                     cache,
                     show_chunks=request.show_chunks,
+                    traceparent=record.traceparent,
                 )
             )
             return EventStream(source, silence_s=SILENCE_S, observe=observe)
 
         limits = [limit for limit in (request.timeout_s, self._limits.request_timeout_s) if limit is not None]
-        return ChoiceStreams(open_stream, len(prompts), per_prompt, min(limits, default=None), ticket.close)
+
+        def closed() -> None:
+            ticket.close()
+            record.close()
+
+        return ChoiceStreams(open_stream, len(prompts), per_prompt, min(limits, default=None), closed)
 
     def _check_model(self, name: str) -> None:
         served = self._metrics.model_name
@@ -266,4 +286,5 @@ class Api:
 
     def _error(self, error: ApiError, headers: Any = None) -> Response:
         self._metrics.error(error.kind)
+        logger.info("request refused", extra={"status": error.status, "code": error.kind})
         return JSONResponse(error.body(), status_code=error.status, headers=headers or dict(error.headers))

@@ -2,15 +2,18 @@
 
 import argparse
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from forecache.cluster import indexer_commands
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.session import run_in_own_session
 from forecache.workers.errors import ForecacheError
+
+logger = logging.getLogger("forecache.cluster.cli")  # this module may run as __main__
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -57,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--address", default="auto", help="its Ray cluster (default: the one on this machine)")
     doctor.set_defaults(command=_doctor)
 
+    top = commands.add_parser("top", help="watch a running cluster: workers, tiers, hits, throughput")
+    top.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
+    top.add_argument("--interval-s", type=float, default=2.0, help="seconds between two readings (default: 2)")
+    top.add_argument("--once", action="store_true", help="print one table of two readings and end")
+    top.set_defaults(command=_top)
+
     demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
     demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
     demo.add_argument("--tokens", type=int, default=6500, help="length of the document (default: 6500)")
@@ -87,13 +96,14 @@ def _serve(args: argparse.Namespace) -> int:
     config = config_from_args(args)
 
     def serve() -> int:
-        with _status() as say:
+        as_json = config.telemetry.log_format == "json"
+        with nullcontext(logger.info) if as_json else _status() as say:
             from forecache.cluster import serving
 
             def ready(cluster: serving.Running) -> None:
-                say("")
+                say("serving" if as_json else "")
                 for note in cluster.notes:
-                    print(f"note: {note}", file=sys.stderr)
+                    logger.warning(note) if as_json else print(f"note: {note}", file=sys.stderr)
                 print(f"forecache serves {config.model_name} at {cluster.url}/v1", flush=True)
 
             serving.run(config, say, ready)
@@ -106,6 +116,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from forecache.cluster import doctor
 
     return doctor.run_cluster(args.address) if args.cluster else doctor.run()
+
+
+def _top(args: argparse.Namespace) -> int:
+    from forecache.cluster import top
+
+    return top.run(args.url, args.interval_s, args.once)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.resume import ResumeConfig
 from forecache.cluster.sizes import parse_bytes
+from forecache.cluster.telemetry_config import TelemetryConfig
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.errors import ForecacheError
@@ -48,6 +49,7 @@ class ServeConfig(BaseModel):
     limits: LimitsConfig = Field(default_factory=lambda: LimitsConfig())
 
     resume: ResumeConfig = Field(default_factory=lambda: ResumeConfig())
+    telemetry: TelemetryConfig = Field(default_factory=lambda: TelemetryConfig())
 
     host: str = Field("127.0.0.1", description="address the HTTP server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")

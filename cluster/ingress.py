@@ -5,6 +5,8 @@ from contextvars import Context
 from typing import Any, Self
 
 import grpc
+import ray
+from ray import serve
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -18,9 +20,12 @@ from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.sessions import SessionDirectory, SessionRoutes
+from forecache.cluster.targets import MetricsRoutes, ProcessDirectory
+from forecache.cluster.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.indexer.selection import budget_chunks
+from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.async_engine import EngineDeadError
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
@@ -111,27 +116,37 @@ class Ingress:
         tenants: Tenants,
         workers: "DeploymentHandle[Any]",
         tiers: Tiers,
+        telemetry: ClusterTelemetry,
     ) -> None:
         tokenizer = load_tokenizer(resolve_model(config.engine.model, load_format=config.engine.load_format))
         self._tiers = tiers
+        metrics = Metrics(config.model_name)
+        node_id, here = ray.get_runtime_context().get_node_id(), serve.get_replica_context()
+        self._telemetry = telemetry.start_with(metrics.registry, "ingress", here.replica_id.unique_id, node_id)
         self._admission = Admission(config.limits)
         self._api = Api(
             self.workers_class(workers, config.resume),
             PromptEncoder(tokenizer, max_model_len),
-            Metrics(config.model_name),
+            metrics,
             self._admission,
             tenants,
             lambda tokens, cache: _resident_bytes(tokens, cache, config, chunk_bytes),
+            self._telemetry,
         )
         self._sessions = SessionRoutes(
             SessionDirectory(tiers, config.engine.chunk_tokens), self._api.guarded, config.limits
         )
+        self._metrics_routes = MetricsRoutes(ProcessDirectory(workers, tiers))
 
     def __serve_build_asgi_app__(self: Self) -> Any:
         app = self._api.app()
         self._sessions.add_to(app)
         add_page(app)
+        self._metrics_routes.add_to(app)
         return app
+
+    async def metrics_target(self) -> MetricsTarget:
+        return self._telemetry.target
 
     async def drain(self) -> int:
         """Take nothing new from now on; how many requests are still under way."""

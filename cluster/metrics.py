@@ -1,43 +1,51 @@
-"""Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them."""
+"""Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them.
 
+Every process serves its own: its counters begin at 0 with it and never fall, and Prometheus adds up (design §3).
+"""
+
+import importlib.metadata
 import time
-from collections import Counter as Counts
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from forecache.indexer.protocol import IndexerStats
+from forecache.indexer.telemetry import Component
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
+from forecache.workers.decode.worker import WorkerStats
 from forecache.workers.memory.protocol import TierStats
-
-if TYPE_CHECKING:
-    from forecache.workers.decode.worker import WorkerStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_RECALLED = (
+    "Chunks that came from colder memory: to a hot pool from its node's arena (local), to an arena from another "
+    "node (remote) or from the node's disk (disk)."
+)
 
 
 @dataclass(frozen=True)
 class _Counter:
-    """A counter summed over workers or tiers, from one field of their stats."""
+    """A counter that is one field of a process' stats."""
 
     name: str
     help: str
     field: str
+    source: str | None = None
 
 
 _ENGINE_COUNTERS = (
     _Counter("forecache_prefix_cache_queries", "Prompt tokens looked up in the cache.", "prefix_queried_tokens"),
     _Counter("forecache_prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_hit_tokens"),
-    _Counter("forecache_recalled_chunks", "Chunks copied from cold memory to the hot pool.", "recalled_chunks"),
+    _Counter("forecache_recalled_chunks", _RECALLED, "recalled_chunks", "local"),
     _Counter("forecache_recall_bytes", "Bytes copied from cold memory to the hot pool.", "recall_bytes"),
-    _Counter("forecache_recall_seconds", "Seconds that copies from cold memory to the hot pool took.", "recall_s"),
     _Counter(
         "forecache_written_back_chunks",
         "Chunks copied from the hot pool to cold memory.",
@@ -60,93 +68,119 @@ _ENGINE_COUNTERS = (
 )
 
 _TIER_COUNTERS = (
-    _Counter("forecache_memory_tier_fetched_chunks", "Chunks brought from other nodes.", "fetched_chunks"),
     _Counter("forecache_memory_tier_fetched_bytes", "Bytes brought from other nodes.", "fetched_bytes"),
     _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to nodes with room.", "moved_chunks"),
     _Counter("forecache_memory_tier_replicated_chunks", "Chunks copied to other nodes.", "replicated_chunks"),
     _Counter("forecache_memory_tier_spilled_chunks", "Chunks written to disk.", "spilled_chunks"),
-    _Counter("forecache_memory_tier_disk_recalled_chunks", "Chunks read from disk.", "disk_recalled_chunks"),
     _Counter("forecache_memory_tier_evicted_chunks", "Chunks that others took the place of.", "evicted_chunks"),
     _Counter("forecache_memory_tier_dropped_chunks", "Chunks whose bytes were found wrong.", "dropped_chunks"),
 )
 
+_INDEXER_COUNTERS = (
+    _Counter("forecache_indexer_predictions", "Predictions that an indexer actor made.", "predictions"),
+    _Counter("forecache_indexer_failed", "Predictions that an indexer actor could not make.", "failed_predictions"),
+    _Counter("forecache_indexer_predict_seconds", "Seconds that an indexer actor spent scoring.", "predict_s"),
+)
 
-class WorkerCollector(Collector):
-    """The workers' and tiers' stats of the last :meth:`update`, summed over the workers of a model."""
 
-    def __init__(self, model_name: str) -> None:
+class StatsCollector(Collector):
+    """Series of one process, made from what ``stats`` returns at each scrape; called in the scrape's thread."""
+
+    def __init__(self, component: Component, model_name: str, stats: Callable[[], object]) -> None:
+        self._component = component
         self._model_name = model_name
-        self._workers: Sequence[WorkerStats] = ()
-
-    def update(self, workers: "Sequence[WorkerStats]") -> None:
-        self._workers = workers
+        self._stats = stats
 
     def collect(self) -> Iterable[Metric]:
-        engines = [worker.engine for worker in self._workers]
-        for counter in _ENGINE_COUNTERS:
-            yield self._counter(counter, engines)
-        yield self._gauge("forecache_num_requests_running", "Requests in the batch.", sum(e.running for e in engines))
-        yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", sum(e.waiting for e in engines))
+        build = GaugeMetricFamily(
+            "forecache_build_info", "1 for each process that runs.", labels=["model_name", "version"]
+        )
+        build.add_metric([self._model_name, importlib.metadata.version("forecache")], 1)
+        yield build
+        stats = self._stats()
+        if isinstance(stats, WorkerStats):
+            yield from self._worker(stats)
+        elif isinstance(stats, TierStats):
+            yield from self._tier(stats)
+        elif isinstance(stats, IndexerStats):
+            yield from self._indexer(stats)
+
+    def _worker(self, stats: WorkerStats) -> Iterable[Metric]:
+        engine = stats.engine
+        yield from self._counters(_ENGINE_COUNTERS, engine)
+        yield self._gauge("forecache_num_requests_running", "Requests in the batch.", engine.running)
+        yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", engine.waiting)
         yield self._gauge(
             "forecache_hot_pool_usage_perc",
             "Hot slots that live sequences reference / all, 0 to 1.",
-            _ratio(sum(e.hot_slots_referenced for e in engines), sum(e.hot_slots for e in engines)),
+            _ratio(engine.hot_slots_referenced, engine.hot_slots),
         )
         yield self._gauge(
             "forecache_resident_ratio",
-            "Resident chunks / all chunks of running sequences; mean over workers by requests.",
-            _resident_ratio(engines),
+            "Resident chunks / all chunks of running sequences, mean; 1 where none runs.",
+            engine.resident_ratio,
         )
-        # workers of one node share its tier
-        tiers = {worker.node_id: worker.tier for worker in self._workers if worker.tier is not None}
-        yield self._gauge(
-            "forecache_memory_tier_usage_perc",
-            "Arena slots in use / all, over the nodes, 0 to 1.",
-            _ratio(sum(tier.used_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
-        )
-        yield self._gauge(
-            "forecache_memory_tier_held_perc",
-            "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
-            _ratio(sum(tier.held_slots for tier in tiers.values()), sum(tier.slots for tier in tiers.values())),
-        )
-        yield self._gauge(
-            "forecache_memory_tier_disk_usage_perc",
-            "Chunk slots on disk in use / all, over the nodes, 0 to 1.",
-            _ratio(sum(t.disk_used_slots for t in tiers.values()), sum(t.disk_slots for t in tiers.values())),
-        )
-        yield self._gauge("forecache_memory_tiers", "Memory tiers of the workers' nodes that answered.", len(tiers))
-        fallbacks = CounterMetricFamily(
+        yield self._recall_seconds(engine)
+        yield self._counter(
             "forecache_indexer_fallbacks",
             "Predictions that a worker made itself since its indexer actor did not answer.",
-            labels=["model_name"],
+            stats.scorer.fallbacks,
         )
-        fallbacks.add_metric([self._model_name], sum(worker.scorer.fallbacks for worker in self._workers))
-        yield fallbacks
-        scorers = GaugeMetricFamily(
+        scorer = GaugeMetricFamily(
             "forecache_indexer_info",
-            "Workers by what scores their chunks: trained (with the checkpoint's digest), training-free or bounds.",
+            "What scores a worker's chunks: trained (with the checkpoint's digest), training-free or bounds.",
             labels=["model_name", "scorer", "checkpoint"],
         )
-        for (name, digest), count in Counts((w.scorer.name, w.scorer.digest) for w in self._workers).items():
-            scorers.add_metric([self._model_name, name, digest], count)
-        yield scorers
-        yield self._gauge(
-            "forecache_memory_tier_pinned_slots",
-            "Arena slots that sessions have pinned.",
-            sum(tier.pinned_slots for tier in tiers.values()),
-        )
-        for counter in _TIER_COUNTERS:
-            yield self._counter(counter, tiers.values())
-        yield self._gauge("forecache_workers", "Decode workers that answered.", len(self._workers))
+        scorer.add_metric([self._model_name, stats.scorer.name, stats.scorer.digest], 1)
+        yield scorer
 
-    def _counter(self, counter: _Counter, stats: Iterable[EngineStats | TierStats]) -> CounterMetricFamily:
-        family = CounterMetricFamily(counter.name, counter.help, labels=["model_name"])
-        family.add_metric([self._model_name], sum(getattr(one, counter.field) for one in stats))
+    def _tier(self, tier: TierStats) -> Iterable[Metric]:
+        for name, text, part, whole in (
+            ("usage", "Arena slots in use / all, 0 to 1.", tier.used_slots, tier.slots),
+            (
+                "held",
+                "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
+                tier.held_slots,
+                tier.slots,
+            ),
+            ("disk_usage", "Chunk slots on disk in use / all, 0 to 1.", tier.disk_used_slots, tier.disk_slots),
+        ):
+            yield self._gauge(f"forecache_memory_tier_{name}_perc", text, _ratio(part, whole))
+        yield self._gauge(
+            "forecache_memory_tier_pinned_slots", "Arena slots that sessions have pinned.", tier.pinned_slots
+        )
+        yield from self._counters(_TIER_COUNTERS, tier)
+        recalled = CounterMetricFamily("forecache_recalled_chunks", _RECALLED, labels=["model_name", "source"])
+        recalled.add_metric([self._model_name, "remote"], tier.fetched_chunks)
+        recalled.add_metric([self._model_name, "disk"], tier.disk_recalled_chunks)
+        yield recalled
+
+    def _indexer(self, stats: IndexerStats) -> Iterable[Metric]:
+        yield from self._counters(_INDEXER_COUNTERS, stats)
+        yield self._gauge("forecache_indexer_waiting", "Predictions that an actor has not begun.", stats.waiting)
+
+    def _counters(self, counters: Sequence[_Counter], stats: object) -> Iterable[Metric]:
+        for counter in counters:
+            yield self._counter(counter.name, counter.help, getattr(stats, counter.field), counter.source)
+
+    def _counter(self, name: str, text: str, value: float, source: str | None = None) -> Metric:
+        labels = {"model_name": self._model_name} | ({} if source is None else {"source": source})
+        family = CounterMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
         return family
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([self._model_name], value)
+        return family
+
+    def _recall_seconds(self, engine: EngineStats) -> Metric:
+        family = HistogramMetricFamily(
+            "forecache_recall_seconds", "One recall, of a few chunks: copy and check.", labels=["model_name"]
+        )
+        bounds = [*map(str, RECALL_BOUNDS_S), "+Inf"]
+        buckets = list(zip(bounds, accumulate(map(float, engine.recall_buckets)), strict=True))
+        family.add_metric([self._model_name], cast(Any, buckets), engine.recall_s)
         return family
 
 
@@ -154,22 +188,14 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _resident_ratio(engines: Sequence[EngineStats]) -> float:
-    running = sum(engine.running for engine in engines)
-    if running == 0:
-        return 1.0
-    return sum(engine.resident_ratio * engine.running for engine in engines) / running
-
-
 class Metrics:
-    """The ingress' registry: its own request series, and what the workers report."""
+    """The registry of an ingress: what it sees of requests."""
 
     def __init__(self, model_name: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per series, of use to nobody here
         self.model_name = model_name
-        self.workers = WorkerCollector(model_name)
-        self._registry = CollectorRegistry(auto_describe=True)
-        self._registry.register(self.workers)
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.registry.register(StatsCollector("ingress", model_name, lambda: None))
         self._first_token_s = self._histogram("forecache_time_to_first_token_seconds", "Request to first token.")
         self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Between two tokens.")
         self._end_to_end_s = self._histogram("forecache_e2e_request_latency_seconds", "Request to last token.")
@@ -183,7 +209,7 @@ class Metrics:
             "forecache_errors",
             "Requests that got an error, by its code.",
             ["model_name", "kind"],
-            registry=self._registry,
+            registry=self.registry,
         )
 
     def error(self, kind: str) -> None:
@@ -194,11 +220,19 @@ class Metrics:
 
     def render(self) -> bytes:
         """All series in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
-        family = Histogram(name, text, ["model_name"], buckets=buckets, registry=self._registry)
+        family = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
         return family.labels(self.model_name)
+
+
+def registry_of(component: Component, model_name: str, stats: Callable[[], object]) -> CollectorRegistry:
+    """Of a process other than an ingress."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(component, model_name, stats))
+    return registry
 
 
 class RequestTimer:

@@ -17,7 +17,9 @@ _READS = {
     "/v1/models": "The model that is served",
     "/health": "This process is up",
     "/ready": "Requests can be served; 503 while they can't",
-    "/metrics": "Prometheus series",
+    "/metrics": "Prometheus series of the process that answers",
+    "/metrics/targets": "Every process that serves series, for Prometheus' HTTP service discovery",
+    "/metrics/cluster": "Series of all processes",
 }
 
 _ERROR: dict[str, Any] = {

@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve import Application
 
-from forecache.cluster import preflight
+from forecache.cluster import preflight, tracing
 from forecache.cluster.config import ConfigError, ServeConfig, read_yaml
 from forecache.cluster.ingress import Ingress
-from forecache.cluster.serving import NAMESPACE, application
+from forecache.cluster.serving import NAMESPACE, application, cluster_telemetry
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
@@ -77,6 +77,7 @@ def build(arguments: Arguments) -> Application:
         ForecacheError: it can't be started; the message says what to change.
     """
     config = read_config(arguments.config)
+    tracing.check_installed(config.telemetry.otlp_endpoint)
     assert config.redis_url is not None  # read_config saw to it
     preflight.check_redis(config.redis_url)
     model = preflight.check_model(resolve_model(config.engine.model, load_format=config.engine.load_format), config)
@@ -85,6 +86,6 @@ def build(arguments: Arguments) -> Application:
     tiers = Tiers(NAMESPACE, run, config.redis_url, config.memory.call_deadline_s)
     settings = WorkerSettings(
         engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
-        namespace=NAMESPACE, run=run, redis_url=config.redis_url,
+        namespace=NAMESPACE, run=run, redis_url=config.redis_url, telemetry=cluster_telemetry(config),
     )  # fmt: skip
     return application(config, model, tenants, tiers, settings, SupervisedIngress)

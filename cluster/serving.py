@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import signal
 import threading
@@ -20,13 +21,14 @@ from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from forecache.cluster import preflight
+from forecache.cluster import logs, preflight, tracing
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
 from forecache.cluster.redis_server import EmbeddedRedis
 from forecache.cluster.router import PrefixAffinityRouter
 from forecache.cluster.supervisor import Supervisor
+from forecache.cluster.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
@@ -84,6 +86,8 @@ def running(
     Raises:
         ForecacheError: it can't be started; the message says what to change.
     """
+    logs.configure(config.telemetry, "starter", str(os.getpid()))
+    tracing.check_installed(config.telemetry.otlp_endpoint)
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say, config.engine.load_format)
@@ -119,7 +123,7 @@ def running(
         stack.enter_context(Supervisor(config.memory, tiers, revive))
         bound = application(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=_memory(config), selection=config.selection, indexer=config.indexer,
-            namespace=NAMESPACE, run=run, redis_url=redis_url,
+            namespace=NAMESPACE, run=run, redis_url=redis_url, telemetry=cluster_telemetry(config),
         ), ingress_class, worker_class)  # fmt: skip
         serve.run_many(
             [serve.RunTarget(bound, name=APPLICATION, route_prefix="/")],
@@ -239,7 +243,11 @@ def application(
     worker_class: type[DecodeWorker] = DecodeWorker,
 ) -> serve.Application:
     """The ingress in front of `workers` replicas of the decode worker."""
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    quiet = LoggingConfig(
+        log_level="WARNING",
+        enable_access_log=False,
+        encoding="JSON" if config.telemetry.log_format == "json" else "TEXT",
+    )
     decode = serve.deployment(
         name="DecodeWorker",
         num_replicas=config.workers,
@@ -263,7 +271,7 @@ def application(
         logging_config=quiet,
     )(serve.ingress()(ingress_class))
     bound: serve.Application = ingress.bind(
-        config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers
+        config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers, cluster_telemetry(config)
     )
     return bound
 
@@ -281,6 +289,12 @@ def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfi
         },
         request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]
     )
+
+
+def cluster_telemetry(config: ServeConfig) -> ClusterTelemetry:
+    """What every process of the cluster is told. A Ray that was started here is for this machine alone."""
+    host = config.telemetry.metrics_host or ("127.0.0.1" if config.address is None else None)
+    return ClusterTelemetry(config.telemetry, config.model_name, host)
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:

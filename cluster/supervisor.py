@@ -9,7 +9,9 @@ from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 
+from forecache.cluster.autoscaling import memory_nodes
 from forecache.cluster.tiers import Tiers, actor_names
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
@@ -17,6 +19,7 @@ from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+AUTOSCALE_PERIOD_S = 10.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
 
 
@@ -42,6 +45,7 @@ class Supervisor:
         self._period_s = period_s
         self._settings: TierSettings | None = None
         self._failures: dict[str, tuple[float, float]] = {}  # node id -> (try again at, backoff)
+        self._autoscale_again_s = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="forecache-supervisor", daemon=True)
 
@@ -76,6 +80,8 @@ class Supervisor:
         for name in wanted.keys() - tiers.keys():
             self._start(name, wanted[name], self._settings)
         self._reclaim(tiers)
+        if self._config.node_resource is not None and self._config.max_memory_nodes:
+            self._autoscale(tiers, self._config.node_resource)
 
     def _start(self, name: str, node_id: str, settings: TierSettings) -> None:
         again_s, backoff_s = self._failures.get(node_id, (0.0, FIRST_BACKOFF_S / 2))
@@ -85,6 +91,19 @@ class Supervisor:
         # should it fail, it is gone again the next time
         self._failures[node_id] = time.monotonic() + 2 * backoff_s, min(MAX_BACKOFF_S, 2 * backoff_s)
         start_tier(settings, name, node_id)
+
+    def _autoscale(self, tiers: "dict[str, ActorHandle[Any]]", resource: str) -> None:
+        """Ask Ray's autoscaler for memory nodes, also for those that are there: what is asked for is not taken for
+        idle, though it uses nothing that is counted."""
+        if time.monotonic() < self._autoscale_again_s:
+            return
+        self._autoscale_again_s = time.monotonic() + AUTOSCALE_PERIOD_S
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        now = sum(1 for node in nodes if node["Alive"] and node["Resources"].get(resource, 0) > 0)
+        wanted = memory_nodes(now, self._tiers.ask("stats", only=tiers).values(), self._config.max_memory_nodes)
+        if wanted > now:
+            logger.info("%d memory nodes are there, %d are asked for", now, wanted)
+        request_resources(bundles=[{resource: 1}] * wanted)
 
     def _reclaim(self, tiers: "dict[str, ActorHandle[Any]]") -> None:
         """Give back what workers hold that are no more."""

@@ -30,7 +30,13 @@ class Tiers:
 
     def actors(self) -> "dict[str, ActorHandle[Any]]":
         """Tier id → actor, of all that have not died for good."""
-        prefix = actor_name(self.run, "tier", "")
+        return self._found(actor_name(self.run, "tier", ""))
+
+    def node_actors(self) -> "dict[str, ActorHandle[Any]]":
+        """Name → actor of tiers and indexers alike."""
+        return self._found(f"{self.run}-")
+
+    def _found(self, prefix: str) -> "dict[str, ActorHandle[Any]]":
         found = {}
         for name in sorted(actor_names(self.namespace)):
             if name.startswith(prefix):

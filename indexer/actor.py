@@ -14,6 +14,7 @@ from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Prediction, PredictRequest
 from forecache.indexer.scorer import Attach, LocalIndexer
+from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 
 
 @ray.remote(num_cpus=0)
@@ -23,8 +24,18 @@ class IndexerActor:
     ``attach`` maps an arena by its path; it travels by pickle, so it must be a function of a module.
     """
 
-    def __init__(self, spec: IndexSpec, threads: int, attach: Attach, lookahead: LookaheadScorer | None = None) -> None:
+    def __init__(
+        self,
+        spec: IndexSpec,
+        threads: int,
+        attach: Attach,
+        lookahead: LookaheadScorer | None = None,
+        telemetry: Telemetry = SILENCE,
+        name: str = "indexer",
+    ) -> None:
         self._indexer = LocalIndexer(spec, threads, attach, lookahead)
+        node_id = ray.get_runtime_context().get_node_id()
+        self._telemetry = telemetry.start("indexer", name, node_id, self._indexer.stats)
 
     async def predict(self, request: PredictRequest) -> Prediction:
         # a coroutine: Ray then hands over further requests while this one waits, so that they can be batched
@@ -32,6 +43,9 @@ class IndexerActor:
 
     async def ready(self) -> None:
         """Answers once the actor can score."""
+
+    async def metrics_target(self) -> MetricsTarget | None:
+        return self._telemetry.target
 
 
 class RemoteIndexer:

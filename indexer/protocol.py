@@ -60,6 +60,16 @@ class Prediction:
     event_mass: npt.NDArray[np.float32] | None = None
 
 
+@dataclass(frozen=True)
+class IndexerStats:
+    """Sums since start, but for ``waiting``: requests that are not begun. ``predict_s``: time spent scoring."""
+
+    predictions: int = 0
+    failed_predictions: int = 0
+    predict_s: float = 0.0
+    waiting: int = 0
+
+
 class Indexer(Protocol):
     """Scores chunks off the critical path."""
 

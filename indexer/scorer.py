@@ -1,5 +1,6 @@
 """Prediction in this process, over index keys that lie in a mapped arena."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, chunk_lse, scores_and_events
 from forecache.indexer.lookahead import Asked, LookaheadScorer
-from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.protocol import IndexerStats, Prediction, PredictRequest
 
 
 class ArenaIndexView(Protocol):
@@ -211,6 +212,8 @@ class LocalIndexer:
         self._lookahead = lookahead
         self._arenas: dict[str, ArenaIndexView] = {}
         self._waiting: deque[tuple[PredictRequest, Future[Prediction]]] = deque()
+        self._answered = self._failed = 0
+        self._predict_s = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
         # torch keeps one number per thread, and one more that threads started later begin with: put that back
         others = torch.get_num_threads()
@@ -227,6 +230,10 @@ class LocalIndexer:
             raise
         return answer
 
+    def stats(self) -> IndexerStats:
+        """Any thread may ask."""
+        return IndexerStats(self._answered, self._failed, self._predict_s, len(self._waiting))
+
     def close(self) -> None:
         """Finish the predictions under way, drop those that wait, unmap the arenas."""
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -237,6 +244,7 @@ class LocalIndexer:
 
     def _answer_waiting(self) -> None:
         """Answer the requests that wait, those first that came first; a wrong one costs no other anything."""
+        start_s = time.perf_counter()
         reads: list[tuple[Read, Future[Prediction]]] = []
         while self._waiting and len(reads) < BATCH_REQUESTS:
             request, answer = self._waiting.popleft()
@@ -245,10 +253,12 @@ class LocalIndexer:
             try:
                 reads.append((self._read(request), answer))
             except BaseException as error:  # noqa: BLE001 - whoever asked gets it, as from any executor
+                self._failed += 1
                 answer.set_exception(error)
         try:
             scores = score(self._spec, self._lookahead, [read for read, _ in reads])
         except BaseException as error:  # noqa: BLE001 - the same
+            self._failed += len(reads)
             for _, answer in reads:
                 answer.set_exception(error)
             return
@@ -256,7 +266,9 @@ class LocalIndexer:
             found = prediction(self._spec, read.request, read.chunks.numpy(), scored.numpy())
             if found.missing:
                 self._arenas.pop(read.request.arena_path, None)
+            self._answered += 1
             answer.set_result(found)
+        self._predict_s += time.perf_counter() - start_s
 
     def _read(self, request: PredictRequest) -> Read:
         path = request.arena_path

@@ -42,10 +42,14 @@ class Server:
         return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
 
     def metric(self, name: str) -> float:
-        """Sum of the samples of a series over its labels."""
-        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+        """Sum of the samples of a series over its labels and processes."""
+        return sum(self.samples(name))
+
+    def samples(self, name: str) -> list[float]:
+        """One for each label set and process."""
+        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics/cluster").text, re.MULTILINE)
         assert found, f"no series {name}"
-        return sum(map(float, found))
+        return list(map(float, found))
 
     def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
         """Seconds until the series has the value. Fails when it takes longer."""

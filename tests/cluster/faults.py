@@ -273,7 +273,7 @@ def left_over(url: str, tiers: Tiers, arena_dir: Path) -> list[str]:
     files = {path.name for path in arena_dir.glob("forecache-*")}
     # the file of a node that was killed stays until a tier starts on that machine
     wrong += [f"{name} is the arena of nobody" for name in files - {f"forecache-{tier}" for tier in stats}]
-    metrics = httpx.get(f"{url}/metrics", timeout=30).text
+    metrics = httpx.get(f"{url}/metrics/cluster", timeout=30).text
     for series in ("forecache_num_requests_running", "forecache_hot_pool_usage_perc"):
         values = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(series)]
         wrong += [f"{series} is {values}" for _ in [0] if any(values)]

@@ -73,12 +73,12 @@ def test_the_manifests_serve_config_serves(
         )
         assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 100, answer.text
         assert httpx.get(f"{url}/health", timeout=30).json() == {"status": "ok"}
-        assert "forecache_memory_tier_usage_perc" in httpx.get(f"{url}/metrics", timeout=30).text
         # the worker made its own node's tier; the other node's is the supervisor's doing
         end_s = time.monotonic() + 60
         while len(list(tmp_path.glob("forecache-*-tier-*"))) < 2:
             assert time.monotonic() < end_s, "the node without a worker has no memory tier"
             time.sleep(0.2)
+        check_metrics(url)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -86,6 +86,18 @@ def test_the_manifests_serve_config_serves(
         finally:
             process.kill()
             log.close()
+
+
+def check_metrics(url: str) -> None:
+    """Every process of both nodes is listed, and serves series of its own."""
+    listed = httpx.get(f"{url}/metrics/targets", timeout=30).json()
+    components = [group["labels"]["component"] for group in listed]
+    assert components == ["indexer", "ingress", "tier", "tier", "worker"]
+    assert len({group["labels"]["node"] for group in listed if group["labels"]["component"] == "tier"}) == 2
+    for group in listed:
+        [address] = group["targets"]
+        assert "forecache_build_info" in httpx.get(f"http://{address}/metrics", timeout=30).text
+    assert httpx.get(f"{url}/metrics/cluster", timeout=30).text.count("\nforecache_memory_tier_usage_perc{") == 2
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: str) -> None:

@@ -106,7 +106,7 @@ def test_every_setting_has_a_flag_and_a_description() -> None:
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     sections = {
         name: type(getattr(ServeConfig(), name)).model_fields
-        for name in ("engine", "memory", "selection", "indexer", "limits", "resume")
+        for name in ("engine", "memory", "selection", "indexer", "limits", "resume", "telemetry")
     }
     wanted = {f"{section}.{name}" for section, fields in sections.items() for name in fields}
     wanted |= set(ServeConfig.model_fields) - set(sections) | {"config"}

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from forecache.cluster import cli, serve_app
+from forecache.cluster import autoscaling, cli, serve_app
 from forecache.cluster.api import Api
 from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
 from forecache.cluster.sizes import parse_bytes
@@ -37,12 +38,14 @@ def resources(folder: Path) -> list[dict[str, Any]]:
     """Every object of a kustomization, as its files have it."""
     [kustomization] = documents(folder / "kustomization.yaml")
     found: list[dict[str, Any]] = []
-    for name in kustomization["resources"]:
+    for name in kustomization.get("resources", []):
         path = folder / name
         found += resources(path) if path.is_dir() else documents(path)
     for generated in kustomization.get("configMapGenerator", []):
-        data = {name: (folder / name).read_text(encoding="utf-8") for name in generated["files"]}
-        found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": generated["name"]}, "data": data})
+        data = {Path(name).name: (folder / name).read_text(encoding="utf-8") for name in generated["files"]}
+        labels = generated.get("options", {}).get("labels", {})
+        metadata = {"name": generated["name"], "labels": labels}
+        found.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
     return found
 
 
@@ -114,8 +117,11 @@ def test_kustomize_renders_the_same_objects(overlay: str) -> None:
     assert {(x["kind"], x["metadata"]["name"]) for x in rendered if x["kind"] != "ConfigMap"} == plain
     assert {x["metadata"]["namespace"] for x in rendered} == {"forecache"}
     # the name changes with the text, and every pod mounts it under that name
-    [config_map] = [x["metadata"]["name"] for x in rendered if x["kind"] == "ConfigMap"]
+    config_maps = {x["metadata"]["name"] for x in rendered if x["kind"] == "ConfigMap"}
+    [config_map] = config_maps - {"forecache-dashboards", "forecache-rules"}
     assert re.fullmatch(r"forecache-settings-\w+", config_map)
+    [dashboards] = [x for x in rendered if x["metadata"]["name"] == "forecache-dashboards"]
+    assert dashboards["metadata"]["labels"] == {"grafana_dashboard": "1"}
     mounted = [x["configMap"]["name"] for x in below(rendered) if "configMap" in x]
     assert mounted == [config_map] * len(ours(overlay))
     images = {x["image"] for x in below(rendered) if "image" in x}
@@ -182,9 +188,15 @@ def test_the_settings_fit_the_cluster(settings: ServeConfig, ray_service: dict[s
     assert settings.workers == most == groups["gpu"]["maxReplicas"]
     assert groups["gpu"]["minReplicas"] == decode["autoscaling_config"]["min_replicas"]
     memory = groups["memory"]
-    assert memory["minReplicas"] == memory["replicas"] == memory["maxReplicas"], "Ray would take its nodes for idle"
+    assert memory["minReplicas"] == memory["replicas"] <= memory["maxReplicas"] == settings.memory.max_memory_nodes
     for group in groups.values():
         assert f'\\"{settings.memory.tier_resource}\\": 1' in group["rayStartParams"]["resources"]
+    marked = [
+        f'\\"{settings.memory.node_resource}\\": 1' in group["rayStartParams"]["resources"]
+        for group in (groups["gpu"], memory)
+    ]
+    assert marked == [False, True], "GPU nodes that are asked for as memory nodes would never go"
+    assert import_attr(decode["autoscaling_config"]["policy"]["policy_function"]) is autoscaling.workers
     assert sum(group["replicas"] for group in groups.values()) > settings.memory.replicas, "one may go"
     assert settings.memory.tier_resource not in str(cluster["headGroupSpec"]["rayStartParams"])
     assert settings.engine.threads == int(groups["gpu"]["rayStartParams"]["num-cpus"])
@@ -235,7 +247,7 @@ def test_the_single_gpu_pod_has_time_to_start_and_to_end() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_probes_and_monitors_ask_for_paths_that_are_served(overlay: str) -> None:
+def test_probes_ask_for_paths_that_are_served(overlay: str) -> None:
     served = {route.path for route in Api.__new__(Api).app().routes if hasattr(route, "path")}
     dashboard = Path(str(ray.dashboard.__file__)).parent
     files = [dashboard / "http_server_agent.py", dashboard / "http_server_head.py"]
@@ -250,11 +262,40 @@ def test_probes_and_monitors_ask_for_paths_that_are_served(overlay: str) -> None
             assert path in served if port == "serve" else f'"{path}"' in ray_serves
             asked.add(path)
     assert "/ready" in asked and ("/health" in asked or overlay == "multi-node")
-    [monitor] = one(overlay, "PodMonitor", "forecache")["spec"]["podMetricsEndpoints"]
-    assert monitor["path"] in served
-    scraped = [pod for pod in ours(overlay) if pod["metadata"]["labels"].get("forecache-metrics") == "true"]
-    assert len(scraped) == 1, "the ingress is one; more pods would be the same numbers again"
-    assert monitor["port"] in {port["name"] for port in scraped[0]["spec"]["containers"][0]["ports"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prometheus_finds_every_process_and_may_come_to_it(overlay: str, settings: ServeConfig) -> None:
+    scrape = one(overlay, "ScrapeConfig", "forecache")["spec"]
+    prometheus = yaml.safe_load((ROOT / "grafana/prometheus/prometheus.yml").read_text(encoding="utf-8"))
+    [plain] = prometheus["scrape_configs"]
+    assert scrape["jobName"] == plain["job_name"]
+    [discovery], [plain_discovery] = scrape["httpSDConfigs"], plain["http_sd_configs"]
+    url = urlsplit(discovery["url"])
+    [kustomization] = documents(DEPLOY / overlay / "kustomization.yaml")
+    assert url.hostname == f"forecache-serve-svc.{kustomization['namespace']}.svc" and url.port == 8000
+    assert url.path == urlsplit(plain_discovery["url"]).path
+    config = single_gpu_config() if overlay == "single-gpu" else settings
+    ports = (
+        config.telemetry.metrics_first_port,
+        config.telemetry.metrics_first_port + config.telemetry.metrics_ports - 1,
+    )
+    policy = one(overlay, "NetworkPolicy", "forecache")["spec"]
+    monitoring = {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}
+    [rule] = [x for x in policy["ingress"] if {"namespaceSelector": monitoring} in x["from"]]
+    assert {"port": ports[0], "endPort": ports[1]} in rule["ports"] and {"port": url.port} in rule["ports"]
+    assert config.telemetry.metrics_host == "0.0.0.0", "a pod's own address, not its loopback one"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_dashboards_and_rules_are_config_maps(overlay: str) -> None:
+    dashboards, rules = (one(overlay, "ConfigMap", f"forecache-{name}") for name in ("dashboards", "rules"))
+    shipped = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "grafana/dashboards").glob("*.json")}
+    assert dashboards["data"] == shipped and len(shipped) == 3
+    assert dashboards["metadata"]["labels"] == {"grafana_dashboard": "1"}, "by that Grafana's sidecar finds them"
+    assert set(rules["data"]) == {"recording_rules.yml", "alert_rules.yml"}
+    for config_map in (dashboards, rules):
+        assert sum(len(text.encode()) for text in config_map["data"].values()) < 1 << 20, "etcd takes no more"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

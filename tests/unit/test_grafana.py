@@ -10,15 +10,23 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forecache.cluster.metrics import Metrics
+from forecache.cluster.metrics import Metrics, registry_of
+from forecache.cluster.targets import service_discovery
+from forecache.indexer.protocol import IndexerStats
+from forecache.indexer.telemetry import Component, MetricsTarget
+from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.worker import ScorerStats, WorkerStats
+from forecache.workers.memory.protocol import TierStats
 
 GRAFANA = Path(__file__).resolve().parents[2] / "grafana"
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
 PROMETHEUS = GRAFANA / "prometheus"
 RUNBOOK = "https://github.com/forecache/forecache/blob/main/grafana/README.md#"
 PROMETHEUS_OWN = {"up", "ALERTS"}
+TARGET_LABELS = set(service_discovery([MetricsTarget("h:1", "worker", "w", "n")])[0]["labels"])
 WORDS = {"and", "or", "unless", "on", "ignoring", "group_left", "group_right", "by", "without", "bool", "offset"}
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not on PATH")
@@ -49,12 +57,18 @@ def labels_of_series() -> dict[str, set[str]]:
     labels: dict[str, set[str]] = {}
     metrics = Metrics("m")
     metrics.error("k")
-    for family in text_string_to_metric_families(metrics.render().decode()):
-        suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}.get(family.type, ("",))
-        found = set().union(*(sample.labels for sample in family.samples))
-        labels.update((family.name + suffix, found) for suffix in suffixes)
-    # one sample for each scorer that serves: none without workers
-    labels["forecache_indexer_info"] = {"model_name", "scorer", "checkpoint"}
+    worker = WorkerStats("w", "n", EngineStats(), None, ScorerStats("bounds", "", 0))
+    others: tuple[tuple[Component, object], ...] = (
+        ("worker", worker),
+        ("tier", TierStats(1, 0, 0, 0, 0, 0)),
+        ("indexer", IndexerStats()),
+    )
+    registries = [registry_of(kind, "m", lambda stats=stats: stats) for kind, stats in others]
+    for registry in [metrics.registry, *registries]:
+        for family in text_string_to_metric_families(generate_latest(registry).decode()):
+            suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}.get(family.type, ("",))
+            found = set().union(*(sample.labels for sample in family.samples))
+            labels.update((family.name + suffix, found | TARGET_LABELS) for suffix in suffixes)
     return labels
 
 

@@ -1,110 +1,139 @@
-"""The series, their names, and how workers' stats become them."""
+"""The series, their names, and how the stats of each kind of process become them."""
 
+from collections.abc import Iterable
+
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forecache.cluster.metrics import Metrics
+from forecache.cluster.metrics import Metrics, registry_of
+from forecache.cluster.targets import MergedPages, service_discovery
+from forecache.indexer.protocol import IndexerStats
+from forecache.indexer.telemetry import Component, MetricsTarget
+from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.messages import SequenceStats, TokenEvent
-from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
 from forecache.workers.decode.worker import ScorerStats, WorkerStats
+from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.protocol import TierStats
 
 TIER = TierStats(10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3)
 
-NAMES = {
-    "forecache_prefix_cache_queries_total",
-    "forecache_prefix_cache_hits_total",
-    "forecache_recalled_chunks_total",
-    "forecache_resident_ratio",
-    "forecache_hot_pool_usage_perc",
-    "forecache_memory_tier_usage_perc",
-    "forecache_recall_bytes_total",
-    "forecache_recall_seconds_total",
-    "forecache_memory_tiers",
-    "forecache_memory_tier_disk_usage_perc",
-    "forecache_prefetch_stall_seconds_total",
-    "forecache_lookahead_late_total",
-    "forecache_lookahead_hits_total",
-    "forecache_lookahead_misses_total",
-    "forecache_fallbacks_total",
-    "forecache_fallbacks_refused_total",
-    "forecache_attention_coverage_count",
-    "forecache_time_to_first_token_seconds_count",
-    "forecache_inter_token_latency_seconds_count",
-    "forecache_e2e_request_latency_seconds_count",
-    "forecache_request_queue_time_seconds_count",
-    "forecache_num_requests_running",
-    "forecache_num_requests_waiting",
-    "forecache_prompt_tokens_total",
-    "forecache_generation_tokens_total",
-    "forecache_indexer_fallbacks_total",
+NAMES: dict[Component, set[str]] = {
+    "worker": {
+        "forecache_prefix_cache_queries_total",
+        "forecache_prefix_cache_hits_total",
+        "forecache_recalled_chunks_total[local]",
+        "forecache_resident_ratio",
+        "forecache_hot_pool_usage_perc",
+        "forecache_recall_bytes_total",
+        "forecache_recall_seconds_sum",
+        "forecache_recall_seconds_count",
+        "forecache_prefetch_stall_seconds_total",
+        "forecache_lookahead_late_total",
+        "forecache_lookahead_hits_total",
+        "forecache_lookahead_misses_total",
+        "forecache_fallbacks_total",
+        "forecache_fallbacks_refused_total",
+        "forecache_num_requests_running",
+        "forecache_num_requests_waiting",
+        "forecache_prompt_tokens_total",
+        "forecache_generation_tokens_total",
+        "forecache_indexer_fallbacks_total",
+    },
+    "tier": {
+        "forecache_memory_tier_usage_perc",
+        "forecache_memory_tier_disk_usage_perc",
+        "forecache_recalled_chunks_total[remote]",
+        "forecache_recalled_chunks_total[disk]",
+    },
+    "indexer": {"forecache_indexer_predictions_total", "forecache_indexer_predict_seconds_total"},
+    "ingress": {
+        "forecache_attention_coverage_count",
+        "forecache_time_to_first_token_seconds_count",
+        "forecache_inter_token_latency_seconds_count",
+        "forecache_e2e_request_latency_seconds_count",
+        "forecache_request_queue_time_seconds_count",
+    },
 }
 
 
-def samples(metrics: Metrics) -> dict[str, float]:
-    """Sample name (and kind, for errors) → value; every sample has the model's name."""
-    values = {}
-    for family in text_string_to_metric_families(metrics.render().decode()):
+def samples_of(page: str) -> dict[str, float]:
+    """Sample name (and kind or source) → value; every sample has the model's name."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
         assert family.documentation
         for sample in family.samples:
             assert sample.labels["model_name"] == "m"
-            kind = sample.labels.get("kind")
+            kind = sample.labels.get("kind") or sample.labels.get("source")
             values[f"{sample.name}[{kind}]" if kind else sample.name] = sample.value
     return values
 
 
-def worker(name: str, node: str, engine: EngineStats, tier: TierStats | None = TIER) -> WorkerStats:
-    return WorkerStats(name, node, engine, tier, ScorerStats("trained", "abc", 2))
+def samples(metrics: Metrics) -> dict[str, float]:
+    return samples_of(metrics.render().decode())
+
+
+def page(component: Component, stats: object) -> str:
+    return generate_latest(registry_of(component, "m", lambda: stats)).decode()
+
+
+def worker(engine: EngineStats) -> WorkerStats:
+    return WorkerStats("w", "n", engine, None, ScorerStats("trained", "abc", 2))
 
 
 def test_every_series_is_there_before_any_request() -> None:
-    metrics = Metrics("m")
-    metrics.workers.update([worker("w", "n", EngineStats())])
-    assert set(samples(metrics)) >= NAMES
+    found = {
+        "worker": samples_of(page("worker", worker(EngineStats()))),
+        "tier": samples_of(page("tier", TIER)),
+        "indexer": samples_of(page("indexer", IndexerStats())),
+        "ingress": samples(Metrics("m")),
+    }
+    for component, names in NAMES.items():
+        assert names <= found[component].keys()
+        assert found[component]["forecache_build_info"] == 1
+    own = [set(one) - {"forecache_build_info"} for one in found.values()]
+    assert sum(map(len, own)) == len(set().union(*own)), "a series of two kinds of processes would be added up twice"
 
 
-def test_workers_are_summed_and_a_nodes_tier_counts_once() -> None:
-    metrics = Metrics("m")
-    one = EngineStats(
-        running=1, hot_slots=10, hot_slots_referenced=5, resident_ratio=0.5, recalled_chunks=7, fallbacks=1
+def test_a_worker() -> None:
+    stats = EngineStats(
+        running=3, hot_slots=30, hot_slots_referenced=6, resident_ratio=0.1, recalled_chunks=9, fallbacks=2
     )
-    two = EngineStats(
-        running=3, hot_slots=30, hot_slots_referenced=5, resident_ratio=0.1, recalled_chunks=2, fallbacks=2
-    )
-    metrics.workers.update([worker("a", "n", one), worker("b", "n", two), worker("c", "o", EngineStats(), None)])
-    found = samples(metrics)
-    assert found["forecache_num_requests_running"] == 4 and found["forecache_workers"] == 3
-    assert found["forecache_recalled_chunks_total"] == 9
-    assert found["forecache_fallbacks_total"] == 3
-    assert found["forecache_hot_pool_usage_perc"] == 0.25
-    assert found["forecache_resident_ratio"] == 0.2
-    assert found["forecache_memory_tier_usage_perc"] == 0.4
+    found = samples_of(page("worker", worker(stats)))
+    assert found["forecache_num_requests_running"] == 3
+    assert found["forecache_recalled_chunks_total[local]"] == 9
+    assert found["forecache_fallbacks_total"] == 2 and found["forecache_indexer_fallbacks_total"] == 2
+    assert found["forecache_hot_pool_usage_perc"] == 0.2
+    assert found["forecache_resident_ratio"] == 0.1
+    text = page("worker", worker(stats))
+    assert 'forecache_indexer_info{checkpoint="abc",model_name="m",scorer="trained"} 1.0' in text
+
+
+def test_a_tier_without_disk() -> None:
+    found = samples_of(page("tier", TIER))
+    assert found["forecache_memory_tier_usage_perc"] == 0.4 and found["forecache_memory_tier_held_perc"] == 0.1
     assert found["forecache_memory_tier_moved_chunks_total"] == 3
+    assert found["forecache_memory_tier_disk_usage_perc"] == 0
 
 
-def test_tiers_are_counted_by_node_and_their_disks_filled_together() -> None:
-    metrics = Metrics("m")
-    half = TierStats(10, 4, 1, 4, 0, 0, disk_slots=30, disk_used_slots=15)
-    empty = TierStats(10, 4, 1, 4, 0, 0, disk_slots=10)
-    copied = EngineStats(recall_bytes=300, recall_s=0.25)
-    metrics.workers.update(
-        [
-            worker("a", "n", copied, half),
-            worker("b", "n", copied, half),
-            worker("c", "o", copied, empty),
-            worker("d", "p", copied, None),
-        ]
-    )
-    found = samples(metrics)
-    assert found["forecache_memory_tiers"] == 2 and found["forecache_workers"] == 4
-    assert found["forecache_memory_tier_disk_usage_perc"] == 0.375
-    assert found["forecache_recall_seconds_total"] == 1
+def test_recalls_are_counted_by_their_time() -> None:
+    counters = EngineCounters()
+    times = (0.0, RECALL_BOUNDS_S[0], RECALL_BOUNDS_S[3] * 1.01, RECALL_BOUNDS_S[-1] + 1)
+    for duration_s in times:
+        counters.recall(Recalled(0, (), 100, duration_s, 2))
+    text = page("worker", worker(EngineStats(recall_buckets=counters.recall_buckets, recall_s=counters.recall_s)))
+    found = samples_of(text)
+    assert found["forecache_recall_seconds_sum"] == sum(times) and found["forecache_recall_seconds_count"] == 4
+    [family] = [one for one in text_string_to_metric_families(text) if one.name == "forecache_recall_seconds"]
+    buckets = {s.labels["le"]: s.value for s in family.samples if s.name.endswith("_bucket")}
+    assert buckets[str(RECALL_BOUNDS_S[0])] == buckets[str(RECALL_BOUNDS_S[3])] == 2
+    assert buckets[str(RECALL_BOUNDS_S[4])] == buckets[str(RECALL_BOUNDS_S[-1])] == 3 and buckets["+Inf"] == 4
 
 
-def test_no_worker_is_no_division_by_zero() -> None:
-    metrics = Metrics("m")
-    found = samples(metrics)
-    assert found["forecache_workers"] == 0 and found["forecache_hot_pool_usage_perc"] == 0
-    assert found["forecache_memory_tiers"] == 0 and found["forecache_memory_tier_disk_usage_perc"] == 0
+def test_an_indexer() -> None:
+    found = samples_of(page("indexer", IndexerStats(7, 1, 0.5, 3)))
+    assert found["forecache_indexer_predictions_total"] == 7 and found["forecache_indexer_failed_total"] == 1
+    assert found["forecache_indexer_predict_seconds_total"] == 0.5 and found["forecache_indexer_waiting"] == 3
 
 
 def test_errors_by_kind() -> None:
@@ -131,9 +160,25 @@ def test_latencies_of_a_request() -> None:
     assert found["forecache_request_queue_time_seconds_sum"] == 0.25
 
 
-def test_what_scores_is_told() -> None:
-    metrics = Metrics("m")
-    metrics.workers.update([worker("a", "n1", EngineStats()), worker("b", "n1", EngineStats())])
-    rendered = metrics.render().decode()
-    assert 'forecache_indexer_info{checkpoint="abc",model_name="m",scorer="trained"} 2.0' in rendered
-    assert samples(metrics)["forecache_indexer_fallbacks_total"] == 4
+def targets(processes: Iterable[tuple[Component, str]]) -> list[MetricsTarget]:
+    return [MetricsTarget(f"h:{number}", *one, "n") for number, one in enumerate(processes)]
+
+
+def test_service_discovery_lists_each_process() -> None:
+    found = service_discovery(targets([("worker", "w1"), ("tier", "t1")]))
+    assert found[1] == {"targets": ["h:1"], "labels": {"component": "tier", "process": "t1", "node": "n"}}
+    assert len(found) == 2
+
+
+def test_pages_are_merged_and_nothing_is_added_up() -> None:
+    one, two, gone = targets([("worker", "w1"), ("worker", "w2"), ("tier", "t1")])
+    pages = [(one, page("worker", worker(EngineStats(recalled_chunks=3)))), (gone, None)]
+    pages.append((two, page("worker", worker(EngineStats(recalled_chunks=4)))))
+    merged = generate_latest(MergedPages(pages)).decode()  # type: ignore[arg-type]
+    families = {family.name: family for family in text_string_to_metric_families(merged)}
+    assert merged.count("# HELP forecache_recalled_chunks_total ") == 1
+    recalled = {sample.labels["process"]: sample.value for sample in families["forecache_recalled_chunks"].samples}
+    assert recalled == {"w1": 3, "w2": 4}
+    up = {sample.labels["process"]: sample.value for sample in families["up"].samples}
+    assert up == {"w1": 1, "w2": 1, "t1": 0}
+    assert families["forecache_recall_seconds"].type == "histogram"

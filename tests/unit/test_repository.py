@@ -74,6 +74,26 @@ def test_imports_only_go_down(path: Path) -> None:
             assert floor in ("workers", "cluster"), f"{name} imports transformers"
 
 
+def test_the_picture_of_the_architecture_is_the_codes() -> None:
+    """Arrows are imports; dotted ones go to the process that has the method, whose caller names it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    picture = re.search(r"```mermaid\n(.*?)\n```", text, flags=re.DOTALL)
+    assert picture is not None
+    arrows = re.findall(r"^\s*(\S+\.py) --> (\S+\.py)$", picture[1], flags=re.MULTILINE)
+    for source, target in arrows:
+        assert f"forecache.{target.removesuffix('.py').replace('/', '.')}" in imports(ROOT / source), (
+            f"{source} {target}"
+        )
+    calls = re.findall(r"^\s*(\S+\.py) -\. (\w+) \.-> (\S+\.py)$", picture[1], flags=re.MULTILINE)
+    for source, method, target in calls:
+        assert re.search(rf"\b{method}\b", (ROOT / source).read_text(encoding="utf-8")), f"{source} knows no {method}"
+        assert re.search(rf"    (async )?def {method}\(self", (ROOT / target).read_text(encoding="utf-8")), target
+    lines = [line for line in picture[1].splitlines() if ".py" in line]
+    assert len(arrows) + len(calls) == len(lines) > 20
+    placed = {file for arrow in arrows for file in arrow} | {file for call in calls for file in (call[0], call[2])}
+    assert all((ROOT / file).exists() for file in placed)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_are_plain(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

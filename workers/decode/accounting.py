@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, SamplingParams, SequenceStats
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence
-from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.hot_pool import HotPool
@@ -129,6 +130,7 @@ class EngineCounters:
     recalled_chunks: int = 0
     recall_bytes: int = 0
     recall_s: float = 0.0
+    recall_buckets: tuple[int, ...] = (0,) * (len(RECALL_BOUNDS_S) + 1)
     written_back_chunks: int = 0
     written_back_bytes: int = 0
     write_back_s: float = 0.0
@@ -155,6 +157,8 @@ class EngineCounters:
         self.recalled_chunks += done.recalled_chunks
         self.recall_bytes += done.recalled_bytes
         self.recall_s += done.duration_s
+        at, counts = bisect_left(RECALL_BOUNDS_S, done.duration_s), self.recall_buckets
+        self.recall_buckets = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
         self.lost_chunks += len(done.lost)
 
     def leave(self, seq: Sequence, reason: FinishReason) -> None:

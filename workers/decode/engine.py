@@ -34,6 +34,7 @@ from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.cuda_host import RegisteredMemory
+from forecache.workers.memory.holders import Holder
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import root_key
 from forecache.workers.memory.layout import ChunkLayout, chunk_fingerprint
@@ -118,7 +119,7 @@ class Engine:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
         seq = Sequence(
             request,
-            holder=self._new_holder(request.request_id),
+            holder=self._new_holder(request),
             root=root_key(self._fingerprint, request.cache.cache_salt),
             chunk_tokens=self.config.chunk_tokens,
             keep_ratio=self.config.keep_ratio if request.cache.keep_ratio is None else request.cache.keep_ratio,
@@ -131,9 +132,8 @@ class Engine:
         self._scheduler.add(seq)
         self._prefetcher.wake()
 
-    def _new_holder(self, request_id: str) -> str:
-        """A name never used before: an older holder's release may still be on its way."""
-        return f"{self._name}/{request_id}#{next(self._serial)}"
+    def _new_holder(self, request: GenerateRequest) -> str:
+        return Holder(self._name, request.request_id, next(self._serial), request.traceparent).name
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon: between two layers of the running step. Unknown ids are fine. Any thread may call."""
@@ -290,7 +290,7 @@ class Engine:
         self._scheduler.remove(seq)
         self._runner.forget(seq)
         self._keeper.let_go(seq)
-        seq.start_over(self._new_holder(seq.request_id))
+        seq.start_over(self._new_holder(seq.request))
         self._scheduler.add(seq, first=True)
 
     def _finish(self, seq: Sequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:

@@ -53,7 +53,10 @@ class CacheOptions:
 @dataclass(frozen=True)
 class GenerateRequest:
     """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it.
-    ``show_chunks``: they also tell where its chunks are."""
+    ``show_chunks``: they also tell where its chunks are.
+
+    ``traceparent``: the span (W3C) that the worker's own belongs to; empty: not traced.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -61,6 +64,7 @@ class GenerateRequest:
     cache: CacheOptions = field(default_factory=CacheOptions)
     resume_token_ids: tuple[int, ...] = ()
     show_chunks: bool = False
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,16 @@
 
 from dataclasses import dataclass
 
+RECALL_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+"""Upper bounds of the buckets in which :attr:`EngineStats.recall_buckets` counts recalls by their time."""
+
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name."""
+    """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name.
+
+    ``recall_buckets``: recalls by their time, not cumulated, one more than there are bounds.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -21,6 +27,7 @@ class EngineStats:
     recalled_chunks: int = 0
     recall_bytes: int = 0
     recall_s: float = 0.0
+    recall_buckets: tuple[int, ...] = (0,) * (len(RECALL_BOUNDS_S) + 1)
     written_back_chunks: int = 0
     written_back_bytes: int = 0
     write_back_s: float = 0.0

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -21,6 +21,7 @@ from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.fallback import SharedIndexers
 from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
+from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
 from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
@@ -80,6 +81,7 @@ class WorkerSettings:
     namespace: str
     run: str
     redis_url: str | None = None
+    telemetry: Telemetry = SILENCE
 
     def actor_name(self, kind: str, node_id: str) -> str:
         """Name of the ``kind`` ("tier", "indexer0", …) actor of a node, also of the tier's arena."""
@@ -129,7 +131,9 @@ class DecodeWorker:
         [node] = [node for node in ray.nodes() if node["NodeID"] == self._node_id]  # type: ignore[no-untyped-call]
         if not gives_memory(node, memory):
             raise ArenaError(f"this node has no memory tier: it lacks the Ray resource {memory.tier_resource!r}")
-        tiers = TierSettings(memory, cold, spec.nbytes, spec.fingerprint, settings.namespace, settings.redis_url)
+        tiers = TierSettings(
+            memory, cold, spec.nbytes, spec.fingerprint, settings.namespace, settings.redis_url, settings.telemetry
+        )
         self._memory = RemoteMemory(
             lambda: start_tier(tiers, self._tier_id, self._node_id),
             memory.call_deadline_s,
@@ -150,22 +154,32 @@ class DecodeWorker:
             chosen.lookahead,
         )
         self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)
+        self._telemetry = settings.telemetry.start("worker", self._worker_id, self._node_id, self._own_stats)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Events of one request; the request is cancelled when the caller stops listening.
 
         Raises :class:`InvalidRequestError` or :class:`OverloadedError` before the first event.
         """
-        async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                yield event
+        name, who = "worker.generate", {"request_id": request.request_id}
+        logger.info("request came", extra=who | {"prompt_tokens": len(request.prompt_token_ids)})
+        with self._telemetry.span(name, request.traceparent, **who) as span:
+            span.set(finish_reason="cancelled")  # unless it comes to another end
+            traced = replace(request, traceparent=span.traceparent)
+            async with aclosing(self._engine.generate(traced)) as events:
+                async for event in events:
+                    if event.stats is not None:
+                        told = {name: value for name, value in asdict(event.stats).items() if value is not None}
+                        span.set(finish_reason=str(event.finish_reason), **told)
+                        logger.info("request done", extra=who | {"finish_reason": event.finish_reason} | told)
+                    yield event
 
     async def stats(self) -> WorkerStats:
         """This worker's numbers now."""
-        tier = await asyncio.to_thread(self._tier_stats)
-        fallbacks = self._indexer.fallbacks if isinstance(self._indexer, SharedIndexers) else 0
-        scorer = ScorerStats(self._scorer.name, self._scorer.digest, fallbacks)
-        return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), tier, scorer)
+        return replace(self._own_stats(), tier=await asyncio.to_thread(self._tier_stats))
+
+    def metrics_target(self) -> MetricsTarget | None:
+        return self._telemetry.target
 
     async def integrity(self) -> str:
         """What the engine's check finds wrong, made between two steps; empty if nothing."""
@@ -184,6 +198,11 @@ class DecodeWorker:
             "running": stats.running,
             "waiting": stats.waiting,
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaler reads, where a policy asks for it."""
+        stats = self._engine.stats()
+        return {"hot_pool_usage": stats.hot_slots_referenced / stats.hot_slots if stats.hot_slots else 0.0}
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises: the engine's thread has ended."""
@@ -205,15 +224,10 @@ class DecodeWorker:
             return CudaIndexer(spec, self._memory.arena, gpu, config.device_bytes, RegisteredMemory, lookahead)
         actors = [
             self._on_this_node(
-                IndexerActor,
-                settings.actor_name(f"indexer{number}", self._node_id),
-                settings,
-                spec,
-                config.threads,
-                Arena.attach,
-                lookahead,
+                IndexerActor, name, settings, spec, config.threads, Arena.attach, lookahead, settings.telemetry, name
             )
             for number in range(config.num_indexers)
+            for name in [settings.actor_name(f"indexer{number}", self._node_id)]
         ]
         try:
             # else the first predictions would wait for their processes to start, and be counted as fallbacks
@@ -224,6 +238,12 @@ class DecodeWorker:
             [RemoteIndexer(actor, config.deadline_s) for actor in actors],
             lambda: LocalIndexer(spec, config.threads, Arena.attach, lookahead),
         )
+
+    def _own_stats(self) -> WorkerStats:
+        """Without the tier's."""
+        fallbacks = self._indexer.fallbacks if isinstance(self._indexer, SharedIndexers) else 0
+        scorer = ScorerStats(self._scorer.name, self._scorer.digest, fallbacks)
+        return WorkerStats(self._worker_id, self._node_id, self._engine.stats(), None, scorer)
 
     def _tier_stats(self) -> TierStats | None:
         try:

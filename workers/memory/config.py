@@ -25,6 +25,11 @@ class MemoryConfig(BaseModel):
     tier_resource: str | None = Field(
         None, description="Ray custom resource of the nodes that give memory, and get workers; default: all nodes"
     )
+    node_resource: str | None = Field(
+        None,
+        description="Ray custom resource of nodes that give memory alone; Ray's autoscaler is asked for more of them",
+    )
+    max_memory_nodes: int = Field(0, ge=0, description="most of those to ask for, as requests hold what tiers have")
     replicas: int = Field(1, ge=1, description="copies of each chunk, on different nodes")
     disk_bytes: int = Field(
         0, ge=0, description="bytes of disk on each node for cold chunks that no node has memory for; 0: none"

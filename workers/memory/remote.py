@@ -22,10 +22,10 @@ RETRY_S = 0.2
 class RemoteMemory:
     """`ColdMemory` over a `MemoryTier` actor of the same node.
 
-    Name holders ``<worker id>/…``: by that the tier reclaims them when the worker has died. A tier that has died is
-    waited for, ``restart_deadline_s`` at most, and what was held in its former life is held again. Raises
-    :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even so), and
-    :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
+    Name holders as :class:`.holders.Holder` does: by their worker the tier reclaims them when the worker has died.
+    A tier that has died is waited for, ``restart_deadline_s`` at most, and what was held in its former life is held
+    again. Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even
+    so), and :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
     """
 
     def __init__(

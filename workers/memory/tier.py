@@ -13,12 +13,14 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.errors import ArenaError
 from forecache.workers.memory.arena import FILE_PREFIX, Arena, describe, remove_abandoned
 from forecache.workers.memory.catalog import Catalog, SessionRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange, wanted_room
+from forecache.workers.memory.holders import request_of
 from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
@@ -37,7 +39,7 @@ class TierSettings:
     """What all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
 
     Tiers meet through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids; without either
-    each is alone.
+    each is alone. ``telemetry``: how each tells what it does.
     """
 
     config: MemoryConfig
@@ -46,6 +48,7 @@ class TierSettings:
     index_fingerprint: str
     namespace: str | None = None
     redis_url: str | None = None
+    telemetry: Telemetry = SILENCE
 
 
 # Ray's annotations do not know max_concurrency and the groups.
@@ -64,6 +67,7 @@ class MemoryTier:
         """Raises :class:`ArenaError`."""
         config = settings.config
         self._settings = settings
+        node_id = ray.get_runtime_context().get_node_id()
         spreads = settings.redis_url is not None and settings.namespace is not None
         records = config.record_bytes if spreads else 0
         self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes, records)
@@ -76,7 +80,6 @@ class MemoryTier:
             self._store = ArenaStore(self._arena)
         else:
             catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
-            node_id = ray.get_runtime_context().get_node_id()
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
             self._store = ArenaStore(self._arena, listener=self._changed)
             self._sessions = Sessions(self._store, catalog)
@@ -91,6 +94,7 @@ class MemoryTier:
                 self._hosted = HostedSequences(self._store, settings.layout, self._exchange.from_disk)
                 self._exchange.start()
             self._publisher.start(self._store)
+        self._telemetry = settings.telemetry.start("tier", tier_id, node_id, self.stats)
         self._ended = threading.Event()
         threading.Thread(target=self._watch, args=(config.heartbeat_s,), name="tier-watch", daemon=True).start()
         # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
@@ -106,7 +110,14 @@ class MemoryTier:
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Of what is stored on any node."""
-        return (self._exchange or self._store).hold_prefix(holder, keys)
+        request_id, traceparent = request_of(holder)
+        with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
+            found = (self._exchange or self._store).hold_prefix(holder, keys)
+            span.set(held=len(found))
+        logger.info(
+            "prefix looked up", extra={"request_id": request_id, "asked_chunks": len(keys), "held_chunks": len(found)}
+        )
+        return found
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
@@ -176,6 +187,9 @@ class MemoryTier:
         if self._exchange is None:
             return stats
         return replace(stats, remote_records=self._exchange.records.held, **asdict(self._exchange.counters))
+
+    def metrics_target(self) -> MetricsTarget | None:
+        return self._telemetry.target
 
     def check_integrity(self) -> None:
         self._store.check_integrity()
