@@ -243,7 +243,7 @@ def train(config: TrainConfig, out: Path, device: torch.device, *, workers: int,
         phase = curriculum.phase(share)
         losses = trainer.step(ids, roles, phase, share)
         values = {name: round(value.item(), 4) for name, value in losses.items()}
-        if phase == "dense" and not math.isnan(values["accuracy"]):
+        if phase != "indexer" and not math.isnan(values["accuracy"]):
             curriculum.observe(ids.shape[1], values["accuracy"], share)
         line = {
             "step": trainer.steps,
