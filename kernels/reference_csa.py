@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from forecache.kernels import checks
+
 
 def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
     """Scores of the resident entries: ``Σ_h w_h relu(q_h · k)`` (DeepSeek-V4, §2.3.1).
@@ -29,7 +31,7 @@ def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor,
     Returns:
         float32 ``[batch, max_chunks · chunk_entries]``, -inf past a sequence's end.
     """
-    _check_table(q, keys, block_table, lens)
+    checks.entries(q, keys, block_table, lens)
     assert weights.shape == q.shape[:2], f"weights {tuple(weights.shape)} of queries {tuple(q.shape)}"
     work = _work_dtype(q)
     held = _held(keys, block_table, lens)
@@ -74,7 +76,7 @@ def attend_entries(
         out float32 ``[batch, heads, dim]`` and lse float32 ``[batch, heads]``, the log of the sum of exp(logits). A
         sequence without entries has out 0 and lse -inf.
     """
-    _check_table(q, entries, block_table, lens)
+    checks.entries(q, entries, block_table, lens)
     work, chunk_entries = _work_dtype(q), entries.shape[1]
     if selected is None:
         held = _held(entries, block_table, lens)
@@ -144,9 +146,3 @@ def _held(entries: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
     """Which places of the tables are entries, bool ``[batch, max_chunks · chunk_entries]``."""
     places = torch.arange(block_table.shape[1] * entries.shape[1], device=lens.device)
     return places < lens.unsqueeze(1)
-
-
-def _check_table(q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor) -> None:
-    assert q.dim() == 3 and entries.dim() == 3, f"q {tuple(q.shape)}, entries {tuple(entries.shape)}"
-    assert q.shape[2] == entries.shape[2], f"q {tuple(q.shape)} does not fit entries {tuple(entries.shape)}"
-    assert block_table.shape[0] == lens.shape[0] == q.shape[0] and block_table.dim() == 2

@@ -3,22 +3,36 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import reference_csa
+from forecache.kernels import csa_decode, ops_csa, reference_csa, score_entries, top_entries
 
 Poison = Callable[[], Any]
 Measure = Callable[[Tensor, Tensor], float]
 DTYPES = [torch.float32, torch.bfloat16]
+INTERPRETED = not torch.cuda.is_available()
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=["reference", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Any:
-    return reference_csa
+    if request.param == "reference":
+        return reference_csa
+    return SimpleNamespace(
+        score_entries=score_entries.score_entries,
+        top_entries=top_entries.top_entries,
+        attend_entries=csa_decode.attend_entries,
+        csa_decode=csa_decode.csa_decode,
+    )
+
+
+def skip_if_not_interpretable(kernels: Any, dtype: torch.dtype) -> None:
+    if INTERPRETED and kernels is not reference_csa and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot; runs on a GPU")
 
 
 @dataclass
@@ -57,6 +71,7 @@ def attended(q: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def test_scores_are_those_of_float64(
     kernels: Any, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, poisoned: Poison
 ) -> None:
+    skip_if_not_interpretable(kernels, dtype)
     heads, dim, chunk_entries = shape
     lens = [3 * chunk_entries + 1, 0, chunk_entries, 1]
     pool = Pool.make(lens, chunk_entries, dim, dtype, device)
@@ -101,6 +116,7 @@ def test_attention_over_entries_window_and_sinks(
     poisoned: Poison,
     relative_error: Measure,
 ) -> None:
+    skip_if_not_interpretable(kernels, dtype)
     heads, dim, chunk_entries = shape
     lens, window_lens = [5 * chunk_entries - 2, 0, chunk_entries, 1, 3], [9, 4, 1, 16, 0]
     far = Pool.make(lens, chunk_entries, dim, dtype, device)
@@ -143,3 +159,35 @@ def test_everything_selected_is_everything(kernels: Any, device: torch.device) -
     torch.testing.assert_close(lse, dense_lse)
     few, _ = kernels.attend_entries(*arguments, selected=kernels.top_entries(scores, 3))
     assert (few[0] - dense[0]).abs().max() > 1e-3, "little selected is not everything"
+
+
+def test_top_entries_of_rows_longer_than_a_block(kernels: Any, device: torch.device, poisoned: Poison) -> None:
+    """Scores with few different values in every byte, so that the k-th is found only in the last."""
+    scores = torch.randn(2, 9001)
+    scores[1] = 1 + torch.randint(0, 5, (9001,)) * 2.0**-23
+    padded = torch.cat([scores, torch.full((2, 7), math.nan)], 1).to(device)
+    with poisoned():
+        found = kernels.top_entries(padded[:, :9001], 512)
+    assert torch.equal(found.cpu(), reference_csa.top_entries(scores, 512))
+    assert (found[:, 1:] > found[:, :-1]).all()
+
+
+def test_the_device_chooses_the_backend(device: torch.device) -> None:
+    pool = Pool.make([17, 4], 5, 16, torch.float32, device)
+    table = pool.entries, pool.block_table, pool.lens
+    q, sinks, weights = (
+        torch.randn(2, 4, 16, device=device),
+        torch.randn(4, device=device),
+        torch.ones(2, 4, device=device),
+    )
+    scores = ops_csa.score_entries(q, weights, *table)
+    torch.testing.assert_close(scores, reference_csa.score_entries(q, weights, *table))
+    selected = ops_csa.top_entries(scores, 3)
+    assert torch.equal(selected, reference_csa.top_entries(scores, 3))
+    window = pool.entries, pool.block_table[:, 0], torch.tensor([3, 4], dtype=torch.int32, device=device)
+    out = ops_csa.csa_decode(q, *table, *window, sinks, 0.25, selected=selected)
+    torch.testing.assert_close(out, reference_csa.csa_decode(q, *table, *window, sinks, 0.25, selected=selected))
+    part, lse = ops_csa.attend_entries(q, *table, 0.25)
+    torch.testing.assert_close((part, lse), reference_csa.attend_entries(q, *table, 0.25))
+    with pytest.raises(AssertionError, match="does not fit"):
+        ops_csa.attend_entries(q[..., :8], *table, 0.25)

@@ -1,6 +1,7 @@
 """The small DeepSeek-V4: its tokenizer and documents, the curriculum, and that training trains what it should."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from forecache.workers.dsv4_train import Curriculum, TrainConfig, Trainer
 from forecache.workers.ruler import CITIES, NOUNS, PEOPLE, Generator, score
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are small here: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
