@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
+from forecache.cluster import retriever_commands
 from forecache.workers.errors import ForecacheError
 
 
@@ -20,7 +21,11 @@ def register(commands: Any) -> None:
     """Add the commands to the subparsers of `forecache indexer`."""
     record = commands.add_parser("record", help="record what a model attends to, as training data")
     record.add_argument("--model", required=True, help="built-in name, directory or hub id")
-    record.add_argument("--data", default="docstrings,code", help="texts: docstrings, topics, code, files, directories")
+    record.add_argument(
+        "--data",
+        default="docstrings,code",
+        help="texts: docstrings, topics, code, files, directories (DeepSeek-V4: its own documents)",
+    )
     record.add_argument("--eval-data", default="docstrings,topics", help="texts of the documents for evaluation")
     record.add_argument("--out", required=True, type=Path, help="directory to write; a stopped recording goes on")
     record.add_argument("--documents", type=int, default=384, help="documents to train on (default: 384)")
@@ -80,9 +85,12 @@ def register(commands: Any) -> None:
 def _record(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
     from forecache.workers.decode.loader import model_name, resolve_model
+    from forecache.workers.dsv4_record import is_deepseek_v4
     from forecache.workers.record import record
     from forecache.workers.record_texts import Recipe
 
+    if is_deepseek_v4(resolve_model(args.model)):
+        return retriever_commands.record(args, _progress, _plain_errors)
     recipe = Recipe(
         texts=tuple(args.data.split(",")),
         eval_texts=tuple(args.eval_data.split(",")),
@@ -106,6 +114,8 @@ def _record(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
+    if retriever_commands.are_entries(args.data):
+        return retriever_commands.train(args, _plain_errors)
     from forecache.indexer.encoder import EncoderShape
     from forecache.indexer.labels import LabelRule
     from forecache.indexer.plots import PlotError, plot_curve
@@ -143,6 +153,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.out == args.indexer.with_suffix(".json"):
         raise IndexerCommandError(f"{args.out} is the indexer's manifest: choose another name for the figures")
     _use_threads(args.threads)
+    if retriever_commands.are_entries(args.data):
+        return retriever_commands.evaluate(args, _plain_errors)
     from rich.console import Console
     from rich.table import Table
 

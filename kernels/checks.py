@@ -102,6 +102,16 @@ def records(
         assert copy_slots.shape == slots.shape, f"{slots.shape[0]} records to {copy_slots.shape[0]} rows"
 
 
+def entries(q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor) -> None:
+    """Arguments of what reads entries by a block table (`reference_csa`)."""
+    assert q.dim() == 3 and entries.dim() == 3, f"q {tuple(q.shape)}, entries {tuple(entries.shape)}"
+    dim = q.shape[2]
+    assert entries.shape[2] == dim, f"q {tuple(q.shape)} does not fit entries {tuple(entries.shape)}"
+    assert entries.stride(2) == 1 and entries.stride(1) == dim, "a slot's entries must be contiguous"
+    assert block_table.dim() == 2 and block_table.shape[0] == lens.shape[0] == q.shape[0]
+    assert lens.is_contiguous() and (block_table.stride(1) == 1 or block_table.shape[1] == 1)
+
+
 def _heads_are_contiguous(kv: Tensor) -> bool:
     return kv.stride(5) == 1 and kv.stride(4) == kv.shape[5]
 

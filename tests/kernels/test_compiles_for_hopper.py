@@ -32,7 +32,8 @@ driver.set_active(Hopper())
 JITFunction.run = compile_only
 
 from forecache.kernels import (
-    gather_layer, merge_partials, quantize_chunks, score_chunks, slot_checksums, sparse_decode, store_kv, tuning,
+    csa_decode, gather_layer, merge_partials, quantize_chunks, score_chunks, score_entries, slot_checksums,
+    sparse_decode, store_kv, top_entries, tuning,
 )
 from forecache.kernels.tuning import DecodeConfig
 
@@ -87,6 +88,18 @@ def scores():
         score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=64, dtype=dtype)
 
 
+def csa():
+    table, lens = where[None].int().expand(2, 2), where.int()
+    for dtype in (BF16, torch.float32):
+        q, entries = torch.zeros(2, 64, 512, dtype=dtype), torch.zeros(4, 64, 512, dtype=dtype)
+        window, chosen = torch.zeros(4, 128, 512, dtype=dtype), torch.zeros(2, 512, dtype=torch.int32)
+        csa_decode.csa_decode(q, entries, table, lens, window, where, lens, torch.zeros(64), 0.1, selected=chosen)
+        csa_decode.attend_entries(q[:, :4, :64], entries[..., :64].contiguous(), table, lens, 0.1)
+        keys = torch.zeros(4, 64, 128, dtype=dtype)
+        score_entries.score_entries(q[..., :128].contiguous(), torch.zeros(2, 64), keys, table, lens)
+    top_entries.top_entries(torch.zeros(2, 9000), 512)
+
+
 def splits():
     decode(BF16, 128, 4, DecodeConfig(64, 4, 3, 3), chunk_mass=torch.zeros(2, 8, 2))
     decode(BF16, 64, 3, DecodeConfig(64, 4, 4, 4))
@@ -108,7 +121,8 @@ def streams():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
 @pytest.mark.parametrize(
-    ("group", "kernels"), [("copies", 9), ("fp8", 6), ("scores", 10), ("splits", 10), ("streams", 8)]
+    ("group", "kernels"),
+    [("copies", 9), ("fp8", 6), ("scores", 10), ("csa", 13), ("splits", 10), ("streams", 8)],
 )
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(

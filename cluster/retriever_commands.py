@@ -1,0 +1,78 @@
+"""`forecache indexer record`, `train` and `eval` for DeepSeek-V4: FlashMemory's retrievers over compressed entries."""
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+Errors = Callable[[], AbstractContextManager[None]]
+
+
+def are_entries(data: Path) -> bool:
+    """Whether a directory of recorded data is one of compressed entries."""
+    from forecache.indexer.entry_shards import MANIFEST_FILE
+
+    return (data / MANIFEST_FILE).exists()
+
+
+def record(args: argparse.Namespace, progress: Progress, plain_errors: Errors) -> int:
+    from forecache.workers.decode.backbone import pick_device
+    from forecache.workers.decode.loader import model_name, resolve_model
+    from forecache.workers.decode.tokenizer import load_tokenizer
+    from forecache.workers.dsv4_record import EntryRecipe, record_entries
+
+    named = [field.name for field in fields(EntryRecipe) if field.name in args]
+    recipe = EntryRecipe(**{name: getattr(args, name) for name in named})
+    path = resolve_model(args.model)
+    with progress("recording") as show, plain_errors():
+        manifest = record_entries(
+            path,
+            args.out,
+            recipe,
+            load_tokenizer(path),
+            model_name=model_name(args.model),
+            device=str(pick_device(args.device)),
+            progress=show,
+        )
+    print(f"{args.out}: {manifest.documents} documents to train on, {manifest.eval_documents} to evaluate on")
+    return 0
+
+
+def train(args: argparse.Namespace, plain_errors: Errors) -> int:
+    from forecache.indexer.retriever_train import RetrieverEpoch, RetrieverTrainConfig, train_retrievers
+    from forecache.workers.decode.backbone import pick_device
+
+    given = {field.name: getattr(args, field.name, None) for field in fields(RetrieverTrainConfig)}
+    config = RetrieverTrainConfig(**{name: value for name, value in given.items() if value is not None})
+
+    def show(epoch: RetrieverEpoch) -> None:
+        print(f"epoch {epoch.epoch}: loss {epoch.loss:.3f}, held out recall {epoch.recall:.3f}", flush=True)
+
+    with plain_errors():
+        train_retrievers(args.data, args.out, config=config, device=str(pick_device(args.device)), progress=show)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def evaluate(args: argparse.Namespace, plain_errors: Errors) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from forecache.indexer.entry_shards import OWN_FILE, EntryManifest, read_retrievers
+    from forecache.indexer.retriever_train import BUDGETS, recall_at
+    from forecache.indexer.retrievers import Retrievers
+
+    with plain_errors():
+        manifest = EntryManifest.load(args.data)
+        files = {"trained": args.indexer, "training-free": args.data / OWN_FILE}
+        found = recall_at(args.data, {name: Retrievers(manifest, read_retrievers(at)) for name, at in files.items()})
+    drawn = Table("", *(f"{budget:.1%}" for budget in BUDGETS), title="recall of golden entries by share of the chunks")
+    for name, recalls in found.items():
+        drawn.add_row(name, *(f"{recall:.3f}" for recall in recalls))
+    Console().print(drawn)
+    if args.out is not None:
+        args.out.write_text(json.dumps({"budgets": BUDGETS, "recall": found}, indent=1) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,128 @@
+"""Recorded training data for FlashMemory's retrievers: what a DeepSeek-V4 model attends to among compressed entries.
+
+One safetensors file per document, and a JSON manifest with everything that the retrievers' formula needs of the model.
+"""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from forecache.indexer.shards import ShardError
+
+MANIFEST_FILE = "entries.json"
+OWN_FILE = "own.safetensors"
+"""The model's own Lightning Indexers in the retrievers' format, which they start from."""
+
+
+class EntryManifest(BaseModel):
+    """What a directory was recorded from.
+
+    ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: angles per position of the
+    rotated pairs, which are the last dims of queries and keys. ``horizon``: tokens behind a step whose attention is its
+    label; an entry is golden if in at least ``least_layers`` layers a token that puts ``least_mass`` of its attention
+    on entries has it in the nucleus of ``nucleus`` of that.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    kind: Literal["entries"] = "entries"
+    model_name: str
+    weights_digest: str
+    hidden_size: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    rank: int = Field(ge=1)
+    norm_eps: float
+    layers: tuple[int, ...]
+    frequencies: tuple[float, ...]
+    ratio: int = Field(ge=1)
+    chunk_tokens: int = Field(ge=1)
+    horizon: int = Field(ge=1)
+    nucleus: float = Field(gt=0, le=1)
+    least_mass: float = Field(gt=0, le=1)
+    least_layers: int = Field(ge=1)
+    documents: int = Field(ge=1)
+    eval_documents: int = Field(ge=0)
+    seed: int
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises :class:`ShardError` if the manifest is missing or is none."""
+        path = folder / MANIFEST_FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ShardError(f"{folder} holds no recorded entries: can't read {path.name}: {error.strerror}") from error
+        except ValidationError as error:
+            raise ShardError(f"{path} is not a manifest of recorded entries: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        partial = folder / f"{MANIFEST_FILE}.{os.getpid()}.partial"
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder / MANIFEST_FILE)
+
+
+@dataclass(frozen=True)
+class EntryDocument:
+    """One document at S of its steps.
+
+    ``positions``: int64 [S], the token that a step reads. ``hidden``: float16 [S, layers, hidden], input of the layers'
+    attention. ``keys``: float16 [layers, entries, head_dim], index keys as transformers has them. ``golden_offsets``:
+    int64 [S + 1]; step s owns golden_entries[offsets[s]:offsets[s + 1]], int32, ascending.
+    """
+
+    positions: Tensor
+    hidden: Tensor
+    keys: Tensor
+    golden_offsets: Tensor
+    golden_entries: Tensor
+
+    def golden(self, rows: Tensor) -> Tensor:
+        """bool [rows, entries]."""
+        mask = torch.zeros(len(rows), self.keys.shape[1], dtype=torch.bool)
+        for place, row in enumerate(rows.tolist()):
+            mask[place, self.golden_entries[self.golden_offsets[row] : self.golden_offsets[row + 1]].long()] = True
+        return mask
+
+    def to(self, device: torch.device) -> "EntryDocument":
+        """With what is computed on; the labels stay."""
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in ("positions", "hidden", "keys")}
+        return EntryDocument(**moved, golden_offsets=self.golden_offsets, golden_entries=self.golden_entries)
+
+
+def document_path(folder: Path, number: int) -> Path:
+    return folder / f"document-{number:05d}.safetensors"
+
+
+def write_document(folder: Path, number: int, document: EntryDocument) -> None:
+    """Whole or not at all."""
+    path = document_path(folder, number)
+    partial = path.with_suffix(".partial")
+    save_file({field.name: getattr(document, field.name).cpu().contiguous() for field in fields(document)}, partial)
+    partial.rename(path)
+
+
+def read_document(folder: Path, number: int) -> EntryDocument:
+    """Raises :class:`ShardError` if it is missing or damaged."""
+    path = document_path(folder, number)
+    try:
+        return EntryDocument(**load_file(path))
+    except (OSError, SafetensorError, TypeError) as error:
+        raise ShardError(f"can't read {path}: {error}; record it again") from error
+
+
+def read_retrievers(path: Path) -> dict[str, Tensor]:
+    """``retrievers.l<N>.*`` of a file, in float32."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ShardError(f"can't read {path}: {error}") from error
