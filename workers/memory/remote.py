@@ -54,7 +54,9 @@ class RemoteMemory:
         self._lock = threading.Lock()
         self._arena = self._attach(time.monotonic() + start_deadline_s)
         self._life = self._arena.life
-        self._others = RemoteSpread(self._call, peers) if peers is not None and self._arena.record_slots else None
+        self._others = (
+            RemoteSpread(self._call, self._moved_out, peers) if peers is not None and self._arena.record_slots else None
+        )
 
     @property
     def arena(self) -> Arena:
@@ -108,11 +110,8 @@ class RemoteMemory:
         with self._lock:
             self._held.pop(holder, None)
             self._promised.pop(holder, None)
-        try:
-            self._call("release", holder)
-        finally:
-            if self._others is not None:
-                self._others.forget(holder)  # after it: a tier that was restarted meanwhile is told first what is where
+        was_spread = self._others is not None and self._others.forget(holder)
+        self._call("release", holder, was_spread)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
         """A request of the session has ended with the chunks ``keys``."""
@@ -143,6 +142,11 @@ class RemoteMemory:
     def _note(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
             self._held.setdefault(holder, {}).update(dict.fromkeys(keys))
+
+    def _moved_out(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._held.get(holder, {}).pop(key, None)
 
     def _call(self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False) -> object:
         """``waits``: for other tiers, as long as for this one."""
@@ -176,6 +180,8 @@ class RemoteMemory:
             tier: Any = self._tier
             again = tier.spread_call.remote("hold_again", holder, chunks, held.pop(holder, []), places)
             get_answer(again, whom, self._deadline_s)
+            if self._others is not None and holder not in self._others.held():
+                self._tier.release.remote(holder, True)
         for holder in {**held, **promised}:
             get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
             if holder in promised:

@@ -13,8 +13,12 @@ from forecache.workers.memory.share import Share
 class RemoteSpread:
     """`OtherNodes` over the `SpreadSequences` of this node's tier, which ``call`` asks; ``peers`` are the others."""
 
-    def __init__(self, call: Callable[..., object], peers: RemotePeers) -> None:
+    def __init__(
+        self, call: Callable[..., object], moved: Callable[[str, Sequence[ChunkKey]], None], peers: RemotePeers
+    ) -> None:
+        """``moved`` is told which chunks of a holder this node's arena is to keep no longer."""
         self._call = call
+        self._moved = moved
         self._peers = peers
         self._held: dict[str, tuple[int, dict[ChunkKey, str]]] = {}  # holder -> chunks, where those not here are
         self._lock = threading.Lock()
@@ -32,6 +36,7 @@ class RemoteSpread:
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """As :meth:`.protocol.OtherNodes.move_out`."""
         refs = cast(list[SlotRef | None], self._call("spread_call", "move_out", holder, list(keys), waits=True))
+        self._moved(holder, keys)
         self.note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
         return refs
 
@@ -57,10 +62,10 @@ class RemoteSpread:
                 if holder in self._held:
                     self._held[holder][1].update(zip(keys, places, strict=True))
 
-    def forget(self, holder: str) -> None:
-        """``holder`` is released."""
+    def forget(self, holder: str) -> bool:
+        """``holder`` is released. Returns whether it was spread."""
         with self._lock:
-            self._held.pop(holder, None)
+            return self._held.pop(holder, None) is not None
 
     def held(self) -> dict[str, tuple[int, dict[ChunkKey, str]]]:
         """Holder → chunks it may have, and the tiers that hold those that are not here."""

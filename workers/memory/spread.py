@@ -72,6 +72,7 @@ class SpreadSequences:
         self._spread: dict[str, _Spread] = {}
         self._incarnations: dict[str, str] = {}
         self._to_release: dict[str, set[str]] = {}  # tier id -> holders
+        self._ended: set[str] = set()  # all tiers are to let go of what these hold
         self._lock = threading.Lock()
 
     def __contains__(self, holder: str) -> bool:
@@ -215,14 +216,16 @@ class SpreadSequences:
             logger.warning("%d chunks of %s are gone", len(lost), holder)
         return lost
 
-    def release(self, holder: str) -> None:
-        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine."""
+    def release(self, holder: str, *, was_spread: bool = False) -> None:
+        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine, so are those that
+        this tier has forgotten when it was restarted (``was_spread``)."""
         self._records.release(holder)
         spread = self._spread.pop(holder, None)
-        if spread is None:
+        if spread is None and not was_spread:
             return
         with self._lock:
-            for tier_id in {*spread.promised, *spread.places.values()}:
+            self._ended.add(holder)
+            for tier_id in () if spread is None else {*spread.promised, *spread.places.values()}:
                 self._to_release.setdefault(tier_id, set()).add(holder)
         self._wake()
 
@@ -236,6 +239,9 @@ class SpreadSequences:
         """Once in a while, with the other living ``tiers``: tell them what was let go of, and have those that were
         restarted hold again."""
         with self._lock:
+            for tier_id in tiers if self._ended else ():
+                self._to_release.setdefault(tier_id, set()).update(self._ended)
+            self._ended.clear()
             due, self._to_release = self._to_release, {}
         for tier_id, holders in due.items():
             try:
@@ -312,12 +318,11 @@ class SpreadSequences:
         return spread.promised.get(tier_id, 0) - before
 
     def _takers(self, holder: str, spread: _Spread) -> Iterator[str]:
-        """Tiers that promised room; then others, which are asked for it."""
-        yield from list(spread.promised)
+        """Tiers that have promised more than they hold; then all, which are asked for more."""
+        yield from [tier_id for tier_id in spread.promised if spread.room_at(tier_id) > 0]
         for tier in self._others():
-            if tier.tier_id not in spread.promised and self._promise_at(
-                tier.tier_id, holder, spread, spread.share.at_once
-            ):
+            if spread.room_at(tier.tier_id) <= 0:
+                self._promise_at(tier.tier_id, holder, spread, spread.share.at_once)
                 yield tier.tier_id
 
     def _others(self) -> list[TierRecord]:

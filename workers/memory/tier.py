@@ -134,9 +134,9 @@ class MemoryTier:
     def promise(self, holder: str, chunks: int) -> None:
         self._store.promise(holder, chunks)
 
-    def release(self, holder: str) -> None:
+    def release(self, holder: str, was_spread: bool = False) -> None:
         if self._exchange is not None:
-            self._exchange.spread.release(holder)
+            self._exchange.spread.release(holder, was_spread=was_spread)
         self._store.release(holder)
 
     def spread_call(self, method: str, *args: object) -> object:
