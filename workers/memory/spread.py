@@ -217,8 +217,8 @@ class SpreadSequences:
         return lost
 
     def release(self, holder: str, *, was_spread: bool = False) -> None:
-        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine, so are those that
-        this tier has forgotten when it was restarted (``was_spread``)."""
+        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine. ``was_spread``:
+        this tier may have forgotten it when it was restarted."""
         self._records.release(holder)
         spread = self._spread.pop(holder, None)
         if spread is None and not was_spread:
