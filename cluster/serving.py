@@ -78,6 +78,7 @@ def running(config: ServeConfig, say: Say, hurry: threading.Event | None = None)
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say, config.engine.load_format)
+    config = preflight.settle(path, config)
     model = preflight.check_model(path, config)
     tenants = Tenants.load(config.limits.api_keys_file)
     notes: list[str] = []

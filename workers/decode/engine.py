@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer
 from forecache.workers.decode.accounting import EngineCounters, check_references, check_request
 from forecache.workers.decode.answers import NOTHING_NEW, Answers, News
@@ -21,11 +20,13 @@ from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.grammar import Grammars, Matcher
+from forecache.workers.decode.index_spec import BesideModel
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
-from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.runner import make_runner
 from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.snapshots import Snapshots, state_layout
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
@@ -46,7 +47,7 @@ class Engine:
     """Continuous batching over one backbone.
 
     All methods belong to one thread, but for :meth:`cancel`, which any calls. ``name`` makes its holds in cold memory
-    its own; ``cold_layout``: that memory's, where not the pool's; ``lookahead``: the indexer's scorer, where trained.
+    its own; ``cold_layout``: that memory's, where not the pool's; ``beside``: the indexer's scorer, where trained.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Engine:
         spec: IndexSpec,
         name: str = "local",
         cold_layout: ChunkLayout | None = None,
-        lookahead: LookaheadScorer | None = None,
+        beside: BesideModel | None = None,
     ) -> None:
         self.config = config = config.for_device(backbone.device.type)
         self._backbone = backbone
@@ -75,20 +76,20 @@ class Engine:
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         cold = cold_layout or backbone.layout
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
-        rows, arena = config.max_batch_size, memory.arena
-        self._runner = ModelRunner(backbone, pool, arena, spec, max_rows=rows, cold_layout=cold, lookahead=lookahead)
-        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
-        steps = 1 if lookahead is None else lookahead.steps
-        self.windows = WindowCycle(
-            config, selection, self.pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
+        rows, arena, each = config.max_batch_size, memory.arena, config.snapshot_tokens
+        self._runner = make_runner(backbone, pool, arena, spec, rows, cold, beside, each)
+        states = state_layout(self._runner, cold.nbytes, each // config.chunk_tokens)
+        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold, states)
+        self._snapshots = Snapshots(self._runner, states, self._prefetcher, arena)
+        steps = 1 if beside is None else beside.steps
+        cycle = self.windows = WindowCycle(
+            config, selection, pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
         )
-        linear_equal = backbone.linear_equal
-        self._scheduler = Scheduler(config, self.pool, self.windows, cold_slots=arena.slots, linear_equal=linear_equal)
+        self._scheduler = Scheduler(config, pool, cycle, arena.slots, backbone.linear_equal)
         if backbone.device.type == "cuda":
-            chunks, graphs = self.windows.budgets.widest_table(backbone.max_model_len), config.cuda_graphs
-            self._runner.warm_up(
-                max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=config.torch_compile
-            )
+            chunks = cycle.budgets.widest_table(backbone.max_model_len)
+            graphs, compiled = config.cuda_graphs, config.torch_compile
+            self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
@@ -98,7 +99,7 @@ class Engine:
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
         self._counters = EngineCounters()
-        self._keeper = ChunkKeeper(self.pool, arena, self._prefetcher, self.windows, self._counters)
+        self._keeper = ChunkKeeper(pool, arena, self._prefetcher, cycle, self._counters, self._snapshots)
 
     @property
     def max_model_len(self) -> int:
@@ -126,6 +127,7 @@ class Engine:
             policy=cache.policy or self.config.policy,
             matcher=matcher,
         )
+        seq.state_slots = self._snapshots.slots(seq)
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         self._sequences[request.request_id] = seq
         self._answers.begin(seq)

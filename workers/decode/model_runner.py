@@ -22,6 +22,7 @@ from forecache.workers.decode.past import PastReader, PieceBuffers, Store
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.stateless import Stateless
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -33,7 +34,7 @@ WARM_UP_TOKENS = (37, 101)
 """No dimension of a model: dynamo takes equal sizes for the same size, and compiles again where they part."""
 
 
-class ModelRunner:
+class ModelRunner(Stateless):
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
     ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's.

@@ -64,7 +64,6 @@ class Scheduler:
         config: EngineConfig,
         pool: HotPool,
         windows: WindowCycle,
-        *,
         cold_slots: int,
         linear_equal: float,
     ) -> None:
@@ -105,8 +104,8 @@ class Scheduler:
             seq = self.waiting[0]
             self._reserve(seq)
             slots = sum(other.reserved_slots for other in self.running)
-            cold = sum(other.max_chunks for other in self.running)
-            if slots + seq.reserved_slots > self._pool.num_slots or cold + seq.max_chunks > self._cold_slots:
+            cold = sum(other.cold_slots for other in self.running)
+            if slots + seq.reserved_slots > self._pool.num_slots or cold + seq.cold_slots > self._cold_slots:
                 return
             self.waiting.popleft()
             self.running.append(seq)

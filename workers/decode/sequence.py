@@ -110,6 +110,7 @@ class Sequence:
         # where its chunks are in the arena, for the indexer: -1 where they are not there yet
         self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
         self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
+        self.state_slots = 0
         self.streamed = False
         self.reserved_slots = 0
         self.widening = 1
@@ -148,6 +149,11 @@ class Sequence:
     @property
     def max_chunks(self) -> int:
         return -(-self.max_len // self.chunk_tokens)
+
+    @property
+    def cold_slots(self) -> int:
+        """Slots of cold memory that it may need: its chunks, and ``state_slots`` for snapshots of its state."""
+        return self.max_chunks + self.state_slots
 
     @property
     def tail_tokens(self) -> int:
@@ -242,13 +248,17 @@ class Sequence:
         self.replayed_tokens -= 1
         return True
 
+    def drop_chunks(self) -> None:
+        """What was found of it can't be used."""
+        self.chunks.clear()
+        self.chunk_of.clear()
+        self._ref_slots.fill(-1)
+
     def start_over(self, holder: str) -> None:
         """Forget all chunks: the tokens so far are to be computed again, held in the name of ``holder``."""
         self.restarts += 1
         self.holder = holder
-        self.chunks.clear()
-        self.chunk_of.clear()
-        self._ref_slots.fill(-1)
+        self.drop_chunks()
         self.table_version += 1
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)

@@ -22,7 +22,7 @@ from forecache.indexer.fallback import SharedIndexers
 from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
-from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import ChosenScorer, ScorerName, choose_scorer
@@ -106,6 +106,7 @@ class DecodeWorker:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
         path = resolve_model(config.model, load_format=config.load_format)
+        config = config.for_model(default_chunk_tokens(load_config(path)))
         backbone = load_backbone(
             path,
             dtype=config.dtype,
@@ -143,7 +144,7 @@ class DecodeWorker:
             spec,
             self._worker_id,
             cold,
-            chosen.lookahead,
+            chosen.beside,
         )
         self._engine = AsyncEngine(engine)
 

@@ -13,7 +13,8 @@ RecallItem = CopyItem
 class PrefixHeld:
     """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its places.
 
-    The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
+    The last of them are those of ``others``, the keys that were asked for behind that run. ``state``: places of the
+    pieces of a snapshot behind them, where sequences have a state. ``failure``: cold memory has
     no room for what ``holder`` may need, so that it holds nothing.
     """
 
@@ -22,6 +23,7 @@ class PrefixHeld:
     others: tuple[ChunkKey, ...] = ()
     failure: str = ""
     overloaded: bool = True
+    state: tuple[SlotRef, ...] = ()
 
 
 @dataclass(frozen=True)

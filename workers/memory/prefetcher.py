@@ -26,6 +26,7 @@ from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
+from forecache.workers.memory.states import StateLayout
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Prefetcher:
     """The copy thread of one pool.
 
     ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
-    ``cold`` is the layout of the arena's chunks where it is not the pool's. Raises
+    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only with a
+    snapshot behind it. Raises
     :class:`forecache.workers.errors.ArenaError` when the arena's is another.
     """
 
@@ -68,12 +70,16 @@ class Prefetcher:
         memory: ColdMemory,
         index_record: IndexRecord | None,
         cold: ChunkLayout | None = None,
+        states: StateLayout | None = None,
     ) -> None:
         self._pool = pool
+        self._states = states
         self._memory = memory
         self._cold = cold or pool.layout
         make = CudaCopies if pool.memory.is_cuda else CpuCopies
         self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
+        self.checks_late = pool.memory.is_cuda
+        """Whether bytes of a prefix that was found are checked only when they are recalled."""
         self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
         self._tickets = itertools.count()
         # what somebody waits for, and what only has to be done some time; each in the order it was posted
@@ -116,6 +122,11 @@ class Prefetcher:
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
         self._post_store(_WriteBack(holder, key, slot, self._copies.mark()))
+
+    def store_state(self, layout: StateLayout, holder: str, chunk: ChunkKey, snapshot: torch.Tensor) -> None:
+        """Store ``snapshot``, uint8 [n], of the state behind ``chunk``, held for ``holder``, if there is room."""
+        mark = self._copies.mark()
+        self._post_store(lambda: layout.store(self._memory, holder, chunk, snapshot, mark))
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, after what was asked for it before."""
@@ -223,6 +234,9 @@ class Prefetcher:
             others = tuple(behind(len(refs)))
             more = self._find(holder, others)
             refs, others = [*refs, *more], others[: len(more)]
+        state: Sequence[SlotRef] = ()
+        if self._states is not None:
+            refs, others, state = self._states.cut(self._memory, holder, keys, refs, others)
         failure = self._promise(holder, chunks) if chunks else ""
         with self._posted:
             self._locating.discard(holder)
@@ -230,7 +244,8 @@ class Prefetcher:
             self._released.discard(holder)
         if released or failure:
             self._release(holder)
-        self._completions.put(PrefixHeld(holder, () if failure else tuple(refs), () if failure else others, failure))
+        found = PrefixHeld(holder, tuple(refs), others, state=tuple(state))
+        self._completions.put(PrefixHeld(holder, (), failure=failure) if failure else found)
 
     def _promise(self, holder: str, chunks: int) -> str:
         """Why there is no room for so many chunks; empty if there is. Waits a little: somebody may be leaving."""
