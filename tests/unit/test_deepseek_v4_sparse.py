@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,11 +17,13 @@ from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
 from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.entry_scores import chunk_scores, entry_logits
 from forecache.indexer.flashmemory import FlashMemoryIndexer, RetrieverShape, walsh_hadamard
 from forecache.indexer.index_keys import IndexSpec, encode_chunks
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.llm import LLM
+from forecache.workers.memory.cuda_host import RegisteredMemory
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
 CHUNK_BYTES = 37376
@@ -144,6 +149,13 @@ def test_resident_sets_stay_within_the_budget_and_answers_differ_from_dense(path
     assert sparse.token_ids != dense.token_ids
 
 
+def generations(llm: LLM, request: PredictRequest) -> npt.NDArray[np.int64]:
+    """Of the slots of ``request``, as they are now: its chunks stay where they were."""
+    now = llm.memory.arena.generation(np.maximum(request.index_slots, 0)).astype(np.int64)
+    assert (now == request.generations)[request.index_slots >= 0].all()
+    return now
+
+
 def record_tables(llm: LLM) -> list[int]:
     """Lengths of the block tables of decode steps from now on."""
     lengths: list[int] = []
@@ -180,6 +192,13 @@ def test_a_checkpoint_of_retrievers_serves(path: Path, arena_dir: Path, tmp_path
         assert llm.index_spec.kv_heads == ((0, 0), (2, 0))
         llm.generate([prompt_of(2000)], max_tokens=40, ignore_eos=True)
         assert llm.engine.stats().failed_predictions == 0
+        # what scores on a GPU answers the same, from the arena and then from what it kept of it
+        with closing(
+            CudaIndexer(llm.index_spec, llm.memory.arena, torch.device("cpu"), 1 << 20, RegisteredMemory)
+        ) as other:
+            for request, answer in [*asked, *asked]:
+                again = other.predict(replace(request, generations=generations(llm, request))).result()
+                np.testing.assert_allclose(again.scores, answer.result().scores, rtol=1e-5, atol=1e-6)
     assert len(asked) > 3
     for request, answer in asked:
         assert request.queries.shape == (12, 16) and request.weights is not None and request.weights.any()
