@@ -223,6 +223,21 @@ def test_full_attention_streams_through_a_small_pool(path: Path, model: Deepseek
         check(llm, model, [prompt_of(1300, seed=9)], 8, policy="full")
 
 
+def test_cold_memory_without_room_for_states_serves_without_them(path: Path, model: DeepseekV4ForCausalLM) -> None:
+    with open_llm(path, cold_bytes=2134528 + 5 * 40000) as llm:
+        assert 4 <= llm.memory.arena.slots < 8
+        prompt = prompt_of(1000, seed=11)
+        check(llm, model, [prompt], 4)
+        settle(llm)
+        assert check(llm, model, [prompt], 4)[0].stats.cached_tokens == 0
+
+
+def test_what_is_known_of_a_state_before_the_weights_are_read(llm: LLM) -> None:
+    shape = llm.backbone.v4
+    assert shape is not None
+    assert shape.snapshot_nbytes(torch.float32) == llm.engine._runner.snapshot_nbytes
+
+
 @pytest.mark.parametrize("changes", [{"layer_types": [CSA] * 6}, {"sliding_window": 300}], ids=["no-hca", "wide"])
 def test_other_shapes(changes: dict[str, Any], tmp_path: Path, make_deepseek_v4: MakeDeepseekV4) -> None:
     model = make_deepseek_v4(tmp_path, **changes)

@@ -104,6 +104,11 @@ def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> Ch
     )
 
 
+def expected_state_nbytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a snapshot of what a sequence of such a model keeps beside its chunks."""
+    return DeepseekV4Shape.of(config).snapshot_nbytes(dtype) if config.model_type == MODEL_TYPE else 0
+
+
 def load_config(path: Path) -> Any:
     """The configuration of a decoder that can be served; or :class:`UnsupportedModelError` with the reason."""
     try:

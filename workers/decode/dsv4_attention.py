@@ -17,6 +17,8 @@ from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.dsv4_shape import CSA, HCA, DeepseekV4Shape
 from forecache.workers.decode.dsv4_step import V4Batch, V4Rows, V4Stream
 
+SCORES = 1 << 26
+"""Scores of a stream's tokens held at a time: 256 MiB."""
 WINDOW_PART, CSA_PART, INDEX_PART = range(3)
 """Parts of a snapshot, in the order of :meth:`.dsv4_state.SequenceStates.rings`."""
 
@@ -124,8 +126,13 @@ class ServedAttention(DeepseekV4Attention):
             total = (stream.first + stream.tokens) // index.compress_rate
             keys = stream.past.gather(batch.index, batch.cold_index, self.number)[:total]
             index_q, weights = inputs.index_queries(own)
-            scores = score_entries_of_one(index_q, weights, keys, seen // index.compress_rate)
-            selected = csa.top_entries(scores, index.index_topk)
+            visible, size = seen // index.compress_rate, max(1, SCORES // max(total, 1))
+            parts = []
+            for start in range(0, len(index_q), size):
+                some = slice(start, start + size)
+                scores = score_entries_of_one(index_q[some], weights[some], keys, visible[some])
+                parts.append(csa.top_entries(scores, index.index_topk))
+            selected = torch.cat(parts)
             if stream.probe is not None:
                 stream.probe.see(selected)
             entries = stream.past.gather(batch.entries, batch.cold_entries, self.number)[:total]

@@ -49,6 +49,7 @@ class DeepseekV4Runner:
         self._spec = spec
         self._retriever = retriever
         self._targets = [layer for layer, _ in spec.kv_heads]
+        self._target_rows = torch.tensor(self._targets, device=self._device)
         self._chunk_tokens = backbone.layout.chunk_tokens
         self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
         self._hot, self._cold = _views(backbone.layout, pool.memory), {}
@@ -120,7 +121,7 @@ class DeepseekV4Runner:
     def index_record(self, slot: int) -> Tensor:
         """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""
         with torch.inference_mode():
-            return encode_chunk(self._spec, self._hot["index"][slot, self._targets])
+            return encode_chunk(self._spec, self._hot["index"][slot, self._target_rows])
 
     def snapshot(self, seq: Sequence, stop: int) -> Tensor | None:
         """The state of ``seq`` behind its token ``stop - 1``, uint8 [snapshot_nbytes], if it was kept."""

@@ -31,17 +31,20 @@ class Snapshots:
         self._arena = arena
 
     def slots(self, seq: Sequence) -> int:
-        """Slots of cold memory that the snapshots of ``seq`` may take."""
-        return 0 if self.layout is None else self.layout.slots(seq.max_chunks)
+        """Slots of cold memory that the snapshots of ``seq`` may take; 0: it gets none, since there is no room."""
+        if self.layout is None:
+            return 0
+        slots = self.layout.slots(seq.max_chunks)
+        return slots if seq.max_chunks + slots <= self._arena.slots else 0
 
     def completed(self, seq: Sequence, chunk: Chunk) -> None:
         """``chunk`` of ``seq`` is complete: store the state behind it, where everybody may want to go on from it."""
-        if self.layout is not None and (chunk.number + 1) % self.layout.every_chunks == 0:
+        if self.layout is not None and seq.state_slots and (chunk.number + 1) % self.layout.every_chunks == 0:
             self._store(seq, chunk)
 
     def ended(self, seq: Sequence) -> list[ChunkKey]:
         """The session of ``seq`` will go on behind its last chunk: store that state; keys to keep for it."""
-        if self.layout is None or not seq.chunks:
+        if self.layout is None or not seq.chunks or not seq.state_slots:
             return []
         self._store(seq, seq.chunks[-1])
         return self.layout.keys(seq.chunks[-1].key)
