@@ -120,6 +120,7 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
         StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
     """
     from forecache.workers.decode.backbone import load_config  # imports transformers: seconds
+    from forecache.workers.decode.index_spec import entries_spec
 
     model = load_config(path)
     architectures = getattr(model, "architectures", None) or []
@@ -134,14 +135,25 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
             f"--max-model-len {wanted} is more than the {own_limit} positions that {path} was made for."
         )
     limit = wanted or own_limit
-    manifest = _manifest(model, config)
+    manifest = _manifest(model, config) if entries_spec(model, config.engine.chunk_tokens) is None else None
     chunk_bytes = _layout(model, config).nbytes
     # other machines may have other devices, so other dtypes: there a worker's own check must do
     trained = _trained(model, config)
     cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
-    return ModelFacts(
-        min(cold, limit), manifest is not None, chunk_bytes, trained, cold_limit=cold if cold < limit else None
-    )
+    has_manifest = manifest is not None or entries_spec(model, config.engine.chunk_tokens) is not None
+    return ModelFacts(min(cold, limit), has_manifest, chunk_bytes, trained, cold_limit=cold if cold < limit else None)
+
+
+def settle(path: Path, config: ServeConfig) -> ServeConfig:
+    """``config`` with what it leaves to the model at ``path`` filled in.
+
+    Raises:
+        UnsupportedModelError: there is no decoder.
+    """
+    from forecache.workers.decode.backbone import default_chunk_tokens, load_config  # imports transformers: seconds
+
+    engine = config.engine.for_model(default_chunk_tokens(load_config(path)))
+    return config.model_copy(update={"engine": engine})
 
 
 def _trained(model: Any, config: ServeConfig) -> CheckpointManifest | None:
@@ -189,12 +201,15 @@ def _cold_tokens(
 ) -> int:
     """Tokens that the arena of one node holds: no request can have more."""
     from forecache.indexer.index_keys import IndexSpec
+    from forecache.workers.decode.index_spec import entries_spec
     from forecache.workers.memory.arena import describe
     from forecache.workers.memory.layout import cold_layout
 
     layers, heads, kv_heads, head_dim = _shape(model)
     chunk_tokens = config.engine.chunk_tokens
-    if trained is not None:
+    if (entries := entries_spec(model, chunk_tokens)) is not None:
+        spec = entries
+    elif trained is not None:
         spec = trained.index_spec
     elif manifest is not None:
         spec = IndexSpec.from_manifest(manifest, chunk_tokens=chunk_tokens)

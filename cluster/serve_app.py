@@ -78,9 +78,11 @@ def build(arguments: Arguments) -> Application:
     """
     config = read_config(arguments.config)
     tracing.check_installed(config.telemetry.otlp_endpoint)
+    path = resolve_model(config.engine.model, load_format=config.engine.load_format)
+    config = preflight.settle(path, config)
     assert config.redis_url is not None  # read_config saw to it
     preflight.check_redis(config.redis_url)
-    model = preflight.check_model(resolve_model(config.engine.model, load_format=config.engine.load_format), config)
+    model = preflight.check_model(path, config)
     tenants = Tenants.load(config.limits.api_keys_file)
     run = blake2b(config.model_dump_json().encode(), digest_size=6).hexdigest()
     tiers = Tiers(NAMESPACE, run, config.redis_url, config.memory.call_deadline_s)

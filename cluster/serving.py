@@ -91,6 +91,7 @@ def running(
     preflight.check(config)
     say(f"looking for the model {config.engine.model}")
     path = resolve_model(config.engine.model, say, config.engine.load_format)
+    config = preflight.settle(path, config)
     model = preflight.check_model(path, config)
     tenants = Tenants.load(config.limits.api_keys_file)
     notes: list[str] = []

@@ -28,6 +28,10 @@ class IndexerConfig(BaseModel):
         "auto", description="path of a trained indexer; auto: the model's, if one came along; none: training-free"
     )
     manifest: str = Field("auto", description="path of a retrieval-head manifest; auto: by model; none: bounds")
+    threshold: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="DeepSeek-V4: what an entry must score to count: a fixed score, or to be among the best"
+    )
+    entry_threshold: float = Field(0.5, gt=0, lt=1, description="DeepSeek-V4: the fixed score, of 0 to 1")
     num_indexers: int = Field(1, ge=1, description="indexer actors of a node, which share its sequences")
     deadline_s: float = Field(
         2.0, gt=0, description="longest wait for an indexer actor, before the worker scores by itself"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from forecache.indexer.entry_scores import entry_logits
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Prediction, PredictRequest, StepState
@@ -188,6 +189,8 @@ class CudaIndexer:
         """Log-sum-exps, float32 [query heads, chunks], of the cache's ``rows``, the arena's ``slots`` and the request's
         own records; and its ``local_lse``. What is read of the arena is copied to the cache's ``copy_rows``, where not
         -1."""
+        if self._spec.kind == "entries":
+            return self._read_entries(request, rows, slots, copy_rows)
         queries = request.queries[self._query_rows] * np.float32(self._spec.scale)
         if self._spec.kind == "bounds":
             # a negative component takes the minimum, a positive one the maximum
@@ -218,6 +221,27 @@ class CudaIndexer:
         # the cache's rows are read before any of them is written
         parts = [lse(cached, in_cache), lse(self._arena.index, in_arena, cached if len(cached) else None)]
         return torch.cat([*parts, lse(records, numbers)], 1)[self._given_rows], local_lse
+
+    def _read_entries(
+        self,
+        request: PredictRequest,
+        rows: npt.NDArray[np.int64],
+        slots: npt.NDArray[np.int64],
+        copy_rows: npt.NDArray[np.int64],
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_read`, logits of entries, float32 [entries of a chunk, chunks]: in PyTorch."""
+        if request.weights is None:
+            raise ValueError("index keys of entries are asked for with queries and weights, and these are missing")
+        kept = copy_rows >= 0
+        in_cache, to_cache, from_new, queries, weights, local_lse, records = self._upload(
+            rows, copy_rows[kept], np.flatnonzero(kept), request.queries, request.weights, request.local_lse,
+            request.local_records,
+        )  # fmt: skip
+        parts = [entry_logits(self._spec, self._cache.records, queries, weights, in_cache)]
+        new = self._arena.index[torch.from_numpy(slots)].to(self._device)
+        self._cache.records[to_cache] = new[from_new]
+        parts += [entry_logits(self._spec, table, queries, weights) for table in (new, records)]
+        return torch.cat(parts, 1), local_lse
 
     def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
         """``arrays`` on the device, in one copy."""
@@ -261,6 +285,7 @@ class CudaIndexer:
             local_lse=np.zeros(heads, dtype=np.float32),
             local_records=np.zeros((1, self._spec.nbytes), dtype=np.uint8),
             state=state,
+            weights=np.zeros(heads, dtype=np.float32) if self._spec.kind == "entries" else None,
         )
         first = np.zeros(1, dtype=np.int64)
         rows = first[: len(self._cache.records)]

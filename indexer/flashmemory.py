@@ -28,12 +28,33 @@ ROPE_FACTOR = 16.0
 ROPE_ORIGINAL_LENGTH = 65_536
 ROPE_BETA_FAST, ROPE_BETA_SLOW = 32.0, 1.0
 NORM_EPS = 1e-6
-SHAPES = {
-    "wq_a.weight": (QUERY_RANK, HIDDEN_SIZE),
-    "q_norm_weight": (QUERY_RANK,),
-    "wq_b.weight": (HEADS * HEAD_DIM, QUERY_RANK),
-    "weights_proj.weight": (HEADS, HIDDEN_SIZE),
-}
+
+
+@dataclass(frozen=True)
+class RetrieverShape:
+    """Sizes of a retriever; the defaults are those of the published one. ``frequencies``: angles per position of the
+    rotated pairs, float64 [rope_dims / 2]; None: :func:`yarn_frequencies`."""
+
+    hidden: int = HIDDEN_SIZE
+    heads: int = HEADS
+    head_dim: int = HEAD_DIM
+    rank: int = QUERY_RANK
+    rope_dims: int = ROPE_DIMS
+    frequencies: tuple[float, ...] | None = None
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of one layer, by name."""
+        return {
+            "wq_a.weight": (self.rank, self.hidden),
+            "q_norm_weight": (self.rank,),
+            "wq_b.weight": (self.heads * self.head_dim, self.rank),
+            "weights_proj.weight": (self.heads, self.hidden),
+        }
+
+
+PUBLISHED = RetrieverShape()
+SHAPES = PUBLISHED.tensors
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -52,28 +73,41 @@ class LayerWeights:
 
 
 class FlashMemoryIndexer:
-    """``layers``: CSA layer number, counted over CSA layers from 0, → weights."""
+    """``layers``: CSA layer number, counted over CSA layers from 0, → weights, of sizes ``shape``."""
 
-    def __init__(self, layers: dict[int, LayerWeights]) -> None:
+    steps = 1
+    """Steps of history that its queries are made from."""
+
+    def __init__(self, layers: dict[int, LayerWeights], shape: RetrieverShape = PUBLISHED) -> None:
         self.layers = layers
+        self.shape = shape
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """Read every target layer of ``path``. Raises :class:`FlashMemoryError` with what does not fit."""
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shape: RetrieverShape = PUBLISHED,
+    ) -> Self:
+        """Read every target layer of ``path``. Raises :class:`FlashMemoryError` with what does not fit ``shape``."""
         if path.suffix != ".safetensors":
             raise FlashMemoryError(
                 f"{path.name} is not *.safetensors; pickled checkpoints can run code and are refused"
             )
         try:
             with safe_open(path, framework="pt", device=device) as file:
-                numbers = _check(path, {name: file.get_slice(name) for name in file.keys()})  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                numbers = _check(path, slices, shape.tensors)
                 return cls(
                     {
                         number: LayerWeights(
                             *(file.get_tensor(f"retrievers.l{number}.{name}").to(dtype) for name in SHAPES)
                         )
                         for number in numbers
-                    }
+                    },
+                    shape,
                 )
         except (OSError, SafetensorError) as error:
             raise FlashMemoryError(f"can't read {path}: {error}") from error
@@ -87,9 +121,17 @@ class FlashMemoryIndexer:
         x = hidden.to(weights.wq_a.dtype)
         low = x @ weights.wq_a.T
         low = low * torch.rsqrt(low.square().mean(1, keepdim=True) + NORM_EPS) * weights.q_norm
-        q = (low @ weights.wq_b.T).view(-1, HEADS, HEAD_DIM)
-        q = torch.cat([q[..., :-ROPE_DIMS], rotate_interleaved(q[..., -ROPE_DIMS:], positions)], 2)
-        return walsh_hadamard(q), (x @ weights.weights_proj.T) * (HEAD_DIM * HEADS) ** -0.5
+        shape, rope = self.shape, self.shape.rope_dims
+        q = (low @ weights.wq_b.T).view(-1, shape.heads, shape.head_dim)
+        rotated = rotate_interleaved(q[..., -rope:], positions, shape.frequencies)
+        q = torch.cat([q[..., :-rope], rotated], 2)
+        return walsh_hadamard(q), (x @ weights.weights_proj.T) * (shape.head_dim * shape.heads) ** -0.5
+
+    def plain_queries(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`queries`, for keys without the Walsh-Hadamard transform, which transformers keep: the transform is
+        its own inverse, and keeps products."""
+        q, w = self.queries(layer, hidden, positions)
+        return walsh_hadamard(q), w
 
     def logits(self, layer: int, hidden: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Logits [batch, entries] of one layer. ``keys``: uint8 [batch, entries, 132] or [entries, 132], its own."""
@@ -111,6 +153,24 @@ class FlashMemoryIndexer:
             [self.logits(layer, hidden[layer], keys[layer], positions).sigmoid() for layer in self.layers]
         )
         return by_layer.amax(0) if combine == "max" else by_layer.mean(0)
+
+
+def retriever_shape(path: Path, head_dim: int, frequencies: tuple[float, ...]) -> RetrieverShape:
+    """The sizes of the retrievers in ``path``, for index keys of ``head_dim``: as their first layer has them.
+
+    Raises :class:`FlashMemoryError` if there is none.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FlashMemoryError(f"can't read {path}: {error}") from error
+    down = next((shape for name, shape in shapes.items() if name.endswith(".wq_a.weight")), None)
+    up = next((shape for name, shape in shapes.items() if name.endswith(".wq_b.weight")), None)
+    if down is None or up is None or len(down) != 2 or len(up) != 2 or up[0] % head_dim:
+        raise FlashMemoryError(f"{path.name} has no retrievers.l<N> tensors for index keys of {head_dim} dimensions")
+    rank, hidden = down
+    return RetrieverShape(hidden, up[0] // head_dim, head_dim, rank, 2 * len(frequencies), frequencies)
 
 
 def pool_entries(scores: Tensor, entries_per_chunk: int) -> Tensor:
@@ -159,29 +219,31 @@ def yarn_frequencies() -> Tensor:
     return frequencies * (1 - slowed) + frequencies / ROPE_FACTOR * slowed
 
 
-def rotate_interleaved(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs: ``x`` [batch, heads, 64] at ``positions`` [batch]."""
+def rotate_interleaved(x: Tensor, positions: Tensor, frequencies: tuple[float, ...] | None = None) -> Tensor:
+    """Rotary embedding of neighbouring pairs: ``x`` [batch, heads, dims] at ``positions`` [batch], by the angles per
+    position ``frequencies`` of the pairs, which are :func:`yarn_frequencies` where none are given."""
     # float64: at position 1,000,000 a float32 angle is off by 0.06
-    angles = positions.double().cpu().outer(yarn_frequencies()).unsqueeze(1)
+    turns = yarn_frequencies() if frequencies is None else torch.tensor(frequencies, dtype=torch.float64)
+    angles = positions.double().cpu().outer(turns).unsqueeze(1)
     cos, sin = angles.cos().to(x), angles.sin().to(x)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(2)
 
 
-def _check(path: Path, tensors: dict[str, object]) -> list[int]:
-    """Numbers of the target layers, ascending; refuses names, shapes and number formats that we do not know."""
+def _check(path: Path, tensors: dict[str, object], shapes: dict[str, tuple[int, ...]]) -> list[int]:
+    """Numbers of the target layers, ascending; refuses names, number formats that we do not know, and other shapes."""
     numbers: set[int] = set()
     for name, tensor in tensors.items():
         found = re.fullmatch(r"retrievers\.l(\d+)\.(.+)", name)
-        if found is None or found[2] not in SHAPES:
+        if found is None or found[2] not in shapes:
             raise FlashMemoryError(
-                f"{path.name} has a tensor '{name}', which is none of retrievers.l<N>.{{{', '.join(SHAPES)}}}: "
+                f"{path.name} has a tensor '{name}', which is none of retrievers.l<N>.{{{', '.join(shapes)}}}: "
                 "quantised (int4, int8) and other variants of the checkpoint are not supported, take the slim "
                 "safetensors in bf16 or fp32"
             )
         shape = tuple(tensor.get_shape())  # type: ignore[attr-defined]
-        if shape != SHAPES[found[2]]:
-            raise FlashMemoryError(f"{path.name}: '{name}' has shape {list(shape)}, not {list(SHAPES[found[2]])}")
+        if shape != shapes[found[2]]:
+            raise FlashMemoryError(f"{path.name}: '{name}' has shape {list(shape)}, not {list(shapes[found[2]])}")
         number_format = str(tensor.get_dtype())  # type: ignore[attr-defined]
         if number_format not in FLOATS:
             raise FlashMemoryError(
@@ -189,7 +251,7 @@ def _check(path: Path, tensors: dict[str, object]) -> list[int]:
                 "slim safetensors in bf16 or fp32"
             )
         numbers.add(int(found[1]))
-    missing = [f"retrievers.l{n}.{name}" for n in sorted(numbers) for name in SHAPES]
+    missing = [f"retrievers.l{n}.{name}" for n in sorted(numbers) for name in shapes]
     missing = [name for name in missing if name not in tensors]
     if missing or not numbers:
         raise FlashMemoryError(f"{path.name} lacks {', '.join(missing) or 'every retrievers.l<N> tensor'}")

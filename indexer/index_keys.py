@@ -27,13 +27,15 @@ Head = tuple[int, int]
 class IndexSpec:
     """Which keys a record holds and how they are stored.
 
-    ``kind``: "tokens", every token's key of a few heads; "bounds", minimum and maximum over the chunk of
-    every head. ``query_heads``: (layer, query head) pairs whose queries score; ``kv_heads``: the (layer, KV
-    head) pairs whose keys are stored; ``query_to_kv``: index into ``kv_heads`` for each query head. ``scale``
-    multiplies q·k. ``dtype`` is what keys are stored in: int8 goes with a float16 scale per (head, token).
+    ``kind``: "tokens", every token's key of a few heads; "bounds", minimum and maximum over the chunk of every head;
+    "entries", DeepSeek-V4's index keys, of which a chunk has ``chunk_tokens`` for each "KV head", which is a CSA layer
+    there (see :mod:`.entry_scores`, also for ``threshold`` and ``adaptive_entries``). ``query_heads``: (layer, query
+    head) pairs whose queries score; ``kv_heads``: the (layer, KV head) pairs whose keys are stored; ``query_to_kv``:
+    index into ``kv_heads`` for each query head. ``scale`` multiplies q·k. ``dtype`` is what keys are stored in: int8
+    goes with a float16 scale per (head, token).
     """
 
-    kind: Literal["tokens", "bounds"]
+    kind: Literal["tokens", "bounds", "entries"]
     query_heads: tuple[Head, ...]
     kv_heads: tuple[Head, ...]
     query_to_kv: tuple[int, ...]
@@ -41,6 +43,8 @@ class IndexSpec:
     chunk_tokens: int
     scale: float
     dtype: torch.dtype
+    threshold: float = 0.5
+    adaptive_entries: int = 0
 
     def __post_init__(self) -> None:
         if len(self.query_to_kv) != len(self.query_heads):

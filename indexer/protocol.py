@@ -32,7 +32,8 @@ class PredictRequest:
     heads. ``local_lse``: float32 [query_heads], log-sum-exp of these queries' scaled logits over the tail's tokens, so
     that the softmax has its whole denominator (-inf where there are none). For a trained indexer queries and their
     log-sum-exps are those of :attr:`.lookahead.LookaheadScorer.spec`, each over what its own step saw; ``state`` goes
-    with them.
+    with them. ``weights``: float32 [query_heads], of the queries where records are of kind "entries"; nothing else has
+    any.
     """
 
     sequence_id: str
@@ -43,6 +44,7 @@ class PredictRequest:
     local_lse: npt.NDArray[np.float32]
     local_records: npt.NDArray[np.uint8]
     state: StepState | None = None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from forecache.indexer.index_keys import IndexSpec, chunk_lse, scores_and_events
+from forecache.indexer.entry_scores import chunk_scores, record_figures
+from forecache.indexer.index_keys import IndexSpec, scores_and_events
 from forecache.indexer.lookahead import Asked, LookaheadScorer
 from forecache.indexer.protocol import IndexerStats, Prediction, PredictRequest
 
@@ -45,8 +46,8 @@ BATCH_REQUESTS = 8
 class Read:
     """What the records that could be read say to one request, all on one device.
 
-    ``chunks``: int64 [n], whose records these were, in any order; ``lse``: float32 [query heads, n];
-    ``local_lse``: float32 [query heads].
+    ``chunks``: int64 [n], whose records these were, in any order; ``lse``: float32 [query heads, n], or, of records of
+    kind "entries", the logits of the entries, [entries of a chunk, n]; ``local_lse``: float32 [query heads].
     """
 
     request: PredictRequest
@@ -79,18 +80,19 @@ def read_records(
     rows = spec if lookahead is None else lookahead.spec
     # copies: what came from another process is read-only, which torch.from_numpy does not take
     queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
+    weights = None if request.weights is None else torch.tensor(request.weights)
     asked, local = where_records_are(request)
     readable = asked[request.index_slots[asked] < len(arena.index)]
     chunks = readable[unchanged(arena, request, readable)]
     while True:
         slots = torch.from_numpy(request.index_slots[chunks])
-        lse = chunk_lse(rows, arena.index, queries, slots)
+        lse = record_figures(rows, arena.index, queries, weights, slots)
         sound = unchanged(arena, request, chunks)
         if sound.all():
             break
         # a half-written record spoils the softmax of all the others
         chunks = chunks[sound]
-    here = chunk_lse(rows, torch.tensor(request.local_records), queries)
+    here = record_figures(rows, torch.tensor(request.local_records), queries, weights)
     read = torch.from_numpy(np.concatenate([chunks, local]))
     return Read(request, read, torch.cat([lse, here], 1), local_lse)
 
@@ -126,6 +128,9 @@ def score(spec: IndexSpec, lookahead: LookaheadScorer | None, reads: Sequence[Re
 
 def _by_own_heads(spec: IndexSpec, read: Read) -> Tensor:
     """By the attention of the model's own retrieval heads now, the last rows: float32 [2, chunks], 0 where unread."""
+    if spec.kind == "entries":
+        scores = chunk_scores(spec, read.lse)
+        return _in_order(torch.stack([scores, torch.zeros_like(scores)]), read, 0.0)
     own = slice(len(read.lse) - len(spec.query_heads), None)
     return _in_order(scores_and_events(spec, read.lse[own], read.local_lse[own]), read, 0.0)
 

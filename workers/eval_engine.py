@@ -8,7 +8,14 @@ from typing import Any
 import torch
 
 from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.workers.decode.backbone import expected_layout, load_config, pick_device, pick_dtype
+from forecache.workers.decode.backbone import (
+    default_chunk_tokens,
+    expected_layout,
+    expected_state_nbytes,
+    load_config,
+    pick_device,
+    pick_dtype,
+)
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.evaluate import Answer, Column
@@ -78,6 +85,7 @@ def open_engine(
     late predictions are waited for; prefill steps are long.
     """
     path = resolve_model(config.model)
+    config = config.for_model(default_chunk_tokens(load_config(path)))
     device = pick_device(config.device)
     context_bytes = _context_bytes(path, config, longest)
     group_bytes = min(samples, _group_size(config, device)) * context_bytes
@@ -113,5 +121,7 @@ def _share(free_bytes: int) -> int:
 def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
     """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
     dtype = pick_dtype(config.dtype, pick_device(config.device))
-    layout = expected_layout(load_config(path), chunk_tokens=config.chunk_tokens, dtype=dtype)
-    return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS) * layout.nbytes
+    model = load_config(path)
+    layout = expected_layout(model, chunk_tokens=config.chunk_tokens, dtype=dtype)
+    pieces = -(-expected_state_nbytes(model, dtype) // layout.nbytes) * (tokens // config.snapshot_tokens + 2)
+    return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS + pieces) * layout.nbytes

@@ -18,7 +18,7 @@ from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import choose_scorer
@@ -83,6 +83,7 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not skip_tokenizer:
             self.tokenizer = load_tokenizer(self.model_path)
+        self.config = self.config.for_model(default_chunk_tokens(load_config(self.model_path)))
         self.backbone = backbone = load_backbone(
             self.model_path,
             dtype=self.config.dtype,
@@ -127,7 +128,7 @@ class LLM:
                 self._indexer,
                 spec,
                 cold_layout=self.cold_layout,
-                lookahead=chosen.lookahead,
+                beside=chosen.beside,
             )
             cleanup.callback(self.engine.close)
             self._cleanup = cleanup.pop_all()

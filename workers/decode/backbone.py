@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from forecache.workers.decode.attention import ATTENTION_NAME
-from forecache.workers.decode.config import KvDtype, LoadFormat
+from forecache.workers.decode.config import EngineConfig, KvDtype, LoadFormat
+from forecache.workers.decode.dsv4_attention import serve_attention
+from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS, MODEL_TYPE, DeepseekV4Shape, refuse_mtp
 from forecache.workers.decode.fused_linears import fuse_checked
 from forecache.workers.decode.loader import WEIGHT_FILES
 from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_config
@@ -27,7 +29,10 @@ DUMMY_GAIN = 0.5
 
 @dataclass(frozen=True)
 class Backbone:
-    """``model`` runs with forecache's attention; ``geometry`` are its attention shapes, ``fingerprint`` its weights."""
+    """``model`` runs with forecache's attention; ``geometry`` are its attention shapes, ``fingerprint`` its weights.
+
+    ``v4``: what else there is of a DeepSeek-V4 model; None: all layers attend to all K/V.
+    """
 
     model: PreTrainedModel
     path: Path
@@ -37,6 +42,7 @@ class Backbone:
     max_model_len: int
     device: torch.device
     dtype: torch.dtype
+    v4: DeepseekV4Shape | None = None
 
     @property
     def config(self) -> Any:
@@ -46,6 +52,9 @@ class Backbone:
     def linear_equal(self) -> float:
         """Past tokens over which attention costs a token as much as all weights do."""
         geometry = self.geometry
+        if (v4 := self.v4) is not None:  # of what is past, only index keys are read in proportion
+            past = len(v4.csa) * v4.index_heads * v4.index_dim / v4.csa_rate + len(v4.hca) * v4.heads * v4.head_dim / 64
+            return self.body_parameters / past
         # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
         return self.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim)
 
@@ -75,8 +84,16 @@ def kv_number(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
 
 
+def default_chunk_tokens(config: Any) -> int:
+    """Tokens of a chunk of a model with this configuration, where nobody sets them."""
+    default: int = EngineConfig.model_fields["chunk_tokens"].default
+    return CHUNK_TOKENS if config.model_type == MODEL_TYPE else default
+
+
 def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> ChunkLayout:
     """The chunks of a model with this configuration, before it is loaded; they are nobody's in particular."""
+    if config.model_type == MODEL_TYPE:
+        return DeepseekV4Shape.of(config).layout("", chunk_tokens=chunk_tokens, dtype=dtype)
     return attention_layout(
         "",
         layers=config.num_hidden_layers,
@@ -85,6 +102,11 @@ def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> Ch
         chunk_tokens=chunk_tokens,
         dtype=dtype,
     )
+
+
+def expected_state_nbytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a snapshot of what a sequence of such a model keeps beside its chunks."""
+    return DeepseekV4Shape.of(config).snapshot_nbytes(dtype) if config.model_type == MODEL_TYPE else 0
 
 
 def load_config(path: Path) -> Any:
@@ -129,14 +151,22 @@ def load_backbone(
         model = _load_model(path, config, number)
         model.to(device=place)  # type: ignore[call-arg]
     model.requires_grad_(False)
-    if place.type == "cuda":
-        fuse_checked(model)
-    geometry = inspect_attention(model)
-    model.set_attn_implementation(ATTENTION_NAME)
     if load_format == "dummy":
         fingerprint = dummy_fingerprint(config, number, place, seed)
     else:
         fingerprint = weights_fingerprint(path, config)
+    limit = max_model_len or own_limit
+    if config.model_type == MODEL_TYPE:
+        if kv_dtype != "auto":
+            raise UnsupportedModelError(f"--kv-dtype {kv_dtype} is for plain K/V, and {path} keeps none; use auto.")
+        v4 = serve_attention(model)
+        geometry = Geometry(len(v4.kinds), v4.heads, 1, v4.head_dim, v4.head_dim**-0.5)
+        layout = v4.layout(fingerprint, chunk_tokens=chunk_tokens, dtype=number)
+        return Backbone(model, path, fingerprint, geometry, layout, limit, place, number, v4)
+    if place.type == "cuda":
+        fuse_checked(model)
+    geometry = inspect_attention(model)
+    model.set_attn_implementation(ATTENTION_NAME)
     layout = attention_layout(
         fingerprint,
         layers=geometry.layers,
@@ -145,11 +175,13 @@ def load_backbone(
         chunk_tokens=chunk_tokens,
         dtype=kv_number(kv_dtype, number),
     )
-    return Backbone(model, path, fingerprint, geometry, layout, max_model_len or own_limit, place, number)
+    return Backbone(model, path, fingerprint, geometry, layout, limit, place, number)
 
 
 def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model on CPU. transformers makes up weights that it does not find in the files; here that is an error."""
+    if config.model_type == MODEL_TYPE:
+        refuse_mtp(path, WEIGHT_FILES)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

@@ -9,6 +9,7 @@ import numpy as np
 from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.messages import FinishReason
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.snapshots import Snapshots
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.completions import PrefixHeld, WrittenBack
@@ -22,13 +23,20 @@ class ChunkKeeper:
     """From the search for a stored prefix, through chunks that complete, to letting all of them go."""
 
     def __init__(
-        self, pool: HotPool, arena: Arena, prefetcher: Prefetcher, windows: WindowCycle, counters: EngineCounters
+        self,
+        pool: HotPool,
+        arena: Arena,
+        prefetcher: Prefetcher,
+        windows: WindowCycle,
+        counters: EngineCounters,
+        snapshots: Snapshots,
     ) -> None:
         self._pool = pool
         self._arena = arena
         self._prefetcher = prefetcher
         self._windows = windows
         self._counters = counters
+        self._snapshots = snapshots
         self._holders: dict[str, Sequence] = {}
         self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
@@ -39,7 +47,7 @@ class ChunkKeeper:
         # whoever wants exact answers gets chunks that were decoded over everything
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
         behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
-        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.max_chunks)
+        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots)
 
     def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
         """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
@@ -53,7 +61,8 @@ class ChunkKeeper:
         seq.share = held.share
         own = len(held.refs) - len(held.others)
         refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
-        for key, ref in zip(keys[:own] if held.others else keys, refs, strict=False):
+        only_held = bool(held.others) or self._snapshots.layout is not None
+        for key, ref in zip(keys[:own] if only_held else keys, refs, strict=False):
             slot = self._pool.lookup(key)
             if ref is None and slot is None:
                 break
@@ -66,6 +75,7 @@ class ChunkKeeper:
                 self._prefetcher.write_back(seq.holder, key, slot)
         for key, ref in zip(held.others, held.refs[own:], strict=True):
             seq.stored_at(seq.complete_chunk(key, exact=False), ref)
+        self._snapshots.resume(seq, held.state)
         seq.num_computed = len(seq.chunks) * seq.chunk_tokens
         seq.state = State.PREFILL
         if seq.counters.admitted_s is None:
@@ -84,6 +94,7 @@ class ChunkKeeper:
             slot = seq.open_slots.pop(number)
             self._pool.complete(slot, chunk.key, dirty=True)
             self._prefetcher.write_back(seq.holder, chunk.key, slot)
+            self._snapshots.completed(seq, chunk)
             if seq.state is State.DECODE and not seq.streamed:
                 seq.resident[number] = slot
                 seq.table_version += 1
@@ -119,7 +130,8 @@ class ChunkKeeper:
     def answered(self, seq: Sequence, reason: FinishReason) -> None:
         """``seq`` has ended: if it was answered, its session can be gone on with."""
         if seq.cache.session_id is not None and reason in ("stop", "length"):
-            self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks])
+            state = self._snapshots.ended(seq)
+            self._prefetcher.record_session(seq.cache.session_id, [*(chunk.key for chunk in seq.chunks), *state])
 
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""

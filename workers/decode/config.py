@@ -29,7 +29,10 @@ class EngineConfig(BaseModel):
     )
     keep_ratio: float = Field(0.135, gt=0, le=1, description="resident chunks / all chunks of a sequence")
     policy: Policy = Field("lookahead", description="what chooses the resident set")
-    chunk_tokens: int = Field(64, ge=16, le=1024, description="tokens of one chunk")
+    chunk_tokens: int = Field(64, ge=16, le=1024, description="tokens of one chunk; DeepSeek-V4's default is 256")
+    snapshot_tokens: int = Field(
+        4096, ge=16, description="tokens between two stored states of a sequence, of models that have one (DeepSeek-V4)"
+    )
     window_steps: int = Field(64, ge=1, description="decode steps between two resident sets")
     lead_steps: int = Field(8, ge=0, description="steps before a boundary at which its prediction is asked for")
     remote_lead_steps: int = Field(
@@ -64,6 +67,12 @@ class EngineConfig(BaseModel):
         None, ge=1, description="CPU threads of the model; default: all cores, one less where a cluster shares them"
     )
     seed: int = Field(0, description="seed of the random policy and of dummy weights")
+
+    def for_model(self, chunk_tokens: int) -> Self:
+        """With the model's own ``chunk_tokens``, where none were set."""
+        return (
+            self if "chunk_tokens" in self.model_fields_set else self.model_copy(update={"chunk_tokens": chunk_tokens})
+        )
 
     def for_device(self, device: str) -> Self:
         """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""

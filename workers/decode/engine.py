@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.protocol import Indexer
 from forecache.workers.decode.accounting import EngineCounters, check_references, check_request, most_chunks
 from forecache.workers.decode.answers import NOTHING_NEW, Answers, News
@@ -21,12 +20,14 @@ from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.grammar import Grammars, Matcher
+from forecache.workers.decode.index_spec import BesideModel
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
-from forecache.workers.decode.model_runner import ModelRunner
 from forecache.workers.decode.remote_past import FarPast, PastLostError
+from forecache.workers.decode.runner import make_runner
 from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.scheduler import Scheduler
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.snapshots import Snapshots, state_layout
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
@@ -48,7 +49,7 @@ class Engine:
     """Continuous batching over one backbone.
 
     All methods belong to one thread, but for :meth:`cancel`, which any calls. ``name`` makes its holds in cold memory
-    its own; ``cold_layout``: that memory's, where not the pool's; ``lookahead``: the indexer's scorer, where trained.
+    its own; ``cold_layout``: that memory's, where not the pool's; ``beside``: the indexer's scorer, where trained.
     """
 
     def __init__(
@@ -62,13 +63,12 @@ class Engine:
         spec: IndexSpec,
         name: str = "local",
         cold_layout: ChunkLayout | None = None,
-        lookahead: LookaheadScorer | None = None,
+        beside: BesideModel | None = None,
     ) -> None:
         self.config = config = config.for_device(backbone.device.type)
         self._backbone = backbone
         self._has_tokenizer = tokenizer is not None
-        self._memory = memory
-        self._name = name
+        self._memory, self._name = memory, name
         self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
         self._answers = Answers(tokenizer, eos, backbone.layout.nbytes, lambda seq: self.windows.view(seq))
@@ -77,19 +77,20 @@ class Engine:
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         cold = cold_layout or backbone.layout
         self._fingerprint = chunk_fingerprint(backbone.layout, cold)
-        rows, arena = config.max_batch_size, memory.arena
-        self._runner = ModelRunner(backbone, pool, arena, spec, rows, cold, lookahead, FarPast.of(memory, cold))
-        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold)
-        steps = 1 if lookahead is None else lookahead.steps
-        self.windows = WindowCycle(
-            config, selection, self.pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
+        rows, arena, each = config.max_batch_size, memory.arena, config.snapshot_tokens
+        self._runner = make_runner(backbone, pool, arena, spec, rows, cold, beside, each, FarPast.of(memory, cold))
+        states = state_layout(self._runner, cold.nbytes, each // config.chunk_tokens)
+        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold, states)
+        self._snapshots = Snapshots(self._runner, states, self._prefetcher, arena)
+        steps = 1 if beside is None else beside.steps
+        cycle = self.windows = WindowCycle(
+            config, selection, pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
         )
-        self._scheduler = Scheduler(config, pool, self.windows, arena.slots, backbone.linear_equal)
+        self._scheduler = Scheduler(config, pool, cycle, arena.slots, backbone.linear_equal)
         if backbone.device.type == "cuda":
-            chunks, graphs = self.windows.budgets.widest_table(backbone.max_model_len), config.cuda_graphs
-            self._runner.warm_up(
-                max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=config.torch_compile
-            )
+            chunks = cycle.budgets.widest_table(backbone.max_model_len)
+            graphs, compiled = config.cuda_graphs, config.torch_compile
+            self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
@@ -99,7 +100,7 @@ class Engine:
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
         self._counters = EngineCounters()
-        self._keeper = ChunkKeeper(self.pool, arena, self._prefetcher, self.windows, self._counters)
+        self._keeper = ChunkKeeper(pool, arena, self._prefetcher, cycle, self._counters, self._snapshots)
 
     @property
     def max_model_len(self) -> int:
@@ -126,6 +127,7 @@ class Engine:
             policy=request.cache.policy or self.config.policy,
             matcher=matcher,
         )
+        seq.state_slots = self._snapshots.slots(seq)
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         self._sequences[request.request_id] = seq
         self._answers.begin(seq)
@@ -211,9 +213,7 @@ class Engine:
             seq.open_exact = seq.open_exact and not seq.partial
             self._keeper.computed(seq, 1)
             self.windows.stepped(seq)
-        for part in plan.streams:
-            if part.sequence in lost:
-                continue
+        for part in (part for part in plan.streams if part.sequence not in lost):
             if part.sequence.state is State.DECODE:
                 part.sequence.count_kept()
             self._keeper.computed(part.sequence, part.tokens)
@@ -270,8 +270,7 @@ class Engine:
         with self._cancel_lock:
             cancelled, self._cancelled = self._cancelled, set()
         for request_id in cancelled:
-            seq = self._sequences.get(request_id)
-            if seq is not None:
+            if (seq := self._sequences.get(request_id)) is not None:
                 self._finish(seq, "cancelled")
         for seq in self._scheduler.running:
             self.windows.poll(seq)
@@ -281,8 +280,7 @@ class Engine:
 
     def _recalled(self, done: Recalled) -> None:
         self._counters.recall(done)
-        seq = self.windows.recalled(done)
-        if seq is not None and seq.state is not State.FINISHED:
+        if (seq := self.windows.recalled(done)) is not None and seq.state is not State.FINISHED:
             self._restart(seq)
 
     def _restart(self, seq: Sequence) -> None:

@@ -24,6 +24,7 @@ from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.stateless import Stateless
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -35,7 +36,7 @@ WARM_UP_TOKENS = (37, 101)
 """No dimension of a model: dynamo takes equal sizes for the same size, and compiles again where they part."""
 
 
-class ModelRunner:
+class ModelRunner(Stateless):
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
     ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's;
@@ -236,9 +237,8 @@ class ModelRunner:
         )
 
     def _line(self, seq: Sequence) -> int:
-        if self._histories is None:
-            return NOBODYS_LINE
-        return self._histories.begin(seq, seq.num_computed, seq.num_computed + 1)[0]
+        at, histories = seq.num_computed, self._histories
+        return NOBODYS_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
 
     def _lay_out(
         self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
@@ -323,8 +323,7 @@ class ModelRunner:
         table = np.zeros((len(rows), max(len(row.table) for row in rows)), dtype=np.int32)
         for i, row in enumerate(rows):
             table[i, : len(row.table)] = row.table
-        lens = np.array([row.context_len for row in rows], dtype=np.int32)
-        return DecodeRows(self._put(table), self._put(lens))
+        return DecodeRows(self._put(table), self._put(np.array([row.context_len for row in rows], dtype=np.int32)))
 
     def _stream_rows(self, part: StreamPart, start: int, probe: MassProbe | None) -> StreamRows:
         seq = part.sequence
@@ -334,8 +333,8 @@ class ModelRunner:
 
     def _probe(self, seq: Sequence, tokens: int) -> MassProbe:
         chunks = -(-(seq.num_computed + tokens) // seq.chunk_tokens)
-        scale = self._backbone.geometry.scale
-        return MassProbe(self._query_heads, min(tokens, PROBE_QUERIES), chunks, seq.chunk_tokens, scale)
+        queries, scale = min(tokens, PROBE_QUERIES), self._backbone.geometry.scale
+        return MassProbe(self._query_heads, queries, chunks, seq.chunk_tokens, scale)
 
 
 def _store(layout: ChunkLayout, memory: Tensor) -> Store:

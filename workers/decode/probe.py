@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from forecache.workers.decode.dsv4_shape import MODEL_TYPE, refuse_variants
 from forecache.workers.errors import UnsupportedModelError
 
 PROBE_NAME = "forecache_probe"
@@ -60,7 +61,9 @@ def refuse_config(config: Any, name: str) -> None:
                 "keys would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
             )
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    if config.model_type == MODEL_TYPE:
+        refuse_variants(config, name)
+    elif kinds != {"full_attention"}:
         raise UnsupportedModelError(
             f"{name} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; only models whose layers "
             "all use full attention can be served."

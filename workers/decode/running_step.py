@@ -1,7 +1,9 @@
 """A step under way: what it will tell the host, and what it read of the arena."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +12,6 @@ from torch import Tensor
 
 from forecache.indexer.protocol import StepState
 from forecache.workers.decode.logits import Logprobs
-from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import Segment, Store
 from forecache.workers.decode.prompt_logprobs import Scored
 from forecache.workers.decode.remote_past import FarPast
@@ -96,13 +97,14 @@ def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tens
 @dataclass(frozen=True)
 class CapturedTensors:
     """What a :class:`.step.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and ``steps``
-    of a trained indexer's history."""
+    of a trained indexer's history; ``weights`` float32 [query heads] where index keys are those of entries."""
 
     queries: Tensor
     tail_lse: Tensor
     records: Tensor
     hidden: Tensor | None = None
     steps: int = 0
+    weights: Tensor | None = None
 
     def to_host(self) -> "CapturedTensors":
         return CapturedTensors(
@@ -111,6 +113,7 @@ class CapturedTensors:
             _to_host(self.records),
             None if self.hidden is None else _to_host(self.hidden),
             self.steps,
+            None if self.weights is None else _to_host(self.weights),
         )
 
     def answer(self, request: Capture) -> Captured:
@@ -118,7 +121,15 @@ class CapturedTensors:
         state = None
         if self.hidden is not None:
             state = StepState(request.position, self.steps, self.hidden.numpy())
-        return Captured(request, self.queries.numpy(), self.tail_lse.numpy(), self.records.numpy(), state)
+        weights = None if self.weights is None else self.weights.numpy()
+        return Captured(request, self.queries.numpy(), self.tail_lse.numpy(), self.records.numpy(), state, weights)
+
+
+class Probe(Protocol):
+    """``mass``: float32 [chunks], how much the last tokens of a prompt look at each."""
+
+    @property
+    def mass(self) -> Tensor: ...
 
 
 class RunningStep:
@@ -135,7 +146,7 @@ class RunningStep:
         scored: Seq[Scored],
         captures: Seq[Capture],
         captured: Seq[CapturedTensors],
-        probes: dict[str, MassProbe],
+        probes: Mapping[str, Probe],
         pasts: Seq[ArenaPast],
         arena: Arena | None,
     ) -> None:

@@ -116,8 +116,8 @@ class Scheduler:
 
     def _cold(self, seq: Sequence) -> int:
         """Arena slots of this node that ``seq`` may need."""
-        if seq.share is None and seq.max_chunks <= self._cold_slots:
-            return seq.max_chunks
+        if seq.share is None and seq.cold_slots <= self._cold_slots:
+            return seq.cold_slots
         return (seq.share or share_of(self._cold_slots)).slots
 
     def _reserve(self, seq: Sequence) -> None:

@@ -119,6 +119,7 @@ class Sequence:
         self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
         self.remote_chunks = 0
         self.share: Share | None = None
+        self.state_slots = 0
         self.streamed = False
         self.reserved_slots = 0
         self.widening = 1
@@ -159,6 +160,11 @@ class Sequence:
     @property
     def max_chunks(self) -> int:
         return -(-self.max_len // self.chunk_tokens)
+
+    @property
+    def cold_slots(self) -> int:
+        """Slots of cold memory that it may need: its chunks, and ``state_slots`` for snapshots of its state."""
+        return self.max_chunks + self.state_slots
 
     @property
     def tail_tokens(self) -> int:
@@ -260,15 +266,19 @@ class Sequence:
         self.replayed_tokens -= 1
         return True
 
+    def drop_chunks(self) -> None:
+        """What was found of it can't be used."""
+        self.chunks.clear()
+        self.chunk_of.clear()
+        self._ref_slots.fill(-1)
+        self.remote_chunks = 0
+
     def start_over(self, holder: str) -> None:
         """Forget all chunks: the tokens so far are to be computed again, held in the name of ``holder``."""
         self.restarts += 1
         self.holder = holder
-        self.chunks.clear()
-        self.chunk_of.clear()
+        self.drop_chunks()
         self.prompt_logprobs.clear()
-        self._ref_slots.fill(-1)
-        self.remote_chunks = 0
         self.share = None
         self.table_version += 1
         self.num_computed = 0

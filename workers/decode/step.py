@@ -53,13 +53,15 @@ class Capture:
 @dataclass(frozen=True)
 class Captured:
     """``queries``: float32 [query heads, head_dim]; ``tail_lse``: float32 [query heads], -inf without a tail;
-    ``records``: uint8 [local slots, index bytes]. ``state`` is there for a trained indexer alone."""
+    ``records``: uint8 [local slots, index bytes]. ``state`` is there for a trained indexer alone, ``weights`` float32
+    [query heads] where index keys are those of entries."""
 
     request: Capture
     queries: npt.NDArray[np.float32]
     tail_lse: npt.NDArray[np.float32]
     records: npt.NDArray[np.uint8]
     state: StepState | None = None
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

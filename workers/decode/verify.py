@@ -8,7 +8,7 @@ from forecache.indexer.index_keys import IndexSpec
 from forecache.workers.decode.attention import ATTENTION_NAME
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.runner import make_runner
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.errors import UnsupportedModelError
@@ -31,10 +31,14 @@ def verify_backbone(backbone: Backbone, spec: IndexSpec) -> None:
     The tokens go through every path: a first prefill step, one over a past, and decode steps through a block table.
     """
     generator = torch.Generator().manual_seed(0)
-    if backbone.layout.field("kv").dtype != backbone.dtype:
+    if backbone.v4 is None and backbone.layout.field("kv").dtype != backbone.dtype:
         # what is checked is the attention, not what a smaller format of K/V costs
         backbone = replace(backbone, layout=with_dtype(backbone.layout, backbone.dtype))
-    tokens = torch.randint(0, backbone.config.vocab_size, (VERIFY_TOKENS,), generator=generator).tolist()
+    count = VERIFY_TOKENS
+    if backbone.v4 is not None and backbone.dtype != torch.float32:
+        # where not all entries are selected, roundings of half precision decide which
+        count = min(count, backbone.v4.topk * backbone.v4.csa_rate)
+    tokens = torch.randint(0, backbone.config.vocab_size, (count,), generator=generator).tolist()
     expected = _eager_logits(backbone, tokens)
     actual = _our_logits(backbone, spec, tokens)
     error = (actual - expected).abs().max() / expected.abs().max()
@@ -51,14 +55,16 @@ def _eager_logits(backbone: Backbone, tokens: list[int]) -> torch.Tensor:
     rows = [_first_part(tokens) - 1, *range(len(tokens) - DECODE_STEPS - 1, len(tokens))]
     model = backbone.model
     try:
-        model.set_attn_implementation("eager")
+        if backbone.v4 is None:  # else it is its own attention that serves, until it is given our steps
+            model.set_attn_implementation("eager")
         output = model(
             input_ids=torch.tensor([tokens], device=backbone.device),
             use_cache=False,
             logits_to_keep=torch.tensor(rows, device=backbone.device),
         )
     finally:
-        model.set_attn_implementation(ATTENTION_NAME)
+        if backbone.v4 is None:
+            model.set_attn_implementation(ATTENTION_NAME)
     logits: torch.Tensor = output.logits[0].float()
     return logits
 
@@ -72,7 +78,7 @@ def _our_logits(backbone: Backbone, spec: IndexSpec, tokens: list[int]) -> torch
     chunk_tokens = backbone.layout.chunk_tokens
     slots = -(-len(tokens) // chunk_tokens)
     pool = HotPool(backbone.layout, slots, backbone.device)
-    runner = ModelRunner(backbone, pool, None, spec)
+    runner = make_runner(backbone, pool, None, spec)
     seq = Sequence(
         GenerateRequest("verify", tuple(tokens)),
         holder="verify",

@@ -119,6 +119,7 @@ class WindowCycle:
                 local_lse=captured.tail_lse,
                 local_records=captured.records,
                 state=captured.state,
+                weights=captured.weights,
             )
         )
         turn.future.add_done_callback(lambda _: self._prefetcher.wake())

@@ -23,7 +23,7 @@ from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
 from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
-from forecache.workers.decode.backbone import load_backbone
+from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import ChosenScorer, ScorerName, choose_scorer
@@ -111,6 +111,7 @@ class DecodeWorker:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
         path = resolve_model(config.model, load_format=config.load_format)
+        config = config.for_model(default_chunk_tokens(load_config(path)))
         backbone = load_backbone(
             path,
             dtype=config.dtype,
@@ -151,7 +152,7 @@ class DecodeWorker:
             spec,
             self._worker_id,
             cold,
-            chosen.lookahead,
+            chosen.beside,
         )
         self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)
         self._telemetry = settings.telemetry.start("worker", self._worker_id, self._node_id, self._own_stats)

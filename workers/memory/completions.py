@@ -16,7 +16,7 @@ class PrefixHeld:
 
     The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
     no room for what ``holder`` may need, so that it holds nothing. ``share``: it has room on other nodes, and so much
-    here.
+    here. ``state``: places of the pieces of a snapshot behind them, where sequences have a state.
     """
 
     holder: str
@@ -25,6 +25,7 @@ class PrefixHeld:
     failure: str = ""
     overloaded: bool = True
     share: Share | None = None
+    state: tuple[SlotRef, ...] = ()
 
 
 @dataclass(frozen=True)

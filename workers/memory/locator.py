@@ -11,6 +11,7 @@ from forecache.workers.memory.copies import Copies
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.share import Share
+from forecache.workers.memory.states import StateLayout
 
 PROMISE_WAIT_S, PROMISE_POLL_S = 1.5, 0.02
 
@@ -19,7 +20,8 @@ Behind = Callable[[int], Sequence[ChunkKey]]
 
 
 class Locator:
-    """``settle`` is told what was found, ``failed`` what went wrong that should not.
+    """``settle`` is told what was found, ``failed`` what went wrong that should not. ``states``: a prefix is of use
+    only with a snapshot behind it.
 
     One search at a time, in order: a chunk that was dropped is not found by a search that was asked for later.
     """
@@ -30,11 +32,15 @@ class Locator:
         copies: Copies,
         settle: Callable[[PrefixHeld], None],
         failed: Callable[[BaseException], None],
+        states: StateLayout | None = None,
     ) -> None:
         self._memory = memory
         self._copies = copies
         self._settle = settle
         self._failed = failed
+        self._states = states
+        # what goes on elsewhere needs its state there too
+        self._nodes = memory.others if states is None else None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="forecache-locator")
         self._lock = threading.Lock()
         self._locating: set[str] = set()
@@ -76,12 +82,15 @@ class Locator:
 
     def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
         share: Share | None = None
+        state: Sequence[SlotRef] = ()
         try:
-            if self._memory.others is not None and chunks > self._memory.arena.slots:
+            if self._nodes is not None and chunks > self._memory.arena.slots:
                 raise OverloadedError("more than this node holds")
             refs, others = self._find_all(holder, keys, behind)
+            if self._states is not None:
+                refs, others, state = self._states.cut(self._memory, holder, keys, refs, others)
             failure = self._promise(holder, chunks) if chunks else ""
-            if failure and self._memory.others is not None and not self._closing:
+            if failure and self._nodes is not None and not self._closing:
                 release(self._memory, holder)
                 raise OverloadedError(failure)
         except OverloadedError:
@@ -99,10 +108,10 @@ class Locator:
         if released or failure:
             release(self._memory, holder)
         if failure:
-            refs, others = [], ()
+            refs, others, state = [], (), ()
         if failure or released:
             share = None
-        self._settle(PrefixHeld(holder, tuple(refs), others, failure, share=share))
+        self._settle(PrefixHeld(holder, tuple(refs), others, failure, share=share, state=tuple(state)))
 
     def _find_all(
         self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None
@@ -118,7 +127,7 @@ class Locator:
         self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int
     ) -> tuple[list[SlotRef], tuple[ChunkKey, ...], Share]:
         """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
-        nodes = self._memory.others
+        nodes = self._nodes
         assert nodes is not None
         nodes.spread(holder, chunks)
         refs, others = self._find_all(holder, keys, behind)

@@ -27,6 +27,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.locator import Behind, Locator, drop, release
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
+from forecache.workers.memory.states import StateLayout
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ class Prefetcher:
     """The copy thread of one pool.
 
     ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
-    ``cold`` is the layout of the arena's chunks where it is not the pool's. Raises
+    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only with a
+    snapshot behind it. Raises
     :class:`forecache.workers.errors.ArenaError` when the arena's is another.
     """
 
@@ -67,12 +69,16 @@ class Prefetcher:
         memory: ColdMemory,
         index_record: IndexRecord | None,
         cold: ChunkLayout | None = None,
+        states: StateLayout | None = None,
     ) -> None:
         self._pool = pool
+        self._states = states
         self._memory = memory
         self._cold = cold or pool.layout
         make = CudaCopies if pool.memory.is_cuda else CpuCopies
         self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
+        self.checks_late = pool.memory.is_cuda
+        """Whether bytes of a prefix that was found are checked only when they are recalled."""
         self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
         self._tickets = itertools.count()
         # what somebody waits for, and what only has to be done some time; each in the order it was posted
@@ -83,7 +89,7 @@ class Prefetcher:
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._news = threading.Event()
-        self._locator = Locator(memory, self._copies, self._located, self._fail)
+        self._locator = Locator(memory, self._copies, self._located, self._fail, states)
         self._far = None if memory.others is None else FarChunks(memory, memory.others, self._settle, self._fail)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
@@ -115,6 +121,11 @@ class Prefetcher:
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
         self._post_store(_WriteBack(holder, key, slot, self._copies.mark()))
+
+    def store_state(self, layout: StateLayout, holder: str, chunk: ChunkKey, snapshot: torch.Tensor) -> None:
+        """Store ``snapshot``, uint8 [n], of the state behind ``chunk``, held for ``holder``, if there is room."""
+        mark = self._copies.mark()
+        self._post_store(lambda: layout.store(self._memory, holder, chunk, snapshot, mark))
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, after what was asked for it before."""

@@ -1,0 +1,249 @@
+"""DeepSeek-V4 at keep ratio 1.0: logits are those of transformers, wherever chunks and states were meanwhile."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+
+from forecache.kernels import reference_csa
+from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS
+from forecache.workers.decode.running_step import RunningStep
+from forecache.workers.decode.step import Plan
+from forecache.workers.llm import LLM
+from forecache.workers.memory.keys import prefix_keys, root_key
+
+MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
+CSA, TOPK = "compressed_sparse_attention", 24
+RELATIVE = 1e-4
+SCORE_GAP = 1e-5
+"""Sets of selected entries may differ where a score this near decides."""
+STEPS = 256
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A team of threads costs a model this small more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tiny-deepseek-v4")
+
+
+@pytest.fixture(scope="module")
+def model(path: Path, make_deepseek_v4: MakeDeepseekV4) -> DeepseekV4ForCausalLM:
+    return make_deepseek_v4(path)
+
+
+@torch.inference_mode()
+def reference_logits(model: DeepseekV4ForCausalLM, tokens: list[int], first: int) -> Tensor:
+    """Logits of transformers, one forward over ``tokens``: float32 [len(tokens) - first, vocab]."""
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, first:].float()
+
+
+@contextmanager
+def open_llm(path: Path, **settings: Any) -> Iterator[LLM]:
+    """An LLM that stores a state every two chunks; checks at the end that nothing leaked."""
+    defaults = {"keep_ratio": 1.0, "dtype": "float32", "cold_bytes": 32 << 20, "hot_bytes": 4 << 20, "threads": 1}
+    with (
+        TemporaryDirectory(prefix="dsv4-test-", dir="/dev/shm") as directory,
+        LLM(
+            str(path),
+            skip_tokenizer=True,
+            arena_dir=Path(directory),
+            snapshot_tokens=2 * CHUNK_TOKENS,
+            **(defaults | settings),
+        ) as llm,
+    ):
+        yield llm
+        settle(llm)
+        assert llm.engine.pool.referenced == 0
+        assert llm.memory.stats().held_slots == 0
+
+
+def settle(llm: LLM) -> None:
+    """Let copies and releases finish; then everything must fit together."""
+    llm.engine.flush()
+    llm.engine.flush()
+    llm.engine.check_integrity()
+    llm.memory.check_integrity()
+
+
+@pytest.fixture(scope="module")
+def llm(path: Path, model: DeepseekV4ForCausalLM) -> Iterator[LLM]:
+    with open_llm(path) as llm:
+        yield llm
+
+
+def prompt_of(tokens: int, seed: int = 0) -> list[int]:
+    return torch.randint(2, 256, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@contextmanager
+def recorded(llm: LLM) -> Iterator[dict[str, dict[int, Tensor]]]:
+    """Logits of every step made meanwhile: request → position of the token they follow → float32 [vocab]."""
+    found: dict[str, dict[int, Tensor]] = {}
+    runner = llm.engine._runner
+    launch = runner.launch
+
+    def record(plan: Plan, *args: Any) -> RunningStep:
+        tokens = {seq.request_id: 1 for seq in plan.decode}
+        tokens |= {part.sequence.request_id: part.tokens for part in plan.streams}
+        ends = {seq: seq.num_computed + tokens[seq.request_id] - 1 for seq in _members(plan)}
+        step = launch(plan, *args)
+        for row, (seq, _) in enumerate(step._sampled):
+            found.setdefault(seq.request_id, {})[ends[seq]] = step.logits[row].clone()
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "launch", record)
+        yield found
+
+
+def _members(plan: Plan) -> list[Any]:
+    return [*plan.decode, *(part.sequence for part in plan.streams)]
+
+
+def check(
+    llm: LLM, model: DeepseekV4ForCausalLM, prompts: Sequence[list[int]], steps: int, **options: Any
+) -> list[Any]:
+    """Generate, and compare the logits of every step with transformers', each sequence alone."""
+    with recorded(llm) as found:
+        answers = llm.generate(prompts, max_tokens=steps, ignore_eos=True, **options)
+    requests = sorted(found, key=lambda name: int(name.rsplit("-", 1)[1]))
+    for prompt, answer, request in zip(prompts, answers, requests, strict=True):
+        expected = reference_logits(model, prompt + answer.token_ids[:-1], len(prompt) - 1)
+        actual = torch.stack([found[request][at] for at in range(len(prompt) - 1, len(prompt) + steps - 1)])
+        error = (actual - expected).abs().amax(1) / expected.abs().amax(1)
+        assert error.max() < RELATIVE, f"{len(prompt)} tokens: {error.max():.1e} at step {int(error.argmax())}"
+        assert expected.argmax(1).tolist() == answer.token_ids
+    return answers
+
+
+def test_prefill_and_decode_across_chunks_and_the_entries_selected(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+    """A prompt in two steps, an answer over the end of the third chunk; every selected set is compared too."""
+    ours: list[tuple[Tensor, Tensor]] = []
+    theirs: list[Tensor] = []
+    top_entries = reference_csa.top_entries
+
+    def select(scores: Tensor, k: int) -> Tensor:
+        ours.append((scores, top_entries(scores, k)))
+        return ours[-1][1]
+
+    prompt = prompt_of(700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_csa, "top_entries", select)
+        [answer] = check(llm, model, [prompt], STEPS)
+    hooks = [
+        layer.self_attn.compressor.indexer.register_forward_hook(lambda _m, _i, output: theirs.append(output[0]))
+        for layer in model.model.layers
+        if layer.self_attn.layer_type == CSA
+    ]
+    reference_logits(model, prompt + answer.token_ids[:-1], 0)
+    for hook in hooks:
+        hook.remove()
+    layers, position, compared = len(theirs), 0, 0
+    for call in range(0, len(ours), layers):
+        for layer in range(layers):
+            scores, selected = ours[call + layer]
+            for row, own in enumerate(selected):
+                at = position + row
+                expected = set(theirs[layer][at].tolist()) - {-1}
+                actual = set(own.tolist()) - {-1}
+                compared += len(actual) == TOPK
+                if actual != expected:
+                    best = scores[row].topk(TOPK + 1).values
+                    assert best[-2] - best[-1] < SCORE_GAP, f"layer {layer}, position {at}"
+        position += len(ours[call][0])
+    assert position == len(prompt) + STEPS - 1
+    assert compared > 2000, "the test is of no use where everything is selected"
+
+
+def test_batch_of_four_lengths(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+    check(llm, model, [prompt_of(count, seed=count) for count in (3, 250, 511, 700)], 24)
+
+
+def test_through_evict_and_recall(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+    """The second time everything before the last stored state comes from cold memory, recalled or read there."""
+    prompt = prompt_of(900, seed=5)
+    check(llm, model, [prompt], 4)
+    settle(llm)
+    llm.engine.pool.evict_all()
+    assert llm.engine.pool.used == 0
+    [answer] = check(llm, model, [prompt], 24)
+    assert answer.stats.cached_tokens == 2 * CHUNK_TOKENS  # the third chunk has no state behind it
+    assert answer.stats.recalled_chunks == 2
+
+
+def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+    prompt = prompt_of(700, seed=6)
+    [first] = check(llm, model, [prompt], 100, session_id="talk")
+    settle(llm)
+    llm.engine.pool.evict_all()
+    turn = prompt + first.token_ids + prompt_of(40, seed=7)
+    [answer] = check(llm, model, [turn], 24, session_id="talk")
+    assert answer.stats.cached_tokens == 3 * CHUNK_TOKENS
+    settle(llm)
+    # anybody with this prefix may go on from there
+    [other] = check(llm, model, [turn], 4)
+    assert other.stats.cached_tokens == 3 * CHUNK_TOKENS
+
+
+def test_a_damaged_state_costs_tokens_and_nothing_else(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+    prompt = prompt_of(600, seed=8)
+    check(llm, model, [prompt], 2)
+    settle(llm)
+    llm.engine.pool.evict_all()
+    states = llm.engine._snapshots.layout
+    assert states is not None
+    *_, chunk = prefix_keys(root_key(llm.engine._fingerprint), prompt, CHUNK_TOKENS)
+    damaged = [llm.memory._stored[key] for key in states.keys(chunk)]
+    assert len(damaged) > 1, "a state that fits one slot shows less"
+    llm.memory.arena.chunks[damaged[-1], 0] ^= 1
+    [answer] = check(llm, model, [prompt], 8)
+    assert answer.stats.cached_tokens == 0
+    settle(llm)
+    llm.engine.pool.evict_all()
+    assert check(llm, model, [prompt], 2)[0].stats.cached_tokens == 2 * CHUNK_TOKENS
+
+
+def test_full_attention_streams_through_a_small_pool(path: Path, model: DeepseekV4ForCausalLM) -> None:
+    with open_llm(path, hot_bytes=4 * 37376, keep_ratio=0.5) as llm:
+        assert llm.engine.pool.num_slots == 4
+        check(llm, model, [prompt_of(1300, seed=9)], 8, policy="full")
+
+
+def test_cold_memory_without_room_for_states_serves_without_them(path: Path, model: DeepseekV4ForCausalLM) -> None:
+    with open_llm(path, cold_bytes=2134528 + 5 * 40000) as llm:
+        assert 4 <= llm.memory.arena.slots < 8
+        prompt = prompt_of(1000, seed=11)
+        check(llm, model, [prompt], 4)
+        settle(llm)
+        assert check(llm, model, [prompt], 4)[0].stats.cached_tokens == 0
+
+
+def test_what_is_known_of_a_state_before_the_weights_are_read(llm: LLM) -> None:
+    shape = llm.backbone.v4
+    assert shape is not None
+    assert shape.snapshot_nbytes(torch.float32) == llm.engine._runner.snapshot_nbytes
+
+
+@pytest.mark.parametrize("changes", [{"layer_types": [CSA] * 6}, {"sliding_window": 300}], ids=["no-hca", "wide"])
+def test_other_shapes(changes: dict[str, Any], tmp_path: Path, make_deepseek_v4: MakeDeepseekV4) -> None:
+    model = make_deepseek_v4(tmp_path, **changes)
+    with open_llm(tmp_path) as llm:
+        prompt = prompt_of(600, seed=10)
+        check(llm, model, [prompt], 2)
+        settle(llm)
+        llm.engine.pool.evict_all()
+        assert check(llm, model, [prompt], 180)[0].stats.cached_tokens == 2 * CHUNK_TOKENS

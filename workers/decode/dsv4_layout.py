@@ -1,0 +1,127 @@
+"""From a plan to a packed DeepSeek-V4 step: where every token, entry and state lies. Host work alone."""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forecache.workers.decode.dsv4_shape import DeepseekV4Shape
+from forecache.workers.decode.dsv4_state import PAGE_ENTRIES, Line, SequenceStates
+from forecache.workers.decode.dsv4_step import Places, SelectionMass, StreamPast, V4Rows, V4Stream
+from forecache.workers.decode.mass_probe import PROBE_QUERIES
+from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.step import StreamPart
+from forecache.workers.memory.hot_pool import HotPool
+
+
+def put(values: npt.ArrayLike, device: torch.device, dtype: npt.DTypeLike = np.int64) -> Tensor:
+    """``values`` on ``device``."""
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device, non_blocking=True)
+
+
+def padded(tables: Seq[Seq[int] | npt.NDArray[np.int32]], device: torch.device) -> Tensor:
+    """Rows of different lengths, behind which zeros stand: int32 [rows, at least 1]."""
+    table = np.zeros((len(tables), max(1, max(len(row) for row in tables))), dtype=np.int32)
+    for i, row in enumerate(tables):
+        table[i, : len(row)] = row
+    return put(table, device, np.int32)
+
+
+class StepLayout:
+    """Lays out steps over ``pool`` and ``states``, of chunks of ``chunk_tokens`` tokens."""
+
+    def __init__(self, shape: DeepseekV4Shape, states: SequenceStates, pool: HotPool, chunk_tokens: int) -> None:
+        self._shape = shape
+        self._states = states
+        self._pool = pool
+        self._chunk_tokens = chunk_tokens
+        self._device = pool.memory.device
+
+    def rows(self, sequences: Seq[Sequence]) -> V4Rows:
+        """Decode rows, one of each of ``sequences``, over their resident sets."""
+        shape, size, device = self._shape, self._chunk_tokens, self._device
+        per_chunk = size // shape.csa_rate
+        lines = [self._states.line(seq, seq.num_computed + 1) for seq in sequences]
+        positions = [seq.num_computed for seq in sequences]
+        tables = [seq.block_row() for seq in sequences]
+        lens = [
+            (len(table) - 1) * per_chunk + (at % size + 1) // shape.csa_rate
+            for table, at in zip(tables, positions, strict=True)
+        ]
+        return V4Rows(
+            lines=put([line.number for line in lines], device),
+            positions=put(positions, device),
+            window_lens=put([min(at + 1, shape.window) for at in positions], device, np.int32),
+            table=padded(tables, device),
+            lens=put(lens, device, np.int32),
+            csa=self._closed_by_rows(sequences, lines, shape.csa_rate),
+            hca=self._closed_by_rows(sequences, lines, shape.hca_rate),
+            hca_table=padded([line.pages for line in lines], device),
+            hca_lens=put([(at + 1) // shape.hca_rate for at in positions], device, np.int32),
+        )
+
+    def _closed_by_rows(self, sequences: Seq[Sequence], lines: Seq[Line], rate: int) -> Places:
+        entries = []
+        for row, (seq, line) in enumerate(zip(sequences, lines, strict=True)):
+            if (seq.num_computed + 1) % rate == 0:
+                entries.append((row, *self._entry(seq, line, seq.num_computed // rate, rate)))
+        return self._places(entries)
+
+    def _entry(self, seq: Sequence, line: Line, number: int, rate: int) -> tuple[int, int, int, int, int]:
+        """First token, slot, place in it, page and place in it, of entry ``number`` of ``seq``, which is new."""
+        chunk, place = divmod(number * rate, self._chunk_tokens)
+        page = line.pages[number // PAGE_ENTRIES] if rate == self._shape.hca_rate and self._shape.hca else 0
+        return number * rate, seq.open_slots[chunk], place // rate, page, number % PAGE_ENTRIES
+
+    def _places(self, entries: Seq[tuple[int, ...]]) -> Places:
+        columns = np.array(entries, dtype=np.int64).reshape(-1, 6).T
+        return Places(*put(columns, self._device).unbind(0))
+
+    def stream(self, part: StreamPart, start: int, keep: Seq[int]) -> V4Stream:
+        """``part`` as packed tokens from ``start``; snapshots are wanted behind the positions ``keep``."""
+        seq, first, stop = part.sequence, part.sequence.num_computed, part.sequence.num_computed + part.tokens
+        line, shape = self._states.line(seq, stop), self._shape
+        chunks = -(-stop // self._chunk_tokens)
+        probe = None
+        if part.probe:
+            per_chunk = self._chunk_tokens // shape.csa_rate
+            probe = SelectionMass(min(part.tokens, PROBE_QUERIES), chunks, per_chunk, self._device)
+        return V4Stream(
+            start=start,
+            stop=start + part.tokens,
+            first=first,
+            line=line.number,
+            past=self.past(seq, stop),
+            csa=self._closed_by_stream(seq, line, first, stop, shape.csa_rate),
+            hca=self._closed_by_stream(seq, line, first, stop, shape.hca_rate),
+            hca_pages=put(line.pages, self._device),
+            kept={at: ([], [], []) for at in keep},
+            probe=probe,
+        )
+
+    def _closed_by_stream(self, seq: Sequence, line: Line, first: int, stop: int, rate: int) -> Places:
+        numbers = range(first // rate, stop // rate)
+        return self._places([(0, *self._entry(seq, line, number, rate)) for number in numbers])
+
+    def past(self, seq: Sequence, stop: int) -> StreamPast:
+        """Where the chunks of ``seq`` are now, up to the one of token ``stop - 1``."""
+        hot: list[tuple[int, int]] = []
+        cold: list[tuple[int, int]] = []
+        for chunk in seq.chunks:
+            slot = seq.resident.get(chunk.number)
+            if slot is None:
+                slot = self._pool.lookup(chunk.key)
+            if slot is not None:
+                hot.append((slot, chunk.number))
+            else:
+                assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
+                cold.append((chunk.ref.slot, chunk.number))
+        opened = range(len(seq.chunks), -(-stop // self._chunk_tokens))
+        hot_columns = put(np.array(hot, dtype=np.int64).reshape(-1, 2).T, self._device)
+        cold_columns = torch.from_numpy(np.array(cold, dtype=np.int64).reshape(-1, 2).T.copy())
+        return StreamPast(
+            hot_columns[0], hot_columns[1], cold_columns[0], cold_columns[1],
+            put([seq.open_slots[n] for n in opened], self._device),
+        )  # fmt: skip

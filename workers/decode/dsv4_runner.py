@@ -1,0 +1,241 @@
+"""Runs steps of a DeepSeek-V4 model; what :class:`.model_runner.ModelRunner` is to Llama-like ones."""
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from forecache.indexer.flashmemory import FlashMemoryIndexer
+from forecache.indexer.index_keys import IndexSpec, encode_chunk
+from forecache.workers.decode.backbone import Backbone
+from forecache.workers.decode.dsv4_layout import StepLayout, put
+from forecache.workers.decode.dsv4_state import SequenceStates
+from forecache.workers.decode.dsv4_step import TargetCapture, V4Batch
+from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
+from forecache.workers.decode.prompt_logprobs import score, targets_of
+from forecache.workers.decode.running_step import CapturedTensors, RunningStep
+from forecache.workers.decode.sampler import sample
+from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.step import Capture, Plan
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.layout import ChunkLayout
+
+logger = logging.getLogger(__name__)
+
+
+class DeepseekV4Runner:
+    """The model on its device, with the pool it writes into, the arena it may stream from and its sequences' states.
+
+    ``max_rows`` sequences at most have a state at a time; a snapshot of it is kept behind every ``snapshot_tokens``
+    tokens. ``retriever``: the trained retrievers of its target layers; without them its own Lightning Indexer asks.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pool: HotPool,
+        arena: Arena | None,
+        spec: IndexSpec,
+        *,
+        max_rows: int = 1,
+        retriever: FlashMemoryIndexer | None = None,
+        snapshot_tokens: int = 4096,
+    ) -> None:
+        assert backbone.v4 is not None, "not a DeepSeek-V4 backbone"
+        self._model = backbone.model
+        self._device = backbone.device
+        self._spec = spec
+        self._retriever = retriever
+        self._targets = [layer for layer, _ in spec.kv_heads]
+        self._target_rows = torch.tensor(self._targets, device=self._device)
+        self._chunk_tokens = backbone.layout.chunk_tokens
+        self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
+        self._hot, self._cold = _views(backbone.layout, pool.memory), {}
+        if arena is not None:
+            self._cold = _views(backbone.layout, arena.chunks)
+        self._states = SequenceStates(backbone.v4, max_rows, backbone.dtype, backbone.device)
+        self._layout = StepLayout(backbone.v4, self._states, pool, self._chunk_tokens)
+        self._snapshots: dict[str, dict[int, Tensor]] = {}
+        self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
+        self._last_rows: dict[str, int] = {}
+        self._adjuster = LogitAdjuster(int(backbone.config.vocab_size), self._device)
+
+    @property
+    def snapshot_nbytes(self) -> int:
+        """Bytes of a snapshot of one sequence's state."""
+        return self._states.snapshot_nbytes
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, aborted: Callable[[], bool] = lambda: False) -> RunningStep:
+        """Run ``plan``; every chunk it writes has its slot in the sequence's ``open_slots``.
+
+        Raises :class:`.attention.StepAbortedError` when ``aborted`` turns true on the way: then no state has changed
+        that the step would not write again.
+        """
+        batch, sampled = self._lay_out(plan, aborted)
+        output = self._model(
+            input_ids=batch.token_ids.unsqueeze(0),
+            position_ids=batch.positions.unsqueeze(0),
+            attention_mask={"none": None},  # a dict is taken as it is: no mask is built
+            use_cache=False,
+            logits_to_keep=batch.logits_rows,
+            forecache=batch,
+        )
+        told: Tensor = output.logits[0].float()
+        scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
+        for stream in batch.streams:
+            stream.commit()
+        self._keep_snapshots(plan, batch)
+        positions = [seq.num_computed + tokens for seq, tokens in zip(sampled, _tokens(plan, sampled), strict=True)]
+        adjusted = self._adjuster.adjust(logits, sampled)
+        drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
+        self._last_tokens[: len(drawn)] = drawn
+        self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
+        tokens = self._last_tokens[: len(sampled)]
+        self._adjuster.drawn(tokens, sampled, positions)
+        captured = [self._capture(request, number, batch.capture) for number, request in enumerate(plan.captures)]
+        probes = {
+            part.sequence.request_id: stream.probe
+            for part, stream in zip(plan.streams, batch.streams, strict=True)
+            if stream.probe is not None
+        }
+        logprobs = logprobs_of(logits, tokens, sampled)
+        return RunningStep(sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, (), None)
+
+    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
+        """Say that steps are not captured yet; nothing else has to be ready."""
+        if cuda_graphs or torch_compile:
+            logger.info("DeepSeek-V4 runs eagerly: --cuda-graphs and --torch-compile change nothing")
+
+    def forget(self, seq: Sequence) -> None:
+        """``seq`` left, or starts over."""
+        self._adjuster.forget(seq.request_id)
+        self._states.forget(seq)
+        self._snapshots.pop(seq.request_id, None)
+
+    def check_integrity(self) -> None:
+        """Raise ``AssertionError`` when lines or pages of states are lost, or belong to two."""
+        self._states.check_integrity()
+
+    def index_record(self, slot: int) -> Tensor:
+        """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""
+        with torch.inference_mode():
+            return encode_chunk(self._spec, self._hot["index"][slot, self._target_rows])
+
+    def snapshot(self, seq: Sequence, stop: int) -> Tensor | None:
+        """The state of ``seq`` behind its token ``stop - 1``, uint8 [snapshot_nbytes], if it was kept."""
+        return self._snapshots.get(seq.request_id, {}).get(stop)
+
+    @torch.inference_mode()
+    def resume(self, seq: Sequence, snapshot: Tensor) -> None:
+        """``seq``, whose chunks are known, goes on behind them with ``snapshot``."""
+        stop = len(seq.chunks) * self._chunk_tokens
+        hca = None
+        if "hca" in self._hot:
+            hca = self._layout.past(seq, stop).gather(self._hot["hca"], self._cold.get("hca"), slice(None))
+        self._states.restore(seq, stop, snapshot.to(self._device), hca)
+        self._snapshots[seq.request_id] = {stop: snapshot}
+
+    def _lay_out(self, plan: Plan, aborted: Callable[[], bool]) -> tuple[V4Batch, list[Sequence]]:
+        owners = [*plan.decode, *(part.sequence for part in plan.streams)]
+        counts = [*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)]
+        tokens: list[int] = []
+        positions: list[int] = []
+        waiting: list[tuple[int, int]] = []
+        sampled, logits_rows = list(plan.decode), list(range(len(plan.decode)))
+        scored_rows: list[int] = []
+        streams = []
+        rows = self._layout.rows(plan.decode) if plan.decode else None
+        for number, (seq, count) in enumerate(zip(owners, counts, strict=True)):
+            span = range(seq.num_computed, seq.num_computed + count)
+            if number >= len(plan.decode):
+                part = plan.streams[number - len(plan.decode)]
+                streams.append(self._layout.stream(part, len(tokens), self._wanted(seq, span.start, span.stop)))
+                scored_rows += range(len(tokens), len(tokens) + len(targets_of(part)))
+                if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
+                    sampled.append(seq)
+                    logits_rows.append(len(tokens) + count - 1)
+            if span.start >= len(seq.token_ids):
+                waiting.append((len(tokens), self._last_rows[seq.request_id]))
+                tokens.append(0)
+            else:
+                tokens += seq.token_ids[span.start : span.stop]
+            positions += span
+        token_ids = put(tokens, self._device)
+        if waiting:
+            to, source = zip(*waiting, strict=True)
+            token_ids[list(to)] = self._last_tokens[list(source)]
+        capture = None
+        if plan.captures:
+            capture = TargetCapture(put([c.row for c in plan.captures], self._device), frozenset(self._targets))
+        batch = V4Batch(
+            token_ids=token_ids,
+            positions=put(positions, self._device),
+            logits_rows=put(logits_rows + scored_rows, self._device),
+            states=self._states,
+            entries=self._hot["entries"],
+            index=self._hot["index"],
+            hca=self._hot.get("hca"),
+            cold_entries=self._cold.get("entries"),
+            cold_index=self._cold.get("index"),
+            rows=rows,
+            streams=tuple(streams),
+            capture=capture,
+            aborted=aborted,
+        )
+        return batch, sampled
+
+    def _wanted(self, seq: Sequence, first: int, stop: int) -> list[int]:
+        """Positions behind which a step over ``first`` to ``stop`` of ``seq`` is to keep a snapshot: every so many
+        tokens for everybody, and the last end of a chunk for its session."""
+        size = self._chunk_tokens
+        every = range((first // self._snapshot_tokens + 1) * self._snapshot_tokens, stop + 1, self._snapshot_tokens)
+        wanted = set(every)
+        last = stop // size * size
+        if seq.cache.session_id is not None and last > first:
+            wanted.add(last)
+        return sorted(wanted)
+
+    def _keep_snapshots(self, plan: Plan, batch: V4Batch) -> None:
+        """Of each sequence those of its newest step that took any."""
+        for seq in plan.decode:
+            stop = seq.num_computed + 1
+            if self._wanted(seq, stop - 1, stop):
+                line = self._states.line(seq, stop)
+                self._snapshots[seq.request_id] = {stop: self._states.snapshot(line, stop)}
+        for part, stream in zip(plan.streams, batch.streams, strict=True):
+            if stream.kept:
+                self._snapshots[part.sequence.request_id] = stream.snapshots()
+
+    def _capture(self, request: Capture, number: int, capture: TargetCapture | None) -> CapturedTensors:
+        """What level 1 is asked with, of row ``number`` of those that were captured, and records."""
+        assert capture is not None, "captures were planned"
+        records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
+        if request.local_slots:
+            records = torch.stack([self.index_record(slot) for slot in request.local_slots])
+        asked: Seq[tuple[Tensor, Tensor]]
+        if self._retriever is None:
+            asked = [(capture.queries[n][0][number], capture.queries[n][1][number]) for n in self._targets]
+        else:
+            at = torch.tensor([request.position], device=self._device)
+            asked = []
+            for layer in self._targets:
+                q, w = self._retriever.plain_queries(layer, capture.hidden[layer][number : number + 1], at)
+                asked.append((q[0].float(), w[0].float()))
+        queries = torch.cat([q for q, _ in asked])
+        weights = torch.cat([w for _, w in asked])
+        # the open chunk is always resident: no softmax needs to know of it
+        return CapturedTensors(queries, torch.zeros_like(weights), records, weights=weights)
+
+
+def _tokens(plan: Plan, sequences: Seq[Sequence]) -> list[int]:
+    """Of each of ``sequences``, how many tokens ``plan`` computes."""
+    counts = {part.sequence.request_id: part.tokens for part in plan.streams}
+    return [counts.get(seq.request_id, 1) for seq in sequences]
+
+
+def _views(layout: ChunkLayout, memory: Tensor) -> dict[str, Tensor]:
+    return {field.name: layout.view(memory, field.name) for field in layout.fields}
