@@ -17,7 +17,8 @@ from forecache.cluster.eval_http import HttpBackend
 from forecache.cluster.eval_report import show, write
 from forecache.workers.corpus import Kind
 from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
-from forecache.workers.decode.index_spec import find_before_load
+from forecache.workers.decode.dsv4_shape import MODEL_TYPE
+from forecache.workers.decode.index_spec import find_before_load, retrievers_digest
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import InvalidRequestError
@@ -236,6 +237,8 @@ def _identity(
 
 def _trained_digest(config: ServeConfig, path: Path) -> str | None:
     """Names the weights of the trained indexer that the column `lookahead` uses."""
-    name, chunk_tokens = model_name(config.engine.model), config.engine.chunk_tokens
-    trained = find_before_load(config.indexer, name, load_config(path), chunk_tokens)
+    name, chunk_tokens, model_config = model_name(config.engine.model), config.engine.chunk_tokens, load_config(path)
+    if model_config.model_type == MODEL_TYPE and Path(config.indexer.checkpoint).is_file():
+        return retrievers_digest(Path(config.indexer.checkpoint))
+    trained = find_before_load(config.indexer, name, model_config, chunk_tokens)
     return None if trained is None else trained.digest

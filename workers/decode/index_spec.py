@@ -112,8 +112,11 @@ def find_before_load(
 ) -> CheckpointManifest | None:
     """The trained indexer that will serve, as far as a model's name and configuration tell; None: none will.
 
-    Its weights are not compared: a copy of another name finds the package's only once it is loaded.
+    Its weights are not compared: a copy of another name finds the package's only once it is loaded. DeepSeek-V4 has
+    retrievers instead, which come without a manifest.
     """
+    if model_config.model_type == MODEL_TYPE:
+        return None
     heads = int(model_config.num_attention_heads)
     facts: dict[str, object] = {
         "model_name": model,
@@ -156,13 +159,18 @@ def v4_scorer(config: IndexerConfig, model: str, backbone: Backbone) -> ChosenSc
             targets=tuple(sorted(retriever.layers)),
             heads=retriever.shape.heads,
         )
-        digest = blake2b(Path(config.checkpoint).read_bytes(), digest_size=8).hexdigest()
+        digest = retrievers_digest(Path(config.checkpoint))
         logger.info("chunks of %s are scored by the retrievers %s", model, digest)
         return ChosenScorer(spec, retriever=retriever, retriever_digest=digest)
     logger.info("chunks of %s are scored training-free, by its Lightning Indexer", model)
     own = entries_spec(backbone.config, chunk_tokens)
     assert own is not None, "not a DeepSeek-V4 backbone"
     return ChosenScorer(own)
+
+
+def retrievers_digest(path: Path) -> str:
+    """Names the weights in a file of retrievers."""
+    return blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
 def entries_spec(model_config: Any, chunk_tokens: int) -> IndexSpec | None:
