@@ -188,7 +188,7 @@ def test_runs_are_consecutive_and_end_with_the_reply(recording: Recording) -> No
             assert document.positions[first:last].diff().eq(1).all()
         assert recording.facts[number]["split"] == ("train" if number < 4 else "eval")
         if document.task != "prose":
-            assert 0 < document.answer[0] < document.answer[1] <= len(document.records)
+            assert 0 <= document.answer[0] < document.answer[1] <= len(document.records)
 
 
 def test_the_answer_step_writes_the_answer(recording: Recording, model_path: Path) -> None:

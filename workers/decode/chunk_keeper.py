@@ -47,7 +47,8 @@ class ChunkKeeper:
         # whoever wants exact answers gets chunks that were decoded over everything
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
         behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
-        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots)
+        # one that starts over had room, which is its own again once that is released
+        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
 
     def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
         """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""

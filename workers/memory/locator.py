@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.completions import PrefixHeld
@@ -13,7 +14,8 @@ from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.share import Share
 from forecache.workers.memory.states import StateLayout
 
-PROMISE_WAIT_S, PROMISE_POLL_S = 1.5, 0.02
+PROMISE_WAIT_S, PROMISE_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
+T = TypeVar("T")
 
 Behind = Callable[[int], Sequence[ChunkKey]]
 """Length of a run of keys → other keys for the chunks that follow it."""
@@ -58,11 +60,25 @@ class Locator:
 
         self._threads.submit(run)
 
-    def hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
-        """Search, and then tell."""
+    def hold_prefix(
+        self,
+        holder: str,
+        keys: tuple[ChunkKey, ...],
+        behind: Behind | None,
+        chunks: int,
+        when: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        """Search, and then tell; ``when``: posts what begins the search, where it must not begin at once."""
         with self._lock:
             self._locating.add(holder)
-        self.post(lambda: self._hold_prefix(holder, keys, behind, chunks))
+
+        def search() -> None:
+            self.post(lambda: self._hold_prefix(holder, keys, behind, chunks))
+
+        if when is None:
+            search()
+        else:
+            when(search)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """Have nobody find the chunk that was read from ``ref``, from the next search on."""
@@ -129,23 +145,30 @@ class Locator:
         """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
         nodes = self._nodes
         assert nodes is not None
-        nodes.spread(holder, chunks)
+        self._wait_for_room(lambda: nodes.spread(holder, chunks), SPREAD_POLL_S)
         refs, others = self._find_all(holder, keys, behind)
-        return refs, others, nodes.promise_rest(holder)
+        return refs, others, self._wait_for_room(lambda: nodes.promise_rest(holder), SPREAD_POLL_S)
 
     def _promise(self, holder: str, chunks: int) -> str:
-        """Why there is no room for so many chunks; empty if there is. Waits a little: somebody may be leaving."""
+        """Why there is no room for so many chunks; empty if there is."""
+        try:
+            self._wait_for_room(lambda: self._memory.promise(holder, chunks), PROMISE_POLL_S)
+        except ChunkLostError:
+            return ""  # a memory tier that is gone promises nothing; it will be seen when it is written to
+        except OverloadedError as error:
+            return str(error)
+        return ""
+
+    def _wait_for_room(self, ask: Callable[[], T], poll_s: float) -> T:
+        """``ask``, again for a little while if there is no room: somebody may be leaving."""
         end_s = time.monotonic() + PROMISE_WAIT_S
         while True:
             try:
-                self._memory.promise(holder, chunks)
-                return ""
-            except ChunkLostError:
-                return ""  # a memory tier that is gone promises nothing; it will be seen when it is written to
-            except OverloadedError as error:
+                return ask()
+            except OverloadedError:
                 if time.monotonic() > end_s or self._closing:
-                    return str(error)
-            time.sleep(PROMISE_POLL_S)
+                    raise
+            time.sleep(poll_s)
 
     def _find(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         try:

@@ -99,10 +99,20 @@ class Prefetcher:
         self._started.wait()
         torch.set_num_threads(threads)
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey], behind: Behind | None = None, chunks: int = 0) -> None:
+    def hold_prefix(
+        self,
+        holder: str,
+        keys: Sequence[ChunkKey],
+        behind: Behind | None = None,
+        chunks: int = 0,
+        *,
+        after_stores: bool = False,
+    ) -> None:
         """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
-        room for ``chunks`` in all; answered by :class:`PrefixHeld`."""
-        self._locator.hold_prefix(holder, tuple(keys), behind, chunks)
+        room for ``chunks`` in all; answered by :class:`PrefixHeld`. ``after_stores``: once what was to be written back
+        and released before is."""
+        when = self._post_store if after_stores else None
+        self._locator.hold_prefix(holder, tuple(keys), behind, chunks, when)
 
     def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
