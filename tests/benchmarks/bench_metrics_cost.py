@@ -1,10 +1,10 @@
 """What metrics cost decode: one engine, its `/metrics` scraped and not scraped in turns.
 
-    python tests/benchmarks/bench_metrics_cost.py --out DIR [--model smollm2-135m] [--requests 4] [--interval-s 1]
+    python tests/benchmarks/bench_metrics_cost.py --out DIR [--model smollm2-135m] [--requests 4] [--interval-s 5]
 
 The engine runs as a worker's does, with the server of `/metrics` beside it in its process, and an ingress' histograms
 are fed by every event. Windows of ``--seconds`` alternate within one run, so that whatever else the machine does meets
-both: in the ones a scraper asks every ``--interval-s`` (Prometheus asks every 15 s by default, so this is an upper
+both: in the ones a scraper asks every ``--interval-s`` (ours in `grafana/` asks every 15 s, so this is an upper
 bound), in the others nobody asks and no event is observed. ``cost`` is 1 - scraped / silent, of each pair of
 neighbours; reported are its median and a 95 % interval of the median (bootstrap over the pairs).
 """
@@ -126,9 +126,9 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one window")
-    parser.add_argument("--interval-s", type=float, default=1.0, help="between two scrapes")
+    parser.add_argument("--pairs", type=int, default=14)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of one window")
+    parser.add_argument("--interval-s", type=float, default=5.0, help="between two scrapes")
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
