@@ -3,25 +3,24 @@
 One safetensors file per document, and a JSON manifest with everything that the retrievers' formula needs of the model.
 """
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forecache.indexer.shards import ShardError
+from forecache.indexer.shards import RecordingManifest, ShardError
 
 MANIFEST_FILE = "entries.json"
 OWN_FILE = "own.safetensors"
 """The model's own Lightning Indexers in the retrievers' format, which they start from."""
 
 
-class EntryManifest(BaseModel):
+class EntryManifest(RecordingManifest):
     """What a directory was recorded from.
 
     ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: angles per position of the
@@ -30,7 +29,8 @@ class EntryManifest(BaseModel):
     on entries has it in the nucleus of ``nucleus`` of that.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    FILE: ClassVar[str] = MANIFEST_FILE
+    CONTENT: ClassVar[str] = "entries"
 
     format_version: Literal[1] = 1
     kind: Literal["entries"] = "entries"
@@ -52,22 +52,6 @@ class EntryManifest(BaseModel):
     documents: int = Field(ge=1)
     eval_documents: int = Field(ge=0)
     seed: int
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Raises :class:`ShardError` if the manifest is missing or is none."""
-        path = folder / MANIFEST_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ShardError(f"{folder} holds no recorded entries: can't read {path.name}: {error.strerror}") from error
-        except ValidationError as error:
-            raise ShardError(f"{path} is not a manifest of recorded entries: {error}") from error
-
-    def save(self, folder: Path) -> None:
-        partial = folder / f"{MANIFEST_FILE}.{os.getpid()}.partial"
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder / MANIFEST_FILE)
 
 
 @dataclass(frozen=True)

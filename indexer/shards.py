@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,7 +27,35 @@ class ShardError(ValueError):
     """Recorded data is missing, damaged or of another kind than asked for."""
 
 
-class ShardManifest(BaseModel):
+class RecordingManifest(BaseModel):
+    """What a directory of recorded ``CONTENT`` says of itself, in its file ``FILE``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    FILE: ClassVar[str]
+    CONTENT: ClassVar[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises :class:`ShardError` if the manifest is missing or is none."""
+        path = folder / cls.FILE
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ShardError(
+                f"{folder} holds no recorded {cls.CONTENT}: can't read {path.name}: {error.strerror}"
+            ) from error
+        except ValidationError as error:
+            raise ShardError(f"{path} is not a manifest of recorded {cls.CONTENT}: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Whole or not at all."""
+        partial = folder / f"{self.FILE}.{os.getpid()}.partial"
+        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        partial.rename(folder / self.FILE)
+
+
+class ShardManifest(RecordingManifest):
     """What a directory of shards was recorded from, and how.
 
     ``query_heads``: (layer, head) pairs whose queries can be rebuilt from hidden states; the first ``retrieval_heads``
@@ -37,7 +65,8 @@ class ShardManifest(BaseModel):
     recorded from ``event_mass`` on. ``recipe``: what the documents were made from.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    FILE: ClassVar[str] = MANIFEST_FILE
+    CONTENT: ClassVar[str] = "data"
 
     format_version: Literal[1] = 1
     model_type: str
@@ -92,22 +121,6 @@ class ShardManifest(BaseModel):
     @property
     def shards(self) -> int:
         return -(-self.documents // self.documents_per_shard)
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Raises :class:`ShardError` if the manifest is missing or is none."""
-        path = folder / MANIFEST_FILE
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ShardError(f"{folder} holds no recorded data: can't read {path.name}: {error.strerror}") from error
-        except ValidationError as error:
-            raise ShardError(f"{path} is not a manifest of recorded data: {error}") from error
-
-    def save(self, folder: Path) -> None:
-        partial = folder / f"{MANIFEST_FILE}.{os.getpid()}.partial"
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        partial.rename(folder / MANIFEST_FILE)
 
 
 @dataclass(frozen=True)
