@@ -36,7 +36,7 @@ from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStr
 from forecache.cluster.tenants import Tenant, Tenants
 from forecache.indexer.telemetry import SILENCE, ProcessTelemetry
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
-from forecache.workers.decode.worker import WorkerStats
+from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)

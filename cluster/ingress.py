@@ -26,11 +26,11 @@ from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.indexer.selection import budget_chunks
 from forecache.indexer.telemetry import MetricsTarget
-from forecache.workers.decode.async_engine import EngineDeadError
 from forecache.workers.decode.loader import resolve_model
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
+from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.decode.worker import WorkerStats
+from forecache.workers.errors import EngineDeadError
 
 STATS_DEADLINE_S = 5.0
 

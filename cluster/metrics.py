@@ -17,8 +17,7 @@ from prometheus_client.registry import Collector
 from forecache.indexer.protocol import IndexerStats
 from forecache.indexer.telemetry import Component
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
-from forecache.workers.decode.worker import WorkerStats
+from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats, WorkerStats
 from forecache.workers.memory.protocol import TierStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -11,7 +11,7 @@ import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.worker import actor_name
+from forecache.workers.decode.settings import actor_name
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory.catalog import Catalog
 from forecache.workers.memory.keys import ChunkKey, prefix_keys, root_key

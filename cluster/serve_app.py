@@ -16,7 +16,7 @@ from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.worker import WorkerSettings
+from forecache.workers.decode.settings import WorkerSettings
 
 NOT_SERVES_TO_SAY = ("host", "port", "proxy_location", "address")
 """Settings that in this way of starting are those of the Serve config, or of the Ray cluster that is there."""

@@ -32,7 +32,8 @@ from forecache.cluster.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.worker import DecodeWorker, WorkerSettings
+from forecache.workers.decode.settings import WorkerSettings
+from forecache.workers.decode.worker import DecodeWorker
 from forecache.workers.memory.arena import remove_abandoned
 from forecache.workers.memory.config import MemoryConfig
 

@@ -35,3 +35,7 @@ class ChunkLostError(ForecacheError):
 
 class CatalogUnavailableError(ForecacheError):
     """Redis does not answer."""
+
+
+class EngineDeadError(ForecacheError):
+    """The engine's thread ended on an error; the process should be replaced."""

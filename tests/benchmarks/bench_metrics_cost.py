@@ -29,7 +29,7 @@ from rich.table import Table
 
 from forecache.cluster.metrics import Metrics, RequestTimer, registry_of
 from forecache.workers.decode.messages import GenerateRequest, SamplingParams
-from forecache.workers.decode.worker import ScorerStats, WorkerStats
+from forecache.workers.decode.stats import ScorerStats, WorkerStats
 from forecache.workers.llm import LLM
 
 LIMIT = 0.01

@@ -14,8 +14,9 @@ from forecache.cluster.resume import ResumingStream
 from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.grammar import Grammars
 from forecache.workers.decode.messages import GenerateRequest, SequenceStats, TokenEvent
-from forecache.workers.decode.stats import EngineStats
-from forecache.workers.decode.worker import DecodeWorker, ScorerStats, WorkerSettings, WorkerStats
+from forecache.workers.decode.settings import WorkerSettings
+from forecache.workers.decode.stats import EngineStats, ScorerStats, WorkerStats
+from forecache.workers.decode.worker import DecodeWorker
 
 TOKENS_PER_S = 20.0
 APART_SEED = 1

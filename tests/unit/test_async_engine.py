@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
+from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.messages import GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.errors import InvalidRequestError
+from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
 
 pytestmark = pytest.mark.anyio

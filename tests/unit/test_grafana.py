@@ -17,8 +17,7 @@ from forecache.cluster.metrics import Metrics, registry_of
 from forecache.cluster.targets import service_discovery
 from forecache.indexer.protocol import IndexerStats
 from forecache.indexer.telemetry import Component, MetricsTarget
-from forecache.workers.decode.stats import EngineStats
-from forecache.workers.decode.worker import ScorerStats, WorkerStats
+from forecache.workers.decode.stats import EngineStats, ScorerStats, WorkerStats
 from forecache.workers.memory.protocol import TierStats
 
 GRAFANA = Path(__file__).resolve().parents[2] / "grafana"

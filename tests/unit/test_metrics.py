@@ -11,8 +11,7 @@ from forecache.indexer.protocol import IndexerStats
 from forecache.indexer.telemetry import Component, MetricsTarget
 from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.messages import SequenceStats, TokenEvent
-from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
-from forecache.workers.decode.worker import ScorerStats, WorkerStats
+from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats, ScorerStats, WorkerStats
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.protocol import TierStats
 

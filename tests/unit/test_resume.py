@@ -11,9 +11,9 @@ import pytest
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.resume import ResumeConfig, ResumingStream
-from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
+from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.errors import InvalidRequestError
+from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
 
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4

@@ -13,15 +13,11 @@ from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.errors import ForecacheError, InvalidRequestError
+from forecache.workers.errors import EngineDeadError, ForecacheError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
-
-
-class EngineDeadError(ForecacheError):
-    """The engine's thread ended on an error; the process should be replaced."""
 
 
 class AsyncEngine:

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from forecache.indexer.checkpoint import (
     CheckpointError,
@@ -20,11 +20,11 @@ from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.manifest import ManifestError, find_manifest
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.dsv4_shape import MODEL_TYPE, DeepseekV4Shape
+from forecache.workers.decode.stats import ScorerName
 from forecache.workers.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
-ScorerName = Literal["trained", "training-free", "bounds"]
 BesideModel = LookaheadScorer | FlashMemoryIndexer
 """A trained indexer, the half of it that runs beside the model."""
 

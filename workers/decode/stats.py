@@ -1,6 +1,11 @@
 """Numbers the engine exposes; `cluster/metrics.py` alone maps them to Prometheus."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from forecache.workers.memory.protocol import TierStats
+
+ScorerName = Literal["trained", "training-free", "bounds"]
 
 RECALL_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Upper bounds of the buckets in which :attr:`EngineStats.recall_buckets` counts recalls by their time."""
@@ -46,3 +51,24 @@ class EngineStats:
     failed_requests: int = 0
     steps: int = 0
     step_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ScorerStats:
+    """What scores chunks: "trained", "training-free" or "bounds"; ``digest`` names a trained indexer. ``fallbacks``:
+    predictions that this worker made itself since its indexer actor did not answer."""
+
+    name: ScorerName
+    digest: str
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """One worker's numbers; ``tier`` is None when its memory tier does not answer."""
+
+    worker_id: str
+    node_id: str
+    engine: EngineStats
+    tier: TierStats | None
+    scorer: ScorerStats

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
@@ -16,25 +16,23 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.indexer.actor import IndexerActor, RemoteIndexer
-from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.fallback import SharedIndexers
 from forecache.indexer.protocol import Indexer
 from forecache.indexer.scorer import LocalIndexer
-from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
-from forecache.workers.decode.async_engine import AsyncEngine, EngineDeadError
+from forecache.indexer.telemetry import MetricsTarget
+from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
-from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import ChosenScorer, ScorerName, choose_scorer
+from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
-from forecache.workers.decode.stats import EngineStats
+from forecache.workers.decode.settings import WorkerSettings
+from forecache.workers.decode.stats import ScorerStats, WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.verify import verify_backbone
-from forecache.workers.errors import ArenaError, ChunkLostError
+from forecache.workers.errors import ArenaError, ChunkLostError, EngineDeadError
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.protocol import TierStats
@@ -47,55 +45,6 @@ logger = logging.getLogger(__name__)
 ACTOR_START_DEADLINE_S = 60.0
 CPU_NICENESS = 5
 """Of a model that computes on the cores that HTTP needs too: tokens on their way, and refusals, come before it."""
-
-
-@dataclass(frozen=True)
-class ScorerStats:
-    """What scores chunks: "trained", "training-free" or "bounds"; ``digest`` names a trained indexer. ``fallbacks``:
-    predictions that this worker made itself since its indexer actor did not answer."""
-
-    name: ScorerName
-    digest: str
-    fallbacks: int
-
-
-@dataclass(frozen=True)
-class WorkerStats:
-    """One worker's numbers; ``tier`` is None when its memory tier does not answer."""
-
-    worker_id: str
-    node_id: str
-    engine: EngineStats
-    tier: TierStats | None
-    scorer: ScorerStats
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """All a worker is told. ``run`` names this start of the cluster: its actors and arenas carry it."""
-
-    engine: EngineConfig
-    memory: MemoryConfig
-    selection: SelectionConfig
-    indexer: IndexerConfig
-    namespace: str
-    run: str
-    redis_url: str | None = None
-    telemetry: Telemetry = SILENCE
-
-    def actor_name(self, kind: str, node_id: str) -> str:
-        """Name of the ``kind`` ("tier", "indexer0", …) actor of a node, also of the tier's arena."""
-        return actor_name(self.run, kind, node_id)
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs that Ray should give each worker."""
-        device = self.engine.device
-        return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
-
-
-def actor_name(run: str, kind: str, node_id: str) -> str:
-    return f"{run}-{kind}-{node_id[:16]}"
 
 
 class DecodeWorker:

@@ -1,0 +1,38 @@
+"""What a decode worker is told, and the names of the actors of its node."""
+
+from dataclasses import dataclass
+
+import torch
+
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.indexer.telemetry import SILENCE, Telemetry
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.memory.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All a worker is told. ``run`` names this start of the cluster: its actors and arenas carry it."""
+
+    engine: EngineConfig
+    memory: MemoryConfig
+    selection: SelectionConfig
+    indexer: IndexerConfig
+    namespace: str
+    run: str
+    redis_url: str | None = None
+    telemetry: Telemetry = SILENCE
+
+    def actor_name(self, kind: str, node_id: str) -> str:
+        """Name of the ``kind`` ("tier", "indexer0", …) actor of a node, also of the tier's arena."""
+        return actor_name(self.run, kind, node_id)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that Ray should give each worker."""
+        device = self.engine.device
+        return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+
+
+def actor_name(run: str, kind: str, node_id: str) -> str:
+    return f"{run}-{kind}-{node_id[:16]}"
