@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -439,15 +440,23 @@ def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
             *(chat_body(text * 20, **options, **ruled) for text in "ab"),
             *(chat_body(text * 20, **options) for text in "cd"),
         ]
-        whole = []
-        for body in bodies:
+
+        def answered(body: dict[str, Any]) -> str:
             with httpx.stream("POST", url, json=body, timeout=60) as answer:
-                whole.append(text_of(answer))
+                return text_of(answer)
+
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            whole = list(pool.map(answered, bodies))
         assert all(set(json.loads(text)) == {"Bern", "Rome"} for text in whole[:2])
         with ExitStack() as streams:
-            # one after the other: each has begun when the next one is sent to the worker that has fewer
-            answers = [streams.enter_context(httpx.stream("POST", url, json=body, timeout=60)) for body in bodies]
-            assert server.metric("forecache_num_requests_running") == len(bodies)
+            salt = {"cache_salt": "again"}
+            # one after the other, each to the worker that has fewer: with a salt no worker is preferred for its prefix
+            answers = [
+                streams.enter_context(httpx.stream("POST", url, json={**body, "forecache": salt}, timeout=60))
+                for body in bodies
+            ]
+            server.wait_for_metric("forecache_num_requests_running", len(bodies), within_s=10)
+            assert server.samples("forecache_num_requests_running") == [2, 2]
             workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
             assert len(workers) == 2
             os.kill(min(workers), signal.SIGKILL)
