@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--dsv4-model", metavar="DIR", help="trained DeepSeek-V4 for tests/unit/test_deepseek_v4_exact.py")
+
+
 class RedisServer:
     """A real Redis on a unix socket, without persistence: what was in it is gone after ``kill`` and ``start``."""
 
