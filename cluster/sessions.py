@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -46,13 +47,14 @@ class SessionDirectory:
             "tokens": len(record.keys) * self._chunk_tokens,
             "stored_chunks": sum(bool(tiers) for tiers in places),
             "tiers": dict(sorted(Counter(tier for tiers in places for tier in tiers).items())),
+            "state_pieces": len(record.state_keys),
             "pinned_until": record.pinned_until_unix_s if record.is_pinned else None,
         }
 
     def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
         """No tier evicts the session's chunks for ``ttl_s``."""
         record = self._record(session_id)
-        pinned = SessionRecord(session_id, record.keys, time.time() + ttl_s)
+        pinned = replace(record, pinned_until_unix_s=time.time() + ttl_s)
         self._catalog.set_session(pinned)  # first: a tier that is being restarted takes it from there
         self._tiers.ask("set_session", pinned)
         return self.describe(session_id)

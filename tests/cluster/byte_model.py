@@ -13,8 +13,8 @@ TEMPLATE = (
 )
 
 
-def write_byte_model(path: Path) -> Path:
-    """Two layers of noise and a tokenizer of bytes, in the directory ``path``; token 0 ends an answer."""
+def write_byte_tokenizer(path: Path) -> int:
+    """A token a byte; token 0 ends an answer. Returns how many there are."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -22,9 +22,15 @@ def write_byte_model(path: Path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE).save_pretrained(path)
+    return len(vocabulary)
+
+
+def write_byte_model(path: Path) -> Path:
+    """Two layers of noise and a tokenizer of bytes, in the directory ``path``."""
+    tokens = write_byte_tokenizer(path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=tokens,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
 Reference = Callable[[list[int], int], list[int]]
 
 
@@ -64,52 +62,3 @@ def prompts() -> list[list[int]]:
     """Four prompts of different lengths, none a multiple of the chunk size."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randint(3, 256, (n,), generator=generator).tolist() for n in (50, 130, 333, 201)]
-
-
-@pytest.fixture(scope="session")
-def make_deepseek_v4() -> MakeDeepseekV4:
-    """Saves a random DeepSeek-V4 at a path: six layers of all kinds, more entries than are selected from 100 tokens on.
-
-    Keyword arguments change its configuration. What transformers begins with zeros is random too: sinks, position
-    biases, the experts of tokens.
-    """
-    sliding, csa, hca = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-    settings: dict[str, Any] = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "moe_intermediate_size": 32,
-        "num_hidden_layers": 6,
-        "layer_types": [sliding, csa, hca, csa, hca, csa],
-        "num_attention_heads": 4,
-        "head_dim": 32,
-        "partial_rotary_factor": 0.25,
-        "q_lora_rank": 32,
-        "o_groups": 2,
-        "o_lora_rank": 16,
-        "num_experts_per_tok": 2,
-        "n_routed_experts": 4,
-        "num_hash_layers": 1,
-        "hc_mult": 2,
-        "sliding_window": 64,
-        "index_n_heads": 16,  # with fewer, no head finds anything in many entries: their scores are equal, all 0
-        "index_head_dim": 16,
-        "index_topk": 24,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.3,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-    def make(path: Path, **changes: Any) -> DeepseekV4ForCausalLM:
-        torch.manual_seed(1)
-        model = DeepseekV4ForCausalLM(DeepseekV4Config(**(settings | changes))).eval().requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            if "position_bias" in name or "sinks" in name:
-                parameter.normal_(0, 0.5)
-        for name, buffer in model.named_buffers():
-            if "tid2eid" in name:
-                buffer.copy_(torch.randint(0, model.config.n_routed_experts, buffer.shape))
-        model.save_pretrained(path)
-        return model
-
-    return make

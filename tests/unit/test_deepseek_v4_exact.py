@@ -1,5 +1,9 @@
-"""DeepSeek-V4 at keep ratio 1.0: logits are those of transformers, wherever chunks and states were meanwhile."""
+"""DeepSeek-V4 at keep ratio 1.0: logits are those of transformers, wherever chunks and states were meanwhile.
 
+With random weights; with ``--dsv4-model DIR`` with those of a model that `forecache.workers.dsv4_train` has trained.
+"""
+
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,17 +13,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM
+from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
 from forecache.kernels import reference_csa
+from forecache.workers.decode.backbone import expected_layout, load_config
 from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS
 from forecache.workers.decode.running_step import RunningStep
 from forecache.workers.decode.step import Plan
+from forecache.workers.dsv4_documents import DocumentMaker
 from forecache.workers.llm import LLM
 from forecache.workers.memory.keys import prefix_keys, root_key
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
-CSA, TOPK = "compressed_sparse_attention", 24
+PromptOf = Callable[..., list[int]]
+CSA = "compressed_sparse_attention"
 RELATIVE = 1e-4
 SCORE_GAP = 1e-5
 """Sets of selected entries may differ where a score this near decides."""
@@ -36,13 +43,60 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tiny-deepseek-v4")
+def trained(request: pytest.FixtureRequest) -> Path | None:
+    """The directory of a trained model, where one is given."""
+    given = request.config.getoption("--dsv4-model")
+    return None if given is None else Path(given)
 
 
 @pytest.fixture(scope="module")
-def model(path: Path, make_deepseek_v4: MakeDeepseekV4) -> DeepseekV4ForCausalLM:
-    return make_deepseek_v4(path)
+def path(trained: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained or tmp_path_factory.mktemp("tiny-deepseek-v4")
+
+
+@pytest.fixture(scope="module")
+def model(path: Path, trained: Path | None, make_deepseek_v4: MakeDeepseekV4) -> DeepseekV4ForCausalLM:
+    if trained is None:
+        return make_deepseek_v4(path)
+    model = DeepseekV4ForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    for indexer in indexers(model):
+        indexer.scorer.register_forward_hook(lower_entries_first)
+    return model
+
+
+def indexers(model: DeepseekV4ForCausalLM) -> list[Any]:
+    """Lightning Indexers of its CSA layers."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    return [attention.compressor.indexer for attention in attentions if attention.layer_type == CSA]
+
+
+def lower_entries_first(_module: Any, _inputs: Any, scores: Tensor) -> Tensor:
+    """Ranks in place of ``scores``. transformers leaves ties open; trained scores are often exactly 0, all heads being
+    rectified, and then other entries would be selected than by the rule here, that lower ones come first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return -order.argsort(-1).to(scores.dtype)
+
+
+@pytest.fixture(scope="module")
+def prompt_of(trained: Path | None) -> PromptOf:
+    """Makes prompts of so many tokens: noise for random weights, the end of a document of facts and questions else."""
+    if trained is None:
+        return noise
+    maker = DocumentMaker(AutoTokenizer.from_pretrained(trained), "topics")
+
+    def document(tokens: int, seed: int = 0) -> list[int]:
+        ids: list[int] = maker.document(random.Random(seed), max(tokens, 512)).ids[-tokens:].tolist()
+        return ids
+
+    return document
+
+
+def noise(tokens: int, seed: int = 0) -> list[int]:
+    return torch.randint(2, 256, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def chunk_nbytes(path: Path) -> int:
+    return expected_layout(load_config(path), chunk_tokens=CHUNK_TOKENS, dtype=torch.float32).nbytes
 
 
 @torch.inference_mode()
@@ -83,10 +137,6 @@ def settle(llm: LLM) -> None:
 def llm(path: Path, model: DeepseekV4ForCausalLM) -> Iterator[LLM]:
     with open_llm(path) as llm:
         yield llm
-
-
-def prompt_of(tokens: int, seed: int = 0) -> list[int]:
-    return torch.randint(2, 256, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @contextmanager
@@ -130,7 +180,9 @@ def check(
     return answers
 
 
-def test_prefill_and_decode_across_chunks_and_the_entries_selected(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+def test_prefill_and_decode_across_chunks_and_the_entries_selected(
+    llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
+) -> None:
     """A prompt in two steps, an answer over the end of the third chunk; every selected set is compared too."""
     ours: list[tuple[Tensor, Tensor]] = []
     theirs: list[Tensor] = []
@@ -145,14 +197,12 @@ def test_prefill_and_decode_across_chunks_and_the_entries_selected(llm: LLM, mod
         patch.setattr(reference_csa, "top_entries", select)
         [answer] = check(llm, model, [prompt], STEPS)
     hooks = [
-        layer.self_attn.compressor.indexer.register_forward_hook(lambda _m, _i, output: theirs.append(output[0]))
-        for layer in model.model.layers
-        if layer.self_attn.layer_type == CSA
+        indexer.register_forward_hook(lambda _m, _i, output: theirs.append(output[0])) for indexer in indexers(model)
     ]
     reference_logits(model, prompt + answer.token_ids[:-1], 0)
     for hook in hooks:
         hook.remove()
-    layers, position, compared = len(theirs), 0, 0
+    layers, position, compared, topk = len(theirs), 0, 0, model.config.index_topk
     for call in range(0, len(ours), layers):
         for layer in range(layers):
             scores, selected = ours[call + layer]
@@ -160,20 +210,20 @@ def test_prefill_and_decode_across_chunks_and_the_entries_selected(llm: LLM, mod
                 at = position + row
                 expected = set(theirs[layer][at].tolist()) - {-1}
                 actual = set(own.tolist()) - {-1}
-                compared += len(actual) == TOPK
+                compared += len(actual) == topk
                 if actual != expected:
-                    best = scores[row].topk(TOPK + 1).values
+                    best = scores[row].topk(topk + 1).values
                     assert best[-2] - best[-1] < SCORE_GAP, f"layer {layer}, position {at}"
         position += len(ours[call][0])
     assert position == len(prompt) + STEPS - 1
     assert compared > 2000, "the test is of no use where everything is selected"
 
 
-def test_batch_of_four_lengths(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+def test_batch_of_four_lengths(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
     check(llm, model, [prompt_of(count, seed=count) for count in (3, 250, 511, 700)], 24)
 
 
-def test_through_evict_and_recall(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+def test_through_evict_and_recall(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
     """The second time everything before the last stored state comes from cold memory, recalled or read there."""
     prompt = prompt_of(900, seed=5)
     check(llm, model, [prompt], 4)
@@ -185,7 +235,7 @@ def test_through_evict_and_recall(llm: LLM, model: DeepseekV4ForCausalLM) -> Non
     assert answer.stats.recalled_chunks == 2
 
 
-def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
     prompt = prompt_of(700, seed=6)
     [first] = check(llm, model, [prompt], 100, session_id="talk")
     settle(llm)
@@ -199,7 +249,9 @@ def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForC
     assert other.stats.cached_tokens == 3 * CHUNK_TOKENS
 
 
-def test_a_damaged_state_costs_tokens_and_nothing_else(llm: LLM, model: DeepseekV4ForCausalLM) -> None:
+def test_a_damaged_state_costs_tokens_and_nothing_else(
+    llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
+) -> None:
     prompt = prompt_of(600, seed=8)
     check(llm, model, [prompt], 2)
     settle(llm)
@@ -217,14 +269,19 @@ def test_a_damaged_state_costs_tokens_and_nothing_else(llm: LLM, model: Deepseek
     assert check(llm, model, [prompt], 2)[0].stats.cached_tokens == 2 * CHUNK_TOKENS
 
 
-def test_full_attention_streams_through_a_small_pool(path: Path, model: DeepseekV4ForCausalLM) -> None:
-    with open_llm(path, hot_bytes=4 * 37376, keep_ratio=0.5) as llm:
+def test_full_attention_streams_through_a_small_pool(
+    path: Path, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
+) -> None:
+    with open_llm(path, hot_bytes=4 * chunk_nbytes(path), keep_ratio=0.5) as llm:
         assert llm.engine.pool.num_slots == 4
         check(llm, model, [prompt_of(1300, seed=9)], 8, policy="full")
 
 
-def test_cold_memory_without_room_for_states_serves_without_them(path: Path, model: DeepseekV4ForCausalLM) -> None:
-    with open_llm(path, cold_bytes=2134528 + 5 * 40000) as llm:
+def test_cold_memory_without_room_for_states_serves_without_them(
+    path: Path, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
+) -> None:
+    # beside a chunk lie its index record and header
+    with open_llm(path, cold_bytes=(2 << 20) + int(6.4 * chunk_nbytes(path))) as llm:
         assert 4 <= llm.memory.arena.slots < 8
         prompt = prompt_of(1000, seed=11)
         check(llm, model, [prompt], 4)
@@ -242,7 +299,7 @@ def test_what_is_known_of_a_state_before_the_weights_are_read(llm: LLM) -> None:
 def test_other_shapes(changes: dict[str, Any], tmp_path: Path, make_deepseek_v4: MakeDeepseekV4) -> None:
     model = make_deepseek_v4(tmp_path, **changes)
     with open_llm(tmp_path) as llm:
-        prompt = prompt_of(600, seed=10)
+        prompt = noise(600, seed=10)
         check(llm, model, [prompt], 2)
         settle(llm)
         llm.engine.pool.evict_all()

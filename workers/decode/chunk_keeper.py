@@ -132,7 +132,7 @@ class ChunkKeeper:
         """``seq`` has ended: if it was answered, its session can be gone on with."""
         if seq.cache.session_id is not None and reason in ("stop", "length"):
             state = self._snapshots.ended(seq)
-            self._prefetcher.record_session(seq.cache.session_id, [*(chunk.key for chunk in seq.chunks), *state])
+            self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks], state)
 
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""

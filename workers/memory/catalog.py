@@ -6,7 +6,8 @@ Schema, under the prefix ``forecache:``
 - ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``;
   expires with the tier's heartbeat.
 - ``tiers``: set of tier ids, some of them perhaps expired.
-- ``session:<id>``: hash of ``keys`` (16 bytes each) and ``pinned_until_unix_s``; ``sessions``: set of their ids.
+- ``session:<id>``: hash of ``keys`` and ``state_keys`` (16 bytes each) and ``pinned_until_unix_s``;
+  ``sessions``: set of their ids.
 
 An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
 after a tier has died.
@@ -95,11 +96,13 @@ RECORD_EXPIRY_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """``keys``: the chunks of the session's last request, in order. Pinned until ``pinned_until_unix_s``, if not 0."""
+    """``keys``: the chunks of the session's last request, in order. Pinned until ``pinned_until_unix_s``, if not 0.
+    ``state_keys``: pieces of the state behind the last one, of models that have one."""
 
     session_id: str
     keys: tuple[ChunkKey, ...]
     pinned_until_unix_s: float = 0.0
+    state_keys: tuple[ChunkKey, ...] = ()
 
     @property
     def is_pinned(self) -> bool:
@@ -241,6 +244,7 @@ class Catalog:
         name = SESSION_PREFIX + record.session_id.encode()
         fields: dict[Any, Any] = {
             "keys": b"".join(record.keys),
+            "state_keys": b"".join(record.state_keys),
             "pinned_until_unix_s": record.pinned_until_unix_s,
         }
         with self._errors():
@@ -296,6 +300,13 @@ class Catalog:
 
 
 def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord:
-    joined = fields[b"keys"]
-    keys = tuple(joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))
-    return SessionRecord(session_id, keys, float(fields[b"pinned_until_unix_s"]))
+    return SessionRecord(
+        session_id,
+        _split(fields[b"keys"]),
+        float(fields[b"pinned_until_unix_s"]),
+        _split(fields.get(b"state_keys", b"")),  # not there in a record of an older version
+    )
+
+
+def _split(joined: bytes) -> tuple[ChunkKey, ...]:
+    return tuple(joined[start : start + KEY_BYTES] for start in range(0, len(joined), KEY_BYTES))

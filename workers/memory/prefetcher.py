@@ -141,9 +141,10 @@ class Prefetcher:
         """Let go of all that ``holder`` holds, after what was asked for it before."""
         self._post_store(lambda: self._release(holder))
 
-    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
-        """A request of the session has ended with the chunks ``keys``, once they are stored."""
-        self._post_store(lambda: self._record_session(session_id, keys))
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with the chunks ``keys`` and the state behind them, once they are
+        stored."""
+        self._post_store(lambda: self._record_session(session_id, keys, state_keys))
 
     def drain(self) -> list[Completion]:
         """What has completed since the last call. Raises what broke the copy thread, if something did."""
@@ -319,8 +320,8 @@ class Prefetcher:
         if self._far is not None:
             self._far.end(holder)
 
-    def _record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+    def _record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]) -> None:
         try:
-            self._memory.record_session(session_id, keys)
+            self._memory.record_session(session_id, keys, state_keys)
         except ChunkLostError as error:
             logger.warning("session %s is not recorded: %s", session_id, error)

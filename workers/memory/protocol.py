@@ -158,8 +158,9 @@ class ColdMemory(Protocol):
         """Let go of all that ``holder`` holds; unknown holders are fine."""
         ...
 
-    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
-        """A request of the session has ended with the chunks ``keys``."""
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of the state behind
+        them."""
         ...
 
     def stats(self) -> TierStats: ...

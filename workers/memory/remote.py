@@ -113,9 +113,10 @@ class RemoteMemory:
         was_spread = self._others is not None and self._others.forget(holder)
         self._call("release", holder, was_spread)
 
-    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
-        """A request of the session has ended with the chunks ``keys``."""
-        self._call("record_session", session_id, list(keys))
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of the state behind
+        them."""
+        self._call("record_session", session_id, list(keys), list(state_keys))
 
     def stats(self) -> TierStats:
         """Asked once: raises :class:`ChunkLostError` while the tier is away."""

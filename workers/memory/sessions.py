@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory.catalog import Catalog, SessionRecord
@@ -23,14 +24,14 @@ class Sessions:
         self._lock = threading.Lock()
         self._records: dict[str, SessionRecord] = {}
 
-    def record(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
-        """A request of the session has ended with these chunks; a pin goes over to them."""
+    def record(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with these chunks and pieces of a state; a pin goes over to them."""
         with self._lock:
             known = self._records.get(session_id)
         with suppress(CatalogUnavailableError):  # then what this tier knows must do
             known = self._catalog.session(session_id) or known
         until = known.pinned_until_unix_s if known is not None else 0.0
-        self.set(SessionRecord(session_id, tuple(keys), until))
+        self.set(SessionRecord(session_id, tuple(keys), until, tuple(state_keys)))
         self.publish([session_id])
 
     def set(self, record: SessionRecord) -> None:
@@ -38,7 +39,7 @@ class Sessions:
         with self._lock:
             self._records[record.session_id] = record
         if record.is_pinned:
-            self._store.pin(record.session_id, record.keys)
+            self._store.pin(record.session_id, (*record.keys, *record.state_keys))
         else:
             self._store.unpin(record.session_id)
 
@@ -53,7 +54,7 @@ class Sessions:
         with self._lock:
             over = [record for record in self._records.values() if record.pinned_until_unix_s and not record.is_pinned]
         for record in over:
-            self.set(SessionRecord(record.session_id, record.keys))
+            self.set(replace(record, pinned_until_unix_s=0.0))
 
     def load(self) -> None:
         """Take the pins from the catalog."""

@@ -182,7 +182,7 @@ class ArenaStore:
                 self._release(holder)
             return len(holders)
 
-    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """Chunks of a session are found by their keys; there is nobody here who would pin it."""
 
     def holders(self) -> list[str]:

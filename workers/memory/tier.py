@@ -150,10 +150,10 @@ class MemoryTier:
         assert self._hosted is not None, "sequences are spread over tiers that know each other"
         return getattr(self._hosted, method)(*args)
 
-    def record_session(self, session_id: str, keys: Sequence[ChunkKey]) -> None:
-        """A request of the session has ended with these chunks."""
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with these chunks, and the state behind them in these pieces."""
         if self._sessions is not None:
-            self._sessions.record(session_id, keys)
+            self._sessions.record(session_id, keys, state_keys)
 
     @ray.method(concurrency_group="peers")
     def set_session(self, record: SessionRecord) -> None:

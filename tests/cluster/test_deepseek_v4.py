@@ -1,0 +1,128 @@
+"""A tiny DeepSeek-V4 behind the whole cluster: its answers are the engine's own, across turns and workers."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from byte_model import write_byte_tokenizer
+from test_http import descendants, name_of
+
+from forecache.workers.llm import LLM
+
+pytestmark = pytest.mark.cluster
+
+MODEL = "deepseek"
+CHUNK_TOKENS, SNAPSHOT_TOKENS = 128, 512
+SETTINGS: dict[str, Any] = {
+    "chunk_tokens": CHUNK_TOKENS,
+    "snapshot_tokens": SNAPSHOT_TOKENS,
+    "keep_ratio": 0.5,
+    "late_policy": "wait",
+    "window_steps": 16,
+    "dtype": "float32",
+    "threads": 1,
+}
+STEPS = 100
+
+
+def prompt_of(seed: int, tokens: int = 1300) -> list[int]:
+    return random.Random(seed).choices(range(1, 250), k=tokens)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..., Any]) -> Path:
+    path = tmp_path_factory.mktemp("models") / MODEL
+    make_deepseek_v4(path, vocab_size=write_byte_tokenizer(path), eos_token_id=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """The engine alone, with the settings of the server."""
+    sizes = {"cold_bytes": 64 << 20, "hot_bytes": 8 << 20}
+    with LLM(str(model), arena_dir=tmp_path_factory.mktemp("arena"), **SETTINGS, **sizes) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, start_server: Any) -> Any:
+    flags = (text for name, value in SETTINGS.items() for text in (f"--{name.replace('_', '-')}", str(value)))
+    return start_server("--model", str(model), "--workers", "2", *flags)
+
+
+def body(prompt: list[int], max_tokens: int = STEPS, **fields: Any) -> dict[str, Any]:
+    greedy = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    return {"model": MODEL, "prompt": prompt, **greedy, **fields}
+
+
+def ask(server: Any, prompt: list[int], max_tokens: int = STEPS, **context: Any) -> tuple[str, Any]:
+    """The answer's text, and its usage."""
+    answer = server.post("/v1/completions", body(prompt, max_tokens, forecache=context))
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"], answer.json()["usage"]
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.5])
+def test_an_answer_is_the_engines_own(server: Any, llm: LLM, keep_ratio: float) -> None:
+    [expected] = llm.generate([prompt_of(0)], max_tokens=STEPS, ignore_eos=True, keep_ratio=keep_ratio)
+    text, usage = ask(server, prompt_of(0), keep_ratio=keep_ratio)
+    assert text == expected.text and len(set(expected.token_ids)) > 30
+    assert usage["forecache"]["context_chunks"] == (1300 + STEPS) // CHUNK_TOKENS + 1
+    assert usage["forecache"]["keep_ratio"] == pytest.approx(expected.stats.keep_ratio)
+    assert (usage["forecache"]["keep_ratio"] == 1) == (keep_ratio == 1.0)
+
+
+def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(server: Any, llm: LLM) -> None:
+    """At another length than where everybody's states lie, so that the session's own one is what is found."""
+    prompt, path = prompt_of(1, 1400), "/v1/sessions/talk"
+    [first] = llm.generate([prompt], max_tokens=STEPS, ignore_eos=True, session_id="talk")
+    assert ask(server, prompt, session_id="talk")[0] == first.text
+    chunks = (1400 + STEPS - 1) // CHUNK_TOKENS
+    deadline = time.monotonic() + 30
+    while (told := server.get(path)).status_code == 404 or told.json()["stored_chunks"] < chunks:
+        assert time.monotonic() < deadline, told.text
+        time.sleep(0.05)
+    session = told.json()
+    assert (session["chunks"], session["tokens"]) == (chunks, chunks * CHUNK_TOKENS)
+    assert list(session["tiers"].values()) == [chunks] and session["state_pieces"] >= 1
+    server.post(path, {"ttl_s": 60})
+    server.wait_for_metric("forecache_memory_tier_pinned_slots", chunks + session["state_pieces"], within_s=10)
+    turn = prompt + first.token_ids + prompt_of(2, 60)
+    [second] = llm.generate([turn], max_tokens=STEPS, ignore_eos=True, session_id="talk")
+    text, usage = ask(server, turn, session_id="talk")
+    assert text == second.text
+    assert usage["prompt_tokens_details"]["cached_tokens"] == second.stats.cached_tokens == chunks * CHUNK_TOKENS
+    assert httpx.delete(f"{server.url}{path}", timeout=30).json()["deleted"] is True
+
+
+def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
+    """The last test of this server."""
+    prompts = [prompt_of(3), prompt_of(4)]
+    whole = [llm.generate([prompt], max_tokens=3 * STEPS, ignore_eos=True)[0].text for prompt in prompts]
+    url = f"{server.url}/v1/completions"
+    with ExitStack() as streams:
+        lines = []
+        for prompt in prompts:
+            asked = httpx.stream("POST", url, json=body(prompt, 3 * STEPS, stream=True), timeout=120)
+            answer = streams.enter_context(asked)
+            lines.append(line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
+        began = ["".join(map(text_of, islice(events, 20))) for events in lines]
+        workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
+        assert len(workers) == 2 and server.metric("forecache_num_requests_running") == 2
+        os.kill(min(workers), signal.SIGKILL)
+        assert [start + "".join(map(text_of, events)) for start, events in zip(began, lines, strict=True)] == whole
+
+
+def text_of(event: str) -> str:
+    if event == "[DONE]":
+        return ""
+    return "".join(choice["text"] for choice in json.loads(event)["choices"])
