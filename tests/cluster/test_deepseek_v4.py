@@ -107,12 +107,13 @@ def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(
 def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
     """The last test of this server."""
     prompts = [prompt_of(3), prompt_of(4)]
-    whole = [llm.generate([prompt], max_tokens=3 * STEPS, ignore_eos=True)[0].text for prompt in prompts]
+    tokens = 8 * STEPS  # seconds, so that both still run when the worker is killed
+    whole = [answer.text for answer in llm.generate(prompts, max_tokens=tokens, ignore_eos=True)]
     url = f"{server.url}/v1/completions"
     with ExitStack() as streams:
         lines = []
         for prompt in prompts:
-            asked = httpx.stream("POST", url, json=body(prompt, 3 * STEPS, stream=True), timeout=120)
+            asked = httpx.stream("POST", url, json=body(prompt, tokens, stream=True), timeout=120)
             answer = streams.enter_context(asked)
             lines.append(line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         began = ["".join(map(text_of, islice(events, 20))) for events in lines]
