@@ -430,7 +430,7 @@ def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
         url = f"{server.url}/v1/chat/completions"
         # different from the first chunk on, so that no worker is preferred for its prefix
         options = {"max_tokens": 2500, "stream": True, "ignore_eos": True, "temperature": 0.8, "seed": 1}
-        schema = {"type": "array", "items": {"enum": ["Bern", "Rome"]}, "minItems": 250, "maxItems": 250}
+        schema = {"type": "array", "items": {"enum": ["Bern", "Rome"]}, "minItems": 340, "maxItems": 340}
         ruled: dict[str, Any] = {
             "response_format": {"type": "json_schema", "json_schema": {"name": "cities", "schema": schema}}
         }
