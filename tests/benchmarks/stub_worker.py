@@ -11,6 +11,7 @@ from typing import Any
 
 from forecache.cluster.ingress import Ingress, ServeWorkers
 from forecache.cluster.resume import ResumingStream
+from forecache.indexer.telemetry import SILENCE
 from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.grammar import Grammars
 from forecache.workers.decode.messages import GenerateRequest, SequenceStats, TokenEvent
@@ -94,6 +95,7 @@ class StubWorker(DecodeWorker):
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._engine = AsyncEngine(StubEngine(apart=settings.engine.seed == APART_SEED))  # type: ignore[arg-type]
+        self._telemetry = SILENCE
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         async for event in super().generate(request):
