@@ -1,5 +1,6 @@
 """A small model and servers of it, for tests of the serving surface."""
 
+import os
 import re
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # what tests share with the scripts beside them
 
 from byte_model import write_byte_model
+from processes import processes_below
 
 START_S = 180.0
 STOP_S = 60.0
@@ -58,6 +60,14 @@ class Server:
             assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
             time.sleep(0.05)
         return time.monotonic() - start
+
+    def kill_worker(self, *, of: int, requests_each: int) -> None:
+        """SIGKILL to one of as many decode workers as ``of``, once each runs ``requests_each`` requests."""
+        self.wait_for_metric("forecache_num_requests_running", of * requests_each, within_s=10)
+        assert self.samples("forecache_num_requests_running") == [requests_each] * of
+        workers = [pid for pid, name in processes_below(self.process.pid).items() if "DecodeWorker" in name]
+        assert len(workers) == of
+        os.kill(min(workers), signal.SIGKILL)
 
 
 Command = Callable[..., list[str]]

@@ -27,6 +27,7 @@ import httpx
 import ray
 import redis
 import torch
+from processes import processes_below
 from ray.cluster_utils import Cluster
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -175,26 +176,6 @@ class Client:
         return answers
 
 
-def processes() -> dict[int, str]:
-    """Process id → command line, of all below this process that still run."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            names[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if fields[0] != "Z":
-            parents[int(stat.parent.name)] = int(fields[1])
-    found: dict[int, str] = {}
-    frontier = {os.getpid()}
-    while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier}
-        found |= {pid: names[pid] for pid in frontier}
-    return found
-
-
 NAMES = {"tier": "ray::MemoryTier", "indexer": "ray::IndexerActor", "worker": "DecodeWorker", "redis": "redis-server"}
 
 
@@ -232,7 +213,7 @@ class Killer:
         print(f"{at_s:7.1f} s  {role:8} ready after {self.kills[-1].ready_after_s:5.1f} s", flush=True)
 
     def _pids(self, role: str) -> set[int]:
-        return {pid for pid, name in processes().items() if role in NAMES and NAMES[role] in name}
+        return {pid for pid, name in processes_below(os.getpid()).items() if role in NAMES and NAMES[role] in name}
 
     def ready(self, role: str = "node", others: set[int] | None = None) -> bool:
         """Is there another of the role beside ``others``, and does it answer? A node: do all?"""

@@ -11,6 +11,7 @@ second) and every request is answered.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from faults import NODE, VOCABULARY, make_model, processes
+from faults import NODE, VOCABULARY, make_model
+from processes import processes_below
 from ray.cluster_utils import Cluster
 
 from forecache.cluster.config import ServeConfig
@@ -154,7 +156,7 @@ class MemorySampler:
     def _run(self) -> None:
         start_s = time.monotonic()
         while not self._stop.wait(SAMPLE_S):
-            found = {**processes(), **{int(Path("/proc/self").resolve().name): "driver"}}
+            found = {**processes_below(os.getpid()), os.getpid(): "driver"}
             self.roles |= {pid: role_of(name) for pid, name in found.items() if pid not in self.roles}
             self.samples.append((time.monotonic() - start_s, {pid: rss_anon(pid) for pid in found}))
 

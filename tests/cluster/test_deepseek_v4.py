@@ -1,9 +1,7 @@
 """A tiny DeepSeek-V4 behind the whole cluster: its answers are the engine's own, across turns and workers."""
 
 import json
-import os
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from byte_model import write_byte_tokenizer
-from test_http import descendants, name_of
 
 from forecache.workers.llm import LLM
 
@@ -117,9 +114,7 @@ def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
             answer = streams.enter_context(asked)
             lines.append(line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         began = ["".join(map(text_of, islice(events, 20))) for events in lines]
-        workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
-        assert len(workers) == 2 and server.metric("forecache_num_requests_running") == 2
-        os.kill(min(workers), signal.SIGKILL)
+        server.kill_worker(of=2, requests_each=1)
         assert [start + "".join(map(text_of, events)) for start, events in zip(began, lines, strict=True)] == whole
 
 

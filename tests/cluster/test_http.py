@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from processes import processes_below
 from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
@@ -31,31 +32,7 @@ START_S = 180.0
 STOP_S = 60.0
 
 
-def descendants(pid: int) -> set[int]:
-    """Every process below ``pid``."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-        parents[int(stat.parent.name)] = int(fields[1])
-    found, frontier = set(), {pid}
-    while frontier:
-        frontier = {child for child, parent in parents.items() if parent in frontier}
-        found |= frontier
-    return found
-
-
-def name_of(pid: int) -> str:
-    """The process' command line; empty once it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def still_running(pids: set[int]) -> set[int]:
+def still_running(pids: Iterable[int]) -> set[int]:
     running = set()
     for pid in pids:
         try:
@@ -73,7 +50,7 @@ def server(start_server: Any) -> Iterator[Any]:
     running = start_server()
     try:
         yield running
-        processes = descendants(running.process.pid)
+        processes = processes_below(running.process.pid)
         assert len(processes) >= 5  # Ray's, Redis, the actors
         assert list(running.arena_dir.glob("forecache-*"))
         running.process.terminate()
@@ -374,7 +351,7 @@ def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(
     for line in process.stderr:
         if "loading the model" in line:
             break
-    processes = descendants(process.pid)
+    processes = processes_below(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     process.stderr.read()
     assert process.wait(STOP_S) == 0
@@ -455,11 +432,7 @@ def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
                 streams.enter_context(httpx.stream("POST", url, json={**body, "forecache": salt}, timeout=60))
                 for body in bodies
             ]
-            server.wait_for_metric("forecache_num_requests_running", len(bodies), within_s=10)
-            assert server.samples("forecache_num_requests_running") == [2, 2]
-            workers = {pid for pid in descendants(server.process.pid) if "DecodeWorker" in name_of(pid)}
-            assert len(workers) == 2
-            os.kill(min(workers), signal.SIGKILL)
+            server.kill_worker(of=2, requests_each=2)
             assert [text_of(answer) for answer in answers] == whole
         # its holds are given back, and another takes its place
         server.wait_for_metric("forecache_memory_tier_held_perc", 0, within_s=30)

@@ -28,6 +28,7 @@ import torch
 import yaml
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from processes import processes_below
 from transformers import LlamaForCausalLM
 
 from forecache.cluster.top import short
@@ -321,7 +322,9 @@ def test_logs_name_the_request_in_every_process(server: Any) -> None:
     refused = server.post("/v1/completions", {"model": "bytes", "prompt": "x", "max_tokens": -1})
     assert refused.status_code == 400
     [session] = {
-        found[1] for pid in processes_of(server.process.pid) if (found := re.search(r"--session_dir=(\S+)", pid))
+        found[1]
+        for line in processes_below(server.process.pid).values()
+        if (found := re.search(r"--session_dir=(\S+)", line))
     }
     lines: list[dict[str, Any]] = []
     start = time.monotonic()
@@ -342,12 +345,3 @@ def test_logs_name_the_request_in_every_process(server: Any) -> None:
 
 def of_request(line: dict[str, Any], request_id: str) -> bool:
     return line.get("request_id") == request_id
-
-
-def processes_of(pid: int) -> list[str]:
-    """Command lines of a process' descendants."""
-    children = [
-        int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()
-    ]
-    lines = [Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ") for child in children]
-    return lines + [line for child in children for line in processes_of(child)]
