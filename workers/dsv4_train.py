@@ -152,7 +152,8 @@ def accuracy(
     """Share of the numbers asked for that come out right, by "sparse" or "dense", kind and length, over prose not
     trained on; short lengths first, and none that is not begun before ``deadline``, of `time.monotonic`.
 
-    At least ``samples`` documents each. Replies are read along with the right tokens before each: a number is right if all its tokens are the likeliest.
+    At least ``samples`` documents each. Replies are read along with the right tokens before each: a number is right if
+    all its tokens are the likeliest.
     """
     found: dict[str, dict[str, dict[int, float]]] = {"sparse": {}, "dense": {}}
     for tokens in (length for length in config.lengths if length >= 512 or length == max(config.lengths)):
