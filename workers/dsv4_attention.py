@@ -115,7 +115,7 @@ def attend(
     place = torch.arange(window, device=q.device).unsqueeze(1)
     distance = place + window - torch.arange(2 * window, device=q.device)
     outside = ((distance < 0) | (distance >= window)).expand(blocks, -1, -1).clone()
-    outside[0, :, :window] = True
+    outside[0, :, :window].fill_(True)
     near = (near.view(batch, blocks, window, heads, -1).float() * scale).masked_fill(outside.unsqueeze(2), -torch.inf)
     near = near.view(batch, tokens, heads, 2 * window)
     sink = sinks.float().view(1, 1, heads, 1).expand(batch, tokens, heads, 1)

@@ -1,5 +1,6 @@
 """The small DeepSeek-V4: its configuration, its first weights, and how it is saved."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,17 @@ def new_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalLM:
 
 
 def save_model(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A directory as transformers reads it, every weight in bfloat16."""
+    """A directory as transformers reads it, every weight in bfloat16. Each file is replaced as a whole, so that the
+    model that was there stays usable if saving is cut off."""
     weights = {
         name: tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
     config: Any = model.config
     config.dtype = torch.bfloat16
-    model.save_pretrained(str(folder), state_dict=weights)
-    tokenizer.save_pretrained(str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        for file in sorted(Path(partial).iterdir()):
+            file.replace(folder / file.name)

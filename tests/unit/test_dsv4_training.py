@@ -1,23 +1,34 @@
 """The small DeepSeek-V4: its tokenizer and documents, the curriculum, and that training trains what it should."""
 
+import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV4Config, PreTrainedTokenizerFast
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV4Config,
+    DeepseekV4ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from forecache.workers import corpus
 from forecache.workers.dsv4_documents import FACT, KINDS, NUMBER, REPLY, DocumentMaker
 from forecache.workers.dsv4_forward import TrainingForward
 from forecache.workers.dsv4_model import new_model, save_model, small_config
 from forecache.workers.dsv4_tokenizer import build_tokenizer
-from forecache.workers.dsv4_train import Curriculum, TrainConfig, Trainer
+from forecache.workers.dsv4_train import LOG_FILE, Curriculum, Progress, accuracy, train
+from forecache.workers.dsv4_trainer import Phase, TrainConfig, Trainer
 from forecache.workers.ruler import CITIES, NOUNS, PEOPLE, Generator, score
 
 CPU = torch.device("cpu")
+PHASES: tuple[Phase, ...] = ("dense", "indexer", "sparse")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,21 +112,26 @@ def test_lengths_grow_with_accuracy_or_when_their_time_is_up() -> None:
     assert {curriculum.draw(random.Random(n)) for n in range(50)} == {128, 256, 512}
 
 
-def test_each_phase_trains_its_part_and_the_model_is_transformers_own(
-    maker: DocumentMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def three_layers(tokenizer: PreTrainedTokenizerFast) -> DeepseekV4ForCausalLM:
+    """The small model with one layer of each kind."""
     settings = small_config(len(tokenizer)).to_dict()
     settings.pop("model_type")
     types = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
     settings |= {"num_hidden_layers": 3, "layer_types": types, "mlp_layer_types": ["hash_moe", "moe", "moe"]}
-    model = new_model(DeepseekV4Config(**settings), seed=1)
+    return new_model(DeepseekV4Config(**settings), seed=1)
+
+
+def test_each_phase_trains_its_part_and_the_model_is_transformers_own(
+    maker: DocumentMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = three_layers(tokenizer)
     config = TrainConfig(warmup_steps=1, index_queries=16)
     trainer = Trainer(TrainingForward(model), config, CPU)
     document = maker.document(random.Random(0), 256)
     ids, roles = torch.from_numpy(document.ids)[None], torch.from_numpy(document.roles)[None]
     own = {name for name, _ in model.named_parameters() if ".indexer." in name}
     losses = {}
-    for phase in ("dense", "indexer", "sparse"):
+    for phase in PHASES:
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for _ in range(4):
             losses[phase] = trainer.step(ids, roles, phase, 0.0)
@@ -136,3 +152,75 @@ def test_each_phase_trains_its_part_and_the_model_is_transformers_own(
 def test_the_small_model_fits_five_megabytes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_model(new_model(small_config(len(tokenizer)), seed=0), tokenizer, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 5e6
+
+
+def test_no_shape_of_a_step_follows_from_data_and_nothing_is_read_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What a CUDA graph of it needs: tensors without data refuse both."""
+    model = three_layers(tokenizer)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = Trainer(TrainingForward(model), TrainConfig(), CPU)
+        ids, roles = torch.zeros(2, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.uint8)
+        found = {phase: set(trainer.compute(ids, roles, torch.rand(2, 511), phase)) for phase in PHASES}
+    assert found == {
+        "dense": {"reply", "text", "accuracy"},
+        "indexer": {"index"},
+        "sparse": {"reply", "text", "accuracy", "index"},
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", PHASES)
+def test_steps_as_graphs_train_like_eager_ones(
+    maker: DocumentMaker, tokenizer: PreTrainedTokenizerFast, phase: Phase
+) -> None:
+    device = torch.device("cuda")
+    document = maker.document(random.Random(0), 512)
+    ids, roles = torch.from_numpy(document.ids)[None], torch.from_numpy(document.roles)[None]
+    losses: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for graphs, found in losses.items():
+        model = three_layers(tokenizer)
+        torch.nn.Module.to(model, device)
+        trainer = Trainer(TrainingForward(model), TrainConfig(warmup_steps=1), device, graphs=graphs)
+        for step in range(10):
+            share = 0.0 if step < 5 else 0.9
+            found.append({name: value.item() for name, value in trainer.step(ids, roles, phase, share).items()})
+        assert trainer.captured_steps == (1 if graphs else 0)
+    for eager, graphed in zip(losses[False], losses[True], strict=True):
+        assert graphed == pytest.approx(eager, rel=0.02, abs=0.02)
+    key = "index" if phase == "indexer" else "reply"
+    assert losses[True][-1][key] < losses[True][0][key]
+
+
+def test_progress_says_what_became_of_each_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(tmp_path, CPU)
+    steps: list[tuple[Phase, dict[str, float]]] = [("dense", {"reply": 3.0, "accuracy": float("nan")})]
+    steps += [("dense", {"reply": 1.0, "accuracy": 0.5}), ("indexer", {"index": 0.25})]
+    for number, (phase, values) in enumerate(steps):
+        progress.step(number + 1, 4.0 * number, phase, 256, values)
+    progress.close(12.0)
+    said = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["step"] for line in said if line.startswith("{")] == [1], "one in ten seconds"
+    assert said[1:] == [
+        "dense: 2 steps in 8 s, 4000.0 ms each; mean of the last 2: accuracy 0.5000, reply 2.0000",
+        "indexer: 1 steps in 4 s, 4000.0 ms each; mean of the last 1: index 0.2500",
+    ]
+    logged = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    assert [line["phase"] for line in logged] == ["dense", "dense", "indexer"]
+
+
+def test_a_run_without_time_leaves_a_model_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(TrainConfig(minutes=0.0, lengths=(512,), tokens_per_step=512), tmp_path, CPU, workers=0)
+    said = capsys.readouterr().out
+    assert said.count("time is up: no accuracy of ") == len(KINDS)
+    assert json.loads((tmp_path / "accuracy.json").read_text(encoding="utf-8"))["steps"] == 0
+    assert not list(tmp_path.glob(".partial*"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "deepseek_v4"
+
+
+def test_accuracy_stops_at_its_deadline(maker: DocumentMaker, tokenizer: PreTrainedTokenizerFast) -> None:
+    forward = TrainingForward(three_layers(tokenizer))
+    config = TrainConfig(lengths=(512,), tokens_per_step=1024)
+    found = accuracy(forward, maker, config, CPU, samples=2, deadline=time.monotonic() + 3600)
+    assert all(set(by_kind) == set(KINDS) and set(by_kind["needle"]) == {512} for by_kind in found.values())
+    late = accuracy(forward, maker, config, CPU, samples=2, deadline=time.monotonic())
+    assert late == {"sparse": {}, "dense": {}}
