@@ -1,6 +1,7 @@
 """What goes wrong around the engine ends one request at most: full or absent cold memory, failed predictions, races."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenEvent
 from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, OverloadedError
 from forecache.workers.llm import LLM
+from forecache.workers.memory import locator
 from forecache.workers.memory.completions import RecallItem
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.prefetcher import Prefetcher
@@ -266,3 +268,28 @@ def test_a_request_that_the_memory_of_its_node_has_no_room_for_is_refused_and_sa
         llm.memory.release("another worker/0")
         add(llm, "again", prompts[2], 4)
         assert finish(llm, {"again"})["again"].finish_reason == "length"
+
+
+def test_a_request_waits_for_the_memory_of_one_that_has_left(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a finished request held is given back behind its write-backs: the next one must not be refused till then."""
+    release = ArenaStore.release
+    released: list[str] = []
+
+    def late(self: ArenaStore, holder: str) -> None:
+        time.sleep(0.3)  # the next one, which is not told to wait for room, asks meanwhile
+        released.append(holder)
+        release(self, holder)
+
+    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 0.0)
+    monkeypatch.setattr(ArenaStore, "release", late)
+    longest = max(prompts, key=len)
+    with open_llm(tiny_model, cold_bytes=(2 << 20) + 35 * CHUNK_BYTES) as llm:
+        chunks = -(-(len(longest) + 8) // 16)
+        assert chunks < llm.memory.arena.slots < 2 * chunks
+        for prompt in (longest, longest[::-1]):
+            (answer,) = llm.generate([prompt], max_tokens=8, ignore_eos=True)
+            assert len(answer.token_ids) == 8
+        llm.engine.flush()
+        assert len(released) == 2

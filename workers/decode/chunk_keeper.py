@@ -12,7 +12,7 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.snapshots import Snapshots
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import PrefixHeld, WrittenBack
+from forecache.workers.memory.completions import PrefixHeld, Released, WrittenBack
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.prefetcher import Prefetcher
@@ -38,6 +38,7 @@ class ChunkKeeper:
         self._counters = counters
         self._snapshots = snapshots
         self._holders: dict[str, Sequence] = {}
+        self._releasing: dict[str, int] = {}
         self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
     def locate(self, seq: Sequence) -> None:
@@ -50,15 +51,26 @@ class ChunkKeeper:
         # one that starts over had room, which is its own again once that is released
         self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
 
-    def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
+    @property
+    def releasing_slots(self) -> int:
+        """Arena slots that cold memory still promises to sequences that have left."""
+        return sum(self._releasing.values())
+
+    def settle(self, done: PrefixHeld | Released | WrittenBack) -> Sequence | None:
         """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
+        if isinstance(done, Released):
+            self._releasing.pop(done.holder, None)
+            return None
         return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
 
     def located(self, held: PrefixHeld) -> Sequence | None:
         """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
-        if seq is None or held.failure:
-            return seq  # None: it left meanwhile; its release is queued behind this hold
+        if seq is None:
+            self._releasing.pop(held.holder, None)
+            return None  # it left meanwhile, and what it was given is released already
+        if held.failure:
+            return seq
         seq.share = held.share
         own = len(held.refs) - len(held.others)
         refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
@@ -145,5 +157,7 @@ class ChunkKeeper:
         for chunk in seq.chunks:
             if not chunk.exact and seq.cache.session_id is None:
                 self._pool.discard(chunk.key)
+        if self._holders.pop(seq.holder, None) is not None:
+            slots = seq.cold_slots if seq.share is None else seq.share.slots
+            self._releasing[seq.holder] = min(slots, self._arena.slots)
         self._prefetcher.release(seq.holder)
-        self._holders.pop(seq.holder, None)

@@ -155,7 +155,7 @@ class Engine:
         never waits for what the host does between two steps.
         """
         self._absorb()
-        self._scheduler.admit(self._keeper.locate)
+        self._scheduler.admit(self._keeper.locate, self._keeper.releasing_slots)
         if self._scheduler.streams_next:
             self._read_running()  # a long step is planned, and timed, with nothing under way
         plan = self._scheduler.next_plan()

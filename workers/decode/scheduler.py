@@ -100,13 +100,14 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
 
-    def admit(self, located: Callable[[Sequence], None]) -> None:
-        """Let in from the queue's head what fits beside what runs; ``located`` is called for each."""
+    def admit(self, located: Callable[[Sequence], None], releasing_slots: int = 0) -> None:
+        """Let in from the queue's head what fits beside what runs; ``located`` is called for each.
+        ``releasing_slots`` of the arena are still promised to sequences that have left."""
         while self.waiting and len(self.running) < self._config.max_batch_size:
             seq = self.waiting[0]
             self._reserve(seq)
             slots = sum(other.reserved_slots for other in self.running)
-            cold = sum(map(self._cold, self.running))
+            cold = releasing_slots + sum(map(self._cold, self.running))
             if slots + seq.reserved_slots > self._pool.num_slots or cold + self._cold(seq) > self._cold_slots:
                 return
             self.waiting.popleft()

@@ -60,4 +60,11 @@ class WrittenBack:
     duration_s: float = 0.0
 
 
-Completion = PrefixHeld | Recalled | WrittenBack
+@dataclass(frozen=True)
+class Released:
+    """Cold memory holds nothing for ``holder`` any more, and promises it nothing."""
+
+    holder: str
+
+
+Completion = PrefixHeld | Recalled | Released | WrittenBack

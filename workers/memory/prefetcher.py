@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
 from forecache.workers.memory.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.cuda_copies import CudaCopies
 from forecache.workers.memory.far_chunks import FarChunks
@@ -319,6 +319,7 @@ class Prefetcher:
         release(self._memory, holder)
         if self._far is not None:
             self._far.end(holder)
+        self._settle(Released(holder))
 
     def _record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]) -> None:
         try:
