@@ -13,7 +13,7 @@ import torch
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory import prefetcher as prefetcher_module
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
 from forecache.workers.memory.copies import BATCH_CHUNKS
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
@@ -74,6 +74,7 @@ class Bench:
         self.store = WatchedStore(arena)
         self.prefetcher = Prefetcher(self.pool, self.store, lambda slot: self.pool.memory[slot, :8], cold)
         self.seen: list[Completion] = []
+        self.released: list[str] = []
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
@@ -91,10 +92,12 @@ class Bench:
             self.prefetcher.write_back(holder, key_of(number), number)
 
     def done(self) -> list[Completion]:
-        """What has completed once everything posted so far is done."""
+        """What has been copied or found once everything posted so far is done; releases are in ``released``."""
         self.prefetcher.flush()
         self.prefetcher.flush()  # what was put back for want of room is behind the first one
         news = self.prefetcher.drain()
+        self.released += [done.holder for done in news if isinstance(done, Released)]
+        news = [done for done in news if not isinstance(done, Released)]
         self.seen += news
         return news
 
@@ -150,6 +153,7 @@ def test_a_batch_is_of_one_holder_and_ends_at_other_jobs() -> None:
             bench.write_back("a", [5, 6])
         assert numbers_of(bench.done()) == list(range(7))
         assert bench.store.reserved == [("a", 2), ("b", 1), ("a", 2), ("a", 2)]
+        assert "a" in bench.released, "who leaves is told when its room is free again"
         assert bench.store.stats().held_slots == 3, "what was written after the release is held"
 
 

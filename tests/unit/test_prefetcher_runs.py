@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forecache.kernels import reference
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, WrittenBack
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
@@ -76,7 +76,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
     def done(self) -> list[Completion]:
         for _ in range(2):  # what was refused together is tried again, chunk by chunk, behind the first one
             self.prefetcher.flush()
-        return self.prefetcher.drain()
+        return [done for done in self.prefetcher.drain() if not isinstance(done, Released)]
 
     @rule(holder=HOLDERS, numbers=st.lists(st.integers(0, CHUNKS - 1), min_size=1, max_size=5, unique=True))
     def write_back(self, holder: str, numbers: list[int]) -> None:
