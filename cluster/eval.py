@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         lengths=tuple(sorted(set(args.lengths))),
         columns=_columns(args),
         samples=args.samples,
+        skip_hopeless=args.skip_hopeless,
     )
     clock = Clock(args.time_limit_s)
     with _progress() as say:
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=_positive, default=100, help="of every task at every length (default: 100)")
     parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--skip-hopeless", action="store_true",
+                        help="ask full attention alone where it is right in fewer than 20 %% of cases")  # fmt: skip
     parser.add_argument("--time-limit-s", type=float, help="stop before this many seconds are over (default: none)")
     parser.add_argument("--batch", type=_positive, default=16, help="sequences, or requests, at a time (default: 16)")
     _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")

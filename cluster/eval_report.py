@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from forecache.workers.eval_summary import LEAST_ACCURACY, CellResult, ColumnResult, Summary
+from forecache.workers.eval_summary import CellResult, ColumnResult, Summary
+from forecache.workers.evaluate import LEAST_ACCURACY
 
 TABLE_FILE, SUMMARY_FILE = "accuracy.csv", "accuracy.json"
 FILE_WIDTH = 160

@@ -49,6 +49,8 @@ def register(commands: Any) -> None:
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     train.add_argument("--epochs", type=int, default=None, help="most passes over the documents")
+    train.add_argument("--patience", type=int, default=None, help="epochs without gain before it stops")
+    train.add_argument("--leads", default=None, help="steps ahead to train for, drawn from these: 2,4,8,8")
     train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
     train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
     train.add_argument(
@@ -124,6 +126,7 @@ def _train(args: argparse.Namespace) -> int:
     from forecache.indexer.train_state import Epoch
 
     given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
+    given["leads"] = None if args.leads is None else _integers(args.leads)
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
     shaped = {"context": args.context, "units": args.units, "reach": args.reach}
     shaped["history"] = None if args.history is None else _integers(args.history)

@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from forecache.workers.evaluate import Plan, Record, Records
+from forecache.workers.evaluate import LEAST_ACCURACY, REFERENCE, Plan, Record, Records
 from forecache.workers.ruler import Task
 from forecache.workers.statistics import Interval, mean_difference, paired_test, wilson_interval
 
-REFERENCE = "full"
-LEAST_ACCURACY = 0.2
-"""Where full attention is right less often, the model can't do the task: there is nothing to lose."""
 SIGNIFICANT = 0.01
 
 

@@ -7,16 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 from forecache.workers.decode.messages import Policy
 from forecache.workers.errors import ForecacheError
 from forecache.workers.ruler import Generator, Sample, Task, score
+from forecache.workers.statistics import wilson_interval
 
 ANSWERS_FILE = "answers.jsonl"
 SETTINGS_FILE = "settings.json"
 COMMON = "all columns"
 """Part of the settings' file."""
+REFERENCE = "full"
+LEAST_ACCURACY = 0.2
+"""Where full attention is right less often, the model can't do the task: there is nothing to lose."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,14 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask. ``lengths``: contexts in tokens, answers included; ``samples``: of every task at every length."""
+    """What to ask. ``lengths``: contexts in tokens, answers included; ``samples``: of every task at every length.
+    ``skip_hopeless``: where full attention fails, the other columns are not asked."""
 
     tasks: tuple[Task, ...]
     lengths: tuple[int, ...]
     columns: tuple[Column, ...]
     samples: int
+    skip_hopeless: bool = False
 
     def cells(self) -> Iterator[tuple[Task, int]]:
         """Every task at every length, short contexts first."""
@@ -160,14 +167,28 @@ class Records:
             if (record.task, record.tokens, record.column) == (task, tokens, column)
         }
 
+    def hopeless(self, plan: Plan, task: Task, tokens: int) -> bool:
+        """Full attention is right so seldom here that there is nothing to compare: over all samples, or, while some are
+        open, as far as the 95 % interval of those answered tells."""
+        scores = [record.score for number, record in self.of(task, tokens, REFERENCE).items() if number < plan.samples]
+        if not scores:
+            return False
+        interval = wilson_interval(fmean(scores), len(scores))
+        return (interval.value if len(scores) == plan.samples else interval.high) < LEAST_ACCURACY
+
     def missing(self, plan: Plan, columns: Sequence[Column]) -> int:
         """Answers of ``plan`` that ``columns`` still lack."""
         return sum(
             (task, tokens, number, column.name) not in self._records
             for task, tokens in plan.cells()
+            for column in self.needed(plan, task, tokens, columns)
             for number in range(plan.samples)
-            for column in columns
         )
+
+    def needed(self, plan: Plan, task: Task, tokens: int, columns: Sequence[Column]) -> list[Column]:
+        """Of ``columns``, those that a cell needs."""
+        hopeless = plan.skip_hopeless and self.hopeless(plan, task, tokens)
+        return [column for column in columns if column.name == REFERENCE or not hopeless]
 
 
 class Clock:
@@ -209,26 +230,56 @@ def evaluate(
     All columns answer a group of samples before the next group comes: the first one pays for prefill, the others find
     the prompts' chunks stored.
     """
-    groups = [
-        (task, tokens, numbers)
-        for task, tokens in plan.cells()
-        for numbers in _groups(plan, task, tokens, columns, records, max(1, backend.group_size(tokens)))
-    ]
+    # once is enough, unless a cell that looked hopeless is not in the end
+    while groups := _groups(plan, columns, records, backend):
+        if not _ask(groups, plan, columns, backend, generator, records, clock, progress):
+            return False
+    return True
 
+
+Group = tuple[Task, int, list[int]]
+"""Task, tokens, and numbers of samples."""
+
+
+def _groups(plan: Plan, columns: Sequence[Column], records: Records, backend: Backend) -> list[Group]:
+    """Samples that a column has not answered yet, as many of a cell at a time as ``backend`` likes."""
+    groups: list[Group] = []
+    for task, tokens in plan.cells():
+        needed = records.needed(plan, task, tokens, columns)
+        waiting = [
+            number
+            for number in range(plan.samples)
+            if any((task, tokens, number, column.name) not in records for column in needed)
+        ]
+        size = max(1, backend.group_size(tokens))
+        groups += [(task, tokens, waiting[start : start + size]) for start in range(0, len(waiting), size)]
+    return groups
+
+
+def _ask(
+    groups: Sequence[Group],
+    plan: Plan,
+    columns: Sequence[Column],
+    backend: Backend,
+    generator: Generator,
+    records: Records,
+    clock: Clock,
+    progress: Progress,
+) -> bool:
     def make(place: int) -> list[Sample]:
         task, tokens, numbers = groups[place]
         return [generator.sample(task, tokens, number) for number in numbers]
 
     with ThreadPoolExecutor(1, thread_name_prefix="samples") as maker:
-        coming = maker.submit(make, 0) if groups else None
+        coming = maker.submit(make, 0)
         for place, (task, tokens, _) in enumerate(groups):
-            assert coming is not None
             group = coming.result()
-            # the next samples are made while these are asked: texts of 32K tokens take a while
-            coming = maker.submit(make, place + 1) if place + 1 < len(groups) else None
+            if place + 1 < len(groups):
+                # the next samples are made while these are asked: texts of 32K tokens take a while
+                coming = maker.submit(make, place + 1)
             for column in columns:
                 asked = [sample for sample in group if (task, tokens, sample.number, column.name) not in records]
-                if not asked:
+                if not asked or column not in records.needed(plan, task, tokens, columns):
                     continue
                 if clock.up:
                     return False
@@ -244,15 +295,3 @@ def evaluate(
                 )
                 progress(f"{task} at {tokens}: {column.name}", len(asked))
     return True
-
-
-def _groups(
-    plan: Plan, task: Task, tokens: int, columns: Sequence[Column], records: Records, size: int
-) -> list[list[int]]:
-    """Samples of a cell that a column has not answered yet, ``size`` at a time."""
-    waiting = [
-        number
-        for number in range(plan.samples)
-        if any((task, tokens, number, column.name) not in records for column in columns)
-    ]
-    return [waiting[start : start + size] for start in range(0, len(waiting), size)]

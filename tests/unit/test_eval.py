@@ -224,6 +224,32 @@ def test_means_wait_until_a_cell_is_complete(generator: Generator, tmp_path: Pat
     assert records.missing(plan, columns) == 4
 
 
+def test_hopeless_cells_may_be_skipped(generator: Generator, tmp_path: Path) -> None:
+    columns = (COLUMNS["full"], COLUMNS["lookahead"], COLUMNS["recency"])
+    plan = Plan(("needle", "words"), (1024,), columns, samples=20, skip_hopeless=True)
+    records = Records(tmp_path, {})
+    told: list[int] = []
+    assert evaluate(plan, columns, Oracle(), generator, records, Clock(None), lambda text, n: told.append(n))
+    # at words full attention fails; the others are asked until 18 answers show it: 15 at three a group
+    assert sum(told) == 3 * 20 + (20 + 2 * 15)
+    assert records.missing(plan, columns) == 0
+    assert [cell.task for cell in summarize(plan, records).not_counted] == ["words"]
+
+
+def test_a_cell_that_only_looked_hopeless_is_asked_in_full(generator: Generator, tmp_path: Path) -> None:
+    class Late(Oracle):
+        def _forgets(self, sample: Sample, column: Column) -> bool:
+            return column.name == "full" and sample.number < 18
+
+    columns = (COLUMNS["full"], COLUMNS["recency"])
+    plan = Plan(("needle",), (1024,), columns, samples=24, skip_hopeless=True)
+    records = Records(tmp_path, {})
+    assert evaluate(plan, columns, Late(), generator, records, Clock(None), lambda text, n: None)
+    full, recency = summarize(plan, records).columns
+    assert (full.accuracy, recency.accuracy) == (0.25, 1.0)
+    assert records.missing(plan, columns) == 0
+
+
 def test_records_refuse_other_settings(tmp_path: Path) -> None:
     Records(tmp_path, {"seed": 0, "selection": {"sink_chunks": 1}})
     Records(tmp_path, {"selection": {"sink_chunks": 1}, "seed": 0})
