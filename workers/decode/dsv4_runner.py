@@ -112,6 +112,8 @@ class DeepseekV4Runner:
     @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
         """On a GPU, capture decode steps, so that no request waits for it; layers are not compiled."""
+        if torch_compile:
+            logger.info("layers of DeepSeek-V4 are not compiled: --torch-compile changes nothing")
         if not cuda_graphs:
             return
         start = time.perf_counter()
