@@ -115,14 +115,16 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     """Longest prompt + answer, in tokens, and whether the model's retrieval heads are known.
 
     Raises:
-        UnsupportedModelError: no decoder, or `--max-model-len` is more than it was made for.
+        UnsupportedModelError: no decoder, `--max-model-len` is more than it was made for, or `--fallback` would do
+            nothing for it.
         ArenaError: `--cold-bytes` holds no chunk of it.
         StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
     """
     from forecache.workers.decode.backbone import load_config  # imports transformers: seconds
-    from forecache.workers.decode.index_spec import entries_spec
+    from forecache.workers.decode.index_spec import entries_spec, refuse_fallback
 
     model = load_config(path)
+    refuse_fallback(config.engine, model, config.engine.model)
     architectures = getattr(model, "architectures", None) or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise UnsupportedModelError(

@@ -21,7 +21,7 @@ from forecache.indexer.scorer import LocalIndexer
 from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_scorer
+from forecache.workers.decode.index_spec import choose_scorer, refuse_fallback
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import (
     CacheOptions,
@@ -83,7 +83,9 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not skip_tokenizer:
             self.tokenizer = load_tokenizer(self.model_path)
-        self.config = self.config.for_model(default_chunk_tokens(load_config(self.model_path)))
+        model_config = load_config(self.model_path)
+        refuse_fallback(self.config, model_config, model)
+        self.config = self.config.for_model(default_chunk_tokens(model_config))
         self.backbone = backbone = load_backbone(
             self.model_path,
             dtype=self.config.dtype,

@@ -219,6 +219,49 @@ def test_prefill_and_decode_across_chunks_and_the_entries_selected(
     assert compared > 2000, "the test is of no use where everything is selected"
 
 
+@pytest.fixture
+def fixed(path: Path, model: DeepseekV4ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    """Its decode steps have the fixed shapes of a CUDA graph, and run eagerly here; its pages of HCA entries are small,
+    and move when they become more."""
+    for module in ("dsv4_state", "dsv4_layout", "dsv4_graph"):
+        monkeypatch.setattr(f"forecache.workers.decode.{module}.PAGE_ENTRIES", 2)
+    monkeypatch.setattr("forecache.workers.decode.dsv4_state.FIRST_PAGES", 1)
+    with open_llm(path) as llm:
+        llm.engine._runner.warm_up(max_batch_size=4, max_chunks=8, cuda_graphs=True, torch_compile=False)
+        yield llm
+
+
+def test_steps_of_fixed_shape(fixed: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
+    """Alone and three of four rows, over the ends of chunks and of a page of HCA entries, through evict and recall."""
+    steps: list[int] = []
+    runner = fixed.engine._runner
+    run = runner._fixed.run
+
+    def counted(rows: Any) -> Any:
+        output = run(rows)
+        steps.append(0 if output is None else len(rows))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner._fixed, "run", counted)
+        check(fixed, model, [prompt_of(count, seed=count) for count in (3, 250, 511)], 24)
+        assert 3 in steps
+        steps.clear()
+        prompt = prompt_of(700, seed=12)
+        check(fixed, model, [prompt], STEPS)
+        assert steps.count(1) == STEPS - 1
+        settle(fixed)
+        fixed.engine.pool.evict_all()
+        check(fixed, model, [prompt], 24)
+
+
+def test_steps_that_are_too_large_for_a_fixed_shape(
+    fixed: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
+) -> None:
+    """From one to the other while answers are under way: five sequences, then four; nine chunks."""
+    check(fixed, model, [prompt_of(count, seed=count) for count in (5, 6, 7, 8)] + [prompt_of(2040, seed=9)], 24)
+
+
 def test_batch_of_four_lengths(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
     check(llm, model, [prompt_of(count, seed=count) for count in (3, 250, 511, 700)], 24)
 

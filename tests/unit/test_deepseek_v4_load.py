@@ -69,6 +69,16 @@ def test_fp8_in_the_pool_or_in_cold_memory_is_refused(path: Path, arena_dir: Pat
         LLM(str(path), skip_tokenizer=True, cold_dtype="fp8", arena_dir=arena_dir)
 
 
+def test_fallback_is_refused_as_there_is_no_coverage_it_could_follow(path: Path, arena_dir: Path) -> None:
+    engine = {"model": str(path), "dtype": "float32"}
+    config = settle(path, ServeConfig.model_validate({"engine": engine | {"fallback": True}}))
+    with pytest.raises(UnsupportedModelError, match=r"coverage is not measured.* choose a larger --keep-ratio"):
+        check_model(path, config)
+    with pytest.raises(UnsupportedModelError, match="Leave --fallback out"):
+        LLM(str(path), skip_tokenizer=True, fallback=True, arena_dir=arena_dir)
+    assert not list(arena_dir.iterdir()), "refused before anything is made"
+
+
 def test_what_a_start_knows_before_the_weights_are_read(path: Path) -> None:
     config = settle(path, ServeConfig.model_validate({"engine": {"model": str(path), "dtype": "float32"}}))
     assert config.engine.chunk_tokens == CHUNK_TOKENS

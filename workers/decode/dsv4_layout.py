@@ -1,6 +1,7 @@
 """From a plan to a packed DeepSeek-V4 step: where every token, entry and state lies. Host work alone."""
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,23 @@ def padded(tables: Seq[Seq[int] | npt.NDArray[np.int32]], device: torch.device) 
     return put(table, device, np.int32)
 
 
+@dataclass(frozen=True)
+class FixedRow:
+    """A decode row of a step of fixed shape, on the host. ``token`` is -1 while the host does not know it: then it is
+    the one drawn in row ``source`` of the step before. ``slot``, ``page``: where the entries belong that are being
+    filled; ``table``: slots to read, ``entries`` of them in all; ``pages``: of its HCA entries."""
+
+    token: int
+    source: int
+    position: int
+    line: int
+    slot: int
+    page: int
+    entries: int
+    table: npt.NDArray[np.int32]
+    pages: Seq[int]
+
+
 class StepLayout:
     """Lays out steps over ``pool`` and ``states``, of chunks of ``chunk_tokens`` tokens."""
 
@@ -41,15 +59,11 @@ class StepLayout:
 
     def rows(self, sequences: Seq[Sequence]) -> V4Rows:
         """Decode rows, one of each of ``sequences``, over their resident sets."""
-        shape, size, device = self._shape, self._chunk_tokens, self._device
-        per_chunk = size // shape.csa_rate
+        shape, device = self._shape, self._device
         lines = [self._states.line(seq, seq.num_computed + 1) for seq in sequences]
         positions = [seq.num_computed for seq in sequences]
         tables = [seq.block_row() for seq in sequences]
-        lens = [
-            (len(table) - 1) * per_chunk + (at % size + 1) // shape.csa_rate
-            for table, at in zip(tables, positions, strict=True)
-        ]
+        lens = [self._entries(table, at) for table, at in zip(tables, positions, strict=True)]
         return V4Rows(
             lines=put([line.number for line in lines], device),
             positions=put(positions, device),
@@ -61,6 +75,30 @@ class StepLayout:
             hca_table=padded([line.pages for line in lines], device),
             hca_lens=put([(at + 1) // shape.hca_rate for at in positions], device, np.int32),
         )
+
+    def fixed_row(self, seq: Sequence, source: int | None) -> FixedRow:
+        """The decode row of ``seq``, whose token is the one of row ``source`` of the step before, or known."""
+        at, size, shape = seq.num_computed, self._chunk_tokens, self._shape
+        # with a page for the HCA entry that is being filled
+        line = self._states.line(seq, (at // shape.hca_rate + 1) * shape.hca_rate)
+        table = seq.block_row()
+        return FixedRow(
+            token=seq.token_ids[at] if source is None else -1,
+            source=-1 if source is None else source,
+            position=at,
+            line=line.number,
+            slot=seq.open_slots[at // size],
+            page=line.pages[at // shape.hca_rate // PAGE_ENTRIES] if shape.hca else 0,
+            entries=self._entries(table, at),
+            table=table,
+            pages=line.pages,
+        )
+
+    def _entries(self, table: Seq[int] | npt.NDArray[np.int32], at: int) -> int:
+        """Entries of a CSA layer in the slots ``table``, the last one filled up to position ``at``."""
+        return (len(table) - 1) * (self._chunk_tokens // self._shape.csa_rate) + (
+            at % self._chunk_tokens + 1
+        ) // self._shape.csa_rate
 
     def _closed_by_rows(self, sequences: Seq[Sequence], lines: Seq[Line], rate: int) -> Places:
         entries = []

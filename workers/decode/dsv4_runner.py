@@ -1,8 +1,10 @@
 """Runs steps of a DeepSeek-V4 model; what :class:`.model_runner.ModelRunner` is to Llama-like ones."""
 
 import logging
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,9 +12,11 @@ from torch import Tensor
 from forecache.indexer.flashmemory import FlashMemoryIndexer
 from forecache.indexer.index_keys import IndexSpec, encode_chunk
 from forecache.workers.decode.backbone import Backbone
-from forecache.workers.decode.dsv4_layout import StepLayout, put
+from forecache.workers.decode.cuda_graph import batch_buckets
+from forecache.workers.decode.dsv4_graph import FixedSteps, run_model
+from forecache.workers.decode.dsv4_layout import FixedRow, StepLayout, put
 from forecache.workers.decode.dsv4_state import SequenceStates
-from forecache.workers.decode.dsv4_step import TargetCapture, V4Batch
+from forecache.workers.decode.dsv4_step import TargetCapture, V4Batch, V4Stream
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.prompt_logprobs import score, targets_of
 from forecache.workers.decode.running_step import CapturedTensors, RunningStep
@@ -57,6 +61,8 @@ class DeepseekV4Runner:
         if arena is not None:
             self._cold = _views(backbone.layout, arena.chunks)
         self._states = SequenceStates(backbone.v4, max_rows, backbone.dtype, backbone.device)
+        self._max_tokens = backbone.max_model_len
+        self._fixed: FixedSteps | None = None
         self._layout = StepLayout(backbone.v4, self._states, pool, self._chunk_tokens)
         self._snapshots: dict[str, dict[int, Tensor]] = {}
         self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
@@ -75,20 +81,18 @@ class DeepseekV4Runner:
         Raises :class:`.attention.StepAbortedError` when ``aborted`` turns true on the way: then no state has changed
         that the step would not write again.
         """
-        batch, sampled = self._lay_out(plan, aborted)
-        output = self._model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            attention_mask={"none": None},  # a dict is taken as it is: no mask is built
-            use_cache=False,
-            logits_to_keep=batch.logits_rows,
-            forecache=batch,
-        )
-        told: Tensor = output.logits[0].float()
+        fixed = None if self._fixed is None else self._fixed.run(self._fixed_rows(plan))
+        streams: tuple[V4Stream, ...] = ()
+        capture: TargetCapture | None
+        if fixed is not None:
+            told, capture, sampled = fixed.logits, fixed.capture, list(plan.decode)
+        else:
+            batch, sampled = self._lay_out(plan, aborted)
+            told, capture, streams = run_model(self._model, batch), batch.capture, batch.streams
         scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
-        for stream in batch.streams:
+        for stream in streams:
             stream.commit()
-        self._keep_snapshots(plan, batch)
+        self._keep_snapshots(plan, streams)
         positions = [seq.num_computed + tokens for seq, tokens in zip(sampled, _tokens(plan, sampled), strict=True)]
         adjusted = self._adjuster.adjust(logits, sampled)
         drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
@@ -96,19 +100,40 @@ class DeepseekV4Runner:
         self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
         tokens = self._last_tokens[: len(sampled)]
         self._adjuster.drawn(tokens, sampled, positions)
-        captured = [self._capture(request, number, batch.capture) for number, request in enumerate(plan.captures)]
+        captured = [self._capture(request, capture) for request in plan.captures]
         probes = {
             part.sequence.request_id: stream.probe
-            for part, stream in zip(plan.streams, batch.streams, strict=True)
+            for part, stream in zip(plan.streams, streams, strict=True)
             if stream.probe is not None
         }
         logprobs = logprobs_of(logits, tokens, sampled)
         return RunningStep(sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, (), None)
 
+    @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
-        """Say that steps are not captured yet; nothing else has to be ready."""
-        if cuda_graphs or torch_compile:
-            logger.info("DeepSeek-V4 runs eagerly: --cuda-graphs and --torch-compile change nothing")
+        """On a GPU, capture decode steps, so that no request waits for it; layers are not compiled."""
+        if torch_compile:
+            logger.info("layers of DeepSeek-V4 are not compiled: --torch-compile changes nothing")
+        if not cuda_graphs:
+            return
+        start = time.perf_counter()
+        self._fixed = self.fixed_steps(batch_buckets(max_batch_size), max_chunks)
+        logger.info("%d CUDA graphs after %.1f s", self._fixed.count, time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def fixed_steps(self, buckets: Seq[int], max_chunks: int) -> FixedSteps:
+        """Decode steps of as many rows as ``buckets`` say; captured now, so no sequence may be known yet."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=self._device)
+        return FixedSteps(
+            self._model,
+            self._batch(nothing, nothing, nothing),
+            self._chunk_tokens,
+            frozenset(self._targets),
+            self._last_tokens,
+            buckets=buckets,
+            max_chunks=max_chunks,
+            max_tokens=self._max_tokens,
+        )
 
     def forget(self, seq: Sequence) -> None:
         """``seq`` left, or starts over."""
@@ -170,23 +195,40 @@ class DeepseekV4Runner:
             token_ids[list(to)] = self._last_tokens[list(source)]
         capture = None
         if plan.captures:
-            capture = TargetCapture(put([c.row for c in plan.captures], self._device), frozenset(self._targets))
-        batch = V4Batch(
-            token_ids=token_ids,
-            positions=put(positions, self._device),
-            logits_rows=put(logits_rows + scored_rows, self._device),
-            states=self._states,
-            entries=self._hot["entries"],
-            index=self._hot["index"],
-            hca=self._hot.get("hca"),
-            cold_entries=self._cold.get("entries"),
-            cold_index=self._cold.get("index"),
+            capture = TargetCapture(frozenset(self._targets))
+        batch = replace(
+            self._batch(token_ids, put(positions, self._device), put(logits_rows + scored_rows, self._device)),
             rows=rows,
             streams=tuple(streams),
             capture=capture,
             aborted=aborted,
         )
         return batch, sampled
+
+    def _batch(self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> V4Batch:
+        """A step over these tokens, int64 each, that attends to nothing yet."""
+        return V4Batch(
+            token_ids=token_ids,
+            positions=positions,
+            logits_rows=logits_rows,
+            states=self._states,
+            entries=self._hot["entries"],
+            index=self._hot["index"],
+            hca=self._hot.get("hca"),
+            cold_entries=self._cold.get("entries"),
+            cold_index=self._cold.get("index"),
+        )
+
+    def _fixed_rows(self, plan: Plan) -> list[FixedRow]:
+        """The rows of ``plan`` for a step of fixed shape; none where it is of another."""
+        if plan.streams:
+            return []
+        return [
+            self._layout.fixed_row(
+                seq, self._last_rows[seq.request_id] if seq.num_computed >= len(seq.token_ids) else None
+            )
+            for seq in plan.decode
+        ]
 
     def _wanted(self, seq: Sequence, first: int, stop: int) -> list[int]:
         """Positions behind which a step over ``first`` to ``stop`` of ``seq`` is to keep a snapshot: every so many
@@ -199,31 +241,32 @@ class DeepseekV4Runner:
             wanted.add(last)
         return sorted(wanted)
 
-    def _keep_snapshots(self, plan: Plan, batch: V4Batch) -> None:
+    def _keep_snapshots(self, plan: Plan, streams: Seq[V4Stream]) -> None:
         """Of each sequence those of its newest step that took any."""
         for seq in plan.decode:
             stop = seq.num_computed + 1
             if self._wanted(seq, stop - 1, stop):
                 line = self._states.line(seq, stop)
                 self._snapshots[seq.request_id] = {stop: self._states.snapshot(line, stop)}
-        for part, stream in zip(plan.streams, batch.streams, strict=True):
+        for part, stream in zip(plan.streams, streams, strict=True):
             if stream.kept:
                 self._snapshots[part.sequence.request_id] = stream.snapshots()
 
-    def _capture(self, request: Capture, number: int, capture: TargetCapture | None) -> CapturedTensors:
-        """What level 1 is asked with, of row ``number`` of those that were captured, and records."""
+    def _capture(self, request: Capture, capture: TargetCapture | None) -> CapturedTensors:
+        """What level 1 is asked with, and records."""
         assert capture is not None, "captures were planned"
+        row = request.row
         records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
         if request.local_slots:
             records = torch.stack([self.index_record(slot) for slot in request.local_slots])
         asked: Seq[tuple[Tensor, Tensor]]
         if self._retriever is None:
-            asked = [(capture.queries[n][0][number], capture.queries[n][1][number]) for n in self._targets]
+            asked = [(capture.queries[n][0][row], capture.queries[n][1][row]) for n in self._targets]
         else:
             at = torch.tensor([request.position], device=self._device)
             asked = []
             for layer in self._targets:
-                q, w = self._retriever.plain_queries(layer, capture.hidden[layer][number : number + 1], at)
+                q, w = self._retriever.plain_queries(layer, capture.hidden[layer][row : row + 1], at)
                 asked.append((q[0].float(), w[0].float()))
         queries = torch.cat([q for q, _ in asked])
         weights = torch.cat([w for _, w in asked])

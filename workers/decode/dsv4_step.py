@@ -144,18 +144,17 @@ class V4Stream:
 
 @dataclass
 class TargetCapture:
-    """Keeps what level 1 asks with, of some decode rows: by CSA layer number (queries float32 [rows, heads, dim],
+    """Keeps what level 1 asks with, of all decode rows: by CSA layer number (queries float32 [rows, heads, dim],
     weights float32 [rows, heads]) of the Lightning Indexer, and ``hidden`` [rows, hidden], the attention's input."""
 
-    rows: Tensor
     targets: frozenset[int]
     queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
     def add(self, number: int, q: Tensor, weights: Tensor, hidden: Tensor) -> None:
         if number in self.targets:
-            self.queries[number] = (q[self.rows].float(), weights[self.rows].float())
-            self.hidden[number] = hidden[self.rows]
+            self.queries[number] = (q.float(), weights.float())
+            self.hidden[number] = hidden
 
 
 @dataclass

@@ -19,6 +19,7 @@ from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.manifest import ManifestError, find_manifest
 from forecache.workers.decode.backbone import Backbone
+from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.dsv4_shape import MODEL_TYPE, DeepseekV4Shape
 from forecache.workers.decode.stats import ScorerName
 from forecache.workers.errors import UnsupportedModelError
@@ -181,6 +182,17 @@ def entries_spec(model_config: Any, chunk_tokens: int) -> IndexSpec | None:
     shape = DeepseekV4Shape.of(model_config)
     # its own scores are no probabilities, so no fixed threshold means anything
     return shape.index_spec(chunk_tokens, threshold=0.5, adaptive=True, targets=shape.targets, heads=shape.index_heads)
+
+
+def refuse_fallback(config: EngineConfig, model_config: Any, name: str) -> None:
+    """Raise :class:`UnsupportedModelError` where budgets are to follow a coverage that is never measured: its keys and
+    queries say which entries of DeepSeek-V4 come next, in an order, not which share of the attention goes to them."""
+    if config.fallback and model_config.model_type == MODEL_TYPE:
+        raise UnsupportedModelError(
+            f"--fallback raises the keep ratio of a sequence while its coverage is low, and for {name}, of type "
+            f"'{MODEL_TYPE}', coverage is not measured: it would never do anything. Leave --fallback out, and choose a "
+            "larger --keep-ratio where answers need more; 1.0 is exact."
+        )
 
 
 def load_retrievers(path: Path, backbone: Backbone) -> FlashMemoryIndexer:

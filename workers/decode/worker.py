@@ -24,7 +24,7 @@ from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
 from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer
+from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer, refuse_fallback
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.settings import WorkerSettings
@@ -60,7 +60,9 @@ class DecodeWorker:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
         path = resolve_model(config.model, load_format=config.load_format)
-        config = config.for_model(default_chunk_tokens(load_config(path)))
+        model_config = load_config(path)
+        refuse_fallback(config, model_config, config.model)
+        config = config.for_model(default_chunk_tokens(model_config))
         backbone = load_backbone(
             path,
             dtype=config.dtype,
