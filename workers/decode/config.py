@@ -58,7 +58,9 @@ class EngineConfig(BaseModel):
     prefill_slice_s: float | None = Field(
         None, gt=0, description="target duration of a step beside running streams; default: 0.05 on a GPU, else 0.25"
     )
-    cuda_graphs: bool = Field(True, description="run decode steps on a GPU as CUDA graphs")
+    cuda_graphs: bool | None = Field(
+        None, description="run decode steps on a GPU as CUDA graphs; default: yes, but for DeepSeek-V4"
+    )
     torch_compile: bool = Field(True, description="on a GPU, run decoder layers through torch.compile")
     overlap_steps: bool | None = Field(
         None, description="launch a step before the last one's tokens are read; default: on a GPU"

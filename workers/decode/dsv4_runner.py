@@ -110,12 +110,12 @@ class DeepseekV4Runner:
         return RunningStep(sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, (), None)
 
     @torch.inference_mode()
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
+    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
         """On a GPU, capture decode steps, so that no request waits for it; layers are not compiled."""
         if torch_compile:
             logger.info("layers of DeepSeek-V4 are not compiled: --torch-compile changes nothing")
         if not cuda_graphs:
-            return
+            return  # nor by default: its graphs have been compared with eager steps on a CPU alone
         start = time.perf_counter()
         self._fixed = self.fixed_steps(batch_buckets(max_batch_size), max_chunks)
         logger.info("%d CUDA graphs after %.1f s", self._fixed.count, time.perf_counter() - start)

@@ -128,7 +128,7 @@ class ModelRunner(Stateless):
         )
 
     @torch.inference_mode()
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
+    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
         """On a GPU, compile the layers and capture decode steps, so that no request waits for either.
 
         Raises :class:`ForecacheError` when batch sizes or layers can't share what was compiled.
@@ -141,7 +141,7 @@ class ModelRunner(Stateless):
         for tokens in WARM_UP_TOKENS if torch_compile else WARM_UP_TOKENS[:1]:
             self._forward(self._padding(tokens))
             first.append(compiled_graphs())
-        if cuda_graphs:
+        if cuda_graphs is not False:
             self._graphs = DecodeGraphs(
                 self._model,
                 self._hot,

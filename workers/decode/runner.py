@@ -36,7 +36,7 @@ class Runner(Protocol):
         """Compute ``plan``, or raise :class:`.attention.StepAbortedError`; what is computed twice is written twice."""
         ...
 
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool, torch_compile: bool) -> None:
+    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
         """On a GPU, before the first request."""
         ...
 
