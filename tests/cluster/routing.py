@@ -228,7 +228,7 @@ def table(found: list[Figures]) -> str:
         "ahead",
         "failed",
     )
-    rows = ["".join(f"{name:>13}" for name in [*names, "ahead", "failed"])]
+    rows = ["".join(f"{name:>13}" for name in names)]
     for f in found:
         numbers = [
             f.p50_first_token_s, f.p99_first_token_s, f.p50_shared_s, f.p99_shared_s, f.p50_unique_s, f.p99_unique_s,

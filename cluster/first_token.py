@@ -1,0 +1,111 @@
+"""When each worker would have a request's first token, in expected seconds, and who is asked first."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from forecache.workers.decode.rates import WorkerReport
+
+CLOSE_SHARE, CLOSE_S = 0.1, 0.02
+"""First tokens that come this much after the earliest, or within this time, are as good: the shorter queue is taken."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one worker. The defaults stand until any worker has measured: a slow model, a slow network."""
+
+    prefill_tokens_per_s: float = 500.0
+    recall_bytes_per_s: float = 1e9
+    fetch_bytes_per_s: float = 2e8
+    requests_per_s: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Chunks of a prompt's beginning, from a worker's point of view: on its GPU, in its node's memory, on other nodes.
+    What follows them is prefilled."""
+
+    hot: int = 0
+    local: int = 0
+    remote: int = 0
+
+    @property
+    def chunks(self) -> int:
+        return self.hot + self.local + self.remote
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """Expected seconds until a request's first token at one worker, by what they are spent on."""
+
+    queue_s: float
+    prefill_s: float
+    fetch_s: float
+    recall_s: float
+
+    @property
+    def work_s(self) -> float:
+        return self.prefill_s + self.fetch_s + self.recall_s
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.work_s
+
+
+def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
+    """Each worker's rates. What one has not measured is the mean of what others have: a new worker is like them."""
+    reports = list(reports)
+
+    def column(rate: Callable[[WorkerReport], float | None], default: float) -> list[float]:
+        measured = [value for report in reports if (value := rate(report))]
+        mean = fmean(measured) if measured else default
+        return [rate(report) or mean for report in reports]
+
+    default = Rates()
+    columns = (
+        column(lambda report: report.prefill_tokens_per_s, default.prefill_tokens_per_s),
+        column(lambda report: report.recall_bytes_per_s, default.recall_bytes_per_s),
+        column(lambda report: report.fetch_bytes_per_s, default.fetch_bytes_per_s),
+        column(lambda report: report.requests_per_s, default.requests_per_s),
+    )
+    return [Rates(*row) for row in zip(*columns, strict=True)]
+
+
+def slot_wait_s(load: int, report: WorkerReport, rates: Rates) -> float:
+    """Until a worker with ``load`` requests has room in its batch for one more: it lets in ``batch_size``, or as many
+    as run while some wait for hot slots."""
+    room = max(report.running, 1) if report.waiting else report.batch_size
+    return max(load + 1 - room, 0) / rates.requests_per_s
+
+
+def first_token(
+    tokens: int, chunk_tokens: int, stored: Stored, report: WorkerReport, rates: Rates, queue_s: float
+) -> FirstToken:
+    """Of a prompt of so many ``tokens``, behind a queue of ``queue_s``. The last token is always computed."""
+    computed = max(tokens - stored.chunks * chunk_tokens, 1)
+    return FirstToken(
+        queue_s,
+        prefill_s=computed / rates.prefill_tokens_per_s,
+        fetch_s=stored.remote * report.chunk_bytes / rates.fetch_bytes_per_s,
+        recall_s=stored.local * report.chunk_bytes / rates.recall_bytes_per_s,
+    )
+
+
+def order(prices: Mapping[str, FirstToken], loads: Mapping[str, int], imbalance: int) -> list[str]:
+    """Workers, best first; of equal ones who comes first in ``prices``.
+
+    The earliest first token wins, and of those that are as good as the earliest the shortest queue. Who has
+    ``imbalance`` more requests than the least loaded worker comes last, whatever it has stored: a prefix can be
+    computed again, while streams that share one worker stay slow.
+    """
+    least = min(loads.values())
+    crowded = {name for name in prices if loads[name] - least >= imbalance}
+    earliest_s = min(price.total_s for name, price in prices.items() if name not in crowded)
+    close_s = max(earliest_s * (1 + CLOSE_SHARE), earliest_s + CLOSE_S)
+
+    def rank(name: str) -> tuple[bool, bool, int, float]:
+        total_s = prices[name].total_s
+        close = total_s <= close_s
+        return name in crowded, not close, loads[name] if close else 0, total_s
+
+    return sorted(prices, key=rank)
