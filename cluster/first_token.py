@@ -39,17 +39,36 @@ class FirstToken:
     """Expected seconds until a request's first token at one worker, by what they are spent on."""
 
     queue_s: float
+    prefill_tokens: int
     prefill_s: float
     fetch_s: float
     recall_s: float
 
     @property
-    def work_s(self) -> float:
-        return self.prefill_s + self.fetch_s + self.recall_s
-
-    @property
     def total_s(self) -> float:
-        return self.queue_s + self.work_s
+        return self.queue_s + self.prefill_s + self.fetch_s + self.recall_s
+
+
+class Backlog:
+    """Prompt tokens that a worker was sent and should not have prefilled yet, at the rate that it does so now."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self.last_s = 0.0
+        """When the worker was last sent something."""
+
+    def tokens(self, now_s: float, rates: Rates) -> float:
+        return max(self._tokens - (now_s - self.last_s) * rates.prefill_tokens_per_s, 0.0)
+
+    def add(self, tokens: float, now_s: float, rates: Rates) -> None:
+        self._tokens = self.tokens(now_s, rates) + tokens
+        self.last_s = now_s
+
+    def hear(self, tokens_left: int, now_s: float, rates: Rates) -> None:
+        """The worker itself has so many left. It may not have seen the last ones yet, so that fewer say nothing."""
+        behind = tokens_left - self.tokens(now_s, rates)
+        if behind > 0:
+            self.add(behind, now_s, rates)
 
 
 def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
@@ -85,6 +104,7 @@ def first_token(
     computed = max(tokens - stored.chunks * chunk_tokens, 1)
     return FirstToken(
         queue_s,
+        prefill_tokens=computed,
         prefill_s=computed / rates.prefill_tokens_per_s,
         fetch_s=stored.remote * report.chunk_bytes / rates.fetch_bytes_per_s,
         recall_s=stored.local * report.chunk_bytes / rates.recall_bytes_per_s,

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import ray
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from forecache.cluster.first_token import FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
+from forecache.cluster.first_token import Backlog, FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
 from forecache.workers.decode.messages import GenerateRequest
 from forecache.workers.decode.rates import WorkerReport
 from forecache.workers.decode.settings import actor_name
@@ -58,8 +58,8 @@ class PrefixAffinityRouter(RequestRouter):
     """Ray Serve's request router over decode workers, in the process of the handle that sends to them.
 
     A request goes where its first token is expected soonest, which :mod:`.first_token` reckons. How fast workers are
-    they report themselves. What is stored where it knows from the catalog, a hint that it does
-    without when Redis does not answer; what is on which GPU, from its own routing.
+    they report themselves. What is stored where it knows from the catalog, a hint that it does without when Redis does
+    not answer; what is on which GPU, from its own routing.
     """
 
     def initialize_state(  # type: ignore[override]
@@ -72,7 +72,7 @@ class PrefixAffinityRouter(RequestRouter):
         self._catalog = Catalog(redis_url) if redis_url else None
         self._catalog_asleep_until_s = 0.0
         self._reports: dict[str, WorkerReport] = {}
-        self._free_at_s: dict[str, float] = {}  # worker -> when it should be through with the prefill it was sent
+        self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -82,19 +82,26 @@ class PrefixAffinityRouter(RequestRouter):
         request = _generate_request(pending_request)
         if request is None or len(candidate_replicas) < 2:
             return [candidate_replicas]
-        # of workers that are as good as each other, the one that has been idle longest is first
-        replicas = {
-            _name(replica.replica_id): replica
-            for replica in sorted(candidate_replicas, key=lambda r: self._free_at_s.get(_name(r.replica_id), 0.0))
-        }
+        replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
         reports = {name: WorkerReport.of(replica.routing_stats) for name, replica in replicas.items()}
+        rates = dict(zip(reports, measured_rates(reports.values()), strict=True))
         keys, run = await asyncio.to_thread(self._look_up, request, reports)
-        loads = {name: self._load(replica, reports[name]) for name, replica in replicas.items()}
-        prices = self._prices(request, reports, loads, self._stored(keys, run, reports))
+        stored, now_s = self._stored(keys, run, reports), time.monotonic()
+        tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        loads: dict[str, int] = {}
+        prices: dict[str, FirstToken] = {}
+        # of workers that are as good as each other, the one that was sent nothing for longest is first
+        for name in sorted(replicas, key=lambda name: self._backlogs[name].last_s):
+            loads[name] = self._load(replicas[name], reports[name])
+            queue_s = max(
+                self._backlogs[name].tokens(now_s, rates[name]) / rates[name].prefill_tokens_per_s,
+                slot_wait_s(loads[name], reports[name], rates[name]),
+            )
+            prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
         best, *others = order(prices, loads, self._imbalance)
-        self._free_at_s[best] = max(self._free_at_s.get(best, 0.0), time.monotonic()) + prices[best].work_s
+        self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
         self._memory.record(keys, best)
-        expected = {name: round(seconds, 3) for name, seconds in asdict(prices[best]).items()}
+        expected = {name: round(value, 3) for name, value in asdict(prices[best]).items()}
         logger.info("request routed", extra={"request_id": request.request_id, "worker": best, **expected})
         return [[replicas[name]] for name in (best, *others)]
 
@@ -102,22 +109,6 @@ class PrefixAffinityRouter(RequestRouter):
         """Requests at a worker; Serve forgets their number when none has come or gone for a while."""
         known = self.replica_queue_len_cache.get(replica.replica_id)
         return report.running + report.waiting if known is None else known
-
-    def _prices(
-        self,
-        request: GenerateRequest,
-        reports: Mapping[str, WorkerReport],
-        loads: Mapping[str, int],
-        stored: Mapping[str, Stored],
-    ) -> dict[str, FirstToken]:
-        tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
-        now_s, prices = time.monotonic(), {}
-        for name, rates in zip(reports, measured_rates(reports.values()), strict=True):
-            report = reports[name]
-            prefilling_s = max(self._free_at_s.get(name, 0.0) - now_s, 0.0)
-            queue_s = max(prefilling_s, slot_wait_s(loads[name], report, rates))
-            prices[name] = first_token(tokens, self._chunk_tokens, stored[name], report, rates, queue_s)
-        return prices
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         left = [replica for name, replica in self.curr_replicas.items() if name not in {r.replica_id for r in replicas}]
@@ -127,14 +118,14 @@ class PrefixAffinityRouter(RequestRouter):
             self._reclaim(replica)
 
     def _hear(self, reports: dict[str, WorkerReport]) -> None:
-        """Workers that have more to prefill than was expected by now are slower than that."""
+        """News of the workers that there are now."""
         now_s = time.monotonic()
         for (name, report), rates in zip(reports.items(), measured_rates(reports.values()), strict=True):
             if report != self._reports.get(name):  # else it came again, with another worker's news
-                free_at_s = now_s + report.prefill_tokens_left / rates.prefill_tokens_per_s
-                self._free_at_s[name] = max(self._free_at_s.get(name, 0.0), free_at_s)
+                self._backlogs[name].hear(report.prefill_tokens_left, now_s, rates)
         self._reports = reports
-        self._free_at_s = {name: free_at_s for name, free_at_s in self._free_at_s.items() if name in reports}
+        for name in self._backlogs.keys() - reports.keys():
+            del self._backlogs[name]
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         replica = self.curr_replicas.get(replica_id)

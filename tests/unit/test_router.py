@@ -1,7 +1,6 @@
 """A request goes where its first token is expected soonest, and never where far more others are."""
 
 import asyncio
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 
 from forecache.cluster.first_token import (
+    Backlog,
     FirstToken,
     Rates,
     Stored,
@@ -89,8 +89,8 @@ def test_a_report_says_what_was_measured_and_comes_through_serve_as_it_was() -> 
 def test_the_first_token_is_queue_and_prefill_and_fetch_and_recall() -> None:
     report = WorkerReport(chunk_bytes=1000)
     price = first_token(1000, 64, Stored(hot=2, local=5, remote=3), report, RATES, queue_s=1.5)
-    assert price == FirstToken(1.5, (1000 - 640) / 100, 3000 / 1e5, 5000 / 1e6)
-    assert price.total_s == pytest.approx(1.5 + 3.6 + 0.03 + 0.005) and price.work_s == pytest.approx(3.635)
+    assert price == FirstToken(1.5, 1000 - 640, (1000 - 640) / 100, 3000 / 1e5, 5000 / 1e6)
+    assert price.total_s == pytest.approx(1.5 + 3.6 + 0.03 + 0.005)
     assert first_token(640, 64, Stored(hot=10), report, RATES, 0).prefill_s == 1 / 100  # the last token is computed
 
 
@@ -112,7 +112,7 @@ def test_what_was_not_measured_is_as_at_other_workers() -> None:
 
 
 def price(queue_s: float = 0.0, prefill_s: float = 0.0, fetch_s: float = 0.0) -> FirstToken:
-    return FirstToken(queue_s, prefill_s, fetch_s, 0.0)
+    return FirstToken(queue_s, 1, prefill_s, fetch_s, 0.0)
 
 
 def test_the_earliest_first_token_wins_and_of_close_ones_the_shorter_queue() -> None:
@@ -211,20 +211,30 @@ def test_prompts_go_to_the_other_worker_once_the_queue_costs_more_than_the_prefi
     # a has the chunks and two seconds of work, b two seconds and ten chunks, 0.1 s, to fetch: the shorter queue
     assert routing.send() == "b"
     assert [routing.send(other) for _ in range(4)].count("a") == 2
-    now = time.monotonic()
-    assert all(4 < free_at_s - now < 7 for free_at_s in routing.router._free_at_s.values())
 
 
-def test_a_worker_that_is_behind_what_was_expected_says_so(redis_server: Any, catalog: Catalog) -> None:
-    idle, behind = Replica("a", report("ta")), Replica("b", report("tb", prefill_tokens_left=640))
-    routing = Routing([behind, idle], redis_server.url)
-    routing.router._hear({"a": report("ta"), "b": report("tb", prefill_tokens_left=640)})
-    assert routing.send(tuple(range(64))) == "a"
-    later = dict(routing.router._free_at_s)
-    routing.router._hear({"a": report("ta"), "b": report("tb", prefill_tokens_left=640)})
-    assert routing.router._free_at_s == later, "the same report again is no news"
-    routing.router._hear({"a": report("ta")})
-    assert list(routing.router._free_at_s) == ["a"]
+def test_a_backlog_is_worked_off_at_the_rate_of_the_day() -> None:
+    backlog, fast = Backlog(), Rates(prefill_tokens_per_s=1000)
+    backlog.add(500, 10.0, RATES)
+    backlog.add(100, 12.0, RATES)
+    assert backlog.tokens(12.0, RATES) == 400 and backlog.tokens(13.0, RATES) == 300
+    assert backlog.tokens(12.2, fast) == pytest.approx(200) and backlog.tokens(20.0, RATES) == 0
+    backlog.hear(100, 13.0, RATES)  # what was sent last it may not have seen yet
+    assert backlog.tokens(13.0, RATES) == 300
+    backlog.hear(700, 13.0, RATES)
+    assert backlog.tokens(13.0, RATES) == 700 and backlog.last_s == 13.0
+
+
+def test_a_worker_that_is_behind_what_was_expected_says_so() -> None:
+    idle, behind = report("ta"), report("tb", prefill_tokens_left=6400)
+    routing = Routing([Replica("b", behind), Replica("a", idle)], None)
+    routing.router._hear({"a": idle, "b": behind})
+    assert [routing.send(tuple(range(number, number + 640))) for number in range(3)] == ["a"] * 3
+    routing.router._backlogs["b"] = Backlog()
+    routing.router._hear({"a": idle, "b": behind})  # the same report once more is no news
+    assert routing.send(tuple(range(64))) == "b"
+    routing.router._hear({"a": idle})
+    assert list(routing.router._backlogs) == ["a"]
 
 
 @pytest.mark.parametrize("redis_url", [None, "redis://127.0.0.1:1/0"])
@@ -233,7 +243,7 @@ def test_without_redis_prompts_go_where_their_beginning_went(redis_url: str | No
     first = routing.send()
     other = tuple(range(5000, 5000 + 640))
     assert routing.send(other) != first
-    routing.router._free_at_s.clear()  # time passes
+    routing.router._backlogs.clear()  # time passes
     assert routing.send((*PROMPT, *range(64))) == first
 
 

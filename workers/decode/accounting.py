@@ -100,6 +100,7 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
         context_bytes=chunks * chunk_bytes,
         resident_bytes=resident * chunk_bytes,
         queue_s=0.0 if admitted is None else admitted - arrived,
+        locate_s=counters.locate_s,
         time_to_first_token_s=0.0 if counters.first_token_s is None else counters.first_token_s - arrived,
     )
 
