@@ -70,6 +70,17 @@ def test_a_moving_rate_is_of_the_last_reports_with_work() -> None:
     assert 300 < (rate.per_s or 0) < 3000
 
 
+def test_a_moving_rate_is_that_of_work_in_bulk() -> None:
+    rate = MovingRate()
+    rate.observe(3000, 1.0)
+    for number in range(1, 11):  # small and slow
+        rate.observe(3000 + 60 * number, 1.0 + 0.1 * number)
+    assert rate.per_s == pytest.approx(3000, rel=0.1)
+    for number in range(11, 61):  # and nothing else any more
+        rate.observe(3000 + 60 * number, 1.0 + 0.1 * number)
+    assert rate.per_s == pytest.approx(600, rel=0.05)
+
+
 def test_a_report_says_what_was_measured_and_comes_through_serve_as_it_was() -> None:
     reporter = Reporter("layout", "tier", chunk_bytes=1000, batch_size=4)
     first = reporter.report(EngineStats(), None)

@@ -12,7 +12,11 @@ MEMORY = 0.8
 
 
 class MovingRate:
-    """Amount per second of work, over the last few reports in which any was done."""
+    """Amount per second of work, over the last few reports in which any was done.
+
+    Each counts by its amount: work in bulk is what takes long, and small pieces are slower than it, since each has a
+    cost of its own.
+    """
 
     def __init__(self) -> None:
         self._seen = (0.0, 0.0)
@@ -28,8 +32,8 @@ class MovingRate:
         more, longer_s = amount - self._seen[0], duration_s - self._seen[1]
         self._seen = amount, duration_s
         if more > 0 and longer_s > 0:
-            self._amount = MEMORY * self._amount + more
-            self._duration_s = MEMORY * self._duration_s + longer_s
+            self._amount = MEMORY * self._amount + more * more
+            self._duration_s = MEMORY * self._duration_s + more * longer_s
 
 
 @dataclass(frozen=True)
