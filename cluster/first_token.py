@@ -9,6 +9,10 @@ from forecache.workers.decode.rates import WorkerReport
 CLOSE_SHARE, CLOSE_S = 0.1, 0.02
 """First tokens that come this much after the earliest, or within this time, are as good: the shorter queue is taken."""
 
+ALIKE = 2.0
+"""A rate that differs less than by this factor from the mean is taken for it: the difference is what a worker had to do
+beside, or what else its machine did. Else noise would send all that comes to one worker, streams and all."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -72,13 +76,14 @@ class Backlog:
 
 
 def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
-    """Each worker's rates. What one has not measured is the mean of what others have: a new worker is like them."""
+    """Each worker's rates: the mean of all that have measured, unless its own is far from that."""
     reports = list(reports)
 
     def column(rate: Callable[[WorkerReport], float | None], default: float) -> list[float]:
         measured = [value for report in reports if (value := rate(report))]
         mean = fmean(measured) if measured else default
-        return [rate(report) or mean for report in reports]
+        own = [rate(report) or mean for report in reports]
+        return [mean if mean / ALIKE <= value <= mean * ALIKE else value for value in own]
 
     default = Rates()
     columns = (

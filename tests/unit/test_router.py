@@ -117,7 +117,9 @@ def test_a_batch_that_is_full_is_waited_for() -> None:
 def test_what_was_not_measured_is_as_at_other_workers() -> None:
     fast, slow, new = WorkerReport(prefill_tokens_per_s=300), WorkerReport(prefill_tokens_per_s=100), WorkerReport()
     rates = measured_rates([fast, slow, new])
-    assert [rate.prefill_tokens_per_s for rate in rates] == [300, 100, 200]
+    assert [rate.prefill_tokens_per_s for rate in rates] == [200, 200, 200]  # nothing to choose a worker by
+    rates = measured_rates([WorkerReport(prefill_tokens_per_s=20), fast, fast, new])
+    assert [rate.prefill_tokens_per_s for rate in rates] == pytest.approx([20, 620 / 3, 620 / 3, 620 / 3])
     assert {rate.fetch_bytes_per_s for rate in rates} == {Rates().fetch_bytes_per_s}
     assert measured_rates([new]) == [Rates()] and measured_rates([]) == []
 
@@ -262,6 +264,17 @@ def test_workers_that_have_reported_nothing_share_what_comes(redis_server: Any) 
     routing = Routing([Replica(name, None) for name in "abcd"], redis_server.url)
     prompts = [tuple(range(start, start + 300)) for start in range(0, 8000, 1000)]
     assert sorted(routing.send(prompt) for prompt in prompts) == sorted("abcd" * 2)
+
+
+def test_streams_are_shared_by_workers_that_measured_differently(redis_server: Any) -> None:
+    rates = {"a": 100.0, "b": 280.0}
+    workers = [Replica(name, report(f"t{name}", prefill_tokens_per_s=rate)) for name, rate in rates.items()]
+    routing = Routing(workers, redis_server.url)
+    sent = []
+    for number in range(8):
+        sent.append(routing.send(tuple(range(1000 * number, 1000 * number + 300))))
+        routing.router._backlogs.clear()  # it was prefilled, and goes on
+    assert sent[::2] != sent[1::2] and sorted(sent) == list("aaaabbbb")
 
 
 def test_one_prefix_does_not_pile_up(catalog: Catalog, redis_server: Any) -> None:
