@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import ray
+from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from forecache.cluster.first_token import Backlog, FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
@@ -137,8 +138,8 @@ class PrefixAffinityRouter(RequestRouter):
         """What a worker that is gone held in its node's memory tier can be evicted again."""
         try:
             tier = ray.get_actor(actor_name(self._run, "tier", replica.node_id), namespace=self._namespace)
-        except ValueError:
-            return  # the node is gone too
+        except (ValueError, RayError):
+            return  # the node is gone too; or Ray can't tell now, and the supervisor sees to it later
         tier.release_worker.remote(_name(replica.replica_id))
 
     def _look_up(
