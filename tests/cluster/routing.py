@@ -285,8 +285,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="forecache-routing-", dir="/dev/shm") as directory:
         model = Path(directory) / "tiny"
         make_model(model, args.hidden_size, args.layers)
-        found = [measure(args, router, model, Path(directory)) for router in ROUTERS]
-    print(table(found))
+        found: list[Figures] = []
+        for router in ROUTERS:
+            found.append(measure(args, router, model, Path(directory)))
+            print(table(found), flush=True)
     if args.out is not None:
         settings = {name: value for name, value in vars(args).items() if name != "out"}
         args.out.write_text(json.dumps({"settings": settings, "routers": [asdict(f) for f in found]}, indent=1) + "\n")
