@@ -201,6 +201,7 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
         completion_tokens=sum(stats.completion_tokens for stats in everyone),
         keep_ratio=sum(stats.keep_ratio for stats in everyone) / len(everyone),
         queue_s=max(stats.queue_s for stats in everyone),
+        locate_s=max(stats.locate_s for stats in everyone),
         time_to_first_token_s=max(stats.time_to_first_token_s for stats in everyone),
         **{name: sum(getattr(stats, name) for stats in everyone) for name in summed},
     )

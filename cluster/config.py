@@ -65,7 +65,7 @@ class ServeConfig(BaseModel):
     )
     object_store_bytes: Size = Field(128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here")
     router: Literal["prefix", "power-of-two"] = Field(
-        "prefix", description="which worker gets a request: who has most of its prompt, by load; or the freer of two"
+        "prefix", description="which worker gets a request: whose first token is expected soonest; or the freer of two"
     )
     max_ongoing_requests: int = Field(256, ge=1, description="requests one worker accepts, running and waiting")
     start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")

@@ -299,6 +299,7 @@ def usage(stats: SequenceStats) -> dict[str, Any]:
             "context_bytes": stats.context_bytes,
             "resident_bytes": stats.resident_bytes,
             "queue_s": stats.queue_s,
+            "locate_s": stats.locate_s,
             "time_to_first_token_s": stats.time_to_first_token_s,
         },
     }

@@ -1,19 +1,22 @@
-"""Which worker gets a request: the one with the longest part of its prompt, then the least loaded."""
+"""Which worker gets a request: the one whose first token is expected soonest, by what is stored where and by load."""
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
 
 import ray
+from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from forecache.cluster.first_token import Backlog, FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
 from forecache.workers.decode.messages import GenerateRequest
+from forecache.workers.decode.rates import WorkerReport
 from forecache.workers.decode.settings import actor_name
 from forecache.workers.errors import CatalogUnavailableError
-from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.catalog import Catalog, StoredRun
 from forecache.workers.memory.keys import ChunkKey, prefix_keys, root_key
 
 logger = logging.getLogger(__name__)
@@ -52,30 +55,12 @@ class PrefixMemory:
         return chunks
 
 
-def rank(
-    loads: Mapping[str, int], hot_chunks: Mapping[str, int], stored_chunks: Mapping[str, int], imbalance: int
-) -> list[list[str]]:
-    """Workers in ranks, best first; inside a rank Ray Serve takes the shortest queue.
-
-    The first rank has the longest prefix on the GPU, among equals the longest in their node's memory. Who has
-    ``imbalance`` more requests than the least loaded worker is not preferred for its prefix: a prefix can be computed
-    again, a queue can't be jumped.
-    """
-    least = min(loads.values())
-    willing = [name for name in loads if loads[name] - least < imbalance]
-    best = max((hot_chunks.get(name, 0), stored_chunks.get(name, 0)) for name in willing)
-    if best == (0, 0):
-        return [list(loads)]
-    first = [name for name in willing if (hot_chunks.get(name, 0), stored_chunks.get(name, 0)) == best]
-    rest = [name for name in loads if name not in first]
-    return [first, rest] if rest else [first]
-
-
 class PrefixAffinityRouter(RequestRouter):
     """Ray Serve's request router over decode workers, in the process of the handle that sends to them.
 
-    What is on which GPU it knows from its own routing; what is stored on which node from the catalog, a hint that it
-    does without when Redis does not answer.
+    A request goes where its first token is expected soonest, which :mod:`.first_token` reckons. How fast workers are
+    they report themselves. What is stored where it knows from the catalog, a hint that it does without when Redis does
+    not answer; what is on which GPU, from its own routing.
     """
 
     def initialize_state(  # type: ignore[override]
@@ -87,6 +72,8 @@ class PrefixAffinityRouter(RequestRouter):
         self._memory = PrefixMemory()
         self._catalog = Catalog(redis_url) if redis_url else None
         self._catalog_asleep_until_s = 0.0
+        self._reports: dict[str, WorkerReport] = {}
+        self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -97,22 +84,49 @@ class PrefixAffinityRouter(RequestRouter):
         if request is None or len(candidate_replicas) < 2:
             return [candidate_replicas]
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
-        keys = self._keys(request, candidate_replicas)
-        stored = await self._stored_chunks(keys, candidate_replicas)
-        loads = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in replicas.items()}
-        ranks = rank(loads, self._memory.prefix_chunks(keys), stored, self._imbalance)
-        return [[replicas[name] for name in names] for names in ranks]
+        reports = {name: WorkerReport.of(replica.routing_stats) for name, replica in replicas.items()}
+        rates = dict(zip(reports, measured_rates(reports.values()), strict=True))
+        keys, run = await asyncio.to_thread(self._look_up, request, reports)
+        stored, now_s = self._stored(keys, run, reports), time.monotonic()
+        tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        loads: dict[str, int] = {}
+        prices: dict[str, FirstToken] = {}
+        # of workers that are as good as each other, the one that was sent nothing for longest is first
+        for name in sorted(replicas, key=lambda name: self._backlogs[name].last_s):
+            loads[name] = self._load(replicas[name], reports[name])
+            queue_s = max(
+                self._backlogs[name].tokens(now_s, rates[name]) / rates[name].prefill_tokens_per_s,
+                slot_wait_s(loads[name], reports[name], rates[name]),
+            )
+            prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
+        best, *others = order(prices, loads, self._imbalance)
+        self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
+        self._memory.record(keys, best)
+        expected = {name: round(value, 3) for name, value in asdict(prices[best]).items()}
+        logger.info("request routed", extra={"request_id": request.request_id, "worker": best, **expected})
+        return [[replicas[name]] for name in (best, *others)]
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        request = _generate_request(pending_request)
-        if request is not None:
-            self._memory.record(self._keys(request, list(self.curr_replicas.values())), _name(replica_id))
+    def _load(self, replica: RunningReplica, report: WorkerReport) -> int:
+        """Requests at a worker; Serve forgets their number when none has come or gone for a while."""
+        known = self.replica_queue_len_cache.get(replica.replica_id)
+        return report.running + report.waiting if known is None else known
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         left = [replica for name, replica in self.curr_replicas.items() if name not in {r.replica_id for r in replicas}]
         super().update_replicas(replicas)
+        self._hear({_name(replica.replica_id): WorkerReport.of(replica.routing_stats) for replica in replicas})
         for replica in left:
             self._reclaim(replica)
+
+    def _hear(self, reports: dict[str, WorkerReport]) -> None:
+        """News of the workers that there are now."""
+        now_s = time.monotonic()
+        for (name, report), rates in zip(reports.items(), measured_rates(reports.values()), strict=True):
+            if report != self._reports.get(name):  # else it came again, with another worker's news
+                self._backlogs[name].hear(report.prefill_tokens_left, now_s, rates)
+        self._reports = reports
+        for name in self._backlogs.keys() - reports.keys():
+            del self._backlogs[name]
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         replica = self.curr_replicas.get(replica_id)
@@ -124,30 +138,40 @@ class PrefixAffinityRouter(RequestRouter):
         """What a worker that is gone held in its node's memory tier can be evicted again."""
         try:
             tier = ray.get_actor(actor_name(self._run, "tier", replica.node_id), namespace=self._namespace)
-        except ValueError:
-            return  # the node is gone too
+        except (ValueError, RayError):
+            return  # the node is gone too; or Ray can't tell now, and the supervisor sees to it later
         tier.release_worker.remote(_name(replica.replica_id))
 
-    def _keys(self, request: GenerateRequest, replicas: Sequence[RunningReplica]) -> list[ChunkKey]:
-        """Chunk keys of the prompt: those of the catalog once a worker has told its layout."""
-        layouts = (replica.routing_stats.get("layout_fingerprint") for replica in replicas)
-        layout = next((layout for layout in layouts if layout), "")
+    def _look_up(
+        self, request: GenerateRequest, reports: Mapping[str, WorkerReport]
+    ) -> tuple[list[ChunkKey], StoredRun | None]:
+        """Chunk keys of the prompt, and what the catalog has of them; ``None`` where there is none to ask."""
+        layout = next((report.layout_fingerprint for report in reports.values() if report.layout_fingerprint), "")
         root = root_key(layout, request.cache.cache_salt)
-        return list(prefix_keys(root, request.prompt_token_ids, self._chunk_tokens))
-
-    async def _stored_chunks(self, keys: list[ChunkKey], replicas: Sequence[RunningReplica]) -> dict[str, int]:
-        """Worker → chunks of the longest prefix in its own node's memory tier."""
-        if self._catalog is None or not keys or time.monotonic() < self._catalog_asleep_until_s:
-            return {}
+        token_ids = (*request.prompt_token_ids, *request.resume_token_ids)
+        keys = list(prefix_keys(root, token_ids[:-1], self._chunk_tokens))
+        if self._catalog is None or time.monotonic() < self._catalog_asleep_until_s:
+            return keys, None
         try:
-            chunks = await asyncio.to_thread(self._catalog.prefixes, keys)
+            return keys, self._catalog.stored_run(keys)
         except CatalogUnavailableError as error:
             logger.warning("routing without the catalog for %.0f s: %s", CATALOG_RETRY_S, error)
             self._catalog_asleep_until_s = time.monotonic() + CATALOG_RETRY_S
-            return {}
-        return {
-            _name(replica.replica_id): chunks.get(str(replica.routing_stats.get("tier_id")), 0) for replica in replicas
-        }
+            return keys, None
+
+    def _stored(
+        self, keys: list[ChunkKey], run: StoredRun | None, reports: Mapping[str, WorkerReport]
+    ) -> dict[str, Stored]:
+        """Where the prompt's chunks are, from each worker's point of view.
+
+        Without the catalog it is thought to have what was sent there, and nobody else's chunks.
+        """
+        sent = self._memory.prefix_chunks(keys)
+        if run is None:
+            return {name: Stored(hot=sent.get(name, 0)) for name in reports}
+        here = {name: run.by_tier.get(report.tier_id, 0) for name, report in reports.items()}
+        hot = {name: min(sent.get(name, 0), chunks) for name, chunks in here.items()}
+        return {name: Stored(hot[name], here[name] - hot[name], run.chunks - here[name]) for name in reports}
 
 
 def _generate_request(pending: PendingRequest | None) -> GenerateRequest | None:

@@ -110,7 +110,7 @@ def growth(chunks: int, tiers: int, facts: str) -> Growth:
         prefixes = [[key_of(int(start) + n) for n in range(BUDGET)] for start in starts]
         assert all(len(places) == min(COPIES, tiers) for places in catalog.locate(windows[0]))
         locate = milliseconds(lambda number: catalog.locate(windows[number]))
-        prefix = milliseconds(lambda number: catalog.longest_prefix(prefixes[number]))
+        prefix = milliseconds(lambda number: catalog.stored_run(prefixes[number]))
     placement = milliseconds(lambda number: [rendezvous(key, tier_ids) for key in windows[number]])
     scores = rng.random(chunks, dtype=np.float32)
     config = SelectionConfig()

@@ -104,7 +104,7 @@ class StubWorker(DecodeWorker):
     async def stats(self) -> WorkerStats:
         return WorkerStats("stub", "stub", self._engine.stats(), None, ScorerStats("bounds", "", 0))
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    async def record_routing_stats(self) -> dict[str, Any]:
         return {}
 
     def __del__(self) -> None:

@@ -13,14 +13,37 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))  # what tests share with the scripts beside them
 
 from byte_model import write_byte_model
 from processes import processes_below
 
+from forecache.cluster.serving import NAMESPACE
+
 START_S = 180.0
 STOP_S = 60.0
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A Ray cluster of three nodes, joined; what is defined in the test's module runs there too. Tests that take a node
+    away put another in its place."""
+    cloudpickle: Any = ray.cloudpickle
+    cloudpickle.register_pickle_by_value(request.module)
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(**NODE)
+        ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        cloudpickle.unregister_pickle_by_value(request.module)
 
 
 @pytest.fixture(scope="session")

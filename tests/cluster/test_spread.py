@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,22 +132,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    cloudpickle: Any = ray.cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    try:
-        for _ in range(2):
-            cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
 class Nodes:
     """Tiers with arenas of so many slots, one on each node, and workers beside them."""
 
@@ -240,6 +222,7 @@ def test_a_session_with_a_tenth_of_its_chunks_here_is_decoded_as_one_that_has_al
         answer, stats = get(tenth.run.remote(number, prompt, keep_ratio))
         assert answer == expected
         assert stats.cached_tokens == PROMPT_CHUNKS * CHUNK_TOKENS  # nothing was computed again
+        assert 0 < stats.locate_s < stats.queue_s < stats.time_to_first_token_s
         assert nodes.stats(1).fetched_chunks - before >= stats.recalled_chunks // 2 > 0
         nodes.check()
 

@@ -12,7 +12,7 @@ import torch
 
 from forecache.workers.errors import ArenaError, ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.catalog import Catalog, StoredRun
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.remote import RemoteMemory
@@ -147,7 +147,7 @@ def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier,
     assert get(b.read.remote("0", KEYS[:5])) == [1, 2, 3]
     assert get(b.write.remote("0", KEYS[:4])) == [True, True, True, False]
     assert get(b.write.remote("1", KEYS[10:12], commit=False)) == [False, False]
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(4, {"tier": 4}))
     [record] = catalog.tiers()
     assert (record.node_id, record.slots) == (ray.get_runtime_context().get_node_id(), SLOTS)
 
@@ -174,14 +174,14 @@ def test_wrong_chunk_is_forgotten_everywhere(start_tier: StartTier, catalog: Cat
     tier = start_tier()
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:3]))
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"tier": 3}))
     memory = RemoteMemory(lambda: tier, deadline_s=20)
     refs = memory.hold_prefix("driver/0", KEYS[:3])
     memory.arena.chunks[refs[1].slot][5] ^= 1
     assert get(a.read.remote("1", KEYS[:3])) == [1, -1, 3]
     memory.drop(KEYS[1], refs[1])
     assert memory.hold("driver/0", KEYS[:3]) == [refs[0], None, refs[2]]
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"tier": 1}))
     assert memory.stats().dropped_chunks == 1
     get(tier.check_integrity.remote())
     memory.close()
@@ -193,12 +193,12 @@ def test_redis_that_comes_back_empty_is_filled_again(
     tier = start_tier()
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:2]))
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(2, {"tier": 2}))
     redis_server.kill()
     assert get(a.write.remote("0", KEYS[2:4])) == [False, False]
     assert get(a.read.remote("1", KEYS)) == [1, 2, 3, 4]
     redis_server.start()
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(4, {"tier": 4}))
 
 
 def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog) -> None:
@@ -206,7 +206,7 @@ def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog
     memory = RemoteMemory(lambda: tier, deadline_s=20)
     a = start_worker("a", tier)
     get(a.write.remote("0", KEYS[:3]))
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"tier": 3}))
     [before] = catalog.tiers()
     pid = process_of(tier)
     ray.kill(tier, no_restart=False)
@@ -222,7 +222,7 @@ def test_restarted_tier_adopts_its_arena(start_tier: StartTier, catalog: Catalog
     refs = memory.hold_prefix("driver/0", KEYS)
     assert [memory.arena.check(ref, key) for ref, key in zip(refs, KEYS, strict=False)] == [True] * 3
     assert memory.stats().held_slots == 3
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["tier"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"tier": 3}))
     assert catalog.tiers()[0].incarnation != before.incarnation
     assert get(a.write.remote("1", KEYS[3:5])) == [False, False]
     memory.close()

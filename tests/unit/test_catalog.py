@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, TierRecord
+from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, StoredRun, TierRecord
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.publisher import CatalogPublisher
 from forecache.workers.memory.store import ArenaStore
@@ -48,31 +48,33 @@ def put(store: ArenaStore, keys: list[bytes]) -> None:
     store.release("writer")
 
 
-def test_longest_prefix_is_that_of_one_tier(catalog: Catalog) -> None:
+def test_a_stored_run_goes_on_from_tier_to_tier(catalog: Catalog) -> None:
     for tier_id in ("a", "b", "c"):
         assert not catalog.heartbeat(record(tier_id), expiry_s=60)
     catalog.publish("a", "1", KEYS[0:3])
     catalog.publish("b", "1", [*KEYS[0:2], *KEYS[3:6]])
     catalog.publish("c", "1", KEYS[1:6])
-    assert catalog.longest_prefix(KEYS) == (3, ["a"])
-    assert catalog.longest_prefix(KEYS[0:2]) == (2, ["a", "b"])
-    assert catalog.longest_prefix(KEYS[1:]) == (5, ["c"])
-    assert catalog.longest_prefix(KEYS[6:]) == (0, [])
-    assert catalog.longest_prefix([]) == (0, [])
+    assert catalog.stored_run(KEYS) == StoredRun(6, {"a": 3, "b": 5, "c": 5})
+    assert catalog.stored_run(KEYS[0:2]) == StoredRun(2, {"a": 2, "b": 2, "c": 1})
+    assert catalog.stored_run(KEYS[1:]) == StoredRun(5, {"a": 2, "b": 4, "c": 5})
+    assert catalog.stored_run(KEYS[6:]) == StoredRun(0, {})
+    assert catalog.stored_run([]) == StoredRun(0, {})
     catalog.withdraw("a", KEYS[2:3])
-    assert catalog.longest_prefix(KEYS) == (2, ["a", "b"])
+    assert catalog.stored_run(KEYS) == StoredRun(6, {"a": 2, "b": 5, "c": 5})
+    catalog.withdraw("c", KEYS[2:3])
+    assert catalog.stored_run(KEYS) == StoredRun(2, {"a": 2, "b": 2, "c": 1})
 
 
 def test_stale_incarnations_do_not_count(catalog: Catalog) -> None:
     catalog.publish("a", "1", KEYS)
-    assert catalog.longest_prefix(KEYS) == (0, [])  # the tier has not said that it lives
+    assert catalog.stored_run(KEYS) == StoredRun(0, {})  # the tier has not said that it lives
     assert not catalog.heartbeat(record("a", "1"), expiry_s=60)
     assert catalog.heartbeat(record("a", "1"), expiry_s=60)
-    assert catalog.longest_prefix(KEYS) == (len(KEYS), ["a"])
+    assert catalog.stored_run(KEYS) == StoredRun(len(KEYS), {"a": len(KEYS)})
     assert not catalog.heartbeat(record("a", "2"), expiry_s=60)
-    assert catalog.longest_prefix(KEYS) == (0, [])
+    assert catalog.stored_run(KEYS) == StoredRun(0, {})
     catalog.publish("a", "2", KEYS[:2])
-    assert catalog.longest_prefix(KEYS) == (2, ["a"])
+    assert catalog.stored_run(KEYS) == StoredRun(2, {"a": 2})
 
 
 def test_silent_and_removed_tiers_are_gone(catalog: Catalog) -> None:
@@ -83,7 +85,7 @@ def test_silent_and_removed_tiers_are_gone(catalog: Catalog) -> None:
         catalog.publish(tier_id, "1", KEYS)
     catalog.remove_tier("removed")
     wait_until(lambda: [tier.tier_id for tier in catalog.tiers()] == ["living"])
-    assert catalog.longest_prefix(KEYS) == (len(KEYS), ["living"])
+    assert catalog.stored_run(KEYS) == StoredRun(len(KEYS), {"living": len(KEYS)})
     [tier] = catalog.tiers()
     assert (tier.incarnation, tier.node_id, tier.slots, tier.used_slots) == ("1", "node", 10, 3)
     assert abs(time.time() - tier.heartbeat_unix_s) < 600
@@ -93,9 +95,9 @@ def test_keys_are_bytes_of_any_kind_and_batches_have_no_seams(catalog: Catalog) 
     keys = [i.to_bytes(2, "big") + b"\r\n\0\xff :*" + bytes(6) for i in range(2 * BATCH_KEYS + 1)]
     catalog.heartbeat(record("a"), expiry_s=60)
     catalog.publish("a", "1", iter(keys))
-    assert catalog.longest_prefix(keys) == (len(keys), ["a"])
+    assert catalog.stored_run(keys) == StoredRun(len(keys), {"a": len(keys)})
     catalog.withdraw("a", keys[BATCH_KEYS:])
-    assert catalog.longest_prefix(keys) == (BATCH_KEYS, ["a"])
+    assert catalog.stored_run(keys) == StoredRun(BATCH_KEYS, {"a": BATCH_KEYS})
 
 
 def test_entries_expire_and_empty_ones_vanish(catalog: Catalog, redis_server: Any) -> None:
@@ -106,11 +108,11 @@ def test_entries_expire_and_empty_ones_vanish(catalog: Catalog, redis_server: An
         assert client.keys(CHUNK_PREFIX + b"*") == []
 
 
-def test_longest_prefix_is_one_round_trip(catalog: Catalog, redis_server: Any) -> None:
-    catalog.longest_prefix(KEYS)  # loads the script
+def test_a_stored_run_is_one_round_trip(catalog: Catalog, redis_server: Any) -> None:
+    catalog.stored_run(KEYS)  # loads the script
     with redis.Redis.from_url(redis_server.url) as client:
         client.config_resetstat()
-        catalog.longest_prefix(KEYS)
+        catalog.stored_run(KEYS)
         calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
     assert calls.pop("cmdstat_evalsha") == 1
     assert set(calls) <= {"cmdstat_hgetall", "cmdstat_hget", "cmdstat_config|resetstat", "cmdstat_config"}
@@ -118,17 +120,16 @@ def test_longest_prefix_is_one_round_trip(catalog: Catalog, redis_server: Any) -
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 @given(st.dictionaries(st.sampled_from("abc"), st.sets(st.integers(0, 7)), max_size=3))
-def test_longest_prefix_against_a_naive_one(catalog: Catalog, redis_server: Any, holdings: dict[str, set[int]]) -> None:
+def test_a_stored_run_against_a_naive_one(catalog: Catalog, redis_server: Any, holdings: dict[str, set[int]]) -> None:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushdb()
-    lengths = {}
     for tier_id, chunks in holdings.items():
         catalog.heartbeat(record(tier_id), expiry_s=60)
         catalog.publish(tier_id, "1", [KEYS[i] for i in chunks])
-        lengths[tier_id] = next(i for i in range(9) if i not in chunks)
-    longest = max(lengths.values(), default=0)
-    tiers = sorted(tier_id for tier_id, length in lengths.items() if length == longest and longest)
-    assert catalog.longest_prefix(KEYS) == (longest, tiers)
+    stored = set[int]().union(*holdings.values())
+    run = next(i for i in range(9) if i not in stored)
+    shares = {tier_id: len(chunks & set(range(run))) for tier_id, chunks in holdings.items()}
+    assert catalog.stored_run(KEYS) == StoredRun(run, {tier_id: share for tier_id, share in shares.items() if share})
 
 
 def test_errors_are_typed_and_the_client_recovers(catalog: Catalog, redis_server: Any) -> None:
@@ -140,7 +141,7 @@ def test_errors_are_typed_and_the_client_recovers(catalog: Catalog, redis_server
         lambda: catalog.publish("a", "1", KEYS),
         lambda: catalog.withdraw("a", KEYS),
         lambda: catalog.heartbeat(record("a"), expiry_s=1),
-        lambda: catalog.longest_prefix(KEYS),
+        lambda: catalog.stored_run(KEYS),
         lambda: catalog.remove_tier("a"),
         catalog.tiers,
     ):
@@ -148,17 +149,15 @@ def test_errors_are_typed_and_the_client_recovers(catalog: Catalog, redis_server
             call()
     redis_server.start()
     assert catalog.tiers() == []
-    assert catalog.longest_prefix(KEYS) == (0, [])
+    assert catalog.stored_run(KEYS) == StoredRun(0, {})
 
 
-def test_each_tier_has_a_prefix_of_its_own(catalog: Catalog) -> None:
+def test_each_chunk_has_places_of_its_own(catalog: Catalog) -> None:
     for tier_id, keys in (("a", KEYS[:2]), ("b", KEYS), ("c", KEYS[1:])):
         catalog.heartbeat(record(tier_id), expiry_s=60)
         catalog.publish(tier_id, record(tier_id).incarnation, keys)
     catalog.publish("d", "of the past", KEYS)
-    assert catalog.prefixes(KEYS) == {"a": 2, "b": len(KEYS)}
-    assert catalog.prefixes(KEYS[1:]) == {"a": 1, "b": len(KEYS) - 1, "c": len(KEYS) - 1}
-    assert catalog.prefixes([]) == {}
+    assert catalog.stored_run(KEYS) == StoredRun(len(KEYS), {"a": 2, "b": len(KEYS), "c": len(KEYS) - 1})
     assert catalog.locate([KEYS[0], KEYS[2], b"x" * 16]) == [{"a", "b"}, {"b", "c"}, set()]
     assert dict(catalog.entries()) == dict(zip(KEYS, catalog.locate(KEYS), strict=True))
 
@@ -188,11 +187,11 @@ def test_publisher_tells_of_commits_and_evictions(
 ) -> None:
     put(store, KEYS[:2])
     publisher.start(store)
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["a"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(2, {"a": 2}))
     put(store, KEYS[2:4])
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (4, ["a"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(4, {"a": 4}))
     put(store, KEYS[4:5])  # evicts the end of the first
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["a"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"a": 1}))
     wait_until(lambda: catalog.tiers()[0].used_slots == 4)
     publisher.stop()
     assert catalog.tiers() == []
@@ -204,11 +203,11 @@ def test_publisher_outlives_redis_and_publishes_all_again(
 ) -> None:
     publisher.start(store)
     put(store, KEYS[:2])
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (2, ["a"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(2, {"a": 2}))
     redis_server.kill()
     put(store, KEYS[2:3])
     redis_server.start()
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (3, ["a"]))
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"a": 3}))
 
 
 def test_publisher_that_forgot_withdrawals_begins_anew(
@@ -224,5 +223,5 @@ def test_publisher_that_forgot_withdrawals_begins_anew(
         publisher.changed(key, False)
     put(store, KEYS[:1])
     publisher.start(store)
-    wait_until(lambda: catalog.longest_prefix(KEYS) == (1, ["a"]))
-    assert catalog.longest_prefix(KEYS[3:]) == (0, [])
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"a": 1}))
+    assert catalog.stored_run(KEYS[3:]) == StoredRun(0, {})

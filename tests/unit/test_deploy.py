@@ -20,6 +20,7 @@ from forecache.cluster import autoscaling, cli, serve_app
 from forecache.cluster.api import Api
 from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
 from forecache.cluster.sizes import parse_bytes
+from forecache.indexer.index_keys import IndexSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -218,12 +219,24 @@ def test_shared_memory_holds_arena_and_object_store(settings: ServeConfig, ray_s
 
 def check_memory(pod: dict[str, Any], used: int) -> None:
     """What is in `/dev/shm` counts as the pod's memory, and Ray kills workers when 95 % of that is used."""
+    size = shared_memory(pod)
+    assert used <= size
+    assert size + (4 << 30) < 0.95 * memory_limit(pod)
+
+
+def shared_memory(pod: dict[str, Any]) -> int:
+    """Size of its `/dev/shm`, in bytes."""
     [shared] = [x for x in pod["spec"]["volumes"] if x["name"] == "shared-memory"]
     assert shared["emptyDir"]["medium"] == "Memory"
-    size = nbytes(shared["emptyDir"]["sizeLimit"])
+    return nbytes(shared["emptyDir"]["sizeLimit"])
+
+
+def memory_limit(pod: dict[str, Any]) -> int:
+    """In bytes; what the pod requests is as much, or it may be scheduled where that is not."""
     [container] = pod["spec"]["containers"]
-    assert used <= size
-    assert size + (4 << 30) < 0.95 * nbytes(container["resources"]["limits"]["memory"])
+    limit = nbytes(container["resources"]["limits"]["memory"])
+    assert nbytes(container["resources"]["requests"]["memory"]) == limit
+    return limit
 
 
 def single_gpu_config() -> ServeConfig:
@@ -369,8 +382,9 @@ def test_the_image_is_built_from_what_is_there() -> None:
     assert 'ENTRYPOINT ["forecache"]' in final and "forecache" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_the_table_of_sizes_adds_up() -> None:
-    """Bytes per token are those of K and V; nodes, of 96 GiB each, hold a hundred contexts of 128K tokens once."""
+def test_the_table_of_sizes_adds_up(settings: ServeConfig) -> None:
+    """Bytes per token are those of K and V; the overlay's nodes hold a hundred contexts of 128K tokens, and their
+    index keys, once."""
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
     row = r"^\| ([\w.-]+) \| (\d+) \S (\d+) \S (\d+) \| (\w+) \| (\d+) KiB \| ([\d.]+) GiB \| (\d+) \|$"
     rows = re.findall(row, readme, re.MULTILINE)
@@ -380,4 +394,28 @@ def test_the_table_of_sizes_adds_up() -> None:
         context = per_token * 131072
         assert per_token == int(kib) * 1024, name
         assert context == float(gib) * 2**30, name
-        assert int(nodes) == -(-100 * context // (96 << 30)), name
+        heads = int(layers), int(kv_heads), int(kv_heads), int(head_dim)
+        records = context // per_token // 64 * IndexSpec.bounds(*heads, chunk_tokens=64).nbytes
+        assert int(nodes) == -(-100 * (context + records) // settings.memory.cold_bytes), name
+
+
+def test_the_sizes_that_the_readme_names_are_the_manifests(settings: ServeConfig, ray_service: dict[str, Any]) -> None:
+    gib, memory, single = 1 << 30, settings.memory, single_gpu_config()
+    stores, shared, limits = set(), set(), set()
+    for group in ray_service["rayClusterConfig"]["workerGroupSpecs"]:
+        stores.add(int(group["rayStartParams"]["object-store-memory"]))
+        shared.add(shared_memory(group["template"]))
+        limits.add(memory_limit(group["template"]))
+    [store], [size] = stores, shared
+    [pod] = ours("single-gpu")
+    said = " ".join((DEPLOY / "README.md").read_text(encoding="utf-8").split())
+    assert f"`cold_bytes: {memory.cold_bytes // gib}GiB`" in said
+    assert (
+        f"{memory.cold_bytes // gib} GiB + {memory.record_bytes / gib:g} GiB + {store // gib} GiB "
+        f"in {size // gib} GiB, "
+        f"limits of {' and '.join(str(limit // gib) for limit in sorted(limits))} GiB"
+    ) in said
+    assert (
+        f"{single.memory.cold_bytes // gib} GiB + {single.object_store_bytes >> 20} MiB in "
+        f"{shared_memory(pod) // gib} GiB, a limit of {memory_limit(pod) // gib} GiB"
+    ) in said

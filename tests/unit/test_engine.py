@@ -99,9 +99,14 @@ def test_after_every_hot_slot_was_evicted(
     with open_llm(tiny_model) as llm:
         run(llm, prompts)
         settle(llm)
+        before = llm.engine.stats()
+        assert before.prefilled_tokens == sum(map(len, prompts)) and 0 < before.prefill_s < before.step_s
         assert llm.engine.pool.evict_all() > 0
         assert llm.engine.pool.used == 0
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
+        after = llm.engine.stats()
+    assert after.prefilled_tokens - before.prefilled_tokens == sum((len(prompt) - 1) % 16 + 1 for prompt in prompts)
+    assert after.prefill_tokens_left == 0
     assert [answer.token_ids for answer in answers] == expected
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.stats.cached_tokens == (len(prompt) - 1) // 16 * 16

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.messages import FinishReason, GenerateRequest, SamplingParams, SequenceStats
 from forecache.workers.decode.scheduler import Scheduler
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.completions import Recalled
@@ -100,6 +100,7 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
         context_bytes=chunks * chunk_bytes,
         resident_bytes=resident * chunk_bytes,
         queue_s=0.0 if admitted is None else admitted - arrived,
+        locate_s=counters.locate_s,
         time_to_first_token_s=0.0 if counters.first_token_s is None else counters.first_token_s - arrived,
     )
 
@@ -183,6 +184,11 @@ class EngineCounters:
         return EngineStats(
             running=len(running),
             waiting=len(scheduler.waiting),
+            prefill_tokens_left=sum(
+                seq.prefill_target - seq.num_computed for seq in running if seq.state is State.PREFILL
+            ),
+            prefilled_tokens=scheduler.prefilled_tokens,
+            prefill_s=scheduler.prefill_s,
             hot_slots=pool.num_slots,
             hot_slots_used=pool.used,
             hot_slots_referenced=pool.referenced,

@@ -44,6 +44,7 @@ class ChunkKeeper:
     def locate(self, seq: Sequence) -> None:
         """``seq`` is admitted: find and hold what cold memory has of its prefix."""
         self._holders[seq.holder] = seq
+        seq.counters.locating_s = time.perf_counter()
         self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
         # whoever wants exact answers gets chunks that were decoded over everything
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
@@ -93,6 +94,7 @@ class ChunkKeeper:
         seq.state = State.PREFILL
         if seq.counters.admitted_s is None:
             seq.counters.admitted_s = time.perf_counter()
+            seq.counters.locate_s = seq.counters.admitted_s - seq.counters.locating_s
             seq.counters.cached_tokens = seq.num_computed
             self._counters.prefix_queried_tokens += seq.prompt_len
             self._counters.prefix_hit_tokens += seq.num_computed

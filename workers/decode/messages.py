@@ -85,7 +85,8 @@ class SequenceStats:
     ``recalled_chunks`` the cold → hot copies made for it, ``keep_ratio`` the mean over decode steps of
     resident / context chunks, ``coverage`` the mean share of retrieval-event mass on resident chunks over the
     boundaries at which there were events (design §1; ``None``: at none, or nobody measured), ``fallbacks`` how often
-    low coverage doubled its budget.
+    low coverage doubled its budget. ``queue_s`` ends with prefill's beginning; ``locate_s`` is its last part, in which
+    the stored prefix is looked for, and brought here if it lies on other nodes.
     """
 
     prompt_tokens: int = 0
@@ -101,6 +102,7 @@ class SequenceStats:
     context_bytes: int = 0
     resident_bytes: int = 0
     queue_s: float = 0.0
+    locate_s: float = 0.0
     time_to_first_token_s: float = 0.0
 
 

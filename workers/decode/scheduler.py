@@ -82,6 +82,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stalled = False
+        self.prefilled_tokens = 0
+        self.prefill_s = 0.0
+        """Of steps that prefill, decode rows beside them included."""
 
     def add(self, seq: Sequence, *, first: bool = False) -> None:
         """Queue ``seq``, of which nothing is computed. What another worker, or another try, has decoded of it over
@@ -133,6 +136,10 @@ class Scheduler:
         if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
             part = plan.streams[0]
             self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
+        prefilled = sum(part.tokens for part in plan.streams if part.sequence.state is State.PREFILL)
+        if prefilled:
+            self.prefilled_tokens += prefilled
+            self.prefill_s += duration_s
         if any(part.sequence.state is State.DECODE for part in plan.streams):
             self._lane_opens_s = time.perf_counter() + (STREAMED_SHARE - 1) * duration_s
 

@@ -60,7 +60,9 @@ class Counters:
     kept_sum: float = 0.0
     kept_steps: int = 0
     arrived_s: float = field(default_factory=time.perf_counter)
+    locating_s: float = 0.0
     admitted_s: float | None = None
+    locate_s: float = 0.0
     first_token_s: float | None = None
 
 

@@ -15,17 +15,21 @@ RECALL_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0
 class EngineStats:
     """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name.
 
-    ``recall_buckets``: recalls by their time, not cumulated, one more than there are bounds.
+    ``prefill_tokens_left``: of prompts that are being prefilled; ``prefilled_tokens`` took ``prefill_s``, in steps that
+    may have decoded too. ``recall_buckets``: recalls by their time, not cumulated, one more than there are bounds.
     """
 
     running: int = 0
     waiting: int = 0
+    prefill_tokens_left: int = 0
     hot_slots: int = 0
     hot_slots_used: int = 0
     hot_slots_referenced: int = 0
     chunk_bytes: int = 0
     resident_ratio: float = 1.0
     prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    prefill_s: float = 0.0
     generated_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0

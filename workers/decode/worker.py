@@ -27,6 +27,7 @@ from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer, refuse_fallback
 from forecache.workers.decode.loader import model_name, resolve_model
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.rates import Reporter
 from forecache.workers.decode.settings import WorkerSettings
 from forecache.workers.decode.stats import ScorerStats, WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
@@ -78,7 +79,8 @@ class DecodeWorker:
         spec = chosen.spec
         verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
-        self._fingerprint = chunk_fingerprint(backbone.layout, cold)
+        fingerprint = chunk_fingerprint(backbone.layout, cold)
+        self._reporter = Reporter(fingerprint, self._tier_id, cold.nbytes, config.max_batch_size)
         memory = settings.memory
         [node] = [node for node in ray.nodes() if node["NodeID"] == self._node_id]  # type: ignore[no-untyped-call]
         if not gives_memory(node, memory):
@@ -141,15 +143,10 @@ class DecodeWorker:
             return f"{self._worker_id}: {error}"
         return ""
 
-    def record_routing_stats(self) -> dict[str, Any]:
-        """What the router reads every few seconds."""
-        stats = self._engine.stats()
-        return {
-            "layout_fingerprint": self._fingerprint,
-            "tier_id": self._tier_id,
-            "running": stats.running,
-            "waiting": stats.waiting,
-        }
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What the router reads every few seconds: a :class:`WorkerReport`."""
+        tier = await asyncio.to_thread(self._tier_stats)
+        return asdict(self._reporter.report(self._engine.stats(), tier))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaler reads, where a policy asks for it."""

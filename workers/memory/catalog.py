@@ -14,7 +14,7 @@ after a tier has died.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -38,22 +38,21 @@ CHUNK_EXPIRY_S = 3600
 BATCH_KEYS = 1000
 """Keys of one pipelined write, so that no single one keeps Redis long from answering others."""
 
-# KEYS: chunks in order; ARGV[1]: prefix of tier records. For each tier that holds the first chunk: how many in a row.
-PREFIXES = """
-local holding, counts = {}, {}
+# KEYS: chunks in order; ARGV[1]: prefix of tier records. How many are held in a row, each by any tier; then, for each
+# tier, how many of these it holds.
+RUN = """
+local incarnations, counts, run = {}, {}, 0
 for i, key in ipairs(KEYS) do
-  local entries = redis.call('HGETALL', key)
-  local following, any = {}, false
+  local entries, any = redis.call('HGETALL', key), false
   for j = 1, #entries, 2 do
-    local tier, incarnation = entries[j], entries[j + 1]
-    local living = holding[tier]
-    if i == 1 then living = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
-    if living == incarnation then following[tier], counts[tier], any = living, i, true end
+    local tier = entries[j]
+    if incarnations[tier] == nil then incarnations[tier] = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
+    if incarnations[tier] == entries[j + 1] then counts[tier], any = (counts[tier] or 0) + 1, true end
   end
   if not any then break end
-  holding = following
+  run = i
 end
-local reply = {}
+local reply = {run}
 for tier, chunks in pairs(counts) do
   reply[#reply + 1] = tier
   reply[#reply + 1] = chunks
@@ -88,6 +87,15 @@ class TierRecord:
     slots: int
     used_slots: int
     heartbeat_unix_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """The longest run of chunks, from the first, that living tiers hold between them; and how many of its chunks each
+    holds, wherever in it."""
+
+    chunks: int
+    by_tier: Mapping[str, int]
 
 
 RECORD_EXPIRY_S = 24 * 3600.0
@@ -133,7 +141,7 @@ class Catalog:
             )
         except ValueError as error:
             raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
-        self._prefixes = self._redis.register_script(PREFIXES)
+        self._run = self._redis.register_script(RUN)
         self._locate = self._redis.register_script(LOCATE)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
@@ -182,22 +190,17 @@ class Catalog:
             pipeline.srem(TIERS_KEY, tier_id)
             pipeline.execute()
 
-    def prefixes(self, keys: Sequence[ChunkKey]) -> dict[str, int]:
-        """Living tier → how many of ``keys``, from the first without a gap, it holds; tiers without any are left out.
+    def stored_run(self, keys: Sequence[ChunkKey]) -> StoredRun:
+        """What of ``keys`` is stored anywhere, until the first that is not.
 
         One round trip (three, the first time a Redis server meets the script).
         """
         if not keys:
-            return {}
+            return StoredRun(0, {})
         with self._errors():
-            found = self._prefixes(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
-        return {tier_id.decode(): int(chunks) for tier_id, chunks in zip(found[::2], found[1::2], strict=True)}
-
-    def longest_prefix(self, keys: Sequence[ChunkKey]) -> tuple[int, list[str]]:
-        """The most of ``keys``, from the first, that a living tier holds; and which tiers hold them."""
-        chunks = self.prefixes(keys)
-        most = max(chunks.values(), default=0)
-        return most, sorted(tier_id for tier_id, held in chunks.items() if held == most)
+            run, *found = self._run(keys=[CHUNK_PREFIX + key for key in keys], args=[TIER_PREFIX])
+        by_tier = {tier_id.decode(): int(chunks) for tier_id, chunks in zip(found[::2], found[1::2], strict=True)}
+        return StoredRun(int(run), by_tier)
 
     def locate(self, keys: Sequence[ChunkKey]) -> list[set[str]]:
         """For each of ``keys`` the ids of the living tiers that say they hold it. One round trip per batch."""

@@ -1,0 +1,88 @@
+"""How fast a worker was of late, and what else the router is told of it every few seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from forecache.workers.decode.stats import EngineStats
+from forecache.workers.memory.protocol import TierStats
+
+MEMORY = 0.8
+"""What was done before the last report counts this much of what it did there."""
+
+
+class MovingRate:
+    """Amount per second of work, over the last few reports in which any was done.
+
+    Each counts by its amount: work in bulk is what takes long, and small pieces are slower than it, since each has a
+    cost of its own.
+    """
+
+    def __init__(self) -> None:
+        self._seen = (0.0, 0.0)
+        self._amount = self._duration_s = 0.0
+
+    @property
+    def per_s(self) -> float | None:
+        """``None`` before anything was done."""
+        return self._amount / self._duration_s if self._amount and self._duration_s else None
+
+    def observe(self, amount: float, duration_s: float) -> None:
+        """Counters since start: so much was done, in so much time. Lower ones than before: they began anew."""
+        more, longer_s = amount - self._seen[0], duration_s - self._seen[1]
+        self._seen = amount, duration_s
+        if more > 0 and longer_s > 0:
+            self._amount = MEMORY * self._amount + more * more
+            self._duration_s = MEMORY * self._duration_s + more * longer_s
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """A worker to the router. Rates are ``None`` until measured; bytes are those of cold chunks.
+
+    ``prefill_tokens_left``: of prompts whose prefill has begun. ``requests_per_s``: answered per second of steps.
+    """
+
+    layout_fingerprint: str = ""
+    tier_id: str = ""
+    chunk_bytes: int = 0
+    batch_size: int = 1
+    running: int = 0
+    waiting: int = 0
+    prefill_tokens_left: int = 0
+    prefill_tokens_per_s: float | None = None
+    recall_bytes_per_s: float | None = None
+    fetch_bytes_per_s: float | None = None
+    requests_per_s: float | None = None
+
+    @classmethod
+    def of(cls, stats: Mapping[str, Any]) -> Self:
+        """From Ray Serve's routing stats, which are empty until the worker's first report has come."""
+        return cls(**{field.name: stats[field.name] for field in fields(cls) if field.name in stats})
+
+
+class Reporter:
+    """Makes the reports of one worker. ``chunk_bytes``: of a chunk in cold memory."""
+
+    def __init__(self, layout_fingerprint: str, tier_id: str, chunk_bytes: int, batch_size: int) -> None:
+        self._who = layout_fingerprint, tier_id, chunk_bytes, batch_size
+        self._prefill, self._recall = MovingRate(), MovingRate()
+        self._fetch, self._requests = MovingRate(), MovingRate()
+
+    def report(self, engine: EngineStats, tier: TierStats | None) -> WorkerReport:
+        """``tier``: ``None`` while it does not answer."""
+        self._prefill.observe(engine.prefilled_tokens, engine.prefill_s)
+        self._recall.observe(engine.recall_bytes, engine.recall_s)
+        self._requests.observe(engine.finished_requests, engine.step_s)
+        if tier is not None:
+            self._fetch.observe(tier.fetched_bytes, tier.fetch_s)
+        return WorkerReport(
+            *self._who,
+            running=engine.running,
+            waiting=engine.waiting,
+            prefill_tokens_left=engine.prefill_tokens_left,
+            prefill_tokens_per_s=self._prefill.per_s,
+            recall_bytes_per_s=self._recall.per_s,
+            fetch_bytes_per_s=self._fetch.per_s,
+            requests_per_s=self._requests.per_s,
+        )
