@@ -1,6 +1,17 @@
 """Who holds the beginning of a prompt gets it, unless others wait less."""
 
-from forecache.cluster.router import PrefixMemory, rank
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from ray.serve._private.common import DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
+
+from forecache.cluster.router import PrefixAffinityRouter, PrefixMemory, rank
+from forecache.workers.decode.messages import ChannelRequest
+
+ROUTER: Any = None
+"""Nothing of a router is asked for a channel."""
 
 KEYS = [bytes([number]) * 16 for number in range(10)]
 
@@ -36,3 +47,16 @@ def test_rank_leaves_who_is_far_busier_than_others() -> None:
     assert rank({"a": 9, "b": 1}, {"a": 5}, {}, imbalance=8) == [["a", "b"]]
     assert rank({"a": 8, "b": 1}, {"a": 5}, {}, imbalance=8) == [["a"], ["b"]]
     assert rank({"a": 9, "b": 1, "c": 1}, {"a": 5, "c": 1}, {}, imbalance=8) == [["c"], ["a", "b"]]
+
+
+def test_a_channel_goes_to_the_worker_that_it_is_for_and_to_anyone_when_that_is_gone() -> None:
+    replicas: Any = [SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("DecodeWorker"))) for name in "abc"]
+
+    async def chosen(worker_id: str) -> list[str]:
+        asked = ChannelRequest("client", "channel", worker_id)
+        pending = PendingRequest([asked], {}, RequestMetadata(request_id="r", internal_request_id="i"))
+        [rank_one] = await PrefixAffinityRouter.choose_replicas(ROUTER, replicas, pending)
+        return [replica.replica_id.unique_id for replica in rank_one]
+
+    assert asyncio.run(chosen("b")) == ["b"]
+    assert asyncio.run(chosen("gone")) == ["a", "b", "c"]
