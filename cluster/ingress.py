@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextvars import Context
+from dataclasses import replace
 from typing import Any, Self
 
 import grpc
@@ -13,6 +14,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from forecache.cluster.admission import Admission
 from forecache.cluster.api import Api
+from forecache.cluster.channels import ChanneledStream, Channels
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.metrics import Metrics
@@ -27,7 +29,7 @@ from forecache.cluster.tiers import Tiers
 from forecache.indexer.selection import budget_chunks
 from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import CacheOptions, ChannelRequest, EventBatch, GenerateRequest, RequestNews
 from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import EngineDeadError
@@ -35,19 +37,19 @@ from forecache.workers.errors import EngineDeadError
 STATS_DEADLINE_S = 5.0
 
 
-class ServeTokenStream:
-    """A worker's events through Ray Serve, with Ray's errors turned into ours."""
+class ServeCall:
+    """What a worker says, through Ray Serve, with Ray's errors turned into ours."""
 
     def __init__(self, response: "DeploymentResponseGenerator[Any]") -> None:
         self._response = response
 
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
+    def __aiter__(self) -> AsyncIterator[RequestNews | EventBatch]:
         return self
 
-    async def __anext__(self) -> TokenEvent:
+    async def __anext__(self) -> RequestNews | EventBatch:
         try:
-            event: TokenEvent = await self._response.__anext__()
-            return event
+            said: RequestNews | EventBatch = await self._response.__anext__()
+            return said
         except RayTaskError as error:
             # Ray hands over the worker's exception as a class of both kinds
             cause = getattr(error, "cause", error)
@@ -69,21 +71,26 @@ class ServeWorkers:
     """All replicas of the decode deployment."""
 
     def __init__(self, handle: "DeploymentHandle[Any]", resume: ResumeConfig) -> None:
+        # By value: a token comes by gRPC, for less than half of what an object of Ray's costs
         self._handle = handle
+        self._streaming = handle.options(stream=True, _by_reference=False)
         self._resume = resume
+        self._channels = Channels(lambda asked: self._call(self._streaming.channel, asked))
 
     def generate(self, request: GenerateRequest) -> ResumingStream:
         """The request's events, from as many workers as it takes."""
         return ResumingStream(request, self._start, self._resume)
 
-    def _start(self, request: GenerateRequest) -> ServeTokenStream:
+    def _start(self, request: GenerateRequest) -> ChanneledStream:
+        asked = replace(request, client_id=self._channels.client_id)
+        return ChanneledStream(self._call(self._streaming.generate, asked), self._channels, request.request_id)
+
+    def _call(self, method: "DeploymentHandle[Any]", asked: GenerateRequest | ChannelRequest) -> ServeCall:
         # Serve knows a call that waits for a replica by the id of the HTTP request it is made in, so that of several
-        # calls of one request all but one would wait for ever: outside of that context each has an id of its own.
-        # By value: a token comes by gRPC, for less than half of what an object of Ray's costs
-        handle = self._handle.options(stream=True, _by_reference=False)
-        response = Context().run(lambda: handle.generate.remote(request))
+        # calls of one request all but one would wait for ever: outside of that context each has an id of its own
+        response = Context().run(lambda: method.remote(asked))
         assert isinstance(response, DeploymentResponseGenerator)
-        return ServeTokenStream(response)
+        return ServeCall(response)
 
     async def stats(self) -> Sequence[WorkerStats]:
         """Stats of the replicas that answer within ``STATS_DEADLINE_S``.

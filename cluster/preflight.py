@@ -18,6 +18,16 @@ from forecache.workers.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from forecache.workers.memory.layout import ChunkLayout
 
+NO_MANIFEST = (
+    "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
+    "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
+)
+NO_CHECKPOINT = (
+    "--indexer {0} is missing, damaged or not for {1}: chunks are scored without a trained indexer. "
+    "The worker's log has the reason; `forecache indexer train` makes one."
+)
+COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
+
 
 def check(config: ServeConfig) -> None:
     """Everything that is quick to check.
@@ -144,6 +154,18 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
     has_manifest = manifest is not None or entries_spec(model, config.engine.chunk_tokens) is not None
     return ModelFacts(min(cold, limit), has_manifest, chunk_bytes, trained, cold_limit=cold if cold < limit else None)
+
+
+def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:
+    """Sentences that an operator of this model, with these settings, should read."""
+    said = []
+    if model.trained is None and config.indexer.checkpoint not in ("auto", "none"):
+        said.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
+    if model.trained is None and not model.has_manifest and config.indexer.manifest != "none":
+        said.append(NO_MANIFEST.format(config.engine.model))
+    if model.cold_limit is not None:
+        said.append(COLD_LIMIT.format(model.cold_limit))
+    return tuple(said)
 
 
 def settle(path: Path, config: ServeConfig) -> ServeConfig:

@@ -6,13 +6,14 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 import ray
 from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from forecache.cluster.first_token import Backlog, FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
-from forecache.workers.decode.messages import GenerateRequest
+from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
 from forecache.workers.decode.rates import WorkerReport
 from forecache.workers.decode.settings import actor_name
 from forecache.workers.errors import CatalogUnavailableError
@@ -20,6 +21,8 @@ from forecache.workers.memory.catalog import Catalog, StoredRun
 from forecache.workers.memory.keys import ChunkKey, prefix_keys, root_key
 
 logger = logging.getLogger(__name__)
+
+Asked = TypeVar("Asked", ChannelRequest, GenerateRequest)
 
 CATALOG_RETRY_S = 5.0
 
@@ -80,7 +83,11 @@ class PrefixAffinityRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
-        request = _generate_request(pending_request)
+        if (channel := _argument(pending_request, ChannelRequest)) is not None:
+            # to its worker; where that is gone, to anyone, who says that it has nothing
+            meant = [r for r in candidate_replicas if _name(r.replica_id) == channel.worker_id]
+            return [meant or candidate_replicas]
+        request = _argument(pending_request, GenerateRequest)
         if request is None or len(candidate_replicas) < 2:
             return [candidate_replicas]
         replicas = {_name(replica.replica_id): replica for replica in candidate_replicas}
@@ -174,8 +181,9 @@ class PrefixAffinityRouter(RequestRouter):
         return {name: Stored(hot[name], here[name] - hot[name], run.chunks - here[name]) for name in reports}
 
 
-def _generate_request(pending: PendingRequest | None) -> GenerateRequest | None:
-    if pending is None or not pending.args or not isinstance(pending.args[0], GenerateRequest):
+def _argument(pending: PendingRequest | None, kind: type[Asked]) -> Asked | None:
+    """What a worker is asked, if it is of this kind."""
+    if pending is None or not pending.args or not isinstance(pending.args[0], kind):
         return None
     return pending.args[0]
 

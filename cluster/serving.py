@@ -44,16 +44,8 @@ NAMESPACE = "forecache"
 POLL_S = 0.2
 ROUTING_STATS_PERIOD_S = 2.0
 
-NO_MANIFEST = (
-    "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
-    "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
-)
-NO_CHECKPOINT = (
-    "--indexer {0} is missing, damaged or not for {1}: chunks are scored without a trained indexer. "
-    "The worker's log has the reason; `forecache indexer train` makes one."
-)
-COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
-
+TOKENS_BY_GRPC = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_USE_GRPC": "1"}}}
+"""Serve's HTTP proxies hear from the ingress by gRPC, as it hears from workers. Serve has no other switch for it."""
 NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
 """Ray keeps an account of each of its last 100,000 tasks, for a dashboard that is not there: some 100 MB."""
 Say = Callable[[str], None]
@@ -95,13 +87,6 @@ def running(
     config = preflight.settle(path, config)
     model = preflight.check_model(path, config)
     tenants = Tenants.load(config.limits.api_keys_file)
-    notes: list[str] = []
-    if model.trained is None and config.indexer.checkpoint not in ("auto", "none"):
-        notes.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
-    if model.trained is None and not model.has_manifest and config.indexer.manifest != "none":
-        notes.append(NO_MANIFEST.format(config.engine.model))
-    if model.cold_limit is not None:
-        notes.append(COLD_LIMIT.format(model.cold_limit))
     port = config.port or preflight.free_port(config.host)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
@@ -138,7 +123,7 @@ def running(
         _wait_until_running(config.start_deadline_s)
         stack.callback(_drain, config.limits.drain_deadline_s, hurry or threading.Event(), say)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
-        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", tuple(notes))
+        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", preflight.notes(model, config))
 
 
 def _memory(config: ServeConfig) -> MemoryConfig:
@@ -192,6 +177,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
             proxy_location=ProxyLocation(config.proxy_location),
             http_options=HTTPOptions(host=config.host, port=config.port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            controller_options=TOKENS_BY_GRPC,
         )
     except (RayServeException, RuntimeError, ValueError, TimeoutError) as error:
         raise StartError(f"the HTTP server can't be started on {config.host}:{config.port}: {error}") from error

@@ -3,14 +3,16 @@
     python tests/benchmarks/bench_overload.py [--factor 10] [--baseline-s 60] [--overload-s 120] [--out FILE.json]
 
 A real server (`forecache serve`, the default model) lets in `--batch` running and `--queue` waiting requests. First as
-many closed-loop clients as that, each with its next request as soon as the last is answered: the capacity in requests
-per second, and the time between tokens at that concurrency. Then Poisson arrivals at `--factor` times the capacity, of
-which most are refused: the same figure of the admitted ones, the time to a refusal, and the memory of all processes.
+many closed-loop clients as that, each with its next request as soon as the last is answered, or when a refusal said
+to come again: the capacity in requests per second, and the time between tokens at that concurrency. Then Poisson
+arrivals at `--factor` times the capacity, of which most are refused: the same figure of the admitted ones, the time to
+a refusal, and the memory of all processes. Other work on the machine is part of all times: its load stands beside them.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import signal
@@ -37,7 +39,8 @@ MEMORY_EVERY_S = 2.0
 
 @dataclass
 class Phase:
-    """What clients saw. Times in seconds; ``memory_bytes`` of all of the server's processes, sampled."""
+    """What clients saw. Times in seconds; sampled: ``memory_bytes`` of all of the server's processes, ``load`` of the
+    machine."""
 
     name: str
     duration_s: float = 0.0
@@ -46,6 +49,7 @@ class Phase:
     gaps_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
 
     @property
     def growth(self) -> float:
@@ -57,7 +61,8 @@ class Phase:
 
 
 def p99(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=100)[98] if len(values) > 1 else float("nan")
+    """Never more than the largest of few values."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else float("nan")
 
 
 class Clients:
@@ -68,7 +73,9 @@ class Clients:
         self._random = random.Random(seed)
         self._idle: list[Connection] = []
 
-    async def ask(self, phase: Phase) -> None:
+    async def ask(self, phase: Phase) -> float:
+        """One request. Returns the seconds after which it may come again: 0 unless it was refused."""
+        again_s = 0.0
         connection = self._idle.pop() if self._idle else Connection(self._url)
         body = {
             "model": self._model,
@@ -83,6 +90,7 @@ class Clients:
             response = await connection.post("/v1/completions", json.dumps(body).encode())
             if response.status == 429:
                 phase.refused_s.append(time.monotonic() - start)
+                again_s = float(response.headers["retry-after"])
             elif response.status != 200:
                 phase.failures.append(f"{response.status}: {response.body[:200]!r}")
             else:
@@ -100,13 +108,15 @@ class Clients:
             connection.close()
         else:
             self._idle.append(connection)
+        return again_s
 
     async def closed_loop(self, phase: Phase, concurrency: int, duration_s: float) -> None:
         end = time.monotonic() + duration_s
 
         async def one() -> None:
-            while time.monotonic() < end:
-                await self.ask(phase)
+            while (left_s := end - time.monotonic()) > 0:
+                # one that came again at once would measure the capacity of a server that is busy refusing
+                await asyncio.sleep(min(await self.ask(phase), left_s))
 
         await asyncio.gather(*(one() for _ in range(concurrency)))
 
@@ -142,6 +152,7 @@ def memory_of(root: int) -> int:
 async def watch(phase: Phase, root: int) -> None:
     while True:
         phase.memory_bytes.append(await asyncio.to_thread(memory_of, root))
+        phase.load.append(os.getloadavg()[0])
         await asyncio.sleep(MEMORY_EVERY_S)
 
 
@@ -180,6 +191,8 @@ def report(phases: Sequence[Phase], console: Console) -> dict[str, object]:
     median = 1000 * statistics.median(overload.refused_s) if overload.refused_s else float("nan")
     table.add_row("refusal, p50 / p99, ms", "", f"{median:.1f} / {1000 * refused:.1f}", f"< {1000 * REFUSED_GOAL_S:g}")
     table.add_row("memory, last third over second", f"{alone.growth:.3f}", f"{overload.growth:.3f}", f"< {GROWTH_GOAL}")
+    loads = [f"{min(phase.load):.1f} to {max(phase.load):.1f}" for phase in phases]
+    table.add_row("load of the machine", *loads, "")
     console.print(table)
     goals = {
         "refused_fast": refused < REFUSED_GOAL_S,

@@ -5,14 +5,17 @@ Each token's text is when it was made, when the worker handed it over, and when 
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
+
+from ray import serve
 
 from forecache.cluster.ingress import Ingress, ServeWorkers
 from forecache.cluster.resume import ResumingStream
 from forecache.indexer.telemetry import SILENCE
 from forecache.workers.decode.async_engine import AsyncEngine
+from forecache.workers.decode.channels import Channels
 from forecache.workers.decode.grammar import Grammars
 from forecache.workers.decode.messages import GenerateRequest, SequenceStats, TokenEvent
 from forecache.workers.decode.settings import WorkerSettings
@@ -94,11 +97,12 @@ class StubWorker(DecodeWorker):
     """The replica, with no model and no memory."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        self._channels = Channels(serve.get_replica_context().replica_id.unique_id)
         self._engine = AsyncEngine(StubEngine(apart=settings.engine.seed == APART_SEED))  # type: ignore[arg-type]
         self._telemetry = SILENCE
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        async for event in super().generate(request):
+    async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        async for event in super()._events(request):
             yield replace(event, text=f"{event.text}{time.monotonic():.6f} ")
 
     async def stats(self) -> WorkerStats:

@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,31 @@ def test_a_thousand_clients_that_leave_at_random_moments_leave_nothing_behind(se
     with concurrent.futures.ThreadPoolExecutor(MAX_QUEUED) as pool:
         answers = list(pool.map(lambda i: ask(server, content=str(i)).status_code, range(MAX_QUEUED)))
     assert answers == [200] * MAX_QUEUED
+
+
+def test_who_finds_no_place_is_told_so_before_its_body_has_come(server: Any) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alpha'][0]}\r\n"
+    leave = threading.Event()
+
+    def stay(number: int) -> None:
+        with stream(server, content=f"{number}", max_tokens=7000, ignore_eos=True):
+            assert leave.wait(60)
+
+    with concurrent.futures.ThreadPoolExecutor(2 + MAX_QUEUED) as pool:
+        try:
+            staying = [pool.submit(stay, number) for number in range(2)]
+            server.wait_for_metric("forecache_num_requests_running", 2, within_s=20)
+            staying += [pool.submit(stay, number) for number in range(2, 2 + MAX_QUEUED)]
+            server.wait_for_metric("forecache_num_requests_waiting", MAX_QUEUED, within_s=20)
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 429 ")
+        finally:
+            leave.set()
+    assert [one.result() for one in staying] == [None] * len(staying)
+    server.wait_for_metric("forecache_num_requests_running", 0, within_s=10)
+    server.wait_for_metric("forecache_num_requests_waiting", 0, within_s=10)
 
 
 def test_a_signal_lets_what_runs_finish_and_nothing_new_in(server: Any) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from forecache.cluster.first_token import (
@@ -20,7 +20,7 @@ from forecache.cluster.first_token import (
     slot_wait_s,
 )
 from forecache.cluster.router import PrefixAffinityRouter, PrefixMemory
-from forecache.workers.decode.messages import GenerateRequest
+from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
 from forecache.workers.decode.rates import MovingRate, Reporter, WorkerReport
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.memory.catalog import Catalog, TierRecord
@@ -29,6 +29,8 @@ from forecache.workers.memory.protocol import TierStats
 
 KEYS = [bytes([number]) * 16 for number in range(10)]
 CHUNK_TOKENS = 64
+NO_ROUTER: Any = None
+"""Nothing of a router is asked for a channel."""
 PROMPT = tuple(range(10 * CHUNK_TOKENS + 1))
 RATES = Rates(prefill_tokens_per_s=100, recall_bytes_per_s=1e6, fetch_bytes_per_s=1e5, requests_per_s=2)
 
@@ -302,3 +304,16 @@ def test_other_calls_and_lone_workers_are_left_to_serve() -> None:
     assert asyncio.run(choose(routing.replicas, None)) == [routing.replicas]
     assert asyncio.run(choose([], None)) == [[]]
     assert asyncio.run(choose(routing.replicas[:1], None)) == [routing.replicas[:1]]
+
+
+def test_a_channel_goes_to_the_worker_that_it_is_for_and_to_anyone_when_that_is_gone() -> None:
+    replicas: Any = [SimpleNamespace(replica_id=ReplicaID(name, DeploymentID("DecodeWorker"))) for name in "abc"]
+
+    async def chosen(worker_id: str) -> list[str]:
+        asked = ChannelRequest("client", "channel", worker_id)
+        pending = PendingRequest([asked], {}, RequestMetadata(request_id="r", internal_request_id="i"))
+        [rank_one] = await PrefixAffinityRouter.choose_replicas(NO_ROUTER, replicas, pending)
+        return [replica.replica_id.unique_id for replica in rank_one]
+
+    assert asyncio.run(chosen("b")) == ["b"]
+    assert asyncio.run(chosen("gone")) == ["a", "b", "c"]

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 
 from forecache.workers.decode.engine import Engine
@@ -28,7 +28,8 @@ class AsyncEngine:
         self._engine = engine
         self._niceness = niceness
         self._inbox: deque[tuple[GenerateRequest, Future[None], float, Matcher | None]] = deque()
-        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[TokenEvent | None]]] = {}
+        self._streams: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._checks: deque[Future[None]] = deque()
         self._inbox_lock = threading.Lock()
         self._closing = False
@@ -48,7 +49,8 @@ class AsyncEngine:
             raise InvalidRequestError(f"request id '{request_id}' is running already", param="request_id")
         queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         accepted: Future[None] = Future()
-        self._streams[request_id] = (asyncio.get_running_loop(), queue)
+        self._loop = asyncio.get_running_loop()
+        self._streams[request_id] = queue
         running = True
         try:
             try:
@@ -124,8 +126,8 @@ class AsyncEngine:
                     self._accept(*self._inbox.popleft())
                 while self._checks:
                     self._check(self._checks.popleft())
-                for event in self._engine.step():
-                    self._deliver(event)
+                if events := self._engine.step():
+                    self._tell(self._deliver, events)
                 if self._engine.idle and not self._inbox and not self._closing:
                     self._engine.wait_for_work(IDLE_WAIT_S)
             self._engine.close()
@@ -133,7 +135,7 @@ class AsyncEngine:
             logger.exception("the engine stopped")
             self._failure = error
         finally:
-            self._tell_all()
+            self._end()
 
     def _accept(
         self, request: GenerateRequest, accepted: Future[None], arrived_s: float, matcher: Matcher | None
@@ -157,14 +159,21 @@ class AsyncEngine:
         else:
             checked.set_result(None)
 
-    def _deliver(self, event: TokenEvent) -> None:
-        stream = self._streams.get(event.request_id)
-        if stream is not None:
-            loop, queue = stream
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+    def _tell(self, told: Callable[..., None], *args: object) -> None:
+        """Have the callers' event loop call ``told``: once a step, to wake it costs more than what it does then."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(told, *args)
 
-    def _tell_all(self) -> None:
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            if (queue := self._streams.get(event.request_id)) is not None:
+                queue.put_nowait(event)
+
+    def _deliver_end(self) -> None:
+        for queue in self._streams.values():
+            queue.put_nowait(None)
+
+    def _end(self) -> None:
         """The engine is no more: tell everybody who waits."""
         with self._inbox_lock:
             self._ended = True
@@ -176,6 +185,4 @@ class AsyncEngine:
             checked = self._checks.popleft()
             if checked.set_running_or_notify_cancel():
                 checked.set_exception(self._dead())
-        for loop, queue in list(self._streams.values()):
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(queue.put_nowait, None)
+        self._tell(self._deliver_end)

@@ -55,7 +55,8 @@ class GenerateRequest:
     """``resume_token_ids``: the beginning of the answer, which another worker has made; events tell what follows it.
     ``show_chunks``: they also tell where its chunks are.
 
-    ``traceparent``: the span (W3C) that the worker's own belongs to; empty: not traced.
+    ``traceparent``: the span (W3C) that the worker's own belongs to; empty: not traced. ``client_id``: whose channel
+    may bring its events; empty: they come by the call that brought the request.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class GenerateRequest:
     resume_token_ids: tuple[int, ...] = ()
     show_chunks: bool = False
     traceparent: str = ""
+    client_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,3 +140,37 @@ class TokenEvent:
     overloaded: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     view: ChunkView | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A request has come to this worker."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A request's further events come by this channel."""
+
+    channel_id: str
+
+
+RequestNews = Accepted | Moved | TokenEvent
+"""What the call that brought a request says."""
+
+
+@dataclass(frozen=True)
+class ChannelRequest:
+    """Asks a worker for the events of all requests that the client has there, or will have while any of them lasts."""
+
+    client_id: str
+    channel_id: str
+    worker_id: str
+
+
+@dataclass(frozen=True)
+class EventBatch:
+    """Events of several requests of one client, those of a request in order."""
+
+    events: tuple[TokenEvent, ...]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from typing import Any
@@ -23,10 +23,11 @@ from forecache.indexer.scorer import LocalIndexer
 from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.async_engine import AsyncEngine
 from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
+from forecache.workers.decode.channels import Channels
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer, refuse_fallback
 from forecache.workers.decode.loader import model_name, resolve_model
-from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import ChannelRequest, EventBatch, GenerateRequest, RequestNews, TokenEvent
 from forecache.workers.decode.rates import Reporter
 from forecache.workers.decode.settings import WorkerSettings
 from forecache.workers.decode.stats import ScorerStats, WorkerStats
@@ -107,14 +108,30 @@ class DecodeWorker:
             cold,
             chosen.beside,
         )
+        self._channels = Channels(self._worker_id)
         self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)
         self._telemetry = settings.telemetry.start("worker", self._worker_id, self._node_id, self._own_stats)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
-        """Events of one request; the request is cancelled when the caller stops listening.
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestNews]:
+        """Events of one request, or that they go by a channel; it is cancelled when the caller stops listening.
 
         Raises :class:`InvalidRequestError` or :class:`OverloadedError` before the first event.
         """
+        async with (
+            aclosing(self._events(request)) as events,
+            aclosing(self._channels.carry(request.client_id, events)) as carried,
+        ):
+            async for news in carried:
+                yield news
+
+    async def channel(self, request: ChannelRequest) -> AsyncIterator[EventBatch]:
+        """Events of all requests of a client, each step's together."""
+        async with aclosing(self._channels.batches(request)) as batches:
+            async for batch in batches:
+                yield batch
+
+    async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Those of one request, with its span and its lines in the log."""
         name, who = "worker.generate", {"request_id": request.request_id}
         logger.info("request came", extra=who | {"prompt_tokens": len(request.prompt_token_ids)})
         with self._telemetry.span(name, request.traceparent, **who) as span:
