@@ -216,7 +216,7 @@ def head_shares(lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
 def event_mass(shares: torch.Tensor, threshold: float = EVENT_SHARE) -> torch.Tensor:
     """Mass of the retrieval events on each chunk, float32 [chunks]: those of ``shares`` [heads, chunks] that reach
     ``threshold``, summed over the heads."""
-    return shares.where(shares >= threshold, 0.0).sum(0)
+    return shares.masked_fill(~(shares >= threshold), 0.0).sum(0)
 
 
 def scores_and_events(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ class Row:
     p80_ms: float
     over_floor: float
     repetitions: int
+    graph_chunks: int
     largest_error: float
     threads: int
     date: str
@@ -115,13 +116,16 @@ class Table:
 
 
 @contextmanager
-def opened(where: str, table: Table, threads: int) -> Iterator[Indexer]:
+def opened(where: str, table: Table, threads: int, graph_chunks: int = 0) -> Iterator[Indexer]:
     indexer: Indexer
     if where == "cpu":
         indexer = LocalIndexer(table.spec, threads, lambda _path: table, table.lookahead)
     else:
         budget = table.index.nbytes if where == "hbm" else 0
-        indexer = CudaIndexer(table.spec, table, torch.device("cuda"), budget, RegisteredMemory, table.lookahead)
+        device = torch.device("cuda")
+        indexer = CudaIndexer(
+            table.spec, table, device, budget, RegisteredMemory, table.lookahead, graph_chunks=graph_chunks
+        )
     try:
         if where == "hbm":
             indexer.predict(table.request(0, len(table.index))).result()
@@ -184,7 +188,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         scores = {chunks: cpu.predict(request).result().scores for chunks, request in expected.items()}
     for where in args.where:
         bandwidth = read_bandwidth(where, table)
-        with opened(where, table, args.threads) as indexer:
+        with opened(where, table, args.threads, args.graph_chunks) as indexer:
             for context, chunks, count in fitting:
                 times = prediction_seconds(indexer, table, chunks, count, args.repeat, args.seconds)
                 answer = indexer.predict(expected[chunks]).result().scores
@@ -206,6 +210,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     p80_ms=round(p80, 3),
                     over_floor=round(p50 / floor_ms, 2),
                     repetitions=len(times),
+                    graph_chunks=args.graph_chunks,
                     largest_error=float(np.abs(answer - scores[chunks]).max()),
                     threads=args.threads,
                     date=now(),
@@ -224,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--where", nargs="+", choices=["cpu", "hbm", "host"], default=["hbm", "host", "cpu"] if on_gpu else ["cpu"]
     )
+    parser.add_argument("--graph-chunks", type=int, default=8192, help="chunks of the largest CUDA graph; 0: no graphs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the CPU's predictions")
     parser.add_argument("--repeat", type=int, default=30, help="most timed repetitions of a row")
     parser.add_argument("--seconds", type=float, default=2.0, help="repetitions of a row end after this")

@@ -58,7 +58,7 @@ class EngineConfig(BaseModel):
     prefill_slice_s: float | None = Field(
         None, gt=0, description="target duration of a step beside running streams; default: 0.05 on a GPU, else 0.25"
     )
-    cuda_graphs: bool = Field(True, description="run decode steps on a GPU as CUDA graphs")
+    cuda_graphs: bool = Field(True, description="run decode steps and predictions on a GPU as CUDA graphs")
     torch_compile: bool = Field(True, description="on a GPU, run decoder layers through torch.compile")
     overlap_steps: bool | None = Field(
         None, description="launch a step before the last one's tokens are read; default: on a GPU"
@@ -73,6 +73,10 @@ class EngineConfig(BaseModel):
         return (
             self if "chunk_tokens" in self.model_fields_set else self.model_copy(update={"chunk_tokens": chunk_tokens})
         )
+
+    def graph_chunks(self, max_model_len: int) -> int:
+        """Chunks of the longest sequence whose predictions are to be CUDA graphs; 0: of none."""
+        return max_model_len // self.chunk_tokens if self.cuda_graphs else 0
 
     def for_device(self, device: str) -> Self:
         """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""
