@@ -25,6 +25,7 @@ from forecache.indexer.scorer import (
     unchanged,
     where_records_are,
 )
+from forecache.indexer.static_prediction import Places, StaticPredictions
 from forecache.kernels import ops
 
 ALIGNMENT_BYTES = 16
@@ -89,7 +90,9 @@ class CudaIndexer:
     thread sleeps until the GPU is done. At most ``device_bytes`` of GPU memory keep records that were read; others are
     read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a CPU
     does the same in PyTorch. ``lookahead``: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is
-    ``spec``. Raises ValueError if the arena's records are of another kind than ``spec``.
+    ``spec``. ``graph_chunks``: predictions over so many chunks or fewer are captured as CUDA graphs now, where
+    :mod:`.static_prediction` can; all others are launched call by call. Raises ValueError if the arena's records are of
+    another kind than ``spec``.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class CudaIndexer:
         device_bytes: int,
         register: Callable[[Tensor], Registration],
         lookahead: LookaheadScorer | None = None,
+        *,
+        graph_chunks: int = 0,
     ) -> None:
         check_kind(spec, arena)
         self._own = spec
@@ -113,6 +118,7 @@ class CudaIndexer:
         starts = [0, *accumulate(len(rows) for rows in spec.queries_of_kv)]
         self._query_starts = torch.tensor(starts, dtype=torch.int32, device=device)
         self._cache = RecordCache(min(device_bytes // spec.nbytes, len(arena.index)), spec.nbytes, device)
+        self._static: StaticPredictions | None = None
         self._stream: torch.cuda.Stream | None = None
         self._done: torch.cuda.Event | None = None
         self._registered: Registration | None = None
@@ -125,7 +131,7 @@ class CudaIndexer:
             torch.cuda.current_stream(device).synchronize()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
         try:
-            self._pool.submit(self._warm_up).result()
+            self._pool.submit(self._warm_up, graph_chunks).result()
         except BaseException:
             self.close()
             raise
@@ -136,6 +142,8 @@ class CudaIndexer:
     def close(self) -> None:
         """Finish the prediction under way, drop those that wait, let go of the arena's pages."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._static is not None:
+            self._static.close()
         if self._registered is not None:
             self._registered.close()
             self._registered = None
@@ -156,10 +164,15 @@ class CudaIndexer:
         rows = self._cache.find(slots[chunks], generations[chunks])
         known, new = chunks[rows >= 0], chunks[rows < 0]
         copy_rows = self._cache.claim(slots[new])
+        places = Places(np.concatenate([known, new, local]), rows[rows >= 0], slots[new], copy_rows)
+        read = columns = places.chunks
         with self._in_stream():
-            lse, local_lse = self._read(request, rows[rows >= 0], slots[new], copy_rows)
-            read = np.concatenate([known, new, local])
-            found = self._score(request, read, lse, local_lse)
+            if self._static is not None and self._static.takes(len(slots), len(local)):
+                found, lse = self._static.run(request, places)
+            else:
+                columns = np.arange(len(read))
+                lse, local_lse = self._read(request, places)
+                found = self._score(request, read, lse, local_lse)
             # only now it is known whose records these were
             sound = np.ones(len(read), dtype=np.bool_)
             sound[: len(chunks)] = unchanged(self._arena, request, read[: len(chunks)])
@@ -168,8 +181,8 @@ class CudaIndexer:
             if not sound.all():
                 # a half-written record spoils the softmax of all the others
                 read = read[sound]
-                (columns,) = self._upload(np.flatnonzero(sound))
-                found = self._score(request, read, lse[:, columns], local_lse)
+                of_sound, local_lse = self._upload(columns[sound], request.local_lse)
+                found = self._score(request, read, lse[:, of_sound], local_lse)
         return prediction(self._own, request, read, found)
 
     def _score(
@@ -179,26 +192,19 @@ class CudaIndexer:
         (chunks,) = self._upload(read)
         return self._to_host(score(self._own, self._lookahead, [Read(request, chunks, lse, local_lse)])[0])
 
-    def _read(
-        self,
-        request: PredictRequest,
-        rows: npt.NDArray[np.int64],
-        slots: npt.NDArray[np.int64],
-        copy_rows: npt.NDArray[np.int64],
-    ) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps, float32 [query heads, chunks], of the cache's ``rows``, the arena's ``slots`` and the request's
-        own records; and its ``local_lse``. What is read of the arena is copied to the cache's ``copy_rows``, where not
-        -1."""
+    def _read(self, request: PredictRequest, places: Places) -> tuple[Tensor, Tensor]:
+        """Log-sum-exps, float32 [query heads, chunks], of what is read at ``places``; and the request's
+        ``local_lse``."""
         if self._spec.kind == "entries":
-            return self._read_entries(request, rows, slots, copy_rows)
+            return self._read_entries(request, places)
         queries = request.queries[self._query_rows] * np.float32(self._spec.scale)
         if self._spec.kind == "bounds":
             # a negative component takes the minimum, a positive one the maximum
             queries = np.concatenate([np.minimum(queries, 0), np.maximum(queries, 0)], 1)
         in_cache, in_arena, to_cache, numbers, on_device, local_lse, records = self._upload(
-            rows,
-            slots,
-            copy_rows,
+            places.cached,
+            places.slots,
+            places.copy_rows,
             np.arange(len(request.local_records)),
             queries,
             request.local_lse,
@@ -222,23 +228,17 @@ class CudaIndexer:
         parts = [lse(cached, in_cache), lse(self._arena.index, in_arena, cached if len(cached) else None)]
         return torch.cat([*parts, lse(records, numbers)], 1)[self._given_rows], local_lse
 
-    def _read_entries(
-        self,
-        request: PredictRequest,
-        rows: npt.NDArray[np.int64],
-        slots: npt.NDArray[np.int64],
-        copy_rows: npt.NDArray[np.int64],
-    ) -> tuple[Tensor, Tensor]:
+    def _read_entries(self, request: PredictRequest, places: Places) -> tuple[Tensor, Tensor]:
         """As :meth:`_read`, logits of entries, float32 [entries of a chunk, chunks]: in PyTorch."""
         if request.weights is None:
             raise ValueError("index keys of entries are asked for with queries and weights, and these are missing")
-        kept = copy_rows >= 0
+        kept = places.copy_rows >= 0
         in_cache, to_cache, from_new, queries, weights, local_lse, records = self._upload(
-            rows, copy_rows[kept], np.flatnonzero(kept), request.queries, request.weights, request.local_lse,
-            request.local_records,
+            places.cached, places.copy_rows[kept], np.flatnonzero(kept), request.queries, request.weights,
+            request.local_lse, request.local_records,
         )  # fmt: skip
         parts = [entry_logits(self._spec, self._cache.records, queries, weights, in_cache)]
-        new = self._arena.index[torch.from_numpy(slots)].to(self._device)
+        new = self._arena.index[torch.from_numpy(places.slots)].to(self._device)
         self._cache.records[to_cache] = new[from_new]
         parts += [entry_logits(self._spec, table, queries, weights) for table in (new, records)]
         return torch.cat(parts, 1), local_lse
@@ -268,7 +268,7 @@ class CudaIndexer:
     def _in_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, graph_chunks: int) -> None:
         """Have kernels compiled and loaded now, not while decode steps run. What is read is nobody's, and forgotten."""
         heads, chunk_tokens = len(self._spec.query_heads), self._spec.chunk_tokens
         state = None
@@ -291,7 +291,18 @@ class CudaIndexer:
         rows = first[: len(self._cache.records)]
         read = np.arange(len(rows) + 2)
         with self._in_stream():
-            lse, local_lse = self._read(request, rows, first, rows if len(rows) else first)
+            lse, local_lse = self._read(request, Places(read, rows, first, rows if len(rows) else first))
             self._score(request, read, lse, local_lse)
             (columns,) = self._upload(first)
             self._score(request, read[:1], lse[:, columns], local_lse)
+            if graph_chunks and StaticPredictions.serves(self._spec):
+                self._static = StaticPredictions(
+                    self._own,
+                    self._lookahead,
+                    self._cache.records,
+                    self._arena.index,
+                    self._query_rows,
+                    self._query_starts,
+                    graph_chunks,
+                    self._stream,
+                )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
+from forecache.indexer.quantized_lse import quantized_chunk_lse, serves
+
 if TYPE_CHECKING:
     from forecache.indexer.manifest import RetrievalManifest
 
@@ -216,7 +218,7 @@ def head_shares(lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
 def event_mass(shares: torch.Tensor, threshold: float = EVENT_SHARE) -> torch.Tensor:
     """Mass of the retrieval events on each chunk, float32 [chunks]: those of ``shares`` [heads, chunks] that reach
     ``threshold``, summed over the heads."""
-    return shares.where(shares >= threshold, 0.0).sum(0)
+    return shares.masked_fill(~(shares >= threshold), 0.0).sum(0)
 
 
 def scores_and_events(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
@@ -232,10 +234,25 @@ def chunk_lse(
 
     ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read.
     ``queries``: float32 [query_heads, head_dim], RoPE applied. For "bounds" it is Σ_d max(q_d·min_d, q_d·max_d), which
-    no q·k in the chunk exceeds (Quest, arXiv 2406.10774). Read in blocks, so that memory stays bounded.
+    no q·k in the chunk exceeds (Quest, arXiv 2406.10774). Many int8 records on a CPU are read as
+    :mod:`.quantized_lse` does.
     """
-    if queries.shape != (len(spec.query_heads), spec.head_dim):
-        raise ValueError(f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}")
+    count = len(records) if slots is None else len(slots)
+    if not serves(spec, records, count):
+        return exact_chunk_lse(spec, records, queries, slots)
+    _check_queries(spec, queries)
+    lse = quantized_chunk_lse(spec, records, queries, slots)
+    lost = lse.isnan().any(0).nonzero().squeeze(1)
+    if len(lost):
+        lse[:, lost] = exact_chunk_lse(spec, records, queries, lost if slots is None else slots[lost])
+    return lse
+
+
+def exact_chunk_lse(
+    spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`chunk_lse` in float32, read in blocks, so that memory stays bounded."""
+    _check_queries(spec, queries)
     chunks = len(records) if slots is None else len(slots)
     lse = queries.new_empty(len(spec.query_heads), chunks)
     block = max(1, min(BLOCK_HEAD_ELEMENTS // spec.head_elements, BLOCK_BYTES // spec.nbytes))
@@ -244,6 +261,11 @@ def chunk_lse(
         rows = records[part] if slots is None else records.index_select(0, slots[part])
         lse[:, start : start + block] = _block_lse(spec, rows, queries)
     return lse
+
+
+def _check_queries(spec: IndexSpec, queries: torch.Tensor) -> None:
+    if queries.shape != (len(spec.query_heads), spec.head_dim):
+        raise ValueError(f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}")
 
 
 def _block_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -70,6 +70,11 @@ class LookaheadScorer:
         """How many of the last steps' hidden states must be kept."""
         return self.history[-1] + 1
 
+    @property
+    def rows(self) -> int:
+        """Queries of the trained projection: the first rows of :attr:`spec`."""
+        return len(self.history) * self._heads
+
     @torch.inference_mode()
     def queries(self, hidden: Tensor, position: int) -> Tensor:
         """Queries of the trained projection, float32 [history · heads, head_dim], RoPE applied.
@@ -87,27 +92,50 @@ class LookaheadScorer:
         newest = asked[:1].expand(len(self.own.query_heads))
         return torch.cat([asked.repeat_interleave(self._heads), newest])
 
+    def seen_chunks(self, position: int, steps: int) -> list[int]:
+        """Complete chunks at the steps of the first :attr:`rows` rows, ``steps`` as of :class:`Asked`: [rows]."""
+        seen = [(position - min(back, steps - 1) + 1) // self.spec.chunk_tokens for back in self.history]
+        return [chunks for chunks in seen for _ in range(self._heads)]
+
     @torch.inference_mode()
     def scores(self, asked: Sequence[Asked]) -> list[Tensor]:
         """Scores, float32 [chunks], of each of ``asked``, in one pass; larger is needed sooner, any may be negative.
 
         Raises ValueError where there are not as many chunks as its position says.
         """
-        size, rows = self.spec.chunk_tokens, len(self.history) * self._heads
+        size, rows = self.spec.chunk_tokens, self.rows
         chunks = [one.lse.shape[1] for one in asked]
         shares = self._back.new_full((len(asked), rows, max(chunks)), -torch.inf, dtype=torch.float32)
         complete, tail = (self._back.new_zeros(len(asked), dtype=kind) for kind in (torch.int64, torch.float32))
         for place, (one, count) in enumerate(zip(asked, chunks, strict=True)):
             if (one.position + 1) // size != count:
                 raise ValueError(f"{count} chunks of {size} tokens can't be complete at position {one.position}")
-            # chunks that were completed since an older query was made have no share from it: it saw their tokens
             seen = (self.positions(one.position, one.steps)[:rows] + 1) // size
-            later = torch.arange(count, device=seen.device) >= seen.unsqueeze(1)
-            lse = one.lse[:rows].masked_fill(later, -torch.inf)
-            total = torch.logaddexp(lse.logsumexp(1), one.local_lse[:rows])
-            shares[place, :, :count] = lse - total.clamp(min=torch.finfo(total.dtype).min).unsqueeze(1)
+            shares[place, :, :count] = self._log_shares(one.lse, one.local_lse, seen)
             complete[place] = count
             tail[place] = (one.position + 1 - count * size) / size
         by_step = shares.view(len(asked), len(self.history), self._heads, -1)
         logits = self._indexer(by_step, torch.stack([one.hidden for one in asked]), complete, tail)
         return [row[:count] for row, count in zip(logits.unbind(0), chunks, strict=True)]
+
+    @torch.inference_mode()
+    def padded_scores(
+        self, lse: Tensor, local_lse: Tensor, hidden: Tensor, seen: Tensor, complete: Tensor, tail: Tensor
+    ) -> Tensor:
+        """Scores of one prediction, float32 [columns], of which those past the chunks mean nothing.
+
+        As :meth:`scores`, but all that changes between predictions is on the device: ``lse``: float32 [rows, columns],
+        -inf past the chunks; ``seen``: int64 [:attr:`rows`], as of :meth:`seen_chunks`; ``complete``: int64 [1], how
+        many chunks there are; ``tail``: float32 [1], how full the open chunk is. Nothing is waited for.
+        """
+        by_step = self._log_shares(lse, local_lse, seen).view(1, len(self.history), self._heads, -1)
+        logits: Tensor = self._indexer(by_step, hidden.unsqueeze(0), complete, tail)
+        return logits.squeeze(0)
+
+    def _log_shares(self, lse: Tensor, local_lse: Tensor, seen: Tensor) -> Tensor:
+        """Log of each trained query's share on each chunk, float32 [:attr:`rows`, chunks]. A chunk that was completed
+        since an older query was made has none from it: it saw the tokens."""
+        later = torch.arange(lse.shape[1], device=lse.device) >= seen.unsqueeze(1)
+        lse = lse[: self.rows].masked_fill(later, -torch.inf)
+        total = torch.logaddexp(lse.logsumexp(1), local_lse[: self.rows])
+        return lse - total.clamp(min=torch.finfo(total.dtype).min).unsqueeze(1)

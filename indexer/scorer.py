@@ -147,10 +147,11 @@ def prediction(
 ) -> Prediction:
     """The answer to ``request`` from ``found`` [2, chunks], as of :func:`score`. Chunks of the arena that are not among
     those ``read`` are missing."""
-    missing = np.setdiff1d(np.flatnonzero(request.index_slots >= 0), read)
+    unread = request.index_slots >= 0
+    unread[read] = False
     # bounds are no attention, and of all heads
     events = found[1] if spec.kind == "tokens" else None
-    return Prediction(request.sequence_id, found[0], tuple(missing.tolist()), events)
+    return Prediction(request.sequence_id, found[0], tuple(np.flatnonzero(unread).tolist()), events)
 
 
 def check_state(request: PredictRequest, lookahead: LookaheadScorer | None) -> None:

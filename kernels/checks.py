@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from forecache.kernels.columns import Columns
+
 
 def gather(
     kv: Tensor,
@@ -82,6 +84,7 @@ def records(
     dtype: torch.dtype,
     copies: Tensor | None,
     copy_slots: Tensor | None,
+    into: Columns | None,
 ) -> None:
     """Arguments of `score_chunks`."""
     assert dtype.is_floating_point or dtype == torch.int8, f"keys are floating point or int8, not {dtype}"
@@ -100,6 +103,12 @@ def records(
     if copy_slots is not None:
         _slots(copy_slots)
         assert copy_slots.shape == slots.shape, f"{slots.shape[0]} records to {copy_slots.shape[0]} rows"
+    if into is not None:
+        _slots(into.columns)
+        _slots(into.span)
+        assert into.columns.shape == slots.shape and into.span.shape == (2,), "a column for each slot, and one span"
+        assert into.lse.shape == (queries.shape[0], slots.shape[0]), f"the result is {tuple(into.lse.shape)}"
+        assert into.lse.dtype == torch.float32 and into.lse.is_contiguous(), "the result is float32, contiguous"
 
 
 def entries(q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor) -> None:

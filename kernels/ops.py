@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from forecache.kernels import reference
+from forecache.kernels.columns import Columns
 
 
 def sparse_decode(
@@ -136,6 +137,7 @@ def score_chunks(
     dtype: torch.dtype,
     copies: Tensor | None = None,
     copy_slots: Tensor | None = None,
+    into: Columns | None = None,
 ) -> Tensor:
     """See `reference.score_chunks`. With CUDA ``slots``, ``records`` may be pinned or registered host memory."""
     backend = reference.score_chunks
@@ -152,4 +154,5 @@ def score_chunks(
         dtype=dtype,
         copies=copies,
         copy_slots=copy_slots,
+        into=into,
     )

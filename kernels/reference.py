@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forecache.kernels import checks, checksums
+from forecache.kernels.columns import Columns
 
 FP8_MAX = 448.0  # of float8_e4m3fn
 SCALE_MIN = torch.finfo(torch.float32).tiny  # the smallest number whose reciprocal is finite
@@ -219,6 +220,7 @@ def score_chunks(
     dtype: torch.dtype,
     copies: Tensor | None = None,
     copy_slots: Tensor | None = None,
+    into: Columns | None = None,
 ) -> Tensor:
     """Log-sum-exp of each query's logits over each chunk's tokens: float32 ``[query_heads, n]``, all sums in float32.
 
@@ -226,9 +228,11 @@ def score_chunks(
     head_dim]`` of ``dtype``, then for int8 their float16 scales ``[kv_heads, chunk_tokens]``. ``queries``: float32
     ``[query_heads, head_dim]``, scaled; ``query_starts``: int32 ``[kv_heads + 1]``, those from ``query_starts[h]`` to
     ``query_starts[h + 1]`` read KV head h. What is read is also written to rows ``copy_slots`` (int64 ``[n]``, all
-    different; -1: nowhere) of ``copies``, a table like ``records``; padding is not.
+    different; -1: nowhere) of ``copies``, a table like ``records``; padding is not. ``into``: see `Columns`.
     """
-    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots)
+    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots, into)
+    some = slice(None) if into is None else slice(*into.span.tolist())
+    slots, copy_slots = slots[some], None if copy_slots is None else copy_slots[some]
     n, kv_heads, (query_heads, head_dim) = len(slots), len(query_starts) - 1, queries.shape
     rows, key_bytes = records.index_select(0, slots), kv_heads * chunk_tokens * head_dim * dtype.itemsize
     end = key_bytes if dtype.is_floating_point else key_bytes + 2 * kv_heads * chunk_tokens
@@ -240,7 +244,9 @@ def score_chunks(
     for h, (first, last) in enumerate(pairwise(query_starts.tolist())):
         logits = torch.einsum("gd,ntd->gnt", queries[first:last], keys[:, h].float())
         lse[first:last] = (logits if scales is None else logits * scales[:, h].float()).logsumexp(2)
-    return lse
+    if into is not None:
+        into.lse[:, into.columns[some]] = lse
+    return lse if into is None else into.lse
 
 
 def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:

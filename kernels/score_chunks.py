@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from forecache.kernels import checks, tuning
+from forecache.kernels.columns import TILE_ELEMENTS, Columns
 
-_TILE_ELEMENTS = 16384
 _WARP_ELEMENTS = 2048
 _QUERY_TILE = 32
 _LEAST_QUERIES = 8
@@ -37,6 +37,8 @@ def _score_kernel(
     query_starts,  # [KV_HEADS + 1]
     copies,  # like records
     copy_slots,  # [n]
+    columns,  # [n]
+    span,  # [2]
     out,  # [query_heads, n, TOKENS / BLOCK]
     n,
     record_stride,
@@ -50,14 +52,22 @@ def _score_kernel(
     DTYPE: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
+    HAS_SPAN: tl.constexpr,
 ):
     blocks: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
     itemsize: tl.constexpr = DTYPE.primitive_bitwidth // 8
     key_bytes: tl.constexpr = KV_HEADS * TOKENS * DIM * itemsize
     key_pointer: tl.constexpr = tl.pointer_type(DTYPE)
     scale_pointer: tl.constexpr = tl.pointer_type(tl.float16)
-    for i_tile in range(tl.program_id(0), n * KV_HEADS * blocks, tl.num_programs(0)):
+    i_begin, i_end = 0, n
+    if HAS_SPAN:
+        i_begin, i_end = tl.load(span).to(tl.int32), tl.load(span + 1).to(tl.int32)
+    for i_tile in range(tl.program_id(0), (i_end - i_begin) * KV_HEADS * blocks, tl.num_programs(0)):
         i_block, i_head, i_chunk = i_tile % blocks, i_tile // blocks % KV_HEADS, i_tile // (blocks * KV_HEADS)
+        i_column = i_chunk
+        if HAS_SPAN:
+            i_chunk += i_begin
+            i_column = tl.load(columns + i_chunk).to(tl.int32)
         o_token, o_dim = i_block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
         m_token = o_token < TOKENS
         m_key = m_token[:, None] & (o_dim < DIM)[None, :]
@@ -88,7 +98,7 @@ def _score_kernel(
                 b_logits = tl.where(m_token, b_logits, float("-inf"))
                 largest = tl.max(b_logits, 0)
                 lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
-                tl.store(out + (i_query * n + i_chunk) * blocks + i_block, lse)
+                tl.store(out + (i_query * n + i_column) * blocks + i_block, lse)
         else:
             # tensor cores: three products of TensorFloat32 parts are as good as one of float32
             for i_first in range(first, last, QUERIES):
@@ -100,7 +110,7 @@ def _score_kernel(
                 b_many = tl.where(m_token[None, :], b_many, float("-inf"))
                 b_largest = tl.max(b_many, 1)
                 b_lse = b_largest + tl.log(tl.sum(tl.exp(b_many - b_largest[:, None]), 1))
-                tl.store(out + (o_query * n + i_chunk) * blocks + i_block, b_lse, mask=m_query)
+                tl.store(out + (o_query * n + i_column) * blocks + i_block, b_lse, mask=m_query)
 
 
 def _query_tile(query_heads: int, kv_heads: int, block: int, dim_pad: int) -> int:
@@ -120,14 +130,16 @@ def score_chunks(
     dtype: torch.dtype,
     copies: Tensor | None = None,
     copy_slots: Tensor | None = None,
+    into: Columns | None = None,
 ) -> Tensor:
     """See `reference.score_chunks`; the result is on the device of ``slots``."""
-    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots)
+    checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots, into)
     n, kv_heads, (query_heads, head_dim) = slots.shape[0], query_starts.shape[0] - 1, queries.shape
     dim_pad = triton.next_power_of_2(head_dim)
-    block = min(triton.next_power_of_2(chunk_tokens), max(1, _TILE_ELEMENTS // dim_pad))
+    block = min(triton.next_power_of_2(chunk_tokens), max(1, TILE_ELEMENTS // dim_pad))
     blocks = triton.cdiv(chunk_tokens, block)
-    lse = torch.empty((query_heads, n, blocks), dtype=torch.float32, device=slots.device)
+    assert into is None or blocks == 1, f"chunks of {chunk_tokens} x {head_dim} numbers are more than one tile"
+    lse = torch.empty((query_heads, n, blocks), dtype=torch.float32, device=slots.device) if into is None else into.lse
     if n:
         programs = n * kv_heads * blocks
         if not records.is_cuda and slots.is_cuda:
@@ -140,6 +152,8 @@ def score_chunks(
             query_starts,
             copies,
             copy_slots,
+            None if into is None else into.columns,
+            None if into is None else into.span,
             lse,
             n,
             records.stride(0),
@@ -153,6 +167,9 @@ def score_chunks(
             DTYPE=_DTYPES[dtype],
             HAS_SCALE=not dtype.is_floating_point,
             HAS_COPIES=copies is not None,
+            HAS_SPAN=into is not None,
             num_warps=max(1, min(block * dim_pad // _WARP_ELEMENTS, 8)),
         )
+    if into is not None:
+        return into.lse
     return lse.squeeze(2) if blocks == 1 else lse.logsumexp(2)

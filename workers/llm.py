@@ -116,7 +116,15 @@ class LLM:
             own: Indexer
             if indexer.device_type(backbone.device.type) == "cuda":
                 gpu = backbone.device if backbone.device.type == "cuda" else torch.device("cuda")
-                own = CudaIndexer(spec, self._arena, gpu, indexer.device_bytes, RegisteredMemory, chosen.lookahead)
+                own = CudaIndexer(
+                    spec,
+                    self._arena,
+                    gpu,
+                    indexer.device_bytes,
+                    RegisteredMemory,
+                    chosen.lookahead,
+                    graph_chunks=self.config.graph_chunks(backbone.max_model_len),
+                )
             else:
                 own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, chosen.lookahead)
             self._indexer = wrap_indexer(own)

@@ -28,11 +28,11 @@ from harness import SHAPES, append_row, copy_bandwidth, host_bandwidth, machine_
 
 from forecache.indexer.checkpoint import load_checkpoint
 from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.index_keys import IndexSpec, encode_chunks
+from forecache.indexer.index_keys import IndexSpec, encode_chunks, exact_chunk_lse
 from forecache.indexer.lookahead import LookaheadScorer
 from forecache.indexer.manifest import RetrievalManifest
 from forecache.indexer.protocol import Indexer, PredictRequest, StepState
-from forecache.indexer.scorer import LocalIndexer
+from forecache.indexer.scorer import LocalIndexer, Read, score
 from forecache.workers.memory.cuda_host import RegisteredMemory
 
 CHUNK_TOKENS = 64
@@ -48,7 +48,7 @@ SAID = ("where", "context", "sequences", "floor_ms", "p20_ms", "p50_ms", "p80_ms
 class Row:
     """Of ``sequences`` predictions asked at once. ``floor_ms``: their ``index_bytes`` over ``read_gb_per_s`` of the
     memory that they are read from: copies within it (bytes read and written), from the host's into the GPU's for
-    ``host``. ``largest_error``: of one sequence's scores, against the CPU's."""
+    ``host``. ``largest_error``: of one sequence's scores, against the CPU's in float32."""
 
     where: str
     shape: str
@@ -64,6 +64,7 @@ class Row:
     p80_ms: float
     over_floor: float
     repetitions: int
+    graph_chunks: int
     largest_error: float
     threads: int
     date: str
@@ -115,13 +116,16 @@ class Table:
 
 
 @contextmanager
-def opened(where: str, table: Table, threads: int) -> Iterator[Indexer]:
+def opened(where: str, table: Table, threads: int, graph_chunks: int = 0) -> Iterator[Indexer]:
     indexer: Indexer
     if where == "cpu":
         indexer = LocalIndexer(table.spec, threads, lambda _path: table, table.lookahead)
     else:
         budget = table.index.nbytes if where == "hbm" else 0
-        indexer = CudaIndexer(table.spec, table, torch.device("cuda"), budget, RegisteredMemory, table.lookahead)
+        device = torch.device("cuda")
+        indexer = CudaIndexer(
+            table.spec, table, device, budget, RegisteredMemory, table.lookahead, graph_chunks=graph_chunks
+        )
     try:
         if where == "hbm":
             indexer.predict(table.request(0, len(table.index))).result()
@@ -159,6 +163,14 @@ def prediction_seconds(
     return times[1:]  # the first one finds new sizes
 
 
+def exact_scores(table: Table, request: PredictRequest) -> npt.NDArray[np.float32]:
+    """What ``request`` is to be answered, by the CPU in float32."""
+    rows = table.spec if table.lookahead is None else table.lookahead.spec
+    lse = exact_chunk_lse(rows, table.index, torch.tensor(request.queries), torch.from_numpy(request.index_slots))
+    read = Read(request, torch.arange(lse.shape[1]), lse, torch.tensor(request.local_lse))
+    return score(table.spec, table.lookahead, [read])[0][0].numpy()
+
+
 def index_spec(shape: str) -> IndexSpec:
     with tempfile.TemporaryDirectory() as directory:
         manifest = RetrievalManifest.load(write_model(Path(directory), SHAPES[shape]))
@@ -180,11 +192,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         return
     table = Table(spec, max(chunks * count for _, chunks, count in fitting), lookahead)
     expected = {chunks: table.request(0, chunks) for _, chunks, _ in fitting}
-    with opened("cpu", table, args.threads) as cpu:
-        scores = {chunks: cpu.predict(request).result().scores for chunks, request in expected.items()}
+    scores = {chunks: exact_scores(table, request) for chunks, request in expected.items()}
     for where in args.where:
         bandwidth = read_bandwidth(where, table)
-        with opened(where, table, args.threads) as indexer:
+        with opened(where, table, args.threads, args.graph_chunks) as indexer:
             for context, chunks, count in fitting:
                 times = prediction_seconds(indexer, table, chunks, count, args.repeat, args.seconds)
                 answer = indexer.predict(expected[chunks]).result().scores
@@ -206,6 +217,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     p80_ms=round(p80, 3),
                     over_floor=round(p50 / floor_ms, 2),
                     repetitions=len(times),
+                    graph_chunks=args.graph_chunks,
                     largest_error=float(np.abs(answer - scores[chunks]).max()),
                     threads=args.threads,
                     date=now(),
@@ -224,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--where", nargs="+", choices=["cpu", "hbm", "host"], default=["hbm", "host", "cpu"] if on_gpu else ["cpu"]
     )
+    parser.add_argument("--graph-chunks", type=int, default=8192, help="chunks of the largest CUDA graph; 0: no graphs")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the CPU's predictions")
     parser.add_argument("--repeat", type=int, default=30, help="most timed repetitions of a row")
     parser.add_argument("--seconds", type=float, default=2.0, help="repetitions of a row end after this")

@@ -35,6 +35,7 @@ from forecache.kernels import (
     csa_decode, gather_layer, merge_partials, quantize_chunks, score_chunks, score_entries, slot_checksums,
     sparse_decode, store_kv, top_entries, tuning,
 )
+from forecache.kernels.columns import Columns
 from forecache.kernels.tuning import DecodeConfig
 
 tuning.gpu_family = lambda device: "hopper"
@@ -86,6 +87,9 @@ def scores():
     for dtype, head_dim in ((int8, 64), (torch.float32, 128)):
         queries, starts = torch.zeros(50, head_dim), torch.tensor([0, 25, 50], dtype=torch.int32)
         score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=64, dtype=dtype)
+        into = Columns(torch.zeros(50, len(where)), where, where[:2])
+        for kept in ({}, {"copies": rows, "copy_slots": where}):
+            score_chunks.score_chunks(rows, where, queries, starts, chunk_tokens=64, dtype=dtype, into=into, **kept)
 
 
 def csa():
@@ -122,7 +126,7 @@ def streams():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
 @pytest.mark.parametrize(
     ("group", "kernels"),
-    [("copies", 9), ("fp8", 6), ("scores", 10), ("csa", 13), ("splits", 10), ("streams", 8)],
+    [("copies", 9), ("fp8", 6), ("scores", 14), ("csa", 13), ("splits", 10), ("streams", 8)],
 )
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forecache.indexer.index_keys import IndexSpec, chunk_lse, encode_chunks
 from forecache.kernels import ops, reference, score_chunks
+from forecache.kernels.columns import Columns, fits_columns
 
 Poison = Callable[[], Any]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -96,6 +97,46 @@ def test_what_is_read_can_be_kept(kernels: Any, shape: Any, device: torch.device
     assert (copies[[1, 2]] == 9).all() and (copies[:, case.end :] == 9).all(), "nothing else is written"
     again = kernels.score_chunks(copies, rows[[0, 2]], queries, starts, **case.options)
     torch.testing.assert_close(again, lse[:, [0, 2]])
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[4], SHAPES[8], SHAPES[11]], ids=str)
+def test_what_is_read_and_where_it_goes_may_be_decided_on_the_device(
+    kernels: Any, shape: Any, device: torch.device
+) -> None:
+    """Slots past the span's ends are anything, even of no row."""
+    case = Case(*shape)
+    records, queries, starts = case.on(device)
+    slots = torch.tensor([1 << 40, 5, 0, 2, -7, 3], device=device)
+    columns, rows = torch.tensor([9, 4, 1, 5, 9, 9], device=device), torch.tensor([9, 3, -1, 0, 9, 9], device=device)
+    for begin, end in ((1, 4), (2, 3), (2, 2), (5, 6)):
+        if (begin, end) == (5, 6):
+            columns[5], rows[5] = 2, -1
+        copies = torch.full_like(records[:4], 9)
+        lse = torch.full((len(queries), 6), -torch.inf, device=device)
+        into = Columns(lse, columns, torch.tensor([begin, end], device=device))
+        found = kernels.score_chunks(
+            records, slots, queries, starts, **case.options, copies=copies, copy_slots=rows, into=into
+        )
+        assert found is lse
+        read = range(begin, end)
+        expected = torch.full((len(queries), 6), -torch.inf, dtype=torch.float64)
+        for i in read:
+            expected[:, int(columns[i])] = case.lse[:, int(slots[i])]
+        torch.testing.assert_close(lse.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+        kept = [i for i in read if rows[i] >= 0]
+        assert torch.equal(copies[rows[kept], : case.end], records[slots[kept], : case.end])
+        others = [row for row in range(4) if row not in rows[kept].tolist()]
+        assert (copies[others] == 9).all(), "nothing else is written"
+
+
+def test_a_chunk_of_more_than_one_tile_goes_to_no_columns(device: torch.device) -> None:
+    case = Case(*SHAPES[3])
+    records, queries, starts = case.on(device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    into = Columns(torch.zeros(2, 1, device=device), slots, torch.tensor([0, 1], device=device))
+    assert fits_columns(64, 256) and fits_columns(1, 12) and not fits_columns(160, 128) and not fits_columns(129, 65)
+    with pytest.raises(AssertionError, match="more than one tile"):
+        score_chunks.score_chunks(records, slots, queries, starts, **case.options, into=into)
 
 
 def test_no_chunks(kernels: Any, device: torch.device) -> None:

@@ -86,8 +86,8 @@ class Table:
 
 
 @contextmanager
-def opened(table: Table, device_bytes: int) -> Iterator[CudaIndexer]:
-    indexer = CudaIndexer(table.spec, table, DEVICE, device_bytes, RegisteredMemory)
+def opened(table: Table, device_bytes: int, graph_chunks: int = 0) -> Iterator[CudaIndexer]:
+    indexer = CudaIndexer(table.spec, table, DEVICE, device_bytes, RegisteredMemory, graph_chunks=graph_chunks)
     try:
         yield indexer
         indexer.check_integrity()
@@ -114,29 +114,36 @@ def table() -> Table:
     return Table(INT8)
 
 
+launches = pytest.mark.parametrize("graph_chunks", [0, SLOTS], ids=["calls", "graphs"])
+"""On a CPU nothing is captured, but read and scored as a graph would."""
+
+
+@launches
 @pytest.mark.parametrize("rows", [0, 3, SLOTS])
 @pytest.mark.parametrize("kind", SPECS)
-def test_it_answers_as_the_cpu_does(kind: str, rows: int) -> None:
+def test_it_answers_as_the_cpu_does(kind: str, rows: int, graph_chunks: int) -> None:
     table = Table(SPECS[kind])
-    with opened(table, rows * table.spec.nbytes) as indexer:
-        for slots in ([4, 7, 19, 0], [7, -1, 3, -1, 4], [-1], [], [4, 7, 19, 0, 3, 11]):
+    with opened(table, rows * table.spec.nbytes, graph_chunks) as indexer:
+        for slots in ([4, 7, 19, 0], [7, -1, 3, -1, 4], [-1], [], [4, 7, 19, 0, 3, 11], [5, -1] * 70):
             records = list(table.new_records(slots.count(-1)))
             for seed in (1, 2):
                 expect_local_answer(indexer, table, table.request(slots, records, seed))
 
 
-def test_a_record_is_read_from_the_arena_once(table: Table) -> None:
+@launches
+def test_a_record_is_read_from_the_arena_once(table: Table, graph_chunks: int) -> None:
     request = table.request([4, 5, 6])
-    with opened(table, ALL) as indexer:
+    with opened(table, ALL, graph_chunks) as indexer:
         first = indexer.predict(request).result(60)
         table.index[[4, 5, 6]] = table.new_records(3)  # which no owner of an arena would do
         np.testing.assert_allclose(indexer.predict(request).result(60).scores, first.scores, rtol=1e-4)
-    with opened(table, 0) as indexer:
+    with opened(table, 0, graph_chunks) as indexer:
         assert not np.allclose(indexer.predict(request).result(60).scores, first.scores, rtol=1e-4), "nothing is kept"
 
 
-def test_a_slot_that_was_written_anew_is_read_anew(table: Table) -> None:
-    with opened(table, ALL) as indexer:
+@launches
+def test_a_slot_that_was_written_anew_is_read_anew(table: Table, graph_chunks: int) -> None:
+    with opened(table, ALL, graph_chunks) as indexer:
         old = table.request([4, 5, 6])
         expect_local_answer(indexer, table, old)
         table.renew(5)
@@ -145,11 +152,14 @@ def test_a_slot_that_was_written_anew_is_read_anew(table: Table) -> None:
         expect_local_answer(indexer, table, table.request([4, 5, 6]))
 
 
+@launches
 @pytest.mark.parametrize("rows", [0, SLOTS])
-def test_a_slot_overwritten_while_it_is_read_spoils_nothing_and_is_not_kept(table: Table, rows: int) -> None:
+def test_a_slot_overwritten_while_it_is_read_spoils_nothing_and_is_not_kept(
+    table: Table, rows: int, graph_chunks: int
+) -> None:
     request = table.request([4, 5, 6])
     left = table.request([4, 6])
-    with opened(table, rows * INT8.nbytes) as indexer:
+    with opened(table, rows * INT8.nbytes, graph_chunks) as indexer:
         expected = indexer.predict(left).result(60).scores
         table.reads, table.overwrites = 0, [5]
         prediction = indexer.predict(request).result(60)
@@ -161,16 +171,19 @@ def test_a_slot_overwritten_while_it_is_read_spoils_nothing_and_is_not_kept(tabl
         expect_local_answer(indexer, table, table.request([4, 5, 6]))
 
 
-def test_a_kept_slot_overwritten_while_it_is_read_is_missing(table: Table) -> None:
+@launches
+def test_a_kept_slot_overwritten_while_it_is_read_is_missing(table: Table, graph_chunks: int) -> None:
     request = table.request([4, 5, 6])
-    with opened(table, ALL) as indexer:
+    with opened(table, ALL, graph_chunks) as indexer:
         indexer.predict(request).result(60)
         table.reads, table.overwrites = 0, [5]
         assert indexer.predict(request).result(60).missing == (1,)
 
 
-def test_a_slot_past_the_arena_is_missing(table: Table) -> None:
-    with opened(table, ALL) as indexer:
+@launches
+def test_a_slot_past_the_arena_is_missing(table: Table, graph_chunks: int) -> None:
+    with opened(table, ALL, graph_chunks) as indexer:
+        expect_local_answer(indexer, table, table.request([SLOTS]))
         expect_local_answer(indexer, table, table.request([4, SLOTS]))
 
 
@@ -191,7 +204,8 @@ def test_an_arena_of_other_index_keys_is_refused(table: Table) -> None:
         CudaIndexer(INT8, table, DEVICE, ALL, RegisteredMemory)
 
 
-def test_read_only_arrays_are_taken(table: Table) -> None:
+@launches
+def test_read_only_arrays_are_taken(table: Table, graph_chunks: int) -> None:
     request = table.request([1, -1], list(table.new_records(1)))
     for array in (
         request.index_slots,
@@ -201,7 +215,7 @@ def test_read_only_arrays_are_taken(table: Table) -> None:
         request.local_records,
     ):
         array.flags.writeable = False
-    with opened(table, ALL) as indexer:
+    with opened(table, ALL, graph_chunks) as indexer:
         expect_local_answer(indexer, table, request)
 
 
@@ -216,6 +230,7 @@ def test_a_closed_indexer_takes_no_requests(table: Table) -> None:
 @settings(max_examples=25 if DEVICE.type == "cpu" else 10, deadline=None)
 @given(
     rows=st.integers(0, SLOTS + 3),
+    graph_chunks=st.sampled_from([0, SLOTS]),
     steps=st.lists(
         st.tuples(st.lists(st.integers(0, SLOTS - 1), max_size=6), st.lists(st.integers(-1, SLOTS), max_size=12)),
         min_size=1,
@@ -223,10 +238,10 @@ def test_a_closed_indexer_takes_no_requests(table: Table) -> None:
     ),
 )
 def test_whatever_changes_hands_its_answers_stay_those_of_the_cpu(
-    rows: int, steps: list[tuple[list[int], list[int]]]
+    rows: int, graph_chunks: int, steps: list[tuple[list[int], list[int]]]
 ) -> None:
     table = Table(INT8)
-    with opened(table, rows * INT8.nbytes) as indexer:
+    with opened(table, rows * INT8.nbytes, graph_chunks) as indexer:
         old = table.request([0, 1, 2])
         for renewed, slots in steps:
             for slot in renewed:
@@ -319,9 +334,10 @@ def test_an_engine_on_a_gpu_asks_the_gpu(tiny_model: Path) -> None:
 
 @pytest.mark.gpu
 @NEEDS_GPU
+@launches
 @pytest.mark.parametrize("rows", [0, SLOTS])
-def test_it_waits_for_no_other_stream(table: Table, rows: int) -> None:
-    with opened(table, rows * INT8.nbytes) as indexer:
+def test_it_waits_for_no_other_stream(table: Table, rows: int, graph_chunks: int) -> None:
+    with opened(table, rows * INT8.nbytes, graph_chunks) as indexer:
         requests = [table.request(slots, list(table.new_records(1))) for slots in ([3, 4, -1], [3, -1, 9, 4])]
         steps = torch.cuda.Stream()
         with torch.cuda.stream(steps):

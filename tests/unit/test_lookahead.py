@@ -1,8 +1,9 @@
 """The trained indexer as served: its scores are those of training, wherever records lie and whoever asks beside."""
 
 import mmap
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -147,8 +148,13 @@ def on_device(table: Table) -> Indexer:
     return CudaIndexer(SCORER.own, table, DEVICE, 7 * SCORER.spec.nbytes, RegisteredMemory, SCORER)
 
 
+def as_graphs(table: Table) -> CudaIndexer:
+    return CudaIndexer(SCORER.own, table, DEVICE, 7 * SCORER.spec.nbytes, RegisteredMemory, SCORER, graph_chunks=CHUNKS)
+
+
 Make = Callable[[Table], Indexer]
-both = pytest.mark.parametrize("make", [on_cpu, pytest.param(on_device, marks=pytest.mark.gpu)])
+makes = [on_cpu, *(pytest.param(make, marks=pytest.mark.gpu) for make in (on_device, as_graphs))]
+both = pytest.mark.parametrize("make", makes)
 
 
 def as_trained(position: int) -> torch.Tensor:
@@ -288,3 +294,77 @@ def test_requests_for_another_indexer_are_refused(make: Make) -> None:
         indexer.predict(replace(request_at(20), state=None)).result(60)
     indexer.predict(request_at(20)).result(60)
     indexer.close()
+
+
+@pytest.mark.gpu
+def test_graphs_of_all_sizes_answer_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of all lengths in turns, also longer ones than the largest graph, and other records each time."""
+    monkeypatch.setattr("forecache.indexer.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16))
+    table = Table()
+    graphs, calls = as_graphs(table), on_device(table)
+    for position in np.random.default_rng(0).permutation(np.arange(7, TOKENS)).tolist():
+        chunks = (position + 1) // CHUNK_TOKENS
+        request = request_at(position, local=range(position % 3, chunks, 1 + position % 5))
+        found, expected = graphs.predict(request).result(60), calls.predict(request).result(60)
+        assert found.missing == expected.missing == ()
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+        assert found.event_mass is not None and expected.event_mass is not None
+        np.testing.assert_allclose(found.event_mass, expected.event_mass, rtol=1e-4, atol=1e-6)
+    graphs.close()
+    calls.close()
+
+
+NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_a_graph_computes_exactly_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request twice, by its graph and by the launches that the graph is made of; in between others."""
+    monkeypatch.setattr("forecache.indexer.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16, 32))
+    indexer = as_graphs(Table())
+    assert indexer._static is not None
+    graphs, none = indexer._static._graphs, {}
+    assert sorted(graphs) == [2, 4, 8, 16, 32]
+    positions = np.random.default_rng(1).permutation(np.arange(7, TOKENS)).tolist()
+    requests = [request_at(position, local=range(position % 4, position // 8, 3)) for position in positions]
+    answers: list[list[Prediction]] = []
+    for given in (graphs, none, graphs):
+        indexer._static._graphs = given
+        answers.append([future.result(60) for future in [indexer.predict(request) for request in requests]])
+    indexer.close()
+    for first, second, third in zip(*answers, strict=True):
+        for other in (second, third):
+            np.testing.assert_array_equal(first.scores, other.scores)
+            assert first.event_mass is not None and other.event_mass is not None
+            np.testing.assert_array_equal(first.event_mass, other.event_mass)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_graphs_are_captured_and_replayed_beside_other_work() -> None:
+    """Another thread allocates, launches and waits all the time, as decode steps do."""
+    stop, rounds = threading.Event(), [0]
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                size = 64 + rounds[0] % 64
+                a = torch.full((size, size), 0.5, device=DEVICE)
+                assert float((a @ a).sum().cpu()) == size**3 / 4
+                rounds[0] += 1
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(work)
+        try:
+            for _ in range(3):
+                indexer = as_graphs(Table())
+                before = rounds[0]
+                for position in (*range(7, TOKENS, 9), TOKENS - 1):
+                    scores = torch.from_numpy(indexer.predict(request_at(position)).result(60).scores)
+                    torch.testing.assert_close(scores, as_trained(position), atol=2e-4, rtol=2e-4)
+                indexer.close()
+                assert rounds[0] > before
+        finally:
+            stop.set()
+        worker.result(60)

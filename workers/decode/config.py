@@ -59,7 +59,8 @@ class EngineConfig(BaseModel):
         None, gt=0, description="target duration of a step beside running streams; default: 0.05 on a GPU, else 0.25"
     )
     cuda_graphs: bool | None = Field(
-        None, description="run decode steps on a GPU as CUDA graphs; default: yes, but for DeepSeek-V4"
+        None,
+        description="CUDA graphs of decode steps and of predictions; default: of steps, but not of DeepSeek-V4's",
     )
     torch_compile: bool = Field(True, description="on a GPU, run decoder layers through torch.compile")
     overlap_steps: bool | None = Field(
@@ -75,6 +76,11 @@ class EngineConfig(BaseModel):
         return (
             self if "chunk_tokens" in self.model_fields_set else self.model_copy(update={"chunk_tokens": chunk_tokens})
         )
+
+    def graph_chunks(self, max_model_len: int) -> int:
+        """Chunks of the longest sequence whose predictions are to be CUDA graphs; 0: of none, as by default, since no
+        GPU has run them yet."""
+        return max_model_len // self.chunk_tokens if self.cuda_graphs else 0
 
     def for_device(self, device: str) -> Self:
         """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""

@@ -95,7 +95,9 @@ class DecodeWorker:
             fetch_deadline_s=memory.fetch_deadline_s,
             peers=RemotePeers(settings.namespace, memory.call_deadline_s) if settings.redis_url is not None else None,
         )
-        self._indexer = self._make_indexer(settings, chosen, backbone.device)
+        self._indexer = self._make_indexer(
+            settings, chosen, backbone.device, config.graph_chunks(backbone.max_model_len)
+        )
         engine = Engine(
             backbone,
             load_tokenizer(path),
@@ -182,12 +184,15 @@ class DecodeWorker:
             self._indexer.close()
             self._memory.close()
 
-    def _make_indexer(self, settings: WorkerSettings, chosen: ChosenScorer, device: torch.device) -> Indexer:
+    def _make_indexer(
+        self, settings: WorkerSettings, chosen: ChosenScorer, device: torch.device, graph_chunks: int
+    ) -> Indexer:
         """On a GPU its own; else the node's actors, made by whoever asks first."""
         config, spec, lookahead = settings.indexer, chosen.spec, chosen.lookahead
         if config.device_type(device.type) == "cuda":
             gpu = device if device.type == "cuda" else torch.device("cuda")
-            return CudaIndexer(spec, self._memory.arena, gpu, config.device_bytes, RegisteredMemory, lookahead)
+            budget, arena = config.device_bytes, self._memory.arena
+            return CudaIndexer(spec, arena, gpu, budget, RegisteredMemory, lookahead, graph_chunks=graph_chunks)
         actors = [
             self._on_this_node(
                 IndexerActor, name, settings, spec, config.threads, Arena.attach, lookahead, settings.telemetry, name
