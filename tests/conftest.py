@@ -27,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsv4-model", metavar="DIR", help="trained DeepSeek-V4 for tests/unit/test_deepseek_v4_exact.py")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 class RedisServer:
     """A real Redis on a unix socket, without persistence: what was in it is gone after ``kill`` and ``start``."""
 

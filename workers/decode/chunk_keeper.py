@@ -12,7 +12,7 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.snapshots import Snapshots
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import PrefixHeld, Released, WrittenBack
+from forecache.workers.memory.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.prefetcher import Prefetcher
@@ -57,18 +57,19 @@ class ChunkKeeper:
         """Arena slots that cold memory still promises to sequences that have left."""
         return sum(self._releasing.values())
 
-    def settle(self, done: PrefixHeld | Released | WrittenBack) -> Sequence | None:
+    def released(self, holder: str) -> None:
+        """Cold memory promises ``holder`` nothing any more."""
+        self._releasing.pop(holder, None)
+
+    def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
         """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
-        if isinstance(done, Released):
-            self._releasing.pop(done.holder, None)
-            return None
         return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
 
     def located(self, held: PrefixHeld) -> Sequence | None:
         """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
         if seq is None:
-            self._releasing.pop(held.holder, None)
+            self.released(held.holder)
             return None  # it left meanwhile, and what it was given is released already
         if held.failure:
             return seq

@@ -33,7 +33,7 @@ from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.errors import InvalidRequestError
-from forecache.workers.memory.completions import Recalled
+from forecache.workers.memory.completions import Recalled, Released
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.holders import Holder
 from forecache.workers.memory.hot_pool import HotPool
@@ -75,9 +75,8 @@ class Engine:
         self.grammars = Grammars(tokenizer, eos)
         pool = self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
-        cold = cold_layout or backbone.layout
-        self._fingerprint = chunk_fingerprint(backbone.layout, cold)
-        rows, arena, each = config.max_batch_size, memory.arena, config.snapshot_tokens
+        cold, rows, arena = cold_layout or backbone.layout, config.max_batch_size, memory.arena
+        self._fingerprint, each = chunk_fingerprint(backbone.layout, cold), config.snapshot_tokens
         self._runner = make_runner(backbone, pool, arena, spec, rows, cold, beside, each, FarPast.of(memory, cold))
         states = state_layout(self._runner, cold.nbytes, each // config.chunk_tokens)
         self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold, states)
@@ -265,13 +264,14 @@ class Engine:
         for done in self._prefetcher.drain():
             if isinstance(done, Recalled):
                 self._recalled(done)
+            elif isinstance(done, Released):
+                self._keeper.released(done.holder)
             elif (failed := self._keeper.settle(done)) is not None:
                 self._finish(failed, "error", News(error=done.failure, overloaded=done.overloaded))
         with self._cancel_lock:
             cancelled, self._cancelled = self._cancelled, set()
-        for request_id in cancelled:
-            if (seq := self._sequences.get(request_id)) is not None:
-                self._finish(seq, "cancelled")
+        for request_id in cancelled & self._sequences.keys():
+            self._finish(self._sequences[request_id], "cancelled")
         for seq in self._scheduler.running:
             self.windows.poll(seq)
         for seq in [seq for seq in self._leaving if not self.windows.busy(seq)]:
