@@ -68,6 +68,10 @@ class Backlog:
         self._tokens = self.tokens(now_s, rates) + tokens
         self.last_s = now_s
 
+    def take_back(self, tokens: float) -> None:
+        """So many were not sent after all."""
+        self._tokens = max(self._tokens - tokens, 0.0)
+
     def hear(self, tokens_left: int, now_s: float, rates: Rates) -> None:
         """The worker itself has so many left. It may not have seen the last ones yet, so that fewer say nothing."""
         behind = tokens_left - self.tokens(now_s, rates)

@@ -5,14 +5,23 @@ import logging
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from forecache.cluster.first_token import Backlog, FirstToken, Stored, first_token, measured_rates, order, slot_wait_s
+from forecache.cluster.first_token import (
+    Backlog,
+    FirstToken,
+    Rates,
+    Stored,
+    first_token,
+    measured_rates,
+    order,
+    slot_wait_s,
+)
 from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
 from forecache.workers.decode.rates import WorkerReport
 from forecache.workers.decode.settings import actor_name
@@ -25,6 +34,7 @@ logger = logging.getLogger(__name__)
 Asked = TypeVar("Asked", ChannelRequest, GenerateRequest)
 
 CATALOG_RETRY_S = 5.0
+MOST_CHOICES = 10_000
 
 
 class PrefixMemory:
@@ -58,6 +68,15 @@ class PrefixMemory:
         return chunks
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """The worker that a request is to go to, the tokens that it would prefill there, and the keys of its chunks."""
+
+    worker: str
+    prefill_tokens: int
+    keys: list[ChunkKey]
+
+
 class PrefixAffinityRouter(RequestRouter):
     """Ray Serve's request router over decode workers, in the process of the handle that sends to them.
 
@@ -77,6 +96,7 @@ class PrefixAffinityRouter(RequestRouter):
         self._catalog_asleep_until_s = 0.0
         self._reports: dict[str, WorkerReport] = {}
         self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)
+        self._choices: OrderedDict[str, _Choice] = OrderedDict()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -107,11 +127,33 @@ class PrefixAffinityRouter(RequestRouter):
             )
             prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
         best, *others = order(prices, loads, self._imbalance)
+        self._withdraw(request.request_id)  # Serve asks again when workers have refused, or have no room
         self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
-        self._memory.record(keys, best)
+        self._choices[request.request_id] = _Choice(best, prices[best].prefill_tokens, keys)
+        while len(self._choices) > MOST_CHOICES:
+            self._choices.popitem(last=False)  # of a request that was cancelled while it waited
         expected = {name: round(value, 3) for name, value in asdict(prices[best]).items()}
         logger.info("request routed", extra={"request_id": request.request_id, "worker": best, **expected})
         return [[replicas[name]] for name in (best, *others)]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """A worker has accepted: mostly the one that was chosen."""
+        request, worker = _argument(pending_request, GenerateRequest), _name(replica_id)
+        choice = None if request is None else self._choices.get(request.request_id)
+        if request is None or choice is None:
+            return
+        if choice.worker != worker:
+            self._withdraw(request.request_id)
+            known = dict(zip(self._reports, measured_rates(self._reports.values()), strict=True))
+            rates = known.get(worker, Rates())
+            self._backlogs[worker].add(choice.prefill_tokens, time.monotonic(), rates)
+        self._memory.record(choice.keys, worker)
+        self._choices.pop(request.request_id, None)
+
+    def _withdraw(self, request_id: str) -> None:
+        """Nobody was sent the request yet."""
+        if (choice := self._choices.pop(request_id, None)) is not None and choice.worker in self._backlogs:
+            self._backlogs[choice.worker].take_back(choice.prefill_tokens)
 
     def _load(self, replica: RunningReplica, report: WorkerReport) -> int:
         """Requests at a worker; Serve forgets their number when none has come or gone for a while."""

@@ -1,6 +1,7 @@
 """A request goes where its first token is expected soonest, and never where far more others are."""
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,9 @@ from forecache.workers.memory.protocol import TierStats
 
 KEYS = [bytes([number]) * 16 for number in range(10)]
 CHUNK_TOKENS = 64
+NUMBERS = itertools.count()
+SLOW = WorkerReport("layout", "tier", chunk_bytes=1_000_000, batch_size=16, prefill_tokens_per_s=1e-6)
+"""Works nothing off during a test."""
 NO_ROUTER: Any = None
 """Nothing of a router is asked for a channel."""
 PROMPT = tuple(range(10 * CHUNK_TOKENS + 1))
@@ -167,21 +171,25 @@ class Routing:
         )
         self.router.initialize_state(CHUNK_TOKENS, "test", "run", redis_url, imbalance)
 
-    def send(self, prompt: tuple[int, ...] = PROMPT, *, arrives: bool = True) -> str:
-        """Whom the router asks first, which has one more request then."""
+    def send(
+        self, prompt: tuple[int, ...] = PROMPT, *, name: str = "", arrives: bool = True, accepted_by: str = ""
+    ) -> str:
+        """Whom the router asks first, which has one more request then; or ``accepted_by`` another one."""
+        request = GenerateRequest(name or f"r{next(NUMBERS)}", prompt)
 
-        async def choose() -> Any:
-            request = GenerateRequest("r", prompt)
+        async def choose() -> tuple[PendingRequest, Any]:
             pending = PendingRequest([request], {}, SimpleNamespace(internal_request_id="r"))  # type: ignore[arg-type]
-            return await self.router.choose_replicas(self.replicas, pending)
+            return pending, await self.router.choose_replicas(self.replicas, pending)
 
-        ranks = asyncio.run(choose())
+        pending, ranks = asyncio.run(choose())
         assert sorted(str(r.replica_id) for rank in ranks for r in rank) == sorted(
             str(r.replica_id) for r in self.replicas
         )
         best = ranks[0][0].replica_id
         if arrives:
-            self.router.on_send_request(best)
+            taker = next((r.replica_id for r in self.replicas if r.replica_id.unique_id == accepted_by), best)
+            self.router.on_send_request(taker)
+            self.router.on_request_routed(pending, taker, None)
         return str(best.unique_id)
 
 
@@ -250,6 +258,24 @@ def test_a_worker_that_is_behind_what_was_expected_says_so() -> None:
     assert routing.send(tuple(range(64))) == "b"
     routing.router._hear({"a": idle})
     assert list(routing.router._backlogs) == ["a"]
+
+
+def test_a_request_that_is_asked_for_again_counts_once() -> None:
+    routing = Routing([Replica("a", SLOW), Replica("b", SLOW)], None)
+    rates = Rates(prefill_tokens_per_s=1e-6)
+
+    def tokens() -> dict[str, float]:
+        return {name: round(backlog.tokens(backlog.last_s, rates)) for name, backlog in routing.router._backlogs.items()}
+
+    first = routing.send(name="one", arrives=False)
+    for _ in range(5):  # both refuse
+        routing.send(name="one", arrives=False)
+    assert sum(tokens().values()) == len(PROMPT)
+    other = "b" if first == "a" else "a"
+    routing.send(name="one", accepted_by=other)
+    assert sum(tokens().values()) == tokens()[other] > 0
+    assert not routing.router._choices
+    assert routing.router._memory.prefix_chunks(list(prefix_keys(root_key("layout", ""), PROMPT, CHUNK_TOKENS)))[other]
 
 
 @pytest.mark.parametrize("redis_url", [None, "redis://127.0.0.1:1/0"])
