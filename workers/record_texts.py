@@ -170,7 +170,11 @@ def _question_document(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
     rng: random.Random,
+    spare: int = 0,
 ) -> SourceDocument:
+    """``spare``: tokens by which its paragraphs together are longer than one by one."""
+    state = rng.getstate()
+
     def count(piece: str) -> int:
         return len(tokenizer(piece, add_special_tokens=False)["input_ids"]) + JOINT_TOKENS
 
@@ -179,7 +183,7 @@ def _question_document(
     overhead = sum(map(count, statements)) + 2 * (count(question) + 60) + count(render_prompt(tokenizer, ""))
     if tokens < overhead + 256:
         raise ValueError(f"a document of the task '{task}' needs at least {overhead + 256} tokens, not {tokens}")
-    paragraphs = text_source(text)(rng.getrandbits(32), tokens - overhead, tokenizer)
+    paragraphs = text_source(text)(rng.getrandbits(32), tokens - overhead - spare, tokenizer)
     for statement in statements:
         paragraphs.insert(rng.randrange(len(paragraphs) + 1), statement)
     if task == "quote":
@@ -195,6 +199,9 @@ def _question_document(
     reply = " ".join(replies)
     place = prompt.index(answer, prompt.index(replies[0], prompt.index(body)))
     prompt_ids, span = locate_text(tokenizer, prompt, place, place + len(answer))
+    if len(prompt_ids) > tokens:
+        rng.setstate(state)
+        return _question_document(task, text, split, tokenizer, tokens, rng, spare + len(prompt_ids) - tokens)
     start = len(prompt) + reply.index(answer)
     all_ids, (begin, _) = locate_text(tokenizer, prompt + reply, start, start + len(answer))
     return SourceDocument(

@@ -278,6 +278,11 @@ def test_texts_come_from_files_too(model_path: Path, tmp_path: Path) -> None:
     assert 2000 < len(made.prompt_token_ids) <= 2500
     assert made == make_document("lookup", str(tmp_path), "train", tokenizer, tokens=2500, seed=3)
     assert "of the file." in str(tokenizer.decode(made.prompt_token_ids))
+    for seed in range(40):  # paragraphs that are more tokens together than one by one
+        assert (
+            len(make_document("lookup", str(tmp_path), "train", tokenizer, tokens=2500, seed=seed).prompt_token_ids)
+            <= 2500
+        )
 
 
 def test_bounds_are_never_below_a_logit() -> None:

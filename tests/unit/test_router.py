@@ -265,7 +265,9 @@ def test_a_request_that_is_asked_for_again_counts_once() -> None:
     rates = Rates(prefill_tokens_per_s=1e-6)
 
     def tokens() -> dict[str, float]:
-        return {name: round(backlog.tokens(backlog.last_s, rates)) for name, backlog in routing.router._backlogs.items()}
+        return {
+            name: round(backlog.tokens(backlog.last_s, rates)) for name, backlog in routing.router._backlogs.items()
+        }
 
     first = routing.send(name="one", arrives=False)
     for _ in range(5):  # both refuse
