@@ -127,7 +127,8 @@ class PrefixAffinityRouter(RequestRouter):
             )
             prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
         best, *others = order(prices, loads, self._imbalance)
-        self._withdraw(request.request_id)  # Serve asks again when workers have refused, or have no room
+        if (before := self._choices.pop(request.request_id, None)) is not None:
+            self._take_back(before)  # Serve asks again when workers have refused, or have no room
         self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
         self._choices[request.request_id] = _Choice(best, prices[best].prefill_tokens, keys)
         while len(self._choices) > MOST_CHOICES:
@@ -139,20 +140,19 @@ class PrefixAffinityRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A worker has accepted: mostly the one that was chosen."""
         request, worker = _argument(pending_request, GenerateRequest), _name(replica_id)
-        choice = None if request is None else self._choices.get(request.request_id)
-        if request is None or choice is None:
+        choice = None if request is None else self._choices.pop(request.request_id, None)
+        if choice is None:
             return
         if choice.worker != worker:
-            self._withdraw(request.request_id)
+            self._take_back(choice)
             known = dict(zip(self._reports, measured_rates(self._reports.values()), strict=True))
             rates = known.get(worker, Rates())
             self._backlogs[worker].add(choice.prefill_tokens, time.monotonic(), rates)
         self._memory.record(choice.keys, worker)
-        self._choices.pop(request.request_id, None)
 
-    def _withdraw(self, request_id: str) -> None:
-        """Nobody was sent the request yet."""
-        if (choice := self._choices.pop(request_id, None)) is not None and choice.worker in self._backlogs:
+    def _take_back(self, choice: _Choice) -> None:
+        """The worker that was chosen was not sent the request."""
+        if choice.worker in self._backlogs:
             self._backlogs[choice.worker].take_back(choice.prefill_tokens)
 
     def _load(self, replica: RunningReplica, report: WorkerReport) -> int:

@@ -232,8 +232,24 @@ def evaluate(
     """
     # once is enough, unless a cell that looked hopeless is not in the end
     while groups := _groups(plan, columns, records, backend):
-        if not _ask(groups, plan, columns, backend, generator, records, clock, progress):
-            return False
+        for task, tokens, group in _made(groups, generator):
+            for column in columns:
+                asked = [sample for sample in group if (task, tokens, sample.number, column.name) not in records]
+                if not asked or column not in records.needed(plan, task, tokens, columns):
+                    continue
+                if clock.up:
+                    return False
+                progress(f"{task} at {tokens}: {column.name}", 0)
+                began_s = time.monotonic()
+                answers = backend.answer(asked, column)
+                clock.observe(time.monotonic() - began_s)
+                records.add(
+                    [
+                        Record(task, tokens, sample.number, column.name, score(sample, answer.text), answer)
+                        for sample, answer in zip(asked, answers, strict=True)
+                    ]
+                )
+                progress(f"{task} at {tokens}: {column.name}", len(asked))
     return True
 
 
@@ -256,42 +272,17 @@ def _groups(plan: Plan, columns: Sequence[Column], records: Records, backend: Ba
     return groups
 
 
-def _ask(
-    groups: Sequence[Group],
-    plan: Plan,
-    columns: Sequence[Column],
-    backend: Backend,
-    generator: Generator,
-    records: Records,
-    clock: Clock,
-    progress: Progress,
-) -> bool:
-    def make(place: int) -> list[Sample]:
-        task, tokens, numbers = groups[place]
+def _made(groups: Sequence[Group], generator: Generator) -> Iterator[tuple[Task, int, list[Sample]]]:
+    """The groups' samples. The next ones are made while these are asked: texts of 32K tokens take a while."""
+
+    def make(group: Group) -> list[Sample]:
+        task, tokens, numbers = group
         return [generator.sample(task, tokens, number) for number in numbers]
 
     with ThreadPoolExecutor(1, thread_name_prefix="samples") as maker:
-        coming = maker.submit(make, 0)
+        coming = maker.submit(make, groups[0])
         for place, (task, tokens, _) in enumerate(groups):
-            group = coming.result()
+            samples = coming.result()
             if place + 1 < len(groups):
-                # the next samples are made while these are asked: texts of 32K tokens take a while
-                coming = maker.submit(make, place + 1)
-            for column in columns:
-                asked = [sample for sample in group if (task, tokens, sample.number, column.name) not in records]
-                if not asked or column not in records.needed(plan, task, tokens, columns):
-                    continue
-                if clock.up:
-                    return False
-                progress(f"{task} at {tokens}: {column.name}", 0)
-                began_s = time.monotonic()
-                answers = backend.answer(asked, column)
-                clock.observe(time.monotonic() - began_s)
-                records.add(
-                    [
-                        Record(task, tokens, sample.number, column.name, score(sample, answer.text), answer)
-                        for sample, answer in zip(asked, answers, strict=True)
-                    ]
-                )
-                progress(f"{task} at {tokens}: {column.name}", len(asked))
-    return True
+                coming = maker.submit(make, groups[place + 1])
+            yield task, tokens, samples

@@ -26,11 +26,6 @@ DEADLINE_S = 30.0
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def llm(tiny_model: Path, arena_dir: Path) -> Any:
     """Owner of the engine's memory. It is not closed: the engine is, by the tests, and can be only once."""
     llm = LLM(

@@ -36,11 +36,6 @@ DEADLINE_S = 60.0
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def llms(tiny_model: Path, arena_dir: Path) -> Iterator[list[LLM]]:
     """Two, whose engines the tests close."""
     made = []

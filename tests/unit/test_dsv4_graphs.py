@@ -1,6 +1,6 @@
 """Decode steps of DeepSeek-V4 of fixed shape: on a GPU as CUDA graphs, on a CPU the same step run eagerly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,7 @@ EXACT, ROUNDED = 1e-4, 0.05
 """Error of logits, relative to the largest: in float32; in bfloat16, where splits of a sum differ."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,5 @@ class ChunkKeeper:
             if not chunk.exact and seq.cache.session_id is None:
                 self._pool.discard(chunk.key)
         if self._holders.pop(seq.holder, None) is not None:
-            slots = seq.cold_slots if seq.share is None else seq.share.slots
-            self._releasing[seq.holder] = min(slots, self._arena.slots)
+            self._releasing[seq.holder] = seq.slots_here(self._arena.slots)
         self._prefetcher.release(seq.holder)

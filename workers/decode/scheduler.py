@@ -12,7 +12,6 @@ from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.share import share_of
 
 STREAMED_SHARE = 4
 """Sequences whose full attention is streamed have a lane of their own: beside others, one of them steps in every fourth
@@ -109,20 +108,15 @@ class Scheduler:
         while self.waiting and len(self.running) < self._config.max_batch_size:
             seq = self.waiting[0]
             self._reserve(seq)
-            slots = sum(other.reserved_slots for other in self.running)
-            cold = releasing_slots + sum(map(self._cold, self.running))
-            if slots + seq.reserved_slots > self._pool.num_slots or cold + self._cold(seq) > self._cold_slots:
+            together = [*self.running, seq]
+            slots = sum(other.reserved_slots for other in together)
+            cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in together)
+            if slots > self._pool.num_slots or cold > self._cold_slots:
                 return
             self.waiting.popleft()
             self.running.append(seq)
             seq.state = State.LOCATING
             located(seq)
-
-    def _cold(self, seq: Sequence) -> int:
-        """Arena slots of this node that ``seq`` may need."""
-        if seq.share is None and seq.cold_slots <= self._cold_slots:
-            return seq.cold_slots
-        return (seq.share or share_of(self._cold_slots)).slots
 
     def _reserve(self, seq: Sequence) -> None:
         """Hot slots promised to ``seq``: what its budget needs, or a prefill step where its past is streamed."""

@@ -14,7 +14,7 @@ from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenLogprobs
 from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.share import Share
+from forecache.workers.memory.share import Share, share_of
 
 
 class State(Enum):
@@ -167,6 +167,12 @@ class Sequence:
     def cold_slots(self) -> int:
         """Slots of cold memory that it may need: its chunks, and ``state_slots`` for snapshots of its state."""
         return self.max_chunks + self.state_slots
+
+    def slots_here(self, node_slots: int) -> int:
+        """Those of an arena of ``node_slots``: all, or its share where it is, or has to be, spread over nodes."""
+        if self.share is None and self.cold_slots <= node_slots:
+            return self.cold_slots
+        return (self.share or share_of(node_slots)).slots
 
     @property
     def tail_tokens(self) -> int:
