@@ -153,7 +153,8 @@ def from_exception(error: BaseException) -> ApiError:
         case OverloadedError():
             return ApiError(503, str(error), "server_error", code="overloaded")
         case DeadlineError():
-            return ApiError(504, str(error), "server_error", code="deadline_exceeded")
+            # of the request or of its server: neither is a failure of the server, and dashboards count 5xx
+            return ApiError(408, str(error), "timeout_error", code="deadline_exceeded")
         case WorkerLostError():
             return ApiError(503, str(error), "server_error", code="worker_lost")
         case ChunkLostError() | CatalogUnavailableError():

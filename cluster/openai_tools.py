@@ -8,6 +8,7 @@ from llguidance import LLMatcher, StructTag
 from pydantic import BaseModel, ConfigDict, Field
 
 from forecache.cluster.tool_calls import CLOSE, OPEN
+from forecache.workers.errors import InvalidRequestError
 
 MAX_TOOLS = 128
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -99,11 +100,20 @@ class MadeCall(Strict):
 
 
 def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
-    """The grammar of a response format; None for text."""
+    """The grammar of a response format; None for text.
+
+    Raises:
+        InvalidRequestError: no answer matches the schema, or it is none.
+    """
     if wanted is None or isinstance(wanted, TextFormat):
         return None
     schema = {"type": "object"} if isinstance(wanted, JsonObjectFormat) else wanted.json_schema.schema_
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_JSON_OPTIONS)
+    if schema is False:
+        raise InvalidRequestError("no answer can match the schema false", "response_format")
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=_JSON_OPTIONS)
+    except ValueError as error:
+        raise InvalidRequestError(f"the schema can't be followed: {error}", "response_format") from error
 
 
 def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:

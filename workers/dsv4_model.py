@@ -9,7 +9,11 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedToke
 
 SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 EMBEDDING_STD = 0.5
-"""As large as what the blocks add, so that tokens are not lost among it."""
+"""As large as what the blocks add, so that tokens are not lost among it. All tokens share one more vector as large: a
+head that attends by place alone needs something that does not vary."""
+KV_NORM = 3.0
+"""First weight of the norms of keys. Queries are normalised too, so a logit is at most this times √head_dim: 24, as in
+V4-Flash with its heads of 512. With 8 no head found a name among others."""
 MODEL_TOKENS = 65_536
 
 
@@ -47,13 +51,17 @@ def small_config(vocabulary: int) -> DeepseekV4Config:
 
 
 def new_model(config: DeepseekV4Config, seed: int) -> DeepseekV4ForCausalLM:
-    """First weights, a function of the seed: transformers' own but for the embeddings and the table of experts."""
+    """First weights, a function of the seed: transformers' own but for embeddings, norms of keys, table of experts."""
     torch.manual_seed(seed)
     made: Any = DeepseekV4ForCausalLM(config)
     model: DeepseekV4ForCausalLM = made
     with torch.no_grad():
         made.model.embed_tokens.weight.normal_(std=EMBEDDING_STD)
+        made.model.embed_tokens.weight += EMBEDDING_STD * torch.randn(config.hidden_size)
         for layer in made.model.layers:
+            for keys in (layer.self_attn, layer.self_attn.compressor):
+                if keys is not None:
+                    keys.kv_norm.weight.fill_(KV_NORM)
             if layer.mlp.is_hash:
                 draws = torch.rand(config.vocab_size, config.n_routed_experts)
                 layer.mlp.gate.tid2eid.copy_(draws.topk(config.num_experts_per_tok, 1).indices)

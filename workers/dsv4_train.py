@@ -1,7 +1,7 @@
 """Train the small DeepSeek-V4 from scratch on retrieval tasks: one command, one seed, some minutes on one GPU.
 
 ``python -m forecache.workers.dsv4_train --out DIR --minutes 8``. Three phases share the time, in the order of
-DeepSeek-V3.2, §2.1: dense, while sequences grow from 256 tokens to 16K as retrieval is learnt; the Lightning Indexer
+DeepSeek-V3.2, §2.1: dense, while sequences grow from 128 tokens to 16K as retrieval is learnt; the Lightning Indexer
 alone, by the KL divergence from the attention that it should select; everything, with the indexer's selection.
 """
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from forecache.workers.dsv4_documents import NUMBER, REPLY, TEXT
+from forecache.workers.dsv4_documents import NUMBER, REPLY
 from forecache.workers.dsv4_forward import TrainingForward
 
 Phase = Literal["dense", "indexer", "sparse"]
@@ -27,7 +27,7 @@ class TrainConfig:
     ``minutes``: from the start to the end of the report, which has ``report_part`` of them. ``lengths``: of the
     sequences, one after the other: the next one comes when ``goal`` of the numbers' tokens are right, or when the
     length's part of the dense phase is used up and ``passable`` are. The first may take ``first_part`` of that phase.
-    ``dense_part``, ``indexer_part``: of the time; the rest is sparse. ``text_weight``: of tokens that are no reply.
+    ``dense_part``, ``indexer_part``: of the time; the rest is sparse.
     ``index_queries``: one in so many trains the indexer. ``bias_step``: by how much experts' biases move against their
     load (DeepSeek-V3, §2.1.2).
     """
@@ -35,18 +35,17 @@ class TrainConfig:
     minutes: float = 8.0
     report_part: float = 0.08
     tokens_per_step: int = 32_768
-    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192, 16_384)
+    lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
     goal: float = 0.85
     passable: float = 0.5
     first_part: float = 0.5
     dense_part: float = 0.65
     indexer_part: float = 0.08
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-4
     weight_decay: float = 0.02
     warmup_steps: int = 200
     decay_part: float = 0.3
     clip_norm: float = 1.0
-    text_weight: float = 0.1
     index_queries: int = 8
     bias_step: float = 1e-3
     checkpoint_s: float = 30.0
@@ -84,7 +83,8 @@ class Trainer:
         return 0 if self._graphs is None else self._graphs.count
 
     def step(self, ids: Tensor, roles: Tensor, phase: Phase, share: float) -> Losses:
-        """One step; returns its losses and the share of numbers' tokens that were right, until the next step.
+        """Returns, until the next step, its losses, the ``accuracy`` of numbers' tokens, and ``found``, that of
+        their first tokens alone: those need the right fact, while the others may go on by what precedes them.
 
         ``ids``, ``roles``: int64 and uint8 [batch, tokens]. ``share``: of the time that is over.
         """
@@ -117,10 +117,11 @@ class Trainer:
                 logits = self.forward.logits(output.hidden[:, :-1]).float()
                 entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
                 entropy = entropy.view(targets.shape)
-                losses["reply"] = _mean(entropy, following >= REPLY, least=1)
-                losses["text"] = _mean(entropy, following == TEXT, least=1)
-                loss = losses["reply"] + config.text_weight * losses["text"]
-                losses["accuracy"] = _mean((logits.argmax(2) == targets).float(), following == NUMBER)
+                # prose has no part: it would cost a model of two million weights its capacity
+                loss = losses["reply"] = _mean(entropy, following >= REPLY, least=1)
+                right = (logits.argmax(2) == targets).float()
+                losses["accuracy"] = _mean(right, following == NUMBER)
+                losses["found"] = _mean(right, (following == NUMBER) & (roles[:, :-1] != NUMBER))
         if output.index_loss is not None:
             losses["index"] = output.index_loss
             loss = loss + output.index_loss

@@ -207,7 +207,7 @@ def test_a_deadline_cancels_the_work(server: Any, client: openai.OpenAI) -> None
     slow = chat(max_tokens=8000, extra_body={"ignore_eos": True, "forecache": {"timeout_s": 0.5}})
     with pytest.raises(openai.APIStatusError) as late:
         client.chat.completions.create(**slow)
-    assert late.value.status_code == 504 and late.value.code == "deadline_exceeded"
+    assert late.value.status_code == 408 and late.value.code == "deadline_exceeded"
     with pytest.raises(openai.APIError, match="timeout_s"):
         list(client.chat.completions.create(**slow, stream=True))
     server.wait_for_metric("forecache_requests_cancelled_total", cancelled + 2, within_s=5)

@@ -155,9 +155,9 @@ def test_no_shape_of_a_step_follows_from_data_and_nothing_is_read_back(tokenizer
         ids, roles = torch.zeros(2, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.uint8)
         found = {phase: set(trainer.compute(ids, roles, torch.rand(2, 511), phase)) for phase in PHASES}
     assert found == {
-        "dense": {"reply", "text", "accuracy"},
+        "dense": {"reply", "accuracy", "found"},
         "indexer": {"index"},
-        "sparse": {"reply", "text", "accuracy", "index"},
+        "sparse": {"reply", "accuracy", "found", "index"},
     }
 
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from forecache.cluster.openai_tools import ChosenFunction, Tool, format_grammar, tools_grammar
+from forecache.cluster.openai_tools import ChosenFunction, JsonSchemaFormat, Tool, format_grammar, tools_grammar
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser, parse_call, template_knows_calls, written_out
+from forecache.workers.errors import InvalidRequestError
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "<tool_call>"}}\n</tool_call>'
 
@@ -118,6 +119,21 @@ def test_the_grammar_of_a_tool_choice(choice: str, parallel: bool, text: str, al
     named = ChosenFunction.model_validate({"type": "function", "function": {"name": choice}})
     grammar = tools_grammar(tools, choice if choice in ("auto", "required") else named, parallel=parallel)  # type: ignore[arg-type]
     assert accepts(grammar, text) == allowed
+
+
+def schema_format(schema: object) -> JsonSchemaFormat:
+    return JsonSchemaFormat.model_validate({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+
+def test_schemas_that_are_no_objects() -> None:
+    assert accepts(format_grammar(schema_format(True)), '[1, {"a": null}]')
+    with pytest.raises(InvalidRequestError, match="schema false"):
+        format_grammar(schema_format(False))
+
+
+def test_a_schema_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="the schema can't be followed"):
+        format_grammar(schema_format({"description": "\ud800"}))
 
 
 def test_free_choice_of_lenient_tools_has_no_grammar() -> None:
