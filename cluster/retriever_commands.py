@@ -6,6 +6,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+from forecache.workers.errors import ForecacheError
+
+NOT_RECORDED_WITH = {"data": "docstrings,code", "eval_data": "docstrings,topics", "documents_per_shard": 16,
+                     "manifest": "auto", "dtype": "auto"}  # fmt: skip
+NOT_TRAINED_WITH = {"patience": None, "leads": None, "query_learning_rate": None, "label_heads": "all",
+                    "retrieval": None, "answer": None, "history": None, "context": None, "units": None,
+                    "dropout": None, "reach": None, "time_limit_s": None, "bf16": False}  # fmt: skip
+"""Arguments of the commands that mean nothing for retrievers, and their defaults."""
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 Errors = Callable[[], AbstractContextManager[None]]
@@ -18,12 +28,25 @@ def are_entries(data: Path) -> bool:
     return (data / MANIFEST_FILE).exists()
 
 
+class RetrieverCommandError(ForecacheError):
+    """An argument means nothing for the retrievers of DeepSeek-V4."""
+
+
+def _refuse(args: argparse.Namespace, unused: dict[str, Any]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, default in unused.items() if getattr(args, name) != default]
+    if given:
+        raise RetrieverCommandError(
+            f"{', '.join(given)}: not for the retrievers of DeepSeek-V4, whose recipe has no such setting: leave it out"
+        )
+
+
 def record(args: argparse.Namespace, progress: Progress, plain_errors: Errors) -> int:
     from forecache.workers.decode.backbone import pick_device
     from forecache.workers.decode.loader import model_name, resolve_model
     from forecache.workers.decode.tokenizer import load_tokenizer
     from forecache.workers.dsv4_record import EntryRecipe, record_entries
 
+    _refuse(args, NOT_RECORDED_WITH)
     named = [field.name for field in fields(EntryRecipe) if field.name in args]
     recipe = EntryRecipe(**{name: getattr(args, name) for name in named})
     path = resolve_model(args.model)
@@ -35,6 +58,7 @@ def record(args: argparse.Namespace, progress: Progress, plain_errors: Errors) -
             load_tokenizer(path),
             model_name=model_name(args.model),
             device=str(pick_device(args.device)),
+            part=args.part,
             progress=show,
         )
     print(f"{args.out}: {manifest.documents} documents to train on, {manifest.eval_documents} to evaluate on")
@@ -45,6 +69,7 @@ def train(args: argparse.Namespace, plain_errors: Errors) -> int:
     from forecache.indexer.retriever_train import RetrieverEpoch, RetrieverTrainConfig, train_retrievers
     from forecache.workers.decode.backbone import pick_device
 
+    _refuse(args, NOT_TRAINED_WITH)
     given = {field.name: getattr(args, field.name, None) for field in fields(RetrieverTrainConfig)}
     config = RetrieverTrainConfig(**{name: value for name, value in given.items() if value is not None})
 

@@ -34,17 +34,21 @@ def record_figures(
 def entry_logits(
     spec: IndexSpec, records: Tensor, queries: Tensor, weights: Tensor, slots: Tensor | None = None
 ) -> Tensor:
-    """Largest logit of each entry over the target layers: float32 [entries of a chunk, chunks].
+    """Largest logit of each entry over the target layers and the steps that ask: float32 [entries of a chunk, chunks].
 
     ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read;
-    ``queries``: float32 [query heads, index_dim]; ``weights``: float32 [query heads], with all constant factors.
+    ``queries``: float32 [steps · query heads, index_dim]; ``weights``: float32 [steps · query heads], with all constant
+    factors.
     """
-    if queries.shape != (len(spec.query_heads), spec.head_dim) or weights.shape != (len(spec.query_heads),):
+    count = len(spec.query_heads)
+    steps = len(queries) // count
+    if not steps or queries.shape != (steps * count, spec.head_dim) or weights.shape != (steps * count,):
         raise ValueError(f"queries {tuple(queries.shape)}, weights {tuple(weights.shape)}: not those of the index spec")
+    by_step, weights_of = queries.view(steps, count, spec.head_dim), weights.view(steps, count)
     chunks, entries = len(records) if slots is None else len(slots), spec.chunk_tokens
     logits = queries.new_full((entries, chunks), -math.inf)
     heads = max(len(rows) for rows in spec.queries_of_kv)
-    block = max(1, BLOCK_PRODUCTS // (heads * entries))
+    block = max(1, BLOCK_PRODUCTS // (steps * heads * entries))
     for start in range(0, chunks, block):
         part = slice(start, start + block)
         rows = records[part] if slots is None else records.index_select(0, slots[part])
@@ -55,13 +59,19 @@ def entry_logits(
             scales = rows[:, spec.key_nbytes : end].view(torch.float16).view(len(rows), len(spec.kv_heads), entries)
         for layer, members in enumerate(spec.queries_of_kv):
             own = list(members)
-            products = (queries[own] @ stored[:, layer].float().flatten(0, 1).T).relu_()
-            # weights may be negative, so the rectified products can't be summed before they are weighted
-            logit = (weights[own] @ products).view(len(rows), entries)
+            keys = stored[:, layer].float().flatten(0, 1)
+            logit = largest_logits(by_step[:, own], weights_of[:, own], keys).view(len(rows), entries)
             if scales is not None:
                 logit = logit * scales[:, layer].float()  # it is not negative, so it passes through relu
             logits[:, part] = torch.maximum(logits[:, part], logit.T)
     return logits
+
+
+def largest_logits(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """``max_s Σ_h w_sh relu(q_sh · k)`` of each key: float32 [n], of [steps, heads, dim], [steps, heads], [n, dim]."""
+    products = (queries @ keys.T).relu_()
+    # weights may be negative, so the rectified products can't be summed before they are weighted
+    return torch.bmm(weights.unsqueeze(1), products).amax((0, 1))
 
 
 def chunk_scores(spec: IndexSpec, logits: Tensor) -> Tensor:

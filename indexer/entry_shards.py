@@ -24,15 +24,15 @@ class EntryManifest(RecordingManifest):
     """What a directory was recorded from.
 
     ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: angles per position of the
-    rotated pairs, which are the last dims of queries and keys. ``horizon``: tokens behind a step whose attention is its
-    label; an entry is golden if in at least ``least_layers`` layers a token that puts ``least_mass`` of its attention
-    on entries has it in the nucleus of ``nucleus`` of that.
+    rotated pairs, which are the last dims of queries and keys. An entry is golden for a step if
+    that token, or one of the next ``horizon`` that the model writes itself, has a head with at least ``event_share`` of
+    its attention on it: a retrieval event (design §1). ``steps``: up to so many ask together, the last ones.
     """
 
     FILE: ClassVar[str] = MANIFEST_FILE
     CONTENT: ClassVar[str] = "entries"
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     kind: Literal["entries"] = "entries"
     model_name: str
     weights_digest: str
@@ -46,9 +46,8 @@ class EntryManifest(RecordingManifest):
     ratio: int = Field(ge=1)
     chunk_tokens: int = Field(ge=1)
     horizon: int = Field(ge=1)
-    nucleus: float = Field(gt=0, le=1)
-    least_mass: float = Field(gt=0, le=1)
-    least_layers: int = Field(ge=1)
+    event_share: float = Field(gt=0, le=1)
+    steps: int = Field(ge=1)
     documents: int = Field(ge=1)
     eval_documents: int = Field(ge=0)
     seed: int
@@ -58,9 +57,10 @@ class EntryManifest(RecordingManifest):
 class EntryDocument:
     """One document at S of its steps.
 
-    ``positions``: int64 [S], the token that a step reads. ``hidden``: float16 [S, layers, hidden], input of the layers'
-    attention. ``keys``: float16 [layers, entries, head_dim], index keys as transformers has them. ``golden_offsets``:
-    int64 [S + 1]; step s owns golden_entries[offsets[s]:offsets[s + 1]], int32, ascending.
+    ``positions``: int64 [S], the token that a step reads. ``hidden``: float16 [S, steps, layers, hidden], input of the
+    layers' attention at the last steps up to that one. ``keys``: float16 [layers, entries, head_dim], index keys as
+    transformers has them. ``golden_offsets``: int64 [S + 1]; step s owns golden_entries[offsets[s]:offsets[s + 1]],
+    int32, ascending.
     """
 
     positions: Tensor

@@ -56,6 +56,9 @@ class RetrieverShape:
 PUBLISHED = RetrieverShape()
 SHAPES = PUBLISHED.tensors
 FLOATS = ("F64", "F32", "F16", "BF16")
+STEPS = "steps"
+"""Name, in the metadata of a file, of how many steps ask together."""
+MAX_STEPS = 256
 
 
 class FlashMemoryError(ValueError):
@@ -73,14 +76,16 @@ class LayerWeights:
 
 
 class FlashMemoryIndexer:
-    """``layers``: CSA layer number, counted over CSA layers from 0, → weights, of sizes ``shape``."""
+    """``layers``: CSA layer number, counted over CSA layers from 0, → weights, of sizes ``shape``.
 
-    steps = 1
-    """Steps of history that its queries are made from."""
+    ``steps``: that ask together, the last ones of a sequence; an entry's score is its largest. The published ones ask
+    with one. ``forecache indexer train`` writes the number into the file's metadata.
+    """
 
-    def __init__(self, layers: dict[int, LayerWeights], shape: RetrieverShape = PUBLISHED) -> None:
+    def __init__(self, layers: dict[int, LayerWeights], shape: RetrieverShape = PUBLISHED, steps: int = 1) -> None:
         self.layers = layers
         self.shape = shape
+        self.steps = steps
 
     @classmethod
     def load(
@@ -108,6 +113,7 @@ class FlashMemoryIndexer:
                         for number in numbers
                     },
                     shape,
+                    _steps(path, file.metadata() or {}),
                 )
         except (OSError, SafetensorError) as error:
             raise FlashMemoryError(f"can't read {path}: {error}") from error
@@ -117,6 +123,12 @@ class FlashMemoryIndexer:
 
         ``hidden``: [batch, hidden], the input of the attention of CSA layer ``layer``; ``positions``: int64 [batch].
         """
+        q, w = self.plain_queries(layer, hidden, positions)
+        return walsh_hadamard(q), w
+
+    def plain_queries(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`queries`, for keys without the Walsh-Hadamard transform, which transformers keep: it changes no
+        product."""
         weights = self.layers[layer]
         x = hidden.to(weights.wq_a.dtype)
         low = x @ weights.wq_a.T
@@ -125,13 +137,7 @@ class FlashMemoryIndexer:
         q = (low @ weights.wq_b.T).view(-1, shape.heads, shape.head_dim)
         rotated = rotate_interleaved(q[..., -rope:], positions, shape.frequencies)
         q = torch.cat([q[..., :-rope], rotated], 2)
-        return walsh_hadamard(q), (x @ weights.weights_proj.T) * (shape.head_dim * shape.heads) ** -0.5
-
-    def plain_queries(self, layer: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`queries`, for keys without the Walsh-Hadamard transform, which transformers keep: the transform is
-        its own inverse, and keeps products."""
-        q, w = self.queries(layer, hidden, positions)
-        return walsh_hadamard(q), w
+        return q, (x @ weights.weights_proj.T) * (shape.head_dim * shape.heads) ** -0.5
 
     def logits(self, layer: int, hidden: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
         """Logits [batch, entries] of one layer. ``keys``: uint8 [batch, entries, 132] or [entries, 132], its own."""
@@ -153,6 +159,13 @@ class FlashMemoryIndexer:
             [self.logits(layer, hidden[layer], keys[layer], positions).sigmoid() for layer in self.layers]
         )
         return by_layer.amax(0) if combine == "max" else by_layer.mean(0)
+
+
+def _steps(path: Path, metadata: dict[str, str]) -> int:
+    told = metadata.get(STEPS, "1")
+    if not told.isdecimal() or not 1 <= int(told) <= MAX_STEPS:
+        raise FlashMemoryError(f"{path.name} says that {told!r} steps ask together, which is not 1 to {MAX_STEPS}")
+    return int(told)
 
 
 def retriever_shape(path: Path, head_dim: int, frequencies: tuple[float, ...]) -> RetrieverShape:

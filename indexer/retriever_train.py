@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from forecache.indexer.entry_shards import OWN_FILE, EntryDocument, EntryManifest, read_document, read_retrievers
+from forecache.indexer.flashmemory import STEPS
 from forecache.indexer.retrievers import Retrievers, candidates, chunk_recall
 from forecache.indexer.shards import ShardError
 from forecache.indexer.train import focal_loss
@@ -93,7 +94,7 @@ def train_retrievers(
         if curve[-1].recall >= max(past.recall for past in curve[:-1]):
             best = copy.deepcopy(retrievers.state_dict())
     retrievers.load_state_dict(best)
-    save_file(retrievers.export(), out)
+    save_file(retrievers.export(), out, metadata={STEPS: str(manifest.steps)})
     return curve
 
 

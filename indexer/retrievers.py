@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from forecache.indexer.entry_shards import EntryDocument, EntryManifest
 
+ROWS = 8
+"""Steps of a document whose logits, of all that ask with them, are in memory at a time."""
 TENSORS = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
 
 
@@ -23,31 +25,36 @@ class Retrievers(nn.Module):
         )  # fmt: skip
 
     def logits(self, document: EntryDocument, rows: Tensor) -> Tensor:
-        """Largest logit over the layers of every entry, float32 [rows, entries]; an entry that a row's token can't see
-        has one too."""
-        return self.by_layer(document, rows).amax(0)
+        """Largest logit over the layers and the steps that ask of every entry, float32 [rows, entries]; an entry that a
+        row's token can't see has one too."""
+        found = []
+        for some in torch.split(rows, ROWS):
+            steps = self.by_layer(document, some)
+            found.append(steps.amax((0, 2)))
+        return torch.cat(found)
 
     def by_layer(self, document: EntryDocument, rows: Tensor) -> Tensor:
-        """Logits ``Σ_h w_h relu(q_h · k)``, float32 [layers, rows, entries]."""
-        manifest = self.manifest
-        positions = document.positions[rows]
+        """Logits ``Σ_h w_h relu(q_h · k)``, float32 [layers, rows, steps, entries]."""
+        manifest, asking = self.manifest, document.hidden.shape[1]
+        behind = torch.arange(1 - asking, 1, device=rows.device)
+        positions = (document.positions[rows].unsqueeze(1) + behind).flatten()
         turns = torch.tensor(manifest.frequencies, dtype=torch.float64, device=positions.device)
         angles = positions.double().outer(turns).unsqueeze(1)
         cos, sin = angles.cos().float(), angles.sin().float()
         found = []
         for place, layer in enumerate(manifest.layers):
             down, norm, up, weigh = (self.weights[f"l{layer}_{name.replace('.', '_')}"] for name in TENSORS)
-            x = document.hidden[rows, place].float()
+            x = document.hidden[rows, :, place].float().flatten(0, 1)
             low = x @ down.T
             low = low * torch.rsqrt(low.square().mean(1, keepdim=True) + manifest.norm_eps) * norm
-            q = (low @ up.T).view(len(rows), manifest.heads, manifest.head_dim)
+            q = (low @ up.T).view(len(x), manifest.heads, manifest.head_dim)
             size = 2 * len(manifest.frequencies)
             even, odd = q[..., -size::2], q[..., q.shape[2] - size + 1 :: 2]
             rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(2)
             q = torch.cat([q[..., :-size], rotated], 2)
             w = (x @ weigh.T) * (manifest.head_dim * manifest.heads) ** -0.5
-            products = (q.flatten(0, 1) @ document.keys[place].float().T).relu().view(len(rows), manifest.heads, -1)
-            found.append(torch.bmm(w.unsqueeze(1), products).squeeze(1))
+            products = (q.flatten(0, 1) @ document.keys[place].float().T).relu().view(len(x), manifest.heads, -1)
+            found.append(torch.bmm(w.unsqueeze(1), products).view(len(rows), asking, -1))
         return torch.stack(found)
 
     def export(self) -> dict[str, Tensor]:

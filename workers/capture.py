@@ -146,7 +146,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and hasattr(module, "q_proj"):
+        # DeepSeek's queries are made in two steps
+        if isinstance(layer, int) and (hasattr(module, "q_proj") or hasattr(module, "q_a_proj")):
             found[layer] = module
     return found
 

@@ -1,7 +1,9 @@
 """Records what a DeepSeek-V4 model attends to among its compressed entries: training data of FlashMemory's retrievers.
 
-The forward is the training one, over whole documents; labels follow the published rule (arXiv 2606.09079): entries in
-the nucleus of a layer's attention on its selected entries, united over the next tokens.
+The forward is the training one, over whole documents. An entry's label is a retrieval event (design §1) of any head
+within the model's own text that follows: what decoding will need. The published label, the nucleus of a layer's
+attention averaged over its heads (arXiv 2606.09079), is mostly noise of heads that retrieve nothing: the best possible
+choice of 10 % of the chunks held a quarter of it.
 """
 
 import json
@@ -32,22 +34,23 @@ from forecache.workers.errors import UnsupportedModelError
 
 CHUNK_TOKENS = 256
 MODEL_TYPE = "deepseek_v4"
+TOKENS = 64
+"""Tokens whose attention on all entries is in memory at a time."""
 
 
 @dataclass(frozen=True)
 class EntryRecipe:
-    """``steps``: recorded of each document, half of them up to ``lead`` tokens before a reply. ``horizon``: the tokens
-    of a window and the ``lead`` before it. The other fields: :class:`EntryManifest`."""
+    """``rows``: steps recorded of each document, half of them a reply's first. ``horizon``: the tokens of a window and
+    the lead before it. The other fields: :class:`EntryManifest`."""
 
     documents: int = 96
     eval_documents: int = 24
     min_tokens: int = 2048
     max_tokens: int = 16_384
-    steps: int = 48
-    lead: int = 8
+    rows: int = 48
+    steps: int = 24
     horizon: int = 72
-    nucleus: float = 0.6
-    least_mass: float = 0.1
+    event_share: float = 0.5
     seed: int = 0
 
 
@@ -59,10 +62,12 @@ def record_entries(
     *,
     model_name: str,
     device: str = "cpu",
+    part: tuple[int, int] = (1, 1),
     progress: Callable[[int, int], None] = lambda done, documents: None,
 ) -> EntryManifest:
     """Record into ``out``; documents that are there already are kept, so a stopped recording goes on.
 
+    With ``part`` (k, n) every n-th document, beginning with the k-th: n processes that share ``out`` do all.
     Raises :class:`UnsupportedModelError` if ``out`` holds a recording of another kind.
     """
     model: Any = DeepseekV4ForCausalLM.from_pretrained(str(path), dtype=torch.float32)
@@ -76,14 +81,15 @@ def record_entries(
     forward = TrainingForward(model)
     makers = {"train": DocumentMaker(tokenizer, "docstrings"), "eval": DocumentMaker(tokenizer, "topics")}
     total = recipe.documents + recipe.eval_documents
-    for number in range(total):
+    mine = range(part[0] - 1, total, part[1])
+    for done, number in enumerate(mine, 1):
         if not document_path(out, number).exists():
             rng = random.Random(f"{recipe.seed} record {number}")
             block = max(forward.window, CHUNK_TOKENS)
             tokens = max(1, rng.randint(recipe.min_tokens, recipe.max_tokens) // block) * block
             maker = makers["train" if number < recipe.documents else "eval"]
             write_document(out, number, _record(forward, maker.document(rng, tokens), recipe, manifest, rng))
-        progress(number + 1, total)
+        progress(done, len(mine))
     return manifest
 
 
@@ -106,10 +112,8 @@ def _describe(model: Any, recipe: EntryRecipe, model_name: str) -> EntryManifest
         ratio=config.compress_rates["compressed_sparse_attention"],
         chunk_tokens=CHUNK_TOKENS,
         horizon=recipe.horizon,
-        nucleus=recipe.nucleus,
-        least_mass=recipe.least_mass,
-        # 3 of the 21 layers of the published model
-        least_layers=max(1, round(3 / 21 * layers)),
+        event_share=recipe.event_share,
+        steps=recipe.steps,
         documents=recipe.documents,
         eval_documents=recipe.eval_documents,
         seed=recipe.seed,
@@ -137,60 +141,68 @@ def _record(
 ) -> EntryDocument:
     device = next(forward.parameters()).device
     positions = torch.tensor(_positions(document, recipe, rng), device=device)
+    written = _written(document, positions.tolist(), recipe.horizon)
+    tokens = torch.tensor(sorted({at for span in written for at in span}), device=device)
+    asking = positions.unsqueeze(1) + torch.arange(1 - recipe.steps, 1, device=device)
     hidden: list[Tensor] = []
     keys: list[Tensor] = []
-    votes: list[Tensor] = []
+    events: list[Tensor] = []
 
     def observe(capture: CsaCapture) -> None:
-        hidden.append(capture.hidden[0, positions])
+        hidden.append(capture.hidden[0, asking])
         keys.append(capture.index_keys[0])
-        nucleus = [_attended(capture, int(at), manifest, forward) for at in positions]
-        votes.append(torch.stack(nucleus))
+        parts = [_events(capture, part, manifest, forward) for part in torch.split(tokens, TOKENS)]
+        events.append(torch.cat(parts).cpu())
 
     forward(torch.from_numpy(document.ids)[None].to(device), sparse=True, observe=observe)
-    golden = torch.stack(votes).sum(0) >= manifest.least_layers
-    counts = golden.sum(1).cpu()
+    happened = torch.stack(events).any(0)
+    row_of = {at: row for row, at in enumerate(tokens.tolist())}
+    golden = torch.stack([happened[[row_of[at] for at in span]].any(0) for span in written])
+    counts = golden.sum(1)
     return EntryDocument(
         positions=positions,
-        hidden=torch.stack(hidden, 1).half(),
+        hidden=torch.stack(hidden, 2).half(),
         keys=torch.stack(keys).half(),
         golden_offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-        golden_entries=golden.nonzero()[:, 1].int().cpu(),
+        golden_entries=golden.nonzero()[:, 1].int(),
     )
 
 
 def _positions(document: Document, recipe: EntryRecipe, rng: random.Random) -> list[int]:
-    """Ascending steps: half anywhere, half shortly before replies."""
-    last = len(document.ids) - 2
-    first = min(2 * CHUNK_TOKENS, last)
-    replies = [at for at in range(first, last + 1) if document.roles[at] >= REPLY > document.roles[at - 1]]
-    near = [
-        max(first, at - rng.randint(1, recipe.lead)) for at in rng.sample(replies, min(len(replies), recipe.steps // 2))
-    ]
-    anywhere = rng.sample(range(first, last + 1), min(recipe.steps, last + 1 - first))
-    return sorted({*near, *anywhere[: recipe.steps - len(near)]})
+    """Ascending steps from which the model writes: half of them the first of a reply, which the prompt's end is."""
+    first = max(2 * CHUNK_TOKENS, recipe.steps)
+    following = [at for at in range(first, len(document.ids) - 1) if document.roles[at + 1] >= REPLY]
+    begins = [at for at in following if document.roles[at] < REPLY]
+    begins = rng.sample(begins, min(len(begins), recipe.rows // 2))
+    return sorted({*begins, *rng.sample(following, min(len(following), recipe.rows - len(begins)))})
 
 
-def _attended(capture: CsaCapture, position: int, manifest: EntryManifest, forward: TrainingForward) -> Tensor:
-    """Entries that a token of the horizon behind ``position`` attends to in this layer, bool [entries]."""
-    tokens = slice(position + 1, min(position + 1 + manifest.horizon, capture.queries.shape[1]))
-    at = torch.arange(tokens.start, tokens.stop, device=capture.queries.device)
+def _written(document: Document, positions: list[int], horizon: int) -> list[list[int]]:
+    """Of each step: itself, and what the model goes on to read of the same reply, ``horizon`` tokens at most."""
+    spans = []
+    for at in positions:
+        end = at + 1
+        while end < min(at + 1 + horizon, len(document.ids) - 1) and document.roles[end] >= REPLY:
+            end += 1
+        spans.append([*range(at, end)])
+    return spans
+
+
+def _events(capture: CsaCapture, at: Tensor, manifest: EntryManifest, forward: TrainingForward) -> Tensor:
+    """Entries on which a head of this layer puts ``event_share`` of its attention, for tokens ``at``: bool [tokens,
+    entries]."""
     entries = capture.entries[0]
     seen = torch.arange(len(entries), device=at.device) < ((at + 1) // manifest.ratio).unsqueeze(1)
-    scores = index_scores(capture.index_queries[:, tokens], capture.index_weights[:, tokens], capture.index_keys)[0]
+    scores = index_scores(capture.index_queries[:, at], capture.index_weights[:, at], capture.index_keys)[0]
     if len(entries) > forward.topk:
         best = scores.masked_fill(~seen, -torch.inf).topk(forward.topk, sorted=False).indices
         seen &= torch.zeros_like(seen).scatter_(1, best, True)
-    q = capture.queries[0, tokens]
+    q = capture.queries[0, at]
     logits = torch.einsum("thd,ed->the", q, entries).float() * q.shape[2] ** -0.5
     logits = logits.masked_fill(~seen.unsqueeze(1), -torch.inf)
-    total = torch.logaddexp(logits.logsumexp(2), capture.near_lse[0, tokens])
-    shares = (logits - total.unsqueeze(2)).exp().mean(1)
-    mass = shares.sum(1, keepdim=True)
-    ordered, order = shares.sort(1, descending=True)
-    # those before which less than the nucleus has been gathered
-    inside = (ordered.cumsum(1) - ordered < manifest.nucleus * mass) & (ordered > 0) & (mass >= manifest.least_mass)
-    return torch.zeros_like(inside).scatter_(1, order, inside).any(0)
+    total = torch.logaddexp(logits.logsumexp(2), capture.near_lse[0, at])
+    happened: Tensor = (logits - total.unsqueeze(2)).exp() >= manifest.event_share
+    return happened.any(1)
 
 
 def is_deepseek_v4(path: Path) -> bool:

@@ -85,7 +85,7 @@ class Compared:
             with torch.inference_mode():
                 batch, _ = runner._lay_out(plan, lambda: False)
                 eager = run_model(runner._model, batch)
-                asked = [runner._capture(request, batch.capture) for request in plan.captures]
+                asked = [runner._capture(request) for request in plan.captures]
         step: RunningStep = self._launch(plan, *args)
         if eager is not None:
             self.errors += ((step.logits - eager).abs().amax(1) / eager.abs().amax(1)).tolist()

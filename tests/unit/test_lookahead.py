@@ -300,18 +300,20 @@ def test_requests_for_another_indexer_are_refused(make: Make) -> None:
 def test_graphs_of_all_sizes_answer_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of all lengths in turns, also longer ones than the largest graph, and other records each time."""
     monkeypatch.setattr("forecache.indexer.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16))
-    table = Table()
-    graphs, calls = as_graphs(table), on_device(table)
+    requests = []
     for position in np.random.default_rng(0).permutation(np.arange(7, TOKENS)).tolist():
         chunks = (position + 1) // CHUNK_TOKENS
-        request = request_at(position, local=range(position % 3, chunks, 1 + position % 5))
-        found, expected = graphs.predict(request).result(60), calls.predict(request).result(60)
+        requests.append(request_at(position, local=range(position % 3, chunks, 1 + position % 5)))
+    answers: list[list[Prediction]] = []
+    for make in (as_graphs, on_device):  # one after the other: both page-lock the table
+        indexer = make(Table())
+        answers.append([indexer.predict(request).result(60) for request in requests])
+        indexer.close()
+    for found, expected in zip(*answers, strict=True):
         assert found.missing == expected.missing == ()
         np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
         assert found.event_mass is not None and expected.event_mass is not None
         np.testing.assert_allclose(found.event_mass, expected.event_mass, rtol=1e-4, atol=1e-6)
-    graphs.close()
-    calls.close()
 
 
 NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")

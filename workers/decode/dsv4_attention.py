@@ -87,8 +87,6 @@ class ServedAttention(DeepseekV4Attention):
                     recent = _recent(ring, rows.lines[closed.rows], closed.firsts + module.compress_rate)
                     pool[closed.slots, closed.places] = _overlapping(module, recent, closed.firsts)
             index_q, weights = inputs.index_queries(own)
-            if batch.capture is not None:
-                batch.capture.add(self.number, index_q, weights, inputs.hidden[own])
             scores = csa.score_entries(index_q, weights, keys, rows.table, rows.lens)
             selected = csa.top_entries(scores, index.index_topk)
             table, lens = rows.table, rows.lens
@@ -134,7 +132,7 @@ class ServedAttention(DeepseekV4Attention):
                 parts.append(csa.top_entries(scores, index.index_topk))
             selected = torch.cat(parts)
             if stream.probe is not None:
-                stream.probe.see(selected)
+                stream.probe.see(self.number, keys)
             entries = stream.past.gather(batch.entries, batch.cold_entries, self.number)[:total]
         elif self.layer_type == HCA:
             rate = compressor.compress_rate

@@ -16,28 +16,21 @@ from torch import Tensor
 from forecache.workers.decode.cuda_graph import WARM_UPS
 from forecache.workers.decode.dsv4_layout import FixedRow
 from forecache.workers.decode.dsv4_state import PAGE_ENTRIES
-from forecache.workers.decode.dsv4_step import Places, TargetCapture, V4Batch, V4Rows
+from forecache.workers.decode.dsv4_step import Places, V4Batch, V4Rows
+from forecache.workers.decode.hidden_history import HiddenHistory, HiddenRows
 
 logger = logging.getLogger(__name__)
 
-TOKEN, SOURCE, POSITION, LINE, SLOT, PAGE, ENTRIES = range(7)
+TOKEN, SOURCE, POSITION, LINE, SLOT, PAGE, ENTRIES, HISTORY = range(8)
 """Rows of the input buffer."""
 
 
 @dataclass(frozen=True)
-class FixedOutput:
-    """Of the last replay, until the next: ``logits`` float32 [rows, vocab], and what of each row was captured."""
-
-    logits: Tensor
-    capture: TargetCapture
-
-
-@dataclass(frozen=True)
 class _Graph:
-    """``pages`` is where the HCA entries lay when it was captured."""
+    """``logits``: of its last replay; ``pages`` is where the HCA entries lay when it was captured."""
 
     graph: torch.cuda.CUDAGraph
-    output: FixedOutput
+    logits: Tensor
     pages: Tensor
 
 
@@ -46,7 +39,7 @@ class FixedSteps:
     elsewhere eagerly over the same fixed shapes. ``buckets``: the numbers of rows that there are steps for, ascending.
 
     ``empty``: a step without rows, which says where pool and states lie. ``last_tokens``: int64 [at least the largest
-    batch], the tokens of the step before. ``targets``: CSA layers whose queries and inputs are kept for the indexer.
+    batch], the tokens of the step before. ``histories``: where hidden states are kept for the indexer.
     """
 
     def __init__(
@@ -54,14 +47,14 @@ class FixedSteps:
         model: Any,
         empty: V4Batch,
         chunk_tokens: int,
-        targets: frozenset[int],
+        histories: HiddenHistory,
         last_tokens: Tensor,
         *,
         buckets: Seq[int],
         max_chunks: int,
         max_tokens: int,
     ) -> None:
-        self._model, self._empty, self._targets = model, empty, targets
+        self._model, self._empty, self._histories = model, empty, histories
         self._chunk_tokens = chunk_tokens
         self._last_tokens = last_tokens
         self._buckets = buckets
@@ -73,7 +66,7 @@ class FixedSteps:
         # two host copies in turn: while one is on its way to the device, the next step fills the other
         self._host = [_HostInputs(largest, max_chunks, self._max_pages, pinned=self._captures) for _ in range(2)]
         self._turn = 0
-        self._inputs = torch.zeros(ENTRIES + 1, largest, dtype=torch.int64, device=device)
+        self._inputs = torch.zeros(HISTORY + 1, largest, dtype=torch.int64, device=device)
         self._inputs[SOURCE] = -1
         self._table = torch.zeros(largest, max_chunks, dtype=torch.int32, device=device)
         self._hca_table = torch.zeros(largest, self._max_pages, dtype=torch.int32, device=device)
@@ -89,8 +82,9 @@ class FixedSteps:
         """Graphs that there are."""
         return len(self._graphs)
 
-    def run(self, rows: Seq[FixedRow]) -> FixedOutput | None:
-        """Enqueue a step of ``rows``; None: it does not fit, or can't be captured."""
+    def run(self, rows: Seq[FixedRow]) -> Tensor | None:
+        """Enqueue a step of ``rows``; its logits, float32 [rows, vocab], until the next. None: it does not fit, or
+        can't be captured."""
         if not 0 < len(rows) <= self._buckets[-1] or self._refused:
             return None
         if any(len(row.table) > self._max_chunks or len(row.pages) > self._max_pages for row in rows):
@@ -102,14 +96,12 @@ class FixedSteps:
         self._table[:bucket].copy_(host.table[:bucket], non_blocking=True)
         self._hca_table[:bucket].copy_(host.hca_table[:bucket], non_blocking=True)
         if not self._captures:
-            output = self._forward(bucket)
-        elif self._ready(bucket):
-            found = self._graphs[bucket]
-            found.graph.replay()
-            output = found.output
-        else:
+            return self._forward(bucket)[: len(rows)]
+        if not self._ready(bucket):
             return None
-        return FixedOutput(output.logits[: len(rows)], output.capture)
+        found = self._graphs[bucket]
+        found.graph.replay()
+        return found.logits[: len(rows)]
 
     def _bucket(self, count: int) -> int:
         return next(size for size in self._buckets if size >= count)
@@ -145,23 +137,24 @@ class FixedSteps:
         graph = torch.cuda.CUDAGraph()
         # other threads copy chunks meanwhile
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            output = self._forward(bucket)
-        return _Graph(graph, output, self._empty.states.pages)
+            logits = self._forward(bucket)
+        return _Graph(graph, logits, self._empty.states.pages)
 
-    def _forward(self, bucket: int) -> FixedOutput:
+    def _forward(self, bucket: int) -> Tensor:
         inputs = self._inputs[:, :bucket]
         source = inputs[SOURCE]
         drawn = self._last_tokens[source.clamp(min=0)]
-        capture = TargetCapture(self._targets)
+        histories = self._histories
+        places = inputs[POSITION] % histories.steps
         batch = replace(
             self._empty,
             token_ids=torch.where(source < 0, inputs[TOKEN], drawn),
             positions=inputs[POSITION],
             logits_rows=torch.arange(bucket, device=inputs.device),
             rows=self._rows(inputs, bucket),
-            capture=capture,
+            hidden=HiddenRows(histories.ring, histories.layers, None, inputs[HISTORY], places),
         )
-        return FixedOutput(run_model(self._model, batch), capture)
+        return run_model(self._model, batch)
 
     def _rows(self, inputs: Tensor, bucket: int) -> V4Rows:
         shape, positions = self._empty.states.shape, inputs[POSITION]
@@ -203,14 +196,17 @@ class _HostInputs:
     """Host memory for one step's inputs, page-locked on request, filled through numpy."""
 
     def __init__(self, rows: int, max_chunks: int, max_pages: int, *, pinned: bool) -> None:
-        self.inputs = torch.zeros(ENTRIES + 1, rows, dtype=torch.int64, pin_memory=pinned)
+        self.inputs = torch.zeros(HISTORY + 1, rows, dtype=torch.int64, pin_memory=pinned)
         self.table = torch.zeros(rows, max_chunks, dtype=torch.int32, pin_memory=pinned)
         self.hca_table = torch.zeros(rows, max_pages, dtype=torch.int32, pin_memory=pinned)
 
     def fill(self, rows: Seq[FixedRow], bucket: int) -> None:
         """Rows that are missing in ``bucket`` repeat the first."""
         rows = [*rows, *[rows[0]] * (bucket - len(rows))]
-        values = [(row.token, row.source, row.position, row.line, row.slot, row.page, row.entries) for row in rows]
+        values = [
+            (row.token, row.source, row.position, row.line, row.slot, row.page, row.entries, row.history)
+            for row in rows
+        ]
         self.inputs.numpy()[:, :bucket] = list(zip(*values, strict=True))
         table, hca_table = self.table.numpy(), self.hca_table.numpy()
         for number, row in enumerate(rows):

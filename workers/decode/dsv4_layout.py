@@ -8,10 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from forecache.workers.decode.dsv4_queries import EntryProbe
 from forecache.workers.decode.dsv4_shape import DeepseekV4Shape
 from forecache.workers.decode.dsv4_state import PAGE_ENTRIES, Line, SequenceStates
-from forecache.workers.decode.dsv4_step import Places, SelectionMass, StreamPast, V4Rows, V4Stream
-from forecache.workers.decode.mass_probe import PROBE_QUERIES
+from forecache.workers.decode.dsv4_step import Places, StreamPast, V4Rows, V4Stream
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import StreamPart
 from forecache.workers.memory.hot_pool import HotPool
@@ -34,7 +34,8 @@ def padded(tables: Seq[Seq[int] | npt.NDArray[np.int32]], device: torch.device) 
 class FixedRow:
     """A decode row of a step of fixed shape, on the host. ``token`` is -1 while the host does not know it: then it is
     the one drawn in row ``source`` of the step before. ``slot``, ``page``: where the entries belong that are being
-    filled; ``table``: slots to read, ``entries`` of them in all; ``pages``: of its HCA entries."""
+    filled; ``table``: slots to read, ``entries`` of them in all; ``pages``: of its HCA entries; ``history``: the line
+    for its hidden states."""
 
     token: int
     source: int
@@ -45,6 +46,7 @@ class FixedRow:
     entries: int
     table: npt.NDArray[np.int32]
     pages: Seq[int]
+    history: int
 
 
 class StepLayout:
@@ -76,7 +78,7 @@ class StepLayout:
             hca_lens=put([(at + 1) // shape.hca_rate for at in positions], device, np.int32),
         )
 
-    def fixed_row(self, seq: Sequence, source: int | None) -> FixedRow:
+    def fixed_row(self, seq: Sequence, source: int | None, history: int) -> FixedRow:
         """The decode row of ``seq``, whose token is the one of row ``source`` of the step before, or known."""
         at, size, shape = seq.num_computed, self._chunk_tokens, self._shape
         # with a page for the HCA entry that is being filled
@@ -92,6 +94,7 @@ class StepLayout:
             entries=self._entries(table, at),
             table=table,
             pages=line.pages,
+            history=history,
         )
 
     def _entries(self, table: Seq[int] | npt.NDArray[np.int32], at: int) -> int:
@@ -117,15 +120,10 @@ class StepLayout:
         columns = np.array(entries, dtype=np.int64).reshape(-1, 6).T
         return Places(*put(columns, self._device).unbind(0))
 
-    def stream(self, part: StreamPart, start: int, keep: Seq[int]) -> V4Stream:
+    def stream(self, part: StreamPart, start: int, keep: Seq[int], probe: EntryProbe | None) -> V4Stream:
         """``part`` as packed tokens from ``start``; snapshots are wanted behind the positions ``keep``."""
         seq, first, stop = part.sequence, part.sequence.num_computed, part.sequence.num_computed + part.tokens
         line, shape = self._states.line(seq, stop), self._shape
-        chunks = -(-stop // self._chunk_tokens)
-        probe = None
-        if part.probe:
-            per_chunk = self._chunk_tokens // shape.csa_rate
-            probe = SelectionMass(min(part.tokens, PROBE_QUERIES), chunks, per_chunk, self._device)
         return V4Stream(
             start=start,
             stop=start + part.tokens,

@@ -15,8 +15,9 @@ from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.cuda_graph import batch_buckets
 from forecache.workers.decode.dsv4_graph import FixedSteps, run_model
 from forecache.workers.decode.dsv4_layout import FixedRow, StepLayout, put
+from forecache.workers.decode.dsv4_queries import RetrieverQueries
 from forecache.workers.decode.dsv4_state import SequenceStates
-from forecache.workers.decode.dsv4_step import TargetCapture, V4Batch, V4Stream
+from forecache.workers.decode.dsv4_step import V4Batch, V4Stream
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.prompt_logprobs import score, targets_of
 from forecache.workers.decode.running_step import CapturedTensors, RunningStep
@@ -52,9 +53,8 @@ class DeepseekV4Runner:
         self._model = backbone.model
         self._device = backbone.device
         self._spec = spec
-        self._retriever = retriever
-        self._targets = [layer for layer, _ in spec.kv_heads]
-        self._target_rows = torch.tensor(self._targets, device=self._device)
+        self._queries = RetrieverQueries(backbone.model, backbone.v4, spec, retriever, max_rows)
+        self._target_rows = torch.tensor(self._queries.targets, device=self._device)
         self._chunk_tokens = backbone.layout.chunk_tokens
         self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
         self._hot, self._cold = _views(backbone.layout, pool.memory), {}
@@ -83,12 +83,11 @@ class DeepseekV4Runner:
         """
         fixed = None if self._fixed is None else self._fixed.run(self._fixed_rows(plan))
         streams: tuple[V4Stream, ...] = ()
-        capture: TargetCapture | None
         if fixed is not None:
-            told, capture, sampled = fixed.logits, fixed.capture, list(plan.decode)
+            told, sampled = fixed, list(plan.decode)
         else:
             batch, sampled = self._lay_out(plan, aborted)
-            told, capture, streams = run_model(self._model, batch), batch.capture, batch.streams
+            told, streams = run_model(self._model, batch), batch.streams
         scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
         for stream in streams:
             stream.commit()
@@ -100,7 +99,7 @@ class DeepseekV4Runner:
         self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
         tokens = self._last_tokens[: len(sampled)]
         self._adjuster.drawn(tokens, sampled, positions)
-        captured = [self._capture(request, capture) for request in plan.captures]
+        captured = [self._capture(request) for request in plan.captures]
         probes = {
             part.sequence.request_id: stream.probe
             for part, stream in zip(plan.streams, streams, strict=True)
@@ -128,7 +127,7 @@ class DeepseekV4Runner:
             self._model,
             self._batch(nothing, nothing, nothing),
             self._chunk_tokens,
-            frozenset(self._targets),
+            self._queries.histories,
             self._last_tokens,
             buckets=buckets,
             max_chunks=max_chunks,
@@ -139,11 +138,14 @@ class DeepseekV4Runner:
         """``seq`` left, or starts over."""
         self._adjuster.forget(seq.request_id)
         self._states.forget(seq)
+        self._queries.histories.forget(seq)
         self._snapshots.pop(seq.request_id, None)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when lines or pages of states are lost, or belong to two."""
+        """Raise ``AssertionError`` when lines or pages of states, or lines of hidden states, are lost, or belong to
+        two."""
         self._states.check_integrity()
+        self._queries.histories.check_integrity()
 
     def index_record(self, slot: int) -> Tensor:
         """The index keys of the completed chunk in ``slot``: uint8 [spec.nbytes]."""
@@ -172,13 +174,20 @@ class DeepseekV4Runner:
         waiting: list[tuple[int, int]] = []
         sampled, logits_rows = list(plan.decode), list(range(len(plan.decode)))
         scored_rows: list[int] = []
+        kept: list[tuple[int, int, int]] = []
         streams = []
         rows = self._layout.rows(plan.decode) if plan.decode else None
         for number, (seq, count) in enumerate(zip(owners, counts, strict=True)):
             span = range(seq.num_computed, seq.num_computed + count)
+            line, remembered = self._queries.histories.begin(seq, span.start, span.stop)
+            kept += [(len(tokens) + at - span.start, line, at) for at in remembered]
             if number >= len(plan.decode):
                 part = plan.streams[number - len(plan.decode)]
-                streams.append(self._layout.stream(part, len(tokens), self._wanted(seq, span.start, span.stop)))
+                probe = None
+                if part.probe:
+                    probe = self._queries.probe(seq, span.stop, -(-span.stop // self._chunk_tokens))
+                wanted = self._wanted(seq, span.start, span.stop)
+                streams.append(self._layout.stream(part, len(tokens), wanted, probe))
                 scored_rows += range(len(tokens), len(tokens) + len(targets_of(part)))
                 if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
                     sampled.append(seq)
@@ -193,14 +202,11 @@ class DeepseekV4Runner:
         if waiting:
             to, source = zip(*waiting, strict=True)
             token_ids[list(to)] = self._last_tokens[list(source)]
-        capture = None
-        if plan.captures:
-            capture = TargetCapture(frozenset(self._targets))
         batch = replace(
             self._batch(token_ids, put(positions, self._device), put(logits_rows + scored_rows, self._device)),
             rows=rows,
             streams=tuple(streams),
-            capture=capture,
+            hidden=self._queries.histories.rows(kept),
             aborted=aborted,
         )
         return batch, sampled
@@ -225,7 +231,9 @@ class DeepseekV4Runner:
             return []
         return [
             self._layout.fixed_row(
-                seq, self._last_rows[seq.request_id] if seq.num_computed >= len(seq.token_ids) else None
+                seq,
+                self._last_rows[seq.request_id] if seq.num_computed >= len(seq.token_ids) else None,
+                self._queries.histories.begin(seq, seq.num_computed, seq.num_computed + 1)[0],
             )
             for seq in plan.decode
         ]
@@ -252,24 +260,12 @@ class DeepseekV4Runner:
             if stream.kept:
                 self._snapshots[part.sequence.request_id] = stream.snapshots()
 
-    def _capture(self, request: Capture, capture: TargetCapture | None) -> CapturedTensors:
+    def _capture(self, request: Capture) -> CapturedTensors:
         """What level 1 is asked with, and records."""
-        assert capture is not None, "captures were planned"
-        row = request.row
         records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
         if request.local_slots:
             records = torch.stack([self.index_record(slot) for slot in request.local_slots])
-        asked: Seq[tuple[Tensor, Tensor]]
-        if self._retriever is None:
-            asked = [(capture.queries[n][0][row], capture.queries[n][1][row]) for n in self._targets]
-        else:
-            at = torch.tensor([request.position], device=self._device)
-            asked = []
-            for layer in self._targets:
-                q, w = self._retriever.plain_queries(layer, capture.hidden[layer][row : row + 1], at)
-                asked.append((q[0].float(), w[0].float()))
-        queries = torch.cat([q for q, _ in asked])
-        weights = torch.cat([w for _, w in asked])
+        queries, weights = self._queries.ask(request.sequence, request.position)
         # the open chunk is always resident: no softmax needs to know of it
         return CapturedTensors(queries, torch.zeros_like(weights), records, weights=weights)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from forecache.workers.decode.dsv4_queries import EntryProbe
 from forecache.workers.decode.dsv4_state import SequenceStates, pack
 from forecache.workers.decode.hidden_history import HiddenRows
 
@@ -42,26 +43,6 @@ class V4Rows:
 
     def __len__(self) -> int:
         return len(self.lines)
-
-
-class SelectionMass:
-    """How often the last ``queries`` tokens of a prompt select an entry of each chunk, over all CSA layers: ``mass``,
-    float32 [chunks], in shares of all that they select."""
-
-    def __init__(self, queries: int, chunks: int, per_chunk: int, device: torch.device) -> None:
-        self.queries = queries
-        self._per_chunk = per_chunk
-        self._counts = torch.zeros(chunks, device=device)
-
-    def see(self, selected: Tensor) -> None:
-        """``selected``: int32 [tokens, k] of one layer, -1 being none."""
-        last = selected[-self.queries :].flatten()
-        numbers = (last[last >= 0] // self._per_chunk).long()
-        self._counts += torch.bincount(numbers, minlength=len(self._counts))
-
-    @property
-    def mass(self) -> Tensor:
-        return self._counts / self._counts.sum().clamp(min=1)
 
 
 @dataclass
@@ -106,7 +87,7 @@ class V4Stream:
     hca: Places
     hca_pages: Tensor
     kept: dict[int, tuple[list[Tensor], ...]]
-    probe: SelectionMass | None = None
+    probe: EntryProbe | None = None
     pending: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     @property
@@ -143,21 +124,6 @@ class V4Stream:
 
 
 @dataclass
-class TargetCapture:
-    """Keeps what level 1 asks with, of all decode rows: by CSA layer number (queries float32 [rows, heads, dim],
-    weights float32 [rows, heads]) of the Lightning Indexer, and ``hidden`` [rows, hidden], the attention's input."""
-
-    targets: frozenset[int]
-    queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-
-    def add(self, number: int, q: Tensor, weights: Tensor, hidden: Tensor) -> None:
-        if number in self.targets:
-            self.queries[number] = (q.float(), weights.float())
-            self.hidden[number] = hidden
-
-
-@dataclass
 class V4Batch:
     """One forward pass over packed tokens: ``rows`` first, then ``streams``. ``entries``, ``index`` and ``hca`` are
     fields of the pool, [slots, layers, entries, dim]; the ``cold_…`` ones those of the arena."""
@@ -173,6 +139,5 @@ class V4Batch:
     cold_index: Tensor | None
     rows: V4Rows | None = None
     streams: tuple[V4Stream, ...] = ()
-    capture: TargetCapture | None = None
     hidden: HiddenRows | None = None
     aborted: Callable[[], bool] = lambda: False

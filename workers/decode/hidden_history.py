@@ -80,6 +80,14 @@ class HiddenHistory:
         kept.first = max(kept.first, kept.stop - self.steps)
         return kept.line, range(first, stop)
 
+    def rows(self, kept: list[tuple[int, int, int]]) -> HiddenRows | None:
+        """``kept``: packed token, line and position of each hidden state that is to be kept."""
+        if not kept:
+            return None
+        columns = torch.tensor(kept, dtype=torch.int64).T.contiguous()
+        rows, lines, positions = columns.to(self.ring.device, non_blocking=True)
+        return HiddenRows(self.ring, self.layers, rows, lines, positions % self.steps)
+
     def length(self, seq: Sequence, position: int) -> int:
         """How many steps up to ``position``, the last one begun, are kept: 1 to ``steps``."""
         kept = self._kept[seq.request_id]

@@ -15,7 +15,7 @@ from forecache.workers.decode.attention import QueryCapture, StepBatch, StreamRo
 from forecache.workers.decode.backbone import Backbone
 from forecache.workers.decode.compiled_layers import MIN_TOKENS, check_compiled_once, compile_layers, compiled_graphs
 from forecache.workers.decode.cuda_graph import DecodeGraphs
-from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory, HiddenRows
+from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
@@ -298,17 +298,10 @@ class ModelRunner(Stateless):
             streams=tuple(streams),
             past=past,
             capture=capture,
-            hidden=self._hidden_rows(kept),
+            hidden=None if self._histories is None else self._histories.rows(kept),
             aborted=aborted,
         )
         return batch, sampled, tuple(pasts), probes
-
-    def _hidden_rows(self, kept: list[tuple[int, int, int]]) -> HiddenRows | None:
-        """``kept``: packed token, ring line and position of each hidden state that is to be kept."""
-        if self._histories is None or not kept:
-            return None
-        rows, lines, positions = self._put(np.array(kept, dtype=np.int64).T)
-        return HiddenRows(self._histories.ring, self._histories.layers, rows, lines, positions % self._histories.steps)
 
     def _padding(self, tokens: int) -> StepBatch:
         """A batch that computes and keeps nothing."""
