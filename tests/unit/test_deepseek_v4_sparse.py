@@ -19,9 +19,11 @@ from transformers import DeepseekV4ForCausalLM
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.indexer.cuda_scorer import CudaIndexer
 from forecache.indexer.entry_scores import chunk_scores, entry_logits
-from forecache.indexer.flashmemory import FlashMemoryIndexer, RetrieverShape, walsh_hadamard
+from forecache.indexer.flashmemory import STEPS, FlashMemoryError, FlashMemoryIndexer, RetrieverShape, walsh_hadamard
 from forecache.indexer.index_keys import IndexSpec, encode_chunks
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.workers.decode.dsv4_queries import EntryProbe
+from forecache.workers.decode.dsv4_shape import DeepseekV4Shape
 from forecache.workers.llm import LLM
 from forecache.workers.memory.cuda_host import RegisteredMemory
 
@@ -105,7 +107,7 @@ def test_the_adaptive_threshold_lets_as_many_pass_wherever_scores_lie() -> None:
     assert chunk_scores(SPEC, logits - 20).floor().sum() == 0, "a fixed threshold knows nothing of them"
 
 
-def save_retrievers(file: Path, layers: tuple[int, ...], heads: int = 6, rank: int = 24) -> None:
+def save_retrievers(file: Path, layers: tuple[int, ...], heads: int = 6, rank: int = 24, steps: int = 1) -> None:
     torch.manual_seed(2)
     shape = RetrieverShape(hidden=64, heads=heads, head_dim=16, rank=rank)
     tensors = {
@@ -113,7 +115,7 @@ def save_retrievers(file: Path, layers: tuple[int, ...], heads: int = 6, rank: i
         for layer in layers
         for name, size in shape.tensors.items()
     }
-    save_file(tensors, file)
+    save_file(tensors, file, metadata={STEPS: str(steps)})
 
 
 def test_queries_without_the_transform_find_what_they_find_with_it(tmp_path: Path) -> None:
@@ -199,6 +201,91 @@ def test_a_checkpoint_of_retrievers_serves(path: Path, arena_dir: Path, tmp_path
         assert request.queries.shape == (12, 16) and request.weights is not None and request.weights.any()
         assert answer.result().missing == ()
         assert answer.result().scores.shape == (7,) and len(set(answer.result().scores.tolist())) == 7
+
+
+def test_the_last_steps_ask_together_at_the_end_of_the_prompt_too(
+    path: Path, arena_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of three steps, those across the prompt's end among them; the first set by the prompt's last three."""
+    torch.manual_seed(5)
+    save_retrievers(tmp_path / "r.safetensors", (0, 2), steps=3)
+    indexer = IndexerConfig(checkpoint=str(tmp_path / "r.safetensors"))
+    prompt = prompt_of(2048)
+    inputs: dict[int, dict[int, Tensor]] = {0: {}, 2: {}}
+    requests: list[PredictRequest] = []
+    probes: list[EntryProbe] = []
+    given_keys: dict[int, Tensor] = {}
+    asking = [2045, 2046, 2047]
+
+    class Watched:
+        def __init__(self, own: Indexer) -> None:
+            self._own = own
+            self.close = own.close
+
+        def predict(self, request: PredictRequest) -> Future[Prediction]:
+            requests.append(request)
+            return self._own.predict(request)
+
+    with open_llm(path, arena_dir, keep_ratio=0.3, late_policy="wait", indexer=indexer, wrap_indexer=Watched) as llm:
+        runner: Any = llm.engine._runner
+        layers = {number: layer for layer, number in DeepseekV4Shape.of(runner._model.config).csa.items()}
+        for number, seen in inputs.items():
+
+            def keep(module: Any, given: Any, named: Any, seen: dict[int, Tensor] = seen) -> None:
+                hidden = given[0] if given else named["hidden_states"]
+                seen.update(zip(named["forecache"].positions.tolist(), hidden[0].clone(), strict=True))
+
+            runner._model.model.layers[layers[number]].self_attn.register_forward_pre_hook(keep, with_kwargs=True)
+        make = runner._queries.probe
+        runner._queries.probe = lambda *given: probes.append(make(*given)) or probes[-1]
+        see = EntryProbe.see
+        monkeypatch.setattr(
+            EntryProbe, "see", lambda self, number, keys: (given_keys.update({number: keys}), see(self, number, keys))
+        )
+        llm.generate([prompt], max_tokens=40, ignore_eos=True)
+        llm.engine.flush()
+        llm.engine.check_integrity()
+        retriever = runner._queries._retriever
+        assert retriever.steps == 3
+
+        def asked_at(position: int) -> tuple[Tensor, Tensor]:
+            at = torch.arange(position - 2, position + 1)
+            by_layer = [
+                retriever.plain_queries(number, torch.stack([seen[p] for p in at.tolist()]), at)
+                for number, seen in inputs.items()
+            ]
+            return torch.cat([q for q, _ in by_layer], 1), torch.cat([w for _, w in by_layer], 1)
+
+        known = {p: asked_at(p) for p in range(2047, 2047 + 40)}
+        spec = llm.index_spec
+    found = set()
+    for request in requests:
+        assert request.queries.shape == (3 * 12, 16) and request.weights is not None
+        near = [p for p, (q, _) in known.items() if np.allclose(q.flatten(0, 1), request.queries, atol=2e-2)]
+        [position] = near
+        np.testing.assert_allclose(request.weights, known[position][1].flatten(), atol=1e-2)
+        found.add(position)
+    assert min(found) < 2050, "within three steps of the prompt's end"
+
+    logits = []
+    for number, seen in inputs.items():
+        keys = given_keys[number]
+        assert keys.shape == (512, 16)
+        q, w = retriever.plain_queries(number, torch.stack([seen[p] for p in asking]), torch.tensor(asking))
+        logits.append((w.unsqueeze(1) @ (q @ keys.T).relu())[:, 0].amax(0))
+    expected = torch.stack(logits).amax(0)
+    [probe] = probes
+    assert probe._logits is not None
+    torch.testing.assert_close(probe._logits, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    torch.testing.assert_close(probe.mass, chunk_scores(spec, probe._logits.view(8, 64).T))
+
+
+@pytest.mark.parametrize("told", ["0", "-1", "257", "two"])
+def test_a_file_that_says_nonsense_of_its_steps_is_refused(tmp_path: Path, told: str) -> None:
+    save_retrievers(tmp_path / "r.safetensors", (0,), steps=told)  # type: ignore[arg-type]
+    shape = RetrieverShape(64, 6, 16, 24, 8, tuple((torch.arange(4.0) + 1).tolist()))
+    with pytest.raises(FlashMemoryError, match=f"'{told}' steps ask together"):
+        FlashMemoryIndexer.load(tmp_path / "r.safetensors", shape=shape)
 
 
 def test_a_checkpoint_of_another_model_costs_nothing_but_its_help(
