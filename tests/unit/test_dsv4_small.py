@@ -1,0 +1,49 @@
+"""The trained small DeepSeek-V4 of this repository, over a fifth of its chunks: its retrievers find what it is asked."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forecache.indexer.config import IndexerConfig, SelectionConfig
+from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.dsv4_documents import KINDS
+from forecache.workers.llm import LLM
+from forecache.workers.ruler import Generator, score
+
+MODELS = Path(__file__).parent.parent / "models"
+MODEL, RETRIEVERS = MODELS / "dsv4-small", MODELS / "dsv4-small-retrievers.safetensors"
+TOKENS = 4096
+SAMPLES = 1
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_lookahead_answers_and_recency_does_not(arena_dir: Path) -> None:
+    """All kinds of questions over 4K tokens: 7 of 32 chunks are resident at most, one of them the open one."""
+    generator = Generator(load_tokenizer(MODEL))
+    samples = [generator.sample(kind, TOKENS, number) for kind in KINDS for number in range(SAMPLES)]
+    settings: dict[str, Any] = {"dtype": "float32", "chunk_tokens": 128, "threads": 1, "late_policy": "wait"}
+    found = {}
+    with LLM(
+        str(MODEL),
+        arena_dir=arena_dir,
+        cold_bytes=64 << 20,
+        hot_bytes=32 << 20,
+        selection=SelectionConfig(min_chunks=2, recency_fraction=0.25),
+        indexer=IndexerConfig(checkpoint=str(RETRIEVERS)),
+        **settings,
+    ) as llm:
+        assert llm.scorer.name == "trained"
+        for policy in ("lookahead", "recency"):
+            scores = []
+            for sample in samples:
+                [answer] = llm.generate([sample.prompt_token_ids], max_tokens=sample.max_tokens, policy=policy)
+                assert answer.stats.context_chunks >= 30 and answer.stats.resident_chunks <= 7
+                scores.append(score(sample, answer.text))
+            found[policy] = sum(scores) / len(scores)
+        llm.engine.flush()
+        llm.engine.check_integrity()
+    assert found["lookahead"] >= 0.9, found
+    assert found["recency"] <= 0.5, found
