@@ -57,10 +57,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Answer:
+    """``pauses``: (bytes of text before it, seconds) of each that is longer than a second; ``cached_tokens``: of the
+    prompt, found in memory."""
+
     text: str
     error: str
     duration_s: float
     longest_pause_s: float
+    pauses: tuple[tuple[int, float], ...]
+    cached_tokens: int
+
+    def difference(self, expected: "Answer") -> dict[str, Any]:
+        """Where this one goes another way, and what there was to see of it from outside."""
+        ours, theirs = self.text.encode(), expected.text.encode()
+        parts = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+        return {
+            "parts_at_byte": parts,
+            "bytes": len(theirs),
+            "pauses": [[at, round(seconds, 1)] for at, seconds in self.pauses],
+            "cached_tokens": self.cached_tokens,
+            "cached_tokens_without_faults": expected.cached_tokens,
+        }
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,7 @@ class Client:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "forecache": {
                 "keep_ratio": self._keep_ratio,
                 "cache_salt": self._salt,
@@ -129,13 +147,16 @@ class Client:
             },
         }
         start_s = last_s = time.monotonic()
-        pause_s, text, error, done = 0.0, "", "", False
+        pause_s, text, error, done, cached = 0.0, "", "", False, 0
+        pauses: list[tuple[int, float]] = []
         try:
             with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=600) as response:
                 for line in response.iter_lines():
                     if not line.startswith("data: "):
                         continue
                     now_s = time.monotonic()
+                    if now_s - last_s > 1:
+                        pauses.append((len(text.encode()), now_s - last_s))
                     pause_s, last_s = max(pause_s, now_s - last_s), now_s
                     if line == "data: [DONE]":
                         done = True
@@ -143,11 +164,13 @@ class Client:
                     event = json.loads(line.removeprefix("data: "))
                     error = error or (event["error"]["message"] if "error" in event else "")
                     text += "".join(choice["text"] for choice in event.get("choices", []))
+                    if usage := event.get("usage"):
+                        cached = usage["prompt_tokens_details"]["cached_tokens"]
         except httpx.HTTPError as failure:
             error = repr(failure)
         if not done and not error:
             error = "the stream ended early"
-        return Answer(text, error, time.monotonic() - start_s, pause_s)
+        return Answer(text, error, time.monotonic() - start_s, pause_s, tuple(pauses), cached)
 
     def run(
         self,
@@ -344,7 +367,7 @@ def faulty(
         "kills": [asdict(kill) for kill in killer.kills],
         "answered": len(answers) - len(errors),
         "equal": len(answers) - len(errors) - len(others),
-        "others": [list(place) for place in others],
+        "others": {f"{place}": answers[place].difference(expected[place]) for place in others},
         "errors": errors,
         "longest_pause_s": max(answer.longest_pause_s for answer in answers.values()),
         "median_pause_s": statistics.median(answer.longest_pause_s for answer in answers.values()),

@@ -1,4 +1,4 @@
-"""The trained small DeepSeek-V4 of this repository, over a fifth of its chunks: its retrievers find what it is asked."""
+"""The trained small DeepSeek-V4 of this repository over a fifth of its chunks: its retrievers find what is asked."""
 
 from pathlib import Path
 from typing import Any
