@@ -41,7 +41,7 @@ def register(commands: Any) -> None:
         "--part", type=_part, default=(1, 1), metavar="K/N", help="of N processes that share --out, this is the K-th"
     )
     record.add_argument("--seed", type=int, default=0)
-    record.set_defaults(command=_record)
+    record.set_defaults(command=_record, parser=record)
 
     train = commands.add_parser("train", help="train an indexer from recorded data; the model is not needed")
     train.add_argument("--data", required=True, type=Path, help="directory of recorded data")
@@ -71,7 +71,7 @@ def register(commands: Any) -> None:
     train.add_argument("--time-limit-s", type=float, default=None, help="seconds to train at most (default: no limit)")
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, parser=train)
 
     evaluate = commands.add_parser("eval", help="compare an indexer with every other way to choose chunks")
     evaluate.add_argument("--data", required=True, type=Path, help="directory of recorded data")

@@ -2,20 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from forecache.workers.errors import ForecacheError
 
-NOT_RECORDED_WITH = {"data": "docstrings,code", "eval_data": "docstrings,topics", "documents_per_shard": 16,
-                     "manifest": "auto", "dtype": "auto"}  # fmt: skip
-NOT_TRAINED_WITH = {"patience": None, "leads": None, "query_learning_rate": None, "label_heads": "all",
-                    "retrieval": None, "answer": None, "history": None, "context": None, "units": None,
-                    "dropout": None, "reach": None, "time_limit_s": None, "bf16": False}  # fmt: skip
-"""Arguments of the commands that mean nothing for retrievers, and their defaults."""
+NOT_RECORDED_WITH = ("data", "eval_data", "documents_per_shard", "manifest", "dtype")
+NOT_TRAINED_WITH = ("patience", "leads", "query_learning_rate", "label_heads", "retrieval", "answer", "history",
+                    "context", "units", "dropout", "reach", "time_limit_s", "bf16")  # fmt: skip
+"""Arguments of the commands that mean nothing for retrievers."""
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 Errors = Callable[[], AbstractContextManager[None]]
@@ -32,8 +29,9 @@ class RetrieverCommandError(ForecacheError):
     """An argument means nothing for the retrievers of DeepSeek-V4."""
 
 
-def _refuse(args: argparse.Namespace, unused: dict[str, Any]) -> None:
-    given = [f"--{name.replace('_', '-')}" for name, default in unused.items() if getattr(args, name) != default]
+def _refuse(args: argparse.Namespace, unused: Sequence[str]) -> None:
+    defaults: argparse.ArgumentParser = args.parser
+    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != defaults.get_default(name)]
     if given:
         raise RetrieverCommandError(
             f"{', '.join(given)}: not for the retrievers of DeepSeek-V4, whose recipe has no such setting: leave it out"

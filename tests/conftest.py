@@ -34,6 +34,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A team of threads costs what is as small as a test's tensors, or its DeepSeek-V4, more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class RedisServer:
     """A real Redis on a unix socket, without persistence: what was in it is gone after ``kill`` and ``start``."""
 

@@ -27,9 +27,8 @@ class TrainConfig:
     ``minutes``: from the start to the end of the report, which has ``report_part`` of them. ``lengths``: of the
     sequences, one after the other: the next one comes when ``goal`` of the numbers' tokens are right, or when the
     length's part of the dense phase is used up and ``passable`` are. The first may take ``first_part`` of that phase.
-    ``dense_part``, ``indexer_part``: of the time; the rest is sparse.
-    ``index_queries``: one in so many trains the indexer. ``bias_step``: by how much experts' biases move against their
-    load (DeepSeek-V3, §2.1.2).
+    ``dense_part``, ``indexer_part``: of the time; the rest is sparse. ``index_queries``: one in so many trains the
+    indexer. ``bias_step``: by how much experts' biases move against their load (DeepSeek-V3, §2.1.2).
     """
 
     minutes: float = 8.0

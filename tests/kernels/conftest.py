@@ -23,13 +23,9 @@ def seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(sum(request.node.name.encode()))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _alone(one_thread: None) -> None:
     """Tensors are small here: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -16,15 +16,6 @@ def _two_threads() -> None:
     torch.set_num_threads(2)
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """A team of threads costs a model as small as a test's DeepSeek-V4 more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
