@@ -13,8 +13,8 @@ LEAST_SCORED_CHUNKS = 4
 
 
 def recency_chunks(budget: int, config: SelectionConfig) -> int:
-    """How many of ``budget`` chunks go to the last ones: a share of it, at least one."""
-    return max(1, int(config.recency_fraction * budget))
+    """How many of ``budget`` chunks go to the last ones: a share of it, at least one; none if the share is 0."""
+    return max(1, int(config.recency_fraction * budget)) if config.recency_fraction else 0
 
 
 def budget_chunks(chunks: int, keep_ratio: float, config: SelectionConfig) -> int:

@@ -110,7 +110,7 @@ class SyntheticIndexer:
                 replaced = _turn(chosen, candidates, scored, self.turnover)
             self.turns.append(Turn(sequence_id, asked_s, time.perf_counter(), scored, replaced))
             scores = np.zeros(chunks, dtype=np.float32)
-            scores[list(chosen.chunks)] = 1.0
+            scores[list(chosen.chunks)] = len(self.turns)  # above those before: a first window keeps its largest
             return Prediction(sequence_id, scores)
 
 

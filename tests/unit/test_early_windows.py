@@ -1,15 +1,24 @@
-"""The sets of a sequence's first window are waited for, a little: most answers begin there."""
+"""The sets of a sequence's first window are waited for, a little, and what one of them had stays: most answers begin
+there."""
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
+from forecache.workers.decode.early_scores import EarlyScores
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.decode.sequence import Sequence
 from forecache.workers.llm import LLM
 
 TOKENS = 40
@@ -76,3 +85,79 @@ def test_nobody_waits_for_ever(
     with opened(tiny_model, arena_dir, None, early_wait_s=early_wait_s) as llm:
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
     assert [len(answer.token_ids) for answer in answers] == [TOKENS] * len(prompts)
+
+
+class Fickle:
+    """Scores one chunk more than the others, the next one at each prediction: from the third on."""
+
+    def __init__(self, inner: Indexer) -> None:
+        self._inner = inner
+        self._predictions = 0
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        found = self._inner.predict(request).result()
+        scores = np.zeros_like(found.scores)
+        scores[3 + self._predictions] = 9
+        self._predictions += 1
+        answer: Future[Prediction] = Future()
+        answer.set_result(dataclasses.replace(found, scores=scores))
+        return answer
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("window_steps", [64, 8])
+def test_what_a_prediction_wanted_stays_in_the_first_window(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, window_steps: int
+) -> None:
+    """Predictions are for boundaries 2, 4, 8 and so on: with windows of 8 steps the fourth is of the second window."""
+    with LLM(
+        str(tiny_model),
+        skip_tokenizer=True,
+        arena_dir=arena_dir,
+        dtype="float32",
+        device="cpu",
+        chunk_tokens=16,
+        keep_ratio=0.4,
+        window_steps=window_steps,
+        cold_bytes=4 << 20,
+        late_policy="wait",
+        wrap_indexer=Fickle,
+    ) as llm:
+        request = GenerateRequest(
+            "r", tuple(prompts[2]), SamplingParams(max_tokens=TOKENS, ignore_eos=True), CacheOptions()
+        )
+        llm.engine.add_request(request)
+        (seq,) = llm.engine._sequences.values()
+        resident: dict[int, set[int]] = {}
+        while seq.decode_steps < TOKENS - 2:
+            llm.engine.step()
+            resident[seq.decode_steps] = {3, 4, 5} & set(seq.resident)
+    assert resident[9] == {3, 4, 5}
+    assert (resident[TOKENS - 3] == {3, 4, 5}) == (window_steps == 64)
+
+
+@given(
+    scores=st.lists(arrays(np.float32, st.integers(0, 4), elements=st.floats(-9, 9, width=32)), min_size=1, max_size=7),
+    window_steps=st.sampled_from([4, 16, 64]),
+)
+def test_scores_of_the_first_window_are_the_largest_so_far(scores: list[np.ndarray], window_steps: int) -> None:
+    early, seq = EarlyScores(), cast("Sequence", object())
+    expected = np.empty(0, dtype=np.float32)
+    for number, more in enumerate(scores):
+        boundary = 2 << number
+        # chunks become more from one boundary to the next
+        predicted = np.concatenate([np.resize(more, len(expected)) if len(more) else expected - 1, more])
+        given_scores = predicted.copy()
+        got = early.largest(seq, predicted, boundary, window_steps)
+        if boundary > window_steps:
+            assert np.array_equal(got, given_scores)
+        else:
+            grown = np.concatenate([expected, np.full(len(predicted) - len(expected), -np.inf, dtype=np.float32)])
+            expected = np.maximum(grown, given_scores)
+            assert np.array_equal(got, expected)
+        assert np.array_equal(predicted, given_scores), "what an indexer answered is its own"
+        expected = expected if boundary <= window_steps else np.empty(0, dtype=np.float32)
+    early.forget(seq)
+    early.forget(seq)

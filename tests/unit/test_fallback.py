@@ -18,6 +18,7 @@ from forecache.indexer.config import IndexerConfig
 from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.decode.budgets import measure
+from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.decode.step import Captured
 from forecache.workers.decode.window import WindowCycle
@@ -29,11 +30,11 @@ TOKENS = 40
 FIRST_BUDGET = 8
 
 Events = Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
-"""(how many predictions a sequence had before, its scores [chunks]) → event mass [chunks]."""
+"""(how many predictions a sequence had before, its scores [chunks], infinite where resident) → event mass [chunks]."""
 
 
 def unlooked_for(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Events on the middle chunk with the smallest score, which no set has by its score."""
+    """Events on the chunk of the first half with the smallest score, which is not resident."""
     events = np.zeros(len(scores), dtype=np.float32)
     events[2 + np.argmin(scores[2 : len(scores) // 2])] = 2
     return events
@@ -54,6 +55,7 @@ class Eventful:
 
     inner: Indexer
     events: Events
+    engine: Engine | None = None
     asked: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -62,7 +64,12 @@ class Eventful:
             number = self.asked.get(request.sequence_id, 0)
             self.asked[request.sequence_id] = number + 1
         found = self.inner.predict(request).result(30)
-        mass = self.events(number, found.scores)
+        assert self.engine is not None
+        scores = found.scores.copy()
+        scores[[chunk for chunk in self.engine._sequences[request.sequence_id].resident if chunk < len(scores)]] = (
+            np.inf
+        )
+        mass = self.events(number, scores)
         answer: Future[Prediction] = Future()
         answer.set_result(replace(found, scores=np.maximum(found.scores, mass), event_mass=mass))
         return answer
@@ -83,14 +90,21 @@ def opened(model: Path, arena_dir: Path, events: Events, *, hot_chunks: int = 10
         "late_policy": "wait",
         "fallback": True,
     }
+    eventful: list[Eventful] = []
+
+    def wrap(inner: Indexer) -> Indexer:
+        eventful.append(Eventful(inner, events))
+        return eventful[0]
+
     with LLM(
         str(model),
         skip_tokenizer=True,
         arena_dir=arena_dir,
         hot_bytes=hot_chunks * CHUNK_BYTES,
-        wrap_indexer=lambda inner: Eventful(inner, events),
+        wrap_indexer=wrap,
         **(defaults | more),
     ) as llm:
+        eventful[0].engine = llm.engine
         yield llm
         llm.engine.flush()
         llm.engine.flush()

@@ -12,6 +12,7 @@ import pytest
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.workers.decode.async_engine import AsyncEngine
+from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
@@ -249,11 +250,12 @@ def test_a_session_is_gone_on_with_over_what_it_decoded(tiny_model: Path, prompt
 
         _, answer = cached(prompts[2], session_id="s")
         llm.engine.flush()
-        following = [*prompts[2], *answer, 7, 8, 9]
+        following = [*prompts[2], *answer, *range(7, 7 + PROBE_TOKENS)]
         assert cached(following)[0] == len(prompts[2]) // 16
-        assert cached(following, session_id="other")[0] == len(following) // 16  # prefilled just now, exact
-        branch = [*prompts[2], *answer, 9, 8, 7]
-        assert cached(branch, session_id="s")[0] == len(branch) // 16
+        stored = (len(following) - PROBE_TOKENS) // 16
+        assert cached(following, session_id="other")[0] == stored  # prefilled just now, exact
+        branch = [*prompts[2], *answer, *range(99, 99 + PROBE_TOKENS)]
+        assert cached(branch, session_id="s")[0] == stored
         llm.engine.flush()
         llm.engine.check_integrity()
         assert llm.memory.stats().held_slots == 0
@@ -266,8 +268,8 @@ def test_an_exact_request_of_a_session_takes_no_approximate_chunk(
     with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
         [first] = llm.generate([prompts[2]], max_tokens=70, ignore_eos=True, session_id="s")
         llm.engine.flush()
-        following = [*prompts[2], *first.token_ids, 7, 8, 9]
+        following = [*prompts[2], *first.token_ids, *range(7, 7 + PROBE_TOKENS)]
         [again] = llm.generate([following], max_tokens=4, session_id="s")
         [exact] = llm.generate([following[:-1]], max_tokens=4, session_id="s", **options)
-        assert again.stats.cached_tokens // 16 == len(following) // 16
+        assert again.stats.cached_tokens // 16 == (len(following) - PROBE_TOKENS) // 16
         assert exact.stats.cached_tokens // 16 == len(prompts[2]) // 16

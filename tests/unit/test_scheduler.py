@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import GenerateRequest, Policy, SamplingParams
 from forecache.workers.decode.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
 from forecache.workers.decode.sequence import Sequence, State
@@ -251,7 +252,24 @@ def test_a_prompt_alone_is_prefilled_in_large_steps(bench: Bench) -> None:
             bench.pool.release(seq.open_slots.pop(len(seq.chunks)))
             seq.complete_chunk()
     # the first set is chosen by the attention of the last tokens
-    assert steps == [(128, False), (128, False), (44, True)]
+    assert steps == [(128, 0), (128, 0), (44, PROBE_TOKENS)]
+
+
+@given(tokens=st.integers(1, 400))
+def test_the_first_set_is_chosen_by_the_last_tokens_of_a_prompt_however_it_is_cut(llm: LLM, tokens: int) -> None:
+    bench = Bench(llm)
+    seq = bench.add("a", tokens)
+    bench.admit()
+    looked_at: list[int] = []
+    while seq.num_computed < tokens:
+        (part,) = bench.scheduler.next_plan().streams
+        seq.num_computed += part.tokens
+        looked_at += range(seq.num_computed - part.probe, seq.num_computed)
+        while seq.tail_tokens >= CHUNK:
+            seq.complete_chunk()
+    bench.leave(seq)
+    bench.close()
+    assert looked_at == list(range(max(tokens - PROBE_TOKENS, 0), tokens))
 
 
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(bench: Bench) -> None:

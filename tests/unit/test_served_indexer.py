@@ -29,6 +29,7 @@ from forecache.indexer.shards import RecordedDocument
 from forecache.indexer.training_data import predict_rows
 from forecache.workers.decode.backbone import load_backbone
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
 from forecache.workers.record_model import describe, make_seed_weights, query_projection
@@ -218,18 +219,20 @@ def test_it_is_asked_what_training_asked(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_behind_a_stored_prefix_the_history_is_what_was_computed(
+def test_behind_a_stored_prefix_the_history_is_whole(
     tiny_model: Path, checkpoint: Path, arena_dir: Path, device: str
 ) -> None:
+    """So that an answer does not depend on what is stored."""
     prompt = text(5 * CHUNK_TOKENS + 3)
     with opened(tiny_model, checkpoint, arena_dir, device=device, prefill_chunk_tokens=32) as (llm, recorder):
-        llm.generate([prompt], max_tokens=60, ignore_eos=True)
+        first = llm.generate([prompt], max_tokens=60, ignore_eos=True)[0]
         recorder.requests.clear()
         recorder.answers.clear()
         again = llm.generate([prompt], max_tokens=60, ignore_eos=True)[0]
-        assert again.stats.cached_tokens == 5 * CHUNK_TOKENS
+        assert again.stats.cached_tokens == (len(prompt) - PROBE_TOKENS) // CHUNK_TOKENS * CHUNK_TOKENS > 0
+        assert again.token_ids == first.token_ids
     texts = {recorder.requests[0].sequence_id: [*prompt, *again.token_ids]}
-    assert len(check_exact(tiny_model, llm, recorder, texts, lambda state, name: 5 * CHUNK_TOKENS)) > 5
+    assert len(check_exact(tiny_model, llm, recorder, texts, lambda state, name: 0)) > 5
 
 
 def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:
@@ -258,17 +261,8 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
                 texts[event.request_id] = texts[event.request_id] + list(event.token_ids)
             llm.engine.check_integrity()
         assert restarted is not None and restarted.restarts == 1
-    starts: set[int] = set()
-
-    def begins(state: StepState, name: str) -> int:
-        # after its restart the history of s3 begins behind the chunks that were found again
-        if name != "s3" or state.steps == min(state.position + 1, HISTORY[-1] + 1):
-            return 0
-        starts.add(state.position + 1 - state.steps)
-        return state.position + 1 - state.steps
-
-    assert len(check_exact(tiny_model, llm, recorder, texts, begins)) > 30
-    assert len(starts) == 1 and starts.pop() % CHUNK_TOKENS == 0
+    # after its restart too: so many tokens are computed again, whatever is found of it
+    assert len(check_exact(tiny_model, llm, recorder, texts, lambda state, name: 0)) > 30
 
 
 def test_an_aborted_prefill_costs_no_other_its_history(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:

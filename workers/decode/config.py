@@ -60,7 +60,7 @@ class EngineConfig(BaseModel):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="CUDA graphs of decode steps and of predictions; default: of steps, but not of DeepSeek-V4's",
+        description="CUDA graphs of decode steps and of predictions; default: on a GPU, where they can be captured",
     )
     torch_compile: bool = Field(True, description="on a GPU, run decoder layers through torch.compile")
     overlap_steps: bool | None = Field(
@@ -78,9 +78,8 @@ class EngineConfig(BaseModel):
         )
 
     def graph_chunks(self, max_model_len: int) -> int:
-        """Chunks of the longest sequence whose predictions are to be CUDA graphs; 0: of none, as by default, since no
-        GPU has run them yet."""
-        return max_model_len // self.chunk_tokens if self.cuda_graphs else 0
+        """Chunks of the longest sequence whose predictions are CUDA graphs, where a GPU makes them; 0: of none."""
+        return 0 if self.cuda_graphs is False else max_model_len // self.chunk_tokens
 
     def for_device(self, device: str) -> Self:
         """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""

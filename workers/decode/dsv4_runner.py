@@ -113,8 +113,8 @@ class DeepseekV4Runner:
         """On a GPU, capture decode steps, so that no request waits for it; layers are not compiled."""
         if torch_compile:
             logger.info("layers of DeepSeek-V4 are not compiled: --torch-compile changes nothing")
-        if not cuda_graphs:
-            return  # nor by default: its graphs have been compared with eager steps on a CPU alone
+        if cuda_graphs is False or (cuda_graphs is None and self._device.type != "cuda"):
+            return
         start = time.perf_counter()
         self._fixed = self.fixed_steps(batch_buckets(max_batch_size), max_chunks)
         logger.info("%d CUDA graphs after %.1f s", self._fixed.count, time.perf_counter() - start)
@@ -184,7 +184,7 @@ class DeepseekV4Runner:
             if number >= len(plan.decode):
                 part = plan.streams[number - len(plan.decode)]
                 probe = None
-                if part.probe:
+                if part.probe and span.stop == seq.prefill_target:
                     probe = self._queries.probe(seq, span.stop, -(-span.stop // self._chunk_tokens))
                 wanted = self._wanted(seq, span.start, span.stop)
                 streams.append(self._layout.stream(part, len(tokens), wanted, probe))

@@ -6,8 +6,6 @@ import threading
 import time
 from collections import deque
 
-import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.config import SelectionConfig
@@ -199,6 +197,8 @@ class Engine:
                 self._counters.lost_chunks += gone
                 lost.add(seq)
                 self._restart(seq)
+            elif (mass := output.masses.get(seq.request_id)) is not None:
+                seq.attends(mass)
         self._scheduler.observe(plan, time.perf_counter() - self._launched_s)
         self._advance(plan, lost)
         self._read(output, lost)
@@ -237,15 +237,15 @@ class Engine:
                 self._finish(seq, "error", News(error=f"the model gave {drawn.best} {where}"))
                 continue
             if seq.state is State.PREFILL:
-                self._begin_decode(seq, output.masses.get(seq.request_id))
+                self._begin_decode(seq)
             self._emit(seq, drawn)
 
-    def _begin_decode(self, seq: Sequence, mass: npt.NDArray[np.float32] | None) -> None:
+    def _begin_decode(self, seq: Sequence) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
         self._counters.prompt_tokens += 0 if seq.restarts or seq.request.resume_token_ids else seq.prompt_len
         seq.state = State.DECODE if seq.streamed else State.RECALLING
         if not seq.streamed:
-            self.windows.begin(seq, mass, retrieval_heads=self._retrieval_heads)
+            self.windows.begin(seq, seq.prompt_mass, retrieval_heads=self._retrieval_heads)
 
     def _emit(self, seq: Sequence, drawn: Sampled) -> None:
         """One more token of ``seq``: to the client, and maybe the last; or one that the client has."""

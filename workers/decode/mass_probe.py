@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-PROBE_QUERIES = 4
-"""Last prompt tokens that are looked at."""
+PROBE_TOKENS = 32
+"""Last prompt tokens that are looked at: a chat template's end, and before it the end of a question."""
 
 
 class MassProbe:

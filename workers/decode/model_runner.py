@@ -17,7 +17,7 @@ from forecache.workers.decode.compiled_layers import MIN_TOKENS, check_compiled_
 from forecache.workers.decode.cuda_graph import DecodeGraphs
 from forecache.workers.decode.hidden_history import NOBODYS_LINE, HiddenHistory
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
-from forecache.workers.decode.mass_probe import PROBE_QUERIES, MassProbe
+from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
 from forecache.workers.decode.prompt_logprobs import Scored, score, targets_of
 from forecache.workers.decode.remote_past import FarPast
@@ -264,7 +264,7 @@ class ModelRunner(Stateless):
                 logits_rows.append(len(tokens) - 1)
             scored_rows += range(start, start + len(targets_of(part)))
             if part.probe:
-                probes[seq.request_id] = self._probe(seq, part.tokens)
+                probes[seq.request_id] = self._probe(part)
             streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
             pasts.append(ArenaPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._far))
         padding = max(self._min_tokens - len(tokens), 0)
@@ -324,10 +324,10 @@ class ModelRunner(Stateless):
         open_slot = self._put(np.array(slots, dtype=np.int64))
         return StreamRows(start, start + part.tokens, open_slot, seq.tail_tokens, len(seq.chunks), probe)
 
-    def _probe(self, seq: Sequence, tokens: int) -> MassProbe:
-        chunks = -(-(seq.num_computed + tokens) // seq.chunk_tokens)
-        queries, scale = min(tokens, PROBE_QUERIES), self._backbone.geometry.scale
-        return MassProbe(self._query_heads, queries, chunks, seq.chunk_tokens, scale)
+    def _probe(self, part: StreamPart) -> MassProbe:
+        seq = part.sequence
+        chunks = -(-(seq.num_computed + part.tokens) // seq.chunk_tokens)
+        return MassProbe(self._query_heads, part.probe, chunks, seq.chunk_tokens, self._backbone.geometry.scale)
 
 
 def _store(layout: ChunkLayout, memory: Tensor) -> Store:

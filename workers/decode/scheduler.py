@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Plan, StreamPart
@@ -157,8 +158,7 @@ class Scheduler:
             tokens = self._prefill_tokens(seq, budget, seq.reserved_slots + spare, beside=bool(decode or streams))
             tokens = self._open(seq, tokens)
             if tokens:
-                last = seq.num_computed + tokens == seq.prefill_target
-                streams.append(StreamPart(seq, tokens, probe=last and self._needs_mass(seq)))
+                streams.append(StreamPart(seq, tokens, self._probe_tokens(seq, tokens)))
                 budget -= tokens
                 spare = 0
                 if decode or len(streams) > 1:
@@ -206,8 +206,12 @@ class Scheduler:
         """Slots of the pool that no running sequence was promised."""
         return self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
 
-    def _needs_mass(self, seq: Sequence) -> bool:
-        return seq.policy == "lookahead" and not seq.streamed
+    def _probe_tokens(self, seq: Sequence, tokens: int) -> int:
+        """How many of the next ``tokens`` of a prompt are among those that the first resident set is chosen by."""
+        if seq.policy != "lookahead" or seq.streamed:
+            return 0
+        first = max(seq.num_computed, seq.prefill_target - PROBE_TOKENS)
+        return max(seq.num_computed + tokens - first, 0)
 
     def _prefill_tokens(self, seq: Sequence, budget: int, slots: int, *, beside: bool) -> int:
         """Alone, a step is as large as the batch and the ``slots`` for its chunks allow (it can be aborted between

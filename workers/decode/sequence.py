@@ -75,7 +75,8 @@ class Sequence:
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
     ``share`` is there when it is spread over nodes: what it may use of this one's arena; ``remote_chunks`` of its
-    chunks lie on other nodes.
+    chunks lie on other nodes. Of the prompt, ``fresh_tokens`` at least are computed, whatever is stored;
+    ``prompt_mass``, float32 [chunks], is the largest share of attention that one of its last tokens put on each chunk.
     ``scores_prompt``: log-probabilities of its prompt are wanted, and ``prompt_logprobs`` are those so far.
     ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
     would have been with half of that, which would have done at the last ``steady_boundaries``. ``attended``: resident
@@ -107,6 +108,8 @@ class Sequence:
         self.prompt_len = len(request.prompt_token_ids)
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
+        self.fresh_tokens = 1
+        self.prompt_mass: npt.NDArray[np.float32] | None = None
         self.replayed_tokens = 0
         self.restarts = 0
         self.chunks: list[Chunk] = []
@@ -222,15 +225,19 @@ class Sequence:
         self._ref_slots[chunk.number], self._ref_generations[chunk.number] = ref.slot, ref.generation
 
     def reusable_keys(self) -> Iterator[ChunkKey]:
-        """Keys of the chunks that a prefix hit may fill; at least one token is left to compute."""
-        return prefix_keys(self.root, self.token_ids[: self.prefill_target - 1], self.chunk_tokens)
+        """Keys of the chunks that a prefix hit may fill; ``fresh_tokens`` are left to compute."""
+        return prefix_keys(self.root, self.token_ids[: self._reusable_tokens], self.chunk_tokens)
 
     def session_keys(self, chunks: int) -> list[ChunkKey]:
         """As :meth:`reusable_keys`, of what earlier requests of the session have decoded over partial resident sets
         behind the first ``chunks`` chunks, which are anybody's."""
         parent = list(islice(self.reusable_keys(), chunks))[-1] if chunks else self.root
-        tokens = self.token_ids[chunks * self.chunk_tokens : self.prefill_target - 1]
+        tokens = self.token_ids[chunks * self.chunk_tokens : self._reusable_tokens]
         return list(prefix_keys(self._private(parent), tokens, self.chunk_tokens))
+
+    @property
+    def _reusable_tokens(self) -> int:
+        return max(self.prefill_target - self.fresh_tokens, 0)
 
     def _private(self, parent: ChunkKey) -> ChunkKey:
         """What was decoded over a partial resident set must not meet anybody else's prefix."""
@@ -274,6 +281,12 @@ class Sequence:
         self.replayed_tokens -= 1
         return True
 
+    def attends(self, mass: npt.NDArray[np.float32]) -> None:
+        """The last tokens of its prompt, or some of them, put ``mass``, float32 [chunks], on the chunks so far."""
+        if self.prompt_mass is not None:
+            mass[: len(self.prompt_mass)] = np.maximum(mass[: len(self.prompt_mass)], self.prompt_mass)
+        self.prompt_mass = mass
+
     def drop_chunks(self) -> None:
         """What was found of it can't be used."""
         self.chunks.clear()
@@ -287,6 +300,7 @@ class Sequence:
         self.holder = holder
         self.drop_chunks()
         self.prompt_logprobs.clear()
+        self.prompt_mass = None
         self.share = None
         self.table_version += 1
         self.num_computed = 0

@@ -14,11 +14,12 @@ from forecache.workers.decode.sequence import Sequence
 
 @dataclass(frozen=True)
 class StreamPart:
-    """The next ``tokens`` of ``sequence``, attending to its whole past; ``probe`` asks for the last ones' attention."""
+    """The next ``tokens`` of ``sequence``, attending to its whole past; of the last ``probe`` of them it is asked what
+    they attend to."""
 
     sequence: Sequence
     tokens: int
-    probe: bool = False
+    probe: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from forecache.workers.decode.budgets import Budgets, mask_of
 from forecache.workers.decode.captures import make_capture
 from forecache.workers.decode.chunk_states import chunk_view
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.early_scores import EarlyScores
 from forecache.workers.decode.messages import ChunkView
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
@@ -64,8 +65,9 @@ class WindowCycle:
         self._prefetcher = prefetcher
         self._indexer = indexer
         self._spare = spare
-        self._history_steps = history_steps
+        self.history_steps = history_steps
         self._turns: dict[Sequence, Turn] = {}
+        self._early_scores = EarlyScores()
         self._boundaries: dict[Sequence, int] = {}
         # boundaries whose queries a step under way will bring, and when sequences began to wait
         self._asked: dict[Sequence, int] = {}
@@ -91,7 +93,7 @@ class WindowCycle:
         if seq.policy != "lookahead" or not self._due(seq):
             return None
         self._asked[seq] = self._boundaries[seq]
-        return make_capture(row, seq, self._boundaries[seq], self._pool, self._history_steps)
+        return make_capture(row, seq, self._boundaries[seq], self._pool, self.history_steps)
 
     def stepped(self, seq: Sequence) -> None:
         """A decode step of ``seq`` was launched: policies that need no prediction choose, when it is time."""
@@ -175,6 +177,7 @@ class WindowCycle:
     def forget(self, seq: Sequence) -> None:
         """``seq`` is leaving: give back the slots of a turn in the making. Not while it is :meth:`busy`."""
         turn = self._turns.pop(seq, None)
+        self._early_scores.forget(seq)
         self._boundaries.pop(seq, None)
         self._asked.pop(seq, None)
         self._waits_since.pop(seq, None)
@@ -225,7 +228,9 @@ class WindowCycle:
         if prediction.event_mass is not None:
             self._follow(seq, turn, prediction.event_mass)
         if not seq.streamed:
-            self._choose(seq, turn, prediction.scores, prediction.event_mass)
+            window = self.budgets.window_steps(seq)
+            scores = self._early_scores.largest(seq, prediction.scores, turn.boundary, window)
+            self._choose(seq, turn, scores, prediction.event_mass)
 
     def _follow(self, seq: Sequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
         """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after (design §5.7)."""
