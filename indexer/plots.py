@@ -59,5 +59,5 @@ def plot_figures(path: Path, figures: Sequence[Figure], *, lead: int) -> None:
                 axes.plot([100 * x for x, _ in points], [y for _, y in points], style, marker="o", label=scorer)
         axes.set(xlabel="budget, % of chunks", title=f"{title}, {lead} steps ahead", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
-    columns[0].legend(fontsize="small")
+    canvas.legend(*columns[0].get_legend_handles_labels(), fontsize="small", loc="outside right center")
     canvas.savefig(path, dpi=120)
