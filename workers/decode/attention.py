@@ -160,7 +160,7 @@ def _attend_stream(
         # the open chunk's older tokens complete the new ones to whole chunks
         keys = torch.cat((open_k, own_k), dim=1)
         count = -(-keys.shape[1] // probe.chunk_tokens)
-        probe.see(layer, torch.arange(count, device=k.device) + stream.first_open_chunk, keys)
+        probe.see(layer, torch.arange(count, device=k.device) + stream.first_open_chunk, keys, own=True)
         probe.finish(layer, lse)
     return out
 

@@ -11,7 +11,8 @@ class MassProbe:
     """Collects, layer by layer, the attention of the last ``queries`` tokens of a stream at some heads.
 
     ``heads``: layer → int64 [heads] to look at. ``mass``: float32 [chunks], the largest share that one of them, for one
-    of the tokens, puts on the chunk.
+    of the tokens, puts on the chunk, to a thousandth:
+    many are nearly 1, and rounding, which depends on where prefill was cut, must not choose among them.
     """
 
     def __init__(self, heads: dict[int, Tensor], queries: int, chunks: int, chunk_tokens: int, scale: float) -> None:
@@ -33,11 +34,18 @@ class MassProbe:
         self._seen = []
         return True
 
-    def see(self, layer: int, chunks: Tensor, k: Tensor) -> None:
-        """Keys ``k`` [kv_heads, n, head_dim] of ``chunks`` int64, whole but maybe the last; read before it returns."""
+    def see(self, layer: int, chunks: Tensor, k: Tensor, *, own: bool = False) -> None:
+        """Keys ``k`` [kv_heads, n, head_dim] of ``chunks`` int64, whole but maybe the last; read before it returns.
+
+        ``own``: the last of them are the stream's new ones, of which a token sees those before it and its own.
+        """
         assert self._q is not None
         keys = k[self.heads[layer] // (self._all_heads // k.shape[0])]
         logits = torch.bmm(self._q.float(), keys.float().transpose(1, 2)) * self.scale
+        if own:
+            tokens = torch.arange(k.shape[1], device=k.device)
+            later = tokens > tokens[-self._q.shape[1] :].unsqueeze(1)
+            logits = logits.masked_fill(later, -torch.inf)
         missing = len(chunks) * self.chunk_tokens - k.shape[1]
         logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
         by_chunk = logits.view(*logits.shape[:2], len(chunks), self.chunk_tokens)
@@ -47,6 +55,6 @@ class MassProbe:
         """The layer is over; ``lse`` float32 [tokens, heads] is that of the whole attention."""
         whole = lse[-self.queries :][:, self.heads[layer]].T.unsqueeze(-1)
         for chunks, chunk_lse in self._seen:
-            mass = (chunk_lse - whole).exp().amax(dim=(0, 1))
+            mass = (chunk_lse - whole).exp().amax(dim=(0, 1)).round(decimals=3)
             self.mass[chunks] = torch.maximum(self.mass[chunks], mass)
         self._q, self._seen = None, []
