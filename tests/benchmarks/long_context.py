@@ -16,7 +16,6 @@ from synthetic import SyntheticIndexer, make_template, scored_chunks, store_prom
 
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.selection import budget_chunks
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.llm import LLM
 
@@ -260,9 +259,8 @@ class Bench:
     def _check_cached(self, tracks: Sequence[Track], stored: int) -> None:
         """Raises :class:`BenchmarkError` unless every request found all full chunks of ``stored`` tokens, but for the
         last tokens of its prompt, which are always computed."""
-        fresh = max(PROBE_TOKENS, self.llm.engine.windows.history_steps)
         for track in tracks:
-            found = min(stored, track.prompt_tokens - fresh)
+            found = min(stored, track.prompt_tokens - self.llm.engine.windows.fresh_tokens)
             expected = found // self.llm.config.chunk_tokens * self.llm.config.chunk_tokens
             if track.account.cached_tokens != expected:
                 raise BenchmarkError(f"a request found {track.account.cached_tokens} tokens stored, not {expected}")

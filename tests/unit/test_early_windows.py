@@ -3,7 +3,7 @@ there."""
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,7 +48,14 @@ class Slow:
 
 
 @contextmanager
-def opened(model: Path, arena_dir: Path, delay_s: float | None, **settings: Any) -> Iterator[LLM]:
+def opened(
+    model: Path,
+    arena_dir: Path,
+    wrap_indexer: Callable[[Indexer], Indexer],
+    *,
+    keep_ratio: float = 0.2,
+    **settings: Any,
+) -> Iterator[LLM]:
     with LLM(
         str(model),
         skip_tokenizer=True,
@@ -56,10 +63,10 @@ def opened(model: Path, arena_dir: Path, delay_s: float | None, **settings: Any)
         dtype="float32",
         device="cpu",
         chunk_tokens=16,
-        keep_ratio=0.2,
+        keep_ratio=keep_ratio,
         hot_bytes=4 << 20,
         cold_bytes=4 << 20,
-        wrap_indexer=lambda inner: Slow(inner, delay_s),
+        wrap_indexer=wrap_indexer,
         **settings,
     ) as llm:
         yield llm
@@ -72,7 +79,7 @@ def test_late_sets_of_the_first_window_are_waited_for(
     answers = {}
     for late_policy in ("wait", "keep"):
         settings: dict[str, Any] = {"late_policy": late_policy, "overlap_steps": overlap_steps}
-        with opened(tiny_model, arena_dir, 0.03, early_wait_s=30, **settings) as llm:
+        with opened(tiny_model, arena_dir, lambda inner: Slow(inner, 0.03), early_wait_s=30, **settings) as llm:
             answers[late_policy] = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
     assert [answer.token_ids for answer in answers["keep"]] == [answer.token_ids for answer in answers["wait"]]
     assert [answer.stats.late_windows for answer in answers["keep"]] == [0] * len(prompts)
@@ -82,7 +89,7 @@ def test_late_sets_of_the_first_window_are_waited_for(
 def test_nobody_waits_for_ever(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, early_wait_s: float
 ) -> None:
-    with opened(tiny_model, arena_dir, None, early_wait_s=early_wait_s) as llm:
+    with opened(tiny_model, arena_dir, lambda inner: Slow(inner, None), early_wait_s=early_wait_s) as llm:
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
     assert [len(answer.token_ids) for answer in answers] == [TOKENS] * len(prompts)
 
@@ -112,19 +119,8 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, window_steps: int
 ) -> None:
     """Predictions are for boundaries 2, 4, 8 and so on: with windows of 8 steps the fourth is of the second window."""
-    with LLM(
-        str(tiny_model),
-        skip_tokenizer=True,
-        arena_dir=arena_dir,
-        dtype="float32",
-        device="cpu",
-        chunk_tokens=16,
-        keep_ratio=0.4,
-        window_steps=window_steps,
-        cold_bytes=4 << 20,
-        late_policy="wait",
-        wrap_indexer=Fickle,
-    ) as llm:
+    settings: dict[str, Any] = {"keep_ratio": 0.4, "window_steps": window_steps, "late_policy": "wait"}
+    with opened(tiny_model, arena_dir, Fickle, **settings) as llm:
         request = GenerateRequest(
             "r", tuple(prompts[2]), SamplingParams(max_tokens=TOKENS, ignore_eos=True), CacheOptions()
         )

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from forecache.workers.decode.accounting import EngineCounters
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import FinishReason
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.snapshots import Snapshots
@@ -50,7 +49,7 @@ class ChunkKeeper:
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
         if partial and seq.policy == "lookahead":
             # what its last tokens ask for chooses the first sets; an answer must not depend on what is stored
-            seq.fresh_tokens = max(PROBE_TOKENS, self._windows.history_steps)
+            seq.fresh_tokens = self._windows.fresh_tokens
         self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
         behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
         # one that starts over had room, which is its own again once that is released

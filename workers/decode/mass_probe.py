@@ -11,8 +11,8 @@ class MassProbe:
     """Collects, layer by layer, the attention of the last ``queries`` tokens of a stream at some heads.
 
     ``heads``: layer → int64 [heads] to look at. ``mass``: float32 [chunks], the largest share that one of them, for one
-    of the tokens, puts on the chunk, to a thousandth:
-    many are nearly 1, and rounding, which depends on where prefill was cut, must not choose among them.
+    of the tokens, puts on the chunk, to a thousandth: many are nearly 1, and rounding, which depends on where prefill
+    was cut, must not choose among them.
     """
 
     def __init__(self, heads: dict[int, Tensor], queries: int, chunks: int, chunk_tokens: int, scale: float) -> None:

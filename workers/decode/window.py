@@ -22,6 +22,7 @@ from forecache.workers.decode.captures import make_capture
 from forecache.workers.decode.chunk_states import chunk_view
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.early_scores import EarlyScores
+from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import ChunkView
 from forecache.workers.decode.sequence import Sequence, State
 from forecache.workers.decode.step import Capture, Captured
@@ -43,7 +44,7 @@ class WindowCycle:
     """Turns of all sequences of one engine. Runs in the engine's thread.
 
     ``spare`` tells how many slots of the pool no sequence was promised: a turn may borrow them. ``history_steps``: of
-    how many steps, the newest included, a prediction wants queries.
+    how many steps, the newest included, a prediction wants queries. The first sets ask ``fresh_tokens`` of a prompt.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class WindowCycle:
         self._prefetcher = prefetcher
         self._indexer = indexer
         self._spare = spare
-        self.history_steps = history_steps
+        self._history_steps = history_steps
+        self.fresh_tokens = max(PROBE_TOKENS, history_steps)
         self._turns: dict[Sequence, Turn] = {}
         self._early_scores = EarlyScores()
         self._boundaries: dict[Sequence, int] = {}
@@ -80,8 +82,7 @@ class WindowCycle:
         ``retrieval_heads``: it is that of the model's retrieval heads.
         """
         self._boundaries[seq] = FIRST_BOUNDARY
-        turn = Turn(boundary=0, chunks=len(seq.chunks))
-        self._turns[seq] = turn
+        turn = self._turns[seq] = Turn(boundary=0, chunks=len(seq.chunks))
         scores = None if mass is None else mass[: turn.chunks]
         events = None
         if scores is not None and retrieval_heads:
@@ -93,7 +94,7 @@ class WindowCycle:
         if seq.policy != "lookahead" or not self._due(seq):
             return None
         self._asked[seq] = self._boundaries[seq]
-        return make_capture(row, seq, self._boundaries[seq], self._pool, self.history_steps)
+        return make_capture(row, seq, self._boundaries[seq], self._pool, self._history_steps)
 
     def stepped(self, seq: Sequence) -> None:
         """A decode step of ``seq`` was launched: policies that need no prediction choose, when it is time."""
@@ -228,8 +229,7 @@ class WindowCycle:
         if prediction.event_mass is not None:
             self._follow(seq, turn, prediction.event_mass)
         if not seq.streamed:
-            window = self.budgets.window_steps(seq)
-            scores = self._early_scores.largest(seq, prediction.scores, turn.boundary, window)
+            scores = self._early_scores.largest(seq, prediction.scores, turn.boundary, self.budgets.window_steps(seq))
             self._choose(seq, turn, scores, prediction.event_mass)
 
     def _follow(self, seq: Sequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
