@@ -70,16 +70,17 @@ class ServeCall:
 class ServeWorkers:
     """All replicas of the decode deployment."""
 
-    def __init__(self, handle: "DeploymentHandle[Any]", resume: ResumeConfig) -> None:
+    def __init__(self, handle: "DeploymentHandle[Any]", resume: ResumeConfig, metrics: Metrics) -> None:
         # By value: a token comes by gRPC, for less than half of what an object of Ray's costs
         self._handle = handle
         self._streaming = handle.options(stream=True, _by_reference=False)
         self._resume = resume
+        self._metrics = metrics
         self._channels = Channels(lambda asked: self._call(self._streaming.channel, asked))
 
     def generate(self, request: GenerateRequest) -> ResumingStream:
         """The request's events, from as many workers as it takes."""
-        return ResumingStream(request, self._start, self._resume)
+        return ResumingStream(request, self._start, self._resume, self._metrics.resumed)
 
     def _start(self, request: GenerateRequest) -> ChanneledStream:
         asked = replace(request, client_id=self._channels.client_id)
@@ -132,7 +133,7 @@ class Ingress:
         self._telemetry = telemetry.start_with(metrics.registry, "ingress", here.replica_id.unique_id, node_id)
         self._admission = Admission(config.limits)
         self._api = Api(
-            self.workers_class(workers, config.resume),
+            self.workers_class(workers, config.resume, metrics),
             PromptEncoder(tokenizer, max_model_len),
             metrics,
             self._admission,

@@ -210,9 +210,18 @@ class Metrics:
             ["model_name", "kind"],
             registry=self.registry,
         )
+        self._resumed = Counter(
+            "forecache_resumed_answers",
+            "Times that an answer went on at another worker since it had lost its own.",
+            ["model_name"],
+            registry=self.registry,
+        ).labels(model_name)
 
     def error(self, kind: str) -> None:
         self._errors.labels(self.model_name, kind).inc()
+
+    def resumed(self) -> None:
+        self._resumed.inc()
 
     def request(self) -> "RequestTimer":
         return RequestTimer(self, time.monotonic())

@@ -34,7 +34,8 @@ class ResumeConfig(BaseModel):
 
 
 class ResumingStream:
-    """A :class:`.streams.TokenStream` over one worker after another; ``start`` sends a request to some worker.
+    """A :class:`.streams.TokenStream` over one worker after another; ``start`` sends a request to some worker, and
+    ``on_resume`` is called each time that another one is asked.
 
     A worker is lost when Ray says so, when its engine has ended, when it gives the request up, or when it is silent
     for too long once the answer has begun (before, it may be waiting for its turn). Then prompt and tokens so far go
@@ -42,11 +43,16 @@ class ResumingStream:
     """
 
     def __init__(
-        self, request: GenerateRequest, start: "Callable[[GenerateRequest], TokenStream]", config: ResumeConfig
+        self,
+        request: GenerateRequest,
+        start: "Callable[[GenerateRequest], TokenStream]",
+        config: ResumeConfig,
+        on_resume: Callable[[], None],
     ) -> None:
         self._request = request
         self._start = start
         self._config = config
+        self._on_resume = on_resume
         self._epoch = 0
         self._failures = 0
         self._sent: list[int] = []
@@ -101,6 +107,7 @@ class ResumingStream:
         if self._cancelled:
             raise error
         self._epoch += 1
+        self._on_resume()
         self._source = self._start(
             replace(
                 self._request,

@@ -119,7 +119,7 @@ class StampingWorkers(ServeWorkers):
     """The way to the workers, with the time at which each event had come."""
 
     def generate(self, request: GenerateRequest) -> ResumingStream:
-        return Stamped(request, self._start, self._resume)
+        return Stamped(request, self._start, self._resume, self._metrics.resumed)
 
 
 class Stamped(ResumingStream):

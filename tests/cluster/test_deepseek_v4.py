@@ -114,8 +114,9 @@ def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
             answer = streams.enter_context(asked)
             lines.append(line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         began = ["".join(map(text_of, islice(events, 20))) for events in lines]
-        server.kill_worker(of=2, requests_each=1)
+        server.kill_worker(of=2)
         assert [start + "".join(map(text_of, events)) for start, events in zip(began, lines, strict=True)] == whole
+    assert server.metric("forecache_resumed_answers_total") == 1, "each worker had one, and no answer was over"
 
 
 def text_of(event: str) -> str:

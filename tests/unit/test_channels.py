@@ -136,7 +136,7 @@ class Client:
     def ask(self, name: str, prompt: list[int], tokens: int = TOKENS) -> ResumingStream:
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
         request = GenerateRequest(name, tuple(prompt), sampling, client_id=self.channels.client_id)
-        return ResumingStream(request, self.start, ResumeConfig())
+        return ResumingStream(request, self.start, ResumeConfig(), lambda: None)
 
     def batches(self) -> list[EventBatch]:
         return [batch for call in self.opened for batch in call.seen]

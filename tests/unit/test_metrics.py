@@ -52,6 +52,7 @@ NAMES: dict[Component, set[str]] = {
         "forecache_inter_token_latency_seconds_count",
         "forecache_e2e_request_latency_seconds_count",
         "forecache_request_queue_time_seconds_count",
+        "forecache_resumed_answers_total",
     },
 }
 
@@ -142,6 +143,13 @@ def test_errors_by_kind() -> None:
     found = samples(metrics)
     assert found["forecache_errors_total[overloaded]"] == 2
     assert found["forecache_errors_total[model_not_found]"] == 1
+
+
+def test_answers_that_went_on_elsewhere() -> None:
+    metrics = Metrics("m")
+    assert samples(metrics)["forecache_resumed_answers_total"] == 0
+    metrics.resumed()
+    assert samples(metrics)["forecache_resumed_answers_total"] == 1
 
 
 def test_latencies_of_a_request() -> None:

@@ -122,7 +122,9 @@ def test_engines_that_end_one_after_the_other_give_one_answer(tiny_model: Path, 
                 asked.append(asked_for)
                 return EngineStream(engines[len(asked) - 1], asked_for)
 
-            stream, tokens = ResumingStream(request, start, ResumeConfig()), list[int]()
+            resumed = list[int]()
+            stream = ResumingStream(request, start, ResumeConfig(), lambda: resumed.append(len(tokens)))
+            tokens = list[int]()
             async for event in stream:
                 tokens += event.token_ids
                 assert event.request_id == "r"
@@ -132,6 +134,7 @@ def test_engines_that_end_one_after_the_other_give_one_answer(tiny_model: Path, 
                     break
             assert [a.request_id for a in asked] == ["r", "r~1", "r~2"]
             assert all(list(a.resume_token_ids) == tokens[: len(a.resume_token_ids)] for a in asked)
+            assert resumed == [len(a.resume_token_ids) for a in asked[1:]]
             return tokens
 
     assert asyncio.run(through_three()) == whole
@@ -161,11 +164,8 @@ def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> 
                 asked += 1
                 return (Silent if asked == 1 else EngineStream)(engine, asked_for)
 
-            tokens = [
-                token
-                async for event in until_the_end(ResumingStream(request, start, ResumeConfig(token_deadline_s=0.5)))
-                for token in event.token_ids
-            ]
+            stream = ResumingStream(request, start, ResumeConfig(token_deadline_s=0.5), lambda: None)
+            tokens = [token async for event in until_the_end(stream) for token in event.token_ids]
             await asyncio.to_thread(engine.close)
             return tokens, asked
 
@@ -194,7 +194,7 @@ def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list
                 asked += 1
                 return EngineStream(engine, request)
 
-            stream = ResumingStream(request_for(prompts[0], 5), start, ResumeConfig(resume_attempts=2))
+            stream = ResumingStream(request_for(prompts[0], 5), start, ResumeConfig(resume_attempts=2), lambda: None)
             with pytest.raises(WorkerLostError):
                 await anext(stream)
             return asked
@@ -228,7 +228,7 @@ def test_what_a_client_has_left_is_begun_nowhere_else(lost_by_itself: bool) -> N
         return Source()
 
     async def leave() -> None:
-        stream = ResumingStream(request_for([1, 2, 3], 4), start, ResumeConfig())
+        stream = ResumingStream(request_for([1, 2, 3], 4), start, ResumeConfig(), lambda: None)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.02)  # less than the first pause before another worker is asked
         stream.cancel()
