@@ -49,8 +49,14 @@ class Entries:
         with torch.no_grad():
             queries, weights, keys = self.index
             scores = index_scores(queries[:, start:end], weights[:, start:end], keys[:, :entries])
-            best = scores.masked_fill_(~causal, -torch.inf).topk(self.topk, sorted=False).indices
-            return torch.zeros_like(scores, dtype=torch.bool).scatter_(2, best, True) & causal
+            return keep_best(scores, causal, self.topk)
+
+
+def keep_best(scores: Tensor, seen: Tensor, topk: int) -> Tensor:
+    """Of ``seen`` entries, bool [..., Q, E], those with the ``topk`` highest ``scores`` [..., Q, E], which are
+    overwritten. E > ``topk``."""
+    best = scores.masked_fill_(~seen, -torch.inf).topk(topk, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & seen
 
 
 def index_scores(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from forecache.indexer.entry_shards import (
     document_path,
     write_document,
 )
-from forecache.workers.dsv4_attention import CsaCapture, index_scores
+from forecache.workers.dsv4_attention import CsaCapture, index_scores, keep_best
 from forecache.workers.dsv4_documents import REPLY, Document, DocumentMaker
 from forecache.workers.dsv4_forward import TrainingForward
 from forecache.workers.errors import UnsupportedModelError
@@ -193,10 +193,9 @@ def _events(capture: CsaCapture, at: Tensor, manifest: EntryManifest, forward: T
     entries]."""
     entries = capture.entries[0]
     seen = torch.arange(len(entries), device=at.device) < ((at + 1) // manifest.ratio).unsqueeze(1)
-    scores = index_scores(capture.index_queries[:, at], capture.index_weights[:, at], capture.index_keys)[0]
     if len(entries) > forward.topk:
-        best = scores.masked_fill(~seen, -torch.inf).topk(forward.topk, sorted=False).indices
-        seen &= torch.zeros_like(seen).scatter_(1, best, True)
+        scores = index_scores(capture.index_queries[:, at], capture.index_weights[:, at], capture.index_keys)[0]
+        seen = keep_best(scores, seen, forward.topk)
     q = capture.queries[0, at]
     logits = torch.einsum("thd,ed->the", q, entries).float() * q.shape[2] ** -0.5
     logits = logits.masked_fill(~seen.unsqueeze(1), -torch.inf)
