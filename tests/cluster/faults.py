@@ -303,7 +303,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
                 "window_steps": 32, "max_batch_size": 8,
             },
             "memory": {
-                "cold_bytes": "32MiB", "arena_dir": arena_dir, "replicas": args.replicas, "heartbeat_s": 0.5,
+                "cold_bytes": args.cold_bytes, "arena_dir": arena_dir, "replicas": args.replicas, "heartbeat_s": 0.5,
             },
             "indexer": {"manifest": "none"},
         }
@@ -362,12 +362,14 @@ def faulty(
         asking.join()
     errors = {f"{place}": answer.error for place, answer in answers.items() if answer.error}
     others = [place for place, answer in answers.items() if not answer.error and answer.text != expected[place].text]
+    cached = {place: (answer.cached_tokens, expected[place].cached_tokens) for place, answer in sorted(answers.items())}
     return {
         "duration_s": time.monotonic() - start_s,
         "kills": [asdict(kill) for kill in killer.kills],
         "answered": len(answers) - len(errors),
         "equal": len(answers) - len(errors) - len(others),
         "others": {f"{place}": answers[place].difference(expected[place]) for place in others},
+        "found_otherwise": {f"{place}": two for place, two in cached.items() if len(set(two)) > 1},
         "errors": errors,
         "longest_pause_s": max(answer.longest_pause_s for answer in answers.values()),
         "median_pause_s": statistics.median(answer.longest_pause_s for answer in answers.values()),
@@ -387,6 +389,7 @@ def table(result: dict[str, Any]) -> str:
         f"longest pause of an answer: median {result['median_pause_s']:.1f} s, most {result['longest_pause_s']:.1f} s",
         f"errors: {result['errors'] or 'none'}",
         f"other answers: {result['others'] or 'none'}",
+        f"prompt tokens found in memory and, without faults, others: {result['found_otherwise'] or 'none'}",
         f"left over: {result['wrong'] + result['left_files'] or 'nothing'}",
     ]
     return "\n".join(rows)
@@ -401,6 +404,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="no kill after that")
     parser.add_argument("--nodes", type=int, default=3, help="beside the head")
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument(
+        "--cold-bytes",
+        default="32MiB",
+        help="of each node; by default too little for all chunks twice, so that some make way for others",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
     args = parser.parse_args()
