@@ -362,24 +362,28 @@ def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(
     assert not list(tmp_path.glob("forecache-*"))
 
 
+def said(line: str) -> str:
+    """The text in a line of a stream of chat chunks, which must not be an error."""
+    if not line.startswith("data: {"):
+        return ""
+    event = json.loads(line.removeprefix("data: "))
+    assert "choices" in event, line
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+
 def text_of(stream: Iterable[str]) -> str:
     """What the lines of a stream of chat chunks say; it has to end in order."""
     lines = [line for line in stream if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]", lines[-1]
-    choices = [choice for line in lines[:-1] for choice in json.loads(line.removeprefix("data: "))["choices"]]
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
+    return "".join(map(said, lines))
 
 
 def begun(lines: Iterator[str]) -> str:
     """The first line of a stream of chat chunks that has text: a worker holds memory for it now. A stream may begin
     before, when its worker takes its time."""
-    for line in lines:
-        if line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
-            assert "error" not in event, line
-            if any(choice["delta"].get("content") for choice in event["choices"]):
-                return line
-    raise AssertionError("the stream ended without text")
+    line = next(filter(said, lines), None)
+    assert line is not None, "the stream ended without text"
+    return line
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,15 @@ def expected_mass(q: Tensor, k: Tensor) -> np.ndarray:
     return by_chunk.amax((0, 1)).numpy()
 
 
+def past_of(k: Tensor, v: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Keys and values [kv_heads, tokens, dim] before ``start``, as a stream reads them: whole chunks, the open one."""
+    whole = start // CHUNK * CHUNK
+    if whole:
+        yield torch.arange(whole // CHUNK), k[:, :whole], v[:, :whole]
+    if start > whole:
+        yield torch.empty(0, dtype=torch.int64), k[:, whole:start], v[:, whole:start]
+
+
 @given(tokens=st.integers(1, 150), cuts=st.lists(st.integers(1, 149), max_size=3), seed=st.integers(0, 99))
 def test_mass_is_that_of_causal_attention_however_a_prompt_is_cut(tokens: int, cuts: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -38,19 +47,8 @@ def test_mass_is_that_of_causal_attention_however_a_prompt_is_cut(tokens: int, c
         if queries <= 0:
             continue
         probe = MassProbe({LAYER: LOOKED_AT}, queries, -(-stop // CHUNK), CHUNK, SCALE)
-        whole = start // CHUNK * CHUNK
-        past_k, past_v = k.transpose(0, 1), v.transpose(0, 1)
-
-        def past(
-            whole: int = whole, start: int = start, k: Tensor = past_k, v: Tensor = past_v
-        ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            if whole:
-                yield torch.arange(whole // CHUNK), k[:, :whole], v[:, :whole]
-            if start > whole:
-                yield torch.empty(0, dtype=torch.int64), k[:, whole:start], v[:, whole:start]
-
-        stream = StreamRows(start, stop, torch.empty(0, dtype=torch.int64), start - whole, whole // CHUNK, probe)
-        part = slice(start, stop)
-        _attend_stream(q[part], k[part], v[part], LAYER, stream, past(), SCALE)
+        stream = StreamRows(start, stop, torch.empty(0, dtype=torch.int64), start % CHUNK, start // CHUNK, probe)
+        part, past = slice(start, stop), past_of(k.transpose(0, 1), v.transpose(0, 1), start)
+        _attend_stream(q[part], k[part], v[part], LAYER, stream, past, SCALE)
         mass[: len(probe.mass)] = np.maximum(mass[: len(probe.mass)], probe.mass.numpy())
     np.testing.assert_allclose(mass, expected_mass(q, k), rtol=0, atol=6e-4)
