@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,33 @@ class Server:
     url: str
     arena_dir: Path
 
+    def __post_init__(self) -> None:
+        # one for all requests: making one reads certificates for 0.1 s of CPU time, seconds on a machine that is busy,
+        # in which what a test has running may come to its end. Each request has a connection of its own
+        self.http = httpx.Client(
+            base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        )
+
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30, **options)
+        return self.http.get(path, **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, timeout=60, **options)
+        return self.http.post(path, json=body, **options)
+
+    def stream(self, path: str, body: Any, **options: Any) -> AbstractContextManager[httpx.Response]:
+        return self.http.stream("POST", path, json=body, **options)
+
+    def stored_session(self, session_id: str, chunks: int, within_s: float = 30) -> dict[str, Any]:
+        """What the server tells of the session once so many of its chunks, which get there in the background, are
+        stored."""
+        start = time.monotonic()
+        while True:
+            told = self.get(f"/v1/sessions/{session_id}")
+            session: dict[str, Any] = told.json()
+            if told.status_code == 200 and session["stored_chunks"] >= chunks:
+                return session
+            assert time.monotonic() - start < within_s, told.text
+            time.sleep(0.05)
 
     def metric(self, name: str) -> float:
         """Sum of the samples of a series over its labels and processes."""

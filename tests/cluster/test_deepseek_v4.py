@@ -2,14 +2,12 @@
 
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from byte_model import write_byte_tokenizer
 
@@ -84,11 +82,7 @@ def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(
     [first] = llm.generate([prompt], max_tokens=STEPS, ignore_eos=True, session_id="talk")
     assert ask(server, prompt, session_id="talk")[0] == first.text
     chunks = (1400 + STEPS - 1) // CHUNK_TOKENS
-    deadline = time.monotonic() + 30
-    while (told := server.get(path)).status_code == 404 or told.json()["stored_chunks"] < chunks:
-        assert time.monotonic() < deadline, told.text
-        time.sleep(0.05)
-    session = told.json()
+    session = server.stored_session("talk", chunks)
     assert (session["chunks"], session["tokens"]) == (chunks, chunks * CHUNK_TOKENS)
     assert list(session["tiers"].values()) == [chunks] and session["state_pieces"] >= 1
     server.post(path, {"ttl_s": 60})
@@ -98,7 +92,7 @@ def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(
     text, usage = ask(server, turn, session_id="talk")
     assert text == second.text
     assert usage["prompt_tokens_details"]["cached_tokens"] == second.stats.cached_tokens == chunks * CHUNK_TOKENS
-    assert httpx.delete(f"{server.url}{path}", timeout=30).json()["deleted"] is True
+    assert server.http.delete(path).json()["deleted"] is True
 
 
 def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
@@ -106,12 +100,10 @@ def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
     prompts = [prompt_of(3), prompt_of(4)]
     tokens = 8 * STEPS  # seconds, so that both still run when the worker is killed
     whole = [answer.text for answer in llm.generate(prompts, max_tokens=tokens, ignore_eos=True)]
-    url = f"{server.url}/v1/completions"
     with ExitStack() as streams:
         lines = []
         for prompt in prompts:
-            asked = httpx.stream("POST", url, json=body(prompt, tokens, stream=True), timeout=120)
-            answer = streams.enter_context(asked)
+            answer = streams.enter_context(server.stream("/v1/completions", body(prompt, tokens, stream=True)))
             lines.append(line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: "))
         began = ["".join(map(text_of, islice(events, 20))) for events in lines]
         server.kill_worker(of=2)

@@ -51,8 +51,7 @@ def ask(server: Any, tenant: str = "alpha", **fields: Any) -> httpx.Response:
 
 def stream(server: Any, tenant: str = "alpha", **fields: Any) -> Any:
     headers = {"Authorization": f"Bearer {KEYS[tenant][0]}"}
-    url = f"{server.url}/v1/chat/completions"
-    return httpx.stream("POST", url, json=body(stream=True, **fields), headers=headers, timeout=60)
+    return server.stream("/v1/chat/completions", body(stream=True, **fields), headers=headers)
 
 
 def test_only_keys_of_the_file_open_the_door(server: Any) -> None:
@@ -95,7 +94,7 @@ def test_long_bodies_and_headers(server: Any) -> None:
 
 
 def test_a_tenant_has_its_share(server: Any) -> None:
-    with stream(server, "small", max_tokens=3000, ignore_eos=True) as running:
+    with stream(server, "small", max_tokens=6000, ignore_eos=True) as running:
         lines = running.iter_lines()
         next(lines)
         second = ask(server, "small")
@@ -223,7 +222,7 @@ def test_who_finds_no_place_is_told_so_before_its_body_has_come(server: Any) -> 
 
 def test_a_signal_lets_what_runs_finish_and_nothing_new_in(server: Any) -> None:
     """The last test of the module: the server is gone after it."""
-    with stream(server, max_tokens=1500, ignore_eos=True) as running:
+    with stream(server, max_tokens=4000, ignore_eos=True) as running:
         lines = running.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)

@@ -297,9 +297,7 @@ def test_top_goes_on_until_it_is_stopped(server: Any) -> None:
 def test_a_trace_follows_a_request_to_the_tier(server: Any, collector: Collector) -> None:
     trace_id, above = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
     body = {"model": "bytes", "prompt": "trace " * 40, "max_tokens": 5, "ignore_eos": True, "stream": True}
-    with httpx.stream(
-        "POST", f"{server.url}/v1/completions", json=body, headers={"traceparent": f"00-{trace_id}-{above}-01"}
-    ) as answer:
+    with server.stream("/v1/completions", body, headers={"traceparent": f"00-{trace_id}-{above}-01"}) as answer:
         lines = [line for line in answer.iter_lines() if line.startswith("data:")]
     request_id = json.loads(lines[0].removeprefix("data:"))["id"]
     found = collector.trace(trace_id, 3)
