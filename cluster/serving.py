@@ -46,8 +46,9 @@ ROUTING_STATS_PERIOD_S = 2.0
 
 TOKENS_BY_GRPC = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_USE_GRPC": "1"}}}
 """Serve's HTTP proxies hear from the ingress by gRPC, as it hears from workers. Serve has no other switch for it."""
-NO_TASK_EVENTS = {"task_events_report_interval_ms": 0}
-"""Ray keeps an account of each of its last 100,000 tasks, for a dashboard that is not there: some 100 MB."""
+RAY_SYSTEM_CONFIG = {"task_events_report_interval_ms": 0, "worker_niceness": 0}
+"""Of a Ray that we start. By default it keeps an account of its last 100,000 tasks, some 100 MB, for a dashboard that
+is not there, and its workers have a niceness of 15: anything else on the machine would come before the model."""
 Say = Callable[[str], None]
 """Told, in a few words, what is being done."""
 
@@ -145,8 +146,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
                 num_cpus=config.ray_num_cpus or config.workers + 1,
                 object_store_memory=config.object_store_bytes,
                 include_dashboard=False,
-                # Ray's default of niceness is 15: anything else on the machine would come before the model
-                _system_config={**NO_TASK_EVENTS, "worker_niceness": 0},
+                _system_config=RAY_SYSTEM_CONFIG,
                 **quiet,
             )
         else:

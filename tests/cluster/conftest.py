@@ -21,12 +21,23 @@ sys.path.insert(0, str(Path(__file__).parent))  # what tests share with the scri
 
 from byte_model import write_byte_model
 from processes import processes_below
+from ray_nodes import HEAD, NODE
 
 from forecache.cluster.serving import NAMESPACE
 
 START_S = 180.0
 STOP_S = 60.0
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def one_node(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray on this machine alone; what is defined in the test's module runs there too."""
+    cloudpickle: Any = ray.cloudpickle
+    cloudpickle.register_pickle_by_value(request.module)
+    ray.init("local", log_to_driver=False, **{**HEAD, "num_cpus": 2})
+    yield
+    ray.shutdown()
+    cloudpickle.unregister_pickle_by_value(request.module)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     away put another in its place."""
     cloudpickle: Any = ray.cloudpickle
     cloudpickle.register_pickle_by_value(request.module)
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
         for _ in range(2):
             cluster.add_node(**NODE)

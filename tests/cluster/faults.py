@@ -29,6 +29,7 @@ import redis
 import torch
 from processes import processes_below
 from ray.cluster_utils import Cluster
+from ray_nodes import HEAD, NODE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,7 +39,6 @@ from forecache.cluster.serving import NAMESPACE, running
 from forecache.cluster.tiers import Tiers, find_tiers
 
 ROLES = ("tier", "indexer", "worker", "redis", "node")
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 PAUSE_S = 2.0
 READY_WITHIN_S = 180.0
 VOCABULARY = 257
@@ -288,8 +288,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     model, arena_dir = directory / "tiny", directory / "arenas"
     make_model(model)
     arena_dir.mkdir()
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 0})
     for _ in range(args.nodes):
         cluster.add_node(**NODE)
     config = ServeConfig.model_validate(

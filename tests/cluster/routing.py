@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from faults import NODE, VOCABULARY, make_model
+from faults import VOCABULARY, make_model
 from ray import serve
 from ray.cluster_utils import Cluster
+from ray_nodes import HEAD, NODE
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.serving import running
@@ -185,8 +186,7 @@ def percentile(values: list[float], percent: int) -> float:
 def measure(args: argparse.Namespace, router: str, model: Path, directory: Path) -> Figures:
     arena_dir = directory / router
     arena_dir.mkdir()
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 0})
     for _ in range(args.workers):
         cluster.add_node(**NODE)
     config = ServeConfig.model_validate(

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from faults import NODE, VOCABULARY, make_model
+from faults import VOCABULARY, make_model
 from processes import processes_below
 from ray.cluster_utils import Cluster
+from ray_nodes import HEAD, NODE
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import NO_TASK_EVENTS, running
+from forecache.cluster.serving import running
 
 ROLES = {
     "ray::MemoryTier": "memory tier",
@@ -205,9 +206,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     model, arena_dir = directory / "tiny", directory / "arenas"
     make_model(model)
     arena_dir.mkdir()
-    head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False}
-    head["_system_config"] = NO_TASK_EVENTS  # as the Ray that `forecache serve` starts
-    cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 0})
     for _ in range(args.nodes):
         cluster.add_node(**NODE)
     config = ServeConfig.model_validate(

@@ -1,6 +1,5 @@
 """The indexer in a process of its own, over a real arena."""
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,22 +20,11 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.store import ArenaStore
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_node")]
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=16, chunk_tokens=16, dtype=torch.float32)
 SPEC = IndexSpec("tokens", ((0, 0), (1, 1)), ((0, 0), (1, 0)), (0, 1), 16, 16, 0.25, torch.int8)
 CHUNKS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    # Ray's workers can't import a module of the test folder.
-    cloudpickle: Any = ray.cloudpickle
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
-    yield
-    ray.shutdown()
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
+from ray_nodes import HEAD, NODE
 
 if TYPE_CHECKING:
     from tests.conftest import RedisServer
@@ -34,10 +35,9 @@ def serve_config(settings: Path, port: int) -> dict[str, object]:
 @pytest.fixture
 def two_nodes() -> Iterator[Any]:
     """A Ray cluster whose second node is too small for a worker."""
-    node = {"object_store_memory": 80 << 20}
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 2, "include_dashboard": False})
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
     try:
-        cluster.add_node(**node, num_cpus=0)
+        cluster.add_node(**{**NODE, "num_cpus": 0})
         yield cluster
     finally:
         cluster.shutdown()

@@ -1,0 +1,8 @@
+"""Arguments for small nodes of Ray, with the settings of a Ray that `forecache serve` starts."""
+
+from typing import Any
+
+from forecache.cluster.serving import RAY_SYSTEM_CONFIG
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+HEAD: dict[str, Any] = {**NODE, "include_dashboard": False, "_system_config": RAY_SYSTEM_CONFIG}
