@@ -86,10 +86,10 @@ class RecordCache:
 class CudaIndexer:
     """An :class:`forecache.indexer.protocol.Indexer` with one thread and one CUDA stream of its own, in this process.
 
-    Its answers are those of :class:`.scorer.LocalIndexer`. It waits for no other stream and keeps none waiting; its
-    thread sleeps until the GPU is done. At most ``device_bytes`` of GPU memory keep records that were read; others are
-    read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a CPU
-    does the same in PyTorch. ``lookahead``: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is
+    Its answers are those of :class:`.scorer.LocalIndexer`. It waits for no other stream and keeps none waiting; while
+    it waits for the GPU, other threads run. At most ``device_bytes`` of GPU memory keep records that were read; others
+    are read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a
+    CPU does the same in PyTorch. ``lookahead``: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is
     ``spec``. ``graph_chunks``: predictions over so many chunks or fewer are captured as CUDA graphs now, where
     :mod:`.static_prediction` can; all others are launched call by call. Raises ValueError if the arena's records are of
     another kind than ``spec``.

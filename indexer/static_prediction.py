@@ -73,12 +73,13 @@ class StaticPredictions:
         device = query_starts.device
         self._given_rows = torch.from_numpy(query_rows.argsort()).to(device)
         self._stream = stream
-        self._done = None if stream is None else torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        # waited for awake: to be woken by an interrupt takes as long as the answer
+        self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._records = _Packed({"records": ((LOCAL_RECORDS, spec.nbytes), torch.uint8)}, device)
         enough = next((size for size in CHUNK_BUCKETS if size >= max_chunks), CHUNK_BUCKETS[-1])
         self._buckets = [size for size in CHUNK_BUCKETS if size <= enough]
         self._inputs = {size: _Packed(self._fields(size), device) for size in self._buckets}
-        self._found = torch.zeros(2, self._buckets[-1], pin_memory=stream is not None)
+        self._found = torch.zeros(2 * self._buckets[-1], pin_memory=stream is not None)
         self._graphs: dict[int, _Graph] = {}
         if stream is not None:
             self._capture(stream)
@@ -101,29 +102,24 @@ class StaticPredictions:
         """Scores and masses of retrieval events, float32 [2, chunks] on the host, and log-sum-exps, float32 [query
         heads, at least so many chunks] on the device, which stand until the next run.
 
-        Returns when the device is done; the thread sleeps until then. Chunks without a record are as
-        :func:`.scorer.score` would have them.
+        Returns when the device is done. Chunks without a record are as :func:`.scorer.score` would have them.
         """
         count = len(request.index_slots)
         size = next(size for size in self._buckets if size >= count)
-        inputs = self._inputs[size]
-        self._fill(inputs, request, places)
-        inputs.upload()
+        self._fill(self._inputs[size], request, places)
         if len(request.local_records):
             self._records.host["records"][: len(request.local_records)] = request.local_records
             self._records.upload(len(request.local_records) * self._spec.nbytes)
         graph = self._graphs.get(size)
         if graph is None:
-            lse, found = self._score(size)
+            lse = self._answer(size)
         else:
             graph.graph.replay()
-            lse, found = graph.lse, graph.found
-        host = self._found.view(-1)[: found.numel()]
-        host.copy_(found.view(-1), non_blocking=True)
+            lse = graph.lse
         if self._done is not None:
             self._done.record(self._stream)
             self._done.synchronize()
-        answer: npt.NDArray[np.float32] = host.numpy().reshape(2, -1)[:, :count].copy()
+        answer: npt.NDArray[np.float32] = self._found_of(size).numpy()[:, :count].copy()
         if len(places.chunks) < count:
             unread = np.ones(count, dtype=np.bool_)
             unread[places.chunks] = False
@@ -170,9 +166,20 @@ class StaticPredictions:
             host["complete"][:] = count
             host["tail"][:] = (position + 1 - count * self._spec.chunk_tokens) / self._spec.chunk_tokens
 
-    def _score(self, size: int) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps, float32 [query heads, size], and float32 [2, size], from the buffers of this size. Nothing
+    def _found_of(self, size: int) -> Tensor:
+        """Where the scores and masses of ``size`` chunks come to lie on the host: float32 [2, size]."""
+        return self._found[: 2 * size].view(2, size)
+
+    def _answer(self, size: int) -> Tensor:
+        """Copy the inputs of this size to the device, score, and copy what was found back; the log-sum-exps. Nothing
         here waits for the device or asks it anything, so it can be captured."""
+        self._inputs[size].upload()
+        lse, found = self._score(size)
+        self._found_of(size).copy_(found, non_blocking=True)
+        return lse
+
+    def _score(self, size: int) -> tuple[Tensor, Tensor]:
+        """Log-sum-exps, float32 [query heads, size], and float32 [2, size], from the buffers of this size."""
         given = self._inputs[size].device
         lse = given["queries"].new_full((len(self._spec.query_heads), size), -torch.inf)
         kept = self._cache if len(self._cache) else None
@@ -205,13 +212,13 @@ class StaticPredictions:
         # largest first: the smaller graphs then fit the memory it took. They run one after the other, so may share it
         for size in reversed(self._buckets):
             for _ in range(WARM_UPS):
-                self._score(size)
+                self._answer(size)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # other threads may use the GPU meanwhile
             with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
-                lse, found = self._score(size)
-            self._graphs[size] = _Graph(graph, lse, found)
+                lse = self._answer(size)
+            self._graphs[size] = _Graph(graph, lse)
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,6 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     lse: Tensor
-    found: Tensor
 
 
 class _Packed:

@@ -17,7 +17,7 @@ from forecache.kernels import checks, tuning
 from forecache.kernels.columns import TILE_ELEMENTS, Columns
 
 _WARP_ELEMENTS = 2048
-_QUERY_TILE = 32
+_QUERY_TILE = 16
 _LEAST_QUERIES = 8
 _LEAST_TILE = 16
 _DTYPES = {
@@ -27,6 +27,9 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float32: tl.float32,
 }
+
+_FP16_HOLDS = (torch.int8, torch.float8_e4m3fn, torch.float16)
+"""Keys that are float16 without loss, so that the tensor cores multiply them with two parts of the queries."""
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -53,6 +56,7 @@ def _score_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_COPIES: tl.constexpr,
     HAS_SPAN: tl.constexpr,
+    KEYS_ARE_FP16: tl.constexpr,
 ):
     blocks: tl.constexpr = (TOKENS + BLOCK - 1) // BLOCK
     itemsize: tl.constexpr = DTYPE.primitive_bitwidth // 8
@@ -87,11 +91,11 @@ def _score_kernel(
                 if HAS_SCALE:
                     tl.store((p_copy + key_bytes).to(scale_pointer) + o_scale, b_scale, mask=m_token)
 
-        b_keys = b_stored.to(tl.float32)
         b_factor = b_scale.to(tl.float32)
         first, last = tl.load(query_starts + i_head), tl.load(query_starts + i_head + 1)
         if QUERIES == 1:
             # float32 products and sums: queries do not fit the tensor cores' bits, and the records' bytes take longer
+            b_keys = b_stored.to(tl.float32)
             for i_query in range(first, last):
                 b_query = tl.load(queries + i_query * DIM + o_dim, mask=o_dim < DIM, other=0.0)
                 b_logits = tl.sum(b_keys * b_query[None, :], 1) * b_factor
@@ -100,13 +104,27 @@ def _score_kernel(
                 lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
                 tl.store(out + (i_query * n + i_column) * blocks + i_block, lse)
         else:
-            # tensor cores: three products of TensorFloat32 parts are as good as one of float32
+            # tensor cores: products of two parts of the queries, or three of TensorFloat32, are as good as float32's
             for i_first in range(first, last, QUERIES):
                 o_query = i_first + tl.arange(0, QUERIES)
                 m_query = o_query < last
                 p_query = queries + o_query[:, None] * DIM + o_dim[None, :]
                 b_queries = tl.load(p_query, mask=m_query[:, None] & (o_dim < DIM)[None, :], other=0.0)
-                b_many = tl.dot(b_queries, tl.trans(b_keys), input_precision="tf32x3") * b_factor[None, :]
+                if KEYS_ARE_FP16:
+                    # two parts of float16, the lower one 2^11 times, of each query divided by its power of two: all
+                    # bits of the largest float32 but the exponent's are cleared
+                    b_largest_query = tl.max(tl.abs(b_queries), 1)
+                    b_unit = (b_largest_query.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+                    b_unit = tl.where(b_unit > 0, b_unit, 1.0)
+                    b_queries /= b_unit[:, None]
+                    b_high = b_queries.to(tl.float16)
+                    b_low = ((b_queries - b_high.to(tl.float32)) * 2048).to(tl.float16)
+                    b_keys_fp16 = tl.trans(b_stored.to(tl.float16))
+                    b_many = tl.dot(b_low, b_keys_fp16) / 2048 + tl.dot(b_high, b_keys_fp16)
+                    b_many *= b_unit[:, None]
+                else:
+                    b_many = tl.dot(b_queries, tl.trans(b_stored.to(tl.float32)), input_precision="tf32x3")
+                b_many *= b_factor[None, :]
                 b_many = tl.where(m_token[None, :], b_many, float("-inf"))
                 b_largest = tl.max(b_many, 1)
                 b_lse = b_largest + tl.log(tl.sum(tl.exp(b_many - b_largest[:, None]), 1))
@@ -168,6 +186,7 @@ def score_chunks(
             HAS_SCALE=not dtype.is_floating_point,
             HAS_COPIES=copies is not None,
             HAS_SPAN=into is not None,
+            KEYS_ARE_FP16=dtype in _FP16_HOLDS,
             num_warps=max(1, min(block * dim_pad // _WARP_ELEMENTS, 8)),
         )
     if into is not None:

@@ -61,14 +61,11 @@ class Case:
         self.starts = torch.tensor([0, *accumulate(groups)], dtype=torch.int32)
         self.options: dict[str, Any] = {"chunk_tokens": tokens, "dtype": dtype}
         heads = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(groups))
-        logits = torch.einsum(
-            "ntqd,qd->qnt", self.values(stored, scales)[:, heads].transpose(1, 2), self.queries.double()
-        )
-        self.lse = logits.logsumexp(2)
+        self.keys = (stored.to(torch.float32).double() * scales.double()[..., None])[:, heads]
+        self.lse = self.of_float64()
 
-    @staticmethod
-    def values(stored: Tensor, scales: Tensor) -> Tensor:
-        return stored.to(torch.float32).double() * scales.double()[..., None]
+    def of_float64(self) -> Tensor:
+        return torch.einsum("nqtd,qd->qnt", self.keys, self.queries.double()).logsumexp(2)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         return self.records.to(device), self.queries.to(device), self.starts.to(device)
@@ -83,6 +80,18 @@ def test_log_sum_exp_is_that_of_float64(kernels: Any, shape: Any, device: torch.
         lse = kernels.score_chunks(records, slots, queries, starts, **case.options)
     assert lse.dtype == torch.float32 and lse.device.type == device.type
     torch.testing.assert_close(lse.cpu().double(), case.lse[:, slots.cpu()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[8], SHAPES[11], SHAPES[13]], ids=str)
+def test_queries_may_be_of_any_size(kernels: Any, shape: Any, device: torch.device) -> None:
+    """Also where they are multiplied in float16, which holds no number of 2^16."""
+    factors = torch.tensor([2.0**-40, 1.0, 2.0**20, 0.0])
+    case = Case(*shape)
+    case.queries *= factors[torch.arange(len(case.queries)) % 4, None]
+    case.lse = case.of_float64()
+    records, queries, starts = case.on(device)
+    lse = kernels.score_chunks(records, torch.arange(7, device=device), queries, starts, **case.options)
+    torch.testing.assert_close(lse.cpu().double(), case.lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
