@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.cluster.redis_server import EmbeddedRedis
+from forecache.cluster.serving import RAY_SYSTEM_CONFIG
 from forecache.indexer.config import SelectionConfig
 from forecache.indexer.selection import select
 from forecache.workers.memory.catalog import Catalog, TierRecord
@@ -147,7 +148,9 @@ class Client:
 
 def fetch(chunks: int, repeat: int, facts: str) -> list[Fetch]:
     node = {"num_cpus": 1, "object_store_memory": 256 << 20}
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster: Any = Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": RAY_SYSTEM_CONFIG}
+    )
     cluster.add_node(**node)
     try:
         ray.init(address=cluster.address, namespace="bench", log_to_driver=False)

@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from synthetic import SyntheticIndexer, make_template
 
 from forecache.cluster.redis_server import EmbeddedRedis
+from forecache.cluster.serving import RAY_SYSTEM_CONFIG
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.indexer.index_keys import IndexSpec
 from forecache.indexer.scorer import LocalIndexer
@@ -190,7 +191,9 @@ def measure(args: argparse.Namespace, directory: Path) -> list[RemoteSession]:
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, 250, (chunks * CHUNK_TOKENS + 33,), generator=generator).tolist()
     node = {"num_cpus": 1, "object_store_memory": 512 << 20}
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster: Any = Cluster(
+        initialize_head=True, head_node_args={**node, "include_dashboard": False, "_system_config": RAY_SYSTEM_CONFIG}
+    )
     cluster.add_node(**node)
     rows = []
     try:

@@ -30,22 +30,25 @@ STOP_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def one_node(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Ray on this machine alone; what is defined in the test's module runs there too."""
+def by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is defined in the test's module runs in Ray's processes too, which can't import it."""
     cloudpickle: Any = ray.cloudpickle
     cloudpickle.register_pickle_by_value(request.module)
-    ray.init("local", log_to_driver=False, **{**HEAD, "num_cpus": 2})
     yield
-    ray.shutdown()
     cloudpickle.unregister_pickle_by_value(request.module)
 
 
 @pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A Ray cluster of three nodes, joined; what is defined in the test's module runs there too. Tests that take a node
-    away put another in its place."""
-    cloudpickle: Any = ray.cloudpickle
-    cloudpickle.register_pickle_by_value(request.module)
+def one_node(by_value: None) -> Iterator[None]:
+    """Ray on this machine alone."""
+    ray.init("local", log_to_driver=False, **{**HEAD, "num_cpus": 2})
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(by_value: None) -> Iterator[Any]:
+    """A Ray cluster of three nodes, joined. Tests that take a node away put another in its place."""
     cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
     try:
         for _ in range(2):
@@ -55,7 +58,6 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     finally:
         ray.shutdown()
         cluster.shutdown()
-        cloudpickle.unregister_pickle_by_value(request.module)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray_nodes import NODE
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forecache.cluster.integrity import check_integrity
@@ -37,7 +38,6 @@ from forecache.workers.memory.tier import TierSettings, start_tier
 pytestmark = pytest.mark.cluster
 
 CHUNK_TOKENS = 16
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 PROMPT_CHUNKS, ANSWER = 60, 100
 CHUNKS = PROMPT_CHUNKS + -(-ANSWER // CHUNK_TOKENS)
 # chunks of other nodes are asked for a window ahead: here all are, so that every run chooses the same sets

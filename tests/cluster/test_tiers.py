@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray_nodes import NODE
 
 from forecache.cluster.errors import UnknownSessionError
 from forecache.cluster.integrity import check_integrity
@@ -287,7 +288,7 @@ def test_replicas_outlive_a_node(nodes: Nodes, cluster: Any) -> None:
         wait_until(lambda: nodes.stats(0).stored_chunks == nodes.stats(1).stored_chunks == 6)
         nodes.check()
     finally:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        cluster.add_node(**NODE)
 
 
 def test_chunks_without_a_replica_end_the_prefix_when_their_node_is_gone(nodes: Nodes, cluster: Any) -> None:
@@ -300,7 +301,7 @@ def test_chunks_without_a_replica_end_the_prefix_when_their_node_is_gone(nodes: 
     try:
         assert get(b.read.remote(KEYS[:4])) == heads(KEYS[:2])
     finally:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        cluster.add_node(**NODE)
 
 
 def test_a_damaged_chunk_is_not_sent_and_a_replica_takes_its_place(nodes: Nodes) -> None:
@@ -441,7 +442,7 @@ def test_the_supervisor_follows_nodes_and_reclaims_what_the_dead_held(nodes: Nod
         first = start_tier(settings, name(node_ids[0]), node_ids[0])
         nodes.tiers.append(first)
         wait_until(lambda: tiers() == sorted(map(name, node_ids)))
-        added = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        added = cluster.add_node(**NODE)
         wait_until(lambda: name(added.node_id) in tiers())
         nodes.tiers += [ray.get_actor(name(node), namespace=NAMESPACE) for node in [*node_ids[1:], added.node_id]]
         get([tier.arena_path.remote() for tier in nodes.tiers])
