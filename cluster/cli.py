@@ -148,11 +148,12 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _new_key(args: argparse.Namespace) -> int:
-    from forecache.cluster.tenants import new_key
+    from forecache.cluster.tenants import entry, new_key
 
     key, digest = new_key()
+    line = entry(digest, args.tenant)
     print(f"the key, shown this once: {key}", file=sys.stderr)
-    print(f"- {{key_sha256: {digest}, tenant: {{name: {args.tenant}}}}}")
+    print(line)
     return 0
 
 

@@ -23,7 +23,7 @@ from forecache.workers.errors import ForecacheError
 Verdict = Literal["ok", "note", "will not work"]
 
 MIN_PYTHON = (3, 11)
-MIN_VERSIONS = {"torch": (2, 11), "transformers": (5, 17), "ray": (2, 60), "triton": (3, 6), "redis": (6, 0)}
+MIN_VERSIONS = {"torch": (2, 11), "transformers": (5, 23), "ray": (2, 60), "triton": (3, 6), "redis": (6, 0)}
 GIB = 2**30
 _COLORS: dict[Verdict, str] = {"ok": "green", "note": "yellow", "will not work": "red"}
 

@@ -81,7 +81,7 @@ def register(commands: Any) -> None:
     evaluate.add_argument("--budget", type=float, default=0.10, help="budget of the table (default: 0.10)")
     evaluate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
     evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=_evaluate, parser=evaluate)
 
 
 def _record(args: argparse.Namespace) -> int:
@@ -161,11 +161,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from forecache.indexer.evaluate import as_records, evaluate, gap_closed, table
+    from forecache.indexer.evaluate import BUDGETS, LEADS, as_records, evaluate, gap_closed, table
     from forecache.indexer.plots import PlotError, plot_figures
 
     with _progress("evaluating") as show, _plain_errors():
-        figures = evaluate(args.data, args.indexer, device=args.device, progress=show)
+        figures = evaluate(
+            args.data,
+            args.indexer,
+            leads=sorted({*LEADS, args.lead}),
+            budgets=sorted({*BUDGETS, args.budget}),
+            device=args.device,
+            progress=show,
+        )
     console = Console()
     console.print("coverage / coverage of the retrieval heads / recall / answers kept")
     by: Literal["task", "text"]

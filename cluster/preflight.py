@@ -36,10 +36,34 @@ def check(config: ServeConfig) -> None:
         StartError: what is wrong and what to change.
     """
     check_port(config.host, config.port)
+    if config.address is None:
+        check_placement(config)
     cold_bytes = config.memory.cold_bytes + (config.memory.record_bytes if config.address is not None else 0)
     check_arena_dir(config.memory.arena_dir, cold_bytes, config.object_store_bytes, config.address)
     if config.redis_url is not None:
         check_redis(config.redis_url)
+
+
+def check_placement(config: ServeConfig) -> None:
+    """Raises :class:`StartError` when a Ray that is started here has no place for a worker: Ray would wait for one."""
+    import torch  # seconds
+
+    from forecache.workers.decode.settings import gpus_of_worker
+
+    workers, cpus = config.workers, config.ray_num_cpus
+    if config.memory.tier_resource is not None:
+        raise StartError(
+            f"no node of a Ray that is started here has the resource {config.memory.tier_resource}: leave out "
+            "--tier-resource, or join a cluster that has it with --address"
+        )
+    if cpus is not None and cpus < workers:
+        raise StartError(f"--ray-num-cpus {cpus} is less than the {workers} --workers, each of which takes one")
+    gpus = torch.cuda.device_count()
+    if workers * gpus_of_worker(config.engine.device) > gpus:
+        raise StartError(
+            f"--workers {workers} on {config.engine.device} take a GPU each, and this machine has {gpus}: use fewer, "
+            "or --device cpu"
+        )
 
 
 def check_port(host: str, port: int) -> None:

@@ -12,6 +12,7 @@ from forecache.workers.errors import ForecacheError
 NOT_RECORDED_WITH = ("data", "eval_data", "documents_per_shard", "manifest", "dtype")
 NOT_TRAINED_WITH = ("patience", "leads", "query_learning_rate", "label_heads", "retrieval", "answer", "history",
                     "context", "units", "dropout", "reach", "time_limit_s", "bf16")  # fmt: skip
+NOT_EVALUATED_WITH = ("lead", "budget")
 """Arguments of the commands that mean nothing for retrievers."""
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -81,6 +82,7 @@ def train(args: argparse.Namespace, plain_errors: Errors) -> int:
 
 
 def evaluate(args: argparse.Namespace, plain_errors: Errors) -> int:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -88,10 +90,13 @@ def evaluate(args: argparse.Namespace, plain_errors: Errors) -> int:
     from forecache.indexer.retriever_train import BUDGETS, recall_at
     from forecache.indexer.retrievers import Retrievers
 
+    _refuse(args, NOT_EVALUATED_WITH)
     with plain_errors():
         manifest = EntryManifest.load(args.data)
         files = {"trained": args.indexer, "training-free": args.data / OWN_FILE}
-        found = recall_at(args.data, {name: Retrievers(manifest, read_retrievers(at)) for name, at in files.items()})
+        device = torch.device(args.device)
+        retrievers = {name: Retrievers(manifest, read_retrievers(at)).to(device) for name, at in files.items()}
+        found = recall_at(args.data, retrievers, device=device)
     drawn = Table("", *(f"{budget:.1%}" for budget in BUDGETS), title="recall of golden entries by share of the chunks")
     for name, recalls in found.items():
         drawn.add_row(name, *(f"{recall:.3f}" for recall in recalls))

@@ -292,17 +292,21 @@ def _near_memory(config: ServeConfig) -> dict[str, float]:
 
 def _wait_until_running(deadline_s: float) -> None:
     """Raises :class:`StartError` with the workers' reason when the application fails or takes too long."""
-    end = time.monotonic() + deadline_s
+    end, messages = time.monotonic() + deadline_s, ""
     while time.monotonic() < end:
         application = serve.status().applications.get(APPLICATION)
         if application is not None:
             if application.status == ApplicationStatus.RUNNING:
                 return
+            told = [application.message, *(d.message for d in application.deployments.values())]
+            messages = "\n".join(text for text in told if text)
             if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-                messages = [application.message, *(d.message for d in application.deployments.values())]
-                raise StartError(_reason("\n".join(messages)))
+                raise StartError(_reason(messages))
         time.sleep(POLL_S)
-    raise StartError(f"the cluster was not ready within {deadline_s:.0f} s: see --start-deadline-s, and Ray's logs")
+    raise StartError(
+        f"the cluster was not ready within {deadline_s:.0f} s (--start-deadline-s). "
+        f"{messages or 'Serve gives no reason: see /tmp/ray/session_latest/logs'}"
+    )
 
 
 def _reason(message: str) -> str:

@@ -50,6 +50,22 @@ class _Entry(BaseModel):
     tenant: Tenant
 
 
+def entry(key_sha256: str, tenant: str) -> str:
+    """The line of a keys file for a key with this hash, of the tenant of this name.
+
+    Raises:
+        StartError: no tenant can have that name.
+    """
+    try:
+        made = _Entry(key_sha256=key_sha256, tenant=Tenant(name=tenant))
+    except ValidationError as error:
+        raise StartError(
+            f"--tenant {tenant!r} is no name of a tenant: 1 to 128 letters, digits and any of . _ @ -"
+        ) from error
+    flow = yaml.safe_dump(made.model_dump(exclude_none=True), default_flow_style=True, width=10_000)
+    return f"- {flow.strip()}"
+
+
 class Tenants:
     """The keys of a file, or nobody's."""
 

@@ -54,6 +54,11 @@ class Snapshot:
     def processes(self, component: str) -> list[str]:
         return sorted(name for name, kind in self.components.items() if kind == component)
 
+    @property
+    def answered(self) -> set[str]:
+        """Processes that told more than that they are there."""
+        return {name for name, series in self.values.items() if series.keys() - {"up"}}
+
     def value(self, name: str, process: str) -> float:
         return self.values.get(process, {}).get(name, 0.0)
 
@@ -70,7 +75,9 @@ class Change:
 
     def grown(self, name: str, process: str | None = None) -> float:
         """By how much a counter grew, of a process or of all; a counter that fell is one that began again."""
-        both = self.before.values.keys() & self.now.values.keys() if process is None else {process}
+        both = self.before.answered & self.now.answered
+        if process is not None:
+            both &= {process}
         return sum(max(0.0, self.now.value(name, one) - self.before.value(name, one)) for one in both)
 
     def rate(self, name: str, process: str | None = None) -> float:

@@ -4,6 +4,7 @@ A shard holds a few documents; a document's tensors are named ``<number>/<field>
 file's metadata. Shards are written whole or not at all, so a recording that was stopped goes on with the missing ones.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -217,6 +218,12 @@ class Recording:
     @property
     def complete(self) -> bool:
         return len(self._shards) == self.manifest.shards
+
+    @property
+    def digest(self) -> str:
+        """Names what was recorded: of the manifest, and of what is told of each document."""
+        told = json.dumps([self.manifest.model_dump(mode="json"), self.facts], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self._places)

@@ -158,7 +158,8 @@ def train(
     """Train on ``data``, write the best indexer to ``out`` (and its manifest beside it); returns the learning curve.
 
     After each epoch everything needed to go on is written to ``out`` with the ending ``.state``; called again with the
-    same settings, training goes on there. Raises :class:`ShardError` when there is nothing to learn from.
+    same settings and data, training goes on there. Raises :class:`ShardError` when there is nothing to learn from, or
+    when the state is another training's.
     """
     config, shape, rule = config or TrainConfig(), shape or EncoderShape(), rule or LabelRule()
     with join(device) as group:
@@ -196,7 +197,11 @@ def _train(
     settings = {"config": asdict(config), "shape": asdict(shape), "rule": asdict(rule)}
     manifest = CheckpointManifest.of(recording.manifest, shape, settings | {"documents": len(learned)})
     state = out.with_suffix(".state")
-    curve, best = resume(state, settings, loss, averaged, optimizer)
+    # another recording's weights are no beginning, and its finished training no end
+    told = settings | {"recording": recording.digest}
+    curve, best = resume(state, told, loss, averaged, optimizer)
+    if curve and not out.exists():
+        raise ShardError(f"{state} is of a training whose indexer {out} is gone: delete it to train anew")
     share = math.ceil(len(learned) / (config.documents_per_step * group.size))
     schedule = CosineSchedule(
         config.epochs * share,
@@ -219,7 +224,7 @@ def _train(
                     out, averaged.indexer, manifest.model_copy(update={"training": manifest.training | done})
                 )
         if group.rank == 0:
-            save_state(state, settings, loss, averaged, optimizer, curve, best)
+            save_state(state, told, loss, averaged, optimizer, curve, best)
             progress(curve[-1])
     return curve
 

@@ -65,7 +65,7 @@ def resume(
         told = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if told.get("settings") != json.dumps(settings):
-        raise ShardError(f"{path} is of a training with other settings: delete it, or write to another file")
+        raise ShardError(f"{path} is of a training with other settings or data: delete it, or write to another file")
     for prefix, module in (("model/", loss), ("averaged/", averaged)):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     state: dict[int, dict[str, Tensor]] = {}

@@ -16,7 +16,7 @@ from forecache.cluster.errors import (
     from_exception,
 )
 from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.tenants import Anybody, Tenant, Tenants, new_key
+from forecache.cluster.tenants import Anybody, Tenant, Tenants, entry, new_key
 from forecache.workers.errors import InvalidRequestError
 
 
@@ -236,6 +236,22 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
             tenants.of(wrong)
     error = from_exception(AuthenticationError("x"))
     assert (error.status, error.code, error.headers) == (401, "invalid_api_key", (("WWW-Authenticate", "Bearer"),))
+
+
+@pytest.mark.parametrize("name", ["me", "123", "on", "null", "1e3", "a.b@c-d_e"])
+def test_the_line_of_a_new_key_can_be_read(tmp_path: Path, name: str) -> None:
+    key, digest = new_key()
+    line = entry(digest, name)
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"{line}\n{line}\n")
+    assert line.startswith("- ") and "\n" not in line
+    assert Tenants.load(file).of(f"Bearer {key}").name == name
+
+
+@pytest.mark.parametrize("name", ["my team", "a:b", "", "x" * 129])
+def test_no_tenant_has_such_a_name(name: str) -> None:
+    with pytest.raises(StartError, match="--tenant"):
+        entry("0" * 64, name)
 
 
 def test_without_a_file_everybody_comes_and_salts_are_their_own() -> None:

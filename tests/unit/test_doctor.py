@@ -1,6 +1,7 @@
 """What the doctor says of this machine, and of machines that lack something."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def test_available_memory() -> None:
 @pytest.mark.parametrize(("version", "pair"), [("2.13.0+cpu", (2, 13)), ("5.17", (5, 17)), ("2.dev", (2, 0))])
 def test_version_pairs(version: str, pair: tuple[int, int]) -> None:
     assert doctor.version_pair(version) == pair
+
+
+def test_versions_are_those_that_the_package_asks_for() -> None:
+    asked = " ".join(importlib.metadata.requires("forecache") or ())
+    for name, (major, minor) in doctor.MIN_VERSIONS.items():
+        found = re.search(rf"\b{name}(?:\[\w+\])?>=(\d+)(?:\.(\d+))?", asked)
+        assert found is not None, name
+        assert (int(found[1]), int(found[2] or 0)) == (major, minor), name
 
 
 def test_a_package_that_is_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,9 @@ def test_two_processes_record_what_one_does(folder: Path, tmp_path: Path) -> Non
 def test_settings_of_other_indexers_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = ["indexer", "record", "--model", str(folder / "model"), "--out", str(folder / "x"), "--dtype", "float16"]
     train = ["indexer", "train", "--data", str(folder / "data"), "--out", "x", "--patience", "3", "--time-limit-s", "9"]
-    for command, named in ((record, "--dtype:"), (train, "--patience, --time-limit-s:")):
+    judge = ["indexer", "eval", "--data", str(folder / "data"), "--indexer", "x", "--lead", "3", "--budget", "0.2"]
+    refused = ((record, "--dtype:"), (train, "--patience, --time-limit-s:"), (judge, "--lead, --budget:"))
+    for command, named in refused:
         assert cli.main(command) != 0
         assert f"{named} not for the retrievers of DeepSeek-V4" in capsys.readouterr().err
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from forecache.cluster import cli
 from forecache.indexer.checkpoint import (
     CheckpointError,
     CheckpointManifest,
@@ -253,6 +256,16 @@ def test_training_learns_what_the_queries_miss(recording: Path, trained: Path, t
     assert len(as_records(figures)) == len(figures)
 
 
+def test_the_command_shows_the_lead_and_budget_asked_for(
+    recording: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--lead", "3", "--budget", "0.12"]
+    assert cli.main(["indexer", "eval", "--data", str(recording), "--indexer", str(trained), *asked]) == 0
+    shown = capsys.readouterr().out
+    assert "3 steps ahead, 12.0% of the chunks" in shown and "of the gap between" in shown
+    assert len(re.findall(r"│ oracle +│ [01]\.\d\d ", shown)) == 2, "by task and by text"
+
+
 def test_a_stopped_training_ends_like_one_that_was_not(recording: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "indexer.safetensors"
 
@@ -281,6 +294,14 @@ def test_a_stopped_training_ends_like_one_that_was_not(recording: Path, trained:
         torch.testing.assert_close(resumed[name], weight)
     with pytest.raises(ShardError, match="other settings"):
         train(recording, out, config=TrainConfig(seed=7), shape=SHAPE, rule=RULE, device="cpu")
+    changed = shutil.copytree(recording, tmp_path / "changed")
+    manifest = ShardManifest.load(changed)
+    manifest.model_copy(update={"seed": manifest.seed + 1}).save(changed)
+    with pytest.raises(ShardError, match="other settings or data"):
+        train(changed, out, config=CONFIG, shape=SHAPE, rule=RULE, device="cpu")
+    out.unlink()
+    with pytest.raises(ShardError, match="is gone"):
+        train(recording, out, config=CONFIG, shape=SHAPE, rule=RULE, device="cpu")
 
 
 def test_training_stops_when_held_out_documents_gain_nothing(recording: Path, tmp_path: Path) -> None:

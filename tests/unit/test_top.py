@@ -27,7 +27,14 @@ def test_rates_are_of_processes_that_were_there_before() -> None:
     now = Snapshot.parse(page(sample(tokens, "a", 30), sample(tokens, "c", 2), sample(tokens, "d", 999)), 3.0)
     change = Change(before, now)
     assert change.rate(tokens) == 10, "b is gone, c began again, d is new"
-    assert change.rate(tokens, "a") == 10 and change.rate(tokens, "c") == 0
+    assert change.rate(tokens, "a") == 10 and change.rate(tokens, "c") == 0 and change.rate(tokens, "d") == 0
+
+
+def test_a_process_that_did_not_answer_before_has_no_rate() -> None:
+    tokens = "forecache_generation_tokens_total"
+    before = Snapshot.parse(page(sample("up", "a", 0)), 1.0)
+    now = Snapshot.parse(page(sample("up", "a", 1), sample(tokens, "a", 5_000_000)), 3.0)
+    assert Change(before, now).rate(tokens) == 0 and Change(before, now).rate(tokens, "a") == 0
 
 
 def test_shares_are_of_late_and_else_of_all_time() -> None:

@@ -30,8 +30,12 @@ class WorkerSettings:
     @property
     def num_gpus(self) -> int:
         """GPUs that Ray should give each worker."""
-        device = self.engine.device
-        return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+        return gpus_of_worker(self.engine.device)
+
+
+def gpus_of_worker(device: str) -> int:
+    """GPUs that a worker with this setting of ``device`` takes, on a machine like this one."""
+    return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
 
 
 def actor_name(run: str, kind: str, node_id: str) -> str:
