@@ -161,7 +161,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from forecache.indexer.evaluate import BUDGETS, LEADS, as_records, evaluate, gap_closed, table
+    from forecache.indexer.evaluate import LEADS, as_records, evaluate, gap_closed, table
+    from forecache.indexer.metrics import BUDGETS
     from forecache.indexer.plots import PlotError, plot_figures
 
     with _progress("evaluating") as show, _plain_errors():

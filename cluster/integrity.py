@@ -5,7 +5,7 @@ import time
 from ray import serve
 from ray.exceptions import RayError
 
-from forecache.cluster.tiers import Tiers, actor_names
+from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory.catalog import Catalog
 from forecache.workers.memory.keys import ChunkKey
@@ -65,7 +65,7 @@ def _holders(tiers: Tiers) -> list[str]:
         f"{name}: worker {worker} is gone and holds slots"
         for name, workers in holding.items()
         for worker in workers
-        if worker not in living and worker != "transfer"
+        if worker not in living and worker not in INTERNAL_HOLDERS
     ]
 
 

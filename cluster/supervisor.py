@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 
 from forecache.cluster.autoscaling import memory_nodes
-from forecache.cluster.tiers import Tiers, actor_names
+from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.tier import TierSettings, gives_memory, start_tier
 
@@ -116,7 +116,3 @@ class Supervisor:
                 if worker not in INTERNAL_HOLDERS:
                     logger.info("worker %s is gone: %s reclaims what it held", worker, name)
                     tiers[name].release_worker.remote(worker)
-
-
-INTERNAL_HOLDERS = frozenset({"transfer"})
-"""Holders that are no workers, but the tier itself."""

@@ -15,6 +15,9 @@ from forecache.workers.decode.settings import actor_name
 
 logger = logging.getLogger(__name__)
 
+INTERNAL_HOLDERS = frozenset({"transfer"})
+"""Holders that are no workers, but the tier itself."""
+
 
 @dataclass(frozen=True)
 class Tiers:

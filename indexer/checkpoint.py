@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from forecache.indexer.encoder import EncoderShape, MemoryIndexer
 from forecache.indexer.index_keys import Head, IndexSpec
+from forecache.indexer.manifest import same_family
 from forecache.indexer.queries import QueryProjection
 from forecache.indexer.shards import Recording, ShardManifest
 
@@ -93,16 +94,13 @@ class CheckpointManifest(BaseModel):
     @property
     def index_spec(self) -> IndexSpec:
         """Records of the keys that the checkpoint scores, with its own query heads."""
-        group = self.attention_heads // self.kv_heads
-        return IndexSpec(
-            kind="tokens",
-            query_heads=self.query_heads,
-            kv_heads=self.index_kv_heads,
-            query_to_kv=tuple(self.index_kv_heads.index((layer, head // group)) for layer, head in self.query_heads),
+        return IndexSpec.of_heads(
+            self.query_heads,
+            self.index_kv_heads,
+            group=self.attention_heads // self.kv_heads,
             head_dim=self.head_dim,
             chunk_tokens=self.chunk_tokens,
             scale=self.scale,
-            dtype=torch.int8,
         )
 
     def differences(self, model: ShardManifest | dict[str, object]) -> list[str]:
@@ -115,7 +113,7 @@ class CheckpointManifest(BaseModel):
         compared = [name for name in MODEL_FACTS if name in facts]
         different = [name for name in compared if getattr(self, name) != facts[name]]
         names = (self.model_name, str(facts.get("model_name", "")))
-        if facts.get("weights_fingerprint") != self.weights_fingerprint and not _same_family(*names):
+        if facts.get("weights_fingerprint") != self.weights_fingerprint and not same_family(*names):
             different.append("model_name")
         return different
 
@@ -190,12 +188,6 @@ def load_manifest(path: Path) -> CheckpointManifest:
         raise CheckpointError(f"can't read the indexer's manifest {beside}: {error.strerror}") from error
     except ValidationError as error:
         raise CheckpointError(f"{beside} is not an indexer's manifest: {error}") from error
-
-
-def _same_family(one: str, other: str) -> bool:
-    """Whether the last part of one name begins with the other's, whatever the case."""
-    one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
-    return bool(one and other) and (one.startswith(other) or other.startswith(one))
 
 
 def _indexer(

@@ -75,6 +75,29 @@ class IndexSpec:
         )
 
     @classmethod
+    def of_heads(
+        cls,
+        query_heads: tuple[Head, ...],
+        kv_heads: tuple[Head, ...],
+        *,
+        group: int,
+        head_dim: int,
+        chunk_tokens: int,
+        scale: float,
+    ) -> Self:
+        """int8 keys of every token of ``kv_heads``, in their order, each read by ``group`` query heads of the model."""
+        return cls(
+            kind="tokens",
+            query_heads=query_heads,
+            kv_heads=kv_heads,
+            query_to_kv=tuple(kv_heads.index((layer, head // group)) for layer, head in query_heads),
+            head_dim=head_dim,
+            chunk_tokens=chunk_tokens,
+            scale=scale,
+            dtype=torch.int8,
+        )
+
+    @classmethod
     def bounds(
         cls,
         layers: int,

@@ -111,7 +111,7 @@ class RetrievalManifest(BaseModel):
         if self.weights_fingerprint and weights_fingerprint:
             if self.weights_fingerprint != weights_fingerprint:
                 differences.append("the weights differ")
-        elif self.model_name and model_name and not _same_family(self.model_name, model_name):
+        elif self.model_name and model_name and not same_family(self.model_name, model_name):
             differences.append(f"model_name is {model_name}, the manifest's {self.model_name}")
         return differences
 
@@ -162,7 +162,8 @@ def _packaged() -> Iterator[RetrievalManifest]:
         yield RetrievalManifest.model_validate_json(file.read_text(encoding="utf-8"))
 
 
-def _same_family(one: str, other: str) -> bool:
-    """Whether the last part of one name, path or hub id begins with the other's, whatever the case."""
+def same_family(one: str, other: str) -> bool:
+    """Whether the last part of one name, path or hub id begins with the other's, whatever the case. No name is of
+    none."""
     one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
-    return one.startswith(other) or other.startswith(one)
+    return bool(one and other) and (one.startswith(other) or other.startswith(one))

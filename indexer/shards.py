@@ -97,16 +97,13 @@ class ShardManifest(RecordingManifest):
     @property
     def index_spec(self) -> IndexSpec:
         """The records' bytes, and which of their KV heads each query head reads."""
-        group = self.attention_heads // self.kv_heads
-        return IndexSpec(
-            kind="tokens",
-            query_heads=self.query_heads,
-            kv_heads=self.index_kv_heads,
-            query_to_kv=tuple(self.index_kv_heads.index((layer, head // group)) for layer, head in self.query_heads),
+        return IndexSpec.of_heads(
+            self.query_heads,
+            self.index_kv_heads,
+            group=self.attention_heads // self.kv_heads,
             head_dim=self.head_dim,
             chunk_tokens=self.chunk_tokens,
             scale=self.scale,
-            dtype=torch.int8,
         )
 
     @property
