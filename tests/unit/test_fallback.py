@@ -284,6 +284,26 @@ def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: lis
     assert tokens[64][:same] == tokens[chunks][:same]
 
 
+def test_an_answer_that_began_to_be_streamed_is_gone_on_with(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path
+) -> None:
+    """What was decoded before that is decoded again, and so is what was streamed since."""
+    chunks = -(-(len(prompts[2]) + TOKENS) // CHUNK)
+    with opened(tiny_model, arena_dir, at_first(1), keep_ratio=0.58, hot_chunks=chunks) as llm:
+        tokens: dict[str, list[int]] = {}
+        for name, sent in (("whole", 0), ("resumed", 30)):
+            sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+            resume = tuple(tokens["whole"][:sent]) if sent else ()
+            llm.engine.add_request(GenerateRequest(name, tuple(prompts[2]), sampling, CacheOptions(), resume))
+            (seq,) = llm.engine._sequences.values()
+            tokens[name] = list(resume)
+            while not llm.engine.idle:
+                tokens[name] += [token for event in llm.engine.step() for token in event.token_ids]
+                assert seq.awaited_tokens <= 1
+            assert seq.streamed
+        assert tokens["resumed"] == tokens["whole"] and len(tokens["whole"]) == TOKENS
+
+
 def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
     def only_of_one(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return unlooked_for(scores) if len(scores) > 15 else none(scores)

@@ -22,7 +22,7 @@ from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.prompt_logprobs import score, targets_of
 from forecache.workers.decode.running_step import CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import sample
-from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture, Plan
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -189,7 +189,7 @@ class DeepseekV4Runner:
                 wanted = self._wanted(seq, span.start, span.stop)
                 streams.append(self._layout.stream(part, len(tokens), wanted, probe))
                 scored_rows += range(len(tokens), len(tokens) + len(targets_of(part)))
-                if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
+                if part.draws:
                     sampled.append(seq)
                     logits_rows.append(len(tokens) + count - 1)
             if span.start >= len(seq.token_ids):

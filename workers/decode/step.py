@@ -9,7 +9,7 @@ import torch
 from forecache.indexer.protocol import StepState
 from forecache.workers.decode.messages import TokenLogprobs
 from forecache.workers.decode.prompt_logprobs import Scored
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.sequence import Sequence, State
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,13 @@ class StreamPart:
     sequence: Sequence
     tokens: int
     probe: int = 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token is drawn behind the last of them: where the prompt ends, and in every step of the answer,
+        known already or not. To be asked before the step is accounted for."""
+        seq = self.sequence
+        return seq.state is not State.PREFILL or seq.num_computed + self.tokens >= seq.prefill_target
 
 
 @dataclass(frozen=True)
