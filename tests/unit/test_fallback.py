@@ -20,7 +20,8 @@ from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.decode.budgets import measure
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.step import Captured
+from forecache.workers.decode.running_step import RunningStep
+from forecache.workers.decode.step import Captured, Plan
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.llm import LLM
 
@@ -326,6 +327,34 @@ def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list
                 llm.engine.check_integrity()
             assert streamed == {"streamed"}
             assert [tokens["a"], tokens["b"]] == expected
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_step_that_is_aborted_costs_nobody_the_prediction_it_was_to_bring(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, fallback: bool
+) -> None:
+    """One client leaves while a long step runs in which others ask what to keep: they ask again."""
+    with opened(tiny_model, arena_dir, lambda _, scores: none(scores), fallback=fallback, hot_chunks=200) as llm:
+        [expected] = generate(llm, [prompts[2]])
+        engine, aborted = llm.engine, list[Plan]()
+        launch = engine._runner.launch
+
+        def leave(plan: Plan, is_aborted: Callable[[], bool]) -> RunningStep:
+            if plan.captures and plan.streams and not aborted:
+                aborted.append(plan)
+                engine.cancel("leaving")
+            return launch(plan, is_aborted)
+
+        engine._runner.launch = leave  # type: ignore[method-assign]
+        add(llm, "staying", prompts[2])
+        tokens: list[int] = []
+        for _ in range(20 * TOKENS):
+            tokens += [token for event in engine.step() for token in event.token_ids if event.request_id == "staying"]
+            if tokens and not aborted and "leaving" not in engine._sequences:
+                add(llm, "leaving", prompts[2][1:] * 4)
+            if engine.idle:
+                break
+        assert aborted and tokens == expected.token_ids
 
 
 workload = st.lists(
