@@ -121,8 +121,8 @@ class StepOutput:
 class DecodeRow:
     """One row of a decode step, on the host. ``token`` is -1 while the host does not know it: then it is the one drawn
     in row ``source`` of the step before. ``table`` are the slots to read, ``context_len`` tokens in all, this one
-    included; ``version`` changes when ``table`` does, and differs between sequences. ``line``: where its hidden states
-    are kept, see :mod:`.hidden_history`."""
+    included; ``version``, a holder's name and a number, changes when ``table`` does, and is never another sequence's,
+    nor that of another try. ``line``: where its hidden states are kept, see :mod:`.hidden_history`."""
 
     token: int
     source: int
@@ -131,7 +131,7 @@ class DecodeRow:
     offset: int
     context_len: int
     table: npt.NDArray[np.int32]
-    version: tuple[str, int, int]
+    version: tuple[str, int]
     line: int = 0
 
 
