@@ -250,12 +250,15 @@ class DeepseekV4Runner:
         return sorted(wanted)
 
     def _keep_snapshots(self, plan: Plan, streams: Seq[V4Stream]) -> None:
-        """Of each sequence those of its newest step that took any."""
+        """Of each sequence those of its newest step that took any. A decode step may come to nothing, since the token
+        before it turns out to be the last: until the next one the newest older snapshot stays too."""
         for seq in plan.decode:
-            stop = seq.num_computed + 1
+            stop, kept = seq.num_computed + 1, self._snapshots.get(seq.request_id, {})
+            while len(kept) > 1:
+                del kept[min(kept)]
             if self._wanted(seq, stop - 1, stop):
-                line = self._states.line(seq, stop)
-                self._snapshots[seq.request_id] = {stop: self._states.snapshot(line, stop)}
+                kept[stop] = self._states.snapshot(self._states.line(seq, stop), stop)
+                self._snapshots[seq.request_id] = kept
         for part, stream in zip(plan.streams, streams, strict=True):
             if stream.kept:
                 self._snapshots[part.sequence.request_id] = stream.snapshots()
