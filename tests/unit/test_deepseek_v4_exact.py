@@ -286,6 +286,43 @@ def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForC
     assert other.stats.cached_tokens == 3 * CHUNK_TOKENS
 
 
+def test_a_step_that_came_to_nothing_costs_no_session_its_state(
+    path: Path, model: DeepseekV4ForCausalLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is launched before the last token is read, and completes a chunk that the answer does not have."""
+    prompt = prompt_of(4 * CHUNK_TOKENS - 4, seed=12)
+    with open_llm(path, overlap_steps=True) as llm:
+        [whole] = llm.generate([prompt], max_tokens=8, ignore_eos=True, cache_salt="another")
+        end = whole.token_ids[3]
+        assert end not in whole.token_ids[:3], "it ends earlier"
+        monkeypatch.setattr(llm.engine._answers, "_eos", frozenset({end}))
+        [first] = llm.generate([prompt], max_tokens=8, session_id="talk")
+        assert first.token_ids == whole.token_ids[:4]
+        settle(llm)
+        llm.engine.pool.evict_all()
+        turn = prompt + first.token_ids + prompt_of(40, seed=7)
+        [answer] = check(llm, model, [turn], 8, session_id="talk")
+        assert answer.stats.cached_tokens == 3 * CHUNK_TOKENS
+
+
+def test_a_session_names_the_states_that_are_stored_alone(
+    llm: LLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named: list[Sequence[bytes]] = []
+
+    def record(session_id: str, keys: Sequence[bytes], state_keys: Sequence[bytes]) -> None:
+        named.append(state_keys)
+
+    monkeypatch.setattr(llm.memory, "record_session", record)
+    runner = llm.engine._runner
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(runner, "snapshot", lambda seq, stop: None)
+        llm.generate([prompt_of(300, seed=13 + kept)], max_tokens=2, ignore_eos=True, session_id="talk")
+        settle(llm)
+        assert set(named[-1]) <= set(llm.memory._stored) and bool(named[-1]) == kept
+
+
 def test_a_damaged_state_costs_tokens_and_nothing_else(
     llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
 ) -> None:

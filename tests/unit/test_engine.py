@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.decode.model_runner import ModelRunner
+from forecache.workers.decode.step import DecodeRow
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.completions import RecallItem
@@ -91,6 +93,30 @@ def test_one_by_one(tiny_model: Path, prompts: list[list[int]], expected: list[l
 def test_in_one_batch(tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]) -> None:
     with open_llm(tiny_model) as llm:
         assert run(llm, prompts) == expected
+
+
+def test_a_request_id_that_comes_again_names_another_sequence(
+    tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    """What is kept on the device for one is not taken for the other's."""
+    with open_llm(tiny_model) as llm:
+        runner, tables = llm.engine._runner, dict[object, bytes]()
+        assert isinstance(runner, ModelRunner)
+        decode_row = runner._decode_row
+
+        def noted(seq: Any) -> DecodeRow:
+            row = decode_row(seq)
+            assert tables.setdefault(row.version, row.table.tobytes()) == row.table.tobytes()
+            return row
+
+        runner._decode_row = noted  # type: ignore[method-assign]
+        for prompt, answer in zip(prompts, expected, strict=True):
+            sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+            llm.engine.add_request(GenerateRequest("again", tuple(prompt), sampling))
+            tokens: list[int] = []
+            while not llm.engine.idle:
+                tokens += [token for event in llm.engine.step() for token in event.token_ids]
+            assert tokens == answer[:4]
 
 
 def test_after_every_hot_slot_was_evicted(

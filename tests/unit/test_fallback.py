@@ -20,7 +20,8 @@ from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.decode.budgets import measure
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.step import Captured
+from forecache.workers.decode.running_step import RunningStep
+from forecache.workers.decode.step import Captured, Plan
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.llm import LLM
 
@@ -284,6 +285,26 @@ def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: lis
     assert tokens[64][:same] == tokens[chunks][:same]
 
 
+def test_an_answer_that_began_to_be_streamed_is_gone_on_with(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path
+) -> None:
+    """What was decoded before that is decoded again, and so is what was streamed since."""
+    chunks = -(-(len(prompts[2]) + TOKENS) // CHUNK)
+    with opened(tiny_model, arena_dir, at_first(1), keep_ratio=0.58, hot_chunks=chunks) as llm:
+        tokens: dict[str, list[int]] = {}
+        for name, sent in (("whole", 0), ("resumed", 30)):
+            sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+            resume = tuple(tokens["whole"][:sent]) if sent else ()
+            llm.engine.add_request(GenerateRequest(name, tuple(prompts[2]), sampling, CacheOptions(), resume))
+            (seq,) = llm.engine._sequences.values()
+            tokens[name] = list(resume)
+            while not llm.engine.idle:
+                tokens[name] += [token for event in llm.engine.step() for token in event.token_ids]
+                assert seq.awaited_tokens <= 1
+            assert seq.streamed
+        assert tokens["resumed"] == tokens["whole"] and len(tokens["whole"]) == TOKENS
+
+
 def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
     def only_of_one(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return unlooked_for(scores) if len(scores) > 15 else none(scores)
@@ -306,6 +327,34 @@ def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list
                 llm.engine.check_integrity()
             assert streamed == {"streamed"}
             assert [tokens["a"], tokens["b"]] == expected
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_a_step_that_is_aborted_costs_nobody_the_prediction_it_was_to_bring(
+    tiny_model: Path, prompts: list[list[int]], arena_dir: Path, fallback: bool
+) -> None:
+    """One client leaves while a long step runs in which others ask what to keep: they ask again."""
+    with opened(tiny_model, arena_dir, lambda _, scores: none(scores), fallback=fallback, hot_chunks=200) as llm:
+        [expected] = generate(llm, [prompts[2]])
+        engine, aborted = llm.engine, list[Plan]()
+        launch = engine._runner.launch
+
+        def leave(plan: Plan, is_aborted: Callable[[], bool]) -> RunningStep:
+            if plan.captures and plan.streams and not aborted:
+                aborted.append(plan)
+                engine.cancel("leaving")
+            return launch(plan, is_aborted)
+
+        engine._runner.launch = leave  # type: ignore[method-assign]
+        add(llm, "staying", prompts[2])
+        tokens: list[int] = []
+        for _ in range(20 * TOKENS):
+            tokens += [token for event in engine.step() for token in event.token_ids if event.request_id == "staying"]
+            if tokens and not aborted and "leaving" not in engine._sequences:
+                add(llm, "leaving", prompts[2][1:] * 4)
+            if engine.idle:
+                break
+        assert aborted and tokens == expected.token_ids
 
 
 workload = st.lists(

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import torch
 
-from forecache.workers.errors import ChunkLostError
+from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
 from forecache.workers.memory import prefetcher as prefetcher_module
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
@@ -19,7 +19,8 @@ from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
 from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.protocol import Reservation, SlotRef
+from forecache.workers.memory.protocol import OtherNodes, PendingLayer, Reservation, SlotRef
+from forecache.workers.memory.share import Share
 from forecache.workers.memory.store import ArenaStore
 
 HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -31,14 +32,40 @@ def key_of(number: int) -> ChunkKey:
     return number.to_bytes(16, "little")
 
 
+class RoomElsewhere:
+    """Other nodes that promise room, and need not give any: what is spread here has its chunks in the arena."""
+
+    def spread(self, holder: str, chunks: int) -> None:
+        pass
+
+    def promise_rest(self, holder: str) -> Share:
+        return Share(stays=1000, at_once=4)
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        raise AssertionError("nothing is too much for the arena")
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        raise AssertionError("nothing lies elsewhere")
+
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> PendingLayer:
+        raise AssertionError("nothing lies elsewhere")
+
+
 class WatchedStore(ArenaStore):
-    """Tells what was asked of it, and lets a test hold up the copy thread: with the release of GATE."""
+    """Tells what was asked of it, refuses what it is to refuse, and lets a test hold up the copy thread: with the
+    release of GATE."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena)
         self.reserved: list[tuple[str, int]] = []
         self.committed: list[int] = []
         self.entered, self.gate = threading.Event(), threading.Event()
+        self.refusals: list[ForecacheError] = []
+        self.nodes: RoomElsewhere | None = None
+
+    @property
+    def others(self) -> OtherNodes | None:  # type: ignore[override]
+        return self.nodes
 
     def release(self, holder: str) -> None:
         if holder == GATE:
@@ -48,6 +75,8 @@ class WatchedStore(ArenaStore):
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         self.reserved.append((holder, len(keys)))
+        if self.refusals:
+            raise self.refusals.pop(0)
         return super().reserve(holder, keys)
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
@@ -58,7 +87,7 @@ class WatchedStore(ArenaStore):
 class Bench:
     """A pool whose slot n is filled with n + 1, a store of ``places``, and the prefetcher between them."""
 
-    def __init__(self, directory: str, places: int, slots: int, cold: ChunkLayout) -> None:
+    def __init__(self, directory: str, places: int, slots: int, cold: ChunkLayout, *, spread: bool = False) -> None:
         arena = Arena.create(
             Path(directory),
             "prefetcher",
@@ -72,6 +101,7 @@ class Bench:
         for slot in range(slots):
             self.pool.memory[slot] = slot + 1
         self.store = WatchedStore(arena)
+        self.store.nodes = RoomElsewhere() if spread else None
         self.prefetcher = Prefetcher(self.pool, self.store, lambda slot: self.pool.memory[slot, :8], cold)
         self.seen: list[Completion] = []
         self.released: list[str] = []
@@ -118,9 +148,11 @@ class Bench:
 
 
 @contextmanager
-def open_bench(places: int = 40, slots: int = 40, cold_dtype: Literal["auto", "fp8"] = "auto") -> Iterator[Bench]:
+def open_bench(
+    places: int = 40, slots: int = 40, cold_dtype: Literal["auto", "fp8"] = "auto", *, spread: bool = False
+) -> Iterator[Bench]:
     with TemporaryDirectory(prefix="prefetcher-test-", dir="/dev/shm") as directory:
-        bench = Bench(directory, places, slots, cold_layout(HOT, cold_dtype))
+        bench = Bench(directory, places, slots, cold_layout(HOT, cold_dtype), spread=spread)
         yield bench
         bench.close()
 
@@ -293,6 +325,20 @@ def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:
         ]
 
 
+def test_a_chunk_that_has_waited_for_room_is_written_again_when_its_place_is_lost() -> None:
+    with open_bench(spread=True) as bench:
+        bench.prefetcher.hold_prefix("a", [], chunks=bench.store.arena.slots + 1)
+        [held] = bench.done()
+        assert isinstance(held, PrefixHeld) and held.share is not None
+        bench.store.refusals = [*[OverloadedError("others are leaving")] * 5, *[ChunkLostError("no answer")] * 3]
+        bench.write_back("a", [0])
+        news: list[Completion] = []
+        while not news:
+            assert bench.prefetcher.wait(WAIT_S)
+            news = bench.prefetcher.drain()
+        assert numbers_of(news) == [0] and bench.store.refusals == []
+
+
 def test_what_breaks_the_thread_is_raised_where_it_is_drained() -> None:
     with open_bench() as bench:
 
@@ -316,3 +362,46 @@ def test_closing_finishes_what_was_posted() -> None:
             bench.prefetcher.close()
         assert len(numbers_of(bench.prefetcher.drain())) == 20
         assert bench.store.stats().held_slots == 0
+
+
+def test_closing_searches_for_those_that_wait_for_what_is_stored_before_them() -> None:
+    """A sequence that starts over while write-backs are under way: it has left when they are done."""
+    with open_bench() as bench:
+        bench.store.promise("leaving", 3)
+        with bench.held_up():
+            bench.write_back("leaving", range(20))
+            bench.prefetcher.hold_prefix("starts over", [key_of(0), key_of(1)], chunks=2, after_stores=True)
+            bench.prefetcher.release("starts over")
+            bench.prefetcher.release("leaving")
+            threading.Timer(0, bench.store.gate.set).start()
+            bench.prefetcher.close()
+        news = bench.prefetcher.drain()
+        assert [len(done.refs) for done in news if isinstance(done, PrefixHeld)] == [2]
+        assert bench.store.holders() == []
+
+
+def test_closing_finishes_what_waits_for_promised_room() -> None:
+    with open_bench(spread=True) as bench:
+        bench.prefetcher.hold_prefix("a", [], chunks=bench.store.arena.slots + 1)
+        bench.done()
+        with bench.held_up():
+            bench.store.refusals = [OverloadedError("others are leaving") for _ in range(5)]
+            bench.write_back("a", range(3))
+            bench.prefetcher.release("a")
+            threading.Timer(0, bench.store.gate.set).start()
+            bench.prefetcher.close()
+        assert sorted(numbers_of(bench.prefetcher.drain())) == [0, 1, 2]
+        assert bench.store.holders() == [] and bench.store.refusals == []
+
+
+def test_closing_raises_what_nobody_has_heard_of() -> None:
+    with open_bench() as bench:
+
+        def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            raise RuntimeError("a bug")
+
+        bench.store.reserve = broken  # type: ignore[method-assign]
+        bench.write_back("a", [0])
+        with pytest.raises(RuntimeError, match="a bug"):
+            bench.prefetcher.close()
+        bench.prefetcher.close()

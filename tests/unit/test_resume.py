@@ -69,6 +69,26 @@ def test_another_engine_goes_on_where_one_stopped(
         llm.engine.check_integrity()
 
 
+@pytest.mark.parametrize("sent", [1, 20])
+def test_what_is_streamed_through_a_small_pool_is_gone_on_with(
+    tiny_model: Path, prompts: list[list[int]], sent: int
+) -> None:
+    """Its answer so far was made over its whole past: nothing of it has to be decoded again."""
+    settings: dict[str, Any] = {"late_policy": "wait", "hot_bytes": 16 * CHUNK_BYTES}
+    with open_llm(tiny_model, **settings) as llm:
+        whole = tokens_of(llm, request_for(prompts[2], 40, keep_ratio=0.5))
+        request = request_for(prompts[2], 40, tuple(whole[:sent]), keep_ratio=0.5)
+        llm.engine.add_request(request)
+        (seq,) = llm.engine._sequences.values()
+        steps, resumed = 0, list[int]()
+        while not llm.engine.idle:
+            events = llm.engine.step()
+            assert seq.replayed_tokens == 0
+            steps += any(event.token_ids for event in events)
+            resumed += [token for event in events for token in event.token_ids]
+        assert seq.streamed and whole[:sent] + resumed == whole and steps == 40 - sent
+
+
 def test_where_runs_need_not_be_reproducible_the_beginning_is_prefilled(
     tiny_model: Path, prompts: list[list[int]]
 ) -> None:

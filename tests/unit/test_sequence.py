@@ -70,6 +70,19 @@ def test_a_chunk_with_an_approximate_token_is_private_and_so_are_those_after_it(
     assert len(set(keys(mine))) == 5
 
 
+def test_no_prompt_spells_the_name_of_private_chunks() -> None:
+    """Token ids of bytes, and a chunk of as many tokens as the name has letters."""
+    holder = "a holder"
+    mine, other = sequence(3 * CHUNK, holder=holder), sequence(4 * CHUNK)
+    other.token_ids[CHUNK:] = [*f"private {holder}".encode(), *mine.token_ids[CHUNK:]]
+    compute(mine, CHUNK)
+    mine.open_exact = False
+    compute(mine, CHUNK)
+    compute(other, 3 * CHUNK)
+    assert len(other.token_ids) == 4 * CHUNK and keys(mine)[0] == keys(other)[0]
+    assert keys(mine)[1] not in keys(other)
+
+
 def test_the_same_holder_finds_its_private_chunks_again() -> None:
     twice = [sequence(100, holder="session") for _ in range(2)]
     for seq in twice:

@@ -22,7 +22,7 @@ from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.prompt_logprobs import score, targets_of
 from forecache.workers.decode.running_step import CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import sample
-from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture, Plan
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
@@ -189,7 +189,7 @@ class DeepseekV4Runner:
                 wanted = self._wanted(seq, span.start, span.stop)
                 streams.append(self._layout.stream(part, len(tokens), wanted, probe))
                 scored_rows += range(len(tokens), len(tokens) + len(targets_of(part)))
-                if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
+                if part.draws:
                     sampled.append(seq)
                     logits_rows.append(len(tokens) + count - 1)
             if span.start >= len(seq.token_ids):
@@ -250,12 +250,15 @@ class DeepseekV4Runner:
         return sorted(wanted)
 
     def _keep_snapshots(self, plan: Plan, streams: Seq[V4Stream]) -> None:
-        """Of each sequence those of its newest step that took any."""
+        """Of each sequence those of its newest step that took any. A decode step may come to nothing, since the token
+        before it turns out to be the last: until the next one the newest older snapshot stays too."""
         for seq in plan.decode:
-            stop = seq.num_computed + 1
+            stop, kept = seq.num_computed + 1, self._snapshots.get(seq.request_id, {})
+            while len(kept) > 1:
+                del kept[min(kept)]
             if self._wanted(seq, stop - 1, stop):
-                line = self._states.line(seq, stop)
-                self._snapshots[seq.request_id] = {stop: self._states.snapshot(line, stop)}
+                kept[stop] = self._states.snapshot(self._states.line(seq, stop), stop)
+                self._snapshots[seq.request_id] = kept
         for part, stream in zip(plan.streams, streams, strict=True):
             if stream.kept:
                 self._snapshots[part.sequence.request_id] = stream.snapshots()

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 
 from transformers import PreTrainedTokenizerBase
 
@@ -345,6 +346,5 @@ class Engine:
         while self._leaving:
             self._prefetcher.wait(IDLE_WAIT_S)
             self._absorb()
-        self._prefetcher.close()
-        if self._registered is not None:
-            self._registered.close()
+        with self._registered or nullcontext():
+            self._prefetcher.close()

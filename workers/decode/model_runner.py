@@ -23,7 +23,7 @@ from forecache.workers.decode.prompt_logprobs import Scored, score, targets_of
 from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
 from forecache.workers.decode.sampler import draw_rows, sample
-from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.stateless import Stateless
 from forecache.workers.decode.step import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena import Arena
@@ -232,7 +232,7 @@ class ModelRunner(Stateless):
             offset=offset,
             context_len=(len(table) - 1) * seq.chunk_tokens + offset + 1,
             table=table,
-            version=(seq.request_id, seq.restarts, seq.table_version),
+            version=(seq.holder, seq.table_version),  # request ids come again
             line=self._line(seq),
         )
 
@@ -259,7 +259,7 @@ class ModelRunner(Stateless):
             if self._histories is not None:
                 line, positions_kept = self._histories.begin(seq, span.start, span.stop)
                 kept += [(start + i - span.start, line, i) for i in positions_kept]
-            if span.stop >= (seq.prefill_target if seq.state is State.PREFILL else len(seq.token_ids)):
+            if part.draws:
                 sampled.append(seq)
                 logits_rows.append(len(tokens) - 1)
             scored_rows += range(start, start + len(targets_of(part)))

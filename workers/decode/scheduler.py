@@ -89,7 +89,9 @@ class Scheduler:
     def add(self, seq: Sequence, *, first: bool = False) -> None:
         """Queue ``seq``, of which nothing is computed. What another worker, or another try, has decoded of it over
         partial sets is decoded again where runs shall be reproducible; else it is prefilled: quicker, and exact."""
-        if self._config.late_policy == "wait" and self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks:
+        self._reserve(seq)
+        partial = not seq.streamed and self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
+        if partial and self._config.late_policy == "wait":
             seq.replay()
         if first:
             self.waiting.appendleft(seq)
@@ -108,7 +110,6 @@ class Scheduler:
         ``releasing_slots`` of the arena are still promised to sequences that have left."""
         while self.waiting and len(self.running) < self._config.max_batch_size:
             seq = self.waiting[0]
-            self._reserve(seq)
             together = [*self.running, seq]
             slots = sum(other.reserved_slots for other in together)
             cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in together)

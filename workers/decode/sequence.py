@@ -16,6 +16,10 @@ from forecache.workers.memory.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.share import Share, share_of
 
+PRIVATE_MARK = -2
+"""No token id, and not ``STATE_MARK`` of :mod:`forecache.workers.memory.states`: no chunk has the key that private ones
+follow."""
+
 
 class State(Enum):
     """Where a sequence is. It only moves forward, but for a restart after a lost chunk."""
@@ -243,7 +247,7 @@ class Sequence:
         """What was decoded over a partial resident set must not meet anybody else's prefix."""
         session_id = self.cache.session_id
         owner = self.holder if session_id is None else f"session {session_id}"
-        return child_key(parent, [ord(c) for c in f"private {owner}"])
+        return child_key(parent, [PRIVATE_MARK, *map(ord, f"private {owner}")])
 
     def complete_chunk(self, known: ChunkKey | None = None, *, exact: bool = True) -> Chunk:
         """The tokens of the first open chunk are all computed: name it and add it to the chunks.

@@ -43,11 +43,11 @@ class Snapshots:
             self._store(seq, chunk)
 
     def ended(self, seq: Sequence) -> list[ChunkKey]:
-        """The session of ``seq`` will go on behind its last chunk: store that state; keys to keep for it."""
+        """The session of ``seq`` will go on behind its last chunk: store that state; keys to keep for it, none where
+        that state was not kept."""
         if self.layout is None or not seq.chunks or not seq.state_slots:
             return []
-        self._store(seq, seq.chunks[-1])
-        return self.layout.keys(seq.chunks[-1].key)
+        return self._store(seq, seq.chunks[-1])
 
     def resume(self, seq: Sequence, state: Seq[SlotRef]) -> None:
         """Go on with ``seq`` behind the chunks that were found, with the ``state`` found behind them; if that can't be
@@ -70,8 +70,11 @@ class Snapshots:
         assert chunk.ref is not None
         return self._prefetcher.checks_late and not self._arena.check(chunk.ref, chunk.key)
 
-    def _store(self, seq: Sequence, chunk: Chunk) -> None:
+    def _store(self, seq: Sequence, chunk: Chunk) -> list[ChunkKey]:
+        """Store the state of ``seq`` behind ``chunk``, if the runner has it; under which keys."""
         assert self.layout is not None
         snapshot = self._runner.snapshot(seq, (chunk.number + 1) * seq.chunk_tokens)
-        if snapshot is not None:
-            self._prefetcher.store_state(self.layout, seq.holder, chunk.key, snapshot)
+        if snapshot is None:
+            return []
+        self._prefetcher.store_state(self.layout, seq.holder, chunk.key, snapshot)
+        return self.layout.keys(chunk.key)

@@ -9,7 +9,7 @@ import torch
 from forecache.indexer.protocol import StepState
 from forecache.workers.decode.messages import TokenLogprobs
 from forecache.workers.decode.prompt_logprobs import Scored
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.sequence import Sequence, State
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,13 @@ class StreamPart:
     sequence: Sequence
     tokens: int
     probe: int = 0
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token is drawn behind the last of them: where the prompt ends, and in every step of the answer,
+        known already or not. To be asked before the step is accounted for."""
+        seq = self.sequence
+        return seq.state is not State.PREFILL or seq.num_computed + self.tokens >= seq.prefill_target
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ class StepOutput:
 class DecodeRow:
     """One row of a decode step, on the host. ``token`` is -1 while the host does not know it: then it is the one drawn
     in row ``source`` of the step before. ``table`` are the slots to read, ``context_len`` tokens in all, this one
-    included; ``version`` changes when ``table`` does, and differs between sequences. ``line``: where its hidden states
-    are kept, see :mod:`.hidden_history`."""
+    included; ``version``, a holder's name and a number, changes when ``table`` does, and is never another sequence's,
+    nor that of another try. ``line``: where its hidden states are kept, see :mod:`.hidden_history`."""
 
     token: int
     source: int
@@ -124,7 +131,7 @@ class DecodeRow:
     offset: int
     context_len: int
     table: npt.NDArray[np.int32]
-    version: tuple[str, int, int]
+    version: tuple[str, int]
     line: int = 0
 
 

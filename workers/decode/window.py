@@ -93,13 +93,16 @@ class WindowCycle:
         """What a prediction for ``seq`` needs of the coming step, in which it is row ``row``; ``None``: nothing."""
         if seq.policy != "lookahead" or not self._due(seq):
             return None
-        self._asked[seq] = self._boundaries[seq]
         return make_capture(row, seq, self._boundaries[seq], self._pool, self._history_steps)
 
     def stepped(self, seq: Sequence) -> None:
-        """A decode step of ``seq`` was launched: policies that need no prediction choose, when it is time."""
+        """A decode step of ``seq`` was launched: queries will come, or policies without predictions choose, if due."""
         seq.decode_steps += 1
-        if seq.policy != "lookahead" and self._due(seq, done=True):
+        if not self._due(seq, done=True):
+            return
+        if seq.policy == "lookahead":
+            self._asked[seq] = self._boundaries[seq]
+        else:
             self._turns[seq] = Turn(self._boundaries[seq], len(seq.chunks))
             self._choose(seq, self._turns[seq], None)
 
@@ -130,8 +133,7 @@ class WindowCycle:
 
     def poll(self, seq: Sequence) -> None:
         """At a step's edge: take an answered prediction further, swap a set whose boundary is here."""
-        turn = self._turns.get(seq)
-        if turn is None:
+        if (turn := self._turns.get(seq)) is None:
             return
         if turn.future is not None and turn.future.done():
             self._answered(seq, turn, turn.future)
@@ -210,8 +212,7 @@ class WindowCycle:
         window = self.budgets.window_steps(seq)
         previous = boundary // 2 if boundary <= window else boundary - window
         lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
-        ask = max(previous, boundary - lead)
-        return seq.decode_steps + (0 if done else 1) >= ask
+        return seq.decode_steps + (0 if done else 1) >= max(previous, boundary - lead)
 
     def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> None:
         """Take in what was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
@@ -306,8 +307,7 @@ class WindowCycle:
         if len(cold) > self._pool.available - (len(turn.wanted) - len(cold)):
             return
         for number in turn.wanted:
-            slot = self._pool.lookup(seq.chunks[number].key)
-            if slot is not None:
+            if (slot := self._pool.lookup(seq.chunks[number].key)) is not None:
                 turn.incoming[number] = self._pool.acquire(slot)
         for number in cold:
             chunk, slot = seq.chunks[number], self._pool.allocate()

@@ -54,7 +54,6 @@ class FarChunks:
         self._failed = failed
         self._sequences: dict[str, _Sequence] = {}
         self._lock = threading.Lock()
-        self._quiet = threading.Condition(self._lock)
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="forecache-fetch")
         self._moving = ThreadPoolExecutor(1, thread_name_prefix="forecache-move-out")
 
@@ -114,10 +113,9 @@ class FarChunks:
         self._fetching.submit(self._run, lambda: self._recall(ticket, holder, items, copy, chunk_bytes))
 
     def flush(self) -> None:
-        """Wait until nothing is on its way."""
+        """Wait until what is on its way has arrived, and what was deferred until then is posted again."""
         self._fetching.submit(lambda: None).result()
-        with self._quiet:
-            self._quiet.wait_for(lambda: not any(seq.moving for seq in self._sequences.values()))
+        self._moving.submit(lambda: None).result()
 
     def close(self) -> None:
         """Finish what is on its way."""
@@ -180,9 +178,8 @@ class FarChunks:
 
     def _resume(self, seq: _Sequence, after_s: float = 0.0) -> None:
         time.sleep(after_s)
-        with self._quiet:
+        with self._lock:
             seq.moving = False
             deferred, seq.deferred = seq.deferred, []
-            self._quiet.notify_all()
         for job in deferred:
             job()

@@ -1,5 +1,6 @@
 """Finds stored prefixes and asks for room, in a thread of its own: both may wait for other nodes."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.share import Share
 from forecache.workers.memory.states import StateLayout
+
+logger = logging.getLogger(__name__)
 
 PROMISE_WAIT_S, PROMISE_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
 T = TypeVar("T")
@@ -91,9 +94,13 @@ class Locator:
                 self._released.add(holder)
             return holder in self._locating
 
-    def close(self) -> None:
-        """Search what was asked for, wait for no room any more, end."""
+    def hurry(self) -> None:
+        """Wait for no room any more."""
         self._closing = True
+
+    def close(self) -> None:
+        """Search what was asked for, and end. Nothing may be asked for from now on."""
+        self.hurry()
         self._threads.shutdown()
 
     def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
@@ -195,3 +202,13 @@ def release(memory: ColdMemory, holder: str) -> None:
         memory.release(holder)
     except ChunkLostError:
         return  # the owner is gone, and its holds with it
+
+
+def record_session(
+    memory: ColdMemory, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]
+) -> None:
+    """A request of the session has ended with these chunks and pieces of a state."""
+    try:
+        memory.record_session(session_id, keys, state_keys)
+    except ChunkLostError as error:
+        logger.warning("session %s is not recorded: %s", session_id, error)

@@ -7,7 +7,6 @@ have to come from other nodes, which must not keep the copies of running sequenc
 """
 
 import itertools
-import logging
 import queue
 import threading
 from collections import deque
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
 from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
 from forecache.workers.memory.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.cuda_copies import CudaCopies
@@ -25,30 +24,31 @@ from forecache.workers.memory.far_chunks import FarChunks
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
-from forecache.workers.memory.locator import Behind, Locator, drop, release
+from forecache.workers.memory.locator import Behind, Locator, drop, record_session, release
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
 from forecache.workers.memory.states import StateLayout
-
-logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 64 << 20
 """Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
 FLUSH_CHECK_S = 0.5
-PROMISED_FAILURES = 40
-WRITE_FAILURES = 3
+PROMISED_WAITS = 40
+"""So often a chunk waits for room that is promised."""
+LOSSES = 3
 """So often a chunk whose place was lost is written again."""
 
 
 @dataclass(frozen=True)
 class _WriteBack:
-    """Posted; ``alone``: cold memory had no room for it with others, or its place got lost ``failures`` times."""
+    """Posted; it has waited ``waits`` times for promised room, and its place got lost ``losses`` times. ``alone``: it
+    was tried in vain with others."""
 
     holder: str
     key: ChunkKey
     slot: int
     after: Mark
     alone: bool = False
-    failures: int = 0
+    waits: int = 0
+    losses: int = 0
 
 
 _Job = Callable[[], None]
@@ -59,8 +59,7 @@ class Prefetcher:
 
     ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
     ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only with a
-    snapshot behind it. Raises
-    :class:`forecache.workers.errors.ArenaError` when the arena's is another.
+    snapshot behind it. Raises :class:`forecache.workers.errors.ArenaError` when the arena's is another.
     """
 
     def __init__(
@@ -84,10 +83,12 @@ class Prefetcher:
         # what somebody waits for, and what only has to be done some time; each in the order it was posted
         self._urgent: deque[_Job] = deque()
         self._stores: deque[_Job | _WriteBack] = deque()
+        self._posted_stores = 0
         self._closing = False
         self._posted = threading.Condition()
         self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
         self._failure: BaseException | None = None
+        self._heard: BaseException | None = None
         self._news = threading.Event()
         self._locator = Locator(memory, self._copies, self._located, self._fail, states)
         self._far = None if memory.others is None else FarChunks(memory, memory.others, self._settle, self._fail)
@@ -111,8 +112,7 @@ class Prefetcher:
         """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
         room for ``chunks`` in all; answered by :class:`PrefixHeld`. ``after_stores``: once what was to be written back
         and released before is."""
-        when = self._post_store if after_stores else None
-        self._locator.hold_prefix(holder, tuple(keys), behind, chunks, when)
+        self._locator.hold_prefix(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
 
     def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
@@ -144,12 +144,11 @@ class Prefetcher:
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with the chunks ``keys`` and the state behind them, once they are
         stored."""
-        self._post_store(lambda: self._record_session(session_id, keys, state_keys))
+        self._post_store(lambda: record_session(self._memory, session_id, keys, state_keys))
 
     def drain(self) -> list[Completion]:
-        """What has completed since the last call. Raises what broke the copy thread, if something did."""
-        if self._failure is not None:
-            raise self._failure
+        """What has completed since the last call. Raises what broke a thread, if something did."""
+        self._raise_failure()
         self._news.clear()
         done = []
         while True:
@@ -171,20 +170,36 @@ class Prefetcher:
         done = threading.Event()
         self._locator.post(lambda: self._post_store(done.set))
         while not done.wait(FLUSH_CHECK_S):
-            if self._failure is not None:
-                raise self._failure
+            self._raise_failure()
         if self._far is not None:
             self._far.flush()
 
     def close(self) -> None:
-        """Finish the jobs posted so far and end the threads."""
-        self._locator.close()
-        if self._far is not None:
-            self._far.close()
-        with self._posted:
-            self._closing = True  # ends the copy thread once it has nothing to do
-            self._posted.notify()
-        self._thread.join()
+        """Finish the jobs posted so far and end the threads. Raises what broke one, if nobody has heard of it."""
+        if self._closing:
+            return
+        self._locator.hurry()
+        try:
+            # stores begin searches, and those that waited while chunks moved out are posted again
+            posted = -1
+            while self._failure is None and posted != self._posted_stores:
+                posted = self._posted_stores + 1  # with that of the flush
+                self.flush()
+        finally:
+            self._locator.close()
+            if self._far is not None:
+                self._far.close()
+            with self._posted:
+                self._closing = True  # ends the copy thread once it has nothing to do
+                self._posted.notify()
+            self._thread.join()
+        if self._failure is not self._heard:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        self._heard = self._failure
+        if self._heard is not None:
+            raise self._heard
 
     def _located(self, held: PrefixHeld) -> None:
         if held.share is not None and self._far is not None:
@@ -207,6 +222,7 @@ class Prefetcher:
     def _post_store(self, job: _Job | _WriteBack) -> None:
         with self._posted:
             self._stores.append(job)
+            self._posted_stores += 1
             self._posted.notify()
 
     def _next_job(self) -> _Job | None:
@@ -260,8 +276,7 @@ class Prefetcher:
         for item in copied.lost:
             drop(self._memory, item.key, item.ref)
         chunks = len(items) - len(copied.lost)
-        nbytes = chunks * self._cold.nbytes
-        self._completions.put(Recalled(ticket, copied.lost, nbytes, copied.duration_s, chunks))
+        self._completions.put(Recalled(ticket, copied.lost, chunks * self._cold.nbytes, copied.duration_s, chunks))
 
     def _write_back(self, jobs: list[_WriteBack]) -> None:
         holder = jobs[0].holder
@@ -270,26 +285,39 @@ class Prefetcher:
         try:
             places = self._memory.reserve(holder, [job.key for job in jobs])
             news = self._store(jobs, places)
-        except (OverloadedError, ChunkLostError) as error:
-            # there may be room for some of them; a tier that was restarted does not know what it had reserved
-            failed = isinstance(error, ChunkLostError)
-            if not failed and self._far is not None and jobs[0].failures < PROMISED_FAILURES:
-                again = [replace(job, alone=True, failures=job.failures + 1) for job in jobs]
-                if self._far.pause(holder, lambda: self._post_first(again)):
-                    return  # the room is promised: whoever is in it will leave
-            if (len(jobs) > 1) if not failed else jobs[0].failures < WRITE_FAILURES:
-                self._post_first([replace(job, alone=True, failures=job.failures + failed) for job in jobs])
-                return
-            said = f"a chunk could not be stored: {error}"
-            news = [WrittenBack(holder, job.key, job.slot, None, said, not failed) for job in jobs]
-        if self._far is not None:
-            news = self._far.keep(holder, news)
-        for done in news:
-            self._completions.put(done)
+        except OverloadedError as error:
+            self._no_room(jobs, error)
+        except ChunkLostError as error:
+            self._places_lost(jobs, error)
+        else:
+            for done in news if self._far is None else self._far.keep(holder, news):
+                self._completions.put(done)
+
+    def _no_room(self, jobs: list[_WriteBack], error: OverloadedError) -> None:
+        if self._far is not None and jobs[0].waits < PROMISED_WAITS:
+            later = [replace(job, alone=True, waits=job.waits + 1) for job in jobs]
+            if self._far.pause(jobs[0].holder, lambda: self._post_first(later)):
+                return  # the room is promised: whoever is in it will leave
+        if len(jobs) > 1:  # there may be some for a few of them
+            self._post_first([replace(job, alone=True) for job in jobs])
+        else:
+            self._give_up(jobs, error)
+
+    def _places_lost(self, jobs: list[_WriteBack], error: ChunkLostError) -> None:
+        if jobs[0].losses < LOSSES:  # a tier that was restarted does not know what it had reserved
+            self._post_first([replace(job, alone=True, losses=job.losses + 1) for job in jobs])
+        else:
+            self._give_up(jobs, error)
+
+    def _give_up(self, jobs: list[_WriteBack], error: ForecacheError) -> None:
+        said, overloaded = f"a chunk could not be stored: {error}", isinstance(error, OverloadedError)
+        for job in jobs:
+            self._completions.put(WrittenBack(job.holder, job.key, job.slot, None, said, overloaded))
 
     def _post_first(self, jobs: Sequence[_WriteBack]) -> None:
         with self._posted:
             self._stores.extendleft(reversed(jobs))
+            self._posted_stores += len(jobs)
             self._posted.notify()
 
     def _store(self, jobs: list[_WriteBack], places: list[Reservation]) -> list[WrittenBack]:
@@ -320,9 +348,3 @@ class Prefetcher:
         if self._far is not None:
             self._far.end(holder)
         self._settle(Released(holder))
-
-    def _record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]) -> None:
-        try:
-            self._memory.record_session(session_id, keys, state_keys)
-        except ChunkLostError as error:
-            logger.warning("session %s is not recorded: %s", session_id, error)
