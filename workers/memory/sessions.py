@@ -34,14 +34,12 @@ class Sessions:
         self.set(SessionRecord(session_id, tuple(keys), until, tuple(state_keys)))
         self.publish([session_id])
 
-    def set(self, record: SessionRecord) -> None:
-        """Take over ``record``, pins included."""
+    def set(self, record: SessionRecord) -> int:
+        """Take over ``record``, pins included; returns how many of its chunks here must yield to what is promised, as
+        :meth:`ArenaStore.pin` does."""
         with self._lock:
             self._records[record.session_id] = record
-        if record.is_pinned:
-            self._store.pin(record.session_id, (*record.keys, *record.state_keys))
-        else:
-            self._store.unpin(record.session_id)
+        return self._store.pin(record.session_id, (*record.keys, *record.state_keys) if record.is_pinned else ())
 
     def forget(self, session_id: str) -> None:
         """The session is over; unknown ones are fine."""

@@ -156,10 +156,10 @@ class MemoryTier:
             self._sessions.record(session_id, keys, state_keys)
 
     @ray.method(concurrency_group="peers")
-    def set_session(self, record: SessionRecord) -> None:
-        """The session is as ``record`` says: pinned, or no longer."""
-        if self._sessions is not None:
-            self._sessions.set(record)
+    def set_session(self, record: SessionRecord) -> int:
+        """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
+        now, since their slots are promised."""
+        return self._sessions.set(record) if self._sessions is not None else 0
 
     @ray.method(concurrency_group="peers")
     def forget_session(self, session_id: str) -> None:
