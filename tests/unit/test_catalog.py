@@ -10,13 +10,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, StoredRun, TierRecord
+from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.exchange import ChunkExchange
+from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.placement import rendezvous
 from forecache.workers.memory.publisher import CatalogPublisher
 from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEYS = [bytes([i]) * 16 for i in range(8)]
@@ -169,17 +175,20 @@ def publisher(redis_server: Any) -> Iterator[CatalogPublisher]:
     publisher.stop()
 
 
-@pytest.fixture
-def store(tmp_path: Path, publisher: CatalogPublisher) -> ArenaStore:
-    arena = Arena.create(
-        tmp_path,
-        "store",
+def small_arena(directory: Path, name: str = "store", slots: int = 4) -> Arena:
+    return Arena.create(
+        directory,
+        name,
         layout=LAYOUT,
         index_nbytes=8,
         index_fingerprint="index",
-        capacity_bytes=(2 << 20) + 4 * LAYOUT.nbytes,
+        capacity_bytes=(2 << 20) + slots * LAYOUT.nbytes,
     )
-    return ArenaStore(arena, publisher.changed)
+
+
+@pytest.fixture
+def store(tmp_path: Path, publisher: CatalogPublisher) -> ArenaStore:
+    return ArenaStore(small_arena(tmp_path), publisher.changed)
 
 
 def test_publisher_tells_of_commits_and_evictions(
@@ -225,3 +234,72 @@ def test_publisher_that_forgot_withdrawals_begins_anew(
     publisher.start(store)
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"a": 1}))
     assert catalog.stored_run(KEYS[3:]) == StoredRun(0, {})
+
+
+class OtherTiers:
+    """Stores of this process in place of tiers on other nodes; those that are ``away`` don't answer."""
+
+    def __init__(self, catalog: Catalog, stores: dict[str, ArenaStore]) -> None:
+        self.catalog = catalog
+        self.stores = stores
+        self.away: set[str] = set()
+
+    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+        if tier_id in self.away:
+            raise ChunkLostError(f"{tier_id} is away")
+        taken = take_in(self.stores[tier_id], batch, copied_only=copied_only)
+        self.catalog.publish(tier_id, "1", taken)
+        return taken
+
+
+@pytest.fixture
+def others(catalog: Catalog, tmp_path: Path) -> OtherTiers:
+    others = OtherTiers(catalog, {name: ArenaStore(small_arena(tmp_path, name, slots=80)) for name in "abc"})
+    for name in ("self", *others.stores):
+        catalog.heartbeat(record(name), expiry_s=600)
+    return others
+
+
+def exchange_of(catalog: Catalog, others: Any, directory: Path, **options: Any) -> tuple[ArenaStore, ChunkExchange]:
+    """Of the tier "self"; its rounds are the test's."""
+    store = ArenaStore(small_arena(directory, "self", slots=80), lambda key, stored: exchange.changed(key, stored))
+    exchange = ChunkExchange("self", store, catalog, others, MemoryConfig(**options), lambda keys: None)
+    return store, exchange
+
+
+def test_a_tier_that_is_away_keeps_no_replica_from_the_others(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path, replicas=2)
+    keys = [bytes([i]) * 16 for i in range(60)]
+    first = {key: rendezvous(key, list(others.stores))[0] for key in keys}
+    assert set(first.values()) == set(others.stores)
+    put(store, keys)
+    catalog.publish("self", "1", keys)
+    others.away = {"a"}
+    exchange._round()
+    assert {name: set(one.keys()) for name, one in others.stores.items()} == {
+        name: {key for key in keys if first[key] == name and name != "a"} for name in others.stores
+    }
+    others.away.clear()
+    exchange._round()
+    assert all(len(tiers) == 2 for tiers in catalog.locate(keys))
+    assert exchange.counters.replicated_chunks == len(keys)
+
+
+def test_replicas_are_made_after_redis_was_away(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path, redis_server: Any
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path, replicas=2)
+    keys = [bytes([i]) * 16 for i in range(20)]
+    put(store, keys)
+    tiers = {tier.tier_id: tier for tier in catalog.tiers() if tier.tier_id != "self"}
+    redis_server.kill()
+    with pytest.raises(CatalogUnavailableError):
+        exchange._replicate(tiers)  # it went between two questions of a round
+    redis_server.start()
+    for name in ("self", *others.stores):
+        catalog.heartbeat(record(name), expiry_s=600)
+    catalog.publish("self", "1", keys)
+    exchange._round()
+    assert all(len(tiers) == 2 for tiers in catalog.locate(keys))

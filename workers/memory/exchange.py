@@ -185,19 +185,28 @@ class ChunkExchange:
         """Copy chunks that have too few copies to those next in their order."""
         while self._uncopied and tiers and not self._stopping.is_set():
             keys = [self._uncopied.popleft() for _ in range(min(len(self._uncopied), VERIFY_CHUNKS))]
+            try:
+                places = self._catalog.locate(keys)
+            except CatalogUnavailableError:
+                self._uncopied.extend(keys)
+                raise
             targets: list[tuple[ChunkKey, set[str]]] = []
-            for key, holders in zip(keys, self._catalog.locate(keys), strict=True):
+            for key, holders in zip(keys, places, strict=True):
                 holding = holders | {self._tier_id}
                 missing = self._config.replicas - len(holding)
                 if missing > 0 and rendezvous(key, holding)[0] == self._tier_id:
                     targets += [(key, {other}) for other in rendezvous(key, tiers.keys() - holding)[:missing]]
+            unsent: dict[ChunkKey, None] = {}
+            refusing: set[str] = set()
             for tier_id, batch in self._by_tier(targets):
-                sent = self._send(tier_id, batch, copied_only=False)
+                sent = set() if tier_id in refusing else set(self._send(tier_id, batch, copied_only=False))
                 self.counters.replicated_chunks += len(sent)
                 if len(sent) < len(batch):
-                    left = set(batch) - set(sent)
-                    self._uncopied.extend(key for key in batch if key in left)
-                    return  # no room, or no answer: again later
+                    refusing.add(tier_id)
+                    unsent |= dict.fromkeys(key for key in batch if key not in sent)
+            if unsent:
+                self._uncopied.extend(unsent)
+                return  # no room, or no answer: again later
 
     def _make_room(self, tiers: Mapping[str, TierRecord]) -> None:
         """Before chunks have to go for good, others may have room for the coldest."""
