@@ -57,10 +57,11 @@ class SessionDirectory:
 
         Raises :class:`OverloadedError`, and leaves the session as it was, where slots are promised to running answers.
         """
-        record = self._record(session_id)
-        yielding = self._set(replace(record, pinned_until_unix_s=time.time() + ttl_s))
+        record, now_s = self._record(session_id), time.time()
+        pinned = replace(record, pinned_until_unix_s=now_s + ttl_s, changed_unix_s=now_s).after(record)
+        yielding = self._set(pinned)
         if yielding:
-            self._set(record)
+            self._set(record.after(pinned))
             raise OverloadedError(
                 f"of the session's chunks {yielding} can't be pinned now: the memory tier has promised their slots to "
                 "running answers. Try again later, or raise --cold-bytes."

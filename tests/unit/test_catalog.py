@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from hypothesis import strategies as st
 from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, StoredRun, TierRecord
+from forecache.workers.memory.catalog import (
+    BATCH_KEYS,
+    CHUNK_EXPIRY_S,
+    CHUNK_PREFIX,
+    RECORD_EXPIRY_S,
+    SESSION_PREFIX,
+    Catalog,
+    SessionRecord,
+    StoredRun,
+    TierRecord,
+)
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange
@@ -21,6 +32,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.placement import rendezvous
 from forecache.workers.memory.publisher import CatalogPublisher
+from forecache.workers.memory.sessions import Sessions
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import take_in
 
@@ -234,6 +246,58 @@ def test_publisher_that_forgot_withdrawals_begins_anew(
     publisher.start(store)
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"a": 1}))
     assert catalog.stored_run(KEYS[3:]) == StoredRun(0, {})
+
+
+def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_path: Path, redis_server: Any) -> None:
+    now_s = time.time()
+    old = SessionRecord("s", tuple(KEYS[:2]), now_s + 600, changed_unix_s=now_s - 20)
+    new = SessionRecord("s", tuple(KEYS[2:4]), changed_unix_s=now_s - 10)
+    tiers = [Sessions(ArenaStore(small_arena(tmp_path, name)), catalog) for name in ("one", "two")]
+    for sessions, record in zip(tiers, (new, old), strict=True):
+        sessions.set(record)
+    redis_server.kill()
+    redis_server.start()
+    for sessions in tiers:  # it came back empty, and who has the older record is the last to say so
+        sessions.publish()
+    assert catalog.session("s") == new
+    catalog.set_session(replace(new, keys=(), state_keys=tuple(KEYS[:1])))
+    assert catalog.session("s") == replace(new, keys=(), state_keys=tuple(KEYS[:1]))
+    # so it is at a tier
+    stores = [ArenaStore(small_arena(tmp_path, name)) for name in ("three", "four")]
+    for store, records in zip(stores, ((old, new), (new, old)), strict=True):
+        put(store, KEYS[:4])
+        sessions = Sessions(store, catalog)
+        for record in records:
+            sessions.set(record)
+        assert store.stats().pinned_slots == 0
+
+
+def test_a_request_s_record_is_the_newest_though_a_clock_is_ahead(catalog: Catalog, store: ArenaStore) -> None:
+    until = time.time() + 6000
+    ahead = SessionRecord("s", tuple(KEYS[:1]), until, changed_unix_s=time.time() + 300)
+    catalog.set_session(ahead)
+    Sessions(store, catalog).record("s", KEYS[:3])
+    assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=ahead.changed_unix_s)
+
+
+def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: ArenaStore, redis_server: Any) -> None:
+    put(store, KEYS[:3])
+    sessions, now_s = Sessions(store, catalog), time.time()
+    long_ago_s = now_s - RECORD_EXPIRY_S - 1
+    for record in (
+        SessionRecord("over", tuple(KEYS[:1]), changed_unix_s=long_ago_s),
+        SessionRecord("was pinned", tuple(KEYS[:1]), now_s - 1, changed_unix_s=long_ago_s),
+        SessionRecord("pinned", tuple(KEYS[1:2]), now_s + 600, changed_unix_s=long_ago_s),
+        SessionRecord("late", tuple(KEYS[2:3]), changed_unix_s=now_s - RECORD_EXPIRY_S + 600),
+    ):
+        sessions.set(record)
+    sessions.publish()
+    assert [record.session_id for record in catalog.sessions()] == ["late", "pinned"]
+    with redis.Redis.from_url(redis_server.url) as client:
+        assert 0 < client.ttl(SESSION_PREFIX + b"late") <= 600
+    sessions.tick()
+    assert sorted(sessions._records) == ["late", "pinned"]
+    assert store.stats().pinned_slots == 1
 
 
 class OtherTiers:
