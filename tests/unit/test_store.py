@@ -253,6 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert sum(self.promised.values()) + stats.pinned_slots <= SLOTS
         assert stats.slots == SLOTS
         assert stats.held_slots == len(held_slots)
+        assert stats.promised_slots == sum(self.promised.values())
         assert stats.used_slots == len(held_slots | stored_slots)
         assert stats.stored_chunks == len(self.stored)
 

@@ -229,6 +229,7 @@ class ArenaStore:
                 used_slots=used,
                 held_slots=used - len(self._idle),
                 pinned_slots=self._idle.count(Idle.PINNED),
+                promised_slots=self._promises.total,
                 copied_slots=self._idle.count(Idle.COPIED),
                 stored_chunks=len(self._stored),
                 evicted_chunks=self._evicted,
