@@ -324,10 +324,12 @@ def others(catalog: Catalog, tmp_path: Path) -> OtherTiers:
     return others
 
 
-def exchange_of(catalog: Catalog, others: Any, directory: Path, **options: Any) -> tuple[ArenaStore, ChunkExchange]:
+def exchange_of(
+    catalog: Catalog, others: Any, directory: Path, disk: ArenaStore | None = None, **options: Any
+) -> tuple[ArenaStore, ChunkExchange]:
     """Of the tier "self"; its rounds are the test's."""
     store = ArenaStore(small_arena(directory, "self", slots=80), lambda key, stored: exchange.changed(key, stored))
-    exchange = ChunkExchange("self", store, catalog, others, MemoryConfig(**options), lambda keys: None)
+    exchange = ChunkExchange("self", store, catalog, others, MemoryConfig(**options), lambda keys: None, disk)
     return store, exchange
 
 
@@ -367,3 +369,40 @@ def test_replicas_are_made_after_redis_was_away(
     catalog.publish("self", "1", keys)
     exchange._round()
     assert all(len(tiers) == 2 for tiers in catalog.locate(keys))
+
+
+def test_a_chunk_whose_copy_another_tier_has_evicted_goes_first_no_longer(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path)
+    put(store, KEYS)
+    catalog.publish("self", "1", KEYS)
+    catalog.publish("a", "1", KEYS)
+    store.set_copied(KEYS, True)
+    exchange._round()
+    assert set(store.copied()) == set(KEYS)
+    catalog.withdraw("a", KEYS[:3])
+    exchange._round()
+    assert set(store.copied()) == set(KEYS[3:])
+    assert set(store.coldest(9)) == set(KEYS[:3])
+
+
+def test_a_chunk_that_has_gone_from_the_disk_goes_first_no_longer(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    arena = small_arena(tmp_path, "disk")
+    disk = ArenaStore(arena, lambda key, stored: exchange.disk_changed(key, stored))
+    store, exchange = exchange_of(catalog, others, tmp_path, disk)
+    put(store, KEYS[:3])
+    exchange._spill(KEYS[:3])
+    assert set(store.copied()) == set(KEYS[:3])
+    while disk.stored(KEYS[:1]) == [True]:
+        put(disk, [bytes([100 + disk.stats().evicted_chunks + disk.stats().stored_chunks]) * 16])
+    assert set(store.copied()) == {key for key in KEYS[:3] if disk.stored([key]) == [True]} != set(KEYS[:3])
+    # and the other way round: what was brought from the disk and is here no longer
+    [last] = exchange._store.keys()[:1]
+    exchange._spill([last])
+    disk.set_copied([last], True)
+    store.drop(last, next(ref for ref in store.hold("reader", [last]) if ref is not None))
+    exchange._round()
+    assert disk.copied() == []

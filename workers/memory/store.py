@@ -188,10 +188,12 @@ class ArenaStore:
         with self._lock:
             return len(self._free) + self._idle.count(Idle.COPIED)
 
-    def coldest(self, count: int) -> list[ChunkKey]:
-        """At most ``count`` chunks that only this store answers for, those that would be evicted first."""
+    def coldest(self, count: int, *, copied: bool = False) -> list[ChunkKey]:
+        """At most ``count`` chunks that only this store answers for, or (``copied``) that somebody else does: those
+        that would be evicted first."""
+        kinds = [Idle.COPIED] if copied else [Idle.SOLE, Idle.YIELDING]
         with self._lock:
-            slots = [*self._idle.of(Idle.SOLE), *self._idle.of(Idle.YIELDING)][: max(count, 0)]
+            slots = [slot for kind in kinds for slot in self._idle.of(kind)][: max(count, 0)]
             return [key for slot in slots if (key := self._keys[slot]) is not None]
 
     def copied(self) -> list[ChunkKey]:
