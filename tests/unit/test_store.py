@@ -16,6 +16,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import read
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 5
@@ -355,6 +356,15 @@ def test_least_recently_used_goes_first_and_a_sequence_loses_its_end_first(store
     store.check_integrity()
 
 
+def test_chunks_that_are_copied_elsewhere_count_as_used_no_more_recently(store: ArenaStore) -> None:
+    for number in range(4):
+        store_chunks(store, f"{number}", KEYS[number : number + 1])
+        store.release(f"{number}")
+    assert read(store, [KEYS[1], KEYS[8], KEYS[0]]).keys == (KEYS[1], KEYS[0])
+    assert store.coldest(9) == KEYS[:4]
+    assert store.stats().dropped_chunks == 0
+
+
 def test_chunks_of_a_call_do_not_evict_each_other(store: ArenaStore) -> None:
     store_chunks(store, "writer", KEYS[:SLOTS])
     store.release("writer")
@@ -469,7 +479,16 @@ def test_threads_that_compete_for_slots(tmp_path: Path) -> None:
         except BaseException as error:  # noqa: BLE001 (handed to the test's thread)
             errors.append(error)
 
+    def copy() -> None:
+        try:
+            for _ in range(200):
+                batch = read(store, KEYS)
+                assert all((chunk == key[0]).all() for key, chunk in zip(batch.keys, batch.chunks, strict=True))
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    threads.append(threading.Thread(target=copy))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -478,3 +497,4 @@ def test_threads_that_compete_for_slots(tmp_path: Path) -> None:
     store.check_integrity()
     assert store.stats().held_slots == 0
     assert store.stats().evicted_chunks > 0
+    assert store.stats().dropped_chunks == 0

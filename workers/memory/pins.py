@@ -1,7 +1,7 @@
 """What must stay, and in whose name: chunks that are pinned, slots that are held or promised."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.keys import ChunkKey
@@ -80,43 +80,45 @@ class Holds:
 
 class Promises:
     """Holders and how many of ``slots`` each may need in all. What is promised and pinned is never more than there is:
-    ``pinned``, below, is how many slots that nobody holds are."""
+    ``pinned`` tells how many slots that nobody holds are."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, pinned: Callable[[], int]) -> None:
         self._slots = slots
+        self._pinned = pinned
         self._chunks: dict[str, int] = {}
         self.total = 0
 
     def holders(self) -> list[str]:
         return list(self._chunks)
 
-    def room(self, pinned: int) -> int:
+    @property
+    def room(self) -> int:
         """Slots that may still be promised, or pinned."""
-        return self._slots - self.total - pinned
+        return self._slots - self.total - self._pinned()
 
-    def make(self, holder: str, chunks: int, pinned: int) -> None:
+    def make(self, holder: str, chunks: int) -> None:
         """Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
         before = self._chunks.get(holder, 0)
-        if chunks > self.room(pinned) + before:
+        if chunks > self.room + before:
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
-                f"{self.total - before} are promised to others and {pinned} are pinned. Try again later, lower "
+                f"{self.total - before} are promised to others and {self._pinned()} are pinned. Try again later, lower "
                 "max_tokens, or raise --cold-bytes."
             )
         self._chunks[holder] = chunks
         self.total += chunks - before
 
-    def make_up_to(self, holder: str, chunks: int, pinned: int) -> int:
+    def make_up_to(self, holder: str, chunks: int) -> int:
         """As many of ``chunks`` as there is room for, and no fewer than before; returns how many."""
         before = self._chunks.get(holder, 0)
-        self.make(holder, max(before, min(chunks, self.room(pinned) + before)), pinned)
+        self.make(holder, max(before, min(chunks, self.room + before)))
         return self._chunks[holder]
 
     def end(self, holder: str) -> None:
         """Unknown holders are fine."""
         self.total -= self._chunks.pop(holder, 0)
 
-    def check_integrity(self, pinned: int) -> None:
+    def check_integrity(self) -> None:
         """Raise :class:`AssertionError` when more is promised and pinned than there is."""
         assert self.total == sum(self._chunks.values()), "promises are miscounted"
-        assert self.room(pinned) >= 0, "more is promised and pinned than there is"
+        assert self.room >= 0, "more is promised and pinned than there is"

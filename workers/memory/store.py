@@ -38,7 +38,7 @@ class ArenaStore:
         self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
         self._pins = Pins()
         self._holds = Holds(arena.slots)
-        self._promises = Promises(arena.slots)
+        self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
         self._evicted = self._dropped = 0
         headers = self._arena.headers()
         for slot in range(self._arena.slots - 1, -1, -1):
@@ -76,6 +76,13 @@ class ArenaStore:
             slots = [self._stored.get(key) for key in keys]
             refs = iter(self._hold_all(holder, [slot for slot in slots if slot is not None]))
             return [None if slot is None else next(refs) for slot in slots]
+
+    def find(self, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Places of those of ``keys`` that are stored; ``None`` for each that is not. Nobody holds them: whoever reads
+        there compares generations afterwards, and has not used them, as far as the order of eviction goes."""
+        with self._lock:
+            slots = [self._stored.get(key) for key in keys]
+            return [None if slot is None else SlotRef(slot, self._arena.generation_of(slot)) for slot in slots]
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey], *, copied_only: bool = False) -> list[Reservation]:
         """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room, or only those
@@ -138,13 +145,13 @@ class ArenaStore:
         """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
         nobody holds can't be promised. Raises :class:`OverloadedError`."""
         with self._lock:
-            self._promises.make(holder, chunks, self._idle.count(Idle.PINNED))
+            self._promises.make(holder, chunks)
             self._keep_yielding()
 
     def promise_up_to(self, holder: str, chunks: int) -> int:
         """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
         with self._lock:
-            return self._promises.make_up_to(holder, chunks, self._idle.count(Idle.PINNED))
+            return self._promises.make_up_to(holder, chunks)
 
     def let_go(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         """``holder`` needs those of ``keys`` no longer that are stored here."""
@@ -216,8 +223,7 @@ class ArenaStore:
         """
         with self._lock:
             self._settle(self._pins.set(name, keys))
-            slots = [slot for key in set(keys) if (slot := self._stored.get(key)) is not None]
-            return sum(self._idle.is_any_of(slot, [Idle.YIELDING]) for slot in slots)
+            return sum(self._idle.is_any_of(self._stored.get(key, -1), [Idle.YIELDING]) for key in set(keys))
 
     def unpin(self, name: str) -> None:
         """Unknown names are fine."""
@@ -252,11 +258,10 @@ class ArenaStore:
                 for slot in self._idle.of(kind):
                     key = self._keys[slot] or b""
                     assert self._stored.get(key) == slot, f"slot {slot} is idle and not stored"
-                    known = self._kind(slot, key)  # one that yields while there is room has not been asked since
-                    assert known is kind or (known, kind) == (Idle.PINNED, Idle.YIELDING), (
-                        f"slot {slot} is among the {kind.name} and is not"
-                    )
-            self._promises.check_integrity(self._idle.count(Idle.PINNED))
+                    # who yields is not asked again when a pinned slot becomes a held one
+                    known = (kind, Idle.PINNED) if kind is Idle.YIELDING else (kind,)
+                    assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
+            self._promises.check_integrity()
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
             self._pins.check_integrity()
             for key, slot in self._stored.items():
@@ -290,8 +295,7 @@ class ArenaStore:
             self._evicted += 1
         self._arena.renew(slot)
         self._keys[slot] = key
-        [ref] = self._hold_all(holder, [slot])
-        return ref
+        return self._hold_all(holder, [slot])[0]
 
     def _release(self, holder: str) -> None:
         self._promises.end(holder)
@@ -322,16 +326,12 @@ class ArenaStore:
             return Idle.COPIED  # pinned or not: it is where it is answered for
         if key not in self._pins:
             return Idle.SOLE
-        return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._unpromised() > 0 else Idle.YIELDING
-
-    def _unpromised(self) -> int:
-        """Slots that may still be promised, or pinned."""
-        return self._promises.room(self._idle.count(Idle.PINNED))
+        return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._promises.room > 0 else Idle.YIELDING
 
     def _keep_yielding(self) -> None:
         """Room there may be that there was not before: pinned chunks that had to yield are kept, as many as can."""
         for slot in reversed(self._idle.of(Idle.YIELDING)):
-            if self._unpromised() <= 0:
+            if self._promises.room <= 0:
                 break
             self._idle.change(slot, Idle.PINNED)
 
