@@ -266,12 +266,11 @@ class Catalog:
             "state_keys": b"".join(record.state_keys),
             "pinned_until_unix_s": record.pinned_until_unix_s,
         }
-        args = [record.session_id, record.changed_unix_s, int(record.expiry_s * 1000)]
+        args: list[Any] = [record.session_id, record.changed_unix_s, int(record.expiry_s * 1000)]
+        for name, value in fields.items():
+            args += [name, value]
         with self._errors():
-            self._set_session(
-                keys=[SESSION_PREFIX + record.session_id.encode(), SESSIONS_KEY],
-                args=[*args, *(part for one in fields.items() for part in one)],
-            )
+            self._set_session(keys=[SESSION_PREFIX + record.session_id.encode(), SESSIONS_KEY], args=args)
 
     def session(self, session_id: str) -> SessionRecord | None:
         """``None`` for one that is not known, or no longer."""
