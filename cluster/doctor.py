@@ -212,11 +212,10 @@ def run_cluster(address: str) -> int:
         tiers = find_tiers(NAMESPACE)
         stats = tiers.ask("stats")
         table = Table(box=None, pad_edge=False)
-        for column in ("tier", "slots", "used", "held", "promised", "pinned", "chunks"):
+        for column in ("tier", "slots", "used", "held", "pinned", "chunks"):
             table.add_column(column, justify="left" if column == "tier" else "right")
         for name, tier in stats.items():
-            reserved = (tier.promised_slots, tier.pinned_slots)
-            numbers = (tier.slots, tier.used_slots, tier.held_slots, *reserved, tier.stored_chunks)
+            numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
             table.add_row(escape(name), *map(str, numbers))
         wrong = check_integrity(tiers)
     finally:
