@@ -11,7 +11,7 @@ from forecache.workers.memory.protocol import TierStats
 HOT_POOL_USAGE = "hot_pool_usage"
 """What a worker tells Serve for :func:`workers`: hot slots that live sequences reference / all, 0 to 1."""
 HOT_POOL_TARGET = 0.8
-HELD_TARGET = 0.7
+PROMISED_TARGET = 0.7
 
 
 def workers(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
@@ -30,12 +30,12 @@ def workers(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 
 
 def memory_nodes(now: int, tiers: Iterable[TierStats], most: int) -> int:
-    """Nodes that only give memory: ``now`` and as many more as bring what can't be evicted below ``HELD_TARGET`` of all
-    arenas, ``most`` at most.
+    """Nodes that only give memory: ``now`` and as many more as bring what is promised and pinned, by which requests are
+    admitted, below ``PROMISED_TARGET`` of all arenas, ``most`` at most.
 
     Usage itself is no sign of want: an arena is a cache, and full sooner or later. Never fewer than now: a node that
     goes takes its chunks along.
     """
-    shares = [(tier.held_slots + tier.pinned_slots) / tier.slots for tier in tiers]
-    more = math.ceil(sum(shares) / HELD_TARGET) - len(shares)
+    shares = [(tier.promised_slots + tier.pinned_slots) / tier.slots for tier in tiers]
+    more = math.ceil(sum(shares) / PROMISED_TARGET) - len(shares)
     return max(now, min(most, now + more))

@@ -142,6 +142,12 @@ class StatsCollector(Collector):
                 tier.held_slots,
                 tier.slots,
             ),
+            (
+                "promised",
+                "Arena slots promised to sequences or pinned, so that no other is promised them / all, 0 to 1.",
+                tier.promised_slots + tier.pinned_slots,
+                tier.slots,
+            ),
             ("disk_usage", "Chunk slots on disk in use / all, 0 to 1.", tier.disk_used_slots, tier.disk_slots),
         ):
             yield self._gauge(f"forecache_memory_tier_{name}_perc", text, _ratio(part, whole))

@@ -16,6 +16,7 @@ from forecache.cluster.http_body import read_json
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.tenants import Tenant
 from forecache.cluster.tiers import Tiers
+from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.catalog import Catalog, SessionRecord
 
 DEFAULT_TTL_S = 3600.0
@@ -52,11 +53,19 @@ class SessionDirectory:
         }
 
     def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
-        """No tier evicts the session's chunks for ``ttl_s``."""
-        record = self._record(session_id)
-        pinned = replace(record, pinned_until_unix_s=time.time() + ttl_s)
-        self._catalog.set_session(pinned)  # first: a tier that is being restarted takes it from there
-        self._tiers.ask("set_session", pinned)
+        """No tier evicts the session's chunks for ``ttl_s``.
+
+        Raises :class:`OverloadedError`, and leaves the session as it was, where slots are promised to running answers.
+        """
+        record, now_s = self._record(session_id), time.time()
+        pinned = replace(record, pinned_until_unix_s=now_s + ttl_s, changed_unix_s=now_s).after(record)
+        yielding = self._set(pinned)
+        if yielding:
+            self._set(record.after(pinned))
+            raise OverloadedError(
+                f"of the session's chunks {yielding} can't be pinned now: the memory tier has promised their slots to "
+                "running answers. Try again later, or raise --cold-bytes."
+            )
         return self.describe(session_id)
 
     def delete(self, session_id: str) -> dict[str, Any]:
@@ -65,6 +74,11 @@ class SessionDirectory:
         self._catalog.remove_session(session_id)
         self._tiers.ask("forget_session", session_id)
         return {"object": "session", "deleted": True}
+
+    def _set(self, record: SessionRecord) -> int:
+        """Returns how many chunks the tiers can't keep."""
+        self._catalog.set_session(record)  # first: a tier that is being restarted takes it from there
+        return sum(self._tiers.ask("set_session", record).values())
 
     def _record(self, session_id: str) -> SessionRecord:
         record = self._catalog.session(session_id)

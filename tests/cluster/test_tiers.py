@@ -21,6 +21,7 @@ from forecache.cluster.serving import NAMESPACE
 from forecache.cluster.sessions import SessionDirectory
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
+from forecache.workers.errors import OverloadedError
 from forecache.workers.memory import remote_peers
 from forecache.workers.memory.arena import remove_abandoned
 from forecache.workers.memory.catalog import Catalog
@@ -348,6 +349,24 @@ def test_pins_outlive_redis_and_tiers(nodes: Nodes, redis_server: Any) -> None:
     assert nodes.stats(1).pinned_slots == 0
     with pytest.raises(UnknownSessionError):
         directory.describe("s")
+
+
+def test_a_pin_that_promises_leave_no_room_for_is_refused(nodes: Nodes) -> None:
+    nodes.start()
+    a, tier = nodes.clients[0], nodes.tiers[0]
+    get(a.write.remote("0", KEYS[:4]))
+    get(a.record_session.remote("s", KEYS[:4]))
+    nodes.wait_until_found(KEYS[:4])
+    get(tier.promise.remote("w0/answer", nodes.stats(0).slots - 2))
+    directory = SessionDirectory(nodes.all, chunk_tokens=16)
+    with pytest.raises(OverloadedError, match="2 can't be pinned now"):
+        directory.pin("s", ttl_s=600)
+    assert directory.describe("s")["pinned_until"] is None
+    assert nodes.stats(0).pinned_slots == 0
+    get(tier.release.remote("w0/answer"))
+    assert directory.pin("s", ttl_s=600)["pinned_until"] > time.time()
+    assert nodes.stats(0).pinned_slots == 4
+    nodes.check()
 
 
 def doctor(cluster: Any) -> tuple[int, str]:

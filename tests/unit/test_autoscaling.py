@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from forecache.cluster.autoscaling import HELD_TARGET, HOT_POOL_TARGET, HOT_POOL_USAGE, memory_nodes, workers
+from forecache.cluster.autoscaling import HOT_POOL_TARGET, HOT_POOL_USAGE, PROMISED_TARGET, memory_nodes, workers
 from forecache.workers.memory.protocol import TierStats
 
 
@@ -40,14 +40,15 @@ def test_without_workers_serve_decides() -> None:
     assert workers(context(5, None, replicas=0)) == (0, {})
 
 
-def tier(held: int, pinned: int = 0, used: int = 100) -> TierStats:
-    return TierStats(100, used, held, used, 0, 0, pinned_slots=pinned)
+def tier(promised: int, pinned: int = 0, held: int = 0) -> TierStats:
+    return TierStats(100, 100, held, 100, 0, 0, pinned_slots=pinned, promised_slots=promised)
 
 
-def test_memory_nodes_by_what_can_not_be_evicted() -> None:
-    target = round(100 * HELD_TARGET)
+def test_memory_nodes_by_what_is_promised_and_pinned() -> None:
+    target = round(100 * PROMISED_TARGET)
     assert memory_nodes(2, [tier(target), tier(target)], 9) == 2
     assert memory_nodes(2, [tier(0), tier(0)], 9) == 2, "full of what may go"
+    assert memory_nodes(2, [tier(100), tier(100, held=10)], 9) == 3, "nobody more is admitted, whatever is held"
     assert memory_nodes(2, [tier(target), tier(target, pinned=10)], 9) == 3
     assert memory_nodes(2, [tier(100), tier(100), tier(100)], 9) == 4, "a GPU node's tier is full too"
     assert memory_nodes(2, [tier(100)] * 9, 3) == 3

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,30 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import BATCH_KEYS, CHUNK_EXPIRY_S, CHUNK_PREFIX, Catalog, StoredRun, TierRecord
+from forecache.workers.memory.catalog import (
+    BATCH_KEYS,
+    CHUNK_EXPIRY_S,
+    CHUNK_PREFIX,
+    RECORD_EXPIRY_S,
+    SESSION_PREFIX,
+    Catalog,
+    SessionRecord,
+    StoredRun,
+    TierRecord,
+)
+from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.exchange import ChunkExchange
+from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.placement import rendezvous
 from forecache.workers.memory.publisher import CatalogPublisher
+from forecache.workers.memory.sessions import Sessions
 from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEYS = [bytes([i]) * 16 for i in range(8)]
@@ -169,17 +187,20 @@ def publisher(redis_server: Any) -> Iterator[CatalogPublisher]:
     publisher.stop()
 
 
-@pytest.fixture
-def store(tmp_path: Path, publisher: CatalogPublisher) -> ArenaStore:
-    arena = Arena.create(
-        tmp_path,
-        "store",
+def small_arena(directory: Path, name: str = "store", slots: int = 4) -> Arena:
+    return Arena.create(
+        directory,
+        name,
         layout=LAYOUT,
         index_nbytes=8,
         index_fingerprint="index",
-        capacity_bytes=(2 << 20) + 4 * LAYOUT.nbytes,
+        capacity_bytes=(2 << 20) + slots * LAYOUT.nbytes,
     )
-    return ArenaStore(arena, publisher.changed)
+
+
+@pytest.fixture
+def store(tmp_path: Path, publisher: CatalogPublisher) -> ArenaStore:
+    return ArenaStore(small_arena(tmp_path), publisher.changed)
 
 
 def test_publisher_tells_of_commits_and_evictions(
@@ -225,3 +246,163 @@ def test_publisher_that_forgot_withdrawals_begins_anew(
     publisher.start(store)
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"a": 1}))
     assert catalog.stored_run(KEYS[3:]) == StoredRun(0, {})
+
+
+def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_path: Path, redis_server: Any) -> None:
+    now_s = time.time()
+    old = SessionRecord("s", tuple(KEYS[:2]), now_s + 600, changed_unix_s=now_s - 20)
+    new = SessionRecord("s", tuple(KEYS[2:4]), changed_unix_s=now_s - 10)
+    tiers = [Sessions(ArenaStore(small_arena(tmp_path, name)), catalog) for name in ("one", "two")]
+    for sessions, record in zip(tiers, (new, old), strict=True):
+        sessions.set(record)
+    redis_server.kill()
+    redis_server.start()
+    for sessions in tiers:  # it came back empty, and who has the older record is the last to say so
+        sessions.publish()
+    assert catalog.session("s") == new
+    catalog.set_session(replace(new, keys=(), state_keys=tuple(KEYS[:1])))
+    assert catalog.session("s") == replace(new, keys=(), state_keys=tuple(KEYS[:1]))
+    # so it is at a tier
+    stores = [ArenaStore(small_arena(tmp_path, name)) for name in ("three", "four")]
+    for store, records in zip(stores, ((old, new), (new, old)), strict=True):
+        put(store, KEYS[:4])
+        sessions = Sessions(store, catalog)
+        for record in records:
+            sessions.set(record)
+        assert store.stats().pinned_slots == 0
+
+
+def test_a_request_s_record_is_the_newest_though_a_clock_is_ahead(catalog: Catalog, store: ArenaStore) -> None:
+    until = time.time() + 6000
+    ahead = SessionRecord("s", tuple(KEYS[:1]), until, changed_unix_s=time.time() + 300)
+    catalog.set_session(ahead)
+    Sessions(store, catalog).record("s", KEYS[:3])
+    assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=ahead.changed_unix_s)
+
+
+def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: ArenaStore, redis_server: Any) -> None:
+    put(store, KEYS[:3])
+    sessions, now_s = Sessions(store, catalog), time.time()
+    long_ago_s = now_s - RECORD_EXPIRY_S - 1
+    for record in (
+        SessionRecord("over", tuple(KEYS[:1]), changed_unix_s=long_ago_s),
+        SessionRecord("was pinned", tuple(KEYS[:1]), now_s - 1, changed_unix_s=long_ago_s),
+        SessionRecord("pinned", tuple(KEYS[1:2]), now_s + 600, changed_unix_s=long_ago_s),
+        SessionRecord("late", tuple(KEYS[2:3]), changed_unix_s=now_s - RECORD_EXPIRY_S + 600),
+    ):
+        sessions.set(record)
+    sessions.publish()
+    assert [record.session_id for record in catalog.sessions()] == ["late", "pinned"]
+    with redis.Redis.from_url(redis_server.url) as client:
+        assert 0 < client.ttl(SESSION_PREFIX + b"late") <= 600
+    sessions.tick()
+    assert sorted(sessions._records) == ["late", "pinned"]
+    assert store.stats().pinned_slots == 1
+
+
+class OtherTiers:
+    """Stores of this process in place of tiers on other nodes; those that are ``away`` don't answer."""
+
+    def __init__(self, catalog: Catalog, stores: dict[str, ArenaStore]) -> None:
+        self.catalog = catalog
+        self.stores = stores
+        self.away: set[str] = set()
+
+    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+        if tier_id in self.away:
+            raise ChunkLostError(f"{tier_id} is away")
+        taken = take_in(self.stores[tier_id], batch, copied_only=copied_only)
+        self.catalog.publish(tier_id, "1", taken)
+        return taken
+
+
+@pytest.fixture
+def others(catalog: Catalog, tmp_path: Path) -> OtherTiers:
+    others = OtherTiers(catalog, {name: ArenaStore(small_arena(tmp_path, name, slots=80)) for name in "abc"})
+    for name in ("self", *others.stores):
+        catalog.heartbeat(record(name), expiry_s=600)
+    return others
+
+
+def exchange_of(
+    catalog: Catalog, others: Any, directory: Path, disk: ArenaStore | None = None, **options: Any
+) -> tuple[ArenaStore, ChunkExchange]:
+    """Of the tier "self"; its rounds are the test's."""
+    store = ArenaStore(small_arena(directory, "self", slots=80), lambda key, stored: exchange.changed(key, stored))
+    exchange = ChunkExchange("self", store, catalog, others, MemoryConfig(**options), lambda keys: None, disk)
+    return store, exchange
+
+
+def test_a_tier_that_is_away_keeps_no_replica_from_the_others(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path, replicas=2)
+    keys = [bytes([i]) * 16 for i in range(60)]
+    first = {key: rendezvous(key, list(others.stores))[0] for key in keys}
+    assert set(first.values()) == set(others.stores)
+    put(store, keys)
+    catalog.publish("self", "1", keys)
+    others.away = {"a"}
+    exchange._round()
+    assert {name: set(one.keys()) for name, one in others.stores.items()} == {
+        name: {key for key in keys if first[key] == name and name != "a"} for name in others.stores
+    }
+    others.away.clear()
+    exchange._round()
+    assert all(len(tiers) == 2 for tiers in catalog.locate(keys))
+    assert exchange.counters.replicated_chunks == len(keys)
+
+
+def test_replicas_are_made_after_redis_was_away(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path, redis_server: Any
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path, replicas=2)
+    keys = [bytes([i]) * 16 for i in range(20)]
+    put(store, keys)
+    tiers = {tier.tier_id: tier for tier in catalog.tiers() if tier.tier_id != "self"}
+    redis_server.kill()
+    with pytest.raises(CatalogUnavailableError):
+        exchange._replicate(tiers)  # it went between two questions of a round
+    redis_server.start()
+    for name in ("self", *others.stores):
+        catalog.heartbeat(record(name), expiry_s=600)
+    catalog.publish("self", "1", keys)
+    exchange._round()
+    assert all(len(tiers) == 2 for tiers in catalog.locate(keys))
+
+
+def test_a_chunk_whose_copy_another_tier_has_evicted_goes_first_no_longer(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    store, exchange = exchange_of(catalog, others, tmp_path)
+    put(store, KEYS)
+    catalog.publish("self", "1", KEYS)
+    catalog.publish("a", "1", KEYS)
+    store.set_copied(KEYS, True)
+    exchange._round()
+    assert set(store.copied()) == set(KEYS)
+    catalog.withdraw("a", KEYS[:3])
+    exchange._round()
+    assert set(store.copied()) == set(KEYS[3:])
+    assert set(store.coldest(9)) == set(KEYS[:3])
+
+
+def test_a_chunk_that_has_gone_from_the_disk_goes_first_no_longer(
+    catalog: Catalog, others: OtherTiers, tmp_path: Path
+) -> None:
+    arena = small_arena(tmp_path, "disk")
+    disk = ArenaStore(arena, lambda key, stored: exchange.disk_changed(key, stored))
+    store, exchange = exchange_of(catalog, others, tmp_path, disk)
+    put(store, KEYS[:3])
+    exchange._spill(KEYS[:3])
+    assert set(store.copied()) == set(KEYS[:3])
+    while disk.stored(KEYS[:1]) == [True]:
+        put(disk, [bytes([100 + disk.stats().evicted_chunks + disk.stats().stored_chunks]) * 16])
+    assert set(store.copied()) == {key for key in KEYS[:3] if disk.stored([key]) == [True]} != set(KEYS[:3])
+    # and the other way round: what was brought from the disk and is here no longer
+    [last] = exchange._store.keys()[:1]
+    exchange._spill([last])
+    disk.set_copied([last], True)
+    store.drop(last, next(ref for ref in store.hold("reader", [last]) if ref is not None))
+    exchange._round()
+    assert disk.copied() == []

@@ -227,7 +227,7 @@ def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
             if len(tokens) >= 5 and not stolen:
                 stolen = True
                 llm.engine.flush()
-                holder = next(iter(llm.memory._held))
+                holder = llm.memory.holders()[0]
                 llm.memory.release(holder)
                 places = llm.memory.reserve("thief", [bytes([n]) * 16 for n in range(llm.memory.arena.slots)])
                 for place in places:

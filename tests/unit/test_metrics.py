@@ -15,7 +15,10 @@ from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats, ScorerS
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.protocol import TierStats
 
-TIER = TierStats(10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3)
+TIER = TierStats(
+    10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3, pinned_slots=1,
+    promised_slots=6,
+)  # fmt: skip
 
 NAMES: dict[Component, set[str]] = {
     "worker": {
@@ -41,6 +44,7 @@ NAMES: dict[Component, set[str]] = {
     },
     "tier": {
         "forecache_memory_tier_usage_perc",
+        "forecache_memory_tier_promised_perc",
         "forecache_memory_tier_disk_usage_perc",
         "forecache_recalled_chunks_total[remote]",
         "forecache_recalled_chunks_total[disk]",
@@ -112,6 +116,7 @@ def test_a_worker() -> None:
 def test_a_tier_without_disk() -> None:
     found = samples_of(page("tier", TIER))
     assert found["forecache_memory_tier_usage_perc"] == 0.4 and found["forecache_memory_tier_held_perc"] == 0.1
+    assert found["forecache_memory_tier_promised_perc"] == 0.7, "promised, and pinned beside it"
     assert found["forecache_memory_tier_moved_chunks_total"] == 3
     assert found["forecache_memory_tier_disk_usage_perc"] == 0
 

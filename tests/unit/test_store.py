@@ -11,10 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.idle_slots import Idle
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.transfer import read
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 5
@@ -66,6 +68,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.given: set[SlotRef] = set()
         self.heard: dict[ChunkKey, int] = {}
         self.pinned: dict[str, set[ChunkKey]] = {}
+        self.promised: dict[str, int] = {}
 
     @initialize()
     def open(self) -> None:
@@ -95,8 +98,12 @@ class StoreMachine(RuleBasedStateMachine):
         kept = {self.stored[key].slot for key in keys if key in self.stored}
         held_slots = {ref.slot for ref in self.all_held()}
         pins = set().union(*self.pinned.values()) - set(self.store.copied())
-        pinned = {ref.slot for key, ref in self.stored.items() if key in pins}
+        pinned = {ref.slot for key, ref in self.stored.items() if key in pins} - set(self.store._idle.of(Idle.YIELDING))
         if needed > SLOTS - len(held_slots | kept | pinned):
+            after = {name: {ref.slot for ref in self.held.get(name, ())} for name in {*self.held, holder}}
+            after[holder] |= kept
+            within = all(len(after[name]) <= self.promised.get(name, 0) for name in after if name != holder)
+            assert not (within and len(after[holder]) + needed <= self.promised.get(holder, 0)), "a promise is not kept"
             before = self.store.stats()
             with pytest.raises(OverloadedError, match="--cold-bytes"):
                 self.store.reserve(holder, keys)
@@ -158,20 +165,43 @@ class StoreMachine(RuleBasedStateMachine):
     def release(self, holder: str) -> None:
         self.store.release(holder)
         self.held.pop(holder, None)
+        self.promised.pop(holder, None)
         self.unwritten[holder] = []
 
     @rule(worker=st.sampled_from(["a/", "b/"]))
     def release_worker(self, worker: str) -> None:
-        expected = [holder for holder in self.held if holder.startswith(worker)]
+        expected = [holder for holder in {**self.held, **self.promised} if holder.startswith(worker)]
         assert self.store.release_prefix(worker) == len(expected)
         for holder in expected:
-            del self.held[holder]
+            self.held.pop(holder, None)
+            self.promised.pop(holder, None)
             self.unwritten[holder] = []
+
+    @rule(holder=st.sampled_from(HOLDERS), chunks=st.integers(1, SLOTS))
+    def promise(self, holder: str, chunks: int) -> None:
+        others = sum(self.promised.values()) - self.promised.get(holder, 0)
+        if chunks + others + self.store.stats().pinned_slots > SLOTS:
+            with pytest.raises(OverloadedError, match=f"{others} are promised to others"):
+                self.store.promise(holder, chunks)
+        else:
+            self.store.promise(holder, chunks)
+            self.promised[holder] = chunks
+
+    @rule(holder=st.sampled_from(HOLDERS), chunks=st.integers(1, SLOTS))
+    def promise_up_to(self, holder: str, chunks: int) -> None:
+        before = self.promised.get(holder, 0)
+        room = SLOTS - sum(self.promised.values()) + before - self.store.stats().pinned_slots
+        self.promised[holder] = max(before, min(chunks, room))
+        assert self.store.promise_up_to(holder, chunks) == self.promised[holder]
 
     @rule(name=st.sampled_from(["s", "t"]), keys=st.lists(st.sampled_from(KEYS), max_size=3))
     def pin(self, name: str, keys: list[ChunkKey]) -> None:
-        self.store.pin(name, keys)
+        yielding = self.store.pin(name, keys)
         self.pinned[name] = set(keys)
+        slots = {self.stored[key].slot for key in keys if key in self.stored}
+        assert yielding == len(slots & set(self.store._idle.of(Idle.YIELDING)))
+        pinned = self.store.stats().pinned_slots
+        assert not yielding or sum(self.promised.values()) + pinned == SLOTS, "there is room for more"
 
     @rule(name=st.sampled_from(["s", "t"]))
     def unpin(self, name: str) -> None:
@@ -221,8 +251,10 @@ class StoreMachine(RuleBasedStateMachine):
         held_slots = {ref.slot for ref in self.all_held()}
         stored_slots = {ref.slot for ref in self.stored.values()}
         stats = self.store.stats()
+        assert sum(self.promised.values()) + stats.pinned_slots <= SLOTS
         assert stats.slots == SLOTS
         assert stats.held_slots == len(held_slots)
+        assert stats.promised_slots == sum(self.promised.values())
         assert stats.used_slots == len(held_slots | stored_slots)
         assert stats.stored_chunks == len(self.stored)
 
@@ -249,6 +281,42 @@ def test_no_more_is_promised_than_there_is(store: ArenaStore) -> None:
     store.promise("b/3", 2)
     store.release("b/3")
     store.release("a/0")
+    store.check_integrity()
+
+
+def test_what_is_promised_goes_before_pins(store: ArenaStore) -> None:
+    store_chunks(store, "past", KEYS[:SLOTS])
+    store.release("past")
+    store.promise("a/0", 3)
+    assert store.pin("session", KEYS[:SLOTS]) == 3
+    assert store.stats().pinned_slots == SLOTS - 3
+    with pytest.raises(OverloadedError, match="3 are promised to others and 2 are pinned"):
+        store.promise("b/0", 1)
+    store_chunks(store, "a/0", KEYS[5:8])
+    with pytest.raises(OverloadedError, match="0 can be evicted, 2 are pinned"):
+        store.reserve("a/0", KEYS[8:9])
+    store.check_integrity()
+
+
+def test_pins_that_had_to_yield_are_kept_once_there_is_room(store: ArenaStore) -> None:
+    store_chunks(store, "past", KEYS[:4])
+    store.release("past")
+    store.promise("a/0", 4)
+    assert store.pin("session", KEYS[:4]) == 3
+    assert store.coldest(9) == store.coldest(3) != []
+    store.promise("a/0", 2)
+    assert store.stats().pinned_slots == 3
+    store.release("a/0")
+    assert store.stats().pinned_slots == 4
+    assert store.pin("session", KEYS[:4]) == 0
+    # held by who is promised too little for them, they may be promised to another meanwhile
+    store.hold("b/0", KEYS[:4])
+    store.promise("c/0", 3)
+    store.release("b/0")
+    assert store.stats().pinned_slots == 2
+    store_chunks(store, "c/0", KEYS[5:8])
+    store.release("c/0")
+    assert sum(store.stored(KEYS[:4])) == store.stats().pinned_slots == 2
     store.check_integrity()
 
 
@@ -286,6 +354,15 @@ def test_least_recently_used_goes_first_and_a_sequence_loses_its_end_first(store
     assert gone == [KEYS[2], KEYS[0], KEYS[4]]
     assert store.stats().evicted_chunks == 3
     store.check_integrity()
+
+
+def test_chunks_that_are_copied_elsewhere_count_as_used_no_more_recently(store: ArenaStore) -> None:
+    for number in range(4):
+        store_chunks(store, f"{number}", KEYS[number : number + 1])
+        store.release(f"{number}")
+    assert read(store, [KEYS[1], KEYS[8], KEYS[0]]).keys == (KEYS[1], KEYS[0])
+    assert store.coldest(9) == KEYS[:4]
+    assert store.stats().dropped_chunks == 0
 
 
 def test_chunks_of_a_call_do_not_evict_each_other(store: ArenaStore) -> None:
@@ -402,7 +479,16 @@ def test_threads_that_compete_for_slots(tmp_path: Path) -> None:
         except BaseException as error:  # noqa: BLE001 (handed to the test's thread)
             errors.append(error)
 
+    def copy() -> None:
+        try:
+            for _ in range(200):
+                batch = read(store, KEYS)
+                assert all((chunk == key[0]).all() for key, chunk in zip(batch.keys, batch.chunks, strict=True))
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
     threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    threads.append(threading.Thread(target=copy))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -411,3 +497,4 @@ def test_threads_that_compete_for_slots(tmp_path: Path) -> None:
     store.check_integrity()
     assert store.stats().held_slots == 0
     assert store.stats().evicted_chunks > 0
+    assert store.stats().dropped_chunks == 0

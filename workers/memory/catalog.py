@@ -6,8 +6,8 @@ Schema, under the prefix ``forecache:``
 - ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``;
   expires with the tier's heartbeat.
 - ``tiers``: set of tier ids, some of them perhaps expired.
-- ``session:<id>``: hash of ``keys`` and ``state_keys`` (16 bytes each) and ``pinned_until_unix_s``;
-  ``sessions``: set of their ids.
+- ``session:<id>``: hash of ``keys`` and ``state_keys`` (16 bytes each), ``pinned_until_unix_s`` and
+  ``changed_unix_s``; ``sessions``: set of their ids.
 
 An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
 after a tier has died.
@@ -16,7 +16,7 @@ after a tier has died.
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -75,6 +75,16 @@ end
 return reply
 """
 
+# KEYS: a session, all sessions; ARGV: its id, its changed_unix_s, its expiry in ms, then fields and values. Nothing
+# where a newer record is known.
+SET_SESSION = """
+local known = redis.call('HGET', KEYS[1], 'changed_unix_s')
+if known and tonumber(known) > tonumber(ARGV[2]) then return end
+redis.call('HSET', KEYS[1], 'changed_unix_s', ARGV[2], unpack(ARGV, 4))
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[1])
+"""
+
 
 @dataclass(frozen=True)
 class TierRecord:
@@ -99,27 +109,33 @@ class StoredRun:
 
 
 RECORD_EXPIRY_S = 24 * 3600.0
-"""So long after its last request a session that is not pinned is remembered."""
+"""So long after its last request, or the last change of its pin, a session that is not pinned is remembered."""
 
 
 @dataclass(frozen=True)
 class SessionRecord:
     """``keys``: the chunks of the session's last request, in order. Pinned until ``pinned_until_unix_s``, if not 0.
-    ``state_keys``: pieces of the state behind the last one, of models that have one."""
+    ``state_keys``: pieces of the state behind the last one, of models that have one. ``changed_unix_s``: since when
+    the session is so; of two records the later one holds."""
 
     session_id: str
     keys: tuple[ChunkKey, ...]
     pinned_until_unix_s: float = 0.0
     state_keys: tuple[ChunkKey, ...] = ()
+    changed_unix_s: float = field(default_factory=time.time)
 
     @property
     def is_pinned(self) -> bool:
         return self.pinned_until_unix_s > time.time()
 
+    def after(self, known: "SessionRecord") -> "SessionRecord":
+        """This record, as one that is not older than ``known``, whatever the clocks of two nodes say."""
+        return replace(self, changed_unix_s=max(self.changed_unix_s, known.changed_unix_s))
+
     @property
     def expiry_s(self) -> float:
-        """From now on."""
-        return max(RECORD_EXPIRY_S, self.pinned_until_unix_s - time.time())
+        """From now on; not above 0 when its time is over."""
+        return max(self.changed_unix_s + RECORD_EXPIRY_S, self.pinned_until_unix_s) - time.time()
 
 
 class Catalog:
@@ -143,6 +159,7 @@ class Catalog:
             raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
         self._run = self._redis.register_script(RUN)
         self._locate = self._redis.register_script(LOCATE)
+        self._set_session = self._redis.register_script(SET_SESSION)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
         """The tier lives, for ``expiry_s`` more. False if it was not known: publish everything again."""
@@ -243,19 +260,17 @@ class Catalog:
         ]
 
     def set_session(self, record: SessionRecord) -> None:
-        """The session is as ``record`` says."""
-        name = SESSION_PREFIX + record.session_id.encode()
-        fields: dict[Any, Any] = {
+        """The session is as ``record`` says, unless a newer one is known."""
+        fields: dict[str, Any] = {
             "keys": b"".join(record.keys),
             "state_keys": b"".join(record.state_keys),
             "pinned_until_unix_s": record.pinned_until_unix_s,
         }
+        args: list[Any] = [record.session_id, record.changed_unix_s, int(record.expiry_s * 1000)]
+        for name, value in fields.items():
+            args += [name, value]
         with self._errors():
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.hset(name, mapping=fields)
-            pipeline.pexpire(name, int(record.expiry_s * 1000))
-            pipeline.sadd(SESSIONS_KEY, record.session_id)
-            pipeline.execute()
+            self._set_session(keys=[SESSION_PREFIX + record.session_id.encode(), SESSIONS_KEY], args=args)
 
     def session(self, session_id: str) -> SessionRecord | None:
         """``None`` for one that is not known, or no longer."""
@@ -307,7 +322,8 @@ def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord:
         session_id,
         _split(fields[b"keys"]),
         float(fields[b"pinned_until_unix_s"]),
-        _split(fields.get(b"state_keys", b"")),  # not there in a record of an older version
+        _split(fields.get(b"state_keys", b"")),  # not there in a record of an older version, as what is below
+        float(fields.get(b"changed_unix_s", 0)),
     )
 
 

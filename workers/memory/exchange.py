@@ -28,6 +28,8 @@ FREE_SHARE = 16
 """A tier moves chunks away while fewer than this part of its slots could be had without loss, and takes none in then:
 full tiers would send their chunks round and round."""
 VERIFY_CHUNKS = 4096
+RECHECKED_CHUNKS = 128
+"""Of the chunks that go first, since others answer for them: so many are asked for in each round."""
 MAX_PENDING = 100_000
 
 
@@ -84,6 +86,11 @@ class ChunkExchange:
             if self._config.replicas > 1:
                 self._uncopied.append(key)
             self._wake.set()
+
+    def disk_changed(self, key: ChunkKey, stored: bool) -> None:
+        """The disk's listener: what has gone there goes first here no longer."""
+        if not stored:
+            self._store.set_copied([key], False)
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers.
@@ -168,6 +175,9 @@ class ChunkExchange:
         if self._living - tiers.keys():
             self._lost_tiers()
         self._living = frozenset(tiers)
+        self._recheck(self._store, self._store.coldest(RECHECKED_CHUNKS, copied=True), self._disk)
+        if self._disk is not None:
+            self._recheck(self._disk, self._disk.coldest(RECHECKED_CHUNKS, copied=True), self._store)
         self.spread.tick(tiers)
         self._replicate(tiers)
         self._make_room(tiers)
@@ -175,29 +185,45 @@ class ChunkExchange:
     def _lost_tiers(self) -> None:
         """Tiers have gone, and copies with them."""
         for keys in batches(self._store.copied(), VERIFY_CHUNKS):
-            places = self._catalog.locate(keys)
-            alone = [key for key, tiers in zip(keys, places, strict=True) if not tiers - {self._tier_id}]
-            self._store.set_copied(alone, False)
+            self._recheck(self._store, keys, self._disk)
         if self._config.replicas > 1:
             self._uncopied.extend(self._store.keys())
+
+    def _recheck(self, store: ArenaStore, keys: Sequence[ChunkKey], beside: ArenaStore | None) -> None:
+        """Copies are evicted without a word. Those of ``keys``, which go first in ``store``, that are neither at
+        another tier nor ``beside`` it go first no longer."""
+        if not keys:
+            return
+        here = beside.stored(keys) if beside is not None else [False] * len(keys)
+        places = zip(keys, self._catalog.locate(keys), here, strict=True)
+        store.set_copied([key for key, tiers, is_here in places if not is_here and not tiers - {self._tier_id}], False)
 
     def _replicate(self, tiers: Mapping[str, TierRecord]) -> None:
         """Copy chunks that have too few copies to those next in their order."""
         while self._uncopied and tiers and not self._stopping.is_set():
             keys = [self._uncopied.popleft() for _ in range(min(len(self._uncopied), VERIFY_CHUNKS))]
+            try:
+                places = self._catalog.locate(keys)
+            except CatalogUnavailableError:
+                self._uncopied.extend(keys)
+                raise
             targets: list[tuple[ChunkKey, set[str]]] = []
-            for key, holders in zip(keys, self._catalog.locate(keys), strict=True):
+            for key, holders in zip(keys, places, strict=True):
                 holding = holders | {self._tier_id}
                 missing = self._config.replicas - len(holding)
                 if missing > 0 and rendezvous(key, holding)[0] == self._tier_id:
                     targets += [(key, {other}) for other in rendezvous(key, tiers.keys() - holding)[:missing]]
+            unsent: dict[ChunkKey, None] = {}
+            refusing: set[str] = set()
             for tier_id, batch in self._by_tier(targets):
-                sent = self._send(tier_id, batch, copied_only=False)
+                sent = set() if tier_id in refusing else set(self._send(tier_id, batch, copied_only=False))
                 self.counters.replicated_chunks += len(sent)
                 if len(sent) < len(batch):
-                    left = set(batch) - set(sent)
-                    self._uncopied.extend(key for key in batch if key in left)
-                    return  # no room, or no answer: again later
+                    refusing.add(tier_id)
+                    unsent |= dict.fromkeys(key for key in batch if key not in sent)
+            if unsent:
+                self._uncopied.extend(unsent)
+                return  # no room, or no answer: again later
 
     def _make_room(self, tiers: Mapping[str, TierRecord]) -> None:
         """Before chunks have to go for good, others may have room for the coldest."""
@@ -226,6 +252,9 @@ class ChunkExchange:
         for part in batches(keys, self.fetcher.batch_chunks):
             taken = take_in(self._disk, read(self._store, part))
             self._store.set_copied(taken, True)
+            # what has gone from the disk meanwhile was told of before it was marked
+            still = self._disk.stored(taken)
+            self._store.set_copied([key for key, is_there in zip(taken, still, strict=True) if not is_there], False)
             self.counters.spilled_chunks += len(taken)
 
     def _by_tier(self, targets: list[tuple[ChunkKey, set[str]]]) -> Iterator[tuple[str, list[ChunkKey]]]:

@@ -11,6 +11,8 @@ class Idle(Enum):
     COPIED = auto()
     """Another tier, or a disk, answers for it: evicted first."""
     SOLE = auto()
+    YIELDING = auto()
+    """Pinned, and promises leave no room for it: evicted last."""
     PINNED = auto()
     """Never evicted."""
 
@@ -47,7 +49,7 @@ class IdleSlots:
 
     def pop(self) -> int:
         """The slot to evict next. Raises KeyError when there is none."""
-        slots = self._slots[Idle.COPIED] or self._slots[Idle.SOLE]
+        slots = self._slots[Idle.COPIED] or self._slots[Idle.SOLE] or self._slots[Idle.YIELDING]
         slot, _ = slots.popitem(last=False)
         return slot
 

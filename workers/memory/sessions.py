@@ -29,32 +29,40 @@ class Sessions:
         with self._lock:
             known = self._records.get(session_id)
         with suppress(CatalogUnavailableError):  # then what this tier knows must do
-            known = self._catalog.session(session_id) or known
-        until = known.pinned_until_unix_s if known is not None else 0.0
-        self.set(SessionRecord(session_id, tuple(keys), until, tuple(state_keys)))
+            entered = self._catalog.session(session_id)
+            if entered is not None and (known is None or entered.changed_unix_s >= known.changed_unix_s):
+                known = entered
+        record = SessionRecord(session_id, tuple(keys), state_keys=tuple(state_keys))
+        if known is not None:
+            record = replace(record, pinned_until_unix_s=known.pinned_until_unix_s).after(known)
+        self.set(record)
         self.publish([session_id])
 
-    def set(self, record: SessionRecord) -> None:
-        """Take over ``record``, pins included."""
+    def set(self, record: SessionRecord) -> int:
+        """Take over ``record``, pins included, unless a newer one is known; returns how many of its chunks here must
+        yield to what is promised, as :meth:`ArenaStore.pin` does."""
         with self._lock:
+            known = self._records.get(record.session_id)
+            if known is not None and known.changed_unix_s > record.changed_unix_s:
+                return 0
             self._records[record.session_id] = record
-        if record.is_pinned:
-            self._store.pin(record.session_id, (*record.keys, *record.state_keys))
-        else:
-            self._store.unpin(record.session_id)
+            return self._store.pin(record.session_id, (*record.keys, *record.state_keys) if record.is_pinned else ())
 
     def forget(self, session_id: str) -> None:
         """The session is over; unknown ones are fine."""
         with self._lock:
             self._records.pop(session_id, None)
-        self._store.unpin(session_id)
+            self._store.unpin(session_id)
 
     def tick(self) -> None:
         """Let go of pins whose time is over, and of records that nobody can ask for any more."""
         with self._lock:
-            over = [record for record in self._records.values() if record.pinned_until_unix_s and not record.is_pinned]
-        for record in over:
-            self.set(replace(record, pinned_until_unix_s=0.0))
+            for record in list(self._records.values()):
+                if record.pinned_until_unix_s and not record.is_pinned:
+                    self._records[record.session_id] = replace(record, pinned_until_unix_s=0.0)
+                    self._store.unpin(record.session_id)
+                if record.expiry_s <= 0:
+                    del self._records[record.session_id]
 
     def load(self) -> None:
         """Take the pins from the catalog."""
@@ -66,7 +74,7 @@ class Sessions:
         """Write the records of ``session_ids``, or all, to the catalog, if it is there."""
         with self._lock:
             names = self._records if session_ids is None else session_ids
-            records = [self._records[name] for name in names if name in self._records]
+            records = [record for name in names if (record := self._records.get(name)) and record.expiry_s > 0]
         try:
             for record in records:
                 self._catalog.set_session(record)

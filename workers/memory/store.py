@@ -10,7 +10,7 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.pins import Pins
+from forecache.workers.memory.pins import Holds, Pins, Promises
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 
 Listener = Callable[[ChunkKey, bool], None]
@@ -37,9 +37,8 @@ class ArenaStore:
         self._idle = IdleSlots()
         self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
         self._pins = Pins()
-        self._held: dict[str, dict[int, None]] = {}  # dict as ordered set: the order of a sequence's chunks
-        self._hold_counts = [0] * arena.slots
-        self._promised: dict[str, int] = {}
+        self._holds = Holds(arena.slots)
+        self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
         self._evicted = self._dropped = 0
         headers = self._arena.headers()
         for slot in range(self._arena.slots - 1, -1, -1):
@@ -78,6 +77,13 @@ class ArenaStore:
             refs = iter(self._hold_all(holder, [slot for slot in slots if slot is not None]))
             return [None if slot is None else next(refs) for slot in slots]
 
+    def find(self, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Places of those of ``keys`` that are stored; ``None`` for each that is not. Nobody holds them: whoever reads
+        there compares generations afterwards, and has not used them, as far as the order of eviction goes."""
+        with self._lock:
+            slots = [self._stored.get(key) for key in keys]
+            return [None if slot is None else SlotRef(slot, self._arena.generation_of(slot)) for slot in slots]
+
     def reserve(self, holder: str, keys: Sequence[ChunkKey], *, copied_only: bool = False) -> list[Reservation]:
         """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room, or only those
         that somebody else answers for.
@@ -88,7 +94,7 @@ class ArenaStore:
         with self._lock:
             stored = {key: self._stored[key] for key in keys if key in self._stored}
             needed = sum(key not in stored for key in keys)
-            kinds = [Idle.COPIED] if copied_only else [Idle.COPIED, Idle.SOLE]
+            kinds = [Idle.COPIED] if copied_only else [Idle.COPIED, Idle.SOLE, Idle.YIELDING]
             evictable = sum(map(self._idle.count, kinds))
             evictable -= sum(self._idle.is_any_of(slot, kinds) for slot in set(stored.values()))
             if needed > len(self._free) + evictable:
@@ -98,7 +104,7 @@ class ArenaStore:
                     f"{self._idle.count(Idle.PINNED)} are pinned, the rest is in use. "
                     "Try again later, or raise --cold-bytes."
                 )
-            refs = {key: self._hold(holder, slot) for key, slot in stored.items()}
+            refs = dict(zip(stored, self._hold_all(holder, list(stored.values())), strict=True))
             return [
                 Reservation(key, refs[key], stored=True)
                 if key in refs
@@ -113,7 +119,7 @@ class ArenaStore:
         Raises :class:`ChunkLostError`, and stores nothing, if a slot is not the holder's or not sealed.
         """
         with self._lock:
-            held = self._held.get(holder, {})
+            held = self._holds.of(holder)
             for key, ref in refs:
                 if ref.slot not in held or self._keys[ref.slot] != key:
                     raise ChunkLostError(f"slot {ref.slot} is not reserved by {holder} any more: reserve again")
@@ -139,35 +145,18 @@ class ArenaStore:
         """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
         nobody holds can't be promised. Raises :class:`OverloadedError`."""
         with self._lock:
-            others = sum(self._promised.values()) - self._promised.get(holder, 0)
-            pinned = self._idle.count(Idle.PINNED)
-            if chunks + others + pinned > self._arena.slots:
-                raise OverloadedError(
-                    f"no room for the {chunks} chunks that the request may need: of {self._arena.slots} slots of the "
-                    f"memory tier {others} are promised to others and {pinned} are pinned. Try again later, lower "
-                    "max_tokens, or raise --cold-bytes."
-                )
-            self._promised[holder] = chunks
+            self._promises.make(holder, chunks)
+            self._keep_yielding()
 
     def promise_up_to(self, holder: str, chunks: int) -> int:
         """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
         with self._lock:
-            before = self._promised.get(holder, 0)
-            others = sum(self._promised.values()) - before
-            room = self._arena.slots - others - self._idle.count(Idle.PINNED)
-            self._promised[holder] = max(before, min(chunks, room))
-            return self._promised[holder]
+            return self._promises.make_up_to(holder, chunks)
 
     def let_go(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         """``holder`` needs those of ``keys`` no longer that are stored here."""
         with self._lock:
-            held = self._held.get(holder, {})
-            for slot in [self._stored.get(key, -1) for key in keys]:
-                if slot in held:
-                    del held[slot]
-                    self._unhold(slot)
-            if not held:
-                self._held.pop(holder, None)
+            self._let_go(holder, [self._stored.get(key, -1) for key in keys])
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds; unknown holders are fine."""
@@ -177,7 +166,7 @@ class ArenaStore:
     def release_prefix(self, prefix: str) -> int:
         """Release every holder whose name starts with ``prefix``; return how many there were."""
         with self._lock:
-            holders = [holder for holder in {**self._held, **self._promised} if holder.startswith(prefix)]
+            holders = [holder for holder in self._all_holders() if holder.startswith(prefix)]
             for holder in holders:
                 self._release(holder)
             return len(holders)
@@ -188,7 +177,7 @@ class ArenaStore:
     def holders(self) -> list[str]:
         """Names of all that hold something."""
         with self._lock:
-            return list({**self._held, **self._promised})
+            return self._all_holders()
 
     def keys(self) -> list[ChunkKey]:
         """Keys of all stored chunks."""
@@ -206,10 +195,13 @@ class ArenaStore:
         with self._lock:
             return len(self._free) + self._idle.count(Idle.COPIED)
 
-    def coldest(self, count: int) -> list[ChunkKey]:
-        """At most ``count`` chunks that only this store answers for, those that would be evicted first."""
+    def coldest(self, count: int, *, copied: bool = False) -> list[ChunkKey]:
+        """At most ``count`` chunks that only this store answers for, or (``copied``) that somebody else does: those
+        that would be evicted first."""
+        kinds = [Idle.COPIED] if copied else [Idle.SOLE, Idle.YIELDING]
         with self._lock:
-            return [key for slot in self._idle.of(Idle.SOLE)[: max(count, 0)] if (key := self._keys[slot]) is not None]
+            slots = [slot for kind in kinds for slot in self._idle.of(kind)][: max(count, 0)]
+            return [key for slot in slots if (key := self._keys[slot]) is not None]
 
     def copied(self) -> list[ChunkKey]:
         """Chunks that somebody else answers for."""
@@ -223,10 +215,15 @@ class ArenaStore:
             (self._copied.update if copied else self._copied.difference_update)(known)
             self._settle(known)
 
-    def pin(self, name: str, keys: Sequence[ChunkKey]) -> None:
-        """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later."""
+    def pin(self, name: str, keys: Sequence[ChunkKey]) -> int:
+        """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later.
+
+        Slots that are promised go before: pinned chunks that these leave no room for are evicted last, and kept once
+        there is room. Returns how many of ``keys`` are such now.
+        """
         with self._lock:
             self._settle(self._pins.set(name, keys))
+            return sum(self._idle.is_any_of(self._stored.get(key, -1), [Idle.YIELDING]) for key in set(keys))
 
     def unpin(self, name: str) -> None:
         """Unknown names are fine."""
@@ -240,6 +237,7 @@ class ArenaStore:
                 used_slots=used,
                 held_slots=used - len(self._idle),
                 pinned_slots=self._idle.count(Idle.PINNED),
+                promised_slots=self._promises.total,
                 copied_slots=self._idle.count(Idle.COPIED),
                 stored_chunks=len(self._stored),
                 evicted_chunks=self._evicted,
@@ -249,23 +247,21 @@ class ArenaStore:
     def check_integrity(self) -> None:
         """Raise :class:`AssertionError`, saying what is wrong, unless every slot is in exactly one place."""
         with self._lock:
-            counts = [0] * self._arena.slots
-            for holder, held in self._held.items():
-                assert held, f"{holder} is listed and holds nothing"
-                for slot in held:
-                    counts[slot] += 1
-            assert counts == self._hold_counts, "hold counts differ from what the holders hold"
+            self._holds.check_integrity()
             free = set(self._free)
             assert len(free) == len(self._free), "a slot is free twice"
-            for slot, count in enumerate(counts):
-                places = [slot in free, slot in self._idle, count > 0]
+            for slot in range(self._arena.slots):
+                places = [slot in free, slot in self._idle, self._holds.count(slot) > 0]
                 assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, idle, held"
                 assert (self._keys[slot] is None) == (slot in free), f"slot {slot}: a key and free, or neither"
             for kind in Idle:
                 for slot in self._idle.of(kind):
                     key = self._keys[slot] or b""
                     assert self._stored.get(key) == slot, f"slot {slot} is idle and not stored"
-                    assert self._kind(key) is kind, f"slot {slot} is among the {kind.name} and is not"
+                    # who yields is not asked again when a pinned slot becomes a held one
+                    known = (kind, Idle.PINNED) if kind is Idle.YIELDING else (kind,)
+                    assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
+            self._promises.check_integrity()
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
             self._pins.check_integrity()
             for key, slot in self._stored.items():
@@ -275,20 +271,16 @@ class ArenaStore:
 
     # Below: called with the lock held.
 
-    def _hold(self, holder: str, slot: int) -> SlotRef:
-        [ref] = self._hold_all(holder, [slot])
-        return ref
+    def _all_holders(self) -> list[str]:
+        return list(dict.fromkeys([*self._holds.holders(), *self._promises.holders()]))
 
     def _hold_all(self, holder: str, slots: list[int]) -> list[SlotRef]:
         # thousands in one call, when a long prompt is found
         if not slots:
             return []
-        held = self._held.setdefault(holder, {})
+        self._holds.add(holder, slots)
         for slot in slots:
-            if slot not in held:
-                held[slot] = None
-                self._hold_counts[slot] += 1
-                self._idle.discard(slot)
+            self._idle.discard(slot)
         generations = self._arena.generation(np.array(slots, np.int64)).tolist()
         return [SlotRef(slot, generation) for slot, generation in zip(slots, generations, strict=True)]
 
@@ -303,23 +295,21 @@ class ArenaStore:
             self._evicted += 1
         self._arena.renew(slot)
         self._keys[slot] = key
-        return self._hold(holder, slot)
+        return self._hold_all(holder, [slot])[0]
 
     def _release(self, holder: str) -> None:
-        self._promised.pop(holder, None)
+        self._promises.end(holder)
         # Last chunks first: a prefix is of use without its continuation, not the other way round.
-        for slot in reversed(self._held.pop(holder, {})):
-            self._unhold(slot)
+        self._let_go(holder, list(self._holds.of(holder))[::-1])
+        self._keep_yielding()
 
-    def _unhold(self, slot: int) -> None:
-        self._hold_counts[slot] -= 1
-        if self._hold_counts[slot]:
-            return
-        key = self._keys[slot]
-        if key is not None and self._stored.get(key) == slot:
-            self._idle.add(slot, self._kind(key))
-        else:
-            self._make_free(slot)
+    def _let_go(self, holder: str, slots: Sequence[int]) -> None:
+        for slot in self._holds.remove(holder, slots):
+            key = self._keys[slot]
+            if key is not None and self._stored.get(key) == slot:
+                self._idle.add(slot, self._kind(slot, key))
+            else:
+                self._make_free(slot)
 
     def _make_free(self, slot: int) -> None:
         self._arena.clear(slot)
@@ -331,17 +321,27 @@ class ArenaStore:
         if self._listener is not None:
             self._listener(key, True)
 
-    def _kind(self, key: ChunkKey) -> Idle:
+    def _kind(self, slot: int, key: ChunkKey) -> Idle:
         if key in self._copied:
             return Idle.COPIED  # pinned or not: it is where it is answered for
-        return Idle.PINNED if key in self._pins else Idle.SOLE
+        if key not in self._pins:
+            return Idle.SOLE
+        return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._promises.room > 0 else Idle.YIELDING
+
+    def _keep_yielding(self) -> None:
+        """Room there may be that there was not before: pinned chunks that had to yield are kept, as many as can."""
+        for slot in reversed(self._idle.of(Idle.YIELDING)):
+            if self._promises.room <= 0:
+                break
+            self._idle.change(slot, Idle.PINNED)
 
     def _settle(self, keys: Iterable[ChunkKey]) -> None:
         """Pins or copies of ``keys`` have changed."""
         for key in keys:
             slot = self._stored.get(key)
             if slot is not None:
-                self._idle.change(slot, self._kind(key))
+                self._idle.change(slot, self._kind(slot, key))
+        self._keep_yielding()
 
     def _remove(self, key: ChunkKey) -> None:
         del self._stored[key]

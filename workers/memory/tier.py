@@ -85,7 +85,7 @@ class MemoryTier:
             self._sessions = Sessions(self._store, catalog)
             if config.disk_bytes:
                 on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
-                self._disk = ArenaStore(on_disk, listener=self._publisher.changed)
+                self._disk = ArenaStore(on_disk, listener=self._disk_changed)
             if settings.namespace is not None:
                 peers = RemotePeers(settings.namespace, config.call_deadline_s)
                 self._exchange = ChunkExchange(
@@ -156,10 +156,10 @@ class MemoryTier:
             self._sessions.record(session_id, keys, state_keys)
 
     @ray.method(concurrency_group="peers")
-    def set_session(self, record: SessionRecord) -> None:
-        """The session is as ``record`` says: pinned, or no longer."""
-        if self._sessions is not None:
-            self._sessions.set(record)
+    def set_session(self, record: SessionRecord) -> int:
+        """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
+        now, since their slots are promised."""
+        return self._sessions.set(record) if self._sessions is not None else 0
 
     @ray.method(concurrency_group="peers")
     def forget_session(self, session_id: str) -> None:
@@ -263,6 +263,12 @@ class MemoryTier:
         self._publisher.changed(key, stored)
         if self._exchange is not None:
             self._exchange.changed(key, stored)
+
+    def _disk_changed(self, key: ChunkKey, stored: bool) -> None:
+        assert self._publisher is not None
+        self._publisher.changed(key, stored)
+        if self._exchange is not None:
+            self._exchange.disk_changed(key, stored)
 
 
 def gives_memory(node: Mapping[str, Any], config: MemoryConfig) -> bool:

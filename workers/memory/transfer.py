@@ -10,19 +10,18 @@ from forecache.workers.memory.store import ArenaStore
 
 
 def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
-    """Copies of those of ``keys`` that are stored. One whose bytes are wrong is dropped from the store."""
-    holder = f"transfer/{uuid.uuid4().hex}"
-    try:
-        held = [(key, ref) for key, ref in zip(keys, store.hold(holder, keys), strict=True) if ref is not None]
-        batch = store.arena.read([ref for _, ref in held], [key for key, _ in held])
-        if len(batch) < len(held):
-            sound = set(batch.keys)
-            for key, ref in held:
-                if key not in sound:
-                    store.drop(key, ref)
-        return batch
-    finally:
-        store.release(holder)
+    """Copies of those of ``keys`` that are stored. One whose bytes are wrong is dropped from the store.
+
+    None is held, or counts as used: what is copied since it is the coldest stays the coldest.
+    """
+    found = [(key, ref) for key, ref in zip(keys, store.find(keys), strict=True) if ref is not None]
+    batch = store.arena.read([ref for _, ref in found], [key for key, _ in found])
+    if len(batch) < len(found):
+        sound = set(batch.keys)
+        for key, ref in found:
+            if key not in sound:
+                store.drop(key, ref)  # nothing is, if it was only evicted meanwhile
+    return batch
 
 
 def take_in(
