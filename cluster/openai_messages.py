@@ -50,7 +50,7 @@ class AssistantMessage(Strict):
     content: Annotated[Text | None, BeforeValidator(_joined)] = None
     name: str | None = None
     refusal: None = None
-    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from llguidance import LLMatcher, StructTag
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from forecache.cluster.tool_calls import CLOSE, OPEN
 from forecache.workers.errors import InvalidRequestError
@@ -22,6 +22,16 @@ class Strict(BaseModel):
     """No field beyond those named, no value of another type than theirs."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, values: Any) -> Any:
+        """Leaves one of the fields that are not named to be refused: pydantic would make an error of each."""
+        if not isinstance(values, dict) or len(values) <= len(cls.model_fields):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in values if name not in known)
+        return {name: value for name, value in values.items() if name in known or name == unknown}
 
 
 class TextFormat(Strict):

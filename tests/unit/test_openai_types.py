@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from forecache.cluster.errors import ApiError, from_exception
 from forecache.cluster.openai_types import (
@@ -14,10 +14,12 @@ from forecache.cluster.openai_types import (
     MAX_STOP_CHARS,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     TokenizeRequest,
     seed_of_choice,
     usage,
 )
+from forecache.cluster.sessions import PinRequest
 from forecache.workers.decode.messages import SequenceStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
@@ -285,3 +287,38 @@ def test_what_has_a_grammar(fields: dict[str, Any], has_grammar: bool) -> None:
 def test_tokenize_takes_a_prompt_or_messages(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError):
         TokenizeRequest.model_validate({"model": "m", **fields})
+
+
+MANY = 5000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {**COMPLETION, "prompt": [-1] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [""] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [[]] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [[1], [-1] * MANY]}),
+        (CompletionRequest, {**COMPLETION, "prompt": [None] * MANY}),
+        (CompletionRequest, {**COMPLETION, "stop": [""] * MANY}),
+        (CompletionRequest, {**COMPLETION, "logit_bias": {f"x{i}": 1 for i in range(MANY)}}),
+        (CompletionRequest, {**COMPLETION, **{f"x{i}": 1 for i in range(MANY)}}),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "user"}] * MANY}),
+        (ChatCompletionRequest, {**CHAT, "messages": [{**CHAT["messages"][0], **{f"x{i}": 1 for i in range(MANY)}}]}),
+        (ChatCompletionRequest, {**CHAT, "tools": [{}] * MANY}),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "messages": [{"role": "assistant", "content": "", "tool_calls": [{}] * MANY}]},
+        ),
+        (DetokenizeRequest, {"model": "m", "tokens": [-1] * MANY}),
+        (TokenizeRequest, {"model": "m", "messages": [{"role": "user"}] * MANY}),
+        (PinRequest, {f"x{i}": 1 for i in range(MANY)}),
+    ],
+)
+def test_what_is_wrong_many_times_is_said_a_few_times(kind: type[BaseModel], body: Any) -> None:
+    """Errors cost memory each, many times that of what is wrong: a body of some MiB could end the ingress."""
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate(body)
+    assert raised.value.error_count() <= 4
+    error = from_exception(raised.value)
+    assert error.status == 400 and error.param is not None
