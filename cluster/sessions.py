@@ -81,9 +81,9 @@ class SessionRoutes:
         self._limits = limits
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/sessions/{session_id}", self.get, methods=["GET"])
-        app.add_api_route("/v1/sessions/{session_id}", self.pin, methods=["POST"])
-        app.add_api_route("/v1/sessions/{session_id}", self.delete, methods=["DELETE"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.get, methods=["GET"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.pin, methods=["POST"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.delete, methods=["DELETE"])
 
     async def get(self, http: Request, session_id: str) -> Response:
         return await self._guarded(http, lambda tenant: _answer(self._directory.describe, tenant, session_id))
