@@ -50,6 +50,7 @@ class Script:
         self.cancelled = True
 
 
+FULL = replace(event(finish="error", error="full"), overloaded=True)
 ANSWER = (event(prefilled=4), event(prefilled=9), event("he"), event("llo"), event("!", "stop"))
 
 
@@ -139,7 +140,7 @@ def test_an_error_in_mid_stream_is_an_event(steps: tuple[Any, ...], code: str) -
     [
         (event(finish="error", error="broken"), ForecacheError),
         (event(finish="cancelled"), WorkerLostError),
-        (replace(event(finish="error", error="full"), overloaded=True), OverloadedError),
+        (FULL, OverloadedError),
         (InvalidRequestError("no"), InvalidRequestError),
     ],
 )
@@ -148,18 +149,37 @@ def test_an_error_is_raised_for_an_answer_at_once(step: TokenEvent | Exception, 
         asyncio.run(collect(stream_of(Script(event("a"), step)), chat()))
 
 
-def test_start_raises_what_refuses_the_request_and_waits_no_longer_than_told() -> None:
-    async def refused() -> None:
-        with pytest.raises(InvalidRequestError):
-            await stream_of(Script(InvalidRequestError("no"))).start(wait_s=60)
+@pytest.mark.parametrize(
+    ("step", "raised"),
+    [
+        (InvalidRequestError("no"), InvalidRequestError),
+        (FULL, OverloadedError),
+        (event(finish="error", error="broken"), ForecacheError),
+    ],
+)
+def test_start_raises_what_refuses_the_request(step: TokenEvent | Exception, raised: type[Exception]) -> None:
+    """As an exception, or as an event: there is no answer yet, so that there can be a status."""
+    seen = list[TokenEvent]()
+    with pytest.raises(raised):
+        asyncio.run(stream_of(Script(step), seen).start(wait_s=60))
+    assert seen == ([step] if isinstance(step, TokenEvent) else [])
 
-    async def slow() -> list[str]:
-        stream = stream_of(Script(0.05, *ANSWER))
-        await stream.start(wait_s=0.001)
-        return [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
 
-    asyncio.run(refused())
-    assert asyncio.run(slow())[-1] == "data: [DONE]\n\n"
+@pytest.mark.parametrize("wait_s", [0.001, 60])
+def test_start_loses_no_event_and_waits_no_longer_than_told(wait_s: float) -> None:
+    """An answer of a single event too."""
+
+    async def answered(*events: TokenEvent) -> list[str]:
+        seen = list[TokenEvent]()
+        stream = stream_of(Script(0.05, *events), seen)
+        await stream.start(wait_s)
+        said = [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
+        assert seen == list(events)
+        return said
+
+    for events in (ANSWER, ANSWER[-1:]):
+        said = asyncio.run(answered(*events))
+        assert said[-1] == "data: [DONE]\n\n" and data(said)[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_cancelled_collect_cancels_the_request() -> None:
