@@ -275,3 +275,12 @@ def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
         asyncio.run(collect(streams, chat()))
     assert source.cancelled
+
+
+@pytest.mark.parametrize("wait_s", [0.05, 60])
+def test_a_deadline_holds_before_a_stream_begins(wait_s: float) -> None:
+    """There can be a status then."""
+    source = Script(3600.0)
+    streams = ChoiceStreams(lambda _: EventStream(source, silence_s=60), 1, 1, deadline_s=0.05)
+    with pytest.raises(DeadlineError, match=r"0\.05 s"):
+        asyncio.run(asyncio.wait_for(streams.start(wait_s), 30))
