@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from llguidance import LLMatcher, StructTag
+from llguidance import LLMatcher
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from forecache.cluster.tool_calls import CLOSE, OPEN
@@ -126,24 +126,41 @@ def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
         raise InvalidRequestError(f"the schema can't be followed: {error}", "response_format") from error
 
 
+def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
+    """Of an answer that may call ``tools`` or not; None where there is nothing to follow."""
+    calls = ["to_close"]
+    if any(tool.function.strict for tool in tools):
+        calls = [_strict_call(tool) for tool in tools]
+    elif parallel:
+        return None
+    return "\n".join(
+        [
+            "%llguidance {}",
+            "start: call* TEXT" if parallel else "start: call | TEXT",
+            f"call: to_open ({' | '.join(calls)})",
+            f"to_open[lazy]: TEXT {json.dumps(OPEN)}",
+            f"to_close[lazy]: TEXT {json.dumps(CLOSE)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    )
+
+
+def _strict_call(tool: Tool) -> str:
+    """What follows the opening tag."""
+    begin = f'\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
+    schema = {**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS}
+    end = "}\n" + CLOSE
+    return f"{json.dumps(begin)} %json {json.dumps(schema)} {json.dumps(end)}"
+
+
 def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
     """The grammar of an answer that may, or must, call ``tools``; None where the model is free.
 
-    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict.
+    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict. Unless
+    calls may be ``parallel`` the answer ends with the first.
     """
     if choice == "auto":
-        if not any(tool.function.strict for tool in tools):
-            return None
-        tags = [
-            StructTag(
-                trigger=OPEN,
-                begin=f'{OPEN}\n{{"name": {json.dumps(tool.function.name)}, "arguments": ',
-                grammar={**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS},
-                end="}\n" + CLOSE,
-            )
-            for tool in tools
-        ]
-        return StructTag.to_grammar(tags, assume_special=False)
+        return _free_grammar(tools, parallel=parallel)
     name = choice.function.name if isinstance(choice, ChosenFunction) else None
     calls = [
         {

@@ -112,6 +112,12 @@ def call_text(name: str, arguments: str) -> str:
         ("auto", True, "I would rather not", True),
         ("auto", True, "see: " + call_text("g", '{"x": 1}'), True),
         ("auto", True, call_text("h", '{"x": 1}'), False),
+        ("auto", True, call_text("g", '{"x": 1}') + "\n" + call_text("f", '{"x": 2}') + " done", True),
+        ("auto", False, "I would rather not", True),
+        ("auto", False, "see:\n" + call_text("g", '{"x": 1}'), True),
+        ("auto", False, call_text("g", '{"x": 1}') + "\n", False),
+        ("auto", False, call_text("g", '{"x": 1}') + call_text("f", '{"x": 2}'), False),
+        ("auto", False, call_text("h", '{"x": 1}'), False),
     ],
 )
 def test_the_grammar_of_a_tool_choice(choice: str, parallel: bool, text: str, allowed: bool) -> None:
@@ -136,6 +142,10 @@ def test_a_schema_that_is_no_text_is_refused() -> None:
         format_grammar(schema_format({"description": "\ud800"}))
 
 
-def test_free_choice_of_lenient_tools_has_no_grammar() -> None:
+def test_free_choice_of_lenient_tools_has_no_grammar_but_that_one_call_is_the_end() -> None:
     assert tools_grammar([tool("f")], "auto", parallel=True) is None
+    one = tools_grammar([tool("f")], "auto", parallel=False)
+    for text in ("I <would> rather\nnot", "see:\n" + call_text("anything", "[1]"), "<tool_call>no JSON</tool_call>"):
+        assert accepts(one, text)
+    assert not accepts(one, call_text("f", "{}") + "\n" + call_text("f", "{}"))
     assert format_grammar(None) is None
