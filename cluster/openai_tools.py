@@ -101,11 +101,13 @@ class MadeCall(Strict):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Templates want the arguments as an object; what is none stays text."""
+        """Templates want the arguments as an object; what is none stays text. Raises :class:`InvalidRequestError`."""
         try:
             arguments = json.loads(self.function.arguments)
         except ValueError:
             arguments = self.function.arguments
+        except RecursionError:
+            raise InvalidRequestError(f"the arguments of call {self.id!r} are nested too deep", "messages") from None
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
@@ -121,9 +123,18 @@ def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
     if schema is False:
         raise InvalidRequestError("no answer can match the schema false", "response_format")
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=_JSON_OPTIONS)
+        text = _json({} if schema is True else schema, "response_format")
+        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS)
     except ValueError as error:
         raise InvalidRequestError(f"the schema can't be followed: {error}", "response_format") from error
+
+
+def _json(schema: Any, param: str) -> str:
+    """A client's ``schema`` as text. Raises :class:`InvalidRequestError`."""
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise InvalidRequestError("the schema is nested too deep", param) from None
 
 
 def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
@@ -150,7 +161,7 @@ def _strict_call(tool: Tool) -> str:
     begin = f'\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
     schema = {**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS}
     end = "}\n" + CLOSE
-    return f"{json.dumps(begin)} %json {json.dumps(schema)} {json.dumps(end)}"
+    return f"{json.dumps(begin)} %json {_json(schema, 'tools')} {json.dumps(end)}"
 
 
 def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
@@ -172,7 +183,7 @@ def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) 
         for tool in tools
         if name is None or tool.function.name == name
     ]
-    schema = json.dumps({"anyOf": calls, "x-guidance": _CALL_OPTIONS})
+    schema = _json({"anyOf": calls, "x-guidance": _CALL_OPTIONS}, "tools")
     more = ' ("\\n" call)*' if parallel and name is None else ""
     opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
     return f"%llguidance {{}}\nstart: call{more}\ncall: {opening} %json {schema} {closing}\n"
