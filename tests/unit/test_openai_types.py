@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel, ValidationError
 
 from forecache.cluster.errors import ApiError, from_exception
@@ -90,6 +91,36 @@ def test_content_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "developer", "content": parts}]})
     assert request.messages[0].for_template() == {"role": "system", "content": "ab"}
+
+
+def test_messages_are_taken_back_as_official_clients_dump_them() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = [
+        ChatCompletionMessage(role="assistant", content="hi").model_dump(),
+        ChatCompletionMessage(role="assistant", tool_calls=[call], annotations=[]).model_dump(),  # type: ignore[list-item]
+        {"role": "tool", "tool_call_id": "c", "name": "weather", "content": "rain"},
+    ]
+    request = ChatCompletionRequest.model_validate({**CHAT, "messages": said})
+    told = [message.for_template() for message in request.messages]
+    assert told[0] == {"role": "assistant", "content": "hi"}
+    assert told[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {}}
+    assert told[2] == {"role": "tool", "content": "rain", "tool_call_id": "c"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"annotations": [{"type": "url_citation"}]},
+        {"audio": {"id": "a"}},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"refusal": "no"},
+    ],
+)
+def test_what_is_not_supported_in_a_message_is_named(field: dict[str, Any]) -> None:
+    (name,) = field
+    error = refused(ChatCompletionRequest, {**CHAT, "messages": [{"role": "assistant", "content": "x", **field}]})
+    assert (error.param, error.code) == (f"messages.0.{name}", "invalid_value")
+    assert error.message == f"messages.0.{name}: it is not supported; leave it out"
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
