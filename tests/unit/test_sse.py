@@ -55,7 +55,7 @@ ANSWER = (event(prefilled=4), event(prefilled=9), event("he"), event("llo"), eve
 
 
 def chat(include_usage: bool = False) -> AnswerFormat:
-    return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=9, include_usage=include_usage)
+    return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(9,), include_usage=include_usage)
 
 
 def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> ChoiceStreams:
@@ -107,7 +107,7 @@ def test_who_watches_is_told_where_chunks_are() -> None:
 
 
 def test_completions_have_text() -> None:
-    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=9)
+    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(9,))
     lines, _ = asyncio.run(sse(Script(*ANSWER), answer))
     assert "".join(event["choices"][0]["text"] for event in data(lines)) == "hello!"
     assert all("usage" not in event and event["object"] == "text_completion" for event in data(lines))
@@ -258,6 +258,32 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
     assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(count)]
     assert sorted(opened) == list(range(count)) and not any(source.cancelled for source in sources)
     assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * count
+
+
+def test_each_prompt_is_told_of_by_its_own_length() -> None:
+    lengths = (9, 4)
+    sources = [Script(event(prefilled=length), event("a", "stop")) for length in lengths]
+    streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
+
+    async def told() -> list[str]:
+        return [piece async for piece in server_sent_events(streams, replace(chat(), prompt_tokens=lengths), print)]
+
+    lines = asyncio.run(told())
+    assert {line for line in lines if line.startswith(":")} == {": prefill 9/9\n\n", ": prefill 4/4\n\n"}
+
+
+@pytest.mark.parametrize(
+    ("coverages", "mean"), [((0.2, 0.4, None), 0.3), ((None, None, 0.5), 0.5), ((None, None, None), None)]
+)
+def test_the_account_is_of_all_choices(coverages: tuple[float | None, ...], mean: float | None) -> None:
+    ends = [
+        replace(event("a", "stop"), stats=SequenceStats(9, completion_tokens=2, fallbacks=i, coverage=coverage))
+        for i, coverage in enumerate(coverages)
+    ]
+    streams = ChoiceStreams(lambda i: EventStream(Script(ends[i]), silence_s=60), 1, len(ends))
+    told = asyncio.run(collect(streams, chat()))["usage"]
+    assert told["prompt_tokens"] == 9 and told["completion_tokens"] == 6
+    assert told["forecache"]["fallbacks"] == 3 and told["forecache"]["coverage"] == pytest.approx(mean)
 
 
 def test_one_choice_that_fails_ends_all() -> None:
