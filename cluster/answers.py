@@ -2,13 +2,20 @@
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
-from forecache.cluster.logprobs import TokenTexts, chat_logprobs, completion_logprobs, echoed_logprobs, joined
+from forecache.cluster.logprobs import (
+    TextOffsets,
+    TokenTexts,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    joined,
+)
 from forecache.cluster.openai_types import usage
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser
 from forecache.workers.decode.messages import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
@@ -29,15 +36,15 @@ class Echo:
 class AnswerFormat:
     """The objects of `/v1/chat/completions` (``chat``) or `/v1/completions`.
 
-    ``texts`` is there when log-probabilities were asked for, ``tools`` when calls are to be looked for; ``echo`` has,
-    for each prompt, what stands before its answers.
+    ``texts`` is there when log-probabilities were asked for, ``tools`` when calls are to be looked for;
+    ``prompt_tokens`` has each prompt's length, ``echo`` what stands before its answers.
     """
 
     id: str
     created: int
     model: str
     chat: bool
-    prompt_tokens: int
+    prompt_tokens: tuple[int, ...]
     include_usage: bool = False
     texts: TokenTexts | None = None
     tools: bool = False
@@ -81,21 +88,20 @@ class Piece:
 
 @dataclass
 class ChoiceWriter:
-    """One choice in the making: what was said, and the pieces as they come."""
+    """One choice in the making."""
 
     index: int
     answer: AnswerFormat
     echo: Echo | None = None
     stats: SequenceStats = field(default_factory=SequenceStats)
     _parser: ToolCallParser | None = None
-    _offset: int = 0
+    _offsets: TextOffsets = field(default_factory=TextOffsets)
     _calls: int = 0
     _scores: bool = False
-    _pieces: list[Piece] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._parser = ToolCallParser() if self.answer.tools else None
-        self._offset = len(self.before)
+        self._offsets = TextOffsets(len(self.before))
         self._scores = self.echo is not None and self.answer.texts is not None
 
     @property
@@ -114,16 +120,14 @@ class ChoiceWriter:
                 rest, last = self._parser.finish()
                 content, calls = content + rest, calls + last
                 reason = "tool_calls" if reason == "stop" and self._parser.found else reason
-        piece = Piece(content, tuple(calls), event.logprobs, event.prompt_logprobs, reason)
-        self._pieces.append(piece)
-        return piece
+        return Piece(content, tuple(calls), event.logprobs, event.prompt_logprobs, reason)
 
-    def whole(self) -> dict[str, Any]:
-        """The finished choice."""
-        content = "".join(piece.content for piece in self._pieces)
-        calls = [call for piece in self._pieces for call in piece.calls]
-        before = self._echoed(tuple(told for piece in self._pieces for told in piece.prompt_logprobs))
-        logprobs = self._logprobs(tuple(told for piece in self._pieces for told in piece.logprobs))
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The finished choice, of all that it took."""
+        content = "".join(piece.content for piece in pieces)
+        calls = [call for piece in pieces for call in piece.calls]
+        before = self._echoed(tuple(told for piece in pieces for told in piece.prompt_logprobs))
+        logprobs = self._logprobs(tuple(told for piece in pieces for told in piece.logprobs))
         if before is not None and logprobs is not None:
             logprobs = joined(before, logprobs)
         said: dict[str, Any] = {"text": self.before + content}
@@ -131,7 +135,7 @@ class ChoiceWriter:
             said = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
             if calls:
                 said["message"]["tool_calls"] = [call.whole() for call in calls]
-        return self.answer.choice(self.index, said, logprobs, self._pieces[-1].finish_reason)
+        return self.answer.choice(self.index, said, logprobs, pieces[-1].finish_reason)
 
     def first(self) -> dict[str, Any] | None:
         """The chunk that opens the choice, if it has one."""
@@ -169,8 +173,8 @@ class ChoiceWriter:
         """Log-probabilities of the prompt, where they are to be told."""
         if not self._scores or self.echo is None or self.answer.texts is None:
             return None
-        logprobs, self._offset = echoed_logprobs(self.echo.first_token, told, self.answer.texts)
-        return logprobs
+        self._offsets = TextOffsets()
+        return echoed_logprobs(self.echo.first_token, told, self.answer.texts, self._offsets)
 
     def _logprobs(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
         texts = self.answer.texts
@@ -178,8 +182,7 @@ class ChoiceWriter:
             return None
         if self.answer.chat:
             return chat_logprobs(told, texts)
-        logprobs, self._offset = completion_logprobs(told, texts, self._offset)
-        return logprobs
+        return completion_logprobs(told, texts, self._offsets)
 
 
 def _writers(streams: ChoiceStreams, answer: AnswerFormat) -> list[ChoiceWriter]:
@@ -193,13 +196,18 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
     everyone = [writer.stats for writer in writers]
     if len(everyone) == 1:
         return everyone[0]
-    summed = ("context_chunks", "resident_chunks", "recalled_chunks", "late_windows", "context_bytes", "resident_bytes")
+    measured = [stats.coverage for stats in everyone if stats.coverage is not None]
+    summed = (
+        *("context_chunks", "resident_chunks", "recalled_chunks", "late_windows", "fallbacks"),
+        *("context_bytes", "resident_bytes"),
+    )
     return replace(
         leaders[0],
         prompt_tokens=sum(stats.prompt_tokens for stats in leaders),
         cached_tokens=sum(stats.cached_tokens for stats in leaders),
         completion_tokens=sum(stats.completion_tokens for stats in everyone),
         keep_ratio=sum(stats.keep_ratio for stats in everyone) / len(everyone),
+        coverage=sum(measured) / len(measured) if measured else None,
         queue_s=max(stats.queue_s for stats in everyone),
         locate_s=max(stats.locate_s for stats in everyone),
         time_to_first_token_s=max(stats.time_to_first_token_s for stats in everyone),
@@ -210,15 +218,17 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
 async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> dict[str, Any]:
     """The whole answer. Stops the request on its workers when the caller is cancelled."""
     writers = _writers(streams, answer)
+    pieces: list[list[Piece]] = [[] for _ in writers]
     try:
         async for index, event in streams.events():
             if event is not None:
-                writers[index].take(event)
+                pieces[index].append(writers[index].take(event))
     finally:
         streams.close()
     if not all(writer.stats.completion_tokens for writer in writers):
         raise WorkerLostError("the worker ended the answer early; send the request again")
-    return answer.whole([writer.whole() for writer in writers], _total(writers, streams.per_prompt))
+    choices = [writer.whole(taken) for writer, taken in zip(writers, pieces, strict=True)]
+    return answer.whole(choices, _total(writers, streams.per_prompt))
 
 
 def _data(value: dict[str, Any]) -> str:
@@ -246,7 +256,8 @@ async def server_sent_events(
             for chunk in writers[index].chunks(writers[index].take(event)):
                 yield _data(chunk)
             if not event.token_ids and not event.text and event.finish_reason is None:
-                yield f": prefill {event.prefill_tokens_done}/{answer.prompt_tokens}\n\n"
+                prompt_tokens = answer.prompt_tokens[index // streams.per_prompt]
+                yield f": prefill {event.prefill_tokens_done}/{prompt_tokens}\n\n"
         if answer.include_usage:
             yield _data(answer.usage_chunk(_total(writers, streams.per_prompt)))
         yield "data: [DONE]\n\n"

@@ -192,7 +192,7 @@ class Api:
             created=int(time.time()),
             model=request.model,
             chat=chat,
-            prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+            prompt_tokens=tuple(len(prompt.token_ids) for prompt in prompts),
             include_usage=request.include_usage,
             texts=None if request.logprobs_wanted() is None else await self._encoder.token_texts(),
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
@@ -222,7 +222,7 @@ class Api:
 
         request_id, traceparent = answer.id, http.headers.get("traceparent", "")
         record = RequestRecord(
-            self._telemetry, request_id, http.url.path, tenant.name, answer.prompt_tokens, traceparent
+            self._telemetry, request_id, http.url.path, tenant.name, sum(answer.prompt_tokens), traceparent
         )
 
         def open_stream(index: int) -> EventStream:

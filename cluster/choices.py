@@ -36,8 +36,14 @@ class ChoiceStreams:
         self._iterators: dict[int, AsyncIterator[TokenEvent | None]] = {}
 
     async def start(self, wait_s: float) -> None:
-        """Wait for the first event of the first choice, ``wait_s`` at most: what is refused fails before any answer."""
-        await self._stream(0).start(wait_s)
+        """Wait for the first event of the first choice, ``wait_s`` at most: what is refused fails before any answer.
+
+        Raises what refuses it, and :class:`DeadlineError` when the time is over before that event.
+        """
+        left_s = self._left_s()
+        begun = await self._stream(0).start(wait_s if left_s is None else min(wait_s, left_s))
+        if not begun and left_s is not None and left_s <= wait_s:
+            raise self._late()
 
     async def events(self) -> AsyncIterator[tuple[int, TokenEvent | None]]:
         """(choice, event) until every choice has had its last; ``None`` for one that has been silent.
@@ -51,8 +57,7 @@ class ChoiceStreams:
         for leader in range(0, self.count, self.per_prompt):
             self._ask(leader)
         while self._pending:
-            left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
-            done, _ = await asyncio.wait(self._pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(self._pending, timeout=self._left_s(), return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 raise self._late()
             for task in done:
@@ -66,7 +71,7 @@ class ChoiceStreams:
 
     async def _alone(self) -> AsyncIterator[TokenEvent | None]:
         events = aiter(self._stream(0).events())
-        left_s = None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
+        left_s = self._left_s()
         end_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
         while True:
             limit = asyncio.timeout_at(end_s)
@@ -80,6 +85,9 @@ class ChoiceStreams:
                     raise self._late() from error
                 raise
             yield event
+
+    def _left_s(self) -> float | None:
+        return None if self._deadline_s is None else max(0.0, self._deadline_s - time.monotonic())
 
     def _late(self) -> DeadlineError:
         return DeadlineError(f"the answer was not complete within timeout_s = {self._timeout_s:g} s")

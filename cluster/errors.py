@@ -95,7 +95,7 @@ _VARIANTS = {"system", "developer", "user", "assistant", "tool", "json_object", 
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first fault pydantic found, named by its field."""
-    first = error.errors(include_url=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     # pydantic puts the tried variant of a union into the path, such as "str" or "list[int]": no field of the user's
     path = [str(part) for part in first["loc"] if str(part).isidentifier() or str(part).isdigit()]
     path = [part for part in path if part not in ("str", "int", "float", "bool")]

@@ -15,6 +15,7 @@ from forecache.cluster.bench import processor
 from forecache.cluster.config import ServeConfig, config_from_args
 from forecache.cluster.eval_http import HttpBackend
 from forecache.cluster.eval_report import show, write
+from forecache.cluster.tenants import read_key
 from forecache.workers.corpus import Kind
 from forecache.workers.decode.backbone import load_config, pick_device, pick_dtype
 from forecache.workers.decode.dsv4_shape import MODEL_TYPE
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for answers, table (CSV) and summary (JSON)")
     _setting(parser, "--model", "engine.model", "built-in name, directory or hub id")
     parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
     parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
                         help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
@@ -146,7 +148,8 @@ def _run(
     """Ask everything that is open; the columns of one engine after those of another."""
     server = None
     if args.url is not None:
-        server = HttpBackend(args.url, keep_ratio=config.engine.keep_ratio, concurrency=args.batch)
+        key = None if args.api_key_file is None else read_key(args.api_key_file)
+        server = HttpBackend(args.url, api_key=key, keep_ratio=config.engine.keep_ratio, concurrency=args.batch)
     model = config.engine.model
     if server is not None and "model" not in config.engine.model_fields_set:
         model = server.model

@@ -17,11 +17,15 @@ LONGEST_WAIT_S = 1800.0
 class HttpBackend:
     """Answers of a forecache server. Prompts go as token ids, so that they are those of an engine in process.
 
-    ``url``: of the server, with or without `/v1`; ``concurrency``: requests at a time.
+    ``url``: of the server, with or without `/v1`; ``api_key``: where it asks for one; ``concurrency``: requests at a
+    time.
     """
 
-    def __init__(self, url: str, *, keep_ratio: float, concurrency: int) -> None:
+    def __init__(self, url: str, *, api_key: str | None, keep_ratio: float, concurrency: int) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._keep_ratio = keep_ratio
         self._concurrency = concurrency
         self.model = str(self._ask("/v1/models")["data"][0]["id"])
@@ -59,7 +63,7 @@ class HttpBackend:
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON answer to a GET, or a POST of ``body``. Raises :class:`ForecacheError` with the server's reason."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(self._url + path, data, self._headers)
         try:
             with urllib.request.urlopen(request, timeout=LONGEST_WAIT_S) as response:
                 answer: dict[str, Any] = json.load(response)

@@ -1,5 +1,6 @@
 """Log-probabilities as OpenAI's two interfaces show them."""
 
+import codecs
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,21 @@ from forecache.workers.decode.messages import TokenLogprobs
 
 TokenTexts = Callable[[int], bytes]
 """The bytes of a token's text; not always whole characters."""
+
+
+class TextOffsets:
+    """Where in a text that is ``chars`` characters long already the next tokens begin. A character may be in several
+    tokens: it counts once it is whole."""
+
+    def __init__(self, chars: int = 0) -> None:
+        self._chars = chars
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, data: bytes) -> int:
+        """Of the token with these bytes."""
+        offset = self._chars
+        self._chars += len(self._decoder.decode(data))
+        return offset
 
 
 def chat_logprobs(told: Sequence[TokenLogprobs], texts: TokenTexts) -> dict[str, Any]:
@@ -23,29 +39,24 @@ def chat_logprobs(told: Sequence[TokenLogprobs], texts: TokenTexts) -> dict[str,
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(told: Sequence[TokenLogprobs], texts: TokenTexts, offset: int) -> tuple[dict[str, Any], int]:
-    """Of `/v1/completions`, whose text is ``offset`` characters long already; and how long it is after these tokens."""
-    tokens, offsets = [], []
-    for one in told:
-        data = texts(one.token_id)
-        tokens.append(_name(data))
-        offsets.append(offset)
-        offset += len(data.decode("utf-8", "ignore"))
-    logprobs = {
-        "tokens": tokens,
+def completion_logprobs(told: Sequence[TokenLogprobs], texts: TokenTexts, offsets: TextOffsets) -> dict[str, Any]:
+    """Of `/v1/completions`."""
+    return {
+        "tokens": [_name(texts(one.token_id)) for one in told],
         "token_logprobs": [one.logprob for one in told],
         "top_logprobs": [{_name(texts(token)): value for token, value in one.top} for one in told],
-        "text_offset": offsets,
+        "text_offset": [offsets.take(texts(one.token_id)) for one in told],
     }
-    return logprobs, offset
 
 
-def echoed_logprobs(first: int, told: Sequence[TokenLogprobs], texts: TokenTexts) -> tuple[dict[str, Any], int]:
+def echoed_logprobs(
+    first: int, told: Sequence[TokenLogprobs], texts: TokenTexts, offsets: TextOffsets
+) -> dict[str, Any]:
     """As :func:`completion_logprobs`, of a prompt: nothing comes before its ``first`` token, so that has no number."""
     data = texts(first)
-    rest, offset = completion_logprobs(told, texts, len(data.decode("utf-8", "ignore")))
-    head = {"tokens": [_name(data)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
-    return joined(head, rest), offset
+    start = [offsets.take(data)]
+    head = {"tokens": [_name(data)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": start}
+    return joined(head, completion_logprobs(told, texts, offsets))
 
 
 def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -266,7 +266,7 @@ class RequestTimer:
                 for _ in event.token_ids:
                     self._metrics._inter_token_s.observe((now - self._last_token_s) / len(event.token_ids))
             self._last_token_s = now
-        if event.finish_reason is not None:
+        if event.finish_reason in ("stop", "length"):  # what failed took no time that says anything of an answer's
             self._metrics._end_to_end_s.observe(now - self._started_s)
             if event.stats is not None:
                 self._metrics._queue_s.observe(event.stats.queue_s)

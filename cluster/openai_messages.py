@@ -35,6 +35,15 @@ def _joined(content: Any) -> Any:
 Content = Annotated[Text, BeforeValidator(_joined)]
 
 
+def _nothing(value: Any) -> None:
+    """Official clients send back all fields of a message, also those that hold nothing."""
+    if value not in (None, [], {}, ""):
+        raise ValueError("it is not supported; leave it out")
+
+
+Unsaid = Annotated[None, BeforeValidator(_nothing)]
+
+
 class SaidMessage(Strict):
     role: Literal["system", "developer", "user"]
     content: Content
@@ -49,8 +58,11 @@ class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Annotated[Text | None, BeforeValidator(_joined)] = None
     name: str | None = None
-    refusal: None = None
-    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS)] = None
+    refusal: Unsaid = None
+    annotations: Unsaid = None
+    audio: Unsaid = None
+    function_call: Unsaid = None
+    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -66,6 +78,7 @@ class AssistantMessage(Strict):
 class ToolMessage(Strict):
     role: Literal["tool"]
     content: Content
+    name: str | None = None
     tool_call_id: str
 
     def for_template(self) -> dict[str, Any]:

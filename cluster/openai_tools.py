@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from llguidance import LLMatcher, StructTag
-from pydantic import BaseModel, ConfigDict, Field
+from llguidance import LLMatcher
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from forecache.cluster.tool_calls import CLOSE, OPEN
 from forecache.workers.errors import InvalidRequestError
@@ -22,6 +22,16 @@ class Strict(BaseModel):
     """No field beyond those named, no value of another type than theirs."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, values: Any) -> Any:
+        """Leaves one of the fields that are not named to be refused: pydantic would make an error of each."""
+        if not isinstance(values, dict) or len(values) <= len(cls.model_fields):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in values if name not in known)
+        return {name: value for name, value in values.items() if name in known or name == unknown}
 
 
 class TextFormat(Strict):
@@ -91,11 +101,13 @@ class MadeCall(Strict):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Templates want the arguments as an object; what is none stays text."""
+        """Templates want the arguments as an object; what is none stays text. Raises :class:`InvalidRequestError`."""
         try:
             arguments = json.loads(self.function.arguments)
         except ValueError:
             arguments = self.function.arguments
+        except RecursionError:
+            raise InvalidRequestError(f"the arguments of call {self.id!r} are nested too deep", "messages") from None
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
@@ -111,29 +123,55 @@ def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
     if schema is False:
         raise InvalidRequestError("no answer can match the schema false", "response_format")
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps({} if schema is True else schema), defaults=_JSON_OPTIONS)
+        text = _json({} if schema is True else schema, "response_format")
+        return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS)
     except ValueError as error:
         raise InvalidRequestError(f"the schema can't be followed: {error}", "response_format") from error
+
+
+def _json(schema: Any, param: str) -> str:
+    """A client's ``schema`` as text. Raises :class:`InvalidRequestError`."""
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise InvalidRequestError("the schema is nested too deep", param) from None
+
+
+def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
+    """Of an answer that may call ``tools`` or not; None where there is nothing to follow."""
+    calls = ["to_close"]
+    if any(tool.function.strict for tool in tools):
+        calls = [_strict_call(tool) for tool in tools]
+    elif parallel:
+        return None
+    return "\n".join(
+        [
+            "%llguidance {}",
+            "start: call* TEXT" if parallel else "start: call | TEXT",
+            f"call: to_open ({' | '.join(calls)})",
+            f"to_open[lazy]: TEXT {json.dumps(OPEN)}",
+            f"to_close[lazy]: TEXT {json.dumps(CLOSE)}",
+            r"TEXT: /(.|\n)*/",
+        ]
+    )
+
+
+def _strict_call(tool: Tool) -> str:
+    """What follows the opening tag."""
+    begin = f'\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
+    schema = {**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS}
+    end = "}\n" + CLOSE
+    return f"{json.dumps(begin)} %json {_json(schema, 'tools')} {json.dumps(end)}"
 
 
 def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
     """The grammar of an answer that may, or must, call ``tools``; None where the model is free.
 
-    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict.
+    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict. Unless
+    calls may be ``parallel`` the answer ends with the first.
     """
     if choice == "auto":
-        if not any(tool.function.strict for tool in tools):
-            return None
-        tags = [
-            StructTag(
-                trigger=OPEN,
-                begin=f'{OPEN}\n{{"name": {json.dumps(tool.function.name)}, "arguments": ',
-                grammar={**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS},
-                end="}\n" + CLOSE,
-            )
-            for tool in tools
-        ]
-        return StructTag.to_grammar(tags, assume_special=False)
+        return _free_grammar(tools, parallel=parallel)
     name = choice.function.name if isinstance(choice, ChosenFunction) else None
     calls = [
         {
@@ -145,7 +183,7 @@ def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) 
         for tool in tools
         if name is None or tool.function.name == name
     ]
-    schema = json.dumps({"anyOf": calls, "x-guidance": _CALL_OPTIONS})
+    schema = _json({"anyOf": calls, "x-guidance": _CALL_OPTIONS}, "tools")
     more = ' ("\\n" call)*' if parallel and name is None else ""
     opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
     return f"%llguidance {{}}\nstart: call{more}\ncall: {opening} %json {schema} {closing}\n"

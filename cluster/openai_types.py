@@ -76,8 +76,17 @@ def _stop_tuple(stop: Any) -> Any:
     return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
 
 
+def _bounded(biases: Any) -> Any:
+    """Counts them first: a dictionary has no ``fail_fast``."""
+    if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIAS:
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens can have a bias, not {len(biases)}")
+    return biases
+
+
 Penalty = Annotated[float | None, Field(ge=-2, le=2, allow_inf_nan=False)]
 TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
@@ -93,9 +102,11 @@ class _Request(Strict):
     top_k: int | None = Field(None, ge=0)
     presence_penalty: Penalty = None
     frequency_penalty: Penalty = None
-    logit_bias: dict[TokenText, Bias] | None = Field(None, max_length=MAX_LOGIT_BIAS)
+    logit_bias: Annotated[dict[TokenText, Bias] | None, BeforeValidator(_bounded)] = Field(
+        None, max_length=MAX_LOGIT_BIAS
+    )
     seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
-    stop: Annotated[tuple[Stop, ...], BeforeValidator(_stop_tuple)] = Field((), max_length=MAX_STOP)
+    stop: Annotated[tuple[Stop, ...], BeforeValidator(_stop_tuple)] = Field((), max_length=MAX_STOP, fail_fast=True)
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
     forecache: ForecacheOptions | None = None
@@ -181,11 +192,11 @@ def seed_of_choice(seed: int, number: int) -> int:
 
 
 class ChatCompletionRequest(_Request):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -226,8 +237,10 @@ class ChatCompletionRequest(_Request):
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[Text, Field(min_length=1)]
+# `fail_fast`: of a million wrong elements pydantic would else make a million errors
+Prompts = Annotated[list[Prompt], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
 class TokenizeRequest(Strict):
@@ -235,8 +248,8 @@ class TokenizeRequest(Strict):
 
     model: str
     prompt: Prompt | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -248,11 +261,11 @@ class TokenizeRequest(Strict):
 
 class DetokenizeRequest(Strict):
     model: str
-    tokens: list[TokenId] = Field(max_length=1 << 20)
+    tokens: list[TokenId] = Field(max_length=1 << 20, fail_fast=True)
 
 
 class CompletionRequest(_Request):
-    prompt: Prompt | TokenIds | Annotated[list[Prompt] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Prompt | TokenIds | Annotated[Prompts, Field(min_length=1, max_length=MAX_PROMPTS)]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
 

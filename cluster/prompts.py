@@ -128,13 +128,14 @@ class PromptEncoder:
                 "this model has no chat template, so it takes no messages; use /v1/completions", "messages"
             )
         told, described = [message.for_template() for message in messages], [tool.for_template() for tool in tools]
-        if not self._template_knows_calls:
-            told, described = written_out(told, described), []
         try:
+            if not self._template_knows_calls:
+                told, described = written_out(told, described), []
             text = self._tokenizer.apply_chat_template(
                 told, tools=described or None, tokenize=False, add_generation_prompt=True
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, LookupError, RecursionError, TypeError, ValueError) as error:
+            # a template is a program over what the client sent: it may expect of it what is not so
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error

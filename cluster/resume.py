@@ -38,8 +38,9 @@ class ResumingStream:
     ``on_resume`` is called each time that another one is asked.
 
     A worker is lost when Ray says so, when its engine has ended, when it gives the request up, or when it is silent
-    for too long once the answer has begun (before, it may be waiting for its turn). Then prompt and tokens so far go
-    elsewhere, under a request id of the next epoch; the old worker is cancelled and heard no more.
+    for too long once the answer has begun (as long as it says nothing at all, the request may be waiting for its turn).
+    Then prompt and tokens so far go elsewhere, under a request id of the next epoch; the old worker is cancelled and
+    heard no more. So it is when the next worker has no room: others may.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class ResumingStream:
         self._sent: list[int] = []
         self._cancelled = False
         self._source = start(request)
+        self._heard = False
+        """Whether the source has said anything."""
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -82,7 +85,7 @@ class ResumingStream:
         self._source.cancel()
 
     async def _pull(self) -> TokenEvent:
-        deadline_s = self._config.token_deadline_s if self._sent else None
+        deadline_s = self._config.token_deadline_s if self._sent and self._heard else None
         try:
             async with asyncio.timeout(deadline_s):
                 event = await anext(self._source)
@@ -90,8 +93,11 @@ class ResumingStream:
             raise WorkerLostError(f"no token came for {deadline_s:g} s") from error
         except StopAsyncIteration:
             raise WorkerLostError("the worker ended the answer early") from None
+        self._heard = True
         if event.finish_reason == "cancelled":
             raise WorkerLostError("the worker gave the request up: it is being stopped")
+        if event.overloaded and self._sent:
+            raise WorkerLostError(event.error or "no room")
         if event.token_ids and event.position != len(self._sent):
             raise WorkerLostError(f"token {event.position} came after {len(self._sent)} tokens")
         return event
@@ -107,6 +113,7 @@ class ResumingStream:
         if self._cancelled:
             raise error
         self._epoch += 1
+        self._heard = False
         self._on_resume()
         self._source = self._start(
             replace(

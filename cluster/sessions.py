@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from forecache.cluster.errors import UnknownSessionError
 from forecache.cluster.http_body import read_json
 from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.openai_tools import Strict
 from forecache.cluster.tenants import Tenant
 from forecache.cluster.tiers import Tiers
 from forecache.workers.errors import OverloadedError
@@ -24,9 +25,7 @@ MAX_TTL_S = 30 * 24 * 3600.0
 Guarded = Callable[[Request, Callable[[Tenant], Awaitable[Response]]], Awaitable[Response]]
 
 
-class PinRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class PinRequest(Strict):
     ttl_s: float = Field(DEFAULT_TTL_S, gt=0, le=MAX_TTL_S, allow_inf_nan=False)
 
 
@@ -96,9 +95,9 @@ class SessionRoutes:
         self._limits = limits
 
     def add_to(self, app: FastAPI) -> None:
-        app.add_api_route("/v1/sessions/{session_id}", self.get, methods=["GET"])
-        app.add_api_route("/v1/sessions/{session_id}", self.pin, methods=["POST"])
-        app.add_api_route("/v1/sessions/{session_id}", self.delete, methods=["DELETE"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.get, methods=["GET"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.pin, methods=["POST"])
+        app.add_api_route("/v1/sessions/{session_id:path}", self.delete, methods=["DELETE"])
 
     async def get(self, http: Request, session_id: str) -> Response:
         return await self._guarded(http, lambda tenant: _answer(self._directory.describe, tenant, session_id))

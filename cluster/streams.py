@@ -37,16 +37,19 @@ class EventStream:
         self._next: asyncio.Task[TokenEvent] | None = None
         self._finished = False
 
-    async def start(self, wait_s: float) -> None:
-        """Wait for the first event, ``wait_s`` at most: a request that is refused then fails before any answer."""
+    async def start(self, wait_s: float) -> bool:
+        """Wait for the first event, ``wait_s`` at most: a request that is refused then fails before any answer.
+        Returns whether it came."""
         self._next = asyncio.ensure_future(self._pull())
         await asyncio.wait({self._next}, timeout=wait_s)
-        if self._next.done():
-            self._next.result()
+        if not self._next.done():
+            return False
+        self._next.result()
+        return True
 
     async def events(self) -> AsyncIterator[TokenEvent | None]:
         """Events to the last; ``None`` after each ``silence_s`` without one. Raises what went wrong, typed."""
-        while not self._finished:
+        while self._next is not None or not self._finished:
             if self._next is None:
                 self._next = asyncio.ensure_future(self._pull())
             await asyncio.wait({self._next}, timeout=self._silence_s)
@@ -54,32 +57,34 @@ class EventStream:
                 yield None
                 continue
             pulled, self._next = self._next, None
-            event = pulled.result()
-            self._finished = event.finish_reason is not None
-            if self._observe is not None:
-                self._observe(event)
-            if event.overloaded:
-                raise OverloadedError(event.error or "no room")
-            if event.finish_reason == "error":
-                raise ForecacheError(event.error or "the worker failed without saying why")
-            if event.finish_reason == "cancelled":
-                raise WorkerLostError("the worker gave the request up: it is being stopped")
-            yield event
+            yield pulled.result()
 
     def close(self) -> None:
         """Stop the request on its worker unless it is over."""
         if self._next is not None:
             self._next.add_done_callback(_forget)
             self._next.cancel()
+            self._next = None
         if not self._finished:
             self._finished = True
             self._source.cancel()
 
     async def _pull(self) -> TokenEvent:
+        """The next event. Raises what went wrong, whether it came as an exception or as an event."""
         try:
-            return await anext(self._source)
+            event = await anext(self._source)
         except StopAsyncIteration:
             raise WorkerLostError("the worker ended the answer early; send the request again") from None
+        self._finished = event.finish_reason is not None
+        if self._observe is not None:
+            self._observe(event)
+        if event.overloaded:
+            raise OverloadedError(event.error or "no room")
+        if event.finish_reason == "error":
+            raise ForecacheError(event.error or "the worker failed without saying why")
+        if event.finish_reason == "cancelled":
+            raise WorkerLostError("the worker gave the request up: it is being stopped")
+        return event
 
 
 def _forget(task: "asyncio.Task[TokenEvent]") -> None:

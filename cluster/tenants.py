@@ -109,6 +109,14 @@ class Tenants:
         return found
 
 
+def read_key(file: Path) -> str:
+    """A client's key. Raises :class:`AuthenticationError` when the file can't be read."""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AuthenticationError(f"--api-key-file {file} can't be read: {error}") from error
+
+
 def new_key() -> tuple[str, str]:
     """A fresh key, and its hash for the file."""
     key = KEY_PREFIX + secrets.token_urlsafe(32)

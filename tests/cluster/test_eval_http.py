@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forecache.cluster import cli
+from forecache.cluster.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 
@@ -51,10 +52,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(model: Path) -> Iterator[str]:
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `--api-key-file` reads; `keys.yaml` beside it is the server's."""
+    path = tmp_path_factory.mktemp("keys") / "key"
+    key, digest = new_key()
+    path.write_text(f"{key}\n")
+    path.with_name("keys.yaml").write_text(f"- {{key_sha256: {digest}, tenant: {{name: eval}}}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(model: Path, key_file: Path) -> Iterator[str]:
+    """Of a server that asks for the key."""
     sizes = ("--cold-bytes", "64MiB", "--hot-bytes", "16MiB", "--threads", "1", "--late-policy", "wait")
     serve = (sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0")
-    process = subprocess.Popen([*serve, *sizes], stdout=subprocess.PIPE, text=True)
+    keys = ("--api-keys-file", str(key_file.with_name("keys.yaml")))
+    process = subprocess.Popen([*serve, *sizes, *keys], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         found = next((match[1] for line in process.stdout if (match := re.search(r"(http://\S+/v1)", line))), None)
@@ -76,9 +89,10 @@ def answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_a_server_gives_the_answers_of_an_engine(
-    model: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, url: str, key_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, tmp_path / "http", "--url", url) == 0
+    to_server = ("--url", url, "--api-key-file", str(key_file))
+    assert run(model, tmp_path / "http", *to_server) == 0
     assert run(model, tmp_path / "engine") == 0
     served, local = answers(tmp_path / "http"), answers(tmp_path / "engine")
     assert len(served) == len(COLUMNS) * 4
@@ -88,15 +102,18 @@ def test_a_server_gives_the_answers_of_an_engine(
     assert served["full", 0]["keep_ratio"] == 1.0
     assert served["recency", 0]["keep_ratio"] < 0.7
     # what a server says no to is said in its words, and nothing is lost
-    assert run(model, tmp_path / "http", "--url", url, "--lengths", "4K") == 2
+    assert run(model, tmp_path / "http", *to_server, "--lengths", "4K") == 2
     assert "the context is 2048 tokens" in capsys.readouterr().err
     assert answers(tmp_path / "http") == served
+    for without, said in (("--url", url), "API key"), (("--url", url, "--api-key-file", "none"), "can't be read"):
+        assert run(model, tmp_path / "http", *without) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_column_with_an_engine_of_its_own_is_refused(
-    model: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, url: str, key_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(model, tmp_path, "--url", url, "--columns", "full", "bounds") == 2
+    assert run(model, tmp_path, "--url", url, "--api-key-file", str(key_file), "--columns", "full", "bounds") == 2
     assert "needs an engine of its own" in capsys.readouterr().err
 
 

@@ -150,13 +150,14 @@ def test_an_equal_beginning_is_not_prefilled_again(client: openai.OpenAI) -> Non
 
 
 def test_a_session_is_pinned_told_of_and_deleted(server: Any) -> None:
-    path = "/v1/sessions/trip"
+    name = "users/7/a trip"  # ids are what clients make them
+    path = f"/v1/sessions/{name}"
     for method in ("GET", "POST", "DELETE"):
         missing = server.http.request(method, path)
         assert missing.status_code == 404 and error_of(missing)["code"] == "session_not_found"
-    body = chat_body("what a session says " * 20, forecache={"session_id": "trip"})
+    body = chat_body("what a session says " * 20, forecache={"session_id": name})
     chunks = server.post("/v1/chat/completions", body).json()["usage"]["forecache"]["context_chunks"] - 1
-    session = server.stored_session("trip", chunks)
+    session = server.stored_session(name, chunks)
     assert (session["chunks"], session["tokens"], session["pinned_until"]) == (chunks, chunks * CHUNK_TOKENS, None)
     assert list(session["tiers"].values()) == [chunks]
     pinned = server.post(path, {"ttl_s": 60}).json()
@@ -400,12 +401,13 @@ def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_worker
     with server.stream(path, chat_body("a" * 20, stream=True, max_tokens=1000, ignore_eos=True)) as running:
         lines = running.iter_lines()
         beginning = begun(lines)
-        refused = server.post(path, chat_body("c" * 20, max_tokens=5000, ignore_eos=True))
-        assert refused.status_code == 503
-        error = refused.json()["error"]
-        assert (error["type"], error["code"]) == ("server_error", "overloaded")
-        assert "no room for the 315 chunks" in error["message"] and f"{chunks} are pinned" in error["message"]
-        assert "max_tokens" in error["message"]
+        for streamed in (False, True):
+            refused = server.post(path, chat_body("c" * 20, max_tokens=5000, ignore_eos=True, stream=streamed))
+            assert refused.status_code == 503
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("server_error", "overloaded")
+            assert "no room for the 315 chunks" in error["message"] and f"{chunks} are pinned" in error["message"]
+            assert "max_tokens" in error["message"]
         # one that fits is let in, and what runs goes on
         assert server.post(path, chat_body("d" * 20)).status_code == 200
         text_of(chain([beginning], lines))

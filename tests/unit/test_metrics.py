@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -10,7 +11,7 @@ from forecache.cluster.targets import MergedPages, service_discovery
 from forecache.indexer.protocol import IndexerStats
 from forecache.indexer.telemetry import Component, MetricsTarget
 from forecache.workers.decode.accounting import EngineCounters
-from forecache.workers.decode.messages import SequenceStats, TokenEvent
+from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
 from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats, ScorerStats, WorkerStats
 from forecache.workers.memory.completions import Recalled
 from forecache.workers.memory.protocol import TierStats
@@ -170,6 +171,15 @@ def test_latencies_of_a_request() -> None:
     assert found["forecache_inter_token_latency_seconds_count"] == 3
     assert found["forecache_e2e_request_latency_seconds_count"] == 1
     assert found["forecache_request_queue_time_seconds_sum"] == 0.25
+
+
+@pytest.mark.parametrize("reason", ["error", "cancelled"])
+def test_what_failed_is_no_answer_that_was_fast(reason: FinishReason) -> None:
+    metrics = Metrics("m")
+    metrics.request()(TokenEvent("r", (), "", reason, SequenceStats(), "no room", overloaded=True))
+    found = samples(metrics)
+    assert found["forecache_e2e_request_latency_seconds_count"] == 0
+    assert found["forecache_request_queue_time_seconds_count"] == 0
 
 
 def targets(processes: Iterable[tuple[Component, str]]) -> list[MetricsTarget]:

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from openai.types.chat import ChatCompletionMessage
+from pydantic import BaseModel, ValidationError
 
 from forecache.cluster.errors import ApiError, from_exception
 from forecache.cluster.openai_types import (
@@ -14,10 +15,12 @@ from forecache.cluster.openai_types import (
     MAX_STOP_CHARS,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     TokenizeRequest,
     seed_of_choice,
     usage,
 )
+from forecache.cluster.sessions import PinRequest
 from forecache.workers.decode.messages import SequenceStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
@@ -88,6 +91,36 @@ def test_content_parts_are_joined_and_developer_is_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "developer", "content": parts}]})
     assert request.messages[0].for_template() == {"role": "system", "content": "ab"}
+
+
+def test_messages_are_taken_back_as_official_clients_dump_them() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = [
+        ChatCompletionMessage(role="assistant", content="hi").model_dump(),
+        ChatCompletionMessage(role="assistant", tool_calls=[call], annotations=[]).model_dump(),  # type: ignore[list-item]
+        {"role": "tool", "tool_call_id": "c", "name": "weather", "content": "rain"},
+    ]
+    request = ChatCompletionRequest.model_validate({**CHAT, "messages": said})
+    told = [message.for_template() for message in request.messages]
+    assert told[0] == {"role": "assistant", "content": "hi"}
+    assert told[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {}}
+    assert told[2] == {"role": "tool", "content": "rain", "tool_call_id": "c"}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"annotations": [{"type": "url_citation"}]},
+        {"audio": {"id": "a"}},
+        {"function_call": {"name": "f", "arguments": "{}"}},
+        {"refusal": "no"},
+    ],
+)
+def test_what_is_not_supported_in_a_message_is_named(field: dict[str, Any]) -> None:
+    (name,) = field
+    error = refused(ChatCompletionRequest, {**CHAT, "messages": [{"role": "assistant", "content": "x", **field}]})
+    assert (error.param, error.code) == (f"messages.0.{name}", "invalid_value")
+    assert error.message == f"messages.0.{name}: it is not supported; leave it out"
 
 
 def test_one_stop_string_is_a_list_of_one() -> None:
@@ -285,3 +318,38 @@ def test_what_has_a_grammar(fields: dict[str, Any], has_grammar: bool) -> None:
 def test_tokenize_takes_a_prompt_or_messages(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError):
         TokenizeRequest.model_validate({"model": "m", **fields})
+
+
+MANY = 5000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {**COMPLETION, "prompt": [-1] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [""] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [[]] * MANY}),
+        (CompletionRequest, {**COMPLETION, "prompt": [[1], [-1] * MANY]}),
+        (CompletionRequest, {**COMPLETION, "prompt": [None] * MANY}),
+        (CompletionRequest, {**COMPLETION, "stop": [""] * MANY}),
+        (CompletionRequest, {**COMPLETION, "logit_bias": {f"x{i}": 1 for i in range(MANY)}}),
+        (CompletionRequest, {**COMPLETION, **{f"x{i}": 1 for i in range(MANY)}}),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "user"}] * MANY}),
+        (ChatCompletionRequest, {**CHAT, "messages": [{**CHAT["messages"][0], **{f"x{i}": 1 for i in range(MANY)}}]}),
+        (ChatCompletionRequest, {**CHAT, "tools": [{}] * MANY}),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "messages": [{"role": "assistant", "content": "", "tool_calls": [{}] * MANY}]},
+        ),
+        (DetokenizeRequest, {"model": "m", "tokens": [-1] * MANY}),
+        (TokenizeRequest, {"model": "m", "messages": [{"role": "user"}] * MANY}),
+        (PinRequest, {f"x{i}": 1 for i in range(MANY)}),
+    ],
+)
+def test_what_is_wrong_many_times_is_said_a_few_times(kind: type[BaseModel], body: Any) -> None:
+    """Errors cost memory each, many times that of what is wrong: a body of some MiB could end the ingress."""
+    with pytest.raises(ValidationError) as raised:
+        kind.model_validate(body)
+    assert raised.value.error_count() <= 4
+    error = from_exception(raised.value)
+    assert error.status == 400 and error.param is not None

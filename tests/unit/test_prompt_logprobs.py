@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from forecache.cluster.answers import AnswerFormat, ChoiceWriter, Echo
+from forecache.cluster.answers import AnswerFormat, ChoiceWriter, Echo, Piece
 from forecache.workers.decode.messages import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.llm import LLM
@@ -98,11 +98,11 @@ def test_an_answer_that_goes_on_elsewhere_has_told_its_prompt(llm: LLM, prompts:
 LETTERS = {1: "a", 2: "é", 3: "c"}
 
 
-def writer(stream: bool) -> tuple[ChoiceWriter, list[dict[str, Any]]]:
-    """The choice after a prompt of two tokens and an answer of one, and what a stream would say of it."""
+def written(stream: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The choice after a prompt of two tokens and an answer of one; or what a stream says of it."""
     texts = lambda token: LETTERS[token].encode()  # noqa: E731
-    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=2, texts=texts, echo=(Echo("aé", 1),))
-    choice, told = ChoiceWriter(0, answer, answer.echo[0]), list[dict[str, Any]]()
+    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=texts, echo=(Echo("aé", 1),))
+    choice, pieces, told = ChoiceWriter(0, answer, answer.echo[0]), list[Piece](), list[dict[str, Any]]()
     assert choice.first() is None  # with its first token: the log-probabilities are not known before
     for event in (
         TokenEvent("r", (), "", prefill_tokens_done=2),
@@ -111,16 +111,16 @@ def writer(stream: bool) -> tuple[ChoiceWriter, list[dict[str, Any]]]:
             prompt_logprobs=(TokenLogprobs(2, -2.0, ((1, -0.5),)),),
         ),
     ):  # fmt: skip
-        piece = choice.take(event)
+        pieces.append(choice.take(event))
         if stream:
-            told += [chunk["choices"][0] for chunk in choice.chunks(piece)]
-    return choice, told
+            told += [chunk["choices"][0] for chunk in choice.chunks(pieces[-1])]
+    return ({} if stream else choice.whole(pieces)), told
 
 
 def test_the_answer_repeats_the_prompt_with_its_numbers() -> None:
-    choice, _ = writer(stream=False)
-    assert choice.whole()["text"] == "aéc"
-    assert choice.whole()["logprobs"] == {
+    whole, _ = written(stream=False)
+    assert whole["text"] == "aéc"
+    assert whole["logprobs"] == {
         "tokens": ["a", "é", "c"],
         "token_logprobs": [None, -2.0, -3.0],
         "top_logprobs": [None, {"a": -0.5}, {"c": -3.0}],
@@ -129,9 +129,26 @@ def test_the_answer_repeats_the_prompt_with_its_numbers() -> None:
 
 
 def test_a_stream_says_the_same_piece_by_piece() -> None:
-    whole = writer(stream=False)[0].whole()
-    _, told = writer(stream=True)
+    whole, _ = written(stream=False)
+    _, told = written(stream=True)
     assert "".join(part["text"] for part in told) == whole["text"]
     for name, values in whole["logprobs"].items():
         assert [value for part in told if part["logprobs"] for value in part["logprobs"][name]] == values
     assert [part["finish_reason"] for part in told] == [None, None, "length"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_character_in_several_tokens_counts_once(stream: bool) -> None:
+    smile = "😀".encode()
+    parts = {1: smile[:1], 2: smile[1:3], 3: smile[3:], 4: b"x", 5: b"y"}
+    choice = ChoiceWriter(0, AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=parts.__getitem__))
+    texts = {3: "😀", 4: "x", 5: "y"}
+    pieces = [
+        choice.take(TokenEvent("r", (token,), texts.get(token, ""), logprobs=(TokenLogprobs(token, -1.0),)))
+        for token in parts
+    ]
+    if stream:
+        said = [chunk["choices"][0]["logprobs"] for piece in pieces for chunk in choice.chunks(piece)]
+        assert [offset for logprobs in said for offset in logprobs["text_offset"]] == [0, 0, 0, 1, 2]
+    else:
+        assert choice.whole(pieces)["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]

@@ -104,6 +104,11 @@ def test_where_runs_need_not_be_reproducible_the_beginning_is_prefilled(
         assert tokens == steps == 20
 
 
+def steps_of(llm: LLM) -> Iterator[TokenEvent]:
+    while not llm.engine.idle:
+        yield from llm.engine.step()
+
+
 class EngineStream:
     """A worker's stream, as the ingress has it through Ray Serve."""
 
@@ -200,6 +205,77 @@ async def until_the_end(stream: ResumingStream) -> AsyncGenerator[TokenEvent, No
         yield event
         if event.finish_reason is not None:
             return
+
+
+class Told:
+    """A worker's stream of given events; an exception among them is raised, a number is a silence in seconds."""
+
+    def __init__(self, *steps: TokenEvent | Exception | float) -> None:
+        self._steps = list(steps)
+
+    def __aiter__(self) -> "Told":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        step = self._steps.pop(0)
+        if isinstance(step, float):
+            await asyncio.sleep(step)
+            return await self.__anext__()
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    def cancel(self) -> None:
+        pass
+
+
+def tokens_through(*workers: Told, config: ResumeConfig) -> list[int]:
+    """Of an answer that one worker after the other goes on with."""
+
+    async def ask() -> list[int]:
+        left = list(workers)
+        stream = ResumingStream(request_for([1, 2], 3), lambda _: left.pop(0), config, lambda: None)
+        tokens = [token async for event in until_the_end(stream) for token in event.token_ids]
+        assert not left
+        return tokens
+
+    return asyncio.run(ask())
+
+
+BEGINNING = (TokenEvent("r", (1,), "a"), WorkerLostError("gone"))
+END = TokenEvent("r", (2,), "b", "length", position=1)
+FULL = TokenEvent("r", (), "", "error", error="no room", overloaded=True)
+
+
+def test_the_next_worker_may_let_an_answer_wait_for_its_turn() -> None:
+    """Silence counts from a worker's first word on."""
+    config = ResumeConfig(token_deadline_s=0.05, resume_attempts=1)
+    assert tokens_through(Told(*BEGINNING), Told(0.2, END), config=config) == [1, 2]
+    prefill = TokenEvent("r", (), "", prefill_tokens_done=1)
+    with pytest.raises(WorkerLostError, match=r"no token came for 0\.05 s"):
+        tokens_through(Told(*BEGINNING), Told(prefill, 3600.0), config=config)
+
+
+def test_a_next_worker_without_room_is_not_the_end() -> None:
+    config = ResumeConfig(resume_attempts=2)
+    assert tokens_through(Told(*BEGINNING), Told(FULL), Told(END), config=config) == [1, 2]
+    with pytest.raises(WorkerLostError, match="no room"):
+        tokens_through(Told(*BEGINNING), Told(FULL), Told(FULL), config=config)
+
+    async def first() -> TokenEvent:
+        return await anext(ResumingStream(request_for([1, 2], 3), lambda _: Told(FULL), config, lambda: None))
+
+    assert asyncio.run(first()) == FULL  # nothing was sent: the request is refused
+
+
+def test_tokens_that_are_decoded_again_are_told_of(tiny_model: Path, prompts: list[list[int]]) -> None:
+    """Who waits for the answer to go on sees that its worker lives: an event without tokens for each."""
+    with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
+        whole = tokens_of(llm, request_for(prompts[2], 42))
+    with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
+        llm.engine.add_request(request_for(prompts[2], 42, tuple(whole[:40])))
+        events = [event for event in steps_of(llm) if event.prefill_tokens_done >= len(prompts[2])]
+    assert [len(event.token_ids) for event in events if event.finish_reason is None][-41:] == [0] * 40 + [1]
 
 
 def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list[list[int]]) -> None:

@@ -50,11 +50,12 @@ class Script:
         self.cancelled = True
 
 
+FULL = replace(event(finish="error", error="full"), overloaded=True)
 ANSWER = (event(prefilled=4), event(prefilled=9), event("he"), event("llo"), event("!", "stop"))
 
 
 def chat(include_usage: bool = False) -> AnswerFormat:
-    return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=9, include_usage=include_usage)
+    return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(9,), include_usage=include_usage)
 
 
 def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> ChoiceStreams:
@@ -106,7 +107,7 @@ def test_who_watches_is_told_where_chunks_are() -> None:
 
 
 def test_completions_have_text() -> None:
-    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=9)
+    answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(9,))
     lines, _ = asyncio.run(sse(Script(*ANSWER), answer))
     assert "".join(event["choices"][0]["text"] for event in data(lines)) == "hello!"
     assert all("usage" not in event and event["object"] == "text_completion" for event in data(lines))
@@ -139,7 +140,7 @@ def test_an_error_in_mid_stream_is_an_event(steps: tuple[Any, ...], code: str) -
     [
         (event(finish="error", error="broken"), ForecacheError),
         (event(finish="cancelled"), WorkerLostError),
-        (replace(event(finish="error", error="full"), overloaded=True), OverloadedError),
+        (FULL, OverloadedError),
         (InvalidRequestError("no"), InvalidRequestError),
     ],
 )
@@ -148,18 +149,37 @@ def test_an_error_is_raised_for_an_answer_at_once(step: TokenEvent | Exception, 
         asyncio.run(collect(stream_of(Script(event("a"), step)), chat()))
 
 
-def test_start_raises_what_refuses_the_request_and_waits_no_longer_than_told() -> None:
-    async def refused() -> None:
-        with pytest.raises(InvalidRequestError):
-            await stream_of(Script(InvalidRequestError("no"))).start(wait_s=60)
+@pytest.mark.parametrize(
+    ("step", "raised"),
+    [
+        (InvalidRequestError("no"), InvalidRequestError),
+        (FULL, OverloadedError),
+        (event(finish="error", error="broken"), ForecacheError),
+    ],
+)
+def test_start_raises_what_refuses_the_request(step: TokenEvent | Exception, raised: type[Exception]) -> None:
+    """As an exception, or as an event: there is no answer yet, so that there can be a status."""
+    seen = list[TokenEvent]()
+    with pytest.raises(raised):
+        asyncio.run(stream_of(Script(step), seen).start(wait_s=60))
+    assert seen == ([step] if isinstance(step, TokenEvent) else [])
 
-    async def slow() -> list[str]:
-        stream = stream_of(Script(0.05, *ANSWER))
-        await stream.start(wait_s=0.001)
-        return [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
 
-    asyncio.run(refused())
-    assert asyncio.run(slow())[-1] == "data: [DONE]\n\n"
+@pytest.mark.parametrize("wait_s", [0.001, 60])
+def test_start_loses_no_event_and_waits_no_longer_than_told(wait_s: float) -> None:
+    """An answer of a single event too."""
+
+    async def answered(*events: TokenEvent) -> list[str]:
+        seen = list[TokenEvent]()
+        stream = stream_of(Script(0.05, *events), seen)
+        await stream.start(wait_s)
+        said = [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
+        assert seen == list(events)
+        return said
+
+    for events in (ANSWER, ANSWER[-1:]):
+        said = asyncio.run(answered(*events))
+        assert said[-1] == "data: [DONE]\n\n" and data(said)[-1]["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_cancelled_collect_cancels_the_request() -> None:
@@ -240,6 +260,32 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
     assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * count
 
 
+def test_each_prompt_is_told_of_by_its_own_length() -> None:
+    lengths = (9, 4)
+    sources = [Script(event(prefilled=length), event("a", "stop")) for length in lengths]
+    streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
+
+    async def told() -> list[str]:
+        return [piece async for piece in server_sent_events(streams, replace(chat(), prompt_tokens=lengths), print)]
+
+    lines = asyncio.run(told())
+    assert {line for line in lines if line.startswith(":")} == {": prefill 9/9\n\n", ": prefill 4/4\n\n"}
+
+
+@pytest.mark.parametrize(
+    ("coverages", "mean"), [((0.2, 0.4, None), 0.3), ((None, None, 0.5), 0.5), ((None, None, None), None)]
+)
+def test_the_account_is_of_all_choices(coverages: tuple[float | None, ...], mean: float | None) -> None:
+    ends = [
+        replace(event("a", "stop"), stats=SequenceStats(9, completion_tokens=2, fallbacks=i, coverage=coverage))
+        for i, coverage in enumerate(coverages)
+    ]
+    streams = ChoiceStreams(lambda i: EventStream(Script(ends[i]), silence_s=60), 1, len(ends))
+    told = asyncio.run(collect(streams, chat()))["usage"]
+    assert told["prompt_tokens"] == 9 and told["completion_tokens"] == 6
+    assert told["forecache"]["fallbacks"] == 3 and told["forecache"]["coverage"] == pytest.approx(mean)
+
+
 def test_one_choice_that_fails_ends_all() -> None:
     sources = [Script(event("a"), 60.0), Script(event("a"), WorkerLostError("gone"))]
     streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
@@ -255,3 +301,12 @@ def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
         asyncio.run(collect(streams, chat()))
     assert source.cancelled
+
+
+@pytest.mark.parametrize("wait_s", [0.05, 60])
+def test_a_deadline_holds_before_a_stream_begins(wait_s: float) -> None:
+    """There can be a status then."""
+    source = Script(3600.0)
+    streams = ChoiceStreams(lambda _: EventStream(source, silence_s=60), 1, 1, deadline_s=0.05)
+    with pytest.raises(DeadlineError, match=r"0\.05 s"):
+        asyncio.run(asyncio.wait_for(streams.start(wait_s), 30))

@@ -1,14 +1,20 @@
 """Calls in answers: read the same however the text is cut, and told to models of any template."""
 
+import asyncio
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from forecache.cluster.openai_tools import ChosenFunction, JsonSchemaFormat, Tool, format_grammar, tools_grammar
+from forecache.cluster.openai_types import ChatCompletionRequest
+from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser, parse_call, template_knows_calls, written_out
 from forecache.workers.errors import InvalidRequestError
 
@@ -79,6 +85,28 @@ def test_tools_are_written_out_for_templates_that_know_none() -> None:
     assert template_knows_calls("{% if tools %}<tool_call>{% endif %}") and not template_knows_calls("{{ messages }}")
 
 
+@pytest.mark.parametrize(
+    ("template", "body"),
+    [
+        ("{{ messages[0].content }}", {"arguments": "[" * 100_000}),
+        ("<tool_call>{{ tools }}{{ messages[0].tool_calls[0].function.arguments.x + 1 }}", {"arguments": '{"x": "a"}'}),
+        ("{{ raise_exception('no') }}", {}),
+    ],
+)
+def test_what_a_template_cannot_lay_out_is_the_requests_fault(template: str, body: dict[str, str]) -> None:
+    wrapped: Any = PreTrainedTokenizerFast
+    encoder = PromptEncoder(wrapped(tokenizer_object=Tokenizer(models.BPE()), chat_template=template), 64)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", **body}}
+    messages = [{"role": "assistant", "content": "hi", "tool_calls": [call]}]
+
+    try:
+        with pytest.raises(InvalidRequestError, match=r"nested too deep|template refuses") as raised:
+            asyncio.run(encoder.encode(ChatCompletionRequest.model_validate({"model": "m", "messages": messages})))
+        assert raised.value.param == "messages"
+    finally:
+        encoder.close()
+
+
 def tool(name: str, **extra: object) -> Tool:
     schema = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
     schema["additionalProperties"] = False
@@ -112,6 +140,12 @@ def call_text(name: str, arguments: str) -> str:
         ("auto", True, "I would rather not", True),
         ("auto", True, "see: " + call_text("g", '{"x": 1}'), True),
         ("auto", True, call_text("h", '{"x": 1}'), False),
+        ("auto", True, call_text("g", '{"x": 1}') + "\n" + call_text("f", '{"x": 2}') + " done", True),
+        ("auto", False, "I would rather not", True),
+        ("auto", False, "see:\n" + call_text("g", '{"x": 1}'), True),
+        ("auto", False, call_text("g", '{"x": 1}') + "\n", False),
+        ("auto", False, call_text("g", '{"x": 1}') + call_text("f", '{"x": 2}'), False),
+        ("auto", False, call_text("h", '{"x": 1}'), False),
     ],
 )
 def test_the_grammar_of_a_tool_choice(choice: str, parallel: bool, text: str, allowed: bool) -> None:
@@ -136,6 +170,24 @@ def test_a_schema_that_is_no_text_is_refused() -> None:
         format_grammar(schema_format({"description": "\ud800"}))
 
 
-def test_free_choice_of_lenient_tools_has_no_grammar() -> None:
+def test_a_schema_that_is_nested_too_deep_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(5000):
+        schema = {"items": schema}
+    deep = tool("f", parameters=schema, strict=True)
+    for make in (
+        lambda: format_grammar(schema_format(schema)),
+        lambda: tools_grammar([deep], "auto", parallel=True),
+        lambda: tools_grammar([deep], "required", parallel=True),
+    ):
+        with pytest.raises(InvalidRequestError, match="nested too deep"):
+            make()
+
+
+def test_free_choice_of_lenient_tools_has_no_grammar_but_that_one_call_is_the_end() -> None:
     assert tools_grammar([tool("f")], "auto", parallel=True) is None
+    one = tools_grammar([tool("f")], "auto", parallel=False)
+    for text in ("I <would> rather\nnot", "see:\n" + call_text("anything", "[1]"), "<tool_call>no JSON</tool_call>"):
+        assert accepts(one, text)
+    assert not accepts(one, call_text("f", "{}") + "\n" + call_text("f", "{}"))
     assert format_grammar(None) is None

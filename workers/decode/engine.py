@@ -249,12 +249,12 @@ class Engine:
             self.windows.begin(seq, seq.prompt_mass, retrieval_heads=self._retrieval_heads)
 
     def _emit(self, seq: Sequence, drawn: Sampled) -> None:
-        """One more token of ``seq``: to the client, and maybe the last; or one that the client has."""
-        if seq.replays():
-            return
-        seq.token_ids.append(drawn.token)
-        self._counters.generated_tokens += 1
-        news = self._answers.push(seq, drawn)
+        """One more token of ``seq``, maybe the last; or one that the client has: only that it goes on is news."""
+        news = NOTHING_NEW
+        if not seq.replays():
+            seq.token_ids.append(drawn.token)
+            self._counters.generated_tokens += 1
+            news = self._answers.push(seq, drawn)
         if news.reason is None:
             self._events.append(self._answers.event(seq, news))
         else:
