@@ -333,8 +333,8 @@ def run(config: ServeConfig, say: Say, ready: Callable[[Running], None]) -> None
         signal.signal(number, on_signal)
     try:
         with running(config, say, hurry) as cluster:
-            ready(cluster)
-            while True:
-                signal.pause()
+            if not stop.is_set():  # where a signal came within a library's callback, nobody saw the exception
+                ready(cluster)
+            stop.wait()
     except (Stopped, SystemExit):  # SystemExit: a SIGTERM that met Ray's handler, while Ray was starting
         say("stopped")
