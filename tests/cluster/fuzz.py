@@ -26,7 +26,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize")
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize", "/v1/sessions/{session_id}",
+)  # fmt: skip
 CASE_LIMIT_S = 60.0
 ROUND = 100
 """Cases of a path and mode before it is the next one's turn."""
