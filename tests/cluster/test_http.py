@@ -8,10 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,7 @@ from processes import processes_below
 from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
-from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import Running, Stopped, run
-from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.memory.config import MemoryConfig
 
 pytestmark = pytest.mark.cluster
 
@@ -363,24 +360,38 @@ def test_a_signal_to_the_whole_group_during_the_start_leaves_nothing(
     assert not list(tmp_path.glob("forecache-*"))
 
 
+SWALLOWED = """
+import os, signal, sys
+from contextlib import suppress
+from pathlib import Path
+
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.serving import Stopped, run
+from forecache.workers.decode.config import EngineConfig
+from forecache.workers.memory.config import MemoryConfig
+
+
+def say(text):
+    if text == "loading the model":
+        print(text)
+        with suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+model, arena_dir = sys.argv[1:]
+engine = EngineConfig(model=model, threads=1, chunk_tokens=16, hot_bytes=8 << 20)
+memory = MemoryConfig(cold_bytes=32 << 20, arena_dir=Path(arena_dir))
+run(ServeConfig(engine=engine, memory=memory, port=0), say, lambda running: print("ready"))
+print("ended")
+"""
+
+
 def test_a_signal_that_nobody_saw_during_the_start_ends_it_all_the_same(byte_model: Path, tmp_path: Path) -> None:
     """It came while a callback of a library ran, which drops exceptions."""
-
-    def say(text: str) -> None:
-        if text == "loading the model":
-            with suppress(Stopped):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    engine = EngineConfig(model=str(byte_model), threads=1, chunk_tokens=16, hot_bytes=8 << 20)
-    memory = MemoryConfig(cold_bytes=32 << 20, arena_dir=tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ready: list[Running] = []
-    try:
-        run(ServeConfig(engine=engine, memory=memory, port=0), say, ready.append)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert not ready and not list(tmp_path.glob("forecache-*"))
+    command = [sys.executable, "-c", SWALLOWED, str(byte_model), str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=START_S + STOP_S, check=True)
+    assert done.stdout.splitlines() == ["loading the model", "ended"]
+    assert not list(tmp_path.glob("forecache-*"))
 
 
 def said(line: str) -> str:
