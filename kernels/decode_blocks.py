@@ -7,6 +7,8 @@
 import triton
 import triton.language as tl
 
+from forecache.kernels.powers import power_of_two
+
 
 @triton.jit
 def count_blocks(context_len, CHUNK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr):
@@ -104,9 +106,7 @@ def attend_blocks(
         b_even = tl.load(p_q + 2 * o_unit[None, :], mask=m_q, other=0.0).to(tl.float32)
         b_odd = tl.load(p_q + 2 * o_unit[None, :] + 1, mask=m_q, other=0.0).to(tl.float32)
         b_largest = tl.max(tl.maximum(tl.abs(b_even), tl.abs(b_odd)), 1)
-        # its power of two: all bits of a float32 but the exponent's are cleared
-        b_unit = (b_largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        b_unit = tl.where(b_unit > 0, b_unit, 1.0)
+        b_unit = power_of_two(b_largest)
         b_q = (b_even / b_unit[:, None]).to(tl.float16)
         b_q_odd = (b_odd / b_unit[:, None]).to(tl.float16)
         b_factor = b_unit * scale_log2e

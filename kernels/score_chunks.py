@@ -15,6 +15,7 @@ from torch import Tensor
 
 from forecache.kernels import checks, tuning
 from forecache.kernels.columns import TILE_ELEMENTS, Columns
+from forecache.kernels.powers import power_of_two
 
 _WARP_ELEMENTS = 2048
 _QUERY_TILE = 16
@@ -111,11 +112,8 @@ def _score_kernel(
                 p_query = queries + o_query[:, None] * DIM + o_dim[None, :]
                 b_queries = tl.load(p_query, mask=m_query[:, None] & (o_dim < DIM)[None, :], other=0.0)
                 if KEYS_ARE_FP16:
-                    # two parts of float16, the lower one 2^11 times, of each query divided by its power of two: all
-                    # bits of the largest float32 but the exponent's are cleared
-                    b_largest_query = tl.max(tl.abs(b_queries), 1)
-                    b_unit = (b_largest_query.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-                    b_unit = tl.where(b_unit > 0, b_unit, 1.0)
+                    # two parts of float16, the lower one 2^11 times, of each query divided by its power of two
+                    b_unit = power_of_two(tl.max(tl.abs(b_queries), 1))
                     b_queries /= b_unit[:, None]
                     b_high = b_queries.to(tl.float16)
                     b_low = ((b_queries - b_high.to(tl.float32)) * 2048).to(tl.float16)

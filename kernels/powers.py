@@ -1,0 +1,15 @@
+"""Powers of two, by which numbers are divided without loss."""
+
+# Kernel arguments are not Python values: no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def power_of_two(b_values):
+    """The largest power of two that is not above each of ``b_values``, which are float32 and not negative; 1 for 0."""
+    # all bits of a float32 but the exponent's are cleared
+    b_powers = (b_values.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(b_powers > 0, b_powers, 1.0)
