@@ -339,14 +339,17 @@ def test_a_chunk_that_has_waited_for_room_is_written_again_when_its_place_is_los
         assert numbers_of(news) == [0] and bench.store.refusals == []
 
 
+def break_the_thread(bench: Bench) -> None:
+    def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        raise RuntimeError("a bug")
+
+    bench.store.reserve = broken  # type: ignore[method-assign]
+    bench.write_back("a", [0])
+
+
 def test_what_breaks_the_thread_is_raised_where_it_is_drained() -> None:
     with open_bench() as bench:
-
-        def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-            raise RuntimeError("a bug")
-
-        bench.store.reserve = broken  # type: ignore[method-assign]
-        bench.write_back("a", [0])
+        break_the_thread(bench)
         with pytest.raises(RuntimeError, match="a bug"):
             bench.prefetcher.flush()
         with pytest.raises(RuntimeError, match="a bug"):
@@ -396,12 +399,7 @@ def test_closing_finishes_what_waits_for_promised_room() -> None:
 
 def test_closing_raises_what_nobody_has_heard_of() -> None:
     with open_bench() as bench:
-
-        def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-            raise RuntimeError("a bug")
-
-        bench.store.reserve = broken  # type: ignore[method-assign]
-        bench.write_back("a", [0])
+        break_the_thread(bench)
         with pytest.raises(RuntimeError, match="a bug"):
             bench.prefetcher.close()
         bench.prefetcher.close()
