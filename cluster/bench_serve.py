@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the load, print a table, write the files; 1 when a request failed that was not refused."""
     if not args.allow_remote:
         check_loopback(args.url)
-    key = None if args.api_key_file is None else read_key(args.api_key_file)
+    key = read_key(args.api_key_file)
     target = Target(args.url.rstrip("/"), args.model, key, args.output_tokens, args.keep_ratio, args.timeout_s)
     workload = WorkloadSettings(
         args.workload, args.input_tokens, args.question_tokens, args.prefixes, args.turns, args.seed

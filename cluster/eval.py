@@ -148,7 +148,7 @@ def _run(
     """Ask everything that is open; the columns of one engine after those of another."""
     server = None
     if args.url is not None:
-        key = None if args.api_key_file is None else read_key(args.api_key_file)
+        key = read_key(args.api_key_file)
         server = HttpBackend(args.url, api_key=key, keep_ratio=config.engine.keep_ratio, concurrency=args.batch)
     model = config.engine.model
     if server is not None and "model" not in config.engine.model_fields_set:

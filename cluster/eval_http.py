@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from forecache.cluster.tenants import authorization
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.evaluate import Answer, Column
 from forecache.workers.ruler import Sample
@@ -23,9 +24,7 @@ class HttpBackend:
 
     def __init__(self, url: str, *, api_key: str | None, keep_ratio: float, concurrency: int) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._headers = {"Content-Type": "application/json", **authorization(api_key)}
         self._keep_ratio = keep_ratio
         self._concurrency = concurrency
         self.model = str(self._ask("/v1/models")["data"][0]["id"])

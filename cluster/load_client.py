@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from forecache.cluster.load_workloads import Conversation, prose
+from forecache.cluster.tenants import authorization
 from forecache.workers.errors import ForecacheError
 
 SAMPLE_WORDS = 400
@@ -84,7 +85,7 @@ def check_loopback(url: str) -> None:
 
 
 def client(target: Target) -> httpx.AsyncClient:
-    headers = {} if target.api_key is None else {"Authorization": f"Bearer {target.api_key}"}
+    headers = authorization(target.api_key)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     # no proxy from the environment: what is measured is the server
     return httpx.AsyncClient(timeout=target.timeout_s, headers=headers, limits=limits, trust_env=False)

@@ -62,8 +62,8 @@ def document(model_name: str, version: str) -> dict[str, Any]:
         streamed = "; server-sent events with `stream`" if "stream" in model.model_fields else ""
         answers = {"200": {"description": f"The answer{streamed}"}, "default": failed}
         required = any(field.is_required() for field in model.model_fields.values())
-        asked = {"requestBody": {**body, "required": required}, "responses": answers}
-        paths[path] = {"post": {"summary": summary, **asked}}
+        asked = {**body, "required": required}
+        paths[path] = {"post": {"summary": summary, "requestBody": asked, "responses": answers}}
     for path, summary in _READS.items():
         told = {"200": {"description": summary}, "default": {"description": "Not now"}}
         paths.setdefault(path, {})["get"] = {"summary": summary, "responses": told}

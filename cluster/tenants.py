@@ -109,12 +109,19 @@ class Tenants:
         return found
 
 
-def read_key(file: Path) -> str:
-    """A client's key. Raises :class:`AuthenticationError` when the file can't be read."""
+def read_key(file: Path | None) -> str | None:
+    """A client's key, if it has a file of one. Raises :class:`AuthenticationError` when that can't be read."""
+    if file is None:
+        return None
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise AuthenticationError(f"--api-key-file {file} can't be read: {error}") from error
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """Headers of a client with this key, if it has one."""
+    return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def new_key() -> tuple[str, str]:

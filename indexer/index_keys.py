@@ -86,16 +86,7 @@ class IndexSpec:
         scale: float,
     ) -> Self:
         """int8 keys of every token of ``kv_heads``, in their order, each read by ``group`` query heads of the model."""
-        return cls(
-            kind="tokens",
-            query_heads=query_heads,
-            kv_heads=kv_heads,
-            query_to_kv=tuple(kv_heads.index((layer, head // group)) for layer, head in query_heads),
-            head_dim=head_dim,
-            chunk_tokens=chunk_tokens,
-            scale=scale,
-            dtype=torch.int8,
-        )
+        return cls._build("tokens", query_heads, group, head_dim, chunk_tokens, scale, torch.int8, kv_heads)
 
     @classmethod
     def bounds(
@@ -123,9 +114,11 @@ class IndexSpec:
         chunk_tokens: int,
         scale: float | None,
         dtype: torch.dtype,
+        kv_heads: tuple[Head, ...] | None = None,
     ) -> Self:
         owners = [(layer, head // group) for layer, head in query_heads]
-        kv_heads = tuple(sorted(set(owners)))
+        if kv_heads is None:
+            kv_heads = tuple(sorted(set(owners)))
         return cls(
             kind=kind,
             query_heads=tuple(query_heads),

@@ -4,12 +4,12 @@ A shard holds a few documents; a document's tensors are named ``<number>/<field>
 file's metadata. Shards are written whole or not at all, so a recording that was stopped goes on with the missing ones.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -220,7 +220,7 @@ class Recording:
     def digest(self) -> str:
         """Names what was recorded: of the manifest, and of what is told of each document."""
         told = json.dumps([self.manifest.model_dump(mode="json"), self.facts], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return blake2b(told.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)
