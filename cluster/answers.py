@@ -231,8 +231,13 @@ async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> dict[str, Any
     return answer.whole(choices, _total(writers, streams.per_prompt))
 
 
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""JSON leaves them as they are, and some clients, httpx's `iter_lines` among them, take them for the end of a line."""
+
+
 def _data(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n"
 
 
 async def server_sent_events(

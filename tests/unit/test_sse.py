@@ -96,6 +96,15 @@ def test_stream() -> None:
     assert lines[-1] == "data: [DONE]\n\n" and not errors
 
 
+def test_an_event_is_one_line_whatever_ends_lines() -> None:
+    text = "a\x85b\u2028c\u2029d\r\n\x0b\x0c\x1c\x1d\x1ee é 😀"
+
+    lines, _ = asyncio.run(sse(Script(event(text), event("!", "stop")), chat()))
+    assert all(len(line.splitlines()) == 2 for line in lines), "and an empty one"
+    deltas = [choice["delta"] for event in data(lines) for choice in event["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == f"{text}!"
+
+
 def test_who_watches_is_told_where_chunks_are() -> None:
     view = ChunkView("hc", 0.5, None)
     source = Script(replace(event(prefilled=9), view=view), event("a"), replace(event("b", "stop"), view=view))
