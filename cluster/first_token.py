@@ -13,6 +13,10 @@ ALIKE = 2.0
 """A rate that differs less than by this factor from the mean is taken for it: the difference is what a worker had to do
 beside, or what else its machine did. Else noise would send all that comes to one worker, streams and all."""
 
+SHORTER = 4.0
+"""A prefill rate measured in prompts that were shorter by this factor than another worker's is not taken for its own:
+each step has a cost of its own, which is nearly all that short prompts measure."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -82,6 +86,11 @@ class Backlog:
 def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
     """Each worker's rates: the mean of all that have measured, unless its own is far from that."""
     reports = list(reports)
+    longest = max((report.prefill_tokens_per_prompt or 0 for report in reports), default=0)
+
+    def prefill(report: WorkerReport) -> float | None:
+        tokens = report.prefill_tokens_per_prompt
+        return None if tokens is not None and tokens * SHORTER < longest else report.prefill_tokens_per_s
 
     def column(rate: Callable[[WorkerReport], float | None], default: float) -> list[float]:
         measured = [value for report in reports if (value := rate(report))]
@@ -91,7 +100,7 @@ def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
 
     default = Rates()
     columns = (
-        column(lambda report: report.prefill_tokens_per_s, default.prefill_tokens_per_s),
+        column(prefill, default.prefill_tokens_per_s),
         column(lambda report: report.recall_bytes_per_s, default.recall_bytes_per_s),
         column(lambda report: report.fetch_bytes_per_s, default.fetch_bytes_per_s),
         column(lambda report: report.requests_per_s, default.requests_per_s),

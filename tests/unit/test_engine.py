@@ -126,7 +126,8 @@ def test_after_every_hot_slot_was_evicted(
         run(llm, prompts)
         settle(llm)
         before = llm.engine.stats()
-        assert before.prefilled_tokens == sum(map(len, prompts)) and 0 < before.prefill_s < before.step_s
+        assert before.prefilled_tokens == sum(map(len, prompts)) and before.prefilled_prompts == len(prompts)
+        assert 0 < before.prefill_s < before.step_s
         assert llm.engine.pool.evict_all() > 0
         assert llm.engine.pool.used == 0
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)

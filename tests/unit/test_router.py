@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,20 +61,20 @@ def test_prefix_memory_forgets_the_least_recently_used() -> None:
 
 def test_a_moving_rate_is_of_the_last_reports_with_work() -> None:
     rate = MovingRate()
-    assert rate.per_s is None
+    assert rate.value is None
     rate.observe(0, 5.0)
-    assert rate.per_s is None
+    assert rate.value is None
     rate.observe(100, 6.0)
-    assert rate.per_s == 100
+    assert rate.value == 100
     rate.observe(100, 6.0)  # nothing was done
-    assert rate.per_s == 100
+    assert rate.value == 100
     for number in range(1, 40):
         rate.observe(100 + 300 * number, 6.0 + number)
-    assert rate.per_s == pytest.approx(300, rel=1e-3)
+    assert rate.value == pytest.approx(300, rel=1e-3)
     rate.observe(10, 1.0)  # a process that has started again
-    assert rate.per_s == pytest.approx(300, rel=1e-3)
+    assert rate.value == pytest.approx(300, rel=1e-3)
     rate.observe(10 + 3000, 2.0)
-    assert 300 < (rate.per_s or 0) < 3000
+    assert 300 < (rate.value or 0) < 3000
 
 
 def test_a_moving_rate_is_that_of_work_in_bulk() -> None:
@@ -81,10 +82,10 @@ def test_a_moving_rate_is_that_of_work_in_bulk() -> None:
     rate.observe(3000, 1.0)
     for number in range(1, 11):  # small and slow
         rate.observe(3000 + 60 * number, 1.0 + 0.1 * number)
-    assert rate.per_s == pytest.approx(3000, rel=0.1)
+    assert rate.value == pytest.approx(3000, rel=0.1)
     for number in range(11, 61):  # and nothing else any more
         rate.observe(3000 + 60 * number, 1.0 + 0.1 * number)
-    assert rate.per_s == pytest.approx(600, rel=0.05)
+    assert rate.value == pytest.approx(600, rel=0.05)
 
 
 def test_a_report_says_what_was_measured_and_comes_through_serve_as_it_was() -> None:
@@ -92,13 +93,19 @@ def test_a_report_says_what_was_measured_and_comes_through_serve_as_it_was() -> 
     first = reporter.report(EngineStats(), None)
     assert first == WorkerReport("layout", "tier", 1000, 4)
     engine = EngineStats(
-        running=3, waiting=2, prefill_tokens_left=70, prefilled_tokens=500, prefill_s=2.0, recall_bytes=900,
-        recall_s=3.0, finished_requests=6, step_s=12.0,
+        running=3, waiting=2, prefill_tokens_left=70, prefilled_tokens=500, prefilled_prompts=4, prefill_s=2.0,
+        recall_bytes=900, recall_s=3.0, finished_requests=6, step_s=12.0,
     )  # fmt: skip
     tier = TierStats(10, 0, 0, 0, 0, 0, fetched_bytes=80, fetch_s=4.0)
     report = reporter.report(engine, tier)
-    assert report == WorkerReport("layout", "tier", 1000, 4, 3, 2, 70, 250.0, 300.0, 20.0, 0.5)
+    assert report == WorkerReport("layout", "tier", 1000, 4, 3, 2, 70, 250.0, 125.0, 300.0, 20.0, 0.5)
     assert WorkerReport.of(vars(report)) == report
+    for number in (1, 2):  # a prompt that takes three reports
+        middle = replace(engine, prefilled_tokens=500 + 1000 * number, prefill_s=2.0 + 4.0 * number)
+        assert reporter.report(middle, None).prefill_tokens_per_prompt == 125
+    last = replace(engine, prefilled_tokens=500 + 3000, prefilled_prompts=5, prefill_s=14.0)
+    weighted = (0.8 * 500 * 500 + 3000 * 3000) / (0.8 * 500 * 4 + 3000)
+    assert reporter.report(last, None).prefill_tokens_per_prompt == weighted
     assert WorkerReport.of({}) == WorkerReport()
     assert WorkerReport.of({"tier_id": "t", "of a later version": 1}).tier_id == "t"
 
@@ -128,6 +135,27 @@ def test_what_was_not_measured_is_as_at_other_workers() -> None:
     assert [rate.prefill_tokens_per_s for rate in rates] == pytest.approx([20, 620 / 3, 620 / 3, 620 / 3])
     assert {rate.fetch_bytes_per_s for rate in rates} == {Rates().fetch_bytes_per_s}
     assert measured_rates([new]) == [Rates()] and measured_rates([]) == []
+
+
+def test_a_rate_of_much_shorter_prompts_is_not_held_against_a_worker() -> None:
+    """A step has a cost of its own, which is nearly all that short prompts measure. What a worker is thought slow for
+    it is not sent, so that it would never show that it is not."""
+    long = WorkerReport(prefill_tokens_per_s=9000, prefill_tokens_per_prompt=7000)
+    short = WorkerReport(prefill_tokens_per_s=700, prefill_tokens_per_prompt=40)
+    slow = WorkerReport(prefill_tokens_per_s=700, prefill_tokens_per_prompt=2000)
+    unknown = WorkerReport(prefill_tokens_per_s=700)  # in its first prompt
+    assert [rate.prefill_tokens_per_s for rate in measured_rates([long, short])] == [9000, 9000]
+    assert [rate.prefill_tokens_per_s for rate in measured_rates([long, slow])] == [4850, 700]
+    assert [rate.prefill_tokens_per_s for rate in measured_rates([short, short])] == [700, 700]
+    assert measured_rates([short, unknown])[1].prefill_tokens_per_s == 700
+    routing = Routing(
+        [
+            Replica("a", report("ta", prefill_tokens_per_s=9000, prefill_tokens_per_prompt=7000)),
+            Replica("b", report("tb", prefill_tokens_per_s=700, prefill_tokens_per_prompt=40)),
+        ],
+        None,
+    )
+    assert [routing.send(tuple(range(number, number + 40))) for number in range(4)] == ["a", "b", "a", "b"]
 
 
 def price(queue_s: float = 0.0, prefill_s: float = 0.0, fetch_s: float = 0.0) -> FirstToken:

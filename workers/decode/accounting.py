@@ -188,6 +188,7 @@ class EngineCounters:
                 seq.prefill_target - seq.num_computed for seq in running if seq.state is State.PREFILL
             ),
             prefilled_tokens=scheduler.prefilled_tokens,
+            prefilled_prompts=scheduler.prefilled_prompts,
             prefill_s=scheduler.prefill_s,
             hot_slots=pool.num_slots,
             hot_slots_used=pool.used,

@@ -83,6 +83,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.stalled = False
         self.prefilled_tokens = 0
+        self.prefilled_prompts = 0
         self.prefill_s = 0.0
         """Of steps that prefill, decode rows beside them included."""
 
@@ -132,9 +133,10 @@ class Scheduler:
         if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
             part = plan.streams[0]
             self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
-        prefilled = sum(part.tokens for part in plan.streams if part.sequence.state is State.PREFILL)
-        if prefilled:
-            self.prefilled_tokens += prefilled
+        prefills = [part for part in plan.streams if part.sequence.state is State.PREFILL]
+        if prefills:
+            self.prefilled_tokens += sum(part.tokens for part in prefills)
+            self.prefilled_prompts += sum(part.draws for part in prefills)
             self.prefill_s += duration_s
         if any(part.sequence.state is State.DECODE for part in plan.streams):
             self._lane_opens_s = time.perf_counter() + (STREAMED_SHARE - 1) * duration_s

@@ -16,7 +16,8 @@ class EngineStats:
     """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name.
 
     ``prefill_tokens_left``: of prompts that are being prefilled; ``prefilled_tokens`` took ``prefill_s``, in steps that
-    may have decoded too. ``recall_buckets``: recalls by their time, not cumulated, one more than there are bounds.
+    may have decoded too, and end ``prefilled_prompts``. ``recall_buckets``: recalls by their time, not cumulated, one
+    more than there are bounds.
     """
 
     running: int = 0
@@ -29,6 +30,7 @@ class EngineStats:
     resident_ratio: float = 1.0
     prompt_tokens: int = 0
     prefilled_tokens: int = 0
+    prefilled_prompts: int = 0
     prefill_s: float = 0.0
     generated_tokens: int = 0
     prefix_queried_tokens: int = 0
