@@ -1,5 +1,6 @@
 """When each worker would have a request's first token, in expected seconds, and who is asked first."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,6 +17,9 @@ beside, or what else its machine did. Else noise would send all that comes to on
 SHORTER = 4.0
 """A prefill rate measured in prompts that were shorter by this factor than another worker's is not taken for its own:
 each step has a cost of its own, which is nearly all that short prompts measure."""
+
+CHOICE_S = 1.0
+"""Who was chosen is sent the request at once. Later than this it went elsewhere, or was cancelled."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,47 @@ class Backlog:
         behind = tokens_left - self.tokens(now_s, rates)
         if behind > 0:
             self.add(behind, now_s, rates)
+
+
+class Load:
+    """Requests at a worker, as one router knows them: its own to the last one, other routers' from what the worker
+    tells now and then of all that it has."""
+
+    def __init__(self) -> None:
+        self._sent = 0
+        self._peaks = 0, 0
+        """The most of its own that there were at once, since the last report and between the two before."""
+        self._others = 0
+        self._chosen_s: deque[float] = deque()
+        """When the worker was chosen for requests that are not sent yet."""
+
+    def requests(self, now_s: float) -> int:
+        while self._chosen_s and now_s - self._chosen_s[0] > CHOICE_S:
+            self._chosen_s.popleft()
+        return len(self._chosen_s) + self._sent + self._others
+
+    def chosen(self, now_s: float) -> None:
+        """What comes at the same moment must not all choose the same worker."""
+        self._chosen_s.append(now_s)
+
+    def take_back(self, chosen_s: float) -> None:
+        """What the worker was chosen for then is asked for again; it may have been sent meanwhile, and refused."""
+        if chosen_s in self._chosen_s:
+            self._chosen_s.remove(chosen_s)
+
+    def sent(self) -> None:
+        if self._chosen_s:
+            self._chosen_s.popleft()
+        self._sent += 1
+        self._peaks = max(self._peaks[0], self._sent), self._peaks[1]
+
+    def ended(self) -> None:
+        self._sent = max(self._sent - 1, 0)
+
+    def hear(self, requests: int) -> None:
+        """The worker had so many of late. As many as there were of this router's own may be these."""
+        self._others = max(requests - max(self._peaks), 0)
+        self._peaks = self._sent, self._peaks[0]
 
 
 def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:

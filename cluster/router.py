@@ -15,6 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from forecache.cluster.first_token import (
     Backlog,
     FirstToken,
+    Load,
     Rates,
     Stored,
     first_token,
@@ -70,9 +71,11 @@ class PrefixMemory:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The worker that a request is to go to, the tokens that it would prefill there, and the keys of its chunks."""
+    """The worker that a request is to go to since ``chosen_s``, the tokens that it would prefill there, and the keys
+    of its chunks."""
 
     worker: str
+    chosen_s: float
     prefill_tokens: int
     keys: list[ChunkKey]
 
@@ -96,6 +99,7 @@ class PrefixAffinityRouter(RequestRouter):
         self._catalog_asleep_until_s = 0.0
         self._reports: dict[str, WorkerReport] = {}
         self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)
+        self._loads: defaultdict[str, Load] = defaultdict(Load)
         self._choices: OrderedDict[str, _Choice] = OrderedDict()
 
     async def choose_replicas(
@@ -116,21 +120,22 @@ class PrefixAffinityRouter(RequestRouter):
         keys, run = await asyncio.to_thread(self._look_up, request, reports)
         stored, now_s = self._stored(keys, run, reports), time.monotonic()
         tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+        if (before := self._choices.pop(request.request_id, None)) is not None:
+            self._take_back(before)  # Serve asks again when workers have refused, or have no room
         loads: dict[str, int] = {}
         prices: dict[str, FirstToken] = {}
         # of workers that are as good as each other, the one that was sent nothing for longest is first
         for name in sorted(replicas, key=lambda name: self._backlogs[name].last_s):
-            loads[name] = self._load(replicas[name], reports[name])
+            loads[name] = self._loads[name].requests(now_s)
             queue_s = max(
                 self._backlogs[name].tokens(now_s, rates[name]) / rates[name].prefill_tokens_per_s,
                 slot_wait_s(loads[name], reports[name], rates[name]),
             )
             prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
         best, *others = order(prices, loads, self._imbalance)
-        if (before := self._choices.pop(request.request_id, None)) is not None:
-            self._take_back(before)  # Serve asks again when workers have refused, or have no room
         self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
-        self._choices[request.request_id] = _Choice(best, prices[best].prefill_tokens, keys)
+        self._loads[best].chosen(now_s)
+        self._choices[request.request_id] = _Choice(best, now_s, prices[best].prefill_tokens, keys)
         while len(self._choices) > MOST_CHOICES:
             self._choices.popitem(last=False)  # of a request that was cancelled while it waited
         expected = {name: round(value, 3) for name, value in asdict(prices[best]).items()}
@@ -154,11 +159,16 @@ class PrefixAffinityRouter(RequestRouter):
         """The worker that was chosen was not sent the request."""
         if choice.worker in self._backlogs:
             self._backlogs[choice.worker].take_back(choice.prefill_tokens)
+            self._loads[choice.worker].take_back(choice.chosen_s)
 
-    def _load(self, replica: RunningReplica, report: WorkerReport) -> int:
-        """Requests at a worker; Serve forgets their number when none has come or gone for a while."""
-        known = self.replica_queue_len_cache.get(replica.replica_id)
-        return report.running + report.waiting if known is None else known
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
+        self._loads[_name(replica_id)].sent()
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Serve's own count of what a worker has is not for long answers: it is forgotten after seconds of silence."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._loads[_name(replica_id)].ended()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         left = [replica for name, replica in self.curr_replicas.items() if name not in {r.replica_id for r in replicas}]
@@ -173,9 +183,11 @@ class PrefixAffinityRouter(RequestRouter):
         for (name, report), rates in zip(reports.items(), measured_rates(reports.values()), strict=True):
             if report != self._reports.get(name):  # else it came again, with another worker's news
                 self._backlogs[name].hear(report.prefill_tokens_left, now_s, rates)
+                self._loads[name].hear(report.running + report.waiting)
         self._reports = reports
-        for name in self._backlogs.keys() - reports.keys():
-            del self._backlogs[name]
+        for of_workers in (self._backlogs, self._loads):
+            for name in of_workers.keys() - reports.keys():
+                del of_workers[name]
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         replica = self.curr_replicas.get(replica_id)

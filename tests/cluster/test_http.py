@@ -477,6 +477,8 @@ def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
         with ThreadPoolExecutor(len(bodies)) as pool:
             whole = list(pool.map(answered, bodies))
         assert all(set(json.loads(text)) == {"Bern", "Rome"} for text in whole[:2])
+        # else one may wait for room, and its worker be taken for full
+        server.wait_for_metric("forecache_memory_tier_promised_perc", 0, within_s=30)
         with ExitStack() as streams:
             salt = {"cache_salt": "again"}
             # one after the other, each to the worker that has fewer: with a salt no worker is preferred for its prefix

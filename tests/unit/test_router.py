@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from ray.serve.request_router import PendingRequest
 from forecache.cluster.first_token import (
     Backlog,
     FirstToken,
+    Load,
     Rates,
     Stored,
     first_token,
@@ -220,6 +222,16 @@ class Routing:
             self.router.on_request_routed(pending, taker, None)
         return str(best.unique_id)
 
+    def end(self, name: str) -> None:
+        """A request of the worker is over."""
+        self.router.on_request_completed(
+            next(r.replica_id for r in self.replicas if r.replica_id.unique_id == name), ""
+        )
+
+    def hear(self, **requests: int) -> None:
+        """Workers tell how many they have."""
+        self.router._hear({name: WorkerReport(running=running) for name, running in requests.items()})
+
 
 def report(tier_id: str, **measured: Any) -> WorkerReport:
     rates = {"prefill_tokens_per_s": 640.0, "recall_bytes_per_s": 1e9, "fetch_bytes_per_s": 1e8}
@@ -346,9 +358,65 @@ def test_one_prefix_does_not_pile_up(catalog: Catalog, redis_server: Any) -> Non
     assert sent[:4] == list("aaaa") and max(ahead) == 4
 
 
-def test_a_load_that_serve_has_forgotten_is_the_reported_one(redis_server: Any) -> None:
-    busy = Replica("a", WorkerReport("layout", "ta", 1000, 16, running=5))
-    assert Routing([busy, Replica("b", None)], redis_server.url).send() == "b"
+def test_answers_that_take_minutes_are_counted_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own count of them is forgotten after ten seconds in which none comes or goes."""
+    routing = Routing([Replica("a", report("ta")), Replica("b", report("tb"))], None)
+    sent = [routing.send(tuple(range(number, number + 64))) for number in (0, 1000)]
+    assert sorted(sent) == ["a", "b"]
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + 3600)
+    assert routing.router.replica_queue_len_cache.get(routing.replicas[0].replica_id) is None
+    routing.end("b")
+    routing.router._backlogs.clear()
+    assert [routing.send(tuple(range(number, number + 64))) for number in (2000, 3000)] == ["b", "a"]
+
+
+def test_a_report_of_answers_that_are_over_is_not_believed() -> None:
+    """It takes a second or two to come. Who says two is thought free all the same, if all may have been our own."""
+    routing = Routing([Replica("a", None), Replica("b", None)], None)
+    prompts = iter([tuple(range(number, number + 64)) for number in range(0, 20_000, 1000)])
+    assert [routing.send(next(prompts)) for _ in range(4)] == ["a", "b", "a", "b"]
+    for name in "aabb":
+        routing.end(name)
+    routing.hear(a=2, b=0)
+    assert [routing.send(next(prompts)) for _ in range(4)] == ["a", "b", "a", "b"]
+    # another ingress has sent it three more
+    routing.hear(a=5, b=2)
+    assert [routing.send(next(prompts)) for _ in range(3)] == ["b", "b", "b"]
+
+
+def test_what_comes_at_once_is_shared() -> None:
+    """They all choose before any is sent: looking up takes a moment."""
+    routing = Routing([Replica("a", None), Replica("b", None)], None)
+    assert sorted(routing.send(tuple(range(number, number + 64)), arrives=False) for number in range(8)) == [
+        *"aaaa",
+        *"bbbb",
+    ]
+
+
+def test_a_load_is_what_was_chosen_and_sent_and_is_not_over() -> None:
+    load = Load()
+    load.chosen(10.0)
+    load.chosen(10.5)
+    assert load.requests(10.6) == 2 and load.requests(11.2) == 1 and load.requests(12.0) == 0
+    load.chosen(20.0)
+    load.sent()
+    load.chosen(20.1)
+    load.chosen(20.2)
+    load.take_back(20.2)
+    load.take_back(20.2)  # sent meanwhile
+    assert load.requests(20.3) == 2
+    load.hear(4)
+    assert load.requests(22.0) == 4
+    load.ended()
+    assert load.requests(22.0) == 3
+    load.hear(4)  # the one that ended may be in it
+    assert load.requests(22.0) == 3
+    for _ in range(2):
+        load.hear(4)
+    assert load.requests(22.0) == 4
+    load.ended()
+    assert load.requests(22.0) == 4
 
 
 def test_other_calls_and_lone_workers_are_left_to_serve() -> None:
