@@ -36,6 +36,6 @@ def memory_nodes(now: int, tiers: Iterable[TierStats], most: int) -> int:
     Usage itself is no sign of want: an arena is a cache, and full sooner or later. Never fewer than now: a node that
     goes takes its chunks along.
     """
-    shares = [(tier.promised_slots + tier.pinned_slots) / tier.slots for tier in tiers]
+    shares = [tier.committed_slots / tier.slots for tier in tiers]
     more = math.ceil(sum(shares) / PROMISED_TARGET) - len(shares)
     return max(now, min(most, now + more))

@@ -145,7 +145,7 @@ class StatsCollector(Collector):
             (
                 "promised",
                 "Arena slots promised to sequences or pinned, so that no other is promised them / all, 0 to 1.",
-                tier.promised_slots + tier.pinned_slots,
+                tier.committed_slots,
                 tier.slots,
             ),
             ("disk_usage", "Chunk slots on disk in use / all, 0 to 1.", tier.disk_used_slots, tier.disk_slots),

@@ -166,7 +166,7 @@ def _tiers(change: Change) -> RenderableType:
     def row(tier: str) -> Iterable[RenderableType]:
         now = change.now
         yield _bar(now.value("forecache_memory_tier_usage_perc", tier), warn=False)
-        yield _bar(now.value("forecache_memory_tier_held_perc", tier))
+        yield _bar(now.value("forecache_memory_tier_promised_perc", tier))
         yield _bar(now.value("forecache_memory_tier_disk_usage_perc", tier), warn=False)
         yield f"{now.value('forecache_memory_tier_pinned_slots', tier):.0f}"
         yield f"{change.rate('forecache_memory_tier_fetched_bytes_total', tier) / MIB:.1f}"
@@ -174,7 +174,7 @@ def _tiers(change: Change) -> RenderableType:
         yield f"{sum(change.rate(f'forecache_memory_tier_{name}_chunks_total', tier) for name in moved):.1f}"
         yield f"{change.rate('forecache_memory_tier_evicted_chunks_total', tier):.1f}"
 
-    columns = ("used", "held", "disk", "pinned", "MiB/s in", "sent/s", "evict/s")
+    columns = ("used", "promised", "disk", "pinned", "MiB/s in", "sent/s", "evict/s")
     return _table("tier", columns, change.now, row)
 
 

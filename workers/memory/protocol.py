@@ -63,6 +63,11 @@ class TierStats:
     remote_records: int = 0
     """Of chunks that lie on other nodes, held by sequences of this one."""
 
+    @property
+    def committed_slots(self) -> int:
+        """Promised or pinned, so that no other sequence is promised them."""
+        return self.promised_slots + self.pinned_slots
+
 
 class OtherNodes(Protocol):
     """Where a sequence keeps the chunks that the arena of its node has no room for: it is *spread*.
