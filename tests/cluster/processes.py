@@ -1,6 +1,27 @@
-"""Which processes a process has started."""
+"""Which processes a process has started, and those of Ray's actors."""
 
+import os
+import time
 from pathlib import Path
+from typing import Any
+
+import ray
+
+END_S = 30.0
+
+
+def process_of(actor: Any) -> int:
+    return int(ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60))
+
+
+def kill_for_good(actor: Any) -> None:
+    """`ray.kill`, and wait for the end: it only asks for it, and a call that follows at once may still be answered."""
+    pid = process_of(actor)
+    ray.kill(actor)
+    end_s = time.monotonic() + END_S
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end_s, f"the process of an actor that was killed still runs after {END_S:g} s"
+        time.sleep(0.05)
 
 
 def processes_below(pid: int) -> dict[int, str]:

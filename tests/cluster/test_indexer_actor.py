@@ -1,5 +1,7 @@
 """The indexer in a process of its own, over a real arena."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from processes import kill_for_good, process_of
 
 from forecache.indexer.actor import IndexerActor, RemoteIndexer
 from forecache.indexer.fallback import IndexerUnavailableError, SharedIndexers
@@ -124,7 +127,7 @@ def test_an_arena_with_other_index_keys_is_refused(request_of_stored_chunks: Pre
 def test_a_dead_actor_is_named(request_of_stored_chunks: PredictRequest) -> None:
     actor, remote = start()
     remote.predict(request_of_stored_chunks).result(60)
-    ray.kill(actor)
+    kill_for_good(actor)
     with pytest.raises(IndexerUnavailableError, match="gone"):
         remote.predict(request_of_stored_chunks).result(60)
     remote.close()
@@ -151,11 +154,13 @@ def test_an_actor_that_dies_is_stood_in_for_and_asked_again(request_of_stored_ch
     shared = SharedIndexers([RemoteIndexer(actor, 60)], lambda: LocalIndexer(SPEC, 1, Arena.attach))
     expected = shared.predict(request_of_stored_chunks).result(60)
     assert shared.fallbacks == 0
-    ray.kill(actor, no_restart=False)
+    pid = process_of(actor)
+    os.kill(pid, signal.SIGSTOP)  # so that none of them is answered before
     answers = [shared.predict(request_of_stored_chunks) for _ in range(4)]
+    os.kill(pid, signal.SIGKILL)
     for answer in answers:
         np.testing.assert_array_equal(answer.result(60).scores, expected.scores)
-    assert shared.fallbacks > 0
+    assert shared.fallbacks == 4
     deadline_s = time.monotonic() + 60
     asked_again = False
     while not asked_again:
@@ -175,7 +180,7 @@ def test_actors_share_sequences(request_of_stored_chunks: PredictRequest) -> Non
     requests = [replace(request_of_stored_chunks, sequence_id=f"s{number}") for number in range(16)]
     for request in requests:
         assert shared.predict(request).result(60).sequence_id == request.sequence_id
-    ray.kill(started[0][0])
+    kill_for_good(started[0][0])
     for answer in [shared.predict(request) for request in requests]:
         answer.result(60)
     assert 0 < shared.fallbacks < 16

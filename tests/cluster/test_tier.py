@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from processes import kill_for_good, process_of
 
 from forecache.workers.errors import ArenaError, ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
@@ -122,10 +123,6 @@ def start_worker(name: str, tier: Any) -> Any:
 
 def get(ref: Any) -> Any:
     return ray.get(ref, timeout=60)
-
-
-def process_of(tier: Any) -> int:
-    return int(get(tier.__ray_call__.remote(lambda self: os.getpid())))
 
 
 def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier, catalog: Catalog) -> None:
@@ -262,7 +259,7 @@ def test_an_arena_that_is_cut_kills_who_reads_it_and_is_made_anew(start_tier: St
 def test_a_tier_that_is_gone_for_good_is_an_error_in_the_end(start_tier: StartTier) -> None:
     tier = start_tier("for-good")
     memory = RemoteMemory(lambda: tier, deadline_s=20, restart_deadline_s=0.5)
-    ray.kill(tier)
+    kill_for_good(tier)
     with pytest.raises(ArenaError, match="does not come back"):
         memory.hold("driver/0", KEYS[:1])
     memory.close()
@@ -296,9 +293,7 @@ def test_file_of_a_killed_tier_is_removed_by_the_next(start_tier: StartTier, are
     killed = TIER.remote(settings(MemoryConfig(cold_bytes=4 << 20, arena_dir=arena_dir)), "killed")
     memory = RemoteMemory(lambda: killed, deadline_s=20)
     path = memory.arena.path
-    pid = process_of(killed)
-    ray.kill(killed)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    kill_for_good(killed)
     with pytest.raises(ChunkLostError, match="asked for stats, can't be reached"):
         memory.stats()
     assert path.exists()
