@@ -7,6 +7,7 @@ here, since pytest loads this file before any test module.
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,11 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsv4-model", metavar="DIR", help="trained DeepSeek-V4 for tests/unit/test_deepseek_v4_exact.py")
+
+
+def pytest_configure() -> None:
+    # what stops a run, a time limit say, stops it as Ctrl-C does: fixtures end their servers and remove their arenas
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
