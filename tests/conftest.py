@@ -33,6 +33,10 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_runtest_call() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's start in a fixture has put one of its own
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
