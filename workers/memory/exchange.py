@@ -112,6 +112,20 @@ class ChunkExchange:
             refs = self._store.hold_prefix(holder, keys)
         return refs
 
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """As :meth:`ArenaStore.hold_prefix`, and whether the next chunk lies on disk or at another tier."""
+        refs = self._store.hold_prefix(holder, keys)
+        following = keys[len(refs) : len(refs) + 1]
+        if not following:
+            return refs, False
+        if self._disk is not None and any(self._disk.stored(following)):
+            return refs, True
+        try:
+            places = self._catalog.locate(following)
+        except CatalogUnavailableError:
+            return refs, False  # as if nobody had it
+        return refs, bool(places[0] - {self._tier_id})
+
     def from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
         """Bring the longest run of ``keys`` that lies here on disk, and hold it; returns how many chunks came."""
         if self._disk is None:

@@ -1,34 +1,82 @@
-"""Finds stored prefixes and asks for room, in a thread of its own: both may wait for other nodes."""
+"""Finds stored prefixes and asks for room, in threads of its own: both may wait for other nodes.
+
+A search passes lanes, each with its own threads and in order of arrival: ``near`` looks at this node's memory and
+never waits for another node; ``fetch`` brings what lies elsewhere; ``room`` asks for room; ``spread`` is for sequences
+that do not fit this node. So a prefix that is here never waits for one that has to come.
+"""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.completions import PrefixHeld
 from forecache.workers.memory.copies import Copies
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.protocol import ColdMemory, SlotRef
+from forecache.workers.memory.protocol import ColdMemory, HoldsChunks, SlotRef
 from forecache.workers.memory.share import Share
 from forecache.workers.memory.states import StateLayout
 
 logger = logging.getLogger(__name__)
 
 PROMISE_WAIT_S, PROMISE_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
+NEAR_SEARCHES, FETCHING_SEARCHES = 4, 2
+"""Searches of one worker at once. Those that fetch take a thread of the memory tier for as long as that lasts."""
 T = TypeVar("T")
 
 Behind = Callable[[int], Sequence[ChunkKey]]
 """Length of a run of keys → other keys for the chunks that follow it."""
 
 
+class _ElsewhereError(Exception):
+    """The search can't be ended here: another place has more of the prefix."""
+
+
+class _Here:
+    """This node's memory. Raises :class:`_ElsewhereError` where it has a part of what is stored."""
+
+    def __init__(self, memory: ColdMemory) -> None:
+        self._memory = memory
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        refs, elsewhere = self._memory.hold_here(holder, keys)
+        if elsewhere:
+            raise _ElsewhereError
+        return refs
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        return self._memory.hold(holder, keys)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A prefix: its places, the last of them those of ``others``, and the pieces of the state behind it."""
+
+    refs: Sequence[SlotRef] = ()
+    others: tuple[ChunkKey, ...] = ()
+    state: Sequence[SlotRef] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """One sequence's way through the lanes; ``done`` once it has been told."""
+
+    holder: str
+    keys: tuple[ChunkKey, ...]
+    behind: Behind | None
+    chunks: int
+    done: "Future[None]" = field(default_factory=Future)
+
+
 class Locator:
     """``settle`` is told what was found, ``failed`` what went wrong that should not. ``states``: a prefix is of use
     only with a snapshot behind it.
 
-    One search at a time, in order: a chunk that was dropped is not found by a search that was asked for later.
+    Searches run beside each other. A chunk that was dropped is not found by a search that was asked for later.
     """
 
     def __init__(
@@ -40,28 +88,30 @@ class Locator:
         states: StateLayout | None = None,
     ) -> None:
         self._memory = memory
+        self._here = _Here(memory)
         self._copies = copies
         self._settle = settle
         self._failed = failed
         self._states = states
         # what goes on elsewhere needs its state there too
         self._nodes = memory.others if states is None else None
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="forecache-locator")
+        self._near = ThreadPoolExecutor(NEAR_SEARCHES, thread_name_prefix="forecache-near")
+        self._fetch = ThreadPoolExecutor(FETCHING_SEARCHES, thread_name_prefix="forecache-fetch")
+        # one at a time: several would share what room comes, and none would have enough
+        self._room = ThreadPoolExecutor(1, thread_name_prefix="forecache-room")
+        self._spread = ThreadPoolExecutor(1, thread_name_prefix="forecache-spread")
+        self._drops = ThreadPoolExecutor(1, thread_name_prefix="forecache-drop")
         self._lock = threading.Lock()
+        self._unfinished: set[Future[None]] = set()
+        self._last_drop: Future[None] | None = None
         self._locating: set[str] = set()
         self._released: set[str] = set()  # of those that are being located
         self._closing = False
 
-    def post(self, job: Callable[[], None]) -> None:
-        """Have ``job`` done after what was asked for before."""
-
-        def run() -> None:
-            try:
-                job()
-            except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it
-                self._failed(error)
-
-        self._threads.submit(run)
+    def unfinished(self) -> "list[Future[None]]":
+        """What was asked for and is not done yet: searches and drops. A search that ``when`` holds up is not begun."""
+        with self._lock:
+            return list(self._unfinished)
 
     def hold_prefix(
         self,
@@ -72,20 +122,37 @@ class Locator:
         when: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Search, and then tell; ``when``: posts what begins the search, where it must not begin at once."""
+        search = _Search(holder, keys, behind, chunks)
         with self._lock:
             self._locating.add(holder)
 
-        def search() -> None:
-            self.post(lambda: self._hold_prefix(holder, keys, behind, chunks))
+        def begin() -> None:
+            with self._lock:
+                dropped = self._last_drop
+                self._unfinished.add(search.done)
+            self._post(self._near, search, lambda: self._search_here(search, dropped))
 
         if when is None:
-            search()
+            begin()
         else:
-            when(search)
+            when(begin)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """Have nobody find the chunk that was read from ``ref``, from the next search on."""
-        self.post(lambda: drop(self._memory, key, ref))
+        done: Future[None] = Future()
+        with self._lock:
+            self._unfinished.add(done)
+            self._last_drop = done
+
+        def run() -> None:
+            try:
+                drop(self._memory, key, ref)
+            except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it
+                self._failed(error)
+            finally:
+                self._finish(done)
+
+        self._drops.submit(run)
 
     def release_later(self, holder: str) -> bool:
         """Whether ``holder`` is being located: then it is released at once after that."""
@@ -101,74 +168,105 @@ class Locator:
     def close(self) -> None:
         """Search what was asked for, and end. Nothing may be asked for from now on."""
         self.hurry()
-        self._threads.shutdown()
+        for lane in (self._near, self._fetch, self._room, self._spread, self._drops):  # each posts to later ones
+            lane.shutdown()
 
-    def _hold_prefix(self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int) -> None:
-        share: Share | None = None
-        state: Sequence[SlotRef] = ()
-        try:
-            if self._nodes is not None and chunks > self._memory.arena.slots:
-                raise OverloadedError("more than this node holds")
-            refs, others = self._find_all(holder, keys, behind)
-            if self._states is not None:
-                refs, others, state = self._states.cut(self._memory, holder, keys, refs, others)
-            failure = self._promise(holder, chunks) if chunks else ""
-            if failure and self._nodes is not None and not self._closing:
-                release(self._memory, holder)
-                raise OverloadedError(failure)
-        except OverloadedError:
-            refs, others, failure = [], (), ""
+    def _post(self, lane: ThreadPoolExecutor, search: _Search, job: Callable[[], None]) -> None:
+        """Have ``job`` done in ``lane``; what goes wrong in it ends the search."""
+
+        def run() -> None:
             try:
-                refs, others, share = self._spread(holder, keys, behind, chunks)
-            except OverloadedError as error:
-                failure = str(error)
-            except ChunkLostError as error:
-                failure = f"the memory tier of this node is away: {error}"
+                job()
+            except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it
+                self._failed(error)
+                self._finish(search.done)
+
+        lane.submit(run)
+
+    def _finish(self, done: "Future[None]") -> None:
+        with self._lock:
+            self._unfinished.discard(done)
+        done.set_result(None)
+
+    def _search_here(self, search: _Search, dropped: "Future[None] | None") -> None:
+        if dropped is not None:
+            dropped.result()
+        if self._nodes is not None and search.chunks > self._memory.arena.slots:
+            self._post(self._spread, search, lambda: self._search_spread(search))
+            return
+        try:
+            found = self._find_all(self._here, search)
+        except _ElsewhereError:
+            self._post(self._fetch, search, lambda: self._ask_for_room(search, self._find_all(self._memory, search)))
+        else:
+            self._ask_for_room(search, found)
+
+    def _ask_for_room(self, search: _Search, found: _Found) -> None:
+        if search.chunks:
+            end_s = time.monotonic() + PROMISE_WAIT_S  # from now on: who waits in line must not wait the longer for it
+            self._post(self._room, search, lambda: self._promise(search, found, end_s))
+        else:
+            self._tell(search, found)
+
+    def _promise(self, search: _Search, found: _Found, end_s: float) -> None:
+        failure = ""
+        try:
+            self._wait_for_room(lambda: self._memory.promise(search.holder, search.chunks), PROMISE_POLL_S, end_s)
+        except ChunkLostError:
+            pass  # a memory tier that is gone promises nothing; it will be seen when it is written to
+        except OverloadedError as error:
+            if self._nodes is not None and not self._closing:
+                release(self._memory, search.holder)
+                self._post(self._spread, search, lambda: self._search_spread(search))
+                return
+            failure = str(error)
+        self._tell(search, found, failure)
+
+    def _search_spread(self, search: _Search) -> None:
+        """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
+        nodes, found, share, failure = self._nodes, _Found(), None, ""
+        assert nodes is not None
+        try:
+            end_s = time.monotonic() + PROMISE_WAIT_S
+            self._wait_for_room(lambda: nodes.spread(search.holder, search.chunks), SPREAD_POLL_S, end_s)
+            found = self._find_all(self._memory, search)
+            end_s = time.monotonic() + PROMISE_WAIT_S
+            share = self._wait_for_room(lambda: nodes.promise_rest(search.holder), SPREAD_POLL_S, end_s)
+        except OverloadedError as error:
+            failure = str(error)
+        except ChunkLostError as error:
+            failure = f"the memory tier of this node is away: {error}"
+        self._tell(search, found, failure, share)
+
+    def _tell(self, search: _Search, found: _Found, failure: str = "", share: Share | None = None) -> None:
+        holder = search.holder
         with self._lock:
             self._locating.discard(holder)
             released = holder in self._released
             self._released.discard(holder)
         if released or failure:
             release(self._memory, holder)
-        if failure:
-            refs, others, state = [], (), ()
-        if failure or released:
             share = None
-        self._settle(PrefixHeld(holder, tuple(refs), others, failure, share=share, state=tuple(state)))
+        if failure:
+            found = _Found()
+        self._settle(
+            PrefixHeld(holder, tuple(found.refs), found.others, failure, share=share, state=tuple(found.state))
+        )
+        self._finish(search.done)
 
-    def _find_all(
-        self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None
-    ) -> tuple[list[SlotRef], tuple[ChunkKey, ...]]:
-        refs = self._find(holder, keys)
-        if behind is None or len(refs) == len(keys):
-            return refs, ()
-        others = tuple(behind(len(refs)))
-        more = self._find(holder, others)
-        return [*refs, *more], others[: len(more)]
+    def _find_all(self, places: HoldsChunks, search: _Search) -> _Found:
+        refs = self._find(places, search.holder, search.keys)
+        others: tuple[ChunkKey, ...] = ()
+        if search.behind is not None and len(refs) < len(search.keys):
+            others = tuple(search.behind(len(refs)))
+            more = self._find(places, search.holder, others)
+            refs, others = [*refs, *more], others[: len(more)]
+        if self._states is None:
+            return _Found(refs, others)
+        return _Found(*self._states.cut(places, search.holder, search.keys, refs, others))
 
-    def _spread(
-        self, holder: str, keys: tuple[ChunkKey, ...], behind: Behind | None, chunks: int
-    ) -> tuple[list[SlotRef], tuple[ChunkKey, ...], Share]:
-        """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
-        nodes = self._nodes
-        assert nodes is not None
-        self._wait_for_room(lambda: nodes.spread(holder, chunks), SPREAD_POLL_S)
-        refs, others = self._find_all(holder, keys, behind)
-        return refs, others, self._wait_for_room(lambda: nodes.promise_rest(holder), SPREAD_POLL_S)
-
-    def _promise(self, holder: str, chunks: int) -> str:
-        """Why there is no room for so many chunks; empty if there is."""
-        try:
-            self._wait_for_room(lambda: self._memory.promise(holder, chunks), PROMISE_POLL_S)
-        except ChunkLostError:
-            return ""  # a memory tier that is gone promises nothing; it will be seen when it is written to
-        except OverloadedError as error:
-            return str(error)
-        return ""
-
-    def _wait_for_room(self, ask: Callable[[], T], poll_s: float) -> T:
+    def _wait_for_room(self, ask: Callable[[], T], poll_s: float, end_s: float) -> T:
         """``ask``, again for a little while if there is no room: somebody may be leaving."""
-        end_s = time.monotonic() + PROMISE_WAIT_S
         while True:
             try:
                 return ask()
@@ -177,9 +275,9 @@ class Locator:
                     raise
             time.sleep(poll_s)
 
-    def _find(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+    def _find(self, places: HoldsChunks, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         try:
-            refs = self._memory.hold_prefix(holder, keys)
+            refs = places.hold_prefix(holder, keys)
         except ChunkLostError:
             return []  # a memory tier that is gone has no prefix; the prompt is prefilled
         sound = self._copies.sound_prefix(keys, refs)

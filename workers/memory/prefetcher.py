@@ -1,4 +1,4 @@
-"""Moves chunks between the hot pool and cold memory, in a thread of its own; another one looks for stored prefixes.
+"""Moves chunks between the hot pool and cold memory, in a thread of its own; others look for stored prefixes.
 
 The engine's thread posts jobs and, at each step's edge, drains what has completed. Jobs only touch slots that the
 engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock. On a GPU a job
@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,8 +167,11 @@ class Prefetcher:
 
     def flush(self) -> None:
         """Wait until the jobs posted so far are done."""
+        for search in self._locator.unfinished():
+            while not wait([search], FLUSH_CHECK_S).done:
+                self._raise_failure()
         done = threading.Event()
-        self._locator.post(lambda: self._post_store(done.set))
+        self._post_store(done.set)
         while not done.wait(FLUSH_CHECK_S):
             self._raise_failure()
         if self._far is not None:

@@ -115,8 +115,20 @@ class PendingLayer(Protocol):
         ...
 
 
-class ColdMemory(Protocol):
-    """Chunks in CPU memory. Calls may block for a network deadline: only the prefetcher's thread makes them.
+class HoldsChunks(Protocol):
+    """Where stored chunks are looked for: all of cold memory, or a part of it."""
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
+        ...
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+        ...
+
+
+class ColdMemory(HoldsChunks, Protocol):
+    """Chunks in CPU memory. Calls may block for a network deadline: only the prefetcher's threads make them.
 
     A *holder* is a sequence's name. What it holds is neither evicted nor moved until it is released. Every method
     raises :class:`forecache.workers.errors.ChunkLostError` when the owner of the memory can't be reached.
@@ -132,12 +144,9 @@ class ColdMemory(Protocol):
         """``None`` where there is but this arena."""
         ...
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
-        ...
-
-    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """As :meth:`hold_prefix`, of what is in this node's memory; never waits for another node. Also returns whether
+        more of the run is stored elsewhere: on disk, or at other nodes."""
         ...
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:

@@ -78,6 +78,12 @@ class RemoteMemory:
             self._others.note(holder, [key for key, ref in held.items() if ref.remote])
         return refs
 
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """As :meth:`hold_prefix`, of this node's memory, and whether more of the run is elsewhere."""
+        refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_here", holder, keys))
+        self._note(holder, keys[: len(refs)])
+        return refs, elsewhere
+
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
         refs = cast(list[SlotRef | None], self._call("hold", holder, keys))

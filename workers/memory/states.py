@@ -14,7 +14,7 @@ from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.copies import Mark
 from forecache.workers.memory.keys import ChunkKey, child_key
-from forecache.workers.memory.protocol import ColdMemory, SlotRef
+from forecache.workers.memory.protocol import ColdMemory, HoldsChunks, SlotRef
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class StateLayout:
 
     def cut(
         self,
-        memory: ColdMemory,
+        memory: HoldsChunks,
         holder: str,
         keys: Sequence[ChunkKey],
         refs: list[SlotRef],
@@ -54,7 +54,7 @@ class StateLayout:
             return [], (), ()  # a memory tier that is gone has no prefix
         return refs[:count], others[: max(count - own, 0)], state
 
-    def find(self, memory: ColdMemory, holder: str, chunks: Sequence[ChunkKey]) -> tuple[int, list[SlotRef]]:
+    def find(self, memory: HoldsChunks, holder: str, chunks: Sequence[ChunkKey]) -> tuple[int, list[SlotRef]]:
         """The longest run of ``chunks``, from the first, with a snapshot behind it, and where its pieces are, which
         are held for ``holder`` from now on. ``(0, [])``: there is none.
 

@@ -70,6 +70,10 @@ class ArenaStore:
                 slots.append(slot)
             return self._hold_all(holder, slots)
 
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """As :meth:`hold_prefix`: there is no other place."""
+        return self.hold_prefix(holder, keys), False
+
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
         with self._lock:

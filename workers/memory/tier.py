@@ -52,7 +52,7 @@ class TierSettings:
 
 
 # Ray's annotations do not know max_concurrency and the groups.
-@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups={"peers": 4})  # type: ignore[call-overload]
+@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups={"peers": 4, "fetches": 8})  # type: ignore[call-overload]
 class MemoryTier:
     """`ColdMemory` of a node for its workers, which reach it through `RemoteMemory`. Runs on that node.
 
@@ -60,7 +60,7 @@ class MemoryTier:
     chunks; what was held then is held no more. Arena files of others that are gone are deleted first.
 
     Calls of other tiers have threads of their own and never call back: two tiers that ask each other don't wait in a
-    circle.
+    circle. So have searches that fetch: what workers ask for while a sequence runs does not wait for them.
     """
 
     def __init__(self, settings: TierSettings, tier_id: str) -> None:
@@ -108,16 +108,25 @@ class MemoryTier:
         """Where the workers of this node find the arena."""
         return str(self._arena.path)
 
+    @ray.method(concurrency_group="fetches")
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Of what is stored on any node."""
         request_id, traceparent = request_of(holder)
         with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
             found = (self._exchange or self._store).hold_prefix(holder, keys)
             span.set(held=len(found))
-        logger.info(
-            "prefix looked up", extra={"request_id": request_id, "asked_chunks": len(keys), "held_chunks": len(found)}
-        )
+        _log_found(request_id, keys, found)
         return found
+
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """Of what is stored here; and whether more of it is elsewhere, for :meth:`hold_prefix` to bring."""
+        request_id, traceparent = request_of(holder)
+        with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
+            found, elsewhere = (self._exchange or self._store).hold_here(holder, keys)
+            span.set(held=len(found), elsewhere=elsewhere)
+        if not elsewhere:
+            _log_found(request_id, keys, found)
+        return found, elsewhere
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
@@ -269,6 +278,12 @@ class MemoryTier:
         self._publisher.changed(key, stored)
         if self._exchange is not None:
             self._exchange.disk_changed(key, stored)
+
+
+def _log_found(request_id: str, asked: Sequence[ChunkKey], held: Sequence[SlotRef]) -> None:
+    logger.info(
+        "prefix looked up", extra={"request_id": request_id, "asked_chunks": len(asked), "held_chunks": len(held)}
+    )
 
 
 def gives_memory(node: Mapping[str, Any], config: MemoryConfig) -> bool:
