@@ -141,19 +141,17 @@ class Admission:
             raise self._full(f"{self.queued_requests} requests wait already, and this one asks for {len(choices)}")
         if self.queued_requests and self.queued_tokens + tokens > self.limits.max_queued_tokens:
             raise self._full(f"{self.queued_tokens} prompt tokens wait already, and this request has {tokens}")
-        use = self._uses.setdefault(tenant.name, _Use())
-        try:
-            self._check_tenant(tenant, use, len(choices), resident_bytes)
-        except BaseException:
-            self._tidy(tenant.name)
-            raise
+        use = self._uses.get(tenant.name) or _Use()
+        self._check_tenant(tenant, use, len(choices), resident_bytes)
         self.throughput.waited(self.queued_requests > 0)
+        ticket = Ticket(self, tenant.name, choices, resident_bytes)
+        self._uses[tenant.name] = use  # from here on nothing fails: what is counted is given back by the ticket alone
         use.requests += len(choices)
         use.resident_bytes += resident_bytes
         self.queued_requests += len(choices)
         self.queued_tokens += tokens
         self.in_flight += 1
-        return Ticket(self, tenant.name, choices, resident_bytes)
+        return ticket
 
     def leave_queue(self, tokens: int, *, begun: bool) -> None:
         self.throughput.waited(self.queued_requests > 0)

@@ -217,9 +217,9 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
 
 async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> dict[str, Any]:
     """The whole answer. Stops the request on its workers when the caller is cancelled."""
-    writers = _writers(streams, answer)
-    pieces: list[list[Piece]] = [[] for _ in writers]
     try:
+        writers = _writers(streams, answer)
+        pieces: list[list[Piece]] = [[] for _ in writers]
         async for index, event in streams.events():
             if event is not None:
                 pieces[index].append(writers[index].take(event))
@@ -247,8 +247,8 @@ async def server_sent_events(
 
     An error after the start can't change the status any more: it is sent as an event with an ``error`` object.
     """
-    writers = _writers(streams, answer)
     try:
+        writers = _writers(streams, answer)
         for writer in writers:
             if (opening := writer.first()) is not None:
                 yield _data(opening)

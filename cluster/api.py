@@ -5,6 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -214,48 +215,49 @@ class Api:
         session_id = None if cache.session_id is None else tenant.own(cache.session_id)
         cache = replace(cache, cache_salt=tenant.own(cache.cache_salt), session_id=session_id)
         alone = per_prompt * len(prompts) == 1
-        ticket = self._admission.admit(
-            tenant,
-            [len(prompt.token_ids) for prompt in prompts for _ in range(per_prompt)],
-            per_prompt * sum(self._resident_bytes(len(p.token_ids) + p.max_tokens, cache) for p in prompts),
-        )
-
-        request_id, traceparent = answer.id, http.headers.get("traceparent", "")
-        record = RequestRecord(
-            self._telemetry, request_id, http.url.path, tenant.name, sum(answer.prompt_tokens), traceparent
-        )
-
-        def open_stream(index: int) -> EventStream:
-            at, number = divmod(index, per_prompt)
-            prompt, timer = prompts[at], self._metrics.request()
-            settings = replace(sampling, max_tokens=prompt.max_tokens, seed=seed_of_choice(sampling.seed, number))
-
-            def observe(event: TokenEvent) -> None:
-                timer(event)
-                record.observe(event)
-                if event.token_ids:
-                    ticket.begun(index)
-
-            name = request_id if alone else f"{request_id}-{index}"
-            source = self._workers.generate(
-                GenerateRequest(
-                    name,
-                    prompt.token_ids,
-                    settings,
-                    cache,
-                    show_chunks=request.show_chunks,
-                    traceparent=record.traceparent,
-                )
-            )
-            return EventStream(source, silence_s=SILENCE_S, observe=observe)
-
         limits = [limit for limit in (request.timeout_s, self._limits.request_timeout_s) if limit is not None]
+        held = ExitStack()
+        try:
+            ticket = self._admission.admit(
+                tenant,
+                [len(prompt.token_ids) for prompt in prompts for _ in range(per_prompt)],
+                per_prompt * sum(self._resident_bytes(len(p.token_ids) + p.max_tokens, cache) for p in prompts),
+            )
+            held.callback(ticket.close)
+            request_id, traceparent = answer.id, http.headers.get("traceparent", "")
+            record = RequestRecord(
+                self._telemetry, request_id, http.url.path, tenant.name, sum(answer.prompt_tokens), traceparent
+            )
+            held.callback(record.close)
 
-        def closed() -> None:
-            ticket.close()
-            record.close()
+            def open_stream(index: int) -> EventStream:
+                at, number = divmod(index, per_prompt)
+                prompt, timer = prompts[at], self._metrics.request()
+                settings = replace(sampling, max_tokens=prompt.max_tokens, seed=seed_of_choice(sampling.seed, number))
 
-        return ChoiceStreams(open_stream, len(prompts), per_prompt, min(limits, default=None), closed)
+                def observe(event: TokenEvent) -> None:
+                    timer(event)
+                    record.observe(event)
+                    if event.token_ids:
+                        ticket.begun(index)
+
+                name = request_id if alone else f"{request_id}-{index}"
+                source = self._workers.generate(
+                    GenerateRequest(
+                        name,
+                        prompt.token_ids,
+                        settings,
+                        cache,
+                        show_chunks=request.show_chunks,
+                        traceparent=record.traceparent,
+                    )
+                )
+                return EventStream(source, silence_s=SILENCE_S, observe=observe)
+
+            return ChoiceStreams(open_stream, len(prompts), per_prompt, min(limits, default=None), held.close)
+        except BaseException:  # nothing closes the streams where there are none
+            held.close()
+            raise
 
     def _check_model(self, name: str) -> None:
         served = self._metrics.model_name

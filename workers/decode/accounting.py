@@ -35,8 +35,9 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
         )
     if len(request.resume_token_ids) >= answer:
         raise InvalidRequestError(f"the answer is complete: {answer} tokens", param="resume_token_ids")
-    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= vocabulary:
-        raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param="prompt")
+    for param, token_ids in (("prompt", request.prompt_token_ids), ("resume_token_ids", request.resume_token_ids)):
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary):
+            raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param=param)
     keep_ratio = request.cache.keep_ratio
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise InvalidRequestError(f"keep_ratio must be in (0, 1], not {keep_ratio}", param="forecache.keep_ratio")

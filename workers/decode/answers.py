@@ -46,12 +46,20 @@ class Answers:
         self._detokenizers: dict[str, Detokenizer] = {}
 
     def begin(self, seq: Sequence) -> None:
+        """An answer begins, behind the tokens that another worker has made.
+
+        Raises :class:`InvalidRequestError` where its grammar does not allow those; then nothing is kept of it.
+        """
         detokenizer = Detokenizer(self._tokenizer, seq.sampling.stop)
         for token in seq.request.resume_token_ids:
             detokenizer.push(token)  # its text is out already
             if seq.matcher is not None:
                 seq.matcher.advance(token)
         self._detokenizers[seq.request_id] = detokenizer
+
+    def forget(self, seq: Sequence) -> None:
+        """``seq`` does not go on."""
+        del self._detokenizers[seq.request_id]
 
     def push(self, seq: Sequence, drawn: Sampled) -> News:
         """A token was drawn for ``seq`` and stands last in its tokens."""
@@ -87,7 +95,7 @@ class Answers:
 
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
-        del self._detokenizers[seq.request_id]
+        self.forget(seq)
         return TokenEvent(
             seq.request_id,
             news.tokens,

@@ -53,12 +53,8 @@ class AsyncEngine:
         self._streams[request_id] = queue
         running = True
         try:
-            try:
-                await self._post(request, accepted)
-                await asyncio.wrap_future(accepted)
-            except ForecacheError:
-                running = False
-                raise
+            await self._post(request, accepted)
+            await asyncio.wrap_future(accepted)
             while running:
                 event = await queue.get()
                 if event is None:
@@ -67,8 +63,10 @@ class AsyncEngine:
                 yield event
         finally:
             del self._streams[request_id]
-            # one that the engine has not seen yet is withdrawn: its id may come again before a cancellation is heard
-            if running and not accepted.cancel():
+            # what the engine has not seen yet is withdrawn, and of what it refused it has nothing: the id may come
+            # again before a cancellation is heard
+            refused = accepted.done() and not accepted.cancelled() and accepted.exception() is not None
+            if running and not refused and not accepted.cancel():
                 self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -146,6 +144,11 @@ class AsyncEngine:
             self._engine.add_request(request, arrived_s, matcher)
         except ForecacheError as error:
             accepted.set_exception(error)
+        except Exception as error:  # a fault of tokenizer or grammar, say: it is this request's, and not the others'
+            logger.exception("the request %s could not be added", request.request_id)
+            failure = ForecacheError("the request could not be taken in; the log of the worker has the details")
+            failure.__cause__ = error
+            accepted.set_exception(failure)
         else:
             accepted.set_result(None)
 

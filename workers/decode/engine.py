@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 from transformers import PreTrainedTokenizerBase
 
@@ -110,7 +110,8 @@ class Engine:
         """Queue a request that came at ``arrived_s`` of ``time.perf_counter``, or now; ``matcher`` is what ``grammars``
         made of its grammar.
 
-        Raises :class:`InvalidRequestError` for one that can never be served.
+        Raises :class:`InvalidRequestError` for one that can never be served. Whatever it raises, nothing of the request
+        is left behind.
         """
         check_request(request, self._backbone, most_chunks(self._memory), text=self._has_tokenizer)
         assert (matcher is None) == (request.sampling.grammar is None), "a grammar needs its matcher"
@@ -127,10 +128,15 @@ class Engine:
         )
         seq.state_slots = self._snapshots.slots(seq)
         seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
-        self._sequences[request.request_id] = seq
-        self._answers.begin(seq)
-        self._scheduler.add(seq)
-        self._prefetcher.wake()
+        with ExitStack() as undo:  # each step may fail: what the ones before it have left is taken back
+            self._answers.begin(seq)
+            undo.callback(self._answers.forget, seq)
+            self._scheduler.add(seq)
+            undo.callback(self._scheduler.remove, seq)
+            self._sequences[request.request_id] = seq
+            undo.callback(self._sequences.pop, request.request_id)
+            self._prefetcher.wake()
+            undo.pop_all()
 
     def _new_holder(self, request: GenerateRequest) -> str:
         return Holder(self._name, request.request_id, next(self._serial), request.traceparent).name
