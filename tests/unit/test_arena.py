@@ -164,7 +164,7 @@ def test_stale_references_are_refused(arena: Arena) -> None:
     assert not arena.check(stale, KEY)
     arena.clear(1)
     assert not arena.check(ref, KEY)
-    assert arena.headers()[1]["state"] == OPEN
+    assert arena.headers()[1]["seal"] == OPEN
 
 
 def test_device_checksums_are_kept_in_the_header(arena: Arena) -> None:
@@ -276,3 +276,82 @@ def test_the_arena_of_a_killed_owner_is_adopted_or_removed(tmp_path: Path) -> No
     adopted.close()
     assert remove_abandoned(tmp_path) == [path]
     assert reader.check(SlotRef(1, 1), KEY)
+
+
+def test_the_checksums_are_those_of_the_source(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process writes to the slot while it is filled: what it leaves there is not sealed."""
+    other = Arena.attach(arena.path)
+    chunk, index = np.full(LAYOUT.nbytes, 0x22, np.uint8), np.full(INDEX_NBYTES, 0x33, np.uint8)
+    ref = SlotRef(1, arena.renew(1))
+    copy = Arena._copy
+    for foreign in (other.chunks[1], other.index[1]):
+
+        def copy_and_be_overwritten(target: np.ndarray, source: np.ndarray, foreign: torch.Tensor = foreign) -> None:
+            copy(target, source)
+            if source is index:
+                foreign[5] = 0x11
+
+        monkeypatch.setattr(Arena, "_copy", staticmethod(copy_and_be_overwritten))
+        with pytest.raises(ChunkLostError, match="does not hold what was just written"):
+            arena.put(ref, KEY, chunk, index)
+        assert not arena.is_sealed(ref, KEY)
+        monkeypatch.undo()
+        arena.put(ref, KEY, chunk, index)
+        assert arena.check(ref, KEY)
+        arena.clear(1)
+
+
+def test_a_late_writer_can_not_seal(arena: Arena) -> None:
+    """It has compared the generation, and is stopped before it writes the header."""
+    stale = SlotRef(1, arena.renew(1))
+    other = Arena.attach(arena.path)
+    arena.renew(1)
+    other._headers.seal(stale, KEY, (1, 2), 3)
+    assert other.sealed_key(1) is None
+    assert not any(other.is_sealed(SlotRef(1, generation), KEY) for generation in range(4))
+    with pytest.raises(ChunkLostError, match="given away"):
+        other.seal_verified(stale, KEY, (1, 2))
+
+
+@pytest.mark.parametrize("field", ["key", "generation", "checksum", "index_checksum", "device_checksum", "seal"])
+def test_a_header_of_two_writers_is_not_sealed(arena: Arena, field: str) -> None:
+    first, second = write(arena, 1, KEY, seed=1), write(arena, 2, bytes(16), seed=2)
+    arena.seal(second, bytes(16), 7)
+    headers = arena._headers._array
+    own = headers[1].copy()
+    if field == "generation":
+        headers[1][field] += np.uint64(1)
+    else:
+        headers[1][field] = headers[2][field]
+    key, generation = headers[1]["key"].tobytes(), int(headers[1]["generation"])
+    assert arena.sealed_key(1) is None
+    assert not arena.is_sealed(SlotRef(1, generation), key)
+    assert arena.sealed([SlotRef(1, generation)], [key]).tolist() == [False]
+    headers[1] = headers[2]  # the whole header of another slot is none either
+    assert not arena.is_sealed(SlotRef(1, second.generation), bytes(16))
+    headers[1] = own
+    assert arena.check(first, KEY)
+
+
+def test_a_renewed_slot_is_open(arena: Arena) -> None:
+    """Also where the old generation is written back, as a late writer might see it."""
+    ref = write(arena, 1, KEY)
+    arena.renew(1)
+    assert arena.headers()[1]["seal"] == OPEN
+    arena._headers._array[1]["generation"] = ref.generation
+    assert not arena.is_sealed(ref, KEY) and arena.sealed_key(1) is None
+
+
+def test_check_compares_the_generation_after_the_checksums(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot is given away, and gets other bytes, once its old ones were summed up."""
+    ref = write(arena, 1, KEY)
+    digests = Arena.digests
+
+    def then_given_away(self: Arena, slot: int) -> tuple[int, int]:
+        found = digests(self, slot)
+        arena.renew(slot)
+        arena.chunks[slot] = 1
+        return found
+
+    monkeypatch.setattr(Arena, "digests", then_given_away)
+    assert not arena.check(ref, KEY)

@@ -240,6 +240,49 @@ def test_an_arena_of_another_layout_is_refused(device: str) -> None:
             make(setup.pool, cold_layout(hot, "fp8"), setup.arena, None)
 
 
+def test_a_foreign_write_during_the_copy_is_found(
+    device: str, cold_dtype: ColdDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that lost the slot writes to it once more, between the copy and the seal."""
+    with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
+        items = setup.items(4)
+        foreign = Arena.attach(setup.arena.path)
+        digests = Arena.digests
+
+        def after_a_foreign_write(self: Arena, slot: int) -> tuple[int, int]:
+            if slot == 1:
+                foreign.chunks[1, 7] += 1
+            if slot == 2:
+                foreign.index[2, 7] += 1
+            return digests(self, slot)
+
+        monkeypatch.setattr(Arena, "digests", after_a_foreign_write)
+        assert setup.copies.store(items, [setup.copies.mark()]).lost == (items[1], items[2])
+        monkeypatch.undo()
+        assert [setup.arena.check(item.ref, item.key) for item in items] == [True, False, False, True]
+
+
+def test_a_slot_that_changes_while_it_is_recalled_is_lost(
+    device: str, cold_dtype: ColdDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is given away and written anew before the copy, though after any look at it that came before the copy."""
+    with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
+        items = setup.items(1)
+        setup.store(items)
+        sealed = Arena.check if device == "cpu" else Arena.sealed_device_checksums
+
+        def then_given_away(self: Arena, *asked: object) -> object:
+            found = sealed(self, *asked)  # type: ignore[arg-type]
+            setup.arena.renew(0)
+            setup.arena.chunks[0] = 1
+            return found
+
+        monkeypatch.setattr(Arena, sealed.__name__, then_given_away)
+        before = setup.kv[0].clone()
+        if setup.lost([CopyItem(items[0].key, items[0].ref, 12)]) != [12]:
+            assert_same(setup.kv[12], before, cold_dtype)  # its bytes came before the slot was given away
+
+
 @pytest.mark.parametrize("device", [CUDA])
 class TestStreams:
     def test_chunks_of_a_writer_without_a_gpu_are_verified_by_xxh3(self, device: str, cold_dtype: ColdDtype) -> None:

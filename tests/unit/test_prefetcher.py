@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from forecache.workers.memory.copies import BATCH_CHUNKS
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import Prefetcher
+from forecache.workers.memory.prefetcher import LOSSES, Prefetcher
 from forecache.workers.memory.protocol import OtherNodes, PendingLayer, Reservation, SlotRef
 from forecache.workers.memory.share import Share
 from forecache.workers.memory.store import ArenaStore
@@ -292,22 +292,38 @@ def test_what_is_dropped_is_not_held_afterwards() -> None:
 
 
 def test_a_place_given_away_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tier was restarted: the rest of the batch is told of, whatever becomes of it."""
+    """The tier was restarted: that chunk is written to another place, and the rest of the batch where it was."""
     with open_bench() as bench:
-        seal, renewed = Arena.seal, []
+        put, renewed = Arena.put, []
 
-        def renew_first(arena: Arena, ref: SlotRef, key: ChunkKey, device_checksum: int = 0) -> None:
-            if key == key_of(1):
+        def renew_first(arena: Arena, ref: SlotRef, key: ChunkKey, *rest: Any) -> None:
+            if key == key_of(1) and not renewed:
                 renewed.append(arena.renew(ref.slot))
-            seal(arena, ref, key, device_checksum)
+            put(arena, ref, key, *rest)
 
-        monkeypatch.setattr(Arena, "seal", renew_first)
+        monkeypatch.setattr(Arena, "put", renew_first)
         with bench.held_up():
             bench.write_back("a", range(3))
         news = bench.done()
-        assert numbers_of(news) == [0, 2] and len(news) == 3 and renewed
-        assert [done.failure for done in news if isinstance(done, WrittenBack) and done.ref is None] != [""]
-        assert bench.store.committed == [2]
+        assert sorted(numbers_of(news)) == [0, 1, 2] and len(news) == 3 and renewed
+        assert [done.failure for done in news if isinstance(done, WrittenBack)] == [""] * 3
+        assert bench.store.committed == [2, 1]
+        assert bench.ref(1).slot not in (bench.ref(0).slot, bench.ref(2).slot)
+
+
+def test_a_place_that_is_always_lost_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_bench() as bench:
+
+        def refuse(arena: Arena, ref: SlotRef, *rest: Any) -> None:
+            tried.append(ref.slot)
+            raise ChunkLostError("not what was written")
+
+        tried: list[int] = []
+        monkeypatch.setattr(Arena, "put", refuse)
+        bench.write_back("a", [1])
+        [done] = bench.done()
+        assert isinstance(done, WrittenBack) and done.ref is None and "did not hold what was written" in done.failure
+        assert len(tried) == LOSSES + 1 == len(set(tried)), "a slot was tried twice"
 
 
 def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # protocol.py names Arena in its annotations
 
 FILE_PREFIX = "forecache-"
 MAGIC = b"forecach"
-VERSION = 3
+VERSION = 4
 PAGE_BYTES = 4096
 LIFE_START = PAGE_BYTES - 8
 CHUNKS_ALIGNMENT_BYTES = 2 << 20
@@ -211,37 +211,72 @@ class Arena:
         """Device checksums of the slots of ``refs`` as they are now, uint64 ``[n]``; 0 where the writer had no GPU."""
         return self._headers.device_checksums(refs)
 
-    def seal(self, ref: "SlotRef", key: ChunkKey, device_checksum: int = 0) -> None:
-        """Write the slot's header: its chunk and index bytes are those of ``key``; their xxh3_64.
+    def put(
+        self,
+        ref: "SlotRef",
+        key: ChunkKey,
+        chunk: npt.NDArray[np.uint8],
+        index: npt.NDArray[np.uint8],
+        device_checksum: int = 0,
+    ) -> None:
+        """Copy ``chunk``, uint8 ``[nbytes]``, and ``index``, uint8 ``[index_nbytes]``, to their reserved place,
+        and seal them as ``key``.
 
-        ``device_checksum``: unsigned, the chunk's `ops.slot_checksums`, if there was a GPU to compute it; 0 means none.
-        The writer calls it once both are copied. Raises :class:`ChunkLostError` if the slot was given away.
+        No other process may write to either: the checksums are of them, not of what the slot holds after the copy.
+        Raises what :meth:`seal` raises.
         """
-        if self._headers.generation(ref.slot) != ref.generation:
-            raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
-        self._headers.seal(ref.slot, key, self._digests(ref.slot), device_checksum)
+        self._write(ref, key, chunk, index, _digests(chunk, index), device_checksum)
+
+    def seal(
+        self, ref: "SlotRef", key: ChunkKey, device_checksum: int = 0, *, checksums: tuple[int, int] | None = None
+    ) -> None:
+        """Write the slot's header: its chunk and index bytes, which are in place, are those of ``key``.
+
+        ``checksums``: xxh3_64 of chunk and index bytes where they were copied from. The slot must have them, else there
+        is another writer, or bad memory. Without them the slot's bytes are believed as they are: that is for a writer
+        that verifies the slot after this call, or that has no other bytes. ``device_checksum``: unsigned, the chunk's
+        `ops.slot_checksums`, if there was a GPU to compute it; 0 means none.
+
+        Raises :class:`ChunkLostError` if the slot was given away, or holds other bytes.
+        """
+        self._check_is_ours(ref)
+        found = self.digests(ref.slot)
+        if checksums is not None and found != checksums:
+            raise ChunkLostError(
+                f"slot {ref.slot} of {self.path} does not hold what was just written to it, because its memory is bad "
+                "or another process wrote there: reserve again"
+            )
+        self.seal_verified(ref, key, found, device_checksum)
+
+    def seal_verified(
+        self, ref: "SlotRef", key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0
+    ) -> None:
+        """As :meth:`seal`, of a slot that the caller has found to hold bytes of these checksums."""
+        self._headers.seal(ref, key, checksums, device_checksum)
+        self._check_is_ours(ref)
+
+    def digests(self, slot: int) -> tuple[int, int]:
+        """xxh3_64 of the chunk and of the index bytes of ``slot`` as they are now; 0 for the chunk of a record slot."""
+        return _digests(self._chunks[slot] if slot < self.slots else None, self._index[slot])
 
     def read(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> ChunkBatch:
         """A copy of those of the chunks ``keys``, at ``refs`` (n of each), whose bytes are what was sealed."""
         slots = np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
         chunks, index = self._chunks[slots], self._index[slots]
-        sums = self._headers.all_checksums(slots)
-        sealed = self._headers.sealed(refs, keys) if refs else np.zeros(0, np.bool_)  # after the copy
+        sealed, sums = self._headers.all_sealed(refs, keys)  # after the copy
         return ChunkBatch(tuple(keys), chunks, index, sums).only(sealed).sound()
 
     def write(self, ref: "SlotRef", batch: ChunkBatch, row: int) -> None:
-        """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, to its reserved place, and seal it."""
-        if self._headers.generation(ref.slot) != ref.generation:
-            raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
-        self._chunks[ref.slot] = batch.chunks[row]
-        self._index[ref.slot] = batch.index[row]
+        """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, to its reserved place, and seal it with
+        the checksums that it came with. Raises what :meth:`seal` raises."""
         chunk, index, device = batch.checksums[row].tolist()
-        self._headers.seal(ref.slot, batch.keys[row], (chunk, index), device)
+        self._write(ref, batch.keys[row], batch.chunks[row], batch.index[row], (chunk, index), device)
 
     def write_record(self, ref: "SlotRef", key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int) -> None:
-        """Copy ``record``, of xxh3_64 ``checksum``, to its place (owner only), and seal it as that of ``key``."""
+        """Copy ``record``, of xxh3_64 ``checksum``, to its place (owner only), and seal it as that of ``key``. Raises
+        what :meth:`seal` raises."""
         self._index[ref.slot] = record
-        self._headers.seal(ref.slot, key, (0, checksum), 0)
+        self.seal(ref, key, checksums=(0, checksum))
 
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
@@ -251,20 +286,49 @@ class Arena:
         """:meth:`is_sealed` of each pair of ``refs`` and ``keys``, both of length n: bool ``[n]``."""
         return self._headers.sealed(refs, keys)
 
+    def sealed_device_checksums(
+        self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """:meth:`sealed`, bool ``[n]``, and the device checksums that were sealed with it, uint64 ``[n]``; 0 where the
+        writer had no GPU."""
+        sealed, sums = self._headers.all_sealed(refs, keys)
+        return sealed, sums[:, 2]
+
     def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and are its bytes (remote: its record's) those that were sealed as ``key``?
 
         A reader that copies, then finds True here, has copied the right bytes: the generation is compared
         again after the checksums.
         """
-        if not self.is_sealed(ref, key):
-            return False
-        sealed = self._headers.checksums(ref.slot)
-        return sealed == self._digests(ref.slot) and self.is_sealed(ref, key)
+        sealed = self._headers.sealed_checksums(ref, key)
+        return sealed is not None and sealed == self.digests(ref.slot) and self.is_sealed(ref, key)
 
-    def _digests(self, slot: int) -> tuple[int, int]:
-        chunk = xxhash.xxh3_64_intdigest(self._chunks[slot]) if slot < self.slots else 0
-        return chunk, xxhash.xxh3_64_intdigest(self._index[slot])
+    def sealed_key(self, slot: int) -> ChunkKey | None:
+        """The key that ``slot`` is sealed as; ``None`` where it is not sealed. Reads no chunk bytes."""
+        return self._headers.sealed_key(slot)
+
+    def _write(
+        self,
+        ref: "SlotRef",
+        key: ChunkKey,
+        chunk: npt.NDArray[np.uint8],
+        index: npt.NDArray[np.uint8],
+        checksums: tuple[int, int],
+        device_checksum: int,
+    ) -> None:
+        self._check_is_ours(ref)
+        self._copy(self._chunks[ref.slot], chunk)
+        self._copy(self._index[ref.slot], index)
+        self.seal(ref, key, device_checksum, checksums=checksums)
+
+    @staticmethod
+    def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
+        """Other processes may see any part of it done."""
+        np.copyto(target, source)
+
+    def _check_is_ours(self, ref: "SlotRef") -> None:
+        if self._headers.generation(ref.slot) != ref.generation:
+            raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
 
     def renew(self, slot: int) -> int:
         """Give ``slot`` away (owner only): every reference to it goes stale. Returns the new generation."""
@@ -348,3 +412,8 @@ def _read_description(path: Path, fd: int) -> ArenaDescription:
 def _free_bytes(directory: Path) -> int:
     stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
+
+
+def _digests(chunk: npt.NDArray[np.uint8] | None, index: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    """xxh3_64 of chunk and index bytes; 0 for a chunk that is not there."""
+    return (0 if chunk is None else xxhash.xxh3_64_intdigest(chunk.data)), xxhash.xxh3_64_intdigest(index.data)

@@ -3,6 +3,7 @@
 The prefetcher's thread makes all calls but :meth:`Copies.mark`, one after another. For a GPU: `cuda_copies.py`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import SlotRef
+
+logger = logging.getLogger(__name__)
 
 Mark = torch.cuda.Event | None
 """Where a stream of the GPU was; ``None`` on a CPU, where all that was asked for before is done."""
@@ -62,7 +65,8 @@ class Copies(Protocol):
 
     def store(self, items: Sequence[CopyItem], after: Sequence[Mark]) -> Copied:
         """Copy at most :data:`BATCH_CHUNKS` chunks from the pool into the arena once ``after`` is reached, with their
-        index records, and seal them. Lost are those whose place was given away meanwhile."""
+        index records, and seal them. Lost are those whose place was given away meanwhile, or does not hold what was
+        copied to it."""
         ...
 
 
@@ -74,7 +78,14 @@ class CpuCopies:
         self._pool = pool
         self._arena = arena
         self._index_record = index_record
-        self._codec = None if cold == pool.layout else ChunkCodec(pool.layout, pool.memory, cold, arena.chunks)
+        self._no_record = torch.zeros(arena.index.shape[1], dtype=torch.uint8)
+        self._decoder: ChunkCodec | None = None
+        self._encoder: ChunkCodec | None = None
+        if cold != pool.layout:
+            self._decoder = ChunkCodec(pool.layout, pool.memory, cold, arena.chunks)
+            # private: what is in the arena may change before its checksum is computed. Padding is zero, and stays so
+            self._encoded = torch.zeros(BATCH_CHUNKS, cold.nbytes, dtype=torch.uint8)
+            self._encoder = ChunkCodec(pool.layout, pool.memory, cold, self._encoded)
 
     def mark(self) -> Mark:
         return None
@@ -88,28 +99,31 @@ class CpuCopies:
     def recall(self, items: Sequence[CopyItem], after: Sequence[Mark]) -> Copied:
         start = time.perf_counter()
         lost: list[CopyItem] = []
-        for part in pieces(items, 1 if self._codec is None else BATCH_CHUNKS):
-            if self._codec is None:
+        for part in pieces(items, 1 if self._decoder is None else BATCH_CHUNKS):
+            if self._decoder is None:
                 self._pool.memory[part[0].slot].copy_(self._arena.chunks[part[0].ref.slot])
             else:
                 slots, rows = _places(part)
-                self._codec.decode(rows, slots)
+                self._decoder.decode(rows, slots)
             # checked after the copy: before it, the place could still be given away
             lost += [item for item in part if not self._arena.check(item.ref, item.key)]
         return Copied(tuple(lost), time.perf_counter() - start)
 
     def store(self, items: Sequence[CopyItem], after: Sequence[Mark]) -> Copied:
         start = time.perf_counter()
-        if self._codec is not None and items:
-            slots, rows = _places(items)
-            self._codec.encode(slots, rows)
-        for item in items:
-            if self._codec is None:
-                self._arena.chunks[item.ref.slot].copy_(self._pool.memory[item.slot])
-            if self._index_record is not None:
-                self._arena.index[item.ref.slot].copy_(self._index_record(item.slot))
-        lost = seal_all(self._arena, items, [0] * len(items))
-        return Copied(lost, time.perf_counter() - start)
+        if self._encoder is not None and items:
+            slots, _ = _places(items)
+            self._encoder.encode(slots, torch.arange(len(items)))
+        lost = []
+        for row, item in enumerate(items):
+            chunk = self._pool.memory[item.slot] if self._encoder is None else self._encoded[row]
+            record = self._no_record if self._index_record is None else self._index_record(item.slot)
+            try:
+                self._arena.put(item.ref, item.key, chunk.numpy(), record.numpy())
+            except ChunkLostError as error:
+                logger.warning("chunk %s was not stored: %s", item.key.hex(), error)
+                lost.append(item)
+        return Copied(tuple(lost), time.perf_counter() - start)
 
 
 def check_layout(arena: Arena, cold: ChunkLayout) -> None:
@@ -124,17 +138,6 @@ def check_layout(arena: Arena, cold: ChunkLayout) -> None:
 def pieces(items: Sequence[CopyItem], size: int) -> Iterator[Sequence[CopyItem]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def seal_all(arena: Arena, items: Sequence[CopyItem], device_checksums: Sequence[int]) -> tuple[CopyItem, ...]:
-    """Seal what was written; returns the items whose place was given away."""
-    lost = []
-    for item, checksum in zip(items, device_checksums, strict=True):
-        try:
-            arena.seal(item.ref, item.key, checksum)
-        except ChunkLostError:
-            lost.append(item)
-    return tuple(lost)
 
 
 def _places(items: Sequence[CopyItem]) -> tuple[torch.Tensor, torch.Tensor]:

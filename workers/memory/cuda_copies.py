@@ -5,14 +5,17 @@ one that computes checksums and converts, so that the two overlap. They wait for
 that came with a job, no further, and the prefetcher's thread sleeps until its own streams are done.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 
 from forecache.kernels import ops
+from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.chunk_codec import ChunkCodec
 from forecache.workers.memory.copies import (
@@ -23,12 +26,13 @@ from forecache.workers.memory.copies import (
     Mark,
     check_layout,
     pieces,
-    seal_all,
 )
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.protocol import SlotRef
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 20
 """Cold bytes handed from the one stream to the other at a time, and the size of a staging buffer."""
@@ -39,8 +43,9 @@ BUFFERS = 2
 class CudaCopies:
     """Of a pool on a GPU, as :class:`.copies.Copies` says. Made in the engine's thread, before it serves.
 
-    Chunks are sealed with both checksums. Recalled ones are verified by the device's; those without one by xxh3 on the
-    CPU. :meth:`sound_prefix` reads headers only: bytes are verified when they are read.
+    Chunks are sealed with both checksums, once the GPU has read in the arena what it copied there. Recalled ones are
+    verified by the device's; those without one by xxh3 on the CPU. :meth:`sound_prefix` reads headers only: bytes are
+    verified when they are read.
     """
 
     def __init__(self, pool: HotPool, cold: ChunkLayout, arena: Arena, index_record: IndexRecord | None) -> None:
@@ -54,7 +59,8 @@ class CudaCopies:
         self._rows = torch.arange(self._piece, device=self._device)
         self._inbound = _Lane(pool.num_slots, self._device)
         self._outbound = _Lane(BATCH_CHUNKS, self._device)
-        self._records = torch.empty(BATCH_CHUNKS, arena.index.shape[1], dtype=torch.uint8, pin_memory=True)
+        # private, and zeros where no records are kept
+        self._records = torch.zeros(BATCH_CHUNKS, arena.index.shape[1], dtype=torch.uint8, pin_memory=True)
         if cold != pool.layout:
             for lane in (self._inbound, self._outbound):
                 lane.staging = [_Staging(pool, cold, self._piece) for _ in range(BUFFERS)]
@@ -126,11 +132,40 @@ class CudaCopies:
                 self._records[: len(items)].copy_(records, non_blocking=True)
         stored, duration_s = lane.finish(sums)
         start = time.perf_counter()
-        if self._index_record is not None:
-            for item, record in zip(items, self._records, strict=False):
-                self._arena.index[item.ref.slot].copy_(record)
-        lost = seal_all(self._arena, items, stored.tolist())
+        lost = self._seal(items, stored)
         return Copied(lost, duration_s + time.perf_counter() - start)
+
+    def _seal(self, items: Sequence[CopyItem], stored: npt.NDArray[np.uint64]) -> tuple[CopyItem, ...]:
+        """Seal those of ``items`` whose slots hold what was copied to them; returns the others. ``stored``: the device
+        checksums of what was copied, taken on the GPU, uint64 ``[n]``.
+
+        xxh3 reads a slot first, then the GPU reads it. A slot that has its source's checksum then held the same bytes
+        when xxh3 read it: what another process writes over it does not become right again.
+        """
+        arena, records = self._arena, self._records.numpy()
+        for row, item in enumerate(items):
+            arena.index[item.ref.slot].copy_(self._records[row])
+        digests = [arena.digests(item.ref.slot) for item in items]
+        there = self._checksums_in_arena([item.ref.slot for item in items])
+        lost: list[CopyItem] = []
+        for row, (item, (chunk, index)) in enumerate(zip(items, digests, strict=True)):
+            right = there[row] == stored[row] and index == xxhash.xxh3_64_intdigest(records[row].data)
+            try:
+                if not right:
+                    raise ChunkLostError(f"slot {item.ref.slot} does not hold what was just written to it")
+                arena.seal_verified(item.ref, item.key, (chunk, index), int(stored[row]))
+            except ChunkLostError as error:
+                logger.warning("chunk %s was not stored: %s", item.key.hex(), error)
+                lost.append(item)
+        return tuple(lost)
+
+    def _checksums_in_arena(self, slots: list[int]) -> npt.NDArray[np.uint64]:
+        """Device checksums of ``slots`` of the arena as they are now: uint64 ``[n]``."""
+        chunks = self._arena.chunks
+        if chunks.is_pinned():
+            return self._outbound.checksums(chunks, slots)
+        # not registered with CUDA: a hundred times slower, on one core
+        return ops.slot_checksums(chunks, torch.tensor(slots)).numpy().view(np.uint64)
 
     def _pool_rows(self, items: Sequence[CopyItem]) -> list[torch.Tensor]:
         return [self._pool.memory[item.slot] for item in items]
@@ -139,8 +174,7 @@ class CudaCopies:
         """Those of ``items`` whose copies, of checksums ``sums``, are not what the arena says it holds, now that they
         are made: before, a place could still be given away."""
         keys, refs = [item.key for item in items], [item.ref for item in items]
-        sealed = self._arena.sealed(refs, keys)
-        expected = self._arena.device_checksums(refs)
+        sealed, expected = self._arena.sealed_device_checksums(refs, keys)
         sound = sealed & (expected == sums)
         for number in np.flatnonzero(sealed & (expected == 0)).tolist():
             sound[number] = self._arena.check(refs[number], keys[number])
@@ -201,6 +235,18 @@ class _Lane:
     def slots(self, start: int, count: int) -> torch.Tensor:
         """The job's slots from ``start``: int64 ``[count]`` on the GPU, for the computing stream."""
         return self._slots[start : start + count]
+
+    def checksums(self, memory: torch.Tensor, slots: list[int]) -> npt.NDArray[np.uint64]:
+        """Checksums of ``slots`` of ``memory``, which the GPU can read, as they are now: uint64 ``[n]``. No job may be
+        in the lane."""
+        with torch.cuda.stream(self.computing):
+            self._host_slots[: len(slots)] = torch.tensor(slots)
+            self._slots[: len(slots)].copy_(self._host_slots[: len(slots)], non_blocking=True)
+            host = self._host_sums[: len(slots)]
+            host.copy_(ops.slot_checksums(memory, self.slots(0, len(slots))), non_blocking=True)
+            self._done.record(self.computing)
+        self._done.synchronize()
+        return host.numpy().view(np.uint64).copy()
 
     def finish(self, sums: list[torch.Tensor]) -> tuple[npt.NDArray[np.uint64], float]:
         """Sleep until the job is done. Returns its checksums, ``[n]``, and the seconds that it ran."""

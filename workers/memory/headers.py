@@ -1,10 +1,17 @@
-"""Headers of an arena's slots: whose bytes lie there, since when, and their checksums."""
+"""Headers of an arena's slots: whose bytes lie there, since when, and their checksums.
+
+Several processes write one header: the owner of the arena, and the worker to which it gave the slot. A worker that lost
+the slot may still write, at any moment. So a header is sealed only if its ``seal`` is the checksum of its other fields,
+the generation among them, and of the slot's number: fields of two writers side by side, or those of a writer of an
+earlier generation, are no seal.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from forecache.workers.memory.keys import KEY_BYTES, ChunkKey
 
@@ -12,20 +19,22 @@ if TYPE_CHECKING:  # protocol.py names Arena in its annotations
     from forecache.workers.memory.protocol import SlotRef
 
 OPEN = 0
-"""Header state: the bytes are nobody's, or a writer is not done with them."""
-SEALED = 1
-"""Header state: the bytes are those of the header's key."""
+"""Seal of a header whose slot holds no chunk, or whose writer is not done."""
 
 HEADER = np.dtype(
     {
-        "names": ["key", "generation", "state", "checksum", "index_checksum", "device_checksum"],
-        "formats": [(np.uint8, KEY_BYTES), np.uint64, np.uint32, np.uint64, np.uint64, np.uint64],
-        "offsets": [0, 16, 24, 32, 40, 48],
+        "names": ["key", "generation", "checksum", "index_checksum", "device_checksum", "seal", "writer"],
+        "formats": [(np.uint8, KEY_BYTES), np.uint64, np.uint64, np.uint64, np.uint64, np.uint64, np.uint64],
+        "offsets": [0, 16, 24, 32, 40, 48, 56],
         "itemsize": 64,
     }
 )
 """``checksum`` and ``index_checksum``: xxh3_64 of chunk and index bytes; ``device_checksum``: the chunk's
-`ops.slot_checksums`, 0 when its writer had no GPU."""
+`ops.slot_checksums`, 0 when its writer had no GPU; ``seal``: xxh3_64 of all before it, with the slot's number as seed;
+``writer``: who may be writing the slot, written by the owner alone."""
+
+SEALED_BYTES = 48
+"""The part of a header, from its first byte, that the seal is a checksum of."""
 
 
 class Headers:
@@ -33,9 +42,10 @@ class Headers:
 
     def __init__(self, array: npt.NDArray[np.void]) -> None:
         self._array = array
+        self._bytes: npt.NDArray[np.uint8] = array.view(np.uint8).reshape(len(array), HEADER.itemsize)
         self._generations: npt.NDArray[np.uint64] = array["generation"]
-        self._states: npt.NDArray[np.uint32] = array["state"]
-        self._keys: npt.NDArray[np.uint8] = array["key"]
+        self._seals: npt.NDArray[np.uint64] = array["seal"]
+        self._writers: npt.NDArray[np.uint64] = array["writer"]
         self._device_checksums: npt.NDArray[np.uint64] = array["device_checksum"]
 
     def read_only(self) -> npt.NDArray[np.void]:
@@ -51,53 +61,91 @@ class Headers:
         """Of ``slots``, both ``[n]``, as they are now."""
         return self._generations[slots]
 
-    def checksums(self, slot: int) -> tuple[int, int]:
-        """xxh3_64 of the chunk and of the index bytes, as they were sealed."""
-        header = self._array[slot]
-        return int(header["checksum"]), int(header["index_checksum"])
-
-    def all_checksums(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Of ``slots`` [n]: chunk, index and device checksum, uint64 ``[n, 3]``."""
-        names = ("checksum", "index_checksum", "device_checksum")
-        return np.stack([self._array[name][slots] for name in names], axis=1)
-
     def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
         """Of the slots of ``refs``, uint64 ``[n]``; 0 where there is none."""
         return self._device_checksums[_slots(refs)]
 
+    def sealed_key(self, slot: int) -> ChunkKey | None:
+        """The key that the slot is sealed as; ``None`` where it is not sealed."""
+        header = self._snapshot(slot)
+        return header["key"].tobytes() if _is_sound(slot, header.tobytes()) else None
+
+    def sealed_checksums(self, ref: "SlotRef", key: ChunkKey) -> tuple[int, int] | None:
+        """xxh3_64 of the chunk and of the index bytes, as they were sealed; ``None`` unless the slot is still ``ref``
+        and sealed as ``key``."""
+        header = self._snapshot(ref.slot)
+        if (
+            int(header["generation"]) != ref.generation
+            or header["key"].tobytes() != key
+            or not _is_sound(ref.slot, header.tobytes())
+        ):
+            return None
+        return int(header["checksum"]), int(header["index_checksum"])
+
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
-        """Is the slot still ``ref``, and does it hold ``key``?"""
-        return bool(
-            self._states[ref.slot] == SEALED
-            and self._generations[ref.slot] == ref.generation
-            and self._keys[ref.slot].tobytes() == key
-        )
+        """Is the slot still ``ref``, and is it sealed as ``key``?"""
+        return self.sealed_checksums(ref, key) is not None
 
     def sealed(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
         """:meth:`is_sealed` of each pair: bool ``[n]``."""
+        return self.all_sealed(refs, keys)[0]
+
+    def all_sealed(
+        self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """:meth:`is_sealed` of each pair, bool ``[n]``, and the chunk, index and device checksums that were sealed with
+        it, uint64 ``[n, 3]``, from one copy of the headers."""
         slots = _slots(refs)
+        headers = self._array[slots]
         generations = np.fromiter((ref.generation for ref in refs), np.uint64, len(refs))
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(refs), KEY_BYTES)
-        same_slot = (self._states[slots] == SEALED) & (self._generations[slots] == generations)
-        same: npt.NDArray[np.bool_] = same_slot & (self._keys[slots] == names).all(1)
-        return same
+        same: npt.NDArray[np.bool_] = (headers["generation"] == generations) & (headers["key"] == names).all(1)
+        raw = headers.tobytes()
+        size = HEADER.itemsize
+        for row in np.flatnonzero(same).tolist():
+            same[row] = _is_sound(int(slots[row]), raw[row * size : (row + 1) * size])
+        sums = [headers[name] for name in ("checksum", "index_checksum", "device_checksum")]
+        return same, np.stack(sums, axis=1)
 
-    def seal(self, slot: int, key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
-        header = self._array[slot]
-        header["checksum"], header["index_checksum"] = checksums
-        header["device_checksum"] = device_checksum
+    def seal(self, ref: "SlotRef", key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
+        """Write the header of ``ref``. It is no seal if the slot was given away, before or meanwhile: the generation is
+        the owner's to write, and the seal counts for that of ``ref`` alone."""
+        sums = (*checksums, device_checksum)
+        sealed = key + b"".join(number.to_bytes(8, "little") for number in (ref.generation, *sums))
+        header = self._array[ref.slot]
+        header["seal"] = OPEN
         header["key"] = np.frombuffer(key, np.uint8)
-        header["state"] = SEALED  # last: a reader believes the rest once it sees this
+        header["checksum"], header["index_checksum"], header["device_checksum"] = sums
+        header["seal"] = _digest(ref.slot, sealed)
 
     def renew(self, slot: int) -> int:
         """Open the slot under a new generation, which is returned."""
-        self._states[slot] = OPEN
+        self._seals[slot] = OPEN
         self._generations[slot] += np.uint64(1)
         return int(self._generations[slot])
 
     def clear(self, slot: int) -> None:
         """Open the slot; its generation stays."""
-        self._states[slot] = OPEN
+        self._seals[slot] = OPEN
+
+    def writer(self, slot: int) -> int:
+        """Who may be writing the slot, as the owner noted it last."""
+        return int(self._writers[slot])
+
+    def set_writer(self, slot: int, writer: int) -> None:
+        self._writers[slot] = writer
+
+    def _snapshot(self, slot: int) -> np.void:
+        header: np.void = self._bytes[slot].copy().view(HEADER)[0]
+        return header
+
+
+def _digest(slot: int, sealed: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(sealed, slot) or 1  # 0 means open
+
+
+def _is_sound(slot: int, header: bytes) -> bool:
+    return int.from_bytes(header[SEALED_BYTES : SEALED_BYTES + 8], "little") == _digest(slot, header[:SEALED_BYTES])
 
 
 def _slots(refs: Sequence["SlotRef"]) -> npt.NDArray[np.int64]:

@@ -329,17 +329,22 @@ class Prefetcher:
             CopyItem(job.key, place.ref, job.slot) for job, place in zip(jobs, places, strict=True) if not place.stored
         ]
         copied = self._copies.store(items, [job.after for job in jobs])
+        for item in copied.lost:
+            drop(self._memory, item.key, item.ref)  # its owner hands the slot out last of all, if it still does
         written = {item.ref for item in items if item not in copied.lost}
         if written:
             self._memory.commit(jobs[0].holder, [(item.key, item.ref) for item in items if item.ref in written])
-        news = []
+        news, lost = [], []
         for job, place in zip(jobs, places, strict=True):
             done = WrittenBack(job.holder, job.key, job.slot, place.ref)
             if place.ref in written:
                 done = replace(done, written_bytes=self._cold.nbytes, duration_s=copied.duration_s / len(items))
             elif not place.stored:
-                done = replace(done, ref=None, failure="a chunk's place was given away before it was written")
+                lost.append(job)
+                continue
             news.append(done)
+        if lost:
+            self._places_lost(lost, ChunkLostError("its place was given away, or did not hold what was written to it"))
         return news
 
     def _release(self, holder: str) -> None:

@@ -1,15 +1,17 @@
 """Index records of chunks that are held on other nodes: the indexer scores them here, beside those of local chunks."""
 
+import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from forecache.workers.errors import OverloadedError
+from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.chunk_batch import RecordBatch
-from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import SlotRef
+
+logger = logging.getLogger(__name__)
 
 
 class RecordSlots:
@@ -28,10 +30,9 @@ class RecordSlots:
         self._counts: Counter[ChunkKey] = Counter()
         self._promised: dict[str, int] = {}
         self._free: list[int] = []
-        headers = arena.headers()
         for slot in range(arena.slots + arena.record_slots - 1, arena.slots - 1, -1):
-            key = headers[slot]["key"].tobytes()
-            if headers[slot]["state"] == SEALED and key not in self._slots:
+            key = arena.sealed_key(slot)
+            if key is not None and key not in self._slots:
                 self._slots[key] = slot
                 self._idle[key] = None
             else:
@@ -61,13 +62,25 @@ class RecordSlots:
             refs: list[SlotRef | None] = []
             for key, record, checksum in zip(batch.keys, batch.index, batch.checksums.tolist(), strict=True):
                 slot = self._slots.get(key)
-                if slot is not None and not self._arena.check(self._ref(slot), key):
-                    self._arena.write_record(self._ref(slot), key, record, checksum)
-                elif slot is None and (slot := self._take()) is not None:
+                if slot is not None and self._arena.check(self._ref(slot), key):
+                    refs.append(self._hold(holder, key))
+                    continue
+                known = slot is not None
+                if slot is None and (slot := self._take()) is not None:
                     self._arena.renew(slot)
+                if slot is None:
+                    refs.append(None)
+                    continue
+                try:
                     self._arena.write_record(self._ref(slot), key, record, checksum)
-                    self._slots[key] = slot
-                refs.append(self._hold(holder, key) if key in self._slots else None)
+                except ChunkLostError as error:
+                    logger.warning("the index record of chunk %s was not stored: %s", key.hex(), error)
+                    if not known:
+                        self._free.insert(0, slot)  # bad memory, perhaps: others are taken first
+                    refs.append(None)
+                    continue
+                self._slots[key] = slot
+                refs.append(self._hold(holder, key))
             return refs
 
     def release(self, holder: str) -> None:

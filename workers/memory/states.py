@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
@@ -83,14 +84,13 @@ class StateLayout:
             after.synchronize()
         arena, keys = memory.arena, self.keys(chunk)
         padded = torch.zeros(self.pieces * arena.chunks.shape[1], dtype=torch.uint8)
+        no_record = np.zeros(arena.index.shape[1], np.uint8)
         padded[: len(snapshot)] = snapshot.cpu()
         try:
             written = []
             for key, place, piece in zip(keys, memory.reserve(holder, keys), padded.chunk(self.pieces), strict=True):
                 if not place.stored:
-                    arena.chunks[place.ref.slot].copy_(piece)
-                    arena.index[place.ref.slot].zero_()
-                    arena.seal(place.ref, key)
+                    arena.put(place.ref, key, piece.numpy(), no_record)
                     written.append((key, place.ref))
             if written:
                 memory.commit(holder, written)

@@ -7,7 +7,6 @@ import numpy as np
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.pins import Holds, Pins, Promises
@@ -40,10 +39,9 @@ class ArenaStore:
         self._holds = Holds(arena.slots)
         self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
         self._evicted = self._dropped = 0
-        headers = self._arena.headers()
         for slot in range(self._arena.slots - 1, -1, -1):
-            key = headers[slot]["key"].tobytes()
-            if headers[slot]["state"] == SEALED and key not in self._stored:
+            key = arena.sealed_key(slot)
+            if key is not None and key not in self._stored:
                 self._keys[slot] = key
                 self._idle.add(slot, Idle.SOLE)
                 self._insert(key, slot)
