@@ -1,0 +1,31 @@
+"""The modules that are mutated, each with the tests that must see it: under two minutes together."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutated:
+    path: str
+    tests: tuple[str, ...]
+
+
+def _unit(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/unit/test_{name}.py" for name in names)
+
+
+MODULES = {
+    "keys": Mutated("workers/memory/keys.py", _unit("keys", "store", "sequence")),
+    "headers": Mutated("workers/memory/headers.py", _unit("arena", "store", "copies")),
+    "arena": Mutated("workers/memory/arena.py", _unit("arena", "store", "copies", "records", "flipped_bits")),
+    "store": Mutated("workers/memory/store.py", _unit("store", "records", "flipped_bits")),
+    "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher")),
+    "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "flipped_bits")),
+    "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "engine")),
+    "scheduler": Mutated(
+        "workers/decode/scheduler.py",
+        _unit(
+            "scheduler",
+        ),
+    ),
+    "resume": Mutated("cluster/resume.py", _unit("resume", "channels")),
+}

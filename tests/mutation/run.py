@@ -1,0 +1,336 @@
+"""Mutation testing of the modules on which the right bytes depend.
+
+    .venv/bin/python tests/mutation/run.py arena store          # some modules
+    .venv/bin/python tests/mutation/run.py --all --out tests/mutation/results.json
+
+For each module, its tests run once with a line trace. Then every mutant runs the tests that reach its line, each in a
+forked process, until one fails. What survives is printed. Mutants that change nothing that a caller could see are in
+``equivalent.txt`` with the reason, and count neither way.
+"""
+
+import argparse
+import ast
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from modules import MODULES  # noqa: E402
+from operators import Mutant, mutants  # noqa: E402
+
+EQUIVALENT = Path(__file__).with_name("equivalent.txt")
+KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
+SLOWEST_S = 10.0
+"""A mutant may take this long and ten times what its tests took before: then it counts as an endless loop, killed."""
+
+
+@dataclass
+class Score:
+    """Of one module. ``seconds`` is the time of its tests without any mutant."""
+
+    module: str
+    mutants: int
+    killed: int
+    equivalent: int
+    survived: list[str]
+    seconds: float
+
+    @property
+    def percent(self) -> float:
+        """Killed mutants of those that are not equivalent."""
+        return 100 * self.killed / max(self.killed + len(self.survived), 1)
+
+
+class _Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a code object instead of its file."""
+
+    def __init__(self, name: str, path: Path, code: CodeType) -> None:
+        self._name, self._path, self._code = name, path, code
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
+        if fullname != self._name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self._path, loader=self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(self._code, module.__dict__)
+
+
+class _Trace:
+    """Pytest plugin: which lines of ``path`` each test runs, in any of its threads; how long each takes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = str(path)
+        self._test = ""
+        self.lines: dict[str, set[int]] = defaultdict(set)
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
+
+    def install(self) -> None:
+        threading.settrace(self._call)
+        sys.settrace(self._call)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename != self._file:
+            return None
+        self.lines[self._test].add(frame.f_lineno)
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self.lines[self._test].add(frame.f_lineno)
+        return self._line
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self._test = item.nodeid
+        start = time.perf_counter()
+        yield
+        self.seconds[item.nodeid] = time.perf_counter() - start
+        self._test = ""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+
+def _pytest(arguments: Sequence[str], plugins: Sequence[object] = ()) -> int:
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu and not cluster", f"--rootdir={ROOT}"]
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return int(pytest.main([*options, *arguments], plugins=list(plugins)))
+
+
+def _compiled(source: str | ast.Module, path: Path) -> CodeType:
+    return compile(source, str(path), "exec")
+
+
+def _in_child(work: Any, limit_s: float) -> tuple[int | None, bytes]:
+    """Run ``work() -> bytes`` in a forked process group. Returns its exit code (``None``: stopped at the limit)."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        os.close(reading)
+        devnull = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(devnull, fd)
+        code = 70
+        try:
+            answer = work()
+            os.write(writing, answer)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    chunks: list[bytes] = []
+    deadline_s = time.monotonic() + limit_s
+    os.set_blocking(reading, False)
+    status: int | None = None
+    while time.monotonic() < deadline_s:
+        try:
+            chunks.append(os.read(reading, 1 << 20))
+        except BlockingIOError:
+            pass
+        done, raw = os.waitpid(pid, os.WNOHANG)
+        if done:
+            status = os.waitstatus_to_exitcode(raw)
+            break
+        time.sleep(0.01)
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # all of it has ended
+    if status is None:
+        os.waitpid(pid, 0)
+    os.set_blocking(reading, True)
+    while piece := os.read(reading, 1 << 20):
+        chunks.append(piece)
+    os.close(reading)
+    return status, b"".join(chunks)
+
+
+def _baseline(name: str, path: Path, tests: Sequence[str]) -> _Trace:
+    def work() -> bytes:
+        trace = _Trace(path)
+        sys.meta_path.insert(0, _Replaced(name, path, _compiled(path.read_text(encoding="utf-8"), path)))
+        trace.install()
+        code = _pytest(tests, [trace])
+        lines = {test: sorted(numbers) for test, numbers in trace.lines.items()}
+        return json.dumps([code, lines, trace.seconds, trace.failed]).encode()
+
+    _, answer = _in_child(work, 1800)
+    code, lines, seconds, failed = json.loads(answer)
+    if code != 0:
+        raise SystemExit(f"{path}: its tests fail without any mutant: {failed}")
+    trace = _Trace(path)
+    trace.lines = {test: set(numbers) for test, numbers in lines.items()}
+    trace.seconds = seconds
+    return trace
+
+
+def _outcome(mutant: Mutant, name: str, path: Path, tests: Sequence[str], limit_s: float) -> str:
+    def work() -> bytes:
+        sys.meta_path.insert(0, _Replaced(name, path, _compiled(mutant.tree, path)))
+        return str(_pytest(tests)).encode()
+
+    status, answer = _in_child(work, limit_s)
+    if status is None:
+        return TIMED_OUT
+    return SURVIVED if status == 0 and answer == b"0" else KILLED
+
+
+def _equivalents() -> dict[str, set[str]]:
+    """Module → names of its equivalent mutants. A line that starts with ``#`` is the reason for those below it."""
+    found: dict[str, set[str]] = defaultdict(set)
+    module = ""
+    for line in EQUIVALENT.read_text(encoding="utf-8").splitlines():
+        if line.startswith("[") and line.endswith("]"):
+            module = line[1:-1]
+        elif line and not line.startswith("#"):
+            found[module].add(line)
+    return found
+
+
+def score(module: str, *, workers: int, verbose: bool) -> Score:
+    """Run all mutants of ``module``, a key of `MODULES`."""
+    path, tests = ROOT / MODULES[module].path, MODULES[module].tests
+    name = "forecache." + MODULES[module].path.removesuffix(".py").replace("/", ".")
+    baseline = _baseline(name, path, tests)
+    imported = baseline.lines.get("", set())  # lines that run when the module is imported: any test may see them
+    by_line: dict[int, list[str]] = defaultdict(list)
+    for test, lines in baseline.lines.items():
+        for line in lines if test else ():
+            by_line[line].append(test)
+    known = _equivalents()[module]
+    todo = [mutant for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name not in known]
+    equivalent = sum(1 for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name in known)
+    outcomes: list[str | None] = [None] * len(todo)
+    lock = threading.Lock()
+    rest = iter(range(len(todo)))
+
+    def one(number: int) -> str:
+        mutant = todo[number]
+        reaching = by_line[mutant.line] or (list(baseline.seconds) if mutant.line in imported else [])
+        if not reaching:
+            return SURVIVED
+        reaching = sorted(reaching, key=lambda test: baseline.seconds[test])
+        limit_s = SLOWEST_S + 10 * sum(baseline.seconds[test] for test in reaching)
+        return _outcome(mutant, name, path, reaching, limit_s)
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(rest, None)
+            if number is None:
+                return
+            outcomes[number] = one(number)
+            if verbose and outcomes[number] == SURVIVED:
+                print(f"  {path.name}:{todo[number].line}: {todo[number].name}", flush=True)
+
+    if workers == 1:
+        work()
+    else:
+        _in_processes(module, workers, outcomes, todo, one, verbose, path)
+    survived = [
+        f"{mutant.line}: {mutant.name}" for mutant, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED
+    ]
+    killed = len(todo) - len(survived)
+    return Score(module, len(todo) + equivalent, killed, equivalent, survived, round(sum(baseline.seconds.values()), 1))
+
+
+def _in_processes(
+    module: str,
+    workers: int,
+    outcomes: list[str | None],
+    todo: Sequence[Mutant],
+    one: Any,
+    verbose: bool,
+    path: Path,
+) -> None:
+    """As threads must not fork: each of ``workers`` processes takes every nth mutant."""
+    pipes = []
+    for worker in range(workers):
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reading)
+            with os.fdopen(writing, "w") as out:
+                for number in range(worker, len(todo), workers):
+                    print(number, one(number), file=out, flush=True)
+            os._exit(0)
+        os.close(writing)
+        pipes.append((pid, os.fdopen(reading)))
+    for pid, pipe in pipes:
+        with pipe:
+            for line in pipe:
+                number, outcome = line.rstrip("\n").split(" ", 1)
+                outcomes[int(number)] = outcome
+                if verbose and outcome == SURVIVED:
+                    print(f"  {path.name}:{todo[int(number)].line}: {todo[int(number)].name}", flush=True)
+        os.waitpid(pid, 0)
+    assert None not in outcomes, f"{module}: a worker died"
+
+
+def _import_once() -> None:
+    """Import what every child needs and no mutant changes: libraries, pytest's plugins, the fixtures' model classes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
+
+    torch.set_num_threads(1)
+    _pytest(["--collect-only", str(Path(__file__).parent)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="which modules")
+    parser.add_argument("--all", action="store_true", help="all modules")
+    parser.add_argument("--out", type=Path, help="write the scores to this file, JSON")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants at once (default: cores)")
+    arguments = parser.parse_args()
+    if not arguments.modules and not arguments.all:
+        parser.error("name modules, or --all")
+    os.chdir(ROOT)
+    _import_once()
+    scores = []
+    for module in list(MODULES) if arguments.all else arguments.modules:
+        # a process of its own: the one that forks stays free of the module and of its tests
+        start = time.perf_counter()
+        result = score(module, workers=arguments.workers, verbose=True)
+        scores.append(result)
+        print(
+            f"{module:12} {result.mutants:4} mutants  {result.equivalent:3} equivalent  {result.killed:4} killed  "
+            f"{len(result.survived):3} survived  {result.percent:5.1f} %  tests {result.seconds:.0f} s  "
+            f"(run {time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    if arguments.out:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.strip()
+        rows = [asdict(result) | {"percent": round(result.percent, 1)} for result in scores]
+        arguments.out.write_text(json.dumps({"commit": commit, "modules": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
