@@ -143,9 +143,7 @@ def _mutations(parent: ast.AST, field: str, index: int | None, node: ast.AST) ->
         yield place(ast.Pass(), f"{ast.unparse(node).splitlines()[0]} -> pass")
     elif isinstance(node, ast.Return) and node.value is not None and not _is_none(node.value):
         yield place(ast.Return(ast.Constant(None)), f"{ast.unparse(node)} -> return None")
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await):
-        yield place(ast.Pass(), f"{ast.unparse(node)} -> pass")
-    elif isinstance(node, ast.AugAssign):
+    elif isinstance(node, ast.AugAssign) or _is_call(node):
         yield place(ast.Pass(), f"{ast.unparse(node)} -> pass")
     elif isinstance(node, ast.Assign) and all(isinstance(t, ast.Attribute | ast.Subscript) for t in node.targets):
         # ``self.x = …`` of a constructor only ends in AttributeError: not worth a run
@@ -170,6 +168,10 @@ def _is_text(node: ast.BinOp) -> bool:
         isinstance(side, ast.JoinedStr) or (isinstance(side, ast.Constant) and isinstance(side.value, str | bytes))
         for side in (node.left, node.right)
     )
+
+
+def _is_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call | ast.Await)
 
 
 def _is_none(node: ast.expr) -> bool:

@@ -22,8 +22,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
@@ -125,16 +125,17 @@ def _compiled(source: str | ast.Module, path: Path) -> CodeType:
     return compile(source, str(path), "exec")
 
 
-def _in_child(work: Any, limit_s: float) -> tuple[int | None, bytes]:
+def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) -> tuple[int | None, bytes]:
     """Run ``work() -> bytes`` in a forked process group. Returns its exit code (``None``: stopped at the limit)."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)
         os.close(reading)
-        devnull = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(devnull, fd)
+        if quiet:
+            devnull = os.open(os.devnull, os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(devnull, fd)
         code = 70
         try:
             answer = work()
@@ -148,19 +149,15 @@ def _in_child(work: Any, limit_s: float) -> tuple[int | None, bytes]:
     os.set_blocking(reading, False)
     status: int | None = None
     while time.monotonic() < deadline_s:
-        try:
+        with suppress(BlockingIOError):
             chunks.append(os.read(reading, 1 << 20))
-        except BlockingIOError:
-            pass
         done, raw = os.waitpid(pid, os.WNOHANG)
         if done:
             status = os.waitstatus_to_exitcode(raw)
             break
         time.sleep(0.01)
-    try:
+    with suppress(ProcessLookupError):  # all of it may have ended
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all of it has ended
     if status is None:
         os.waitpid(pid, 0)
     os.set_blocking(reading, True)
@@ -177,16 +174,44 @@ def _baseline(name: str, path: Path, tests: Sequence[str]) -> _Trace:
         trace.install()
         code = _pytest(tests, [trace])
         lines = {test: sorted(numbers) for test, numbers in trace.lines.items()}
-        return json.dumps([code, lines, trace.seconds, trace.failed]).encode()
+        return json.dumps([code, lines, trace.seconds, trace.failed, list(sys.modules)]).encode()
 
     _, answer = _in_child(work, 1800)
-    code, lines, seconds, failed = json.loads(answer)
+    code, lines, seconds, failed, loaded = json.loads(answer)
     if code != 0:
         raise SystemExit(f"{path}: its tests fail without any mutant: {failed}")
     trace = _Trace(path)
     trace.lines = {test: set(numbers) for test, numbers in lines.items()}
     trace.seconds = seconds
+    _import_what_tests_need(name, loaded)
     return trace
+
+
+def _import_what_tests_need(mutated: str, loaded: Sequence[str]) -> None:
+    """Import here, once for all children, those modules of ``loaded`` that do not see ``mutated``."""
+    seen_by = {mutated}
+    imports = {module: _imports(path) for module, path in _ours(loaded).items()}
+    while more := {module for module, names in imports.items() if names & seen_by} - seen_by:
+        seen_by |= more
+    libraries = [name for name in loaded if name.split(".")[0] in ("transformers", "hypothesis", "safetensors")]
+    for name in [*libraries, *(name for name in imports if name not in seen_by)]:
+        if not name.startswith("hypothesis.vendor"):
+            importlib.import_module(name)
+
+
+def _ours(loaded: Sequence[str]) -> dict[str, Path]:
+    paths = {name: ROOT / (name.removeprefix("forecache.").replace(".", "/") + ".py") for name in loaded}
+    return {name: path for name, path in paths.items() if name.startswith("forecache.") and path.exists()}
+
+
+def _imports(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    # ``from forecache.kernels import ops`` names a module too
+    return found | {
+        f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
 
 
 def _outcome(mutant: Mutant, name: str, path: Path, tests: Sequence[str], limit_s: float) -> str:
@@ -212,8 +237,13 @@ def _equivalents() -> dict[str, set[str]]:
     return found
 
 
-def score(module: str, *, workers: int, verbose: bool) -> Score:
-    """Run all mutants of ``module``, a key of `MODULES`."""
+def score(module: str, *, workers: int) -> Score:
+    """Run all mutants of ``module``, a key of `MODULES`, in a process that imports what is not mutated."""
+    _, answer = _in_child(lambda: json.dumps(asdict(_score(module, workers))).encode(), 24 * 3600, quiet=False)
+    return Score(**json.loads(answer))
+
+
+def _score(module: str, workers: int) -> Score:
     path, tests = ROOT / MODULES[module].path, MODULES[module].tests
     name = "forecache." + MODULES[module].path.removesuffix(".py").replace("/", ".")
     baseline = _baseline(name, path, tests)
@@ -226,8 +256,6 @@ def score(module: str, *, workers: int, verbose: bool) -> Score:
     todo = [mutant for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name not in known]
     equivalent = sum(1 for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name in known)
     outcomes: list[str | None] = [None] * len(todo)
-    lock = threading.Lock()
-    rest = iter(range(len(todo)))
 
     def one(number: int) -> str:
         mutant = todo[number]
@@ -238,20 +266,8 @@ def score(module: str, *, workers: int, verbose: bool) -> Score:
         limit_s = SLOWEST_S + 10 * sum(baseline.seconds[test] for test in reaching)
         return _outcome(mutant, name, path, reaching, limit_s)
 
-    def work() -> None:
-        while True:
-            with lock:
-                number = next(rest, None)
-            if number is None:
-                return
-            outcomes[number] = one(number)
-            if verbose and outcomes[number] == SURVIVED:
-                print(f"  {path.name}:{todo[number].line}: {todo[number].name}", flush=True)
-
-    if workers == 1:
-        work()
-    else:
-        _in_processes(module, workers, outcomes, todo, one, verbose, path)
+    _in_processes(workers, outcomes, one, lambda number: f"{path.name}:{todo[number].line}: {todo[number].name}")
+    assert None not in outcomes, f"{module}: a worker died"
     survived = [
         f"{mutant.line}: {mutant.name}" for mutant, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED
     ]
@@ -260,15 +276,9 @@ def score(module: str, *, workers: int, verbose: bool) -> Score:
 
 
 def _in_processes(
-    module: str,
-    workers: int,
-    outcomes: list[str | None],
-    todo: Sequence[Mutant],
-    one: Any,
-    verbose: bool,
-    path: Path,
+    workers: int, outcomes: list[str | None], one: Callable[[int], str], describe: Callable[[int], str]
 ) -> None:
-    """As threads must not fork: each of ``workers`` processes takes every nth mutant."""
+    """Fill ``outcomes`` with ``one`` of each number; each of ``workers`` processes takes every nth."""
     pipes = []
     for worker in range(workers):
         reading, writing = os.pipe()
@@ -276,7 +286,7 @@ def _in_processes(
         if pid == 0:
             os.close(reading)
             with os.fdopen(writing, "w") as out:
-                for number in range(worker, len(todo), workers):
+                for number in range(worker, len(outcomes), workers):
                     print(number, one(number), file=out, flush=True)
             os._exit(0)
         os.close(writing)
@@ -286,10 +296,9 @@ def _in_processes(
             for line in pipe:
                 number, outcome = line.rstrip("\n").split(" ", 1)
                 outcomes[int(number)] = outcome
-                if verbose and outcome == SURVIVED:
-                    print(f"  {path.name}:{todo[int(number)].line}: {todo[int(number)].name}", flush=True)
+                if outcome == SURVIVED:
+                    print(f"  {describe(int(number))}", flush=True)
         os.waitpid(pid, 0)
-    assert None not in outcomes, f"{module}: a worker died"
 
 
 def _import_once() -> None:
@@ -314,9 +323,8 @@ def main() -> None:
     _import_once()
     scores = []
     for module in list(MODULES) if arguments.all else arguments.modules:
-        # a process of its own: the one that forks stays free of the module and of its tests
         start = time.perf_counter()
-        result = score(module, workers=arguments.workers, verbose=True)
+        result = score(module, workers=arguments.workers)
         scores.append(result)
         print(
             f"{module:12} {result.mutants:4} mutants  {result.equivalent:3} equivalent  {result.killed:4} killed  "
