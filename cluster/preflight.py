@@ -149,15 +149,18 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     """Longest prompt + answer, in tokens, and whether the model's retrieval heads are known.
 
     Raises:
-        UnsupportedModelError: no decoder, `--max-model-len` is more than it was made for, or `--fallback` would do
-            nothing for it.
+        UnsupportedModelError: no decoder, weight files that can't be read, `--max-model-len` is more than it was made
+            for, or `--fallback` would do nothing for it.
         ArenaError: `--cold-bytes` holds no chunk of it.
         StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
     """
     from forecache.workers.decode.backbone import load_config  # imports transformers: seconds
+    from forecache.workers.decode.checkpoint import check_files
     from forecache.workers.decode.index_spec import entries_spec, refuse_fallback
 
     model = load_config(path)
+    if config.engine.load_format != "dummy":
+        check_files(path, model)
     refuse_fallback(config.engine, model, config.engine.model)
     architectures = getattr(model, "architectures", None) or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -178,6 +181,13 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
     has_manifest = manifest is not None or entries_spec(model, config.engine.chunk_tokens) is not None
     return ModelFacts(min(cold, limit), has_manifest, chunk_bytes, trained, cold_limit=cold if cold < limit else None)
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raises :class:`UnsupportedModelError` when the model at ``path`` has no tokenizer, which every server needs."""
+    from forecache.workers.decode.tokenizer import load_tokenizer  # imports transformers: seconds
+
+    load_tokenizer(path)
 
 
 def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:

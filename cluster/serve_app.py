@@ -83,6 +83,7 @@ def build(arguments: Arguments) -> Application:
     assert config.redis_url is not None  # read_config saw to it
     preflight.check_redis(config.redis_url)
     model = preflight.check_model(path, config)
+    preflight.check_tokenizer(path)
     tenants = Tenants.load(config.limits.api_keys_file)
     run = blake2b(config.model_dump_json().encode(), digest_size=6).hexdigest()
     tiers = Tiers(NAMESPACE, run, config.redis_url, config.memory.call_deadline_s)

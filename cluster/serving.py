@@ -87,6 +87,7 @@ def running(
     path = resolve_model(config.engine.model, say, config.engine.load_format)
     config = preflight.settle(path, config)
     model = preflight.check_model(path, config)
+    preflight.check_tokenizer(path)
     tenants = Tenants.load(config.limits.api_keys_file)
     port = config.port or preflight.free_port(config.host)
     settings = config.model_copy(update={"port": port})

@@ -9,6 +9,10 @@ class UnsupportedModelError(ForecacheError):
     """The model can't be served exactly; the message says what in it and why."""
 
 
+class InvalidModelError(UnsupportedModelError):
+    """The model's files are missing, damaged or contradict one another: with sound files it may be served."""
+
+
 class InvalidRequestError(ForecacheError):
     """The request itself is wrong; sending it again unchanged can't help. ``param`` names the field."""
 

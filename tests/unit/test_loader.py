@@ -101,22 +101,32 @@ def cut(size: int) -> Spoil:
     return lambda file: file.write_bytes(file.read_bytes()[:size])
 
 
+DAMAGED = r"can't be loaded: model\.safetensors is damaged or incomplete \(SafetensorError: .*"
 SPOILED: dict[str, tuple[Spoil, str]] = {
-    "empty": (cut(0), "can't be loaded: SafetensorError: .*header"),
-    "cut in its header": (cut(100), "can't be loaded: SafetensorError: .*header"),
-    "cut in its tensors": (cut(-100), "can't be loaded: SafetensorError: .*incomplete"),
-    "random bytes": (lambda file: file.write_bytes(b"\xff" * 1000), "can't be loaded: SafetensorError: .*header"),
+    "empty": (cut(0), DAMAGED + "header"),
+    "cut in its header": (
+        cut(100),
+        DAMAGED + "header",
+    ),
+    "cut in its tensors": (
+        cut(-100),
+        DAMAGED + "incomplete",
+    ),
+    "random bytes": (
+        lambda file: file.write_bytes(b"\xff" * 1000),
+        DAMAGED + "header",
+    ),
     "of another name": (
-        lambda file: file.rename(file.with_name("adapter.safetensors")),
-        "can't be loaded: .*no file named model.safetensors",
+        lambda file: file.rename(file.with_name("other.safetensors")),
+        r"can't be loaded: there is no file named model\.safetensors .*only other\.safetensors",
     ),
     "without a tensor": (
         lambda file: rewrite(file, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
-        r"1 weights are not in its weight files, for one model\.layers\.1\.mlp\.up_proj\.weight",
+        r"1 weights are not in its weight files \(model\.layers\.1\.mlp\.up_proj\.weight\)",
     ),
     "with a smaller tensor": (
         lambda file: rewrite(file, lambda tensors: tensors.update({"model.norm.weight": torch.ones(63)})),
-        r"1 weights have another shape than config\.json says, for one model\.norm\.weight",
+        r"1 weights have another shape than config\.json says \(model\.norm\.weight: \[63\], not \[64\]\)",
     ),
 }
 
@@ -267,7 +277,7 @@ BROKEN: dict[str, tuple[Spoil, str]] = {
     "random bytes": (lambda file: file.write_bytes(b"\xff" * 1000), "magic"),
     "without a tensor": (
         lambda file: write_gguf(file, without="blk.1.ffn_up"),
-        r"lacks 1 weights, for one model\.layers\.1\.mlp\.up_proj\.weight",
+        r"lacks 1 weights \(model\.layers\.1\.mlp\.up_proj\.weight\)",
     ),
 }
 

@@ -8,18 +8,25 @@ from typing import Any
 
 import torch
 import xxhash
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from forecache.workers.decode.attention import ATTENTION_NAME
+from forecache.workers.decode.checkpoint import (
+    WEIGHT_FILES,
+    check_files,
+    explained,
+    quant_method,
+    read_json,
+    refuse_unread,
+    some,
+)
 from forecache.workers.decode.config import EngineConfig, KvDtype, LoadFormat
 from forecache.workers.decode.dsv4_attention import serve_attention
 from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS, MODEL_TYPE, DeepseekV4Shape, refuse_mtp
 from forecache.workers.decode.fused_linears import fuse_checked
-from forecache.workers.decode.loader import WEIGHT_FILES
 from forecache.workers.decode.probe import Geometry, inspect_attention, refuse_config
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.errors import InvalidModelError, UnsupportedModelError
 from forecache.workers.memory.layout import ChunkLayout, attention_layout
 
 HASH_BLOCK_BYTES = 1 << 20
@@ -111,10 +118,22 @@ def expected_state_nbytes(config: Any, dtype: torch.dtype) -> int:
 
 def load_config(path: Path) -> Any:
     """The configuration of a decoder that can be served; or :class:`UnsupportedModelError` with the reason."""
-    try:
+    unreadable = "has a configuration that transformers can't read"
+    written = read_json(path / "config.json", unreadable)
+    model_type = written.get("model_type")
+    if not isinstance(model_type, str):
+        raise InvalidModelError(f"{path} {unreadable}: config.json has no model_type. Download it again.")
+    if model_type not in CONFIG_MAPPING:
+        code = "auto_map" in written
+        raise UnsupportedModelError(
+            f"{path} {unreadable}: the installed transformers does not know the model_type '{model_type}'"
+            + (", and forecache does not run the code that comes with a model (auto_map). " if code else ". ")
+            + "Serve a model of a type that it knows, or install a transformers that knows this one."
+        )
+    if not isinstance(written.get("quantization_config", {}), dict):
+        raise InvalidModelError(f"{path} {unreadable}: its quantization_config is no object. Download it again.")
+    with explained(path, unreadable):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, LookupError, StrictDataclassError) as error:
-        raise UnsupportedModelError(f"{path} has a configuration that transformers can't read: {error}") from error
     refuse_config(config, str(path))
     return config
 
@@ -149,7 +168,8 @@ def load_backbone(
         model = _dummy_model(path, config, number, place, seed)
     else:
         model = _load_model(path, config, number)
-        model.to(device=place)  # type: ignore[call-arg]
+        with explained(path, f"can't be put on {place}", "Use a smaller model, or another --device."):
+            model.to(device=place)  # type: ignore[call-arg]
     model.requires_grad_(False)
     if load_format == "dummy":
         fingerprint = dummy_fingerprint(config, number, place, seed)
@@ -164,7 +184,8 @@ def load_backbone(
         layout = v4.layout(fingerprint, chunk_tokens=chunk_tokens, dtype=number)
         return Backbone(model, path, fingerprint, geometry, layout, limit, place, number, v4)
     if place.type == "cuda":
-        fuse_checked(model)
+        with explained(path, "can't be run"):
+            fuse_checked(model)
     geometry = inspect_attention(model)
     model.set_attn_implementation(ATTENTION_NAME)
     layout = attention_layout(
@@ -179,10 +200,19 @@ def load_backbone(
 
 
 def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on CPU. transformers makes up weights that it does not find in the files; here that is an error."""
+    """The model on CPU. transformers makes up weights that it does not find in the files and drops those that it does
+    not know; here both are errors."""
+    tensors = check_files(path, config)
     if config.model_type == MODEL_TYPE:
-        refuse_mtp(path, WEIGHT_FILES)
-    try:
+        refuse_mtp(path, {name: stored.file for name, stored in tensors.items()})
+    method = quant_method(config)
+    advice = (
+        "Check its files and download them again."
+        if method is None
+        else f"It is quantised with '{method}': install what the message names, or serve a checkpoint of the model in "
+        "bfloat16 or float16."
+    )
+    with explained(path, "can't be loaded", advice):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -193,17 +223,35 @@ def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
             output_loading_info=True,
         )
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
-        raise UnsupportedModelError(f"{path} can't be loaded: {type(error).__name__}: {error}") from error
     model, info = loaded
-    for trouble, keys in (
-        ("are not in its weight files", sorted(info["missing_keys"])),
-        ("have another shape than config.json says", sorted(str(key[0]) for key in info["mismatched_keys"])),
-    ):
-        if keys:
-            raise UnsupportedModelError(f"{path}: {len(keys)} weights {trouble}, for one {keys[0]}.")
+    if missing := info["missing_keys"]:
+        raise InvalidModelError(
+            f"{path}: {len(missing)} weights are not in its weight files ({some(missing)}). Download the files again, "
+            "or the config.json that belongs to them."
+        )
+    if info["mismatched_keys"]:
+        shapes = {f"{key[0]}: {list(key[1])}, not {list(key[2])}" for key in info["mismatched_keys"]}
+        raise InvalidModelError(
+            f"{path}: {len(shapes)} weights have another shape than config.json says ({some(shapes)}). Serve the "
+            "config.json that belongs to them."
+        )
+    if info["error_msgs"]:
+        raise InvalidModelError(f"{path} can't be loaded: {'; '.join(info['error_msgs'])}.")
+    refuse_unread(path, config, info["unexpected_keys"], tensors)
     assert isinstance(model, PreTrainedModel)
+    if method is not None:
+        _unify_dtype(model, dtype)
     return model
+
+
+def _unify_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Weights that transformers dequantised come in the dtype of their scales: have them in ``dtype``."""
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, weight in model.named_parameters():
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or weight.dtype == dtype:
+            continue
+        if "scale" not in name and not any(part in name for part in kept):
+            weight.data = weight.data.to(dtype)
 
 
 def _dummy_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
@@ -214,10 +262,8 @@ def _dummy_model(path: Path, config: Any, dtype: torch.dtype, device: torch.devi
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
-        try:
+        with explained(path, "can't be built"):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-untyped-call]
-        except (ValueError, LookupError) as error:
-            raise UnsupportedModelError(f"{path} can't be built: {type(error).__name__}: {error}") from error
         tied = model.get_input_embeddings().weight
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module.weight is not tied:

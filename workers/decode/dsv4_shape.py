@@ -1,12 +1,12 @@
 """Shapes of a DeepSeek-V4 model, what of it is refused, and what its chunks and index records hold."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 
 from forecache.indexer.index_keys import IndexSpec
 from forecache.workers.errors import UnsupportedModelError
@@ -140,14 +140,12 @@ def refuse_variants(config: Any, name: str) -> None:
         )
 
 
-def refuse_mtp(path: Path, pattern: str) -> None:
-    """Raise :class:`UnsupportedModelError` if the weight files matching ``pattern`` hold MTP layers, which
-    transformers would leave out without a word."""
-    for file in sorted(path.glob(pattern)):
-        with safe_open(file, framework="pt") as weights:
-            found = next((name for name in weights.keys() if re.search(r"(^|\.)mtp\.", name)), None)  # noqa: SIM118
-        if found is not None:
+def refuse_mtp(path: Path, files: Mapping[str, str]) -> None:
+    """Raise :class:`UnsupportedModelError` if there are MTP layers among the tensors of ``files`` (name → its file),
+    which transformers would leave out without a word."""
+    for name, file in sorted(files.items()):
+        if re.search(r"(^|\.)mtp\.", name):
             raise UnsupportedModelError(
-                f"{path} has MTP layers (weight '{found}' in {file.name}): predicting several tokens a step is not "
+                f"{path} has MTP layers (weight '{name}' in {file}): predicting several tokens a step is not "
                 "supported. Remove these weights to serve the model without them."
             )

@@ -3,7 +3,6 @@
 import fcntl
 import importlib.metadata
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from forecache.workers.decode.checkpoint import WEIGHT_FILES, one_line, refuse_adapters, some
 from forecache.workers.decode.config import LoadFormat
 from forecache.workers.errors import UnsupportedModelError
 
@@ -29,7 +28,6 @@ HUB_FILES = [
     "*.model",
     "*.txt",
 ]
-WEIGHT_FILES = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,12 @@ def resolve_model(spec: str, progress: Progress = lambda _: None, load_format: L
     wanted = HUB_FILES if load_format == "dummy" else [WEIGHT_FILES, *HUB_FILES]
     try:
         return _check_directory(Path(snapshot_download(spec, allow_patterns=wanted)), load_format)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except UnsupportedModelError:
+        raise
+    except Exception as error:  # of the hub, of its HTTP client, of the disk
         raise UnsupportedModelError(
-            f"'{spec}' is no local directory, and the Hugging Face hub did not give it: {error}"
+            f"'{spec}' is no local directory, and the Hugging Face hub did not give it: {one_line(error)}. Check the "
+            "name and the network, or download the model and name its directory."
         ) from error
 
 
@@ -110,6 +111,7 @@ def _gguf_cache(gguf: Path) -> Path:
 
 
 def _check_directory(path: Path, load_format: LoadFormat) -> Path:
+    refuse_adapters(path)
     if not (path / "config.json").is_file():
         raise UnsupportedModelError(f"{path} is not a Hugging Face model: it has no config.json.")
     if load_format != "dummy" and not any(path.glob(WEIGHT_FILES)):
@@ -149,9 +151,11 @@ def _convert_gguf(gguf: Path, target: Path, builtin: BuiltinModel | None, progre
         try:
             _write_safetensors(gguf, partial, builtin)
             partial.rename(target)
-        except (OSError, ValueError, LookupError, struct.error) as error:
+        except Exception as error:  # gguf and transformers raise errors of any type
             shutil.rmtree(partial, ignore_errors=True)
-            raise UnsupportedModelError(f"{gguf} can't be converted to safetensors: {error}") from error
+            raise UnsupportedModelError(
+                f"{gguf} can't be converted to safetensors: {one_line(error)}. Serve the model's safetensors instead."
+            ) from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -164,8 +168,13 @@ def _write_safetensors(gguf: Path, target: Path, builtin: BuiltinModel | None) -
         source, gguf_file=file, dtype=torch.float32, output_loading_info=True
     )
     quantized, info = loaded
-    if info["missing_keys"]:
-        raise ValueError(f"it lacks {len(info['missing_keys'])} weights, for one {min(info['missing_keys'])}")
+    for trouble, keys in (
+        ("it lacks", info["missing_keys"]),
+        ("its config does not allow for", info["unexpected_keys"]),
+        ("it has another shape for", {str(key[0]) for key in info["mismatched_keys"]}),
+    ):
+        if keys:
+            raise ValueError(f"{trouble} {len(keys)} weights ({some(keys)})")
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

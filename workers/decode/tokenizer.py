@@ -5,17 +5,25 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.decode.checkpoint import explained
+from forecache.workers.errors import InvalidModelError
 
 INCOMPLETE = "�"
+NEEDED_FILES = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) in that directory."
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the weights; raises :class:`UnsupportedModelError` if there is none."""
-    try:
+    """The tokenizer in the model's directory.
+
+    Raises:
+        UnsupportedModelError: there is none that transformers can load.
+        InvalidModelError: its files are missing; of some families transformers then makes one that knows no text.
+    """
+    with explained(path, "has no tokenizer that transformers can load", NEEDED_FILES):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise UnsupportedModelError(f"{path} has no tokenizer that transformers can load: {error}") from error
+        known = tokenizer("text")["input_ids"]
+    if not known:
+        raise InvalidModelError(f"{path} has no tokenizer: its vocabulary is empty. {NEEDED_FILES}")
     return tokenizer  # type: ignore[no-any-return]
 
 
