@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,13 +241,32 @@ def _data(value: dict[str, Any]) -> str:
     return f"data: {text.translate(_LINE_ENDS)}\n\n"
 
 
+COMMENT_PERIOD_S = 5.0
+"""Time between two comment lines of a stream: some clients give up after 300 lines in a row without data."""
+
+
 async def server_sent_events(
-    streams: ChoiceStreams, answer: AnswerFormat, failed: Callable[[ApiError], None]
+    streams: ChoiceStreams,
+    answer: AnswerFormat,
+    failed: Callable[[ApiError], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[str]:
-    """The answer piece by piece. Comment lines tell of prefill (``: prefill 1024/6500``) and of waiting.
+    """The answer piece by piece. Comment lines tell of prefill (``: prefill 1024/6500``) and of waiting, one every
+    ``COMMENT_PERIOD_S`` at most. ``clock`` gives seconds that never go back.
 
     An error after the start can't change the status any more: it is sent as an event with an ``error`` object.
     """
+    comment_due_s = clock()
+
+    def comment(text: str) -> str:
+        """A comment line, or nothing if the last one was less than a period ago."""
+        nonlocal comment_due_s
+        now_s = clock()
+        if now_s < comment_due_s:
+            return ""
+        comment_due_s = now_s + COMMENT_PERIOD_S
+        return f": {text}\n\n"
+
     try:
         writers = _writers(streams, answer)
         for writer in writers:
@@ -254,7 +274,8 @@ async def server_sent_events(
                 yield _data(opening)
         async for index, event in streams.events():
             if event is None:
-                yield ": waiting\n\n"
+                if line := comment("waiting"):
+                    yield line
                 continue
             if event.view is not None:
                 yield _data(answer.view_chunk(index, event.view))
@@ -262,7 +283,8 @@ async def server_sent_events(
                 yield _data(chunk)
             if not event.token_ids and not event.text and event.finish_reason is None:
                 prompt_tokens = answer.prompt_tokens[index // streams.per_prompt]
-                yield f": prefill {event.prefill_tokens_done}/{prompt_tokens}\n\n"
+                if line := comment(f"prefill {event.prefill_tokens_done}/{prompt_tokens}"):
+                    yield line
         if answer.include_usage:
             yield _data(answer.usage_chunk(_total(writers, streams.per_prompt)))
         yield "data: [DONE]\n\n"

@@ -100,6 +100,8 @@ class Api:
         app.add_api_route("/ready", self.ready, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
         app.add_exception_handler(HTTPException, self._http_error)
+        for kind in CLIENT_LEFT:  # by themselves: what only the next handler takes is raised again, for the log
+            app.add_exception_handler(kind, self._client_left)
         app.add_exception_handler(Exception, self._unexpected)
         return app
 
@@ -280,9 +282,10 @@ class Api:
         said = from_http_status(error.status_code, http.method, http.url.path, str(error.detail))
         return self._error(said, error.headers)
 
+    async def _client_left(self, http: Request, error: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT_STATUS)  # it is not there to read it
+
     async def _unexpected(self, http: Request, error: Exception) -> Response:
-        if isinstance(error, CLIENT_LEFT):
-            return Response(status_code=CLIENT_LEFT_STATUS)  # nobody reads it
         logger.error("%s %s failed", http.method, http.url.path, exc_info=error)
         return self._error(from_exception(error))
 

@@ -126,7 +126,8 @@ def _ask(url: str, task: RetrievalTask, console: Console) -> Answer:
 
     answer = Answer()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800) as client:
+    direct = openai.DefaultHttpxClient(trust_env=False)  # the server is here, whatever proxy the environment names
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800, http_client=direct) as client:
         start = time.monotonic()
         with client.chat.completions.with_streaming_response.create(
             model=MODEL_NAME,

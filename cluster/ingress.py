@@ -29,7 +29,14 @@ from forecache.cluster.tiers import Tiers
 from forecache.indexer.selection import budget_chunks
 from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.messages import CacheOptions, ChannelRequest, EventBatch, GenerateRequest, RequestNews
+from forecache.workers.decode.messages import (
+    CacheOptions,
+    ChannelRequest,
+    EventBatch,
+    GenerateRequest,
+    Refused,
+    RequestNews,
+)
 from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import EngineDeadError
@@ -49,7 +56,6 @@ class ServeCall:
     async def __anext__(self) -> RequestNews | EventBatch:
         try:
             said: RequestNews | EventBatch = await self._response.__anext__()
-            return said
         except RayTaskError as error:
             # Ray hands over the worker's exception as a class of both kinds
             cause = getattr(error, "cause", error)
@@ -62,6 +68,9 @@ class ServeCall:
             raise WorkerLostError("the worker of this request died; send the request again") from error
         except DeploymentUnavailableError as error:
             raise WorkerLostError("no worker is running") from error
+        if isinstance(said, Refused):
+            raise said.error
+        return said
 
     def cancel(self) -> None:
         self._response.cancel()  # type: ignore[no-untyped-call]

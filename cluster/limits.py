@@ -4,6 +4,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MAX_HEAD_BYTES = 1 << 20
+"""More headers than this are refused before they are complete, whatever the setting."""
+
 
 class LimitsConfig(BaseModel):
     """Times in seconds, sizes in bytes."""
@@ -21,7 +24,14 @@ class LimitsConfig(BaseModel):
         8_000_000, ge=1, description="prompt tokens that may wait so; a prompt that finds nobody waiting is let in"
     )
     max_body_bytes: int = Field(64 << 20, ge=1024, description="longest body of a request")
-    max_header_bytes: int = Field(16 << 10, ge=1024, description="longest headers of a request, all together")
+    max_header_bytes: int = Field(
+        16 << 10, ge=1024, le=MAX_HEAD_BYTES, description="longest headers of a request, all together"
+    )
+    header_deadline_s: int = Field(
+        75,
+        ge=1,
+        description="longest time in which a client may send its headers, or keep a connection without a request",
+    )
     body_deadline_s: float = Field(60.0, gt=0, description="longest time in which a client may send its body")
     request_timeout_s: float | None = Field(
         None, gt=0, description="longest time of any request, whatever its own timeout_s; default: no limit"

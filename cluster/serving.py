@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from forecache.cluster import logs, preflight, tracing
+from forecache.cluster import http_server, logs, preflight, tracing
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
@@ -44,8 +44,16 @@ NAMESPACE = "forecache"
 POLL_S = 0.2
 ROUTING_STATS_PERIOD_S = 2.0
 
-TOKENS_BY_GRPC = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_USE_GRPC": "1"}}}
-"""Serve's HTTP proxies hear from the ingress by gRPC, as it hears from workers. Serve has no other switch for it."""
+NO_PROXIES = {"no_grpc_proxy": "localhost,0.0.0.0/0,::/0"}
+"""Environment of processes that Serve connects by gRPC. gRPC would take ``http_proxy`` of the environment for these
+connections too, where they hang; Ray's own leave it alone. Other clients, as for downloads, go on using it."""
+HTTP_PROXIES = {
+    **NO_PROXIES,
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{http_server.__name__}:{http_server.use_protocol.__name__}",
+}
+"""Environment of Serve's controller and its HTTP proxies, which hear from the ingress by gRPC, as it hears from
+workers, and read connections with our protocol. Serve has no other switch for either."""
 RAY_SYSTEM_CONFIG = {"task_events_report_interval_ms": 0, "worker_niceness": 0}
 """Of a Ray that we start. By default it keeps an account of its last 100,000 tasks, some 100 MB, for a dashboard that
 is not there, and its workers have a niceness of 15: anything else on the machine would come before the model."""
@@ -176,9 +184,11 @@ def _serve(config: ServeConfig) -> Iterator[None]:
     try:
         serve.start(
             proxy_location=ProxyLocation(config.proxy_location),
-            http_options=HTTPOptions(host=config.host, port=config.port),
+            http_options=HTTPOptions(
+                host=config.host, port=config.port, keep_alive_timeout_s=config.limits.header_deadline_s
+            ),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-            controller_options=TOKENS_BY_GRPC,
+            controller_options={"runtime_env": {"env_vars": HTTP_PROXIES}},
         )
     except (RayServeException, RuntimeError, ValueError, TimeoutError) as error:
         raise StartError(f"the HTTP server can't be started on {config.host}:{config.port}: {error}") from error
@@ -241,7 +251,12 @@ def application(
         name="DecodeWorker",
         num_replicas=config.workers,
         max_ongoing_requests=config.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 1, "num_gpus": settings.num_gpus, "resources": _near_memory(config)},
+        ray_actor_options={
+            "num_cpus": 1,
+            "num_gpus": settings.num_gpus,
+            "resources": _near_memory(config),
+            "runtime_env": {"env_vars": NO_PROXIES},
+        },
         request_router_config=_router(config, settings),
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
@@ -253,7 +268,11 @@ def application(
         # health, readiness and metrics must get through when every worker is full, and so must those to be refused
         max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
         # it holds the streams of all: on the one node that the cluster does not outlive
-        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {"node:__internal_head__": 0.001},
+            "runtime_env": {"env_vars": NO_PROXIES},
+        },
         graceful_shutdown_wait_loop_s=POLL_S,
         graceful_shutdown_timeout_s=config.stop_deadline_s,
         max_constructor_retry_count=1,

@@ -147,13 +147,14 @@ def serve_command() -> Command:
 
 @pytest.fixture(scope="module")
 def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers of the small model with more flags; they end with the module."""
+    """Starts servers of the small model with more flags, and more in their environment; they end with the module."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*flags: str) -> Server:
+    def start(*flags: str, environment: dict[str, str] | None = None) -> Server:
         arena_dir = tmp_path_factory.mktemp("arena")
         command = serve_command(byte_model, arena_dir, *flags)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        environ = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
         started.append(process)
         assert process.stdout is not None
         for line in process.stdout:

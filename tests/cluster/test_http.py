@@ -129,8 +129,9 @@ def test_a_stream_tells_of_its_prefill_in_comments(server: Any) -> None:
     with server.stream("/v1/chat/completions", body) as response:
         lines = [line for line in response.iter_lines() if line]
     assert response.headers["content-type"].startswith("text/event-stream")
-    done = [int(match[1]) for line in lines if (match := re.fullmatch(r": prefill (\d+)/(\d+)", line))]
-    assert done == sorted(done) and done[-1] == 3000 + len("<user><assistant>")
+    told = [match for line in lines if (match := re.fullmatch(r": prefill (\d+)/(\d+)", line))]
+    done = [int(match[1]) for match in told]
+    assert done and done == sorted(done) and {int(match[2]) for match in told} == {3000 + len("<user><assistant>")}
     assert lines[-1] == "data: [DONE]"
 
 

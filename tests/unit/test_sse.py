@@ -2,14 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
 from starlette.types import Message
 
-from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.answers import COMMENT_PERIOD_S, AnswerFormat, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
 from forecache.cluster.streams import EventStream, EventStreamResponse
@@ -64,9 +66,16 @@ def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: f
     return ChoiceStreams(lambda _: EventStream(source, silence_s=silence_s, observe=observe), 1, 1)
 
 
-async def sse(source: Script, answer: AnswerFormat, silence_s: float = 60) -> tuple[list[str], list[ApiError]]:
+def every_second(start_s: int = 1) -> Callable[[], float]:
+    """A clock that is a second further each time it is read."""
+    return map(float, count(start_s)).__next__
+
+
+async def sse(
+    source: Script, answer: AnswerFormat, silence_s: float = 60, clock: Callable[[], float] = time.monotonic
+) -> tuple[list[str], list[ApiError]]:
     errors: list[ApiError] = []
-    body = server_sent_events(stream_of(source, silence_s=silence_s), answer, errors.append)
+    body = server_sent_events(stream_of(source, silence_s=silence_s), answer, errors.append, clock)
     return [piece async for piece in body], errors
 
 
@@ -86,7 +95,7 @@ def test_collect() -> None:
 
 def test_stream() -> None:
     lines, errors = asyncio.run(sse(Script(*ANSWER), chat(include_usage=True)))
-    assert [line for line in lines if line.startswith(":")] == [": prefill 4/9\n\n", ": prefill 9/9\n\n"]
+    assert [line for line in lines if line.startswith(":")] == [": prefill 4/9\n\n"]
     events = data(lines)
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     assert deltas[0] == {"role": "assistant", "content": ""}
@@ -94,6 +103,28 @@ def test_stream() -> None:
     assert events[-2]["choices"][0]["finish_reason"] == "stop" and events[-2]["usage"] is None
     assert events[-1]["choices"] == [] and events[-1]["usage"]["prompt_tokens"] == 9
     assert lines[-1] == "data: [DONE]\n\n" and not errors
+
+
+def test_comments_come_every_few_seconds_at_most() -> None:
+    """Some clients stop at 300 lines in a row without data, a comment and its empty line each."""
+    steps = [event(prefilled=done) for done in range(1, 601)]
+    lines, _ = asyncio.run(sse(Script(*steps, event("a", "stop")), chat(), clock=every_second()))
+    comments = [line for line in lines if line.startswith(":")]
+    # the first at once, then one whenever five seconds have gone by since the last: 600 s of prefill
+    assert comments == [f": prefill {done}/9\n\n" for done in range(1, 601, int(COMMENT_PERIOD_S))]
+    assert 2 * len(comments) < 300
+
+
+def test_silences_of_several_choices_are_told_of_together() -> None:
+    """Each choice that is silent says so; the client reads one line for all."""
+
+    async def told() -> list[str]:
+        sources = [Script(0.5, event("a", "stop")) for _ in range(4)]
+        streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=0.01), 4, 1)
+        answer = replace(chat(), prompt_tokens=(9,) * 4)
+        return [piece async for piece in server_sent_events(streams, answer, print, clock=lambda: 1.0)]
+
+    assert asyncio.run(told()).count(": waiting\n\n") == 1
 
 
 def test_an_event_is_one_line_whatever_ends_lines() -> None:
@@ -247,10 +278,10 @@ def test_closing_after_the_end_cancels_nothing() -> None:
 @pytest.mark.parametrize(("prompts", "per_prompt"), [(1, 3), (2, 1), (2, 2)])
 def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> None:
     """Every choice says all of its own, and a prompt's others are opened with its first one's first token."""
-    count = prompts * per_prompt
+    choices = prompts * per_prompt
     opened: list[int] = []
     begun: list[int] = []
-    sources = [Script(event(prefilled=9), 0.01, event(f"a{i}"), 0.01, event(f"b{i}", "stop")) for i in range(count)]
+    sources = [Script(event(prefilled=9), 0.01, event(f"a{i}"), 0.01, event(f"b{i}", "stop")) for i in range(choices)]
 
     def open_stream(index: int) -> EventStream:
         assert index % per_prompt == 0 or index // per_prompt * per_prompt in begun
@@ -264,9 +295,9 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
 
     streams = ChoiceStreams(open_stream, prompts, per_prompt)
     whole = asyncio.run(collect(streams, chat()))
-    assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(count)]
-    assert sorted(opened) == list(range(count)) and not any(source.cancelled for source in sources)
-    assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * count
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(choices)]
+    assert sorted(opened) == list(range(choices)) and not any(source.cancelled for source in sources)
+    assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * choices
 
 
 def test_each_prompt_is_told_of_by_its_own_length() -> None:
@@ -275,7 +306,9 @@ def test_each_prompt_is_told_of_by_its_own_length() -> None:
     streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
 
     async def told() -> list[str]:
-        return [piece async for piece in server_sent_events(streams, replace(chat(), prompt_tokens=lengths), print)]
+        clock = map(float, count(step=10)).__next__  # no comment is left out
+        answer = replace(chat(), prompt_tokens=lengths)
+        return [piece async for piece in server_sent_events(streams, answer, print, clock)]
 
     lines = asyncio.run(told())
     assert {line for line in lines if line.startswith(":")} == {": prefill 9/9\n\n", ": prefill 4/4\n\n"}

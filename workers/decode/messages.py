@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from forecache.workers.errors import InvalidRequestError, OverloadedError
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Policy = Literal["lookahead", "recency", "random", "full"]
 
@@ -154,6 +156,13 @@ class Moved:
     """A request's further events come by this channel."""
 
     channel_id: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The worker does not take the request, for a reason that is no failure of the worker."""
+
+    error: InvalidRequestError | OverloadedError
 
 
 RequestNews = Accepted | Moved | TokenEvent

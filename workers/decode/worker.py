@@ -27,13 +27,26 @@ from forecache.workers.decode.channels import Channels
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.index_spec import ChosenScorer, choose_scorer, refuse_fallback
 from forecache.workers.decode.loader import model_name, resolve_model
-from forecache.workers.decode.messages import ChannelRequest, EventBatch, GenerateRequest, RequestNews, TokenEvent
+from forecache.workers.decode.messages import (
+    ChannelRequest,
+    EventBatch,
+    GenerateRequest,
+    Refused,
+    RequestNews,
+    TokenEvent,
+)
 from forecache.workers.decode.rates import Reporter
 from forecache.workers.decode.settings import WorkerSettings
 from forecache.workers.decode.stats import ScorerStats, WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.verify import verify_backbone
-from forecache.workers.errors import ArenaError, ChunkLostError, EngineDeadError
+from forecache.workers.errors import (
+    ArenaError,
+    ChunkLostError,
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
@@ -117,14 +130,18 @@ class DecodeWorker:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestNews]:
         """Events of one request, or that they go by a channel; it is cancelled when the caller stops listening.
 
-        Raises :class:`InvalidRequestError` or :class:`OverloadedError` before the first event.
+        A request that is not taken ends with :class:`Refused`, which is no exception: Serve would write that to the
+        log as a failure of this worker, with a traceback.
         """
-        async with (
-            aclosing(self._events(request)) as events,
-            aclosing(self._channels.carry(request.client_id, events)) as carried,
-        ):
-            async for news in carried:
-                yield news
+        try:
+            async with (
+                aclosing(self._events(request)) as events,
+                aclosing(self._channels.carry(request.client_id, events)) as carried,
+            ):
+                async for news in carried:
+                    yield news
+        except (InvalidRequestError, OverloadedError) as error:
+            yield Refused(error)
 
     async def channel(self, request: ChannelRequest) -> AsyncIterator[EventBatch]:
         """Events of all requests of a client, each step's together."""

@@ -1,0 +1,64 @@
+"""What a client does wrong is no failure of the server: nothing is raised for the web server to log."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import TaskCancelledError
+
+from forecache.cluster.admission import Admission
+from forecache.cluster.api import CLIENT_LEFT_STATUS, Api
+from forecache.cluster.ingress import ServeCall
+from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.metrics import Metrics
+from forecache.cluster.tenants import Tenants
+from forecache.workers.decode.messages import Accepted, Refused
+from forecache.workers.errors import InvalidRequestError, OverloadedError
+
+
+@pytest.mark.parametrize("gone", [{"type": "http.disconnect"}, TaskCancelledError()], ids=["disconnect", "cancelled"])
+def test_a_client_that_leaves_while_it_sends_is_no_error(gone: Any) -> None:
+    """By the web framework's word for it, or by Serve's: the application must not raise it again."""
+    parts: Any = None  # it leaves before they are needed
+    api = Api(parts, parts, Metrics("m"), Admission(LimitsConfig()), Tenants.load(None), parts)
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, gone]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        message = messages.pop(0)
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions"},
+        **{"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""},
+        **{"server": ("x", 80), "client": ("y", 1)},
+    }
+    asyncio.run(api.app()(scope, receive, send))
+    assert sent[0]["status"] == CLIENT_LEFT_STATUS
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("no such token", "logit_bias"), OverloadedError("full")])
+def test_what_a_worker_refuses_is_raised_at_the_client_of_its_call(
+    error: InvalidRequestError | OverloadedError,
+) -> None:
+    """At the worker it is a message, since Serve logs what is raised there as the worker's failure."""
+
+    async def said() -> Any:
+        yield Accepted("worker")
+        yield Refused(error)
+
+    async def read() -> None:
+        response: Any = said()
+        call = ServeCall(response)
+        assert await anext(call) == Accepted("worker")
+        with pytest.raises(type(error)) as raised:
+            await anext(call)
+        assert raised.value is error
+
+    asyncio.run(read())
