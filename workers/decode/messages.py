@@ -165,7 +165,7 @@ class Refused:
     error: InvalidRequestError | OverloadedError
 
 
-RequestNews = Accepted | Moved | TokenEvent
+RequestNews = Accepted | Moved | Refused | TokenEvent
 """What the call that brought a request says."""
 
 
