@@ -64,11 +64,11 @@ def store(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, offsets: Tensor, scal
         _scale(scale, kv)
 
 
-def checksums(memory: Tensor, slots: Tensor) -> None:
+def checksums(memory: Tensor, slots: Tensor, first_word: int) -> None:
     """Arguments of `slot_checksums`."""
     assert memory.dtype == torch.uint8 and memory.dim() == 2, f"memory is {memory.dtype}, {memory.dim()} axes"
-    assert memory.shape[1] % 256 == 0, f"rows of {memory.shape[1]} bytes are not whole multiples of 256"
-    assert memory.shape[1] < 1 << 33, "word numbers are 31 bits"
+    assert memory.shape[1] % 4 == 0, f"rows of {memory.shape[1]} bytes are not whole words"
+    assert first_word >= 0 and 4 * first_word + memory.shape[1] < 1 << 33, "word numbers are 31 bits"
     assert memory.stride(1) == 1 and memory.stride(0) % 16 == 0 and memory.data_ptr() % 16 == 0, (
         "rows start at 16 bytes"
     )

@@ -98,13 +98,13 @@ def gather_layer(
     return reference.gather_layer(kv, layer, slots, scale=scale, out=out, sums=sums, dtype=dtype)
 
 
-def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
+def slot_checksums(memory: Tensor, slots: Tensor, first_word: int = 0) -> Tensor:
     """See `reference.slot_checksums`. With CUDA ``slots``, ``memory`` may be pinned or registered host memory."""
     if slots.is_cuda:
         from forecache.kernels import slot_checksums as triton_kernel
 
-        return triton_kernel.slot_checksums(memory, slots)
-    return reference.slot_checksums(memory, slots)
+        return triton_kernel.slot_checksums(memory, slots, first_word)
+    return reference.slot_checksums(memory, slots, first_word)
 
 
 def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:

@@ -193,20 +193,22 @@ def gather_layer(
     return gathered[0], gathered[1]
 
 
-def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
+def slot_checksums(memory: Tensor, slots: Tensor, first_word: int = 0) -> Tensor:
     """Multilinear checksums of rows (Lemire and Kaser, arXiv 1202.4961, section 2, without the constant).
 
-    ``memory``: uint8 ``[slots, nbytes]``, ``nbytes`` a multiple of 256; ``slots``: int64 ``[n]``. Returns int64
+    ``memory``: uint8 ``[slots, nbytes]``, ``nbytes`` a multiple of 4; ``slots``: int64 ``[n]``. Returns int64
     ``[n]``: the sum of key(i) * w(i) modulo 2^64 over a row's little-endian unsigned 32-bit words, in two's complement.
-    Keys are odd: one changed bit, or one changed word, always changes the sum. Sums over parts of a row add up.
+    Keys are odd: one changed bit, or one changed word, always changes the sum. Sums over parts of a row add up:
+    ``memory`` may hold the part of longer rows that begins at their word ``first_word``.
     """
-    checks.checksums(memory, slots)
+    checks.checksums(memory, slots, first_word)
     words = memory.view(torch.int32)
     sums = torch.zeros(len(slots), dtype=torch.int64, device=slots.device)
     block = max(64, (1 << 22) // max(1, len(slots)))
     for first in range(0, words.shape[1], block):
         some = words[:, first : first + block].index_select(0, slots).long() & 0xFFFFFFFF
-        sums += (some * checksums.word_keys(torch.arange(first, first + some.shape[1], device=slots.device))).sum(1)
+        start = first_word + first
+        sums += (some * checksums.word_keys(torch.arange(start, start + some.shape[1], device=slots.device))).sum(1)
     return sums
 
 

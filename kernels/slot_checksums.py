@@ -44,13 +44,14 @@ def words_of(b_elements, BLOCK: tl.constexpr):
     return b_words
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_word"])
 def _checksum_kernel(
     memory,  # [slots, words] int32
     slots,  # [n]
     sums,  # [n] int64, zeros
     slot_stride,
     words,
+    first_word,
     PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -60,19 +61,19 @@ def _checksum_kernel(
     for start in tl.static_range(0, PIECE, BLOCK):
         o_word = tl.program_id(0) * PIECE + start + tl.arange(0, BLOCK)
         b_words = tl.load(p_row + o_word, mask=o_word < words, other=0).to(tl.uint32, bitcast=True)
-        b_sum += word_keys(o_word.to(tl.uint32)) * b_words.to(tl.uint64)
+        b_sum += word_keys((first_word + o_word).to(tl.uint32)) * b_words.to(tl.uint64)
     tl.atomic_add(sums + i_slot, tl.sum(b_sum, 0).to(tl.int64, bitcast=True), sem="relaxed")
 
 
-def slot_checksums(memory: Tensor, slots: Tensor) -> Tensor:
+def slot_checksums(memory: Tensor, slots: Tensor, first_word: int = 0) -> Tensor:
     """See `reference.slot_checksums`; the result is on the device of ``slots``."""
-    checks.checksums(memory, slots)
+    checks.checksums(memory, slots, first_word)
     as_words = memory.view(torch.int32)
     n, words = slots.shape[0], as_words.shape[1]
     sums = torch.zeros(n, dtype=torch.int64, device=slots.device)
     for first in range(0, n, 1 << 15):  # a grid's second axis ends at 65,535
         some = slots[first : first + (1 << 15)]
         _checksum_kernel[(triton.cdiv(words, _PIECE_WORDS), some.shape[0])](
-            as_words, some, sums[first:], as_words.stride(0), words, PIECE=_PIECE_WORDS, BLOCK=_BLOCK_WORDS
+            as_words, some, sums[first:], as_words.stride(0), words, first_word, PIECE=_PIECE_WORDS, BLOCK=_BLOCK_WORDS
         )
     return sums

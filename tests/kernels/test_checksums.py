@@ -86,6 +86,17 @@ def test_sums_of_parts_add_up(kernels: Any, device: torch.device) -> None:
     assert whole == sum(parts)
 
 
+def test_sums_of_parts_of_rows_add_up(kernels: Any, device: torch.device, poisoned: Poison) -> None:
+    """Parts that were copied out of longer rows, each with the word that it begins at."""
+    memory, slots = random_bytes(3, 1536), torch.tensor([2, 0])
+    total = torch.zeros(2, dtype=torch.int64, device=device)
+    for start, stop in ((0, 512), (512, 640), (640, 1536)):
+        part = memory[slots, start:stop].contiguous().to(device)
+        with poisoned():
+            total += kernels.slot_checksums(part, torch.arange(2, device=device), start // 4)
+    assert total.tolist() == expected_sums(memory, slots)
+
+
 def test_sums_of_no_rows(kernels: Any, device: torch.device) -> None:
     sums = kernels.slot_checksums(random_bytes(3, 256).to(device), torch.empty(0, dtype=torch.int64, device=device))
     assert sums.shape == (0,) and sums.dtype == torch.int64

@@ -8,11 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from forecache.workers.decode.cold_reads import ColdReads
 from forecache.workers.decode.dsv4_queries import EntryProbe
 from forecache.workers.decode.dsv4_shape import DeepseekV4Shape
 from forecache.workers.decode.dsv4_state import PAGE_ENTRIES, Line, SequenceStates
 from forecache.workers.decode.dsv4_step import Places, StreamPast, V4Rows, V4Stream
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.decode.sequence import Chunk, Sequence
 from forecache.workers.decode.step import StreamPart
 from forecache.workers.memory.hot_pool import HotPool
 
@@ -144,7 +145,7 @@ class StepLayout:
     def past(self, seq: Sequence, stop: int) -> StreamPast:
         """Where the chunks of ``seq`` are now, up to the one of token ``stop - 1``."""
         hot: list[tuple[int, int]] = []
-        cold: list[tuple[int, int]] = []
+        cold: list[Chunk] = []
         for chunk in seq.chunks:
             slot = seq.resident.get(chunk.number)
             if slot is None:
@@ -153,11 +154,17 @@ class StepLayout:
                 hot.append((slot, chunk.number))
             else:
                 assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
-                cold.append((chunk.ref.slot, chunk.number))
+                cold.append(chunk)
         opened = range(len(seq.chunks), -(-stop // self._chunk_tokens))
         hot_columns = put(np.array(hot, dtype=np.int64).reshape(-1, 2).T, self._device)
-        cold_columns = torch.from_numpy(np.array(cold, dtype=np.int64).reshape(-1, 2).T.copy())
+        sums = None
+        if cold and self._device.type == "cuda":
+            sums = torch.zeros(len(cold), dtype=torch.int64, device=self._device)
+        reads = ColdReads.of(seq.request_id, cold, sums)
         return StreamPast(
-            hot_columns[0], hot_columns[1], cold_columns[0], cold_columns[1],
+            hot_columns[0], hot_columns[1],
+            torch.tensor([ref.slot for ref in reads.refs], dtype=torch.int64),
+            torch.tensor(reads.numbers, dtype=torch.int64),
             put([seq.open_slots[n] for n in opened], self._device),
+            reads,
         )  # fmt: skip

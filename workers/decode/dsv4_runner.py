@@ -58,6 +58,7 @@ class DeepseekV4Runner:
         self._chunk_tokens = backbone.layout.chunk_tokens
         self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
         self._hot, self._cold = _views(backbone.layout, pool.memory), {}
+        self._arena = arena
         if arena is not None:
             self._cold = _views(backbone.layout, arena.chunks)
         self._states = SequenceStates(backbone.v4, max_rows, backbone.dtype, backbone.device)
@@ -90,6 +91,7 @@ class DeepseekV4Runner:
             told, streams = run_model(self._model, batch), batch.streams
         scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
         for stream in streams:
+            stream.past.read_to_verify(self._cold.get("hca"))
             stream.commit()
         self._keep_snapshots(plan, streams)
         positions = [seq.num_computed + tokens for seq, tokens in zip(sampled, _tokens(plan, sampled), strict=True)]
@@ -106,7 +108,10 @@ class DeepseekV4Runner:
             if stream.probe is not None
         }
         logprobs = logprobs_of(logits, tokens, sampled)
-        return RunningStep(sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, (), None)
+        cold = [stream.past.reads for stream in streams]
+        return RunningStep(
+            sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, cold, self._arena
+        )
 
     @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from forecache.kernels import ops
+from forecache.workers.decode.cold_reads import ColdReads
 from forecache.workers.decode.dsv4_queries import EntryProbe
 from forecache.workers.decode.dsv4_state import SequenceStates, pack
 from forecache.workers.decode.hidden_history import HiddenRows
@@ -48,13 +50,15 @@ class V4Rows:
 @dataclass
 class StreamPast:
     """Full chunks before a stream's tokens, ``hot`` ones in the pool, ``cold`` ones where they lie in the arena: slots
-    and chunk numbers, int64 [n] each; and the slots of the chunks that are being filled."""
+    and chunk numbers, int64 [n] each; and the slots of the chunks that are being filled. ``reads``: the cold ones, with
+    the checksums, on a GPU, of what was copied there."""
 
     hot_slots: Tensor
     hot_chunks: Tensor
     cold_slots: Tensor
     cold_chunks: Tensor
     open_slots: Tensor
+    reads: ColdReads
 
     def gather(self, hot: Tensor, cold: Tensor | None, number: int | slice) -> Tensor:
         """Entries of layer ``number`` of a field, in order: [entries, dim], those of the chunks that are being filled
@@ -65,9 +69,23 @@ class StreamPast:
         found[self.hot_chunks] = hot[self.hot_slots, number]
         if len(self.cold_chunks):
             assert cold is not None, "chunks are cold but there is no arena"
-            found[self.cold_chunks.to(found.device)] = cold[self.cold_slots, number].to(found.device)
+            found[self.cold_chunks.to(found.device)] = self._read(cold, number, found.device)
         found[full:] = hot[self.open_slots, number]
         return found.flatten(0, 1) if found.dim() == 3 else found.transpose(0, 1).flatten(1, 2)
+
+    def read_to_verify(self, cold: Tensor | None) -> None:
+        """Read a field of the cold chunks that the layers do not read: only of a whole chunk the checksum is known."""
+        if cold is not None and self.reads.sums is not None and len(self.cold_chunks):
+            self._read(cold, slice(None), self.reads.sums.device)
+
+    def _read(self, cold: Tensor, number: int | slice, device: torch.device) -> Tensor:
+        """Entries of layer ``number`` of all cold chunks, or of several, on ``device``."""
+        part = cold[self.cold_slots, number].to(device)
+        if self.reads.sums is not None:
+            rows = part.flatten(1).view(torch.uint8)
+            first = cold[:, number].storage_offset() * cold.element_size() // 4
+            self.reads.sums.add_(ops.slot_checksums(rows, torch.arange(len(rows), device=device), first))
+        return part
 
 
 @dataclass

@@ -123,7 +123,7 @@ class ModelRunner(Stateless):
             plan.captures,
             captured,
             probes,
-            pasts,
+            [past.cold for past in pasts],
             self._arena,
         )
 

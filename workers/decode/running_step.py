@@ -5,12 +5,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from forecache.indexer.protocol import StepState
+from forecache.workers.decode.cold_reads import ColdReads
 from forecache.workers.decode.logits import Logprobs
 from forecache.workers.decode.past import Segment, Store
 from forecache.workers.decode.prompt_logprobs import Scored
@@ -23,16 +22,11 @@ from forecache.workers.memory.hot_pool import HotPool
 
 @dataclass(frozen=True)
 class ArenaPast:
-    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, and
-    those on other nodes.
+    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, which
+    are ``cold``, and those on other nodes."""
 
-    On a GPU ``sums`` (int64 [cold chunks]) gathers the checksum of each ``cold`` chunk while it is read.
-    """
-
-    request_id: str
     segments: tuple[Segment, ...]
-    cold: tuple[Chunk, ...]
-    sums: Tensor | None
+    cold: ColdReads
 
     @classmethod
     def of(
@@ -73,20 +67,7 @@ class ArenaPast:
             places = [(-1, chunk.number) for chunk in elsewhere]
             remote = far.chunks(seq, tuple(chunk.key for chunk in elsewhere))
             segments.append(Segment(hot, *_columns(places, device), remote=remote))
-        return cls(seq.request_id, tuple(segments), tuple(in_arena), sums)
-
-    def damaged(self, sums: npt.NDArray[np.int64] | None, arena: Arena | None) -> list[int]:
-        """Numbers of the chunks whose bytes, as read, were not those that were sealed.
-
-        Without ``sums`` their holder has checked them when it found them.
-        """
-        if sums is None or arena is None:
-            return []
-        refs = [chunk.ref for chunk in self.cold if chunk.ref is not None]
-        sealed = arena.device_checksums(refs)
-        wrong = np.flatnonzero(sealed != sums.view(np.uint64))
-        # a chunk that was written without a GPU has no such checksum
-        return [self.cold[i].number for i in wrong.tolist() if sealed[i] or not arena.check(refs[i], self.cold[i].key)]
+        return cls(tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
 
 
 def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -147,20 +128,20 @@ class RunningStep:
         captures: Seq[Capture],
         captured: Seq[CapturedTensors],
         probes: Mapping[str, Probe],
-        pasts: Seq[ArenaPast],
+        cold: Seq[ColdReads],
         arena: Arena | None,
     ) -> None:
         self.logits = logits
         self._sampled = [(seq, seq.restarts) for seq in sampled]
         self._captures = tuple(captures)
-        self._pasts = tuple(pasts)
+        self._cold = tuple(cold)
         self._arena = arena
         self._tokens, self._best = _to_host(tokens), _to_host(best)
         self._logprobs = None if logprobs is None else logprobs.mapped(_to_host)
         self._scored = [replace(one, told=_to_host(one.told), tokens=_to_host(one.tokens)) for one in scored]
         self._captured = [tensors.to_host() for tensors in captured]
         self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
-        self._sums = [None if past.sums is None else _to_host(past.sums) for past in pasts]
+        self._sums = [None if reads.sums is None else _to_host(reads.sums) for reads in cold]
         self._done: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -183,10 +164,10 @@ class RunningStep:
         )
         masses = {request_id: mass.numpy() for request_id, mass in self._masses.items()}
         damaged = {}
-        for past, sums in zip(self._pasts, self._sums, strict=True):
-            numbers = past.damaged(None if sums is None else sums.numpy(), self._arena)
+        for reads, sums in zip(self._cold, self._sums, strict=True):
+            numbers = reads.damaged(None if sums is None else sums.numpy(), self._arena)
             if numbers:
-                damaged[past.request_id] = numbers
+                damaged[reads.request_id] = numbers
         return StepOutput(sampled, captured, masses, damaged, tuple(self._scored))
 
 

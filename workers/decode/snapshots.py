@@ -56,19 +56,18 @@ class Snapshots:
             return
         snapshot = self.layout.load(self._arena, seq.chunks[-1].key, state)
         damaged = [] if snapshot is not None else [*zip(self.layout.keys(seq.chunks[-1].key), state, strict=True)]
-        # where copies check bytes only as they read them, what is read here must be checked here
-        damaged += [(chunk.key, chunk.ref) for chunk in seq.chunks if chunk.ref is not None and self._unsound(chunk)]
-        if snapshot is not None and not damaged:
+        if snapshot is not None:
             self._runner.resume(seq, snapshot)
+        # after what is read of them: before, a place could still be given away
+        cold = [chunk for chunk in seq.chunks if chunk.ref is not None]
+        damaged += [(chunk.key, chunk.ref) for chunk in cold if not self._arena.check(chunk.ref, chunk.key)]
+        if not damaged:
             return
+        self._runner.forget(seq)
         logger.warning("%s can't go on from what is stored: %d pieces are damaged", seq.request_id, len(damaged))
         for key, ref in damaged:
             self._prefetcher.drop(key, ref)
         seq.drop_chunks()
-
-    def _unsound(self, chunk: Chunk) -> bool:
-        assert chunk.ref is not None
-        return self._prefetcher.checks_late and not self._arena.check(chunk.ref, chunk.key)
 
     def _store(self, seq: Sequence, chunk: Chunk) -> list[ChunkKey]:
         """Store the state of ``seq`` behind ``chunk``, if the runner has it; under which keys."""

@@ -280,9 +280,12 @@ class Locator:
             refs = places.hold_prefix(holder, keys)
         except ChunkLostError:
             return []  # a memory tier that is gone has no prefix; the prompt is prefilled
-        sound = self._copies.sound_prefix(keys, refs)
-        if sound < len(refs):
-            drop(self._memory, keys[sound], refs[sound])
+        sound = damaged = self._copies.sound_prefix(keys, refs)
+        while damaged < len(refs):
+            # all of them, not the first alone: what is computed instead of the others would give way to them
+            drop(self._memory, keys[damaged], refs[damaged])
+            damaged += 1
+            damaged += self._copies.sound_prefix(keys[damaged:], refs[damaged:])
         return refs[:sound]
 
 

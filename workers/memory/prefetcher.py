@@ -26,6 +26,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.locator import Behind, Locator, drop, record_session, release
 from forecache.workers.memory.protocol import ColdMemory, Reservation, SlotRef
+from forecache.workers.memory.reserving import reserve_sound
 from forecache.workers.memory.states import StateLayout
 
 BATCH_BYTES = 64 << 20
@@ -76,8 +77,6 @@ class Prefetcher:
         self._cold = cold or pool.layout
         make = CudaCopies if pool.memory.is_cuda else CpuCopies
         self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
-        self.checks_late = pool.memory.is_cuda
-        """Whether bytes of a prefix that was found are checked only when they are recalled."""
         self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
         self._tickets = itertools.count()
         # what somebody waits for, and what only has to be done some time; each in the order it was posted
@@ -286,7 +285,8 @@ class Prefetcher:
         if self._far is not None and self._far.defer(holder, lambda: self._post_first(jobs)):
             return  # of those before it some are on their way to other nodes
         try:
-            places = self._memory.reserve(holder, [job.key for job in jobs])
+            keys = [job.key for job in jobs]
+            places = reserve_sound(self._memory, lambda keys: self._memory.reserve(holder, keys), keys)
             news = self._store(jobs, places)
         except OverloadedError as error:
             self._no_room(jobs, error)

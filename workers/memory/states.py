@@ -16,6 +16,7 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.copies import Mark
 from forecache.workers.memory.keys import ChunkKey, child_key
 from forecache.workers.memory.protocol import ColdMemory, HoldsChunks, SlotRef
+from forecache.workers.memory.reserving import reserve_sound
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class StateLayout:
         padded[: len(snapshot)] = snapshot.cpu()
         try:
             written = []
-            for key, place, piece in zip(keys, memory.reserve(holder, keys), padded.chunk(self.pieces), strict=True):
+            places = reserve_sound(memory, lambda keys: memory.reserve(holder, keys), keys)
+            for key, place, piece in zip(keys, places, padded.chunk(self.pieces), strict=True):
                 if not place.stored:
                     arena.put(place.ref, key, piece.numpy(), no_record)
                     written.append((key, place.ref))

@@ -3,9 +3,10 @@
 import uuid
 from collections.abc import Sequence
 
-from forecache.workers.errors import OverloadedError
+from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.reserving import reserve_sound
 from forecache.workers.memory.store import ArenaStore
 
 
@@ -48,8 +49,8 @@ def take_in(
             if copied_only and store.room <= keep_room and store.stored([key]) == [False]:
                 break
             try:
-                [place] = store.reserve(name, [key], copied_only=copied_only)
-            except OverloadedError:
+                [place] = reserve_sound(store, lambda keys: store.reserve(name, keys, copied_only=copied_only), [key])
+            except (ChunkLostError, OverloadedError):
                 break
             if not place.stored:
                 store.arena.write(place.ref, batch, row)
