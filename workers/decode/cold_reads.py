@@ -50,11 +50,11 @@ class ColdReads:
         if not self.refs:
             return []
         assert arena is not None, "something was read of an arena that there is not"
-        sealed = arena.sealed(self.refs, self.keys)
-        expected = np.zeros(len(self.refs), np.uint64) if sums is None else arena.device_checksums(self.refs)
-        sound = sealed & (expected != 0)
-        if sums is not None:
-            sound &= expected == sums.view(np.uint64)
-        for number in np.flatnonzero(sealed & (expected == 0)).tolist():
-            sound[number] = arena.check(self.refs[number], self.keys[number])
+        if sums is None:
+            sound = np.array([arena.check(ref, key) for ref, key in zip(self.refs, self.keys, strict=True)], np.bool_)
+        else:
+            sealed, expected = arena.sealed_device_checksums(self.refs, self.keys)
+            sound = sealed & (expected == sums.view(np.uint64))
+            for number in np.flatnonzero(sealed & (expected == 0)).tolist():
+                sound[number] = arena.check(self.refs[number], self.keys[number])
         return [self.numbers[number] for number in np.flatnonzero(~sound).tolist()]

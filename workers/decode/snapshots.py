@@ -59,8 +59,8 @@ class Snapshots:
         if snapshot is not None:
             self._runner.resume(seq, snapshot)
         # after what is read of them: before, a place could still be given away
-        cold = [chunk for chunk in seq.chunks if chunk.ref is not None]
-        damaged += [(chunk.key, chunk.ref) for chunk in cold if not self._arena.check(chunk.ref, chunk.key)]
+        cold = [(chunk.key, chunk.ref) for chunk in seq.chunks if chunk.ref is not None]
+        damaged += [(key, ref) for key, ref in cold if not self._arena.check(ref, key)]
         if not damaged:
             return
         self._runner.forget(seq)
