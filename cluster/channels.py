@@ -12,7 +12,15 @@ from contextvars import Context
 from typing import Protocol
 
 from forecache.cluster.errors import WorkerLostError
-from forecache.workers.decode.messages import Accepted, ChannelRequest, EventBatch, Moved, RequestNews, TokenEvent
+from forecache.workers.decode.messages import (
+    SIGN_OF_LIFE_S,
+    Accepted,
+    ChannelRequest,
+    EventBatch,
+    Moved,
+    RequestNews,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +31,11 @@ WORTH_A_CHANNEL = 2
 class Call(Protocol):
     """A streaming call of a worker: raises :class:`WorkerLostError`, or what the worker raised. ``cancel`` may be said
     at any time and never waits."""
+
+    @property
+    def assigned(self) -> bool:
+        """Whether a worker has it. Before that it waits for one with a place for it, or for one to start."""
+        ...
 
     def __aiter__(self) -> AsyncIterator[RequestNews | EventBatch]: ...
 
@@ -142,6 +155,8 @@ class ChanneledStream:
         self._worker_id: str | None = None
         self._mailbox = channels.expect(request_id)
         self._rest: asyncio.Task[None] | None = None
+        self._opening: asyncio.Future[RequestNews | EventBatch] | None = None
+        self._begun = False
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -151,6 +166,8 @@ class ChanneledStream:
             event = await (self._from_call() if self._rest is None else self._mailbox.get())
         except BaseException:
             self._leave()
+            if self._opening is not None:
+                self._opening.cancel()
             raise
         if event.finish_reason is not None:
             self._leave()
@@ -162,7 +179,7 @@ class ChanneledStream:
 
     async def _from_call(self) -> TokenEvent:
         while True:
-            news = await anext(self._call)
+            news = await (anext(self._call) if self._begun else self._first())
             if isinstance(news, TokenEvent):
                 return news
             if isinstance(news, Accepted):
@@ -173,6 +190,18 @@ class ChanneledStream:
                 self._rest = asyncio.get_running_loop().create_task(self._to_the_end())
                 self._rest.add_done_callback(self._over)
                 return await self._mailbox.get()
+
+    async def _first(self) -> RequestNews | EventBatch:
+        """What comes first by the call. While no worker has the request: that it waits, from time to time."""
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(anext(self._call))
+            self._opening.add_done_callback(_forget)
+        while not self._opening.done():
+            await asyncio.wait({self._opening}, timeout=SIGN_OF_LIFE_S)
+            if not self._opening.done() and not self._call.assigned:
+                return TokenEvent(self._request_id, (), "", waiting=True)
+        self._begun = True
+        return self._opening.result()
 
     async def _to_the_end(self) -> None:
         async for news in self._call:
@@ -187,6 +216,12 @@ class ChanneledStream:
         if self._rest is not None:
             self._rest.cancel()
         self._channels.leave(self._request_id, self._worker_id)
+
+
+def _forget(opening: "asyncio.Future[RequestNews | EventBatch]") -> None:
+    """What a call that was given up says in the end is of no use."""
+    if not opening.cancelled():
+        opening.exception()
 
 
 def _lost() -> WorkerLostError:

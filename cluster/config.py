@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -23,6 +23,7 @@ from forecache.cluster.sizes import parse_bytes
 from forecache.cluster.telemetry_config import TelemetryConfig
 from forecache.indexer.config import IndexerConfig, SelectionConfig
 from forecache.workers.decode.config import EngineConfig
+from forecache.workers.decode.messages import SIGN_OF_LIFE_S
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.config import MemoryConfig
 
@@ -70,6 +71,17 @@ class ServeConfig(BaseModel):
     max_ongoing_requests: int = Field(256, ge=1, description="requests one worker accepts, running and waiting")
     start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")
     stop_deadline_s: float = Field(20.0, gt=0, description="longest wait for running requests and actors at the end")
+
+    @model_validator(mode="after")
+    def _signs_of_life(self) -> Self:
+        """A request that waits says so every ``SIGN_OF_LIFE_S``: it must not be taken for silent in between."""
+        least_s = 3 * SIGN_OF_LIFE_S
+        if self.resume.token_deadline_s < least_s:
+            raise ValueError(
+                f"--token-deadline-s must be at least {least_s:g}: workers tell every {SIGN_OF_LIFE_S:g} s of requests "
+                "that wait"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

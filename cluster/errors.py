@@ -66,6 +66,10 @@ class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
 
+class WorkerSilentError(WorkerLostError):
+    """The worker of a request says nothing about it, or knows that it does not get on."""
+
+
 @dataclass(frozen=True)
 class ApiError:
     """An HTTP status and the four fields of ``{"error": {…}}``."""

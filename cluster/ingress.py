@@ -16,7 +16,7 @@ from forecache.cluster.admission import Admission
 from forecache.cluster.api import Api
 from forecache.cluster.channels import ChanneledStream, Channels
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.errors import WorkerLostError
+from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.cluster.metrics import Metrics
 from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
@@ -39,7 +39,7 @@ from forecache.workers.decode.messages import (
 )
 from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.errors import EngineDeadError
+from forecache.workers.errors import EngineDeadError, EngineHungError
 
 STATS_DEADLINE_S = 5.0
 
@@ -60,10 +60,10 @@ class ServeCall:
             # Ray hands over the worker's exception as a class of both kinds
             cause = getattr(error, "cause", error)
             if isinstance(cause, EngineDeadError):
-                raise WorkerLostError(f"the worker of this request failed: {cause}") from error
+                raise _lost(cause) from error
             raise cause from None
         except EngineDeadError as error:
-            raise WorkerLostError(f"the worker of this request failed: {error}") from error
+            raise _lost(error) from error
         except (RayActorError, TaskCancelledError, grpc.aio.AioRpcError) as error:
             raise WorkerLostError("the worker of this request died; send the request again") from error
         except DeploymentUnavailableError as error:
@@ -72,8 +72,18 @@ class ServeCall:
             raise said.error
         return said
 
+    @property
+    def assigned(self) -> bool:
+        """Whether Serve has found a worker with a place for it."""
+        return bool(self._response._replica_result_future.done())
+
     def cancel(self) -> None:
         self._response.cancel()  # type: ignore[no-untyped-call]
+
+
+def _lost(error: EngineDeadError) -> WorkerLostError:
+    kind = WorkerSilentError if isinstance(error, EngineHungError) else WorkerLostError
+    return kind(f"the worker of this request failed: {error}")
 
 
 class ServeWorkers:

@@ -23,6 +23,7 @@ from forecache.cluster.first_token import (
     order,
     slot_wait_s,
 )
+from forecache.cluster.resume import first_try_id
 from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
 from forecache.workers.decode.rates import WorkerReport
 from forecache.workers.decode.settings import actor_name
@@ -36,6 +37,8 @@ Asked = TypeVar("Asked", ChannelRequest, GenerateRequest)
 
 CATALOG_RETRY_S = 5.0
 MOST_CHOICES = 10_000
+MOST_TRIED = 10_000
+"""Requests of which it is kept which workers had them: of those that are under way, with all that may wait."""
 
 
 class PrefixMemory:
@@ -101,6 +104,7 @@ class PrefixAffinityRouter(RequestRouter):
         self._backlogs: defaultdict[str, Backlog] = defaultdict(Backlog)
         self._loads: defaultdict[str, Load] = defaultdict(Load)
         self._choices: OrderedDict[str, _Choice] = OrderedDict()
+        self._tried: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -132,7 +136,9 @@ class PrefixAffinityRouter(RequestRouter):
                 slot_wait_s(loads[name], reports[name], rates[name]),
             )
             prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
-        best, *others = order(prices, loads, self._imbalance)
+        # one that has lost it, or hangs with it, has the least to do: it would get it again and again
+        tried = self._tried.get(first_try_id(request.request_id), ())
+        best, *others = sorted(order(prices, loads, self._imbalance), key=lambda name: name in tried)
         self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
         self._loads[best].chosen(now_s)
         self._choices[request.request_id] = _Choice(best, now_s, prices[best].prefill_tokens, keys)
@@ -145,6 +151,8 @@ class PrefixAffinityRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A worker has accepted: mostly the one that was chosen."""
         request, worker = _argument(pending_request, GenerateRequest), _name(replica_id)
+        if request is not None:
+            self._note_tried(first_try_id(request.request_id), worker)
         choice = None if request is None else self._choices.pop(request.request_id, None)
         if choice is None:
             return
@@ -154,6 +162,12 @@ class PrefixAffinityRouter(RequestRouter):
             rates = known.get(worker, Rates())
             self._backlogs[worker].add(choice.prefill_tokens, time.monotonic(), rates)
         self._memory.record(choice.keys, worker)
+
+    def _note_tried(self, request_id: str, worker: str) -> None:
+        """``worker`` has the request: where it goes on later, that is the last to be chosen."""
+        self._tried[request_id] = (*self._tried.pop(request_id, ()), worker)
+        while len(self._tried) > MOST_TRIED:
+            self._tried.popitem(last=False)
 
     def _take_back(self, choice: _Choice) -> None:
         """The worker that was chosen was not sent the request."""

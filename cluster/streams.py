@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.errors import ForecacheError, OverloadedError
+from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
 
 
 class TokenStream(Protocol):
@@ -80,6 +80,8 @@ class EventStream:
             self._observe(event)
         if event.overloaded:
             raise OverloadedError(event.error or "no room")
+        if event.chunks_lost:
+            raise ChunkLostError(event.error or "stored chunks of the request were lost")
         if event.finish_reason == "error":
             raise ForecacheError(event.error or "the worker failed without saying why")
         if event.finish_reason == "cancelled":

@@ -43,3 +43,7 @@ class CatalogUnavailableError(ForecacheError):
 
 class EngineDeadError(ForecacheError):
     """The engine's thread ended on an error; the process should be replaced."""
+
+
+class EngineHungError(EngineDeadError):
+    """The engine's thread does not get on, though there is work; the process should be replaced."""

@@ -91,6 +91,10 @@ class Call:
             raise news
         return news
 
+    @property
+    def assigned(self) -> bool:
+        return True
+
     def cancel(self) -> None:
         self._task.cancel()
 

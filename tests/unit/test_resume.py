@@ -247,15 +247,6 @@ END = TokenEvent("r", (2,), "b", "length", position=1)
 FULL = TokenEvent("r", (), "", "error", error="no room", overloaded=True)
 
 
-def test_the_next_worker_may_let_an_answer_wait_for_its_turn() -> None:
-    """Silence counts from a worker's first word on."""
-    config = ResumeConfig(token_deadline_s=0.05, resume_attempts=1)
-    assert tokens_through(Told(*BEGINNING), Told(0.2, END), config=config) == [1, 2]
-    prefill = TokenEvent("r", (), "", prefill_tokens_done=1)
-    with pytest.raises(WorkerLostError, match=r"no token came for 0\.05 s"):
-        tokens_through(Told(*BEGINNING), Told(prefill, 3600.0), config=config)
-
-
 def test_a_next_worker_without_room_is_not_the_end() -> None:
     config = ResumeConfig(resume_attempts=2)
     assert tokens_through(Told(*BEGINNING), Told(FULL), Told(END), config=config) == [1, 2]

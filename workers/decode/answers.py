@@ -23,6 +23,7 @@ class News:
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     overloaded: bool = False
+    chunks_lost: bool = False
 
 
 NOTHING_NEW = News()
@@ -93,6 +94,11 @@ class Answers:
             view=self._view(seq),
         )
 
+    def waiting(self, seq: Sequence) -> TokenEvent:
+        """``seq`` waits for its turn."""
+        done, told = min(seq.num_computed, seq.prompt_len), len(seq.output_ids)
+        return TokenEvent(seq.request_id, (), "", prefill_tokens_done=done, position=told, waiting=True)
+
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
         self.forget(seq)
@@ -107,6 +113,7 @@ class Answers:
             news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
+            chunks_lost=news.chunks_lost,
             prompt_logprobs=_prompt_logprobs(seq, news),
             view=self._view(seq),
         )

@@ -13,11 +13,12 @@ from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
-from forecache.workers.errors import EngineDeadError, ForecacheError, InvalidRequestError
+from forecache.workers.errors import EngineDeadError, EngineHungError, ForecacheError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
+JOIN_CHECK_S = 1.0
 
 
 class AsyncEngine:
@@ -91,20 +92,38 @@ class AsyncEngine:
         return not self._ended
 
     def check_health(self) -> None:
-        """Raise :class:`EngineDeadError` when the engine's thread has ended."""
+        """Raise :class:`EngineDeadError` when the engine's thread has ended, or :class:`EngineHungError` when it does
+        not get on, though there is work. Then all requests end with that error: others may serve them."""
+        if self.alive and self._hung():
+            silent_s, deadline_s = self._engine.pulse.silent_s, self._engine.config.step_deadline_s
+            self._failure = EngineHungError(
+                f"the engine hangs: with requests in hand, nothing was done for {silent_s:.0f} s, and a layer, step or "
+                f"copy may take {deadline_s:g} s (--step-deadline-s)"
+            )
+            logger.error("%s", self._failure)
+            self._end()
         if not self.alive:
             raise self._dead()
 
+    def _hung(self) -> bool:
+        return self._engine.pulse.silent_s > self._engine.config.step_deadline_s
+
     def _dead(self) -> EngineDeadError:
+        if isinstance(self._failure, EngineHungError):
+            return EngineHungError(str(self._failure))
         error = EngineDeadError(f"the engine has stopped: {self._failure or 'closed'}")
         error.__cause__ = self._failure
         return error
 
     def close(self) -> None:
-        """Cancel what runs and end the thread."""
+        """Cancel what runs and end the thread; one that hangs is left behind, and ends with the process."""
         self._closing = True
         self._engine.wake()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(JOIN_CHECK_S)
+            if self._hung():
+                logger.error("the engine's thread hangs and was not waited for")
+                return
 
     async def _post(self, request: GenerateRequest, accepted: Future[None]) -> None:
         arrived_s, matcher = time.perf_counter(), None
@@ -119,7 +138,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             os.nice(self._niceness)  # on Linux, of this thread alone
-            while not self._closing:
+            self._engine.pulse.beat()
+            while not (self._closing or self._ended):
                 while self._inbox:
                     self._accept(*self._inbox.popleft())
                 while self._checks:
@@ -127,11 +147,13 @@ class AsyncEngine:
                 if events := self._engine.step():
                     self._tell(self._deliver, events)
                 if self._engine.idle and not self._inbox and not self._closing:
+                    self._engine.pulse.rest()
                     self._engine.wait_for_work(IDLE_WAIT_S)
+                    self._engine.pulse.beat()
             self._engine.close()
         except BaseException as error:
             logger.exception("the engine stopped")
-            self._failure = error
+            self._failure = self._failure or error
         finally:
             self._end()
 

@@ -66,6 +66,14 @@ class EngineConfig(BaseModel):
     overlap_steps: bool | None = Field(
         None, description="launch a step before the last one's tokens are read; default: on a GPU"
     )
+    max_restarts: int = Field(
+        8, ge=0, description="times that a request starts over since stored chunks of it were lost; then it fails"
+    )
+    step_deadline_s: float = Field(
+        120.0,
+        gt=0,
+        description="longest time without a layer, step or copy done while there is work; then the worker is replaced",
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the model; default: all cores, one less where a cluster shares them"
     )

@@ -20,7 +20,8 @@ from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.grammar import Grammars, Matcher
 from forecache.workers.decode.index_spec import BesideModel
-from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import SIGN_OF_LIFE_S, FinishReason, GenerateRequest, TokenEvent
+from forecache.workers.decode.pulse import Pulse
 from forecache.workers.decode.remote_past import FarPast, PastLostError
 from forecache.workers.decode.runner import make_runner
 from forecache.workers.decode.running_step import RunningStep
@@ -42,6 +43,9 @@ from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import ColdMemory
 
 IDLE_WAIT_S = 0.05
+TURN_AWAITED = (State.WAITING, State.LOCATING, State.PREFILL)
+"""States in which a sequence waits for others: for room, for searches before its own, for shorter prompts. In the other
+ones it waits for what is its own alone, and its silence is for its client to see."""
 
 
 class Engine:
@@ -89,6 +93,9 @@ class Engine:
             chunks = cycle.budgets.widest_table(backbone.max_model_len)
             graphs, compiled = config.cuda_graphs, config.torch_compile
             self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
+        self.pulse = Pulse()
+        self._tell_waiting_s = self.pulse.clock() + SIGN_OF_LIFE_S
+        self._told_beats = 0
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
@@ -137,6 +144,7 @@ class Engine:
             undo.callback(self._sequences.pop, request.request_id)
             self._prefetcher.wake()
             undo.pop_all()
+        self.pulse.beat()
 
     def _new_holder(self, request: GenerateRequest) -> str:
         return Holder(self._name, request.request_id, next(self._serial), request.traceparent).name
@@ -173,20 +181,40 @@ class Engine:
                 self._running = running
         elif not waited and not self._events:
             self._wait()
+        if running is not None or waited:
+            self.pulse.beat()
+        self._tell_waiting()
         events, self._events = list(self._events), deque()
         return events
+
+    def _tell_waiting(self) -> None:
+        """From time to time: that those who wait wait at an engine that gets on. Of one that does not, they hear
+        nothing."""
+        now_s = self.pulse.clock()
+        if now_s < self._tell_waiting_s:
+            return
+        self._tell_waiting_s = now_s + SIGN_OF_LIFE_S
+        if self.pulse.beats != self._told_beats:
+            self._told_beats = self.pulse.beats
+            waiting = [seq for seq in self._sequences.values() if seq.state in TURN_AWAITED]
+            self._events.extend(map(self._answers.waiting, waiting))
 
     def _launch(self, plan: Plan) -> RunningStep | None:
         members = {part.sequence.request_id for part in plan.streams if part.tokens > 1}
         self._launched_s = time.perf_counter()
         try:
             # only a long step is worth aborting: the other rows' work is lost with it
-            return self._runner.launch(plan, lambda: not self._cancelled.isdisjoint(members))
+            return self._runner.launch(plan, lambda: self._between_layers(members))
         except StepAbortedError:
             return None
         except PastLostError as error:
-            self._restart(self._sequences[error.request_id])
+            self._restart(self._sequences[error.request_id], "those on other nodes could not be read")
             return None
+
+    def _between_layers(self, members: set[str]) -> bool:
+        """Whether the step is aborted; a layer of it is over, and a long one may take longer than many steps."""
+        self.pulse.beat()
+        return not self._cancelled.isdisjoint(members)
 
     def _read_running(self) -> bool:
         """Take in the step that is under way, if there is one."""
@@ -203,7 +231,7 @@ class Engine:
             if gone := self._keeper.lost(seq, output.damaged.get(seq.request_id, [])):
                 self._counters.lost_chunks += gone
                 lost.add(seq)
-                self._restart(seq)
+                self._restart(seq, f"{gone} of them were gone, or their bytes wrong, when a step read them")
             elif (mass := output.masses.get(seq.request_id)) is not None:
                 seq.attends(mass)
         self._scheduler.observe(plan, time.perf_counter() - self._launched_s)
@@ -269,6 +297,7 @@ class Engine:
     def _absorb(self) -> None:
         """Take in what happened elsewhere since the last step: copies, predictions, cancellations."""
         for done in self._prefetcher.drain():
+            self.pulse.beat()
             if isinstance(done, Recalled):
                 self._recalled(done)
             elif isinstance(done, Released):
@@ -278,6 +307,7 @@ class Engine:
         with self._cancel_lock:
             cancelled, self._cancelled = self._cancelled, set()
         for request_id in cancelled & self._sequences.keys():
+            self.pulse.beat()
             self._finish(self._sequences[request_id], "cancelled")
         for seq in self._scheduler.running:
             self.windows.poll(seq)
@@ -288,10 +318,14 @@ class Engine:
     def _recalled(self, done: Recalled) -> None:
         self._counters.recall(done)
         if (seq := self.windows.recalled(done)) is not None and seq.state is not State.FINISHED:
-            self._restart(seq)
+            self._restart(seq, f"{len(done.lost)} of them were gone, or their bytes wrong, when they were recalled")
 
-    def _restart(self, seq: Sequence) -> None:
-        """Chunks of ``seq`` are gone: compute its tokens again, behind the longest prefix that is still stored."""
+    def _restart(self, seq: Sequence, cause: str) -> None:
+        """Chunks of ``seq`` are gone: compute its tokens again, behind the longest prefix that is still stored. Not
+        more often than is allowed: where memory is bad, it would never come to its end, and keep others from theirs."""
+        if seq.restarts >= self.config.max_restarts:
+            self._finish(seq, "error", News(error=_too_many_restarts(seq, cause), chunks_lost=True))
+            return
         self._scheduler.remove(seq)
         self._runner.forget(seq)
         self._keeper.let_go(seq)
@@ -354,3 +388,11 @@ class Engine:
             self._absorb()
         with self._registered or nullcontext():
             self._prefetcher.close()
+
+
+def _too_many_restarts(seq: Sequence, cause: str) -> str:
+    return (
+        f"stored chunks of this request were lost {seq.restarts + 1} times, and it starts over {seq.restarts} times at "
+        f"most (--max-restarts): the last time {cause}. Send it again; if that fails too, the node has bad memory, or "
+        "its memory tier starts again and again"
+    )

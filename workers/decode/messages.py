@@ -8,6 +8,9 @@ from forecache.workers.errors import InvalidRequestError, OverloadedError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Policy = Literal["lookahead", "recency", "random", "full"]
 
+SIGN_OF_LIFE_S = 10.0
+"""So often it is told of a request that waits that its worker gets on, or that no worker has taken it yet."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -127,7 +130,9 @@ class TokenEvent:
     ``logprobs``, where they were asked for, are of the tokens that are part of the text: not of one that ends it.
     ``prompt_logprobs``, where they were, come with the first token: of the prompt's tokens but the first.
     ``view``: where its chunks are, if that is wanted and has changed.
-    ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room.
+    ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room;
+    ``chunks_lost``: it is that stored chunks of the request were lost again and again. ``waiting``: nothing is new but
+    that the request waits for its turn at a worker that gets on, or for a worker.
     """
 
     request_id: str
@@ -142,6 +147,8 @@ class TokenEvent:
     overloaded: bool = False
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     view: ChunkView | None = None
+    chunks_lost: bool = False
+    waiting: bool = False
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,7 @@ from forecache.workers.decode.settings import WorkerSettings
 from forecache.workers.decode.stats import ScorerStats, WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.decode.verify import verify_backbone
-from forecache.workers.errors import (
-    ArenaError,
-    ChunkLostError,
-    EngineDeadError,
-    InvalidRequestError,
-    OverloadedError,
-)
+from forecache.workers.errors import ArenaError, ChunkLostError, InvalidRequestError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.layout import chunk_fingerprint, cold_layout
@@ -189,10 +183,10 @@ class DecodeWorker:
         stats = self._engine.stats()
         return {"hot_pool_usage": stats.hot_slots_referenced / stats.hot_slots if stats.hot_slots else 0.0}
 
-    def check_health(self) -> None:
-        """Serve replaces the replica when this raises: the engine's thread has ended."""
-        if not self._engine.alive:
-            raise EngineDeadError("the engine's thread has ended")
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises: the engine's thread has ended, or hangs. It does so too when
+        this does not answer: the event loop hangs, on which all events of requests are."""
+        self._engine.check_health()
 
     def __del__(self) -> None:
         """Serve calls it when the replica stops."""

@@ -1,0 +1,523 @@
+"""No silence is without an end: whoever hangs is noticed, tries are bounded, and the client hears an error of ours.
+
+Clocks are the tests' own: event loops jump to their next timer, engines ask a clock that is set by hand.
+"""
+
+import asyncio
+import json
+import selectors
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import pytest
+
+from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
+from forecache.cluster.channels import ChanneledStream, Channels
+from forecache.cluster.choices import ChoiceStreams
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.errors import ApiError, WorkerLostError, WorkerSilentError, from_exception
+from forecache.cluster.resume import ResumeConfig, ResumingStream
+from forecache.cluster.streams import EventStream
+from forecache.workers.decode import attention
+from forecache.workers.decode.async_engine import AsyncEngine
+from forecache.workers.decode.chunk_keeper import ChunkKeeper
+from forecache.workers.decode.messages import (
+    SIGN_OF_LIFE_S,
+    Accepted,
+    GenerateRequest,
+    RequestNews,
+    SamplingParams,
+    SequenceStats,
+    TokenEvent,
+)
+from forecache.workers.errors import ChunkLostError, EngineHungError, OverloadedError
+from forecache.workers.llm import LLM
+from forecache.workers.memory.arena import Arena
+
+T = TypeVar("T")
+CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
+DEADLINE_S = 60.0
+REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=3))
+LAST = SequenceStats(prompt_tokens=2, completion_tokens=3)
+
+
+class _Jumps(selectors.DefaultSelector):
+    """Waits for nothing: where nothing is ready, the time of the next timer is there."""
+
+    now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0 if timeout is not None else None)
+        if not ready and timeout:
+            self.now_s += timeout
+        return ready
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """In an event loop whose time is not the machine's."""
+
+    def make_loop() -> asyncio.AbstractEventLoop:
+        jumps = _Jumps()
+        loop = asyncio.SelectorEventLoop(jumps)
+        loop.time = lambda: jumps.now_s  # type: ignore[method-assign]
+        return loop
+
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        return runner.run(main)
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def token(number: int, **more: Any) -> TokenEvent:
+    return TokenEvent("r", (number,), str(number), position=number - 1, **more)
+
+
+WAITING = TokenEvent("r", (), "", waiting=True)
+END = token(3, finish_reason="length", stats=LAST)
+
+
+class Told:
+    """A worker's stream of given events; an exception is raised, a number is a silence in seconds. Silent then."""
+
+    def __init__(self, *steps: TokenEvent | Exception | float) -> None:
+        self._steps = list(steps)
+        self.cancelled = False
+
+    def __aiter__(self) -> "Told":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while self._steps:
+            step = self._steps.pop(0)
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            elif isinstance(step, Exception):
+                raise step
+            else:
+                return step
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Asked:
+    """Workers that are asked one after the other; the last of them again and again."""
+
+    def __init__(self, *workers: Callable[[], Told]) -> None:
+        self._workers = workers
+        self.requests: list[GenerateRequest] = []
+        self.streams: list[Told] = []
+
+    def __call__(self, request: GenerateRequest) -> Told:
+        self.requests.append(request)
+        self.streams.append(self._workers[min(len(self.streams), len(self._workers) - 1)]())
+        return self.streams[-1]
+
+
+async def events_of(asked: Asked, config: ResumeConfig) -> list[TokenEvent]:
+    heard: list[TokenEvent] = []
+    async for event in ResumingStream(REQUEST, asked, config, lambda: None):
+        heard.append(event)
+        if event.finish_reason is not None:
+            return heard
+    raise AssertionError
+
+
+def tokens_of(asked: Asked, config: ResumeConfig | None = None) -> list[int]:
+    events = run(events_of(asked, config or ResumeConfig(token_deadline_s=DEADLINE_S)))
+    assert not any(event.waiting for event in events)
+    return [token for event in events for token in event.token_ids]
+
+
+@pytest.mark.parametrize("begun", [(), (token(1),), (TokenEvent("r", (), "", prefill_tokens_done=1),)])
+def test_every_worker_is_watched_from_when_it_has_the_request(begun: tuple[TokenEvent, ...]) -> None:
+    """Also before the first token, and the second one after a failover."""
+    silent = Asked(lambda: Told(*begun), lambda: Told())
+
+    async def fails() -> float:
+        with pytest.raises(WorkerLostError, match="3 workers hung or fell silent on it") as failure:
+            await events_of(silent, ResumeConfig(token_deadline_s=DEADLINE_S))
+        assert f"said nothing for {DEADLINE_S:g} s" in str(failure.value)
+        return now_s()
+
+    took_s = run(fails())
+    assert [request.request_id for request in silent.requests] == ["r", "r~1", "r~2"]
+    assert all(stream.cancelled for stream in silent.streams)
+    assert 3 * DEADLINE_S <= took_s < 3 * DEADLINE_S + 1  # and two pauses before another worker is asked
+
+
+def test_the_second_and_the_third_worker_go_on() -> None:
+    second = lambda: Told(token(2))  # noqa: E731
+    asked = Asked(lambda: Told(token(1)), second, lambda: Told(DEADLINE_S - 1, END))
+    assert tokens_of(asked) == [1, 2, 3]
+    assert [request.resume_token_ids for request in asked.requests] == [(), (1,), (1, 2)]
+
+
+def test_a_request_that_waits_for_its_turn_is_not_silent() -> None:
+    """However long it is: as long as its worker says so. Who reads the answer does not hear of it."""
+    signs = [step for _ in range(500) for step in (SIGN_OF_LIFE_S, WAITING)]
+    asked = Asked(lambda: Told(*signs, token(1), *signs, token(2), END))
+    assert tokens_of(asked) == [1, 2, 3] and len(asked.requests) == 1
+
+
+def test_a_token_between_two_silences_does_not_make_tries_endless() -> None:
+    tokens = iter(range(1, 100))
+    asked = Asked(lambda: Told(token(next(tokens))))
+    with pytest.raises(WorkerLostError, match="--max-silent-workers"):
+        tokens_of(asked)
+    assert len(asked.requests) == 3
+
+
+def test_a_token_between_two_losses_does_not_make_tries_endless() -> None:
+    tokens = iter(range(1, 100))
+    asked = Asked(lambda: Told(token(next(tokens)), WorkerLostError("it died")))
+    with pytest.raises(WorkerLostError, match=r"it died.*5 times \(--max-resumes\)"):
+        tokens_of(asked, ResumeConfig(max_resumes=5))
+    assert len(asked.requests) == 6
+
+
+def test_losses_in_a_row_are_bounded_and_those_that_hang_are_counted_apart() -> None:
+    asked = Asked(lambda: Told(WorkerLostError("it died")))
+    with pytest.raises(WorkerLostError, match=r"it died.*3 workers in a row.*--resume-attempts"):
+        tokens_of(asked, ResumeConfig(resume_attempts=2))
+    assert len(asked.requests) == 3
+    asked = Asked(lambda: Told(WorkerSilentError("it hangs")))  # its worker knows it
+    with pytest.raises(WorkerLostError, match="2 workers hung"):
+        tokens_of(asked, ResumeConfig(resume_attempts=8, max_silent_workers=2))
+    assert len(asked.requests) == 2
+
+
+@pytest.mark.parametrize("wrong", [0, 2, 5])
+def test_a_token_of_the_wrong_position_is_not_passed_on(wrong: int) -> None:
+    """A worker that goes on behind other tokens than it should is left, and what it said is not heard."""
+    other = TokenEvent("r", (99,), "x", position=wrong)
+    asked = Asked(lambda: Told(token(1), WorkerLostError("gone")), lambda: Told(other), lambda: Told(token(2), END))
+    assert tokens_of(asked) == [1, 2, 3]
+    assert asked.requests[2].resume_token_ids == (1,)
+
+
+class Call:
+    """A call that no worker has, until ``assigned``; then it says ``Accepted``, and nothing else."""
+
+    def __init__(self) -> None:
+        self.assigned = False
+        self.cancelled = False
+        self._said = False
+        self.accepted = asyncio.Event()
+
+    def __aiter__(self) -> "Call":
+        return self
+
+    async def __anext__(self) -> RequestNews:
+        await self.accepted.wait()
+        if self._said:
+            await asyncio.Event().wait()
+        self._said = True
+        return Accepted("w")
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def test_the_queue_before_the_workers_is_no_silence_and_a_worker_that_took_it_is_watched() -> None:
+    async def wait() -> None:
+        calls: list[Call] = []
+
+        def no_channel(_: object) -> Any:
+            raise AssertionError("one request alone needs none")
+
+        channels = Channels(no_channel)
+
+        def start(request: GenerateRequest) -> ChanneledStream:
+            calls.append(Call())
+            return ChanneledStream(calls[-1], channels, request.request_id)
+
+        config = ResumeConfig(token_deadline_s=DEADLINE_S, max_silent_workers=2)
+        stream = ResumingStream(REQUEST, start, config, lambda: None)
+        pulled = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(100 * DEADLINE_S)
+        assert not pulled.done() and len(calls) == 1
+        calls[0].assigned = True
+        calls[0].accepted.set()
+        await asyncio.sleep(DEADLINE_S - SIGN_OF_LIFE_S)
+        assert len(calls) == 1
+        await asyncio.sleep(2 * SIGN_OF_LIFE_S)
+        assert len(calls) == 2 and calls[0].cancelled
+        calls[1].assigned = True  # the second one takes it and never says a word
+        with pytest.raises(WorkerLostError, match="2 workers hung or fell silent"):
+            await pulled
+        assert calls[1].cancelled
+        channels.check_idle()
+
+    run(wait())
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_who_leaves_while_no_worker_has_answered_leaves_nothing(assigned: bool) -> None:
+    async def leave() -> None:
+        channels = Channels(lambda _: Call())
+        call = Call()
+        call.assigned = assigned
+        stream = ChanneledStream(call, channels, "r")
+        pulled = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(1)
+        pulled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pulled
+        stream.cancel()
+        channels.check_idle()
+        assert call.cancelled
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(leave())
+
+
+def answer_of(asked: Asked) -> ChoiceStreams:
+    stream = ResumingStream(REQUEST, asked, ResumeConfig(token_deadline_s=DEADLINE_S), lambda: None)
+    return ChoiceStreams(lambda _: EventStream(stream, silence_s=5), 1, 1)
+
+
+FORMAT = AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(2,))
+
+
+def test_the_client_hears_an_error_in_the_end() -> None:
+    """An event with an error object in a stream, and a status before it."""
+
+    async def streamed() -> list[str]:
+        failed: list[ApiError] = []
+        asked = Asked(lambda: Told(token(1)), lambda: Told())
+        lines = [line async for line in server_sent_events(answer_of(asked), FORMAT, failed.append)]
+        assert [error.code for error in failed] == ["worker_lost"]
+        return lines
+
+    lines = run(streamed())
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert error["type"] == "server_error" and error["code"] == "worker_lost" and "fell silent" in error["message"]
+
+    with pytest.raises(WorkerLostError) as failure:
+        run(collect(answer_of(Asked(lambda: Told())), FORMAT))
+    assert from_exception(failure.value).status == 503
+
+
+def test_a_deadline_shorter_than_signs_of_life_come_is_refused() -> None:
+    with pytest.raises(ValueError, match="--token-deadline-s must be at least 30"):
+        ServeConfig(resume=ResumeConfig(token_deadline_s=29))
+
+
+@contextmanager
+def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
+    defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
+    with (
+        TemporaryDirectory(prefix="failover-test-", dir="/dev/shm") as directory,
+        LLM(
+            str(model),
+            skip_tokenizer=True,
+            hot_bytes=hot_chunks * CHUNK_BYTES,
+            arena_dir=Path(directory),
+            **(defaults | settings),
+        ) as llm,
+    ):
+        yield llm
+
+
+class Clock:
+    """Seconds, set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Gate:
+    """Lets the layer that comes to it wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.shut, self.reached, self.opened = False, threading.Event(), threading.Event()
+        store = attention.ops.store_kv
+
+        def gated(*args: Any, **kwargs: Any) -> None:
+            if self.shut:
+                self.reached.set()
+                assert self.opened.wait(60)
+            store(*args, **kwargs)
+
+        monkeypatch.setattr(attention.ops, "store_kv", gated)
+
+
+def wound(llm: LLM) -> Clock:
+    """The engine's clock from now on."""
+    clock = Clock()
+    llm.engine.pulse.clock = clock
+    llm.engine.pulse.beat()
+    llm.engine._tell_waiting_s = clock.now_s + SIGN_OF_LIFE_S
+    return clock
+
+
+def request(name: str, prompt: list[int], tokens: int = 4) -> GenerateRequest:
+    return GenerateRequest(name, tuple(prompt), SamplingParams(max_tokens=tokens, ignore_eos=True))
+
+
+async def soon(waited: Awaitable[T]) -> T:
+    async with asyncio.timeout(60):
+        return await waited
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def all_of(events: AsyncGenerator[TokenEvent, None]) -> list[int]:
+    return [token async for event in events for token in event.token_ids]
+
+
+def test_a_step_that_hangs_fails_the_health_check_and_ends_all_requests(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def hang(llm: LLM) -> None:
+        engine, clock = AsyncEngine(llm.engine), wound(llm)
+        deadline_s = llm.config.step_deadline_s
+        assert await soon(all_of(engine.generate(request("before", prompts[0]))))
+        gate.shut = True
+        asked = [asyncio.ensure_future(all_of(engine.generate(request(str(n), prompts[n])))) for n in range(2)]
+        await until(gate.reached.is_set)
+        clock.now_s += deadline_s - 1
+        engine.check_health()
+        clock.now_s += 2
+        with pytest.raises(EngineHungError, match=r"nothing was done for 121 s.*--step-deadline-s"):
+            engine.check_health()
+        for one in asked:
+            with pytest.raises(EngineHungError):
+                await soon(one)
+        assert not engine.alive
+        with pytest.raises(EngineHungError):
+            await soon(anext(engine.generate(request("after", prompts[2]))))
+        with pytest.raises(EngineHungError):
+            engine.check_health()
+        await soon(asyncio.to_thread(engine.close))  # does not wait for it
+        assert engine._thread.is_alive()
+        gate.opened.set()
+        await soon(asyncio.to_thread(engine._thread.join))  # where it gets on after all, it leaves nothing behind
+        assert llm.engine.pool.referenced == 0 and llm.memory.stats().held_slots == 0
+
+    with open_llm(tiny_model) as llm:
+        asyncio.run(hang(llm))
+
+
+def test_a_long_step_with_layers_that_end_is_no_hang(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, reference: Any
+) -> None:
+    """Three layers of 100 s each; nor is an engine with nothing to do for hours."""
+
+    async def slow(llm: LLM) -> None:
+        engine, clock = AsyncEngine(llm.engine), wound(llm)
+        store, health = attention.ops.store_kv, list[float]()
+
+        def takes_long(*args: Any, **kwargs: Any) -> None:
+            clock.now_s += 100
+            health.append(llm.engine.pulse.silent_s)
+            engine.check_health()
+            store(*args, **kwargs)
+
+        monkeypatch.setattr(attention.ops, "store_kv", takes_long)
+        assert await soon(all_of(engine.generate(request("a", prompts[2])))) == reference(prompts[2], 4)
+        assert len(health) == 4 * 3 and max(health) == 100
+        await until(lambda: engine._engine.pulse._resting)
+        clock.now_s += 100_000
+        engine.check_health()
+        assert await soon(all_of(engine.generate(request("b", prompts[0])))) == reference(prompts[0], 4)
+        await soon(asyncio.to_thread(engine.close))
+
+    with open_llm(tiny_model) as llm:
+        asyncio.run(slow(llm))
+
+
+def test_who_waits_for_room_is_told_of_and_not_where_nothing_gets_on(
+    tiny_model: Path, prompts: list[list[int]]
+) -> None:
+    with open_llm(tiny_model, max_batch_size=1) as llm:
+        clock = wound(llm)
+        llm.engine.add_request(request("runs", prompts[0], 200))
+        llm.engine.add_request(request("waits", prompts[1], 4))
+        heard: list[TokenEvent] = []
+        for number in range(60):
+            clock.now_s = 1000 + number
+            heard += llm.engine.step()
+        waiting = [event for event in heard if event.waiting]
+        assert [event.request_id for event in waiting] == ["waits"] * 5
+        assert all(not event.token_ids and event.finish_reason is None for event in waiting)
+        assert not any(event.waiting for event in heard if event.request_id == "runs")
+        # nothing is done from here on, while time goes by
+        for _ in range(3):
+            clock.now_s += SIGN_OF_LIFE_S
+            llm.engine._tell_waiting()
+        assert [event.waiting for event in llm.engine._events] == [True]  # of what was done before
+        llm.engine._events.clear()
+        for name in ("runs", "waits"):
+            llm.engine.cancel(name)
+        llm.engine.step()
+        assert llm.engine.pulse.silent_s == 0
+
+
+@pytest.mark.parametrize("max_restarts", [0, 3])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_restarts_for_lost_chunks_are_bounded(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int, streamed: bool
+) -> None:
+    """Memory in which nothing is found as it was written: the request ends, names the cause, and holds nothing."""
+    prompt = list(range(3, 253)) * 2
+    kept: dict[str, Any] = {"hot_chunks": 8} if streamed else {"hot_chunks": 24, "keep_ratio": 0.2}
+    with open_llm(tiny_model, max_restarts=max_restarts, cold_bytes=8 << 20, **kept) as llm:
+        llm.engine.add_request(
+            GenerateRequest("other", tuple(prompt[:20]), SamplingParams(max_tokens=4, ignore_eos=True))
+        )
+        while not llm.engine.idle:
+            llm.engine.step()
+        monkeypatch.setattr(Arena, "check", lambda *_: False)
+        monkeypatch.setattr(ChunkKeeper, "lost", lambda self, seq, damaged: len(seq.chunks) // 20)
+        llm.engine.add_request(request("a", prompt, 120))
+        (seq,) = llm.engine._sequences.values()
+        last = None
+        for _ in range(5000):
+            for event in llm.engine.step():
+                last = event
+            if llm.engine.idle:
+                break
+        assert last is not None and last.finish_reason == "error" and last.chunks_lost and not last.overloaded
+        assert seq.restarts == max_restarts
+        assert f"lost {max_restarts + 1} times" in str(last.error) and "--max-restarts" in str(last.error)
+        for _ in range(2):
+            llm.engine.flush()
+        llm.engine.check_integrity()
+        llm.memory.check_integrity()
+        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
+        assert not llm.engine._keeper._holders and not llm.memory.holders()
+        monkeypatch.undo()
+        llm.engine.add_request(request("a", prompt, 2))  # and its id is free
+        while not llm.engine.idle:
+            events = llm.engine.step()
+        assert events[-1].finish_reason == "length"
+
+
+def test_lost_chunks_are_an_error_of_the_memory_to_the_client() -> None:
+    lost = TokenEvent("r", (), "", "error", LAST, "lost 9 times", chunks_lost=True)
+    with pytest.raises(ChunkLostError, match="lost 9 times") as failure:
+        run(collect(answer_of(Asked(lambda: Told(token(1), lost))), FORMAT))
+    error = from_exception(failure.value)
+    assert (error.status, error.code) == (503, "memory_unavailable")
+    with pytest.raises(OverloadedError):
+        full = TokenEvent("r", (), "", "error", LAST, "full", overloaded=True)
+        run(collect(answer_of(Asked(lambda: Told(full))), FORMAT))
