@@ -62,6 +62,10 @@ class UnknownSessionError(InvalidRequestError):
     """No request has named such a session, or it is long ago."""
 
 
+class TierSilentError(ForecacheError):
+    """A memory tier that had to be told something did not answer."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -161,7 +165,7 @@ def from_exception(error: BaseException) -> ApiError:
             return ApiError(408, str(error), "timeout_error", code="deadline_exceeded")
         case WorkerLostError():
             return ApiError(503, str(error), "server_error", code="worker_lost")
-        case ChunkLostError() | CatalogUnavailableError():
+        case ChunkLostError() | CatalogUnavailableError() | TierSilentError():
             return ApiError(503, str(error), "server_error", code="memory_unavailable")
         case ForecacheError():
             return ApiError(500, str(error), "server_error", code="internal_error")

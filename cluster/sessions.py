@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from forecache.cluster.errors import UnknownSessionError
+from forecache.cluster.errors import TierSilentError, UnknownSessionError
 from forecache.cluster.http_body import read_json
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.openai_tools import Strict
@@ -54,13 +54,19 @@ class SessionDirectory:
     def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
         """No tier evicts the session's chunks for ``ttl_s``.
 
-        Raises :class:`OverloadedError`, and leaves the session as it was, where slots are promised to running answers.
+        Leaves the session as it was, and raises :class:`OverloadedError` where slots are promised to running answers,
+        :class:`TierSilentError` where a tier did not say that it keeps them.
         """
         record, now_s = self._record(session_id), time.time()
         pinned = replace(record, pinned_until_unix_s=now_s + ttl_s, changed_unix_s=now_s).after(record)
-        yielding = self._set(pinned)
-        if yielding:
+        yielding, silent = self._set(pinned)
+        if yielding or silent:
             self._set(record.after(pinned))
+        if silent:
+            raise TierSilentError(
+                f"the session is not pinned: {silent} of the memory tiers did not answer in time. Try again later."
+            )
+        if yielding:
             raise OverloadedError(
                 f"of the session's chunks {yielding} can't be pinned now: the memory tier has promised their slots to "
                 "running answers. Try again later, or raise --cold-bytes."
@@ -68,16 +74,37 @@ class SessionDirectory:
         return self.describe(session_id)
 
     def delete(self, session_id: str) -> dict[str, Any]:
-        """Its chunks may be evicted, and nobody goes on with it."""
-        self._record(session_id)
+        """Its chunks may be evicted, and it is not known any more.
+
+        Raises :class:`TierSilentError`, and the session stays known, where a tier did not say that it has let go.
+        """
+        record = self._record(session_id)
+        # a tier that starts now takes no pin from there, and one that missed what follows can be told again
+        self._catalog.set_session(replace(record, pinned_until_unix_s=0.0, changed_unix_s=time.time()).after(record))
+        _, silent = self._tell("forget_session", session_id)
+        if silent:
+            raise TierSilentError(
+                f"the session is not deleted: {silent} of the memory tiers did not answer in time. Try again later."
+            )
         self._catalog.remove_session(session_id)
-        self._tiers.ask("forget_session", session_id)
         return {"object": "session", "deleted": True}
 
-    def _set(self, record: SessionRecord) -> int:
-        """Returns how many chunks the tiers can't keep."""
+    def _set(self, record: SessionRecord) -> tuple[int, int]:
+        """Returns how many chunks the tiers can't keep, and how many tiers did not answer."""
         self._catalog.set_session(record)  # first: a tier that is being restarted takes it from there
-        return sum(self._tiers.ask("set_session", record).values())
+        yielding, silent = self._tell("set_session", record)
+        return sum(yielding), silent
+
+    def _tell(self, method: str, *args: object) -> tuple[list[Any], int]:
+        """Ask all tiers; returns what they answer, and how many did not answer and may go on as before.
+
+        One that the catalog does not count as living takes the sessions from there when it comes back.
+        """
+        actors = self._tiers.actors()
+        answers = self._tiers.ask(method, *args, only=actors)
+        silent = actors.keys() - answers.keys()
+        living = {tier.tier_id for tier in self._catalog.tiers()} if silent else set()
+        return list(answers.values()), len(silent & living)
 
     def _record(self, session_id: str) -> SessionRecord:
         record = self._catalog.session(session_id)

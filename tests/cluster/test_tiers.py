@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,19 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_nodes import NODE
 
-from forecache.cluster.errors import UnknownSessionError
+from forecache.cluster.errors import TierSilentError, UnknownSessionError
 from forecache.cluster.integrity import check_integrity
 from forecache.cluster.serving import NAMESPACE
 from forecache.cluster.sessions import SessionDirectory
 from forecache.cluster.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
-from forecache.workers.errors import OverloadedError
+from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory import remote_peers
 from forecache.workers.memory.arena import remove_abandoned
 from forecache.workers.memory.catalog import Catalog
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.remote import RemoteMemory
 from forecache.workers.memory.tier import TierSettings, start_tier
 
@@ -445,6 +448,99 @@ def test_a_tier_that_does_not_answer_costs_its_chunks_and_no_more_than_a_deadlin
         assert nodes.stats(1).fetched_chunks == 2
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def stopped(tier: Any) -> Iterator[None]:
+    """The tier's process is there and does nothing."""
+    pid = get(tier.__ray_call__.remote(lambda self: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_calls_that_wait_for_a_slow_tier_keep_no_others_from_being_done(nodes: Nodes) -> None:
+    # so the stopped tier counts as living, and is waited for until it goes on
+    nodes.start(heartbeat_s=60, call_deadline_s=120, fetch_deadline_s=120)
+    a, b, c = nodes.clients
+    get(a.write.remote("0", KEYS[:2]))
+    nodes.wait_until_found(KEYS[:2])
+    with stopped(nodes.tiers[0]):
+        # three of each of three workers: more than the actor has threads of its own
+        lookups = [nodes.tiers[1].hold_prefix.remote(f"w1/look-{number}", KEYS[:2]) for number in range(9)]
+        [place] = ray.get(nodes.tiers[1].reserve.remote("w1/reserve", KEYS[8:9]), timeout=30)
+        assert not place.stored
+        ray.get(b.write.remote("1", KEYS[10:13]), timeout=30)
+        nodes.wait_until_found(KEYS[10:13])
+        assert ray.get(c.read.remote(KEYS[10:13]), timeout=30) == heads(KEYS[10:13])
+        assert ray.get(b.read.remote(KEYS[10:13]), timeout=30) == heads(KEYS[10:13])
+        assert nodes.stats(1).held_slots == 1
+        assert ray.wait(lookups, timeout=0)[0] == []
+    assert [len(refs) for refs in ray.get(lookups, timeout=60)] == [2] * 9
+    for holder in ("w1/reserve", *(f"w1/look-{number}" for number in range(9))):
+        get(nodes.tiers[1].release.remote(holder))
+    assert nodes.stats(1).held_slots == 0
+    nodes.check()
+
+
+def test_a_worker_whose_tier_is_slow_has_its_answers_in_time_and_keeps_nothing(nodes: Nodes) -> None:
+    nodes.start(heartbeat_s=60, call_deadline_s=120)
+    a, b, _ = nodes.clients
+    get(a.write.remote("0", KEYS[:2]))
+    nodes.wait_until_found(KEYS[:2])
+    memory = RemoteMemory(lambda: nodes.tiers[0], deadline_s=0.5, fetch_deadline_s=0.5)
+    [place] = memory.reserve("w0/slow", KEYS[4:5])
+    memory.arena.seal(place.ref, place.key)
+    with stopped(nodes.tiers[0]):
+        for call in (
+            lambda: memory.hold_prefix("w0/slow", KEYS[:2]),
+            lambda: memory.hold("w0/slow", KEYS[:2]),
+            lambda: memory.reserve("w0/slow", KEYS[5:7]),
+            lambda: memory.commit("w0/slow", [(place.key, place.ref)]),
+            lambda: memory.promise("w0/slow", 3),
+            lambda: memory.drop(KEYS[0], SlotRef(0, 0)),
+            lambda: memory.record_session("s", KEYS[:2]),
+        ):
+            with pytest.raises(ChunkLostError, match=r"did not answer within \d+(\.5)? s"):
+                call()
+        # other nodes go on
+        get(b.write.remote("1", KEYS[10:13]))
+        assert get(b.read.remote(KEYS[10:13])) == heads(KEYS[10:13])
+    # what was asked for is done late; what is let go of then stays let go of
+    wait_until(lambda: nodes.stats(0).stored_chunks == 3 and nodes.stats(0).promised_slots == 3)
+    get(nodes.tiers[0].hold_prefix.remote("w0/last", KEYS[:1]))
+    for holder in ("w0/slow", "w0/last"):
+        get(nodes.tiers[0].release.remote(holder))
+    wait_until(lambda: nodes.stats(0).held_slots == nodes.stats(0).promised_slots == 0)
+    memory.close()
+    nodes.check()
+
+
+def test_a_pin_that_a_slow_tier_misses_is_refused_and_taken_back(nodes: Nodes) -> None:
+    nodes.start(heartbeat_s=60)
+    a, tier = nodes.clients[0], nodes.tiers[0]
+    get(a.write.remote("0", KEYS[:4]))
+    get(a.record_session.remote("s", KEYS[:4]))
+    nodes.wait_until_found(KEYS[:4])
+    directory = SessionDirectory(replace(nodes.all, deadline_s=1), chunk_tokens=16)
+    with stopped(tier):
+        with pytest.raises(TierSilentError, match="not pinned: 1 of the memory tiers did not answer"):
+            directory.pin("s", ttl_s=600)
+        assert directory.describe("s")["pinned_until"] is None
+    # it does both late: what was taken back stays so
+    get(tier.forget_session.remote("another"))
+    assert nodes.stats(0).pinned_slots == 0
+    directory = SessionDirectory(nodes.all, chunk_tokens=16)
+    assert directory.pin("s", ttl_s=600)["pinned_until"] > time.time()
+    assert nodes.stats(0).pinned_slots == 4
+    silent = SessionDirectory(replace(nodes.all, deadline_s=1), chunk_tokens=16)
+    with stopped(tier), pytest.raises(TierSilentError, match="not deleted: 1 of the memory tiers did not answer"):
+        silent.delete("s")
+    assert directory.delete("s")["deleted"]
+    assert nodes.stats(0).pinned_slots == 0
+    nodes.check()
 
 
 def test_the_supervisor_follows_nodes_and_reclaims_what_the_dead_held(nodes: Nodes, cluster: Any) -> None:

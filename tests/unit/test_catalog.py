@@ -1,3 +1,4 @@
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -277,7 +278,8 @@ def test_a_request_s_record_is_the_newest_though_a_clock_is_ahead(catalog: Catal
     ahead = SessionRecord("s", tuple(KEYS[:1]), until, changed_unix_s=time.time() + 300)
     catalog.set_session(ahead)
     Sessions(store, catalog).record("s", KEYS[:3])
-    assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=ahead.changed_unix_s)
+    newer = math.nextafter(ahead.changed_unix_s, math.inf)
+    assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=newer)
 
 
 def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: ArenaStore, redis_server: Any) -> None:

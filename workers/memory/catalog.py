@@ -13,6 +13,7 @@ An entry counts only while the tier lives in the incarnation it names, so nothin
 after a tier has died.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,8 +130,8 @@ class SessionRecord:
         return self.pinned_until_unix_s > time.time()
 
     def after(self, known: "SessionRecord") -> "SessionRecord":
-        """This record, as one that is not older than ``known``, whatever the clocks of two nodes say."""
-        return replace(self, changed_unix_s=max(self.changed_unix_s, known.changed_unix_s))
+        """This record, as one that is newer than ``known``, whatever the clocks of two nodes say."""
+        return replace(self, changed_unix_s=max(self.changed_unix_s, math.nextafter(known.changed_unix_s, math.inf)))
 
     @property
     def expiry_s(self) -> float:

@@ -12,12 +12,14 @@ from forecache.workers.memory.keys import ChunkKey
 @dataclass(frozen=True)
 class ChunkBatch:
     """``chunks``: uint8 ``[n, nbytes]``; ``index``: uint8 ``[n, index_nbytes]``; ``checksums``: uint64 ``[n, 3]``,
-    those of a slot's header: xxh3_64 of chunk and index bytes, and the device checksum."""
+    those of a slot's header: xxh3_64 of chunk and index bytes, and the device checksum. ``mark``: that of the store
+    which they were read from, before they were; see :meth:`.store.ArenaStore.set_copied`."""
 
     keys: tuple[ChunkKey, ...]
     chunks: npt.NDArray[np.uint8]
     index: npt.NDArray[np.uint8]
     checksums: npt.NDArray[np.uint64]
+    mark: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -27,7 +29,7 @@ class ChunkBatch:
         return self.chunks.nbytes + self.index.nbytes
 
     def __add__(self, other: "ChunkBatch") -> "ChunkBatch":
-        """These, then those of ``other``."""
+        """These, then those of ``other``, with the mark of these."""
         if not len(other):
             return self
         return ChunkBatch(
@@ -35,6 +37,7 @@ class ChunkBatch:
             np.concatenate([self.chunks, other.chunks]),
             np.concatenate([self.index, other.index]),
             np.concatenate([self.checksums, other.checksums]),
+            self.mark,
         )
 
     def only(self, rows: npt.NDArray[np.bool_]) -> "ChunkBatch":

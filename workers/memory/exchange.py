@@ -128,6 +128,17 @@ class ChunkExchange:
 
     def from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
         """Bring the longest run of ``keys`` that lies here on disk, and hold it; returns how many chunks came."""
+        return self._from_disk(holder, keys, self._make_room_for)
+
+    def from_disk_alone(self, holder: str, keys: Sequence[ChunkKey]) -> int:
+        """As :meth:`from_disk`, asking no other tier: for calls of these. What must make room goes to the disk.
+
+        A tier that asked another one while it answers such a call would wait in a circle once two do so with all their
+        threads for each other's calls.
+        """
+        return self._from_disk(holder, keys, self._spill_for)
+
+    def _from_disk(self, holder: str, keys: Sequence[ChunkKey], make_room: Callable[[int], None]) -> int:
         if self._disk is None:
             return 0
         here, on_disk = self._store.stored(keys), self._disk.stored(keys)
@@ -135,9 +146,10 @@ class ChunkExchange:
         wanted = [key for key, is_here in zip(keys[:run], here, strict=False) if not is_here]
         count = 0
         for part in batches(wanted, self.fetcher.batch_chunks):
-            self._make_room_for(len(part))
-            taken = take_in(self._store, read(self._disk, part), holder)
-            self._disk.set_copied(taken, True)
+            make_room(len(part))
+            batch = read(self._disk, part)
+            taken = take_in(self._store, batch, holder)
+            self._disk.set_copied(taken, True, batch.mark)
             count += len(taken)
             if len(taken) < len(part):
                 break
@@ -148,7 +160,11 @@ class ChunkExchange:
         missing = chunks - self._store.room
         if missing > 0:
             self._move_away(self._store.coldest(missing), self._living)
-            self._spill(self._store.coldest(chunks - self._store.room))
+            self._spill_for(chunks)
+
+    def _spill_for(self, chunks: int) -> None:
+        """See to it that so many slots can be had without loss, as far as the disk can."""
+        self._spill(self._store.coldest(chunks - self._store.room))
 
     def _fetch(self, holder: str, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
         """Bring the longest run of ``keys`` that somebody has, and hold what came. Returns whether it is worth another
@@ -253,8 +269,9 @@ class ChunkExchange:
         while any(untried.values()) and not self._stopping.is_set():
             targets = [(key, {order.pop(0)}) for key, order in untried.items() if order]
             for tier_id, batch in self._by_tier(targets):
+                since = self._store.mark
                 sent = self._send(tier_id, batch, copied_only=True)
-                self._store.set_copied(sent, True)
+                self._store.set_copied(sent, True, since)
                 self.counters.moved_chunks += len(sent)
                 for key in sent:
                     del untried[key]
@@ -264,8 +281,9 @@ class ChunkExchange:
         if self._disk is None:
             return
         for part in batches(keys, self.fetcher.batch_chunks):
-            taken = take_in(self._disk, read(self._store, part))
-            self._store.set_copied(taken, True)
+            batch = read(self._store, part)
+            taken = take_in(self._disk, batch)
+            self._store.set_copied(taken, True, batch.mark)
             # what has gone from the disk meanwhile was told of before it was marked
             still = self._disk.stored(taken)
             self._store.set_copied([key for key, is_there in zip(taken, still, strict=True) if not is_there], False)

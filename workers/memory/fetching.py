@@ -108,7 +108,7 @@ class ChunkFetcher:
         taken = take_in(self._store, batch, holder, cached=cached)
         if not cached:
             self._publish(taken)
-            self._peers.set_copied(tier_id, taken)
+            self._peers.set_copied(tier_id, taken, batch.mark)
         self.counters.fetched_chunks += len(taken)
         self.counters.fetched_bytes += batch.nbytes
         return set(taken)

@@ -24,8 +24,9 @@ class Peers(Protocol):
         """Have the tier store ``batch`` and answer for it; returns the keys that it has now."""
         ...
 
-    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey]) -> None:
-        """Tell the tier that another one answers for ``keys``; does not wait."""
+    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey], since: int) -> None:
+        """Tell the tier that another one answers for ``keys``, which were read there at its mark ``since``; does not
+        wait."""
         ...
 
     def promise_for(self, tier_id: str, holder: str, chunks: int) -> int:

@@ -49,6 +49,7 @@ class CatalogPublisher:
         self._copies: Counter[ChunkKey] = Counter()  # of each chunk here: in memory, on disk
         self._pending: dict[ChunkKey, bool] = {}  # the last word on each chunk: stored or gone
         self._overflowed = False
+        self._away = False  # Redis, when the publisher's thread last asked
         self._next_heartbeat_s = self._next_publish_all_s = 0.0  # of time.monotonic
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -71,11 +72,29 @@ class CatalogPublisher:
         self._wake.set()
 
     def publish_now(self, keys: Sequence[ChunkKey]) -> None:
-        """The store has ``keys``: say so before anything is done that counts on others knowing it."""
+        """The store has had ``keys`` a moment ago: say so before anything is done that counts on others knowing it.
+
+        Does not wait for a Redis that is away: what is stored is pending.
+        """
+        if self._away:
+            return
+        incarnation = self._incarnation
         try:
-            self._catalog.publish(self._tier_id, self._incarnation, keys)
+            self._catalog.publish(self._tier_id, incarnation, keys)
         except CatalogUnavailableError:
-            return  # they are pending, as all that is stored
+            return
+        finally:
+            self._correct(keys, incarnation)
+
+    def _correct(self, keys: Sequence[ChunkKey], incarnation: str) -> None:
+        """Entries of ``keys`` were written by another thread than the publisher's, which may have withdrawn one of a
+        chunk that was evicted meanwhile, or published all in a new incarnation, before that."""
+        with self._lock:
+            gone = {key: False for key in keys if not self._copies[key]}
+            old = {key: True for key in keys if self._copies[key] and incarnation != self._incarnation}
+            self._pending |= gone | old
+        if gone or old:
+            self._wake.set()
 
     def start(self, store: ArenaStore) -> None:
         self._thread = threading.Thread(target=self._run, args=(store,), name="catalog-publisher", daemon=True)
@@ -102,11 +121,12 @@ class CatalogPublisher:
             except CatalogUnavailableError as error:
                 if not backoff_s:
                     logger.warning("chunks of %s are not published until it is back: %s", self._tier_id, error)
+                self._away = True
                 backoff_s = min(MAX_BACKOFF_S, max(0.1, 2 * backoff_s))
                 self._next_heartbeat_s = 0.0
                 self._stopping.wait(backoff_s * uniform(0.5, 1))
                 continue
-            backoff_s = 0.0
+            self._away, backoff_s = False, 0.0
             self._wake.wait(max(0.0, self._next_heartbeat_s - time.monotonic()))
 
     def _publish(self, store: ArenaStore) -> None:

@@ -60,9 +60,10 @@ class RemotePeers:
         ref = self._ask(tier_id, "take_in", batch, copied_only)
         return cast(list[ChunkKey], self.wait(tier_id, ref, self._deadline_s))
 
-    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey]) -> None:
-        """Tell the tier that another one answers for ``keys``; does not wait."""
-        self._ask(tier_id, "set_copied", list(keys))
+    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey], since: int) -> None:
+        """Tell the tier that another one answers for ``keys``, which were read there at its mark ``since``; does not
+        wait."""
+        self._ask(tier_id, "set_copied", list(keys), since)
 
     def promise_for(self, tier_id: str, holder: str, chunks: int) -> int:
         """Have the tier promise room for a sequence of another node; returns for how many chunks it does."""
@@ -70,7 +71,8 @@ class RemotePeers:
 
     def hold_for(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
         """Have the tier hold those of ``keys`` that it has; returns their records."""
-        return cast(RecordBatch, self._hosted(tier_id, "hold", holder, list(keys)))
+        ref = self._ask(tier_id, "hosted_hold", holder, list(keys))
+        return cast(RecordBatch, self.wait(tier_id, ref, self._deadline_s))
 
     def take_in_for(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
         """Have the tier store and hold ``batch``; returns the keys that it holds now."""

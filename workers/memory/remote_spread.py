@@ -31,18 +31,18 @@ class RemoteSpread:
 
     def promise_rest(self, holder: str) -> Share:
         """As :meth:`.protocol.OtherNodes.promise_rest`."""
-        return cast(Share, self._call("spread_call", "promise_rest", holder, waits=True))
+        return cast(Share, self._call("far_call", "promise_rest", holder, waits=True))
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """As :meth:`.protocol.OtherNodes.move_out`."""
-        refs = cast(list[SlotRef | None], self._call("spread_call", "move_out", holder, list(keys), waits=True))
+        refs = cast(list[SlotRef | None], self._call("far_call", "move_out", holder, list(keys), waits=True))
         self._moved(holder, keys)
         self.note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
         return refs
 
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """As :meth:`.protocol.OtherNodes.fetch`."""
-        return cast(list[SlotRef | None], self._call("spread_call", "fetch", holder, reader, list(keys), waits=True))
+        return cast(list[SlotRef | None], self._call("far_call", "fetch", holder, reader, list(keys), waits=True))
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> PendingRows:
         """As :meth:`.protocol.OtherNodes.read_layer`."""

@@ -194,7 +194,7 @@ class SpreadSequences:
             return {}
         records = RecordBatch.of(batch.only(np.array([key in taken for key in batch.keys], np.bool_)))
         spread.places |= dict.fromkeys(records.keys, tier_id)
-        self._store.set_copied(records.keys, True)
+        self._store.set_copied(records.keys, True, batch.mark)
         return dict(zip(records.keys, self._records.put(holder, records), strict=True))
 
     def hold_again(

@@ -1,6 +1,7 @@
 """Which chunk lies where in an arena, who holds it, and what may be evicted."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -35,6 +36,9 @@ class ArenaStore:
         self._free: list[int] = []
         self._idle = IdleSlots()
         self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
+        # begins above the marks of an earlier owner, which calls that are still on their way may name
+        self._mark = time.time_ns()
+        self._answers: dict[ChunkKey, int] = {}  # stored chunk -> mark at which this store last came to answer for it
         self._pins = Pins()
         self._holds = Holds(arena.slots)
         self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
@@ -114,9 +118,10 @@ class ArenaStore:
                 for key in keys
             ]
 
-    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
+    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], *, copied: bool = False) -> None:
         """The bytes of these reserved slots are in place and sealed: from now on others find them.
 
+        ``copied``: another store answers for those that are new here, and goes on to do so.
         Where an equal chunk was stored meanwhile, that one stays and the slot remains private to ``holder``.
         Raises :class:`ChunkLostError`, and stores nothing, if a slot is not the holder's or not sealed.
         """
@@ -130,6 +135,8 @@ class ArenaStore:
             for key, ref in refs:
                 if key not in self._stored:
                     self._insert(key, ref.slot)
+                    if copied:
+                        self._copied.add(key)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong: forget it. Holders keep the slot until they release."""
@@ -210,11 +217,27 @@ class ArenaStore:
         with self._lock:
             return list(self._copied)
 
-    def set_copied(self, keys: Iterable[ChunkKey], copied: bool) -> None:
-        """Somebody else answers for ``keys`` too (or does no longer): such chunks are evicted first."""
+    @property
+    def mark(self) -> int:
+        """Grows each time that this store comes to answer for a chunk: see :meth:`set_copied`."""
         with self._lock:
-            known = [key for key in keys if key in self._stored]
-            (self._copied.update if copied else self._copied.difference_update)(known)
+            return self._mark
+
+    def set_copied(self, keys: Iterable[ChunkKey], copied: bool, since: int | None = None) -> None:
+        """Another store answers for ``keys`` too (or does no longer): such chunks are evicted first.
+
+        ``since``: the :attr:`mark` before the other store was given its copies. A chunk that this store has come to
+        answer for after that stays as it is. Else two stores that send each other a chunk at once would each count on
+        the other, and both evict it first.
+        """
+        with self._lock:
+            known = [key for key in keys if key in self._stored and (since is None or self._answers[key] <= since)]
+            if copied:
+                self._copied.update(known)
+            else:
+                self._copied.difference_update(known)
+                self._mark += 1
+                self._answers.update(dict.fromkeys(known, self._mark))
             self._settle(known)
 
     def pin(self, name: str, keys: Sequence[ChunkKey]) -> int:
@@ -265,6 +288,9 @@ class ArenaStore:
                     assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
             self._promises.check_integrity()
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
+            assert self._answers.keys() == self._stored.keys(), (
+                "a chunk is stored without a mark, or has one and is not"
+            )
             self._pins.check_integrity()
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
@@ -320,6 +346,8 @@ class ArenaStore:
 
     def _insert(self, key: ChunkKey, slot: int) -> None:
         self._stored[key] = slot
+        self._mark += 1
+        self._answers[key] = self._mark
         if self._listener is not None:
             self._listener(key, True)
 
@@ -346,7 +374,7 @@ class ArenaStore:
         self._keep_yielding()
 
     def _remove(self, key: ChunkKey) -> None:
-        del self._stored[key]
+        del self._stored[key], self._answers[key]
         self._copied.discard(key)
         if self._listener is not None:
             self._listener(key, False)

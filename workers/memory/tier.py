@@ -17,7 +17,7 @@ from forecache.indexer.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.errors import ArenaError
 from forecache.workers.memory.arena import FILE_PREFIX, Arena, describe, remove_abandoned
 from forecache.workers.memory.catalog import Catalog, SessionRecord
-from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange, wanted_room
 from forecache.workers.memory.holders import request_of
@@ -51,16 +51,22 @@ class TierSettings:
     telemetry: Telemetry = SILENCE
 
 
+LANES = {"lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
+"""Threads by what their calls wait for. `lookups`: the catalog, the disk and other tiers; `far`: other tiers; `peers`,
+of other tiers: the disk and the catalog; `peers_at_once`, of other tiers: nothing. The calls of workers that wait for
+nothing have the actor's own threads, so that reserve, commit and release are done in time whatever other calls take."""
+
+
 # Ray's annotations do not know max_concurrency and the groups.
-@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups={"peers": 4, "fetches": 8})  # type: ignore[call-overload]
+@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups=LANES)  # type: ignore[call-overload]
 class MemoryTier:
     """`ColdMemory` of a node for its workers, which reach it through `RemoteMemory`. Runs on that node.
 
     Restarted under the same ``tier_id`` it adopts the file of its former life, if that fits, with all sealed
     chunks; what was held then is held no more. Arena files of others that are gone are deleted first.
 
-    Calls of other tiers have threads of their own and never call back: two tiers that ask each other don't wait in a
-    circle. So have searches that fetch: what workers ask for while a sequence runs does not wait for them.
+    Calls of other tiers have threads of their own and never ask a tier: tiers that ask each other don't wait in a
+    circle. See :data:`LANES`.
     """
 
     def __init__(self, settings: TierSettings, tier_id: str) -> None:
@@ -91,7 +97,7 @@ class MemoryTier:
                 self._exchange = ChunkExchange(
                     tier_id, self._store, catalog, peers, config, self._publisher.publish_now, self._disk
                 )
-                self._hosted = HostedSequences(self._store, settings.layout, self._exchange.from_disk)
+                self._hosted = HostedSequences(self._store, settings.layout, self._exchange.from_disk_alone)
                 self._exchange.start()
             self._publisher.start(self._store)
         self._telemetry = settings.telemetry.start("tier", tier_id, node_id, self.stats)
@@ -108,7 +114,7 @@ class MemoryTier:
         """Where the workers of this node find the arena."""
         return str(self._arena.path)
 
-    @ray.method(concurrency_group="fetches")
+    @ray.method(concurrency_group="lookups")
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Of what is stored on any node."""
         request_id, traceparent = request_of(holder)
@@ -149,28 +155,40 @@ class MemoryTier:
         self._store.release(holder)
 
     def spread_call(self, method: str, *args: object) -> object:
-        """One of :class:`SpreadSequences`' methods, for a worker of this node."""
+        """One of :class:`SpreadSequences`' methods that wait for no other tier, for a worker of this node."""
         assert self._exchange is not None, "sequences are spread over tiers that know each other"
         return getattr(self._exchange.spread, method)(*args)
 
-    @ray.method(concurrency_group="peers")
+    @ray.method(concurrency_group="far")
+    def far_call(self, method: str, *args: object) -> object:
+        """One of :class:`SpreadSequences`' methods that wait for other tiers, for a worker of this node."""
+        return self.spread_call(method, *args)
+
+    @ray.method(concurrency_group="peers_at_once")
     def hosted_call(self, method: str, *args: object) -> object:
-        """One of :class:`HostedSequences`' methods, for the tier of another node, or a worker there."""
+        """One of :class:`HostedSequences`' methods but `hold`, for the tier of another node, or a worker there."""
         assert self._hosted is not None, "sequences are spread over tiers that know each other"
         return getattr(self._hosted, method)(*args)
 
+    @ray.method(concurrency_group="peers")
+    def hosted_hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+        """:meth:`HostedSequences.hold`, for the tier of another node: it may have to wait for the disk."""
+        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        return self._hosted.hold(holder, keys)
+
+    @ray.method(concurrency_group="lookups")
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with these chunks, and the state behind them in these pieces."""
         if self._sessions is not None:
             self._sessions.record(session_id, keys, state_keys)
 
-    @ray.method(concurrency_group="peers")
+    @ray.method(concurrency_group="peers_at_once")
     def set_session(self, record: SessionRecord) -> int:
         """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
         now, since their slots are promised."""
         return self._sessions.set(record) if self._sessions is not None else 0
 
-    @ray.method(concurrency_group="peers")
+    @ray.method(concurrency_group="peers_at_once")
     def forget_session(self, session_id: str) -> None:
         if self._sessions is not None:
             self._sessions.forget(session_id)
@@ -236,10 +254,10 @@ class MemoryTier:
             self._publisher.publish_now(taken)  # whoever sent them may let them go now
         return taken
 
-    @ray.method(concurrency_group="peers")
-    def set_copied(self, keys: Sequence[ChunkKey]) -> None:
-        """Another tier answers for ``keys``: they may go first."""
-        self._store.set_copied(keys, True)
+    @ray.method(concurrency_group="peers_at_once")
+    def set_copied(self, keys: Sequence[ChunkKey], since: int) -> None:
+        """Another tier answers for ``keys``, which it read here at the mark ``since``: they may go first."""
+        self._store.set_copied(keys, True, since)
 
     def shutdown(self) -> None:
         """Leave the catalog and free the arena's file; workers keep what they have mapped."""

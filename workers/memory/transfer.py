@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.chunk_batch import ChunkBatch
@@ -15,6 +16,7 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
 
     None is held, or counts as used: what is copied since it is the coldest stays the coldest.
     """
+    mark = store.mark
     found = [(key, ref) for key, ref in zip(keys, store.find(keys), strict=True) if ref is not None]
     batch = store.arena.read([ref for _, ref in found], [key for key, _ in found])
     if len(batch) < len(found):
@@ -22,7 +24,7 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
         for key, ref in found:
             if key not in sound:
                 store.drop(key, ref)  # nothing is, if it was only evicted meanwhile
-    return batch
+    return replace(batch, mark=mark)
 
 
 def take_in(
@@ -43,7 +45,6 @@ def take_in(
     batch = batch.sound()
     name = holder or f"transfer/{uuid.uuid4().hex}"
     taken: list[ChunkKey] = []
-    new: list[ChunkKey] = []
     try:
         for row, key in enumerate(batch.keys):
             if copied_only and store.room <= keep_room and store.stored([key]) == [False]:
@@ -54,12 +55,9 @@ def take_in(
                 break
             if not place.stored:
                 store.arena.write(place.ref, batch, row)
-                store.commit(name, [(key, place.ref)])
-                new.append(key)
+                store.commit(name, [(key, place.ref)], copied=cached)
             taken.append(key)
-        if cached:
-            store.set_copied(new, True)
-        else:
+        if not cached:
             store.set_copied(taken, False)
     finally:
         if holder is None:
