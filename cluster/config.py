@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.redis_server import DEFAULT_BYTES
 from forecache.cluster.resume import ResumeConfig
 from forecache.cluster.sizes import parse_bytes
 from forecache.cluster.telemetry_config import TelemetryConfig
@@ -61,6 +62,12 @@ class ServeConfig(BaseModel):
     )
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
     redis_url: str | None = Field(None, description="Redis of your own for the catalog; default: an embedded server")
+    redis_bytes: Size = Field(
+        DEFAULT_BYTES,
+        ge=32 << 20,
+        description="most memory of the embedded Redis, four times --session-bytes at least; a full one forgets where "
+        "chunks are that were asked for longest ago",
+    )
     ray_num_cpus: int | None = Field(
         None, ge=1, description="logical CPUs of the Ray started here; default: workers + 1"
     )
@@ -95,6 +102,15 @@ class ServeConfig(BaseModel):
             else value
             for name, value in values.items()
         }
+
+    @model_validator(mode="after")
+    def _sessions_fit(self) -> Self:
+        if self.redis_url is None and self.redis_bytes < 4 * self.memory.session_bytes:
+            raise ValueError(
+                f"--session-bytes {self.memory.session_bytes} is more than a quarter of --redis-bytes "
+                f"{self.redis_bytes}: lower the one or raise the other"
+            )
+        return self
 
     @property
     def model_name(self) -> str:

@@ -20,6 +20,10 @@ from forecache.workers.errors import ForecacheError
 _UNIX_PATH_LIMIT = 100
 """Linux takes 107 bytes; the rest is slack."""
 
+DEFAULT_BYTES = 512 << 20
+EVICTION = "volatile-lru"
+"""Only entries of chunks have an expiry: see `catalog.py`."""
+
 # Runs the server in the place of this small interpreter, bound to end with its parent, also when that one is killed.
 _EXEC_WITH_PARENT = """
 import ctypes, os, signal, sys
@@ -53,13 +57,16 @@ class EmbeddedRedis:
     """A Redis server without persistence that ends with this process.
 
     ``host=None`` listens on a unix socket (one machine); else on a free port of ``host`` with a random password.
-    ``url`` is for ``redis.from_url``.
+    ``url`` is for ``redis.from_url``. It takes ``max_bytes`` of memory at most: when it is full it forgets the entries
+    of chunks that were used longest ago, and nothing else.
 
     Raises:
         RedisStartError: no server binary is found, or it does not answer in time.
     """
 
-    def __init__(self, host: str | None = None, *, start_deadline_s: float = 10.0) -> None:
+    def __init__(
+        self, host: str | None = None, *, max_bytes: int = DEFAULT_BYTES, start_deadline_s: float = 10.0
+    ) -> None:
         binary = find_redis_server()
         if binary is None:
             raise RedisStartError(
@@ -78,6 +85,7 @@ class EmbeddedRedis:
             port, password = _free_port(host), secrets.token_urlsafe(24)
             listen = ["--port", str(port), "--bind", host, "--requirepass", password]
             self.url = f"redis://:{password}@{host}:{port}/0"
+        self._max_bytes = max_bytes
         self._binary, self._listen, self._start_deadline_s = binary, listen, start_deadline_s
         try:
             self._start(binary, listen, start_deadline_s)
@@ -110,6 +118,10 @@ class EmbeddedRedis:
             str(self._directory),
             "--daemonize",
             "no",
+            "--maxmemory",
+            str(self._max_bytes),
+            "--maxmemory-policy",
+            EVICTION,
         ]
         pairs = zip(options[::2], options[1::2], strict=True)
         settings.touch(mode=0o600)

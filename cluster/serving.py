@@ -111,7 +111,7 @@ def running(
         if redis_url is None:
             # other nodes must reach it when there may be any
             host = None if config.address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-            redis = stack.enter_context(EmbeddedRedis(host))
+            redis = stack.enter_context(EmbeddedRedis(host, max_bytes=config.redis_bytes))
             redis_url, revive = redis.url, redis.revive
         run = uuid.uuid4().hex[:12]
         stack.callback(_stop_node_actors, run, config.stop_deadline_s)

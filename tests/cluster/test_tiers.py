@@ -531,7 +531,7 @@ def test_a_pin_that_a_slow_tier_misses_is_refused_and_taken_back(nodes: Nodes) -
         assert directory.describe("s")["pinned_until"] is None
     # it does both late: what was taken back stays so
     get(tier.forget_session.remote("another"))
-    assert nodes.stats(0).pinned_slots == 0
+    wait_until(lambda: nodes.stats(0).pinned_slots == 0)
     directory = SessionDirectory(nodes.all, chunk_tokens=16)
     assert directory.pin("s", ttl_s=600)["pinned_until"] > time.time()
     assert nodes.stats(0).pinned_slots == 4

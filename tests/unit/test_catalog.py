@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forecache.cluster.redis_server import EmbeddedRedis
 from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory import publisher as tier_module
 from forecache.workers.memory.arena import Arena
@@ -20,6 +21,7 @@ from forecache.workers.memory.catalog import (
     CHUNK_EXPIRY_S,
     CHUNK_PREFIX,
     RECORD_EXPIRY_S,
+    SESSION_KEYS,
     SESSION_PREFIX,
     Catalog,
     SessionRecord,
@@ -134,7 +136,8 @@ def test_a_stored_run_is_one_round_trip(catalog: Catalog, redis_server: Any) -> 
         catalog.stored_run(KEYS)
         calls = {name: stats["calls"] for name, stats in client.info("commandstats").items()}
     assert calls.pop("cmdstat_evalsha") == 1
-    assert set(calls) <= {"cmdstat_hgetall", "cmdstat_hget", "cmdstat_config|resetstat", "cmdstat_config"}
+    within = {"cmdstat_time", "cmdstat_hgetall", "cmdstat_hmget"}
+    assert set(calls) <= within | {"cmdstat_config|resetstat", "cmdstat_config"}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -253,7 +256,7 @@ def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_p
     now_s = time.time()
     old = SessionRecord("s", tuple(KEYS[:2]), now_s + 600, changed_unix_s=now_s - 20)
     new = SessionRecord("s", tuple(KEYS[2:4]), changed_unix_s=now_s - 10)
-    tiers = [Sessions(ArenaStore(small_arena(tmp_path, name)), catalog) for name in ("one", "two")]
+    tiers = [Sessions(ArenaStore(small_arena(tmp_path, name)), catalog, 1 << 20) for name in ("one", "two")]
     for sessions, record in zip(tiers, (new, old), strict=True):
         sessions.set(record)
     redis_server.kill()
@@ -267,7 +270,7 @@ def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_p
     stores = [ArenaStore(small_arena(tmp_path, name)) for name in ("three", "four")]
     for store, records in zip(stores, ((old, new), (new, old)), strict=True):
         put(store, KEYS[:4])
-        sessions = Sessions(store, catalog)
+        sessions = Sessions(store, catalog, 1 << 20)
         for record in records:
             sessions.set(record)
         assert store.stats().pinned_slots == 0
@@ -277,14 +280,14 @@ def test_a_request_s_record_is_the_newest_though_a_clock_is_ahead(catalog: Catal
     until = time.time() + 6000
     ahead = SessionRecord("s", tuple(KEYS[:1]), until, changed_unix_s=time.time() + 300)
     catalog.set_session(ahead)
-    Sessions(store, catalog).record("s", KEYS[:3])
+    Sessions(store, catalog, 1 << 20).record("s", KEYS[:3])
     newer = math.nextafter(ahead.changed_unix_s, math.inf)
     assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=newer)
 
 
 def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: ArenaStore, redis_server: Any) -> None:
     put(store, KEYS[:3])
-    sessions, now_s = Sessions(store, catalog), time.time()
+    sessions, now_s = Sessions(store, catalog, 1 << 20), time.time()
     long_ago_s = now_s - RECORD_EXPIRY_S - 1
     for record in (
         SessionRecord("over", tuple(KEYS[:1]), changed_unix_s=long_ago_s),
@@ -295,11 +298,78 @@ def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: Ar
         sessions.set(record)
     sessions.publish()
     assert [record.session_id for record in catalog.sessions()] == ["late", "pinned"]
-    with redis.Redis.from_url(redis_server.url) as client:
-        assert 0 < client.ttl(SESSION_PREFIX + b"late") <= 600
+    assert 0 < next(record.expiry_s for record in catalog.sessions() if record.session_id == "late") <= 600
     sessions.tick()
+    sessions.check_integrity()
     assert sorted(sessions._records) == ["late", "pinned"]
     assert store.stats().pinned_slots == 1
+
+
+def session_keys(number: int, chunks: int = 100) -> tuple[ChunkKey, ...]:
+    return tuple(bytes([number, chunk]) * 8 for chunk in range(chunks))
+
+
+def sum_of_sizes(url: str) -> tuple[int, int]:
+    """What the catalog says that sessions take, and what Redis does."""
+    with redis.Redis.from_url(url) as client:
+        total = int(client.get(SESSION_KEYS[2]) or 0)
+        assert total == sum(map(int, client.hvals(SESSION_KEYS[1])))
+        assert sorted(client.hkeys(SESSION_KEYS[1])) == sorted(client.zrange(SESSION_KEYS[0], 0, -1))
+        names = [*client.keys(SESSION_PREFIX + b"*"), *SESSION_KEYS[:2]]
+        return total, sum(client.memory_usage(name) or 0 for name in names)
+
+
+def test_sessions_take_no_more_than_they_may_and_pinned_ones_stay(
+    catalog: Catalog, store: ArenaStore, redis_server: Any
+) -> None:
+    now_s = time.time()
+    one = SessionRecord("0", session_keys(0)).nbytes
+    sessions = Sessions(store, catalog, 4 * one)
+    for number in range(10):
+        pinned_until_s = now_s + 600 if number in (0, 3) else 0.0
+        record = SessionRecord(str(number), session_keys(number), pinned_until_s, changed_unix_s=now_s - 100 + number)
+        sessions.set(record)
+        sessions.publish([record.session_id])
+        sessions.check_integrity()
+        assert sum_of_sizes(redis_server.url)[0] <= 4 * one
+    assert sorted(sessions._records) == ["0", "3", "8", "9"]
+    assert [record.session_id for record in catalog.sessions()] == ["0", "3", "8", "9"]
+    assert catalog.session("4") is None
+    # one that grows makes room for itself; a pin makes none, and takes none
+    sessions.set(SessionRecord("9", session_keys(9, 180), changed_unix_s=now_s - 50))
+    sessions.publish()
+    assert [record.session_id for record in catalog.sessions()] == ["0", "3", "9"] == sorted(sessions._records)
+    for number in range(20, 26):
+        catalog.set_session(SessionRecord(str(number), session_keys(number), now_s + 600, changed_unix_s=now_s))
+    pinned = ["0", "20", "21", "22", "23", "24", "25", "3"]
+    catalog.set_session(SessionRecord("late", session_keys(9), changed_unix_s=now_s - 1), 4 * one)
+    assert [record.session_id for record in catalog.sessions()] == pinned  # there is no room beside what is pinned
+    for name in pinned:
+        catalog.remove_session(name)
+    assert sum_of_sizes(redis_server.url)[0] == 0
+
+
+def test_what_a_session_takes_is_what_is_counted(catalog: Catalog, redis_server: Any) -> None:
+    for number in range(200):
+        catalog.set_session(SessionRecord(f"tenant/session-{number}", session_keys(number % 250, number)))
+    counted, taken = sum_of_sizes(redis_server.url)
+    assert 0.8 * counted < taken < 1.2 * counted
+
+
+def test_a_full_redis_forgets_entries_of_chunks_and_no_tier_or_session(tmp_path: Path) -> None:
+    with EmbeddedRedis(max_bytes=8 << 20) as server, Catalog(server.url) as catalog:
+        catalog.heartbeat(record("a"), expiry_s=600)
+        for number in range(10):
+            catalog.set_session(SessionRecord(str(number), session_keys(number), time.time() + 600))
+        keys = [number.to_bytes(4, "big") * 4 for number in range(60_000)]
+        for start in range(0, len(keys), 10_000):
+            catalog.publish("a", "1", keys[start : start + 10_000])
+        with redis.Redis.from_url(server.url) as client:
+            assert client.info("stats")["evicted_keys"] > 1000
+            assert client.info("memory")["used_memory"] < 9 << 20
+        assert [tier.tier_id for tier in catalog.tiers()] == ["a"]
+        assert all(found is not None and found.is_pinned for found in map(catalog.session, map(str, range(10))))
+        assert sum(bool(tiers) for tiers in catalog.locate(keys)) > 1000
 
 
 class OtherTiers:

@@ -19,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 from forecache.cluster import autoscaling, cli, serve_app
 from forecache.cluster.api import Api
 from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
+from forecache.cluster.redis_server import EVICTION
 from forecache.cluster.sizes import parse_bytes
 from forecache.indexer.index_keys import IndexSpec
 
@@ -93,6 +94,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
 def ray_service() -> dict[str, Any]:
     spec: dict[str, Any] = one("multi-node", "RayService", "forecache")["spec"]
     return spec
+
+
+def test_redis_forgets_no_tier_and_no_pin_and_ends_below_the_limit_of_its_pod() -> None:
+    spec = one("multi-node", "StatefulSet", "forecache-redis")["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    found = re.search(r"maxmemory (\d+)gb\\nmaxmemory-policy (\S+)\\n", container["args"][0])
+    assert found is not None and found[2] == EVICTION
+    assert 2 * int(found[1]) << 30 <= nbytes(container["resources"]["limits"]["memory"])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -3,11 +3,15 @@
 Schema, under the prefix ``forecache:``
 
 - ``chunk:<16 bytes of key>``: hash of tier id -> incarnation in which it said so; expires unless said again.
-- ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``;
-  expires with the tier's heartbeat.
-- ``tiers``: set of tier ids, some of them perhaps expired.
+- ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``,
+  ``expires_unix_ms``; void after that time, by the clock of Redis.
+- ``tiers``: set of tier ids, some of them perhaps void.
 - ``session:<id>``: hash of ``keys`` and ``state_keys`` (16 bytes each), ``pinned_until_unix_s`` and
-  ``changed_unix_s``; ``sessions``: set of their ids.
+  ``changed_unix_s``; ``sessions_by_use``: sorted set of their ids by the later of these two times; ``session_sizes``:
+  hash of id -> bytes; ``session_bytes``: their sum.
+
+Only entries of chunks have an expiry in Redis. So under ``maxmemory-policy volatile-lru`` a Redis that is full forgets
+entries of chunks, which are hints and are said again, and never a tier or a pinned session.
 
 An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
 after a tier has died.
@@ -32,23 +36,38 @@ CHUNK_PREFIX = b"forecache:chunk:"
 TIER_PREFIX = b"forecache:tier:"
 TIERS_KEY = b"forecache:tiers"
 SESSION_PREFIX = b"forecache:session:"
-SESSIONS_KEY = b"forecache:sessions"
+SESSION_KEYS = (b"forecache:sessions_by_use", b"forecache:session_sizes", b"forecache:session_bytes")
+SESSION_OVERHEAD_BYTES = 512
+"""What a session's record takes in Redis beside its keys and its id, which it has three times."""
 
 CHUNK_EXPIRY_S = 3600
 """Entries of chunks are gone after this time; tiers publish again well before."""
 BATCH_KEYS = 1000
 """Keys of one pipelined write, so that no single one keeps Redis long from answering others."""
 
-# KEYS: chunks in order; ARGV[1]: prefix of tier records. How many are held in a row, each by any tier; then, for each
-# tier, how many of these it holds.
-RUN = """
-local incarnations, counts, run = {}, {}, 0
+_LIVING = """
+local now, incarnations = redis.call('TIME'), {}
+local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local function incarnation(tier)
+  if incarnations[tier] == nil then
+    local known = redis.call('HMGET', ARGV[1] .. tier, 'incarnation', 'expires_unix_ms')
+    incarnations[tier] = known[1] and tonumber(known[2]) > now_ms and known[1]
+  end
+  return incarnations[tier]
+end
+"""
+"""The incarnation in which a tier lives; false for one that does not. ARGV[1]: prefix of tier records."""
+
+# KEYS: chunks in order. How many are held in a row, each by any tier; then, for each tier, how many of these it holds.
+RUN = (
+    _LIVING
+    + """
+local counts, run = {}, 0
 for i, key in ipairs(KEYS) do
   local entries, any = redis.call('HGETALL', key), false
   for j = 1, #entries, 2 do
     local tier = entries[j]
-    if incarnations[tier] == nil then incarnations[tier] = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
-    if incarnations[tier] == entries[j + 1] then counts[tier], any = (counts[tier] or 0) + 1, true end
+    if incarnation(tier) == entries[j + 1] then counts[tier], any = (counts[tier] or 0) + 1, true end
   end
   if not any then break end
   run = i
@@ -60,31 +79,93 @@ for tier, chunks in pairs(counts) do
 end
 return reply
 """
+)
 
-# KEYS: chunks; ARGV[1]: prefix of tier records. For each chunk the tiers that hold it.
-LOCATE = """
-local incarnations, reply = {}, {}
+# KEYS: chunks. For each chunk the tiers that hold it.
+LOCATE = (
+    _LIVING
+    + """
+local reply = {}
 for i, key in ipairs(KEYS) do
   local entries, holding = redis.call('HGETALL', key), {}
   for j = 1, #entries, 2 do
     local tier = entries[j]
-    if incarnations[tier] == nil then incarnations[tier] = redis.call('HGET', ARGV[1] .. tier, 'incarnation') end
-    if incarnations[tier] == entries[j + 1] then holding[#holding + 1] = tier end
+    if incarnation(tier) == entries[j + 1] then holding[#holding + 1] = tier end
   end
   reply[i] = holding
 end
 return reply
 """
+)
 
-# KEYS: a session, all sessions; ARGV: its id, its changed_unix_s, its expiry in ms, then fields and values. Nothing
-# where a newer record is known.
-SET_SESSION = """
-local known = redis.call('HGET', KEYS[1], 'changed_unix_s')
-if known and tonumber(known) > tonumber(ARGV[2]) then return end
-redis.call('HSET', KEYS[1], 'changed_unix_s', ARGV[2], unpack(ARGV, 4))
-redis.call('PEXPIRE', KEYS[1], ARGV[3])
-redis.call('SADD', KEYS[2], ARGV[1])
+# KEYS: all tiers. The living ones with the fields of their records; the others are removed.
+TIERS = (
+    _LIVING
+    + """
+local reply = {}
+for _, tier in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+  if incarnation(tier) then
+    reply[#reply + 1] = {tier, redis.call('HGETALL', ARGV[1] .. tier)}
+  else
+    redis.call('DEL', ARGV[1] .. tier)
+    redis.call('SREM', KEYS[1], tier)
+  end
+end
+return reply
 """
+)
+
+# KEYS: all tiers; ARGV[2]: a tier's id, ARGV[3]: expiry in ms, then fields and values. The incarnation in which it was
+# known.
+HEARTBEAT = (
+    _LIVING
+    + """
+local name, known = ARGV[1] .. ARGV[2], incarnation(ARGV[2])
+redis.call('HSET', name, 'expires_unix_ms', string.format('%d', now_ms + ARGV[3]), unpack(ARGV, 4))
+redis.call('SADD', KEYS[1], ARGV[2])
+return known
+"""
+)
+
+_FORGET_SESSION = """
+local function forget(session)
+  local size = redis.call('HGET', KEYS[2], session)
+  redis.call('DEL', ARGV[1] .. session)
+  redis.call('ZREM', KEYS[1], session)
+  redis.call('HDEL', KEYS[2], session)
+  if size then redis.call('DECRBY', KEYS[3], size) end
+end
+"""
+"""KEYS: sessions by use, their sizes, the sum of these; ARGV[1]: prefix of session records."""
+
+# ARGV[2]: a session.
+REMOVE_SESSION = _FORGET_SESSION + "forget(ARGV[2])"
+
+# ARGV[2]: a session, its changed_unix_s, when it was or will be of use last, its bytes, seconds after which a session
+# is forgotten, most bytes of all or -1, then fields and values. Nothing where a newer record is known. Of sessions that
+# are not pinned those that were of use longest ago go, until the rest is no more than may be.
+SET_SESSION = (
+    _FORGET_SESSION
+    + """
+local name, session = ARGV[1] .. ARGV[2], ARGV[2]
+local known = redis.call('HGET', name, 'changed_unix_s')
+if known and tonumber(known) > tonumber(ARGV[3]) then return end
+local before = redis.call('HGET', KEYS[2], session) or 0
+redis.call('HSET', name, 'changed_unix_s', ARGV[3], unpack(ARGV, 8))
+redis.call('ZADD', KEYS[1], ARGV[4], session)
+redis.call('HSET', KEYS[2], session, ARGV[5])
+redis.call('INCRBY', KEYS[3], ARGV[5] - before)
+local now_s, most = tonumber(redis.call('TIME')[1]), tonumber(ARGV[7])
+while true do
+  local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
+  local used_s = tonumber(first[2])
+  if not used_s or used_s > now_s then break end
+  local full = most >= 0 and tonumber(redis.call('GET', KEYS[3])) > most
+  if not full and used_s + ARGV[6] > now_s then break end
+  forget(first[1])
+end
+"""
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +215,12 @@ class SessionRecord:
         return replace(self, changed_unix_s=max(self.changed_unix_s, math.nextafter(known.changed_unix_s, math.inf)))
 
     @property
+    def nbytes(self) -> int:
+        """What it takes in Redis, nearly."""
+        keys = KEY_BYTES * (len(self.keys) + len(self.state_keys))
+        return keys + 3 * len(self.session_id.encode()) + SESSION_OVERHEAD_BYTES
+
+    @property
     def expiry_s(self) -> float:
         """From now on; not above 0 when its time is over."""
         return max(self.changed_unix_s + RECORD_EXPIRY_S, self.pinned_until_unix_s) - time.time()
@@ -160,25 +247,25 @@ class Catalog:
             raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
         self._run = self._redis.register_script(RUN)
         self._locate = self._redis.register_script(LOCATE)
+        self._tiers = self._redis.register_script(TIERS)
+        self._heartbeat = self._redis.register_script(HEARTBEAT)
         self._set_session = self._redis.register_script(SET_SESSION)
+        self._remove_session = self._redis.register_script(REMOVE_SESSION)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
         """The tier lives, for ``expiry_s`` more. False if it was not known: publish everything again."""
-        name = TIER_PREFIX + record.tier_id.encode()
-        fields: dict[Any, Any] = {
+        fields: dict[str, Any] = {
             "incarnation": record.incarnation,
             "node_id": record.node_id,
             "slots": record.slots,
             "used_slots": record.used_slots,
             "heartbeat_unix_s": time.time(),
         }
+        args: list[Any] = [TIER_PREFIX, record.tier_id, max(1, int(expiry_s * 1000))]
+        for name, value in fields.items():
+            args += [name, value]
         with self._errors():
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.hget(name, "incarnation")
-            pipeline.hset(name, mapping=fields)
-            pipeline.pexpire(name, max(1, int(expiry_s * 1000)))
-            pipeline.sadd(TIERS_KEY, record.tier_id)
-            known, *_ = pipeline.execute()
+            known = self._heartbeat(keys=[TIERS_KEY], args=args)
         return bool(known == record.incarnation.encode())
 
     def publish(self, tier_id: str, incarnation: str, keys: Iterable[ChunkKey]) -> None:
@@ -239,14 +326,8 @@ class Catalog:
     def tiers(self) -> list[TierRecord]:
         """All living tiers, by id."""
         with self._errors():
-            tier_ids = sorted(cast(set[bytes], self._redis.smembers(TIERS_KEY)))
-            pipeline = self._redis.pipeline(transaction=False)
-            for tier_id in tier_ids:
-                pipeline.hgetall(TIER_PREFIX + tier_id)
-            records = pipeline.execute()
-            expired = [tier_id for tier_id, record in zip(tier_ids, records, strict=True) if not record]
-            if expired:
-                self._redis.srem(TIERS_KEY, *expired)
+            found = sorted(self._tiers(keys=[TIERS_KEY], args=[TIER_PREFIX]))
+        records = [(tier_id, dict(zip(fields[::2], fields[1::2], strict=True))) for tier_id, fields in found]
         return [
             TierRecord(
                 tier_id.decode(),
@@ -256,48 +337,52 @@ class Catalog:
                 int(record[b"used_slots"]),
                 float(record[b"heartbeat_unix_s"]),
             )
-            for tier_id, record in zip(tier_ids, records, strict=True)
-            if record
+            for tier_id, record in records
         ]
 
-    def set_session(self, record: SessionRecord) -> None:
-        """The session is as ``record`` says, unless a newer one is known."""
+    def set_session(self, record: SessionRecord, most_bytes: int | None = None) -> None:
+        """The session is as ``record`` says, unless a newer one is known.
+
+        ``most_bytes``: of all sessions; those that are not pinned and were of use longest ago are forgotten for it.
+        """
         fields: dict[str, Any] = {
             "keys": b"".join(record.keys),
             "state_keys": b"".join(record.state_keys),
             "pinned_until_unix_s": record.pinned_until_unix_s,
         }
-        args: list[Any] = [record.session_id, record.changed_unix_s, int(record.expiry_s * 1000)]
+        args: list[Any] = [
+            SESSION_PREFIX,
+            record.session_id,
+            record.changed_unix_s,
+            max(record.changed_unix_s, record.pinned_until_unix_s),
+            record.nbytes,
+            RECORD_EXPIRY_S,
+            -1 if most_bytes is None else most_bytes,
+        ]
         for name, value in fields.items():
             args += [name, value]
         with self._errors():
-            self._set_session(keys=[SESSION_PREFIX + record.session_id.encode(), SESSIONS_KEY], args=args)
+            self._set_session(keys=SESSION_KEYS, args=args)
 
     def session(self, session_id: str) -> SessionRecord | None:
         """``None`` for one that is not known, or no longer."""
         with self._errors():
             fields = cast(dict[bytes, bytes], self._redis.hgetall(SESSION_PREFIX + session_id.encode()))
-        return _session(session_id, fields) if fields else None
+        return _session(session_id, fields)
 
     def remove_session(self, session_id: str) -> None:
         with self._errors():
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.delete(SESSION_PREFIX + session_id.encode())
-            pipeline.srem(SESSIONS_KEY, session_id)
-            pipeline.execute()
+            self._remove_session(keys=SESSION_KEYS, args=[SESSION_PREFIX, session_id])
 
     def sessions(self) -> list[SessionRecord]:
         """All that are known."""
         with self._errors():
-            session_ids = sorted(cast(set[bytes], self._redis.smembers(SESSIONS_KEY)))
+            session_ids = sorted(cast(list[bytes], self._redis.zrange(SESSION_KEYS[0], 0, -1)))
             pipeline = self._redis.pipeline(transaction=False)
             for session_id in session_ids:
                 pipeline.hgetall(SESSION_PREFIX + session_id)
-            found = list(zip(session_ids, pipeline.execute(), strict=True))
-            expired = [session_id for session_id, fields in found if not fields]
-            if expired:
-                self._redis.srem(SESSIONS_KEY, *expired)
-        return [_session(session_id.decode(), fields) for session_id, fields in found if fields]
+            found = zip(session_ids, pipeline.execute(), strict=True)
+        return [record for name, fields in found if (record := _session(name.decode(), fields)) is not None]
 
     def close(self) -> None:
         self._redis.close()
@@ -318,14 +403,18 @@ class Catalog:
             raise CatalogUnavailableError(f"Redis at {self._url} does not answer: {error}") from error
 
 
-def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord:
-    return SessionRecord(
+def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord | None:
+    """``None`` for one without fields, and one whose time is over."""
+    if not fields:
+        return None
+    record = SessionRecord(
         session_id,
         _split(fields[b"keys"]),
         float(fields[b"pinned_until_unix_s"]),
         _split(fields.get(b"state_keys", b"")),  # not there in a record of an older version, as what is below
         float(fields.get(b"changed_unix_s", 0)),
     )
+    return record if record.expiry_s > 0 else None
 
 
 def _split(joined: bytes) -> tuple[ChunkKey, ...]:

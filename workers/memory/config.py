@@ -35,6 +35,12 @@ class MemoryConfig(BaseModel):
         0, ge=0, description="bytes of disk on each node for cold chunks that no node has memory for; 0: none"
     )
     disk_dir: Path = Field(Path("/var/tmp"), description="directory of the file on disk")
+    session_bytes: int = Field(
+        64 << 20,
+        ge=1 << 20,
+        description="most bytes that are kept of sessions, 16 for each of their chunks, in the catalog and by each "
+        "tier; those that are not pinned and were used longest ago are forgotten, their chunks stay",
+    )
     fetch_deadline_s: float = Field(
         30.0, gt=0, description="longest time to bring a stored prefix from other nodes; what came until then is used"
     )

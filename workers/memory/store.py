@@ -288,9 +288,7 @@ class ArenaStore:
                     assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
             self._promises.check_integrity()
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
-            assert self._answers.keys() == self._stored.keys(), (
-                "a chunk is stored without a mark, or has one and is not"
-            )
+            assert self._answers.keys() == self._stored.keys(), "stored chunks and their marks differ"
             self._pins.check_integrity()
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"

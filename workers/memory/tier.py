@@ -88,7 +88,7 @@ class MemoryTier:
             catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
             self._store = ArenaStore(self._arena, listener=self._changed)
-            self._sessions = Sessions(self._store, catalog)
+            self._sessions = Sessions(self._store, catalog, config.session_bytes)
             if config.disk_bytes:
                 on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
                 self._disk = ArenaStore(on_disk, listener=self._disk_changed)
@@ -229,6 +229,8 @@ class MemoryTier:
                 self._exchange.records.check_integrity()
             if self._disk is not None:
                 self._disk.check_integrity()
+            if self._sessions is not None:
+                self._sessions.check_integrity()
         except AssertionError as error:
             return str(error)
         return ""
