@@ -51,10 +51,10 @@ class TierSettings:
     telemetry: Telemetry = SILENCE
 
 
-LANES = {"lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
-"""Threads by what their calls wait for. `lookups`: the catalog, the disk and other tiers; `far`: other tiers; `peers`,
-of other tiers: the disk and the catalog; `peers_at_once`, of other tiers: nothing. The calls of workers that wait for
-nothing have the actor's own threads, so that reserve, commit and release are done in time whatever other calls take."""
+LANES = {"catalog": 16, "lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
+"""Threads by what their calls wait for. `catalog`: Redis; `lookups`: Redis, the disk and other tiers; `far`: other
+tiers; `peers`, calls of other tiers: the disk and Redis; `peers_at_once`, of other tiers: nothing. The calls of workers
+that wait for nothing have the actor's own threads: reserve, commit and release are done in time whatever others take."""
 
 
 # Ray's annotations do not know max_concurrency and the groups.
@@ -124,6 +124,7 @@ class MemoryTier:
         _log_found(request_id, keys, found)
         return found
 
+    @ray.method(concurrency_group="catalog")
     def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """Of what is stored here; and whether more of it is elsewhere, for :meth:`hold_prefix` to bring."""
         request_id, traceparent = request_of(holder)
@@ -176,7 +177,7 @@ class MemoryTier:
         assert self._hosted is not None, "sequences are spread over tiers that know each other"
         return self._hosted.hold(holder, keys)
 
-    @ray.method(concurrency_group="lookups")
+    @ray.method(concurrency_group="catalog")
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with these chunks, and the state behind them in these pieces."""
         if self._sessions is not None:
