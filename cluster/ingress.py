@@ -22,6 +22,7 @@ from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.sessions import SessionDirectory, SessionRoutes
+from forecache.cluster.shared_answer import SharedAnswer
 from forecache.cluster.targets import MetricsRoutes, ProcessDirectory
 from forecache.cluster.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
@@ -95,6 +96,7 @@ class ServeWorkers:
         self._streaming = handle.options(stream=True, _by_reference=False)
         self._resume = resume
         self._metrics = metrics
+        self._stats = SharedAnswer(self._ask_stats)
         self._channels = Channels(lambda asked: self._call(self._streaming.channel, asked))
 
     def generate(self, request: GenerateRequest) -> ResumingStream:
@@ -113,11 +115,14 @@ class ServeWorkers:
         return ServeCall(response)
 
     async def stats(self) -> Sequence[WorkerStats]:
-        """Stats of the replicas that answer within ``STATS_DEADLINE_S``.
+        """Stats of the replicas that answer within ``STATS_DEADLINE_S``, a second old at most: who asks needs no key.
 
         Raises:
             WorkerLostError: no replica is up, or none answers.
         """
+        return await self._stats.get()
+
+    async def _ask_stats(self) -> Sequence[WorkerStats]:
         try:
             answers = await self._handle.broadcast("stats").results_async(
                 timeout_s=STATS_DEADLINE_S, return_exceptions=True

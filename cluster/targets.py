@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from forecache.cluster.metrics import CONTENT_TYPE
+from forecache.cluster.shared_answer import SharedAnswer
 from forecache.cluster.tiers import Tiers
 from forecache.indexer.telemetry import MetricsTarget
 
@@ -99,19 +100,23 @@ async def read_pages(targets: Sequence[MetricsTarget]) -> list[tuple[MetricsTarg
 
 
 class MetricsRoutes:
-    """`/metrics/targets` and `/metrics/cluster`."""
+    """`/metrics/targets` and `/metrics/cluster`. They need no key, so however many ask, each process is asked once a
+    second."""
 
     def __init__(self, directory: ProcessDirectory) -> None:
-        self._directory = directory
+        self._targets = SharedAnswer(directory.targets)
+        self._page = SharedAnswer(self._merge)
 
     def add_to(self, app: FastAPI) -> None:
         app.add_api_route("/metrics/targets", self.targets, methods=["GET"])
         app.add_api_route("/metrics/cluster", self.cluster, methods=["GET"])
 
     async def targets(self) -> Response:
-        return JSONResponse(service_discovery(await self._directory.targets()))
+        return JSONResponse(service_discovery(await self._targets.get()))
 
     async def cluster(self) -> Response:
-        pages = await read_pages(await self._directory.targets())
-        merged = await asyncio.to_thread(generate_latest, MergedPages(pages))
-        return PlainTextResponse(merged, headers={"Content-Type": CONTENT_TYPE})
+        return PlainTextResponse(await self._page.get(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _merge(self) -> bytes:
+        pages = await read_pages(await self._targets.get())
+        return await asyncio.to_thread(generate_latest, MergedPages(pages))
