@@ -53,8 +53,9 @@ class TierSettings:
 
 LANES = {"catalog": 16, "lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
 """Threads by what their calls wait for. `catalog`: Redis; `lookups`: Redis, the disk and other tiers; `far`: other
-tiers; `peers`, calls of other tiers: the disk and Redis; `peers_at_once`, of other tiers: nothing. Calls of workers that
-wait for nothing have the actor's own threads: reserve, commit and release are done in time whatever others take."""
+tiers; `peers`, calls of other tiers: the disk and Redis; `peers_at_once`, of other tiers: nothing. The actor's own
+threads are for calls of workers that wait for nothing: reserve, commit and release are done in time whatever others
+take."""
 
 
 # Ray's annotations do not know max_concurrency and the groups.
