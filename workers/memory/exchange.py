@@ -68,6 +68,7 @@ class ChunkExchange:
         self.spread = SpreadSequences(
             tier_id, store, self.records, catalog, peers, self.fetcher, config, self._wake.set
         )
+        self._hosting = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chunk-exchange", daemon=True)
 
@@ -136,7 +137,9 @@ class ChunkExchange:
         A tier that asked another one while it answers such a call would wait in a circle once two do so with all their
         threads for each other's calls.
         """
-        return self._from_disk(holder, keys, self._spill_for)
+        # one at a time: what one has made room for another would take
+        with self._hosting:
+            return self._from_disk(holder, keys, self._spill_for)
 
     def _from_disk(self, holder: str, keys: Sequence[ChunkKey], make_room: Callable[[int], None]) -> int:
         if self._disk is None:
