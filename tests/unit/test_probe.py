@@ -1,17 +1,21 @@
 """Which models are served, and what is said of the others: tiny random ones of many families, made on the spot."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from forecache.indexer.index_keys import IndexSpec
 from forecache.workers.decode.backbone import Backbone, load_backbone, load_config
 from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.probe import Geometry
+from forecache.workers.decode.probe import Geometry, inspect_attention
 from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import UnsupportedModelError
 
@@ -285,6 +289,90 @@ def test_verification_notices_wrong_attention(tiny_model: Path) -> None:
     backbone = load_backbone(tiny_model)
     verify_backbone(backbone, bounds(backbone))
     backbone.model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(UnsupportedModelError, match=r"differ from the model's own by .* of the largest"):
+        verify_backbone(backbone, bounds(backbone))
+
+
+@pytest.mark.parametrize(
+    ("argument", "meaning"),
+    [
+        ("sinks", "attention sinks"),
+        ("s_aux", "attention sinks"),
+        ("softcap", "soft-capped attention logits"),
+        ("position_bias", "a position bias on attention logits"),
+        ("indices", "attention to selected tokens"),
+        ("unheard_of", "an attention of its own"),
+    ],
+)
+def test_arguments_that_attention_does_not_honour_are_refused_by_name(
+    tiny_model: Path, argument: str, meaning: str
+) -> None:
+    """Also those of one layer, and those that no version of transformers has yet."""
+    model = load_backbone(tiny_model).model
+    attention = model.model.layers[1].self_attn
+
+    def passing(value: object) -> RemovableHandle:
+        def hook(_: nn.Module, positional: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return positional, keywords | {argument: value}
+
+        return attention.register_forward_pre_hook(hook, with_kwargs=True)
+
+    hook = passing(None)
+    inspect_attention(model)  # it may be named where it is not in use
+    hook.remove()
+    passing(torch.ones(4))
+    with pytest.raises(UnsupportedModelError, match=rf"uses {meaning} \({argument} of layer 1\)"):
+        inspect_attention(model)
+
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 16, "num_experts": 8, **EXPERTS}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+}
+
+
+def mixture(path: Path, name: str) -> Backbone:
+    """In bfloat16, two of four experts that are nearly equally likely: rounding decides, on any machine."""
+    family, settings = MIXTURES[name]
+    backbone = load_backbone(save(path, config(family, **settings)), dtype="bfloat16")
+    routers = [weight for weight in backbone.model.parameters() if weight.shape == (8, 64)]
+    assert len(routers) == 3
+    generator = torch.Generator().manual_seed(3)
+    for weight in routers:
+        likely = weight[:1] + 0.02 * weight.std() * torch.randn(4, 64, generator=generator).bfloat16()
+        weight[:4], weight[4:] = likely, -likely
+    return backbone
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_that_rounding_chooses_are_no_wrong_attention(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """bfloat16 sends some tokens to other experts than eager attention does, as transformers' own backends do."""
+    backbone = mixture(tmp_path, name)
+    with caplog.at_level(logging.INFO, logger="forecache"):
+        verify_backbone(backbone, bounds(backbone))
+    assert re.search(r"rounding sends [1-9]\d* of \d+ tokens to other experts", caplog.text)
+    assert all(not module._forward_pre_hooks for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_wrong_attention_of_a_mixture_of_experts_is_noticed(tmp_path: Path, name: str) -> None:
+    backbone = mixture(tmp_path, name)
+    backbone.model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(UnsupportedModelError, match=r"differ from the model's own by .* of the largest"):
+        verify_backbone(backbone, bounds(backbone))
+
+
+def test_what_transformers_own_backends_differ_by_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """JetMoE's layers choose experts in a way of their own, so that the choice can't be kept equal."""
+    made = config("JetMoe", num_key_value_heads=4, num_attention_heads=..., num_local_experts=4, kv_channels=16)
+    backbone = load_backbone(save(tmp_path, made), dtype="bfloat16")
+    with caplog.at_level(logging.INFO, logger="forecache"):
+        verify_backbone(backbone, bounds(backbone))
+    assert "transformers' sdpa and eager attention differ by" in caplog.text
+    backbone.model.model.layers[1].self_attention.layer_idx = 0
     with pytest.raises(UnsupportedModelError, match=r"differ from the model's own by .* of the largest"):
         verify_backbone(backbone, bounds(backbone))
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from forecache.workers.decode.checkpoint import explained
 from forecache.workers.decode.dsv4_shape import MODEL_TYPE, refuse_variants
 from forecache.workers.errors import UnsupportedModelError
 
@@ -15,11 +16,35 @@ PROBE_TOKENS = 8
 ROPE_OF_THE_BATCH = ("longrope", "dynamic")
 """RoPE kinds whose frequencies depend on the longest position of the forward pass: K in the cache would change."""
 
-REFUSED_ARGUMENTS = {
+KNOWN_ARGUMENTS = frozenset(
+    {
+        "dropout",  # none outside training
+        "scaling",
+        "is_causal",  # checked by itself
+        "forecache",
+        # of the caller, about what the model returns; they change no attention
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "deterministic",
+    }
+)
+"""What an attention function may be called with. Any other argument that has a value means something that
+forecache's attention does not compute."""
+
+MEANINGS = {
     "sliding_window": "sliding-window attention",
     "softcap": "soft-capped attention logits",
     "s_aux": "attention sinks",
+    "sinks": "attention sinks",
     "position_bias": "a position bias on attention logits",
+    "block_indices": "attention to selected blocks",
+    "indices": "attention to selected tokens",
 }
 
 
@@ -109,7 +134,7 @@ def inspect_attention(model: PreTrainedModel) -> Geometry:
                 causal=bool(arguments.get("is_causal", getattr(module, "is_causal", True))),
                 masked=attention_mask is not None,
                 reached="forecache" in arguments,
-                refused=tuple(k for k in REFUSED_ARGUMENTS if arguments.get(k) is not None),
+                refused=tuple(k for k in arguments if k not in KNOWN_ARGUMENTS and arguments[k] is not None),
             )
         )
         kept.append(key)
@@ -119,11 +144,9 @@ def inspect_attention(model: PreTrainedModel) -> Geometry:
     kept: list[torch.Tensor] = []  # alive until the end, so that equal addresses mean shared keys
     AttentionInterface.register(PROBE_NAME, watch)
     tokens = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
-    try:
+    with explained(f"{name}:", "transformers can't exchange its attention"):
         model.set_attn_implementation(PROBE_NAME)
         model(input_ids=tokens, use_cache=False, logits_to_keep=1, forecache=True)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{name}: transformers can't exchange its attention: {error}") from error
     return _judge(name, model, calls)
 
 
@@ -143,8 +166,10 @@ def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
                 "step's chunks can't reach it."
             )
         if call.refused:
+            uses = MEANINGS.get(call.refused[0], "an attention of its own")
             raise UnsupportedModelError(
-                f"{name} uses {REFUSED_ARGUMENTS[call.refused[0]]}, which forecache's attention does not compute."
+                f"{name} uses {uses} ({', '.join(call.refused)} of layer {call.layer}), which forecache's attention "
+                "does not compute."
             )
         if call.masked:
             raise UnsupportedModelError(
