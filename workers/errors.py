@@ -37,6 +37,10 @@ class ChunkLostError(ForecacheError):
     """A chunk that was held can't be read back (owner gone, checksum wrong)."""
 
 
+class ReleasedError(ChunkLostError):
+    """A call for a holder that was released came too late: it changes nothing."""
+
+
 class CatalogUnavailableError(ForecacheError):
     """Redis does not answer."""
 

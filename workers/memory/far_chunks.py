@@ -3,6 +3,7 @@
 In threads of their own: other sequences' copies do not wait for other nodes.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.completions import Completion, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.copies import Copied
+from forecache.workers.memory.holders import reader_of
 from forecache.workers.memory.locator import release
 from forecache.workers.memory.protocol import ColdMemory, OtherNodes
 from forecache.workers.memory.share import Share
@@ -53,6 +55,7 @@ class FarChunks:
         self._settle = settle
         self._failed = failed
         self._sequences: dict[str, _Sequence] = {}
+        self._readers = itertools.count()
         self._lock = threading.Lock()
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="forecache-fetch")
         self._moving = ThreadPoolExecutor(1, thread_name_prefix="forecache-move-out")
@@ -137,16 +140,16 @@ class FarChunks:
             seq = self._sequences.get(holder)
         size = 1 if seq is None else seq.share.at_once
         for number in range(0, len(far), size):
-            lost += self._bring(holder, f"{holder}/{ticket}.{number}", far[number : number + size], copy)
+            lost += self._bring(holder, far[number : number + size], copy)
         chunks = len(items) - len(lost)
         duration_s = time.perf_counter() - start_s
         self._settle(Recalled(ticket, tuple(lost), chunks * chunk_bytes, duration_s, chunks))
 
-    def _bring(self, holder: str, reader: str, items: Sequence[RecallItem], copy: Copy) -> list[RecallItem]:
+    def _bring(self, holder: str, items: Sequence[RecallItem], copy: Copy) -> list[RecallItem]:
         """Fetch and copy ``items``; returns those that are lost."""
         left = {item.slot: item for item in items}
-        for number in range(TRIES):
-            name = f"{reader}.{number}"
+        for _ in range(TRIES):
+            name = reader_of(holder, next(self._readers))
             try:
                 refs = self._others.fetch(holder, name, [item.key for item in left.values()])
                 here = tuple(replace(i, ref=ref) for i, ref in zip(left.values(), refs, strict=True) if ref is not None)

@@ -1,12 +1,23 @@
 """Names of those who hold chunks: whose they are, for the tier that reclaims them, logs and traces."""
 
-from dataclasses import dataclass
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from forecache.workers.errors import ReleasedError
+
+MOST_WORKERS = 4096
+"""Workers whose released names are remembered; of more, those that were heard of longest ago are forgotten."""
+
+_TRACE = re.compile(r"[0-9A-Za-z-]{1,128}")
+"""A client chooses its ``traceparent``: one that could be taken for another part of a name is left out."""
+_NAME = re.compile(rf"(?P<worker>[^/]*)/.*#(?P<serial>\d+)(?:@{_TRACE.pattern})?(?:/(?P<reader>\d+))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Holder:
     """One sequence of a worker. ``serial``: a name is never used again, since an older holder's release may still be on
-    its way; ``traceparent``: of the request's trace (W3C), empty without one."""
+    its way; ``traceparent``: of the request's trace (W3C), empty without one. A worker id has no slash."""
 
     worker_id: str
     request_id: str
@@ -16,11 +27,121 @@ class Holder:
     @property
     def name(self) -> str:
         """``<worker id>/<request id>#<serial>``, and ``@<traceparent>``."""
-        trace = f"@{self.traceparent}" if self.traceparent else ""
+        trace = f"@{self.traceparent}" if _TRACE.fullmatch(self.traceparent) else ""
         return f"{self.worker_id}/{self.request_id}#{self.serial}{trace}"
+
+
+def reader_of(holder: str, number: int) -> str:
+    """Name of a reader of ``holder``, which holds what was fetched for it while it is copied. Of one holder's readers
+    each has a larger number than those before, and begins when the one before is released."""
+    return f"{holder}/{number}"
 
 
 def request_of(name: str) -> tuple[str, str]:
     """(request id, traceparent) of a holder's name; both empty in names of another kind."""
     request_id, mark, rest = name.partition("/")[2].rpartition("#")
     return (request_id, rest.partition("@")[2]) if mark else ("", "")
+
+
+def worker_of(name: str) -> str:
+    """Id of the worker whose holder has this name."""
+    return name.partition("/")[0]
+
+
+@dataclass
+class _OfWorker:
+    """Serials below ``floor`` and those of ``serials`` are released; of each holder's readers those below a number."""
+
+    floor: int = 0
+    serials: set[int] = field(default_factory=set)
+    readers: dict[int, int] = field(default_factory=dict)
+
+    def compact(self) -> None:
+        while self.floor in self.serials:
+            self.serials.remove(self.floor)
+            self.floor += 1
+        self.serials = {serial for serial in self.serials if serial > self.floor}
+        self.readers = {serial: number for serial, number in self.readers.items() if serial >= self.floor}
+
+
+class Released:
+    """Names that were released. A call for one of them comes too late: nobody would release what it gets.
+
+    Serials of a worker grow, and each is released in the end, so all that is below a floor needs no entry of its own: a
+    worker has as many entries as it has released names that are younger than its oldest holder. Names of another kind
+    than :class:`Holder` and :func:`reader_of` make are not remembered, and may be used again. Not safe to call from
+    several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._workers: OrderedDict[str, _OfWorker] = OrderedDict()
+
+    def __contains__(self, name: str) -> bool:
+        parts = _parse(name)
+        if parts is None:
+            return False
+        worker_id, serial, reader = parts
+        known = self._workers.get(worker_id)
+        if known is None:
+            return False
+        if serial < known.floor or serial in known.serials:
+            return True
+        return reader is not None and reader < known.readers.get(serial, 0)
+
+    def __len__(self) -> int:
+        """Entries that are kept."""
+        return sum(1 + len(known.serials) + len(known.readers) for known in self._workers.values())
+
+    def add(self, name: str) -> None:
+        """``name`` is released, and all older readers of the same holder with it."""
+        parts = _parse(name)
+        if parts is None:
+            return
+        worker_id, serial, reader = parts
+        known = self._of(worker_id)
+        if serial < known.floor or serial in known.serials:
+            return
+        if reader is not None:
+            known.readers[serial] = max(reader + 1, known.readers.get(serial, 0))
+            return
+        known.serials.add(serial)
+        known.readers.pop(serial, None)
+        if serial == known.floor:
+            known.compact()
+
+    def check(self, name: str) -> None:
+        """Raise :class:`ReleasedError` for a name that was released."""
+        if name in self:
+            raise ReleasedError(f"{name} has let go of all that it held: what is asked for it now comes too late")
+
+    def floor(self, worker_id: str) -> int:
+        """All serials of the worker below this one are released."""
+        known = self._workers.get(worker_id)
+        return 0 if known is None else known.floor
+
+    def raise_floor(self, worker_id: str, floor: int) -> None:
+        """The worker says that all its serials below ``floor`` are released."""
+        known = self._of(worker_id)
+        if floor > known.floor:
+            known.floor = floor
+            known.compact()
+
+    def forget(self, worker_id: str) -> None:
+        """The worker is gone; unknown ones are fine."""
+        self._workers.pop(worker_id, None)
+
+    def _of(self, worker_id: str) -> _OfWorker:
+        known = self._workers.setdefault(worker_id, _OfWorker())
+        self._workers.move_to_end(worker_id)
+        if len(self._workers) > MOST_WORKERS:
+            self._workers.popitem(last=False)
+        return known
+
+
+def _parse(name: str) -> tuple[str, int, int | None] | None:
+    """(worker id, serial, number of the reader), ``None`` for a name of another kind."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    reader = match["reader"]
+    return match["worker"], int(match["serial"]), None if reader is None else int(reader)

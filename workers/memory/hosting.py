@@ -1,10 +1,11 @@
 """What a tier does for sequences of other nodes: promises room, holds their chunks, and sends layers of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
+from forecache.workers.memory.holders import worker_of
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.store import ArenaStore
@@ -12,7 +13,11 @@ from forecache.workers.memory.transfer import take_in
 
 
 class HostedSequences:
-    """Over the ``store`` of one tier. Holders have the names that they have on their own node."""
+    """Over the ``store`` of one tier. Holders have the names that they have on their own node.
+
+    A call for a holder that was released raises :class:`ReleasedError`: it was on its way while the release overtook
+    it, and nobody would release what it gets.
+    """
 
     def __init__(
         self, store: ArenaStore, layout: ChunkLayout, from_disk: Callable[[str, Sequence[ChunkKey]], int]
@@ -42,13 +47,24 @@ class HostedSequences:
         return take_in(self._store, batch, holder)
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
-        """One layer of those of ``keys`` that ``holder`` holds here. Their bytes were verified when they were held."""
-        refs = self._store.hold(holder, keys)
-        found = [(key, ref.slot) for key, ref in zip(keys, refs, strict=True) if ref is not None]
-        slots = np.array([slot for _, slot in found], np.int64)
-        chunks = self._store.arena.chunks.numpy()
+        """One layer of those of ``keys`` that are here; ``holder`` holds them, unless it was released meanwhile. Their
+        bytes were verified when they were held. Nothing is held by this."""
+        found = [(key, ref) for key, ref in zip(keys, self._store.find(keys), strict=True) if ref is not None]
+        arena, slots = self._store.arena, np.array([ref.slot for _, ref in found], np.int64)
+        chunks = arena.chunks.numpy()
         rows = np.concatenate([chunks[slots, part] for part in self._layout.layer_parts(layer)], axis=1)
-        return LayerBatch.sealed(tuple(key for key, _ in found), rows)
+        # a slot that was given away while it was read holds another chunk
+        same = arena.generation(slots) == np.array([ref.generation for _, ref in found], np.uint64)
+        return LayerBatch.sealed(
+            tuple(key for (key, _), is_same in zip(found, same, strict=True) if is_same), rows[same]
+        )
+
+    def hosted(self, floors: Mapping[str, int]) -> list[str]:
+        """Names of all holders of these workers of another node that hold something here; all serials of a worker
+        below its floor are released."""
+        for worker_id, floor in floors.items():
+            self._store.forget_released(worker_id, floor)
+        return [holder for holder in self._store.holders() if worker_of(holder) in floors]
 
     def release(self, holders: Sequence[str]) -> None:
         """Let go of all that these hold."""

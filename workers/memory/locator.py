@@ -215,11 +215,15 @@ class Locator:
         except ChunkLostError:
             pass  # a memory tier that is gone promises nothing; it will be seen when it is written to
         except OverloadedError as error:
-            if self._nodes is not None and not self._closing:
-                release(self._memory, search.holder)
-                self._post(self._spread, search, lambda: self._search_spread(search))
-                return
             failure = str(error)
+            if self._nodes is not None and not self._closing:
+                try:
+                    self._memory.start_over(search.holder)
+                except ChunkLostError as lost:
+                    failure = f"the memory tier of this node is away: {lost}"
+                else:
+                    self._post(self._spread, search, lambda: self._search_spread(search))
+                    return
         self._tell(search, found, failure)
 
     def _search_spread(self, search: _Search) -> None:

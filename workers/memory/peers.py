@@ -1,6 +1,6 @@
 """The other tiers, as a tier needs them. `remote.py` reaches them through Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
@@ -43,4 +43,9 @@ class Peers(Protocol):
 
     def release_for(self, tier_id: str, holders: Sequence[str]) -> None:
         """Have the tier let go of all that it holds for these sequences."""
+        ...
+
+    def hosted(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
+        """Names of the holders of these workers that hold something at the tier; all serials of a worker below its
+        floor are released."""
         ...

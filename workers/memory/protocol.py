@@ -171,8 +171,13 @@ class ColdMemory(HoldsChunks, Protocol):
         """
         ...
 
+    def start_over(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        ...
+
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds; unknown holders are fine."""
+        """Let go of all that ``holder`` holds, for good: what is asked for it from now on comes too late, and raises
+        :class:`forecache.workers.errors.ReleasedError`. Unknown holders are fine."""
         ...
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:

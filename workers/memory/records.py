@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.chunk_batch import RecordBatch
+from forecache.workers.memory.holders import Released
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import SlotRef
 
@@ -29,6 +30,7 @@ class RecordSlots:
         self._held: dict[str, set[ChunkKey]] = {}
         self._counts: Counter[ChunkKey] = Counter()
         self._promised: dict[str, int] = {}
+        self._released = Released()
         self._free: list[int] = []
         for slot in range(arena.slots + arena.record_slots - 1, arena.slots - 1, -1):
             key = arena.sealed_key(slot)
@@ -42,6 +44,7 @@ class RecordSlots:
     def promise(self, holder: str, records: int) -> None:
         """``holder`` may need so many in all. Raises :class:`OverloadedError` when others were promised too much."""
         with self._lock:
+            self._released.check(holder)
             others = sum(self._promised.values()) - self._promised.get(holder, 0)
             if records + others > self._arena.record_slots:
                 raise OverloadedError(
@@ -54,11 +57,13 @@ class RecordSlots:
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are here; ``None`` for each that is not."""
         with self._lock:
+            self._released.check(holder)
             return [self._hold(holder, key) if key in self._slots else None for key in keys]
 
     def put(self, holder: str, batch: RecordBatch) -> list[SlotRef | None]:
         """Hold the records of ``batch``; ``None`` for each that there is no room for."""
         with self._lock:
+            self._released.check(holder)
             refs: list[SlotRef | None] = []
             for key, record, checksum in zip(batch.keys, batch.index, batch.checksums.tolist(), strict=True):
                 slot = self._slots.get(key)
@@ -84,14 +89,21 @@ class RecordSlots:
             return refs
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds; unknown holders are fine."""
+        """Let go of all that ``holder`` holds, for good, as :meth:`ArenaStore.release` does; unknown holders are
+        fine."""
         with self._lock:
-            self._promised.pop(holder, None)
-            for key in self._held.pop(holder, ()):
-                self._counts[key] -= 1
-                if not self._counts[key]:
-                    del self._counts[key]
-                    self._idle[key] = None
+            self._released.add(holder)
+            self._release(holder)
+
+    def start_over(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        with self._lock:
+            self._release(holder)
+
+    def forget_released(self, worker_id: str, floor: int) -> None:
+        """As :meth:`ArenaStore.forget_released`."""
+        with self._lock:
+            self._released.raise_floor(worker_id, floor)
 
     def holders(self) -> list[str]:
         """Names of all that hold something, or were promised it."""
@@ -119,6 +131,14 @@ class RecordSlots:
                 assert self._arena.is_sealed(self._ref(slot), key), f"record slot {slot} holds another key than is said"
 
     # Below: called with the lock held.
+
+    def _release(self, holder: str) -> None:
+        self._promised.pop(holder, None)
+        for key in self._held.pop(holder, ()):
+            self._counts[key] -= 1
+            if not self._counts[key]:
+                del self._counts[key]
+                self._idle[key] = None
 
     def _take(self) -> int | None:
         if self._free:

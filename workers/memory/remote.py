@@ -1,5 +1,6 @@
 """The memory tier of a worker's own node through Ray: bytes go through the mapped arena."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,14 +10,18 @@ from typing import Any, cast
 
 from ray.actor import ActorHandle
 
-from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError, OverloadedError
+from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError, OverloadedError, ReleasedError
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.holders import Released, worker_of
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 from forecache.workers.memory.remote_peers import RemotePeers, TierAwayError, get_answer
 from forecache.workers.memory.remote_spread import RemoteSpread
 
+logger = logging.getLogger(__name__)
+
 RETRY_S = 0.2
+SWEEP_PERIOD_S = 2.0
 
 
 class RemoteMemory:
@@ -26,6 +31,10 @@ class RemoteMemory:
     A tier that has died is waited for, ``restart_deadline_s`` at most, and what was held in its former life is held
     again. Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even
     so), and :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
+
+    What the tier holds in the name of a worker has a living holder there, or is let go of: the tier refuses what comes
+    after a release, and a release that did not get there is made up for by :meth:`sweep`, which a thread calls every
+    ``SWEEP_PERIOD_S``.
     """
 
     def __init__(
@@ -51,12 +60,20 @@ class RemoteMemory:
         # in the order of the chunks; who lets go of something may do so in another thread than who gets it
         self._held: dict[str, dict[ChunkKey, None]] = {}
         self._promised: dict[str, int] = {}
+        self._living: dict[str, None] = {}  # all that may hold something, since they asked for it
+        self._released = Released()
+        self._worker_ids: set[str] = set()
+        self._orphans: set[str] = set()
         self._lock = threading.Lock()
         self._arena = self._attach(time.monotonic() + start_deadline_s)
         self._life = self._arena.life
         self._others = (
-            RemoteSpread(self._call, self._moved_out, peers) if peers is not None and self._arena.record_slots else None
+            RemoteSpread(self._call, self._begin, self._moved_out, peers)
+            if peers is not None and self._arena.record_slots
+            else None
         )
+        self._closing = threading.Event()
+        threading.Thread(target=self._sweep_again, name="forecache-holds", daemon=True).start()
 
     @property
     def arena(self) -> Arena:
@@ -70,6 +87,7 @@ class RemoteMemory:
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored on any node; return its places here."""
+        self._begin(holder)
         deadline_s = self._deadline_s + self._fetch_deadline_s
         refs = cast(list[SlotRef], self._call("hold_prefix", holder, keys, deadline_s=deadline_s))
         held = dict(zip(keys, refs, strict=False))
@@ -86,12 +104,14 @@ class RemoteMemory:
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+        self._begin(holder)
         refs = cast(list[SlotRef | None], self._call("hold", holder, keys))
         self._note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
         return refs
 
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         """Places to write ``keys`` into, as :meth:`ArenaStore.reserve` gives them."""
+        self._begin(holder)
         places = cast(list[Reservation], self._call("reserve", holder, keys))
         self._note(holder, [place.key for place in places if place.stored])
         return places
@@ -107,13 +127,22 @@ class RemoteMemory:
 
     def promise(self, holder: str, chunks: int) -> None:
         """``holder`` may need so many slots in all, as :meth:`ArenaStore.promise` says."""
+        self._begin(holder)
         self._call("promise", holder, chunks)
         with self._lock:
-            self._promised[holder] = chunks
+            if holder in self._living:
+                self._promised[holder] = chunks
+
+    def start_over(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        self._begin(holder, again=True)
+        self._call("start_over", holder)
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds; unknown holders are fine."""
+        """Let go of all that ``holder`` holds, for good; unknown holders are fine."""
         with self._lock:
+            self._released.add(holder)
+            self._living.pop(holder, None)
             self._held.pop(holder, None)
             self._promised.pop(holder, None)
         was_spread = self._others is not None and self._others.forget(holder)
@@ -130,9 +159,53 @@ class RemoteMemory:
             TierStats, get_answer(self._tier.stats.remote(), "the memory tier, asked for stats,", self._deadline_s)
         )
 
+    def holders(self) -> list[str]:
+        """Names of all that may hold something at the tier."""
+        with self._lock:
+            return list(self._living)
+
+    def sweep(self) -> None:
+        """Let go of what the tier holds for holders of this worker that are released here.
+
+        Of two sweeps: a release may be on its way. Raises :class:`ChunkLostError` when the tier does not answer.
+        """
+        with self._lock:
+            floors = {worker_id: self._released.floor(worker_id) for worker_id in self._worker_ids}
+        orphans: set[str] = set()
+        for worker_id, floor in floors.items():
+            self._hold_again()
+            # of this life: a tier that was restarted again has still to be told what is held
+            asked: Any = self._tier.holders_of.remote(worker_id, floor, self._life)
+            known = cast(list[str], get_answer(asked, "the memory tier, asked for its holders,", self._deadline_s))
+            with self._lock:
+                orphans.update(holder for holder in known if holder not in self._living)
+        for holder in sorted(orphans & self._orphans):
+            logger.warning("the memory tier holds something for %s, which is over: it lets go", holder)
+            get_answer(self._tier.release.remote(holder, True), "the memory tier, asked to release,", self._deadline_s)
+        self._orphans = orphans
+
     def close(self) -> None:
         """Let go of the arena's file; the mapping ends with the last tensor over it."""
+        self._closing.set()
         self._arena.close()
+
+    def _sweep_again(self) -> None:
+        while not self._closing.wait(SWEEP_PERIOD_S):
+            try:
+                self.sweep()
+            except (ChunkLostError, ArenaError) as error:
+                logger.debug("what the memory tier holds is looked at later: %s", error)
+
+    def _begin(self, holder: str, *, again: bool = False) -> None:
+        """``holder`` asks for something. ``again``: it begins again, with nothing held. Raises
+        :class:`ReleasedError`."""
+        with self._lock:
+            self._released.check(holder)
+            self._living[holder] = None
+            self._worker_ids.add(worker_of(holder))
+            if again:
+                self._held.pop(holder, None)
+                self._promised.pop(holder, None)
 
     def _attach(self, end_s: float) -> Arena:
         while True:
@@ -148,7 +221,8 @@ class RemoteMemory:
 
     def _note(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
-            self._held.setdefault(holder, {}).update(dict.fromkeys(keys))
+            if holder in self._living:  # else it was released meanwhile
+                self._held.setdefault(holder, {}).update(dict.fromkeys(keys))
 
     def _moved_out(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
@@ -186,13 +260,14 @@ class RemoteMemory:
         for holder, (chunks, places) in spread.items():
             tier: Any = self._tier
             again = tier.spread_call.remote("hold_again", holder, chunks, held.pop(holder, []), places)
-            get_answer(again, whom, self._deadline_s)
+            with suppress(ReleasedError):
+                get_answer(again, whom, self._deadline_s)
             if self._others is not None and holder not in self._others.held():
                 self._tier.release.remote(holder, True)
         for holder in {**held, **promised}:
-            get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
-            if holder in promised:
-                with suppress(OverloadedError):  # new work came first; what runs goes on
+            with suppress(OverloadedError, ReleasedError):  # new work came first; what runs goes on
+                get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
+                if holder in promised:
                     get_answer(self._tier.promise.remote(holder, promised[holder]), whom, self._deadline_s)
             with self._lock:
                 released = holder not in self._held and holder not in self._promised

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import uniform
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from forecache.workers.errors import ArenaError, ChunkLostError
+from forecache.workers.errors import ArenaError, ChunkLostError, ReleasedError
 from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.keys import ChunkKey
 
@@ -82,6 +82,10 @@ class RemotePeers:
         """Have the tier let go of all that it holds for these."""
         self._hosted(tier_id, "release", list(holders))
 
+    def hosted(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
+        """Whom of these workers' holders the tier holds something for."""
+        return cast(list[str], self._hosted(tier_id, "hosted", dict(floors)))
+
     def read_layer(
         self, tier_id: str, holder: str, keys: Sequence[ChunkKey], layer: int
     ) -> "ray.ObjectRef[Any] | None":
@@ -97,6 +101,9 @@ class RemotePeers:
             raise ChunkLostError(f"{tier_id} is not asked: it did not answer lately")
         try:
             answer = get_answer(ref, tier_id, min(timeout_s, self._deadline_s))
+        except ReleasedError:
+            self._asleep.pop(tier_id, None)
+            raise
         except (ChunkLostError, ArenaError) as error:
             self._put_to_sleep(tier_id)
             raise ChunkLostError(str(error)) from error

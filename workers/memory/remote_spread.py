@@ -2,22 +2,33 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
+from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.remote_peers import PendingRows, RemotePeers
 from forecache.workers.memory.share import Share
 
 
+class Begin(Protocol):
+    def __call__(self, holder: str, *, again: bool = False) -> None: ...
+
+
 class RemoteSpread:
     """`OtherNodes` over the `SpreadSequences` of this node's tier, which ``call`` asks; ``peers`` are the others."""
 
     def __init__(
-        self, call: Callable[..., object], moved: Callable[[str, Sequence[ChunkKey]], None], peers: RemotePeers
+        self,
+        call: Callable[..., object],
+        begin: Begin,
+        moved: Callable[[str, Sequence[ChunkKey]], None],
+        peers: RemotePeers,
     ) -> None:
-        """``moved`` is told which chunks of a holder this node's arena is to keep no longer."""
+        """``begin`` is told of holders before they ask for something, and raises :class:`ReleasedError` for those that
+        were released; ``moved``, which chunks of a holder this node's arena is to keep no longer."""
         self._call = call
+        self._begin = begin
         self._moved = moved
         self._peers = peers
         self._held: dict[str, tuple[int, dict[ChunkKey, str]]] = {}  # holder -> chunks, where those not here are
@@ -25,9 +36,14 @@ class RemoteSpread:
 
     def spread(self, holder: str, chunks: int) -> None:
         """As :meth:`.protocol.OtherNodes.spread`."""
-        self._call("spread_call", "begin", holder, chunks)
+        self._begin(holder, again=True)
         with self._lock:
             self._held[holder] = chunks, {}
+        try:
+            self._call("spread_call", "begin", holder, chunks)
+        except OverloadedError:
+            self.forget(holder)
+            raise
 
     def promise_rest(self, holder: str) -> Share:
         """As :meth:`.protocol.OtherNodes.promise_rest`."""
@@ -42,6 +58,7 @@ class RemoteSpread:
 
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """As :meth:`.protocol.OtherNodes.fetch`."""
+        self._begin(reader)
         return cast(list[SlotRef | None], self._call("far_call", "fetch", holder, reader, list(keys), waits=True))
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> PendingRows:

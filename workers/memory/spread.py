@@ -3,16 +3,18 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forecache.workers.errors import CatalogUnavailableError, ChunkLostError, OverloadedError
+from forecache.workers.errors import CatalogUnavailableError, ChunkLostError, OverloadedError, ReleasedError
 from forecache.workers.memory.catalog import Catalog, TierRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.fetching import ChunkFetcher
+from forecache.workers.memory.holders import Released, worker_of
 from forecache.workers.memory.keys import ChunkKey, batches
 from forecache.workers.memory.peers import Peers
 from forecache.workers.memory.placement import rendezvous
@@ -30,13 +32,16 @@ RETRY_S = 0.5
 @dataclass
 class _Spread:
     """One sequence of at most ``chunks``. ``own``: those that were found here, and stay; ``places``: the tiers that
-    hold others; ``promised``: what the tiers have promised it."""
+    hold others; ``promised``: what the tiers have promised it; ``asked``: all that may hold or have promised something,
+    since a tier that did not answer may do what it was asked later. ``ended``: it was released."""
 
     chunks: int
     share: Share
     own: set[ChunkKey] = field(default_factory=set)
     places: dict[ChunkKey, str] = field(default_factory=dict)
     promised: dict[str, int] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    ended: bool = False
 
     def room_at(self, tier_id: str) -> int:
         """Chunks that the tier will still hold."""
@@ -46,7 +51,14 @@ class _Spread:
 class SpreadSequences:
     """Keeps chunks of this node's sequences on other tiers, which hold them in the sequences' names.
 
-    A tier that was restarted is asked to hold them again; one that was out of reach is told later what was let go of.
+    A tier that was restarted is asked to hold them again.
+
+    What another tier holds has an owner here, or is let go of there: a release goes to each tier that was asked for
+    something, and once more when a call comes back after the release. A tier refuses calls for holders that were
+    released. What gets lost all the same (a tier that is out of reach, this one restarted between a release and its
+    :meth:`tick`) :meth:`sweep` finds: other tiers say whom of this node's workers they hold something for. Only
+    workers that have said in this life of the tier who holds what count (:meth:`vouch`): before that a tier that was
+    restarted would take every holder for one that is released.
     """
 
     def __init__(
@@ -69,11 +81,15 @@ class SpreadSequences:
         self._fetcher = fetcher
         self._config = config
         self._wake = wake
+        self._lock = threading.Lock()
         self._spread: dict[str, _Spread] = {}
+        self._released = Released()
         self._incarnations: dict[str, str] = {}
         self._to_release: dict[str, set[str]] = {}  # tier id -> holders
         self._ended: set[str] = set()  # all tiers are to let go of what these hold
-        self._lock = threading.Lock()
+        self._vouched: set[str] = set()  # worker ids
+        self._unclean: set[str] = set()  # tiers that may hold something for them
+        self._sweep_again_s = 0.0
 
     def __contains__(self, holder: str) -> bool:
         return holder in self._spread
@@ -81,13 +97,23 @@ class SpreadSequences:
     def begin(self, holder: str, chunks: int) -> None:
         """See :meth:`.protocol.OtherNodes.spread`."""
         share = share_of(self._store.arena.slots)
-        self._store.promise(holder, share.slots)
+        spread = _Spread(chunks, share)
+        with self._lock:
+            self._released.check(holder)
+            if holder in self._spread:  # asked twice, since the first answer did not come
+                spread.asked |= self._spread[holder].asked
+            self._spread[holder] = spread
         try:
+            self._store.start_over(holder)  # it was tried whether it fits this node
+            self._store.promise(holder, share.slots)
             self._records.promise(holder, max(chunks - share.stays, 0))
-        except OverloadedError:
-            self._store.release(holder)
+        except (OverloadedError, ReleasedError):
+            with self._lock:
+                if self._spread.get(holder) is spread:
+                    del self._spread[holder]
+            self._store.start_over(holder)
+            self._records.start_over(holder)
             raise
-        self._spread[holder] = _Spread(chunks, share)
 
     def promise_rest(self, holder: str) -> Share:
         """See :meth:`.protocol.OtherNodes`."""
@@ -166,21 +192,32 @@ class SpreadSequences:
         spread = self._of(holder)
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs: dict[ChunkKey, SlotRef | None] = {}
-        for part in batches(keys, self._fetcher.batch_chunks):
-            batch = read(self._store, part)
-            while len(batch):
-                for tier_id in self._takers(holder, spread):
-                    taken = self._give(tier_id, holder, spread, batch)
-                    refs |= taken
-                    batch = batch.only(np.array([key not in taken for key in batch.keys], np.bool_))
-                    if not len(batch):
-                        break
-                if len(batch) and time.monotonic() + RETRY_S > deadline_s:
-                    break
-                if len(batch):
-                    time.sleep(RETRY_S)
+        try:
+            for part in batches(keys, self._fetcher.batch_chunks):
+                refs |= self._move(holder, spread, read(self._store, part), deadline_s)
+        except ReleasedError as error:
+            logger.debug("what is moved out is not needed any more: %s", error)
         self._store.let_go(holder, keys)
         return [refs.get(key) for key in keys]
+
+    def _move(
+        self, holder: str, spread: _Spread, batch: ChunkBatch, deadline_s: float
+    ) -> dict[ChunkKey, SlotRef | None]:
+        """Have others hold ``batch``, until ``deadline_s`` at the latest; returns where the records are of what they
+        took. Raises :class:`ReleasedError` when ``holder`` is released meanwhile."""
+        refs: dict[ChunkKey, SlotRef | None] = {}
+        while len(batch):
+            for tier_id in self._takers(holder, spread):
+                taken = self._give(tier_id, holder, spread, batch)
+                refs |= taken
+                batch = batch.only(np.array([key not in taken for key in batch.keys], np.bool_))
+                if not len(batch):
+                    break
+            if len(batch) and time.monotonic() + RETRY_S > deadline_s:
+                break
+            if len(batch):
+                time.sleep(RETRY_S)
+        return refs
 
     def _give(self, tier_id: str, holder: str, spread: _Spread, batch: ChunkBatch) -> dict[ChunkKey, SlotRef | None]:
         """Have a tier hold as much of ``batch`` as it has promised; returns where the records of what it took are."""
@@ -188,10 +225,13 @@ class SpreadSequences:
         if room <= 0:
             return {}
         try:
-            taken = set(self._peers.take_in_for(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
+            with self._asking(tier_id, holder, spread):
+                taken = set(self._peers.take_in_for(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
         except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
             logger.warning("%d chunks were not taken: %s", min(room, len(batch)), error)
             return {}
+        self._raise_if_ended(holder, spread)
         records = RecordBatch.of(batch.only(np.array([key in taken for key in batch.keys], np.bool_)))
         spread.places |= dict.fromkeys(records.keys, tier_id)
         self._store.set_copied(records.keys, True, batch.mark)
@@ -201,39 +241,58 @@ class SpreadSequences:
         self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
     ) -> list[ChunkKey]:
         """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
-        spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
+        with self._lock:
+            self._released.check(holder)
+            spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
         # as far as there is room: new work may have come first, and what runs goes on
         self._store.promise_up_to(holder, max(spread.share.slots, len(own) + 2 * spread.share.at_once))
         held = self._store.hold(holder, own)
         records = self._records.hold(holder, list(places))
-        spread.own.update(own)
-        spread.places.update(places)
+        with self._lock:
+            spread.own.update(own)
+            spread.places.update(places)
+            spread.asked.update(places.values())
         for tier_id in set(places.values()):
-            keys = [key for key, place in places.items() if place == tier_id]
-            spread.promised[tier_id] = len(keys)
+            spread.promised[tier_id] = sum(place == tier_id for place in places.values())
         lost = [key for key, ref in zip([*own, *places], [*held, *records], strict=True) if ref is None]
         if lost:
             logger.warning("%d chunks of %s are gone", len(lost), holder)
         return lost
 
     def release(self, holder: str, *, was_spread: bool = False) -> None:
-        """Let go of what ``holder`` holds on other tiers, and of its records; unknown holders are fine. ``was_spread``:
-        this tier may have forgotten it when it was restarted."""
+        """Let go of what ``holder`` holds on other tiers, and of its records, for good; unknown holders are fine.
+        ``was_spread``: this tier may have forgotten it when it was restarted."""
         self._records.release(holder)
-        spread = self._spread.pop(holder, None)
-        if spread is None and not was_spread:
-            return
         with self._lock:
-            self._ended.add(holder)
-            for tier_id in () if spread is None else {*spread.promised, *spread.places.values()}:
-                self._to_release.setdefault(tier_id, set()).add(holder)
-        self._wake()
+            self._released.add(holder)
+            ended = self._end(holder, was_spread=was_spread)
+        if ended:
+            self._wake()
 
     def release_prefix(self, prefix: str) -> None:
-        """As :meth:`release`, of every holder whose name starts with ``prefix``."""
-        for holder in {*self._spread, *self._records.holders()}:
-            if holder.startswith(prefix):
-                self.release(holder)
+        """Let go of what the holders of a worker that is gone have: their names start with ``prefix``."""
+        with self._lock:
+            for holder in {*self._spread, *self._records.holders()}:
+                if holder.startswith(prefix):
+                    self._records.start_over(holder)
+                    self._end(holder)
+            self._vouched.discard(worker_of(prefix))
+            self._released.forget(worker_of(prefix))
+        self._wake()
+
+    def holders(self) -> list[str]:
+        """Names of all sequences that are spread."""
+        with self._lock:
+            return list(self._spread)
+
+    def vouch(self, worker_id: str, floor: int) -> None:
+        """The worker has told of all that it holds. All serials of its holders below ``floor`` are released."""
+        self._records.forget_released(worker_id, floor)
+        with self._lock:
+            self._released.raise_floor(worker_id, floor)
+            if worker_id not in self._vouched:
+                self._vouched.add(worker_id)
+                self._unclean.update(self._incarnations)
 
     def tick(self, tiers: Mapping[str, TierRecord]) -> None:
         """Once in a while, with the other living ``tiers``: tell them what was let go of, and have those that were
@@ -243,10 +302,12 @@ class SpreadSequences:
                 self._to_release.setdefault(tier_id, set()).update(self._ended)
             self._ended.clear()
             due, self._to_release = self._to_release, {}
+            # one that is not there now, or knows nothing of what was let go of while it was away
+            self._unclean |= due.keys() - tiers.keys() | tiers.keys() - self._incarnations.keys()
         for tier_id, holders in due.items():
+            if tier_id not in tiers:
+                continue  # what it may still hold when it is there again is found by a sweep
             try:
-                if tier_id not in tiers:
-                    raise ChunkLostError(f"{tier_id} is not there now")
                 self._peers.release_for(tier_id, sorted(holders))
             except ChunkLostError as error:
                 logger.debug("%s will be told again to let go: %s", tier_id, error)
@@ -256,6 +317,73 @@ class SpreadSequences:
             known = self._incarnations.setdefault(tier_id, tier.incarnation)
             if known != tier.incarnation and self._renew_holds(tier_id):
                 self._incarnations[tier_id] = tier.incarnation
+        if time.monotonic() >= self._sweep_again_s:
+            self._sweep_again_s = time.monotonic() + self._config.heartbeat_s
+            self.sweep(tiers.keys())
+
+    def sweep(self, tier_ids: Collection[str]) -> None:
+        """Have those of the tiers that may hold something for this node's workers say what, and let go of what is no
+        sequence here. One that holds nothing is asked again once it was asked for something."""
+        with self._lock:
+            due, workers = self._unclean & set(tier_ids), list(self._vouched)
+        floors = {worker_id: self._store.released_below(worker_id) for worker_id in workers}
+        for tier_id in sorted(due) if floors else ():
+            with self._lock:
+                self._unclean.discard(tier_id)
+            try:
+                held = self._peers.hosted(tier_id, floors)
+            except ChunkLostError as error:
+                logger.debug("%s does not say what it holds: %s", tier_id, error)
+                held = None
+            with self._lock:
+                if held != []:
+                    self._unclean.add(tier_id)
+                orphans = {holder for holder in held or () if holder not in self._spread}
+                if orphans:
+                    logger.info("%s holds something for %d sequences that are over", tier_id, len(orphans))
+                    self._to_release.setdefault(tier_id, set()).update(orphans)
+
+    def check_integrity(self) -> None:
+        """Raise :class:`AssertionError` when records are held for what is no sequence here."""
+        # read first: who has records was a sequence before
+        holders = set(self._records.holders())
+        with self._lock:
+            unknown = holders - self._spread.keys()
+        assert not unknown, f"records are held for {sorted(unknown)}, which are not spread"
+
+    def _end(self, holder: str, *, was_spread: bool = False) -> bool:
+        """Called with the lock held. Returns whether other tiers have to be told."""
+        spread = self._spread.pop(holder, None)
+        if was_spread:
+            self._ended.add(holder)
+        if spread is not None:
+            spread.ended = True
+            for tier_id in spread.asked:
+                self._to_release.setdefault(tier_id, set()).add(holder)
+        return was_spread or spread is not None
+
+    @contextmanager
+    def _asking(self, tier_id: str, holder: str, spread: _Spread) -> Iterator[None]:
+        """Around each call after which the tier may hold or promise something: it is told when ``holder`` is released,
+        also when that was meanwhile. Raises :class:`ReleasedError` when it was before."""
+        with self._lock:
+            if not spread.ended:
+                spread.asked.add(tier_id)
+                self._unclean.add(tier_id)
+        self._raise_if_ended(holder, spread)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._unclean.add(tier_id)
+                if spread.ended:
+                    self._to_release.setdefault(tier_id, set()).add(holder)
+            if spread.ended:
+                self._wake()
+
+    def _raise_if_ended(self, holder: str, spread: _Spread) -> None:
+        if spread.ended:
+            raise ReleasedError(f"{holder} was released meanwhile")
 
     def _renew_holds(self, tier_id: str) -> bool:
         for holder, spread in list(self._spread.items()):
@@ -263,14 +391,14 @@ class SpreadSequences:
             promised = spread.promised.get(tier_id, 0)
             try:
                 if promised or keys:
-                    self._peers.promise_for(tier_id, holder, max(promised, len(keys)))
-                    self._peers.hold_for(tier_id, holder, keys)
+                    with self._asking(tier_id, holder, spread):
+                        self._peers.promise_for(tier_id, holder, max(promised, len(keys)))
+                        self._peers.hold_for(tier_id, holder, keys)
+            except ReleasedError:
+                continue
             except ChunkLostError as error:
                 logger.warning("%s is to hold %d chunks again, later: %s", tier_id, len(keys), error)
                 return False
-            if holder not in self._spread:
-                with self._lock:
-                    self._to_release.setdefault(tier_id, set()).add(holder)
         return True
 
     def _of(self, holder: str) -> _Spread:
@@ -294,9 +422,11 @@ class SpreadSequences:
         held = sum(place == tier_id for place in spread.places.values())
         refs: list[SlotRef] = []
         try:
-            spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, held + len(keys))
-            batch = self._peers.hold_for(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
+            with self._asking(tier_id, holder, spread):
+                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, held + len(keys))
+                batch = self._peers.hold_for(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
         except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
             logger.warning("%d chunks are not held: %s", len(keys), error)
             return []
         found = dict(zip(batch.keys, self._records.put(holder, batch), strict=True))
@@ -312,8 +442,10 @@ class SpreadSequences:
         """Have a tier promise ``more`` slots than it has; returns how many it adds."""
         before = spread.promised.get(tier_id, 0)
         try:
-            spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, before + more)
+            with self._asking(tier_id, holder, spread):
+                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, before + more)
         except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
             logger.warning("%s promises nothing: %s", tier_id, error)
         return spread.promised.get(tier_id, 0) - before
 

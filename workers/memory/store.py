@@ -8,6 +8,11 @@ import numpy as np
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
+<<<<<<< HEAD
+=======
+from forecache.workers.memory.headers import SEALED
+from forecache.workers.memory.holders import Released, worker_of
+>>>>>>> cb25723 (A call that comes after its holder's release is refused, and holds that nobody owns are swept: late answers leave nothing held)
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.pins import Holds, Pins, Promises
@@ -41,6 +46,7 @@ class ArenaStore:
         self._answers: dict[ChunkKey, int] = {}  # stored chunk -> mark at which this store last came to answer for it
         self._pins = Pins()
         self._holds = Holds(arena.slots)
+        self._released = Released()
         self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
         self._evicted = self._dropped = 0
         for slot in range(self._arena.slots - 1, -1, -1):
@@ -64,6 +70,7 @@ class ArenaStore:
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
         with self._lock:
+            self._released.check(holder)
             slots = []
             for key in keys:
                 slot = self._stored.get(key)
@@ -79,6 +86,7 @@ class ArenaStore:
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
         with self._lock:
+            self._released.check(holder)
             slots = [self._stored.get(key) for key in keys]
             refs = iter(self._hold_all(holder, [slot for slot in slots if slot is not None]))
             return [None if slot is None else next(refs) for slot in slots]
@@ -98,6 +106,7 @@ class ArenaStore:
         Raises :class:`OverloadedError`, and changes nothing, when too few slots are free or idle.
         """
         with self._lock:
+            self._released.check(holder)
             stored = {key: self._stored[key] for key in keys if key in self._stored}
             needed = sum(key not in stored for key in keys)
             kinds = [Idle.COPIED] if copied_only else [Idle.COPIED, Idle.SOLE, Idle.YIELDING]
@@ -154,12 +163,14 @@ class ArenaStore:
         """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
         nobody holds can't be promised. Raises :class:`OverloadedError`."""
         with self._lock:
+            self._released.check(holder)
             self._promises.make(holder, chunks)
             self._keep_yielding()
 
     def promise_up_to(self, holder: str, chunks: int) -> int:
         """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
         with self._lock:
+            self._released.check(holder)
             return self._promises.make_up_to(holder, chunks)
 
     def let_go(self, holder: str, keys: Sequence[ChunkKey]) -> None:
@@ -168,17 +179,36 @@ class ArenaStore:
             self._let_go(holder, [self._stored.get(key, -1) for key in keys])
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds; unknown holders are fine."""
+        """Let go of all that ``holder`` holds, for good: what is asked for a :class:`.holders.Holder` from now on comes
+        too late, and raises :class:`ReleasedError`. Unknown holders are fine."""
+        with self._lock:
+            self._released.add(holder)
+            self._release(holder)
+
+    def start_over(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds and was promised; it goes on."""
         with self._lock:
             self._release(holder)
 
     def release_prefix(self, prefix: str) -> int:
-        """Release every holder whose name starts with ``prefix``; return how many there were."""
+        """Release every holder whose name starts with ``prefix``, that of a worker that is gone; return how many there
+        were."""
         with self._lock:
             holders = [holder for holder in self._all_holders() if holder.startswith(prefix)]
             for holder in holders:
                 self._release(holder)
+            self._released.forget(worker_of(prefix))
             return len(holders)
+
+    def released_below(self, worker_id: str) -> int:
+        """All serials of the worker's holders below this one are released."""
+        with self._lock:
+            return self._released.floor(worker_id)
+
+    def forget_released(self, worker_id: str, floor: int) -> None:
+        """All serials of the worker's holders below ``floor`` are released, and need not be remembered one by one."""
+        with self._lock:
+            self._released.raise_floor(worker_id, floor)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """Chunks of a session are found by their keys; there is nobody here who would pin it."""

@@ -20,7 +20,7 @@ from forecache.workers.memory.catalog import Catalog, SessionRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.exchange import ChunkExchange, wanted_room
-from forecache.workers.memory.holders import request_of
+from forecache.workers.memory.holders import request_of, worker_of
 from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
@@ -151,6 +151,9 @@ class MemoryTier:
     def promise(self, holder: str, chunks: int) -> None:
         self._store.promise(holder, chunks)
 
+    def start_over(self, holder: str) -> None:
+        self._store.start_over(holder)
+
     def release(self, holder: str, was_spread: bool = False) -> None:
         if self._exchange is not None:
             self._exchange.spread.release(holder, was_spread=was_spread)
@@ -195,12 +198,24 @@ class MemoryTier:
         if self._sessions is not None:
             self._sessions.forget(session_id)
 
-    def holding_workers(self) -> list[str]:
-        """Ids of the workers that hold something: the part of their holders' names before the slash."""
+    def holders(self) -> list[str]:
+        """Names of all that hold something here or, sequences of this node's workers, on other nodes."""
         holders = self._store.holders()
         if self._exchange is not None:
-            holders += self._exchange.records.holders()
-        return sorted({holder.partition("/")[0] for holder in holders})
+            holders += [*self._exchange.records.holders(), *self._exchange.spread.holders()]
+        return list(dict.fromkeys(holders))
+
+    def holders_of(self, worker_id: str, floor: int, life: int) -> list[str]:
+        """:meth:`holders` of a worker of this node, which has told this ``life`` of the tier of all that it holds. All
+        serials of its holders below ``floor`` are released."""
+        self._store.forget_released(worker_id, floor)
+        if self._exchange is not None and life == self._arena.life:
+            self._exchange.spread.vouch(worker_id, floor)
+        return [holder for holder in self.holders() if worker_of(holder) == worker_id]
+
+    def holding_workers(self) -> list[str]:
+        """Ids of the workers that hold something: the part of their holders' names before the slash."""
+        return sorted({worker_of(holder) for holder in self.holders()})
 
     def release_worker(self, worker_id: str) -> int:
         """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were."""
@@ -229,6 +244,7 @@ class MemoryTier:
             self._store.check_integrity()
             if self._exchange is not None:
                 self._exchange.records.check_integrity()
+                self._exchange.spread.check_integrity()
             if self._disk is not None:
                 self._disk.check_integrity()
             if self._sessions is not None:
