@@ -1,6 +1,8 @@
 """Do catalog, tiers and workers of a running cluster agree? For `forecache doctor --cluster`, and after every fault."""
 
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -8,6 +10,7 @@ from ray.exceptions import RayError
 from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.holders import worker_of
 from forecache.workers.memory.keys import ChunkKey
 
 SETTLE_S = 3.0
@@ -29,7 +32,7 @@ def check_integrity(tiers: Tiers, *, settle_s: float = SETTLE_S) -> list[str]:
 
 
 def _look(tiers: Tiers) -> list[str]:
-    return [*_tiers_themselves(tiers), *_catalog_and_tiers(tiers), *_holders(tiers), *_workers()]
+    return [*_tiers_themselves(tiers), *_catalog_and_tiers(tiers), *_holders(tiers), *_orphans(tiers), *_workers()]
 
 
 def _tiers_themselves(tiers: Tiers) -> list[str]:
@@ -69,13 +72,36 @@ def _holders(tiers: Tiers) -> list[str]:
     ]
 
 
-def _workers(deadline_s: float = 30.0) -> list[str]:
+def _orphans(tiers: Tiers) -> list[str]:
+    held = tiers.ask("holders")
+    # asked after that: who held something then was a holder before
+    living = {answer[0]: answer[1] for answer in _ask_workers("holders") if isinstance(answer, tuple)}
+    return orphans(held, living)
+
+
+def orphans(held: Mapping[str, Iterable[str]], living: Mapping[str, Iterable[str]]) -> list[str]:
+    """What tiers hold (tier id → names of holders) for holders that are over, in sentences: their worker lives and does
+    not know them. ``living``: worker id → names of its holders; of other workers nothing is said."""
+    known = {worker_id: set(holders) for worker_id, holders in living.items()}
+    return [
+        f"{name}: {holder} is over, and something is held for it"
+        for name, holders in held.items()
+        for holder in holders
+        if worker_of(holder) in known and holder not in known[worker_of(holder)]
+    ]
+
+
+def _workers() -> list[str]:
     """The hot pools' references are those of their sequences."""
+    return [f"a worker: {answer}" for answer in _ask_workers("integrity") if answer]
+
+
+def _ask_workers(method: str, deadline_s: float = 30.0) -> list[Any]:
+    """What the workers answer, or the error in its place. One that drains is not asked."""
     if "forecache" not in serve.status().applications:
         return []
     handle = serve.get_deployment_handle("DecodeWorker", "forecache")
     try:
-        answers = handle.broadcast("integrity").results(timeout_s=deadline_s, return_exceptions=True)
+        return list(handle.broadcast(method).results(timeout_s=deadline_s, return_exceptions=True))
     except (RayError, TimeoutError, RuntimeError) as error:
-        return [f"workers: {error}"]
-    return [f"a worker: {answer}" for answer in answers if answer]
+        return [error]

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-import ray
-from ray.exceptions import RayError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from forecache.cluster.first_token import (
@@ -26,7 +24,6 @@ from forecache.cluster.first_token import (
 from forecache.cluster.resume import first_try_id
 from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
 from forecache.workers.decode.rates import WorkerReport
-from forecache.workers.decode.settings import actor_name
 from forecache.workers.errors import CatalogUnavailableError
 from forecache.workers.memory.catalog import Catalog, StoredRun
 from forecache.workers.memory.keys import ChunkKey, prefix_keys, root_key
@@ -92,9 +89,8 @@ class PrefixAffinityRouter(RequestRouter):
     """
 
     def initialize_state(  # type: ignore[override]
-        self, chunk_tokens: int, namespace: str, run: str, redis_url: str | None = None, imbalance: int = 8
+        self, chunk_tokens: int, redis_url: str | None = None, imbalance: int = 8
     ) -> None:
-        self._namespace, self._run = namespace, run
         self._chunk_tokens = chunk_tokens
         self._imbalance = imbalance
         self._memory = PrefixMemory()
@@ -185,11 +181,10 @@ class PrefixAffinityRouter(RequestRouter):
         self._loads[_name(replica_id)].ended()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        left = [replica for name, replica in self.curr_replicas.items() if name not in {r.replica_id for r in replicas}]
+        # one that is not among them any more may be draining: its answers go on, and it holds what they need. Once its
+        # process is gone the supervisor has the tiers reclaim what it held
         super().update_replicas(replicas)
         self._hear({_name(replica.replica_id): WorkerReport.of(replica.routing_stats) for replica in replicas})
-        for replica in left:
-            self._reclaim(replica)
 
     def _hear(self, reports: dict[str, WorkerReport]) -> None:
         """News of the workers that there are now."""
@@ -202,20 +197,6 @@ class PrefixAffinityRouter(RequestRouter):
         for of_workers in (self._backlogs, self._loads):
             for name in of_workers.keys() - reports.keys():
                 del of_workers[name]
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        replica = self.curr_replicas.get(replica_id)
-        super().on_replica_actor_died(replica_id)
-        if replica is not None:
-            self._reclaim(replica)
-
-    def _reclaim(self, replica: RunningReplica) -> None:
-        """What a worker that is gone held in its node's memory tier can be evicted again."""
-        try:
-            tier = ray.get_actor(actor_name(self._run, "tier", replica.node_id), namespace=self._namespace)
-        except (ValueError, RayError):
-            return  # the node is gone too; or Ray can't tell now, and the supervisor sees to it later
-        tier.release_worker.remote(_name(replica.replica_id))
 
     def _look_up(
         self, request: GenerateRequest, reports: Mapping[str, WorkerReport]

@@ -291,8 +291,6 @@ def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfi
         request_router_class=PrefixAffinityRouter,  # type: ignore[arg-type]
         request_router_kwargs={
             "chunk_tokens": config.engine.chunk_tokens,
-            "namespace": settings.namespace,
-            "run": settings.run,
             "redis_url": settings.redis_url,
         },
         request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,  # type: ignore[arg-type]

@@ -4,7 +4,8 @@
 
 First all requests are answered without a fault, then again while a memory tier, an indexer, a decode worker, Redis or a
 whole node gets SIGKILL; the next kill comes two seconds after the last one's role is ready again. Exit status 1 unless
-every request is answered, enough of them as without faults, and nothing is left over.
+every request is answered, enough of them as without faults, and nothing is left over: no leaked hold, which is
+anything that a memory tier still holds for anybody when nothing runs.
 """
 
 import argparse
@@ -261,17 +262,22 @@ class Killer:
         return bool(told.get("workers") == self._nodes - 1)
 
 
+def leaked_holds(tiers: Tiers, within_s: float = 60.0) -> list[str]:
+    """Nothing runs: for whom tiers still hold or promise something, or index records, after ``within_s``."""
+    end_s = time.monotonic() + within_s
+    while True:
+        leaked = [f"{name} holds for {holder}" for name, told in tiers.ask("holders").items() for holder in told]
+        if not leaked or time.monotonic() > end_s:
+            return leaked
+        time.sleep(0.5)
+
+
 def left_over(url: str, tiers: Tiers, arena_dir: Path) -> list[str]:
     """What should not be there when nothing runs."""
     wrong = []
-    end_s = time.monotonic() + 60
-    while True:
-        stats = tiers.ask("stats")
-        held = {name: tier.held_slots for name, tier in stats.items() if tier.held_slots}
-        pinned = {name: tier.pinned_slots for name, tier in stats.items() if tier.pinned_slots}
-        if not held or time.monotonic() > end_s:
-            break
-        time.sleep(0.5)
+    stats = tiers.ask("stats")
+    held = {name: tier.held_slots for name, tier in stats.items() if tier.held_slots}
+    pinned = {name: tier.pinned_slots for name, tier in stats.items() if tier.pinned_slots}
     wrong += [f"{name} has {count} held slots" for name, count in held.items()]
     wrong += [f"{name} has {count} pinned slots" for name, count in pinned.items()]
     files = {path.name for path in arena_dir.glob("forecache-*")}
@@ -323,6 +329,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             failed = [answer.error for answer in expected.values() if answer.error]
             assert not failed, failed
             result |= faulty(args, killer, sessions, expected, served.url)
+            result["leaked_holds"] = leaked_holds(tiers)
             result["wrong"] = left_over(served.url, tiers, arena_dir)
     finally:
         cluster.shutdown()
@@ -389,6 +396,7 @@ def table(result: dict[str, Any]) -> str:
         f"errors: {result['errors'] or 'none'}",
         f"other answers: {result['others'] or 'none'}",
         f"prompt tokens found in memory and, without faults, others: {result['found_otherwise'] or 'none'}",
+        f"leaked holds: {len(result['leaked_holds'])} {' '.join(result['leaked_holds'])}".rstrip(),
         f"left over: {result['wrong'] + result['left_files'] or 'nothing'}",
     ]
     return "\n".join(rows)
@@ -418,7 +426,8 @@ def main() -> int:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     enough = result["requests"] if args.keep_ratio == 1.0 else 0.95 * result["requests"]
     good = result["answered"] == result["requests"] and result["equal"] >= enough
-    return int(not good or bool(result["wrong"] or result["left_files"]) or len(result["kills"]) < args.kills)
+    left = result["leaked_holds"] or result["wrong"] or result["left_files"]
+    return int(not good or bool(left) or len(result["kills"]) < args.kills)
 
 
 if __name__ == "__main__":

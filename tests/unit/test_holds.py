@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from forecache.cluster.integrity import orphans
 from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.catalog import TierRecord
@@ -577,3 +578,16 @@ class TwoTiers(RuleBasedStateMachine):
 
 TestTwoTiers = TwoTiers.TestCase
 TestTwoTiers.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_an_orphan_is_what_its_living_worker_does_not_know() -> None:
+    held = {
+        "tier-a": [name(0), name(1), reader_of(name(1), 3), name(2, "dead"), "transfer/0a"],
+        "tier-b": [name(0), name(1)],
+    }
+    living = {"w": [name(1), reader_of(name(1), 3)]}
+    assert orphans(held, living) == [
+        f"tier-a: {name(0)} is over, and something is held for it",
+        f"tier-b: {name(0)} is over, and something is held for it",
+    ]
+    assert orphans(held, {}) == []

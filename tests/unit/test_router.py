@@ -199,7 +199,7 @@ class Routing:
         self.router = PrefixAffinityRouter(
             DeploymentID("DecodeWorker", "forecache"), DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
         )
-        self.router.initialize_state(CHUNK_TOKENS, "test", "run", redis_url, imbalance)
+        self.router.initialize_state(CHUNK_TOKENS, redis_url, imbalance)
 
     def send(
         self, prompt: tuple[int, ...] = PROMPT, *, name: str = "", arrives: bool = True, accepted_by: str = ""

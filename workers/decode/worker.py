@@ -173,6 +173,10 @@ class DecodeWorker:
             return f"{self._worker_id}: {error}"
         return ""
 
+    def holders(self) -> tuple[str, list[str]]:
+        """This worker's id, and the names of its holders that may hold something at memory tiers."""
+        return self._worker_id, self._memory.holders()
+
     async def record_routing_stats(self) -> dict[str, Any]:
         """What the router reads every few seconds: a :class:`WorkerReport`."""
         tier = await asyncio.to_thread(self._tier_stats)
