@@ -8,11 +8,7 @@ import numpy as np
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
-<<<<<<< HEAD
-=======
-from forecache.workers.memory.headers import SEALED
 from forecache.workers.memory.holders import Released, worker_of
->>>>>>> cb25723 (A call that comes after its holder's release is refused, and holds that nobody owns are swept: late answers leave nothing held)
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.pins import Holds, Pins, Promises
