@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 
-from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
 from forecache.workers.memory.chunk_batch import ChunkBatch
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.reserving import reserve_sound
@@ -40,7 +40,8 @@ def take_in(
 
     They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them,
     and ``keep_room`` slots must be left that can be had so. ``cached``: others go on to answer for those that are new
-    here. Bytes that do not have the checksums they came with are not taken.
+    here. Bytes that do not have the checksums they came with are not taken. Raises :class:`ReleasedError` when ``holder``
+    was released.
     """
     batch = batch.sound()
     name = holder or f"transfer/{uuid.uuid4().hex}"
@@ -51,6 +52,8 @@ def take_in(
                 break
             try:
                 [place] = reserve_sound(store, lambda keys: store.reserve(name, keys, copied_only=copied_only), [key])
+            except ReleasedError:
+                raise  # it is held for nobody any more
             except (ChunkLostError, OverloadedError):
                 break
             if not place.stored:
