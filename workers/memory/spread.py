@@ -314,8 +314,8 @@ class SpreadSequences:
                 with self._lock:
                     self._to_release.setdefault(tier_id, set()).update(holders)
         for tier_id, tier in tiers.items():
-            known = self._incarnations.setdefault(tier_id, tier.incarnation)
-            if known != tier.incarnation and self._renew_holds(tier_id):
+            # also one that is seen for the first time: it may have been restarted since it was asked for something
+            if self._incarnations.get(tier_id) != tier.incarnation and self._renew_holds(tier_id):
                 self._incarnations[tier_id] = tier.incarnation
         if time.monotonic() >= self._sweep_again_s:
             self._sweep_again_s = time.monotonic() + self._config.heartbeat_s

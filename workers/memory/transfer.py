@@ -40,8 +40,8 @@ def take_in(
 
     They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them,
     and ``keep_room`` slots must be left that can be had so. ``cached``: others go on to answer for those that are new
-    here. Bytes that do not have the checksums they came with are not taken. Raises :class:`ReleasedError` when ``holder``
-    was released.
+    here. Bytes that do not have the checksums they came with are not taken. Raises :class:`ReleasedError`
+    when ``holder`` was released.
     """
     batch = batch.sound()
     name = holder or f"transfer/{uuid.uuid4().hex}"
