@@ -98,6 +98,7 @@ class RemoteMemory:
 
     def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """As :meth:`hold_prefix`, of this node's memory, and whether more of the run is elsewhere."""
+        self._begin(holder)
         refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_here", holder, keys))
         self._note(holder, keys[: len(refs)])
         return refs, elsewhere

@@ -1,0 +1,159 @@
+"""A worker asks its tier in the name of holders that it knows: else a sweep would take their holds away."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forecache.workers.errors import ReleasedError
+from forecache.workers.memory import remote
+from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.holders import Holder
+from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.remote import RemoteMemory
+from forecache.workers.memory.remote_peers import RemotePeers
+from forecache.workers.memory.store import ArenaStore
+
+LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
+HOLDER = Holder("w", "request", 0).name
+
+
+class Tier:
+    """The store of a memory tier behind calls as an actor's are, which are made when their answer is asked for."""
+
+    def __init__(self, store: ArenaStore) -> None:
+        self.store = store
+
+    def __getattr__(self, method: str) -> Any:
+        class Call:
+            @staticmethod
+            def remote(*args: Any) -> Callable[[], object]:
+                return lambda: getattr(self, f"do_{method}")(*args)
+
+        return Call
+
+    def do_arena_path(self) -> str:
+        return str(self.store.arena.path)
+
+    def do_hold_prefix(self, holder: str, keys: list[bytes]) -> object:
+        return self.store.hold_prefix(holder, keys)
+
+    def do_hold_here(self, holder: str, keys: list[bytes]) -> object:
+        return self.store.hold_prefix(holder, keys), False
+
+    def do_hold(self, holder: str, keys: list[bytes]) -> object:
+        return self.store.hold(holder, keys)
+
+    def do_reserve(self, holder: str, keys: list[bytes]) -> object:
+        return self.store.reserve(holder, keys)
+
+    def do_commit(self, holder: str, refs: Any) -> None:
+        self.store.commit(holder, refs)
+
+    def do_promise(self, holder: str, chunks: int) -> None:
+        self.store.promise(holder, chunks)
+
+    def do_start_over(self, holder: str) -> None:
+        self.store.start_over(holder)
+
+    def do_release(self, holder: str, was_spread: bool = False) -> None:
+        self.store.release(holder)
+
+    def do_holders_of(self, worker_id: str, floor: int, life: int) -> list[str]:
+        self.store.forget_released(worker_id, floor)
+        return [holder for holder in self.store.holders() if holder.startswith(f"{worker_id}/")]
+
+    def do_spread_call(self, method: str, *args: Any) -> None:
+        if method == "begin":
+            self.store.promise(args[0], args[1])
+
+    def do_far_call(self, method: str, holder: str, reader: str, keys: list[bytes]) -> object:
+        return self.store.hold(reader, keys)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArenaStore:
+    return ArenaStore(
+        Arena.create(
+            tmp_path, "t", layout=LAYOUT, index_nbytes=8, index_fingerprint="i",
+            capacity_bytes=(2 << 20) + 12 * LAYOUT.nbytes, record_bytes=1 << 12,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def memory(store: ArenaStore, monkeypatch: pytest.MonkeyPatch) -> RemoteMemory:
+    monkeypatch.setattr(remote, "get_answer", lambda call, whom, deadline_s: call())
+    monkeypatch.setattr(remote, "SWEEP_PERIOD_S", 1e6)
+    tier: Any = Tier(store)
+    return RemoteMemory(lambda: tier, 1.0, peers=RemotePeers("test", 1.0))
+
+
+KEYS = [bytes([number]) * 16 for number in range(2)]
+ASKS: dict[str, Callable[[RemoteMemory, str], object]] = {
+    "hold_prefix": lambda memory, holder: memory.hold_prefix(holder, KEYS),
+    "hold_here": lambda memory, holder: memory.hold_here(holder, KEYS),
+    "hold": lambda memory, holder: memory.hold(holder, KEYS),
+    "reserve": lambda memory, holder: memory.reserve(holder, KEYS),
+    "promise": lambda memory, holder: memory.promise(holder, 1),
+    "spread": lambda memory, holder: memory.others.spread(holder, 1) if memory.others else None,
+    "fetch": lambda memory, holder: memory.others.fetch(HOLDER, holder, KEYS) if memory.others else None,
+}
+NOT_ASKING = {"commit", "release", "start_over", "move_out", "promise_rest", "read_layer", "note", "forget"}
+"""What needs a hold already, or makes none."""
+
+
+def test_all_calls_that_may_make_a_hold_are_tried() -> None:
+    named = {
+        name
+        for kind in (RemoteMemory, remote.RemoteSpread)
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        if not name.startswith("_") and {"holder", "reader"} & inspect.signature(method).parameters.keys()
+    }
+    assert named == ASKS.keys() | NOT_ASKING
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_who_asks_for_something_is_not_swept_until_it_is_released(
+    memory: RemoteMemory, store: ArenaStore, method: str
+) -> None:
+    past = store.reserve("w2/past", KEYS)
+    for place in past:
+        store.arena.chunks[place.ref.slot] = 1
+        store.arena.index[place.ref.slot] = 1
+        store.arena.seal(place.ref, place.key)
+    store.commit("w2/past", [(place.key, place.ref) for place in past])
+    store.release("w2/past")
+
+    ASKS[method](memory, HOLDER)
+    assert memory.holders() == [HOLDER]
+    for _ in range(3):
+        memory.sweep()
+    assert store.holders() == [HOLDER]
+    memory.release(HOLDER)
+    assert store.holders() == memory.holders() == []
+    with pytest.raises(ReleasedError):
+        ASKS[method](memory, HOLDER)
+    assert store.holders() == memory.holders() == []
+
+
+def test_a_release_that_did_not_get_to_the_tier_is_made_up_for(memory: RemoteMemory, store: ArenaStore) -> None:
+    memory.promise(HOLDER, 2)
+    memory.promise(Holder("w", "other", 1).name, 1)
+    store.promise(Holder("w2", "another", 0).name, 1)
+    memory._living.pop(HOLDER)  # what a release does here, before its call gets lost
+    memory.sweep()
+    assert len(store.holders()) == 3  # its release may be on its way
+    memory.sweep()
+    assert store.holders() == [Holder("w", "other", 1).name, Holder("w2", "another", 0).name]
+
+
+def test_who_begins_again_holds_nothing_and_goes_on(memory: RemoteMemory, store: ArenaStore) -> None:
+    memory.promise(HOLDER, 2)
+    memory.start_over(HOLDER)
+    assert store.holders() == [] and memory.holders() == [HOLDER]
+    memory.promise(HOLDER, 3)
+    assert store.stats().promised_slots == 3
