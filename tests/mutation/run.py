@@ -333,9 +333,8 @@ def main() -> None:
             flush=True,
         )
     if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.strip()
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "not a checkout"
         rows = [asdict(result) | {"percent": round(result.percent, 1)} for result in scores]
         arguments.out.write_text(json.dumps({"commit": commit, "modules": rows}, indent=1) + "\n", encoding="utf-8")
 
