@@ -17,15 +17,10 @@ MODULES = {
     "keys": Mutated("workers/memory/keys.py", _unit("keys", "store", "sequence")),
     "headers": Mutated("workers/memory/headers.py", _unit("arena", "store", "copies")),
     "arena": Mutated("workers/memory/arena.py", _unit("arena", "store", "copies", "records", "flipped_bits")),
-    "store": Mutated("workers/memory/store.py", _unit("store", "records", "flipped_bits")),
-    "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher")),
-    "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "flipped_bits")),
-    "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "engine")),
-    "scheduler": Mutated(
-        "workers/decode/scheduler.py",
-        _unit(
-            "scheduler",
-        ),
-    ),
-    "resume": Mutated("cluster/resume.py", _unit("resume", "channels")),
+    "store": Mutated("workers/memory/store.py", _unit("store", "records", "flipped_bits", "holds")),
+    "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher", "integrity")),
+    "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),
+    "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "engine", "restarts")),
+    "scheduler": Mutated("workers/decode/scheduler.py", _unit("scheduler", "engine", "refused_requests")),
+    "resume": Mutated("cluster/resume.py", _unit("resume", "channels", "failover")),
 }
