@@ -3,7 +3,7 @@
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,18 @@ import xxhash
 
 from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
 from forecache.workers.memory.chunk_batch import ChunkBatch
-from forecache.workers.memory.headers import HEADER, Headers
+from forecache.workers.memory.headers import FIRST_WRITER, HEADER, NOBODY, OWNER, RETIRED, Headers
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
-from forecache.workers.memory.owned_file import create_owned, disown, open_existing, own
+from forecache.workers.memory.owned_file import (
+    create_owned,
+    disown,
+    is_byte_locked,
+    lock_own_byte,
+    locked_bytes,
+    open_existing,
+    own,
+)
 
 if TYPE_CHECKING:  # protocol.py names Arena in its annotations
     from forecache.workers.memory.protocol import SlotRef
@@ -83,6 +91,8 @@ class Arena:
         """Takes over ``fd``. Use :meth:`create`, :meth:`adopt` or :meth:`attach`."""
         self.path = path
         self.owner = owner
+        self.writer = OWNER if owner else lock_own_byte(fd, path, first=FIRST_WRITER)
+        """The number of this process as a writer of the file; no other process has the same."""
         self.description = description
         self._fd = fd
         # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
@@ -151,7 +161,9 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
-        arena.close()  # the mapping needs it no more, and whoever forgets the arena would leak it
+        # The mapping has its own duplicate, and with it the lock on this writer's byte, which lasts as long as any
+        # tensor over the mapping.
+        arena.close()
         return arena
 
     @classmethod
@@ -170,6 +182,21 @@ class Arena:
     def life(self) -> int:
         """How many owners this file has had. A new one knows nothing of what the one before has handed out."""
         return int(self._life[0])
+
+    def writers(self) -> Set[int]:
+        """Of all processes that have the file mapped and are not its owner (owner only)."""
+        return locked_bytes(self._fd)
+
+    def living(self, writers: Set[int]) -> Set[int]:
+        """Those of ``writers`` that may still write (owner only): their process, or a child that it has forked, has the
+        file mapped."""
+        if self._fd < 0:
+            return writers  # closed: nothing can be told
+        return {writer for writer in writers if writer == OWNER or is_byte_locked(self._fd, writer)}
+
+    def writer_of(self, slot: int) -> int:
+        """Who may be writing ``slot``, as its owner noted it."""
+        return self._headers.writer(slot)
 
     def is_intact(self) -> bool:
         """Is what is mapped here still all of the file at :attr:`path`? Of one that was cut, reading would kill."""
@@ -330,9 +357,20 @@ class Arena:
         if self._headers.generation(ref.slot) != ref.generation:
             raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
 
-    def renew(self, slot: int) -> int:
-        """Give ``slot`` away (owner only): every reference to it goes stale. Returns the new generation."""
+    def renew(self, slot: int, writer: int = OWNER) -> int:
+        """Give ``slot`` away, to be written by ``writer`` (owner only): every reference to it goes stale. Returns the
+        new generation."""
+        self._headers.set_writer(slot, writer)
         return self._headers.renew(slot)
+
+    def forget_writer(self, slot: int) -> None:
+        """``slot`` is written by nobody from now on (owner only)."""
+        self._headers.set_writer(slot, NOBODY)
+
+    def retire(self, slot: int) -> None:
+        """``slot`` is of no use any more (owner only), also for the owners after this one."""
+        self._headers.clear(slot)
+        self._headers.set_writer(slot, RETIRED)
 
     def clear(self, slot: int) -> None:
         """The bytes of ``slot`` are no chunk any more (owner only); its generation stays."""

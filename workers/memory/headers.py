@@ -21,6 +21,17 @@ if TYPE_CHECKING:  # protocol.py names Arena in its annotations
 OPEN = 0
 """Seal of a header whose slot holds no chunk, or whose writer is not done."""
 
+NOBODY = 0
+"""Writer of a slot: none."""
+OWNER = 1
+"""Writer of a slot: the process that owns the arena. A new owner knows that it is gone."""
+UNKNOWN = 2
+"""Writer of a slot: any process that has the arena mapped."""
+RETIRED = 3
+"""Instead of a writer: the slot's memory is bad, and it is not used any more."""
+FIRST_WRITER = 16
+"""Writers of slots from this number on are processes that have the arena mapped, see :attr:`Arena.writer`."""
+
 HEADER = np.dtype(
     {
         "names": ["key", "generation", "checksum", "index_checksum", "device_checksum", "seal", "writer"],
@@ -31,7 +42,7 @@ HEADER = np.dtype(
 )
 """``checksum`` and ``index_checksum``: xxh3_64 of chunk and index bytes; ``device_checksum``: the chunk's
 `ops.slot_checksums`, 0 when its writer had no GPU; ``seal``: xxh3_64 of all before it, with the slot's number as seed;
-``writer``: who may be writing the slot, written by the owner alone."""
+``writer``: who may be writing the slot, or else wrote it; the owner alone writes that."""
 
 SEALED_BYTES = 48
 """The part of a header, from its first byte, that the seal is a checksum of."""

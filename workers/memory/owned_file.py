@@ -1,7 +1,11 @@
-"""A file that one living process owns: by its lock, which the kernel lets go when the process dies."""
+"""A file that one living process owns: by its lock, which the kernel lets go when the process dies. Others that have it
+open prove that they live by a lock on a byte each, far behind its end."""
 
 import fcntl
 import os
+import secrets
+import struct
+from collections.abc import Set
 from pathlib import Path
 
 from forecache.workers.errors import ArenaError, ArenaMissingError
@@ -40,3 +44,58 @@ def own(fd: int, path: Path) -> bool:
 def disown(fd: int) -> None:
     """Let go of the lock; to close ``fd`` would not do while a mapping has a duplicate of it."""
     fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+# struct flock of 64-bit Linux: type, whence, start, length, pid
+_LOCK = "hhqqi4x"
+_BYTES_START = 1 << 62
+_LARGEST_NUMBER = 1 << 61
+
+
+def lock_own_byte(fd: int, path: Path, *, first: int) -> int:
+    """Lock a byte of the file for the open file ``fd``; returns its number, ``first`` at least.
+
+    No other open file has the same number. The lock lasts as long as ``fd`` or a duplicate of it, like that of a
+    mapping, is open anywhere. It also shows whether a process in another container lives. Raises :class:`ArenaError`
+    where the file system has no such locks.
+    """
+    while True:
+        number = secrets.randbelow(_LARGEST_NUMBER - first) + first
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, _BYTES_START + number, 1))
+        except BlockingIOError:
+            continue  # a coincidence
+        except OSError as error:
+            raise ArenaError(
+                f"can't lock a byte of {path} ({error.strerror}): the file system of --arena-dir needs open file "
+                "description locks, like /dev/shm"
+            ) from error
+        return number
+
+
+def locked_bytes(fd: int) -> Set[int]:
+    """Numbers of all bytes that other open files have locked by :func:`lock_own_byte`."""
+    found, ranges = set(), [(_BYTES_START, _BYTES_START + _LARGEST_NUMBER)]
+    while ranges:
+        start, end = ranges.pop()
+        byte = _first_locked(fd, start, end - start) if start < end else None
+        if byte is not None:
+            found.add(byte - _BYTES_START)
+            ranges += [(start, byte), (byte + 1, end)]
+    return found
+
+
+def is_byte_locked(fd: int, number: int) -> bool:
+    """Whether another open file has locked byte ``number``."""
+    return _first_locked(fd, _BYTES_START + number, 1) is not None
+
+
+def _first_locked(fd: int, start: int, length: int) -> int | None:
+    """The first byte of one of the locks in this range."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(fcntl.F_WRLCK, start, length))
+    kind, _, byte, _, _ = struct.unpack(_LOCK, answer)
+    return None if kind == fcntl.F_UNLCK else max(int(byte), start)
+
+
+def _lock(kind: int, start: int, length: int) -> bytes:
+    return struct.pack(_LOCK, kind, os.SEEK_SET, start, length, 0)

@@ -80,11 +80,13 @@ class Holds:
 
 class Promises:
     """Holders and how many of ``slots`` each may need in all. What is promised and pinned is never more than there is:
-    ``pinned`` tells how many slots that nobody holds are."""
+    ``pinned`` tells how many slots that nobody holds are; ``unusable``, how many slots are out of use. These may become
+    more after they were promised: then nothing more is."""
 
-    def __init__(self, slots: int, pinned: Callable[[], int]) -> None:
+    def __init__(self, slots: int, pinned: Callable[[], int], unusable: Callable[[], int] = int) -> None:
         self._slots = slots
         self._pinned = pinned
+        self._unusable = unusable
         self._chunks: dict[str, int] = {}
         self.total = 0
 
@@ -94,7 +96,7 @@ class Promises:
     @property
     def room(self) -> int:
         """Slots that may still be promised, or pinned."""
-        return self._slots - self.total - self._pinned()
+        return max(0, self._slots - self.total - self._pinned() - self._unusable())
 
     def make(self, holder: str, chunks: int) -> None:
         """Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
@@ -102,11 +104,14 @@ class Promises:
         if chunks > self.room + before:
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
-                f"{self.total - before} are promised to others and {self._pinned()} are pinned. Try again later, lower "
-                "max_tokens, or raise --cold-bytes."
+                f"{self.total - before} are promised to others and {self._pinned()} are pinned"
+                f"{self._out_of_use()}. Try again later, lower max_tokens, or raise --cold-bytes."
             )
         self._chunks[holder] = chunks
         self.total += chunks - before
+
+    def _out_of_use(self) -> str:
+        return f", {self._unusable()} are out of use" if self._unusable() else ""
 
     def make_up_to(self, holder: str, chunks: int) -> int:
         """As many of ``chunks`` as there is room for, and no fewer than before; returns how many."""
@@ -121,4 +126,4 @@ class Promises:
     def check_integrity(self) -> None:
         """Raise :class:`AssertionError` when more is promised and pinned than there is."""
         assert self.total == sum(self._chunks.values()), "promises are miscounted"
-        assert self.room >= 0, "more is promised and pinned than there is"
+        assert self.total + self._pinned() <= self._slots, "more is promised and pinned than there is"

@@ -60,6 +60,10 @@ class TierStats:
     disk_used_slots: int = 0
     spilled_chunks: int = 0
     disk_recalled_chunks: int = 0
+    quarantined_slots: int = 0
+    """Taken back from a worker that may still write there."""
+    bad_slots: int = 0
+    """Not used any more, since their bytes were found wrong twice: the node's memory is bad."""
     remote_records: int = 0
     """Of chunks that lie on other nodes, held by sequences of this one."""
 

@@ -17,6 +17,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 from forecache.workers.memory.remote_peers import RemotePeers, TierAwayError, get_answer
 from forecache.workers.memory.remote_spread import RemoteSpread
+from forecache.workers.memory.writers import OpenWrites
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class RemoteMemory:
         self._orphans: set[str] = set()
         self._lock = threading.Lock()
         self._arena = self._attach(time.monotonic() + start_deadline_s)
+        self._writes = OpenWrites(self._arena)
         self._life = self._arena.life
         self._others = (
             RemoteSpread(self._call, self._begin, self._moved_out, peers)
@@ -113,17 +115,24 @@ class RemoteMemory:
     def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         """Places to write ``keys`` into, as :meth:`ArenaStore.reserve` gives them."""
         self._begin(holder)
-        places = cast(list[Reservation], self._call("reserve", holder, keys))
+        number, places = self._writes.begin(), list[Reservation]()
+        try:
+            places = cast(list[Reservation], self._call("reserve", holder, keys, tells=True))
+        finally:
+            # if no answer came, none that comes later is used
+            self._writes.answered(number, holder, [place.ref for place in places if not place.stored])
         self._note(holder, [place.key for place in places if place.stored])
         return places
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
         """These reserved slots are written and sealed: from now on others find them."""
-        self._call("commit", holder, refs)
+        self._writes.ended([ref for _, ref in refs])
+        self._call("commit", holder, refs, tells=True)
         self._note(holder, [key for key, _ in refs])
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong: forget it everywhere."""
+        self._writes.ended([ref])
         self._call("drop", key, ref)
 
     def promise(self, holder: str, chunks: int) -> None:
@@ -137,6 +146,7 @@ class RemoteMemory:
     def start_over(self, holder: str) -> None:
         """Let go of all that ``holder`` holds and was promised; it goes on."""
         self._begin(holder, again=True)
+        self._writes.released(holder)
         self._call("start_over", holder)
 
     def release(self, holder: str) -> None:
@@ -147,7 +157,8 @@ class RemoteMemory:
             self._held.pop(holder, None)
             self._promised.pop(holder, None)
         was_spread = self._others is not None and self._others.forget(holder)
-        self._call("release", holder, was_spread)
+        self._writes.released(holder)
+        self._call("release", holder, was_spread, tells=True)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of the state behind
@@ -155,9 +166,13 @@ class RemoteMemory:
         self._call("record_session", session_id, list(keys), list(state_keys))
 
     def stats(self) -> TierStats:
-        """Asked once: raises :class:`ChunkLostError` while the tier is away."""
+        """Asked once: raises :class:`ChunkLostError` while the tier is away. Tells it what this worker writes: also one
+        that has nothing to do lets go of slots that were taken back from it."""
         return cast(
-            TierStats, get_answer(self._tier.stats.remote(), "the memory tier, asked for stats,", self._deadline_s)
+            TierStats,
+            get_answer(
+                self._tier.stats.remote(self._writes.news()), "the memory tier, asked for stats,", self._deadline_s
+            ),
         )
 
     def holders(self) -> list[str]:
@@ -230,8 +245,11 @@ class RemoteMemory:
             for key in keys:
                 self._held.get(holder, {}).pop(key, None)
 
-    def _call(self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False) -> object:
-        """``waits``: for other tiers, as long as for this one."""
+    def _call(
+        self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False, tells: bool = False
+    ) -> object:
+        """``waits``: for other tiers, as long as for this one. ``tells``: the last argument is what this worker writes,
+        as it is at each try."""
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         deadline_s += self._deadline_s if waits else 0.0
         whom = f"the memory tier, asked to {method},"
@@ -239,7 +257,8 @@ class RemoteMemory:
         while True:
             try:
                 self._hold_again()
-                return get_answer(getattr(self._tier, method).remote(*args), whom, deadline_s)
+                told = (self._writes.news(),) if tells else ()
+                return get_answer(getattr(self._tier, method).remote(*args, *told), whom, deadline_s)
             except TierAwayError as error:
                 if time.monotonic() > end_s:
                     raise ArenaError(f"the memory tier of this node does not come back: {error}") from error

@@ -1,18 +1,27 @@
 """Which chunk lies where in an arena, who holds it, and what may be evicted."""
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import numpy as np
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.headers import FIRST_WRITER, RETIRED, UNKNOWN
 from forecache.workers.memory.holders import Released, worker_of
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.pins import Holds, Pins, Promises
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
+from forecache.workers.memory.writers import Quarantine, Reserved, WriterNews
+
+logger = logging.getLogger(__name__)
+
+FAILURES = 2
+"""A slot whose bytes were found wrong so often is not used any more."""
 
 Listener = Callable[[ChunkKey, bool], None]
 """Called with (key, True) when a chunk is stored, (key, False) when it is gone. Under the lock: be quick."""
@@ -21,9 +30,10 @@ Listener = Callable[[ChunkKey, bool], None]
 class ArenaStore:
     """The owner's side of an arena: `ColdMemory` in-process, safe to call from any thread.
 
-    A slot is in one of three places: ``_free``; ``_idle`` (stored, held by nobody); or held by at least one holder. A
-    held slot is *stored* when ``_stored`` leads to it; else it is private to its holder (reserved and not committed,
-    committed second, or dropped) and freed by it.
+    A slot is in one of five places: ``_free``; ``_idle`` (stored, held by nobody); held by at least one holder;
+    ``_quarantine``, where it waits for the end of a writer that it was taken from; or ``_retired``, since its memory is
+    bad. A held slot is *stored* when ``_stored`` leads to it; else it is private to its holder (reserved and not
+    committed, committed second, or dropped) and freed by it.
 
     An arena that was adopted from a dead owner keeps its sealed chunks.
     """
@@ -34,7 +44,7 @@ class ArenaStore:
         self._lock = threading.Lock()
         self._stored: dict[ChunkKey, int] = {}
         self._keys: list[ChunkKey | None] = [None] * arena.slots
-        self._free: list[int] = []
+        self._free: deque[int] = deque()  # taken from the right
         self._idle = IdleSlots()
         self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
         # begins above the marks of an earlier owner, which calls that are still on their way may name
@@ -43,7 +53,15 @@ class ArenaStore:
         self._pins = Pins()
         self._holds = Holds(arena.slots)
         self._released = Released()
-        self._promises = Promises(arena.slots, lambda: self._idle.count(Idle.PINNED))
+        self._reserved: dict[int, Reserved] = {}  # not committed yet
+        self._quarantine = Quarantine(arena.living)
+        self._retired: set[int] = set()
+        self._failures: dict[int, set[int]] = {}  # slots → the generations whose bytes were found wrong
+        self._promises = Promises(
+            arena.slots,
+            lambda: self._idle.count(Idle.PINNED),
+            lambda: len(self._retired) + len(self._quarantine),
+        )
         self._evicted = self._dropped = 0
         for slot in range(self._arena.slots - 1, -1, -1):
             key = arena.sealed_key(slot)
@@ -51,9 +69,10 @@ class ArenaStore:
                 self._keys[slot] = key
                 self._idle.add(slot, Idle.SOLE)
                 self._insert(key, slot)
-            else:
-                self._arena.clear(slot)
-                self._free.append(slot)
+            elif (writer := self._arena.writer_of(slot)) == RETIRED:
+                self._retired.add(slot)
+            elif key is not None or not self._quarantine.add(slot, writer, self._writers(writer), None):
+                self._make_free(slot)
 
     @property
     def arena(self) -> Arena:
@@ -94,15 +113,27 @@ class ArenaStore:
             slots = [self._stored.get(key) for key in keys]
             return [None if slot is None else SlotRef(slot, self._arena.generation_of(slot)) for slot in slots]
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey], *, copied_only: bool = False) -> list[Reservation]:
+    def reserve(
+        self,
+        holder: str,
+        keys: Sequence[ChunkKey],
+        *,
+        copied_only: bool = False,
+        writer: int = UNKNOWN,
+        begun: int | None = None,
+    ) -> list[Reservation]:
         """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room, or only those
         that somebody else answers for.
+
+        ``writer`` is the :attr:`Arena.writer` of the process that will write there, and ``begun`` the last number that
+        it has given to a reservation.
 
         A key that someone has reserved but not committed gets a place of its own: the first commit wins.
         Raises :class:`OverloadedError`, and changes nothing, when too few slots are free or idle.
         """
         with self._lock:
             self._released.check(holder)
+            self._sweep()
             stored = {key: self._stored[key] for key in keys if key in self._stored}
             needed = sum(key not in stored for key in keys)
             kinds = [Idle.COPIED] if copied_only else [Idle.COPIED, Idle.SOLE, Idle.YIELDING]
@@ -112,14 +143,15 @@ class ArenaStore:
                 raise OverloadedError(
                     f"no room for {needed} chunks in the memory tier: of {self._arena.slots} slots "
                     f"{len(self._free)} are free, {evictable} can be evicted, "
-                    f"{self._idle.count(Idle.PINNED)} are pinned, the rest is in use. "
+                    f"{self._idle.count(Idle.PINNED)} are pinned, {len(self._quarantine)} wait for a worker's end, "
+                    f"{len(self._retired)} have bad memory, the rest is in use. "
                     "Try again later, or raise --cold-bytes."
                 )
             refs = dict(zip(stored, self._hold_all(holder, list(stored.values())), strict=True))
             return [
                 Reservation(key, refs[key], stored=True)
                 if key in refs
-                else Reservation(key, self._take(holder, key), stored=False)
+                else Reservation(key, self._take(key, Reserved(holder, writer, begun)), stored=False)
                 for key in keys
             ]
 
@@ -127,33 +159,53 @@ class ArenaStore:
         """The bytes of these reserved slots are in place and sealed: from now on others find them.
 
         ``copied``: another store answers for those that are new here, and goes on to do so.
-        Where an equal chunk was stored meanwhile, that one stays and the slot remains private to ``holder``.
+        Where an equal chunk was stored meanwhile, that one stays and the slot remains private to ``holder``. Slots that
+        were taken back from it are free now, since it writes there no more.
         Raises :class:`ChunkLostError`, and stores nothing, if a slot is not the holder's or not sealed.
         """
         with self._lock:
             held = self._holds.of(holder)
+            for _, ref in refs:
+                self._written(ref)
             for key, ref in refs:
                 if ref.slot not in held or self._keys[ref.slot] != key:
                     raise ChunkLostError(f"slot {ref.slot} is not reserved by {holder} any more: reserve again")
                 if not self._arena.is_sealed(ref, key):
                     raise ChunkLostError(f"slot {ref.slot} was committed by {holder} without a seal: write again")
             for key, ref in refs:
+                self._reserved.pop(ref.slot, None)
+                self._arena.forget_writer(ref.slot)
                 if key not in self._stored:
                     self._insert(key, ref.slot)
                     if copied:
                         self._copied.add(key)
 
-    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        """The chunk read from ``ref`` was wrong: forget it. Holders keep the slot until they release."""
+    def hear(self, news: WriterNews) -> None:
+        """What a process that writes into the arena tells of its writes."""
         with self._lock:
-            if self._stored.get(key) != ref.slot or self._arena.generation_of(ref.slot) != ref.generation:
+            for slot in self._quarantine.hear(news, self._arena.life):
+                self._make_free(slot)
+
+    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
+        """The chunk read from ``ref`` was wrong, or its writer found other bytes there than it wrote: forget it.
+
+        Holders keep the slot until they release. A slot of which this is told :data:`FAILURES` times is not used any
+        more: its memory is bad.
+        """
+        with self._lock:
+            if self._arena.generation_of(ref.slot) != ref.generation:
                 return  # gone already
-            self._remove(key)
-            self._dropped += 1
-            self._arena.clear(ref.slot)
-            if ref.slot in self._idle:
-                self._idle.discard(ref.slot)
-                self._make_free(ref.slot)
+            if self._stored.get(key) == ref.slot:
+                self._remove(key)
+                self._dropped += 1
+                self._arena.clear(ref.slot)
+                self._count_failure(ref.slot)
+                if ref.slot in self._idle:
+                    self._idle.discard(ref.slot)
+                    self._make_free(ref.slot)
+            elif ref.slot in self._quarantine or self._keys[ref.slot] == key:
+                self._count_failure(ref.slot)
+                self._written(ref)
 
     def promise(self, holder: str, chunks: int) -> None:
         """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
@@ -176,23 +228,30 @@ class ArenaStore:
 
     def release(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, for good: what is asked for a :class:`.holders.Holder` from now on comes
-        too late, and raises :class:`ReleasedError`. Unknown holders are fine."""
+        too late, and raises :class:`ReleasedError`. Unknown holders are fine. Its process writes to none of it any
+        more."""
         with self._lock:
             self._released.add(holder)
             self._release(holder)
+            for slot in self._quarantine.released(holder):
+                self._make_free(slot)
 
     def start_over(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        """Let go of all that ``holder`` holds and was promised; it goes on. Its process writes to none of it any
+        more."""
         with self._lock:
             self._release(holder)
+            for slot in self._quarantine.released(holder):
+                self._make_free(slot)
 
     def release_prefix(self, prefix: str) -> int:
         """Release every holder whose name starts with ``prefix``, that of a worker that is gone; return how many there
-        were."""
+        were. If its process is not quite gone, it may still write what it has reserved: no other gets such slots before
+        it is, or has told that it does not."""
         with self._lock:
             holders = [holder for holder in self._all_holders() if holder.startswith(prefix)]
             for holder in holders:
-                self._release(holder)
+                self._release(holder, may_write=True)
             self._released.forget(worker_of(prefix))
             return len(holders)
 
@@ -282,17 +341,21 @@ class ArenaStore:
 
     def stats(self) -> TierStats:
         with self._lock:
+            self._sweep()
             used = self._arena.slots - len(self._free)
+            unusable = len(self._quarantine) + len(self._retired)
             return TierStats(
                 slots=self._arena.slots,
                 used_slots=used,
-                held_slots=used - len(self._idle),
+                held_slots=used - len(self._idle) - unusable,
                 pinned_slots=self._idle.count(Idle.PINNED),
                 promised_slots=self._promises.total,
                 copied_slots=self._idle.count(Idle.COPIED),
                 stored_chunks=len(self._stored),
                 evicted_chunks=self._evicted,
                 dropped_chunks=self._dropped,
+                quarantined_slots=len(self._quarantine),
+                bad_slots=len(self._retired),
             )
 
     def check_integrity(self) -> None:
@@ -302,9 +365,13 @@ class ArenaStore:
             free = set(self._free)
             assert len(free) == len(self._free), "a slot is free twice"
             for slot in range(self._arena.slots):
-                places = [slot in free, slot in self._idle, self._holds.count(slot) > 0]
-                assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, idle, held"
-                assert (self._keys[slot] is None) == (slot in free), f"slot {slot}: a key and free, or neither"
+                no_key = [slot in free, slot in self._quarantine, slot in self._retired]
+                places = [*no_key, slot in self._idle, self._holds.count(slot) > 0]
+                assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, quarantine, retired, idle, held"
+                assert (self._keys[slot] is None) == any(no_key), f"slot {slot}: a key and not in use, or neither"
+                if slot in self._reserved:
+                    assert self._holds.count(slot) == 1, f"slot {slot} is reserved, and not held by its writer alone"
+                    assert slot not in self._stored.values(), f"slot {slot} is reserved and stored"
             for kind in Idle:
                 for slot in self._idle.of(kind):
                     key = self._keys[slot] or b""
@@ -336,7 +403,7 @@ class ArenaStore:
         generations = self._arena.generation(np.array(slots, np.int64)).tolist()
         return [SlotRef(slot, generation) for slot, generation in zip(slots, generations, strict=True)]
 
-    def _take(self, holder: str, key: ChunkKey) -> SlotRef:
+    def _take(self, key: ChunkKey, reserved: Reserved) -> SlotRef:
         if self._free:
             slot = self._free.pop()
         else:
@@ -345,28 +412,73 @@ class ArenaStore:
             assert evicted is not None
             self._remove(evicted)
             self._evicted += 1
-        self._arena.renew(slot)
+        self._arena.renew(slot, reserved.writer)
         self._keys[slot] = key
-        return self._hold_all(holder, [slot])[0]
+        self._reserved[slot] = reserved
+        return self._hold_all(reserved.holder, [slot])[0]
 
-    def _release(self, holder: str) -> None:
+    def _writers(self, writer: int) -> Set[int]:
+        """The processes that ``writer`` may be."""
+        if writer == UNKNOWN:
+            return self._arena.writers()
+        return {writer} if writer >= FIRST_WRITER else frozenset()
+
+    def _sweep(self) -> None:
+        if len(self._quarantine):
+            for slot in self._quarantine.sweep():
+                self._make_free(slot)
+
+    def _written(self, ref: SlotRef) -> None:
+        """The writer of ``ref`` writes there no more."""
+        if self._arena.generation_of(ref.slot) == ref.generation and self._quarantine.written(ref.slot):
+            self._make_free(ref.slot)
+
+    def _count_failure(self, slot: int) -> None:
+        generations = self._failures.setdefault(slot, set())
+        if (generation := self._arena.generation_of(slot)) in generations:
+            return  # another reader of the same bytes
+        generations.add(generation)
+        if len(generations) == FAILURES:
+            logger.error(
+                "bad memory: slot %d of %s was found to hold wrong bytes %d times and is not used any more",
+                slot, self._arena.path, FAILURES,
+            )  # fmt: skip
+
+    def _failed(self, slot: int) -> int:
+        """How often wrong bytes were found in ``slot``."""
+        return len(self._failures.get(slot, ()))
+
+    def _release(self, holder: str, *, may_write: bool = False) -> None:
         self._promises.end(holder)
         # Last chunks first: a prefix is of use without its continuation, not the other way round.
-        self._let_go(holder, list(self._holds.of(holder))[::-1])
+        self._let_go(holder, list(self._holds.of(holder))[::-1], may_write=may_write)
         self._keep_yielding()
 
-    def _let_go(self, holder: str, slots: Sequence[int]) -> None:
+    def _let_go(self, holder: str, slots: Sequence[int], *, may_write: bool = False) -> None:
         for slot in self._holds.remove(holder, slots):
             key = self._keys[slot]
+            reserved = self._reserved.pop(slot, None)
             if key is not None and self._stored.get(key) == slot:
                 self._idle.add(slot, self._kind(slot, key))
+            elif (
+                may_write
+                and reserved is not None
+                and self._quarantine.add(slot, reserved.writer, self._writers(reserved.writer), reserved)
+            ):
+                self._keys[slot] = None
             else:
                 self._make_free(slot)
 
     def _make_free(self, slot: int) -> None:
-        self._arena.clear(slot)
         self._keys[slot] = None
-        self._free.append(slot)
+        if self._failed(slot) >= FAILURES:
+            self._arena.retire(slot)
+            self._retired.add(slot)
+            return
+        self._arena.clear(slot)
+        self._arena.forget_writer(slot)
+        # one that has failed is taken last of all
+        (self._free.appendleft if self._failed(slot) else self._free.append)(slot)
 
     def _insert(self, key: ChunkKey, slot: int) -> None:
         self._stored[key] = slot

@@ -30,6 +30,7 @@ from forecache.workers.memory.remote_peers import RemotePeers
 from forecache.workers.memory.sessions import Sessions
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read, take_in
+from forecache.workers.memory.writers import WriterNews
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +140,16 @@ class MemoryTier:
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-        return self._store.reserve(holder, keys)
+    def reserve(self, holder: str, keys: Sequence[ChunkKey], news: WriterNews | None = None) -> list[Reservation]:
+        """``news`` are those of the worker that will write there."""
+        if news is None:
+            return self._store.reserve(holder, keys)
+        self._store.hear(news)
+        return self._store.reserve(holder, keys, writer=news.writer, begun=news.begun)
 
-    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
+    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], news: WriterNews | None = None) -> None:
+        if news is not None:
+            self._store.hear(news)
         self._store.commit(holder, refs)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
@@ -154,7 +161,9 @@ class MemoryTier:
     def start_over(self, holder: str) -> None:
         self._store.start_over(holder)
 
-    def release(self, holder: str, was_spread: bool = False) -> None:
+    def release(self, holder: str, was_spread: bool = False, news: WriterNews | None = None) -> None:
+        if news is not None:
+            self._store.hear(news)
         if self._exchange is not None:
             self._exchange.spread.release(holder, was_spread=was_spread)
         self._store.release(holder)
@@ -218,12 +227,16 @@ class MemoryTier:
         return sorted({worker_of(holder) for holder in self.holders()})
 
     def release_worker(self, worker_id: str) -> int:
-        """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were."""
+        """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were. If it is not
+        quite dead, it may still write what it has reserved: see :meth:`ArenaStore.release_prefix`."""
         if self._exchange is not None:
             self._exchange.spread.release_prefix(f"{worker_id}/")
         return self._store.release_prefix(f"{worker_id}/")
 
-    def stats(self) -> TierStats:
+    def stats(self, news: WriterNews | None = None) -> TierStats:
+        """``news`` are those of the worker that asks."""
+        if news is not None:
+            self._store.hear(news)
         stats = self._store.stats()
         if self._disk is not None:
             disk = self._disk.stats()

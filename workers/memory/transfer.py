@@ -1,14 +1,21 @@
 """Chunks out of a store and into one, by value."""
 
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 
-from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
+from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.headers import OWNER
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.reserving import reserve_sound
 from forecache.workers.memory.store import ArenaStore
+
+logger = logging.getLogger(__name__)
+
+PLACES = 3
+"""Slots that a chunk is written to, one after another, while their memory proves to be bad."""
 
 
 def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
@@ -44,25 +51,46 @@ def take_in(
     when ``holder`` was released.
     """
     batch = batch.sound()
-    name = holder or f"transfer/{uuid.uuid4().hex}"
+    # Not in the holder's name: whoever releases it meanwhile, in another thread, does not free a slot that is written.
+    name = f"transfer/{uuid.uuid4().hex}"
     taken: list[ChunkKey] = []
     try:
         for row, key in enumerate(batch.keys):
             if copied_only and store.room <= keep_room and store.stored([key]) == [False]:
                 break
             try:
-                [place] = reserve_sound(store, lambda keys: store.reserve(name, keys, copied_only=copied_only), [key])
-            except ReleasedError:
-                raise  # it is held for nobody any more
-            except (ChunkLostError, OverloadedError):
+                _put(store, name, batch, row, copied_only=copied_only, cached=cached)
+            except (OverloadedError, ChunkLostError):
                 break
-            if not place.stored:
-                store.arena.write(place.ref, batch, row)
-                store.commit(name, [(key, place.ref)], copied=cached)
+            if holder is not None:
+                store.hold(holder, [key])
             taken.append(key)
         if not cached:
             store.set_copied(taken, False)
     finally:
-        if holder is None:
-            store.release(name)
+        store.release(name)
     return taken
+
+
+def _put(store: ArenaStore, name: str, batch: ChunkBatch, row: int, *, copied_only: bool, cached: bool) -> None:
+    """Store one chunk, held for ``name``, unless it is stored already.
+
+    Raises :class:`OverloadedError` where there is no room, and :class:`ChunkLostError` where :data:`PLACES` slots in
+    turn do not hold what is written to them.
+    """
+    key = batch.keys[row]
+    for _ in range(PLACES):
+        [place] = reserve_sound(
+            store, lambda keys: store.reserve(name, keys, copied_only=copied_only, writer=OWNER), [key]
+        )
+        if place.stored:
+            return
+        try:
+            store.arena.write(place.ref, batch, row)
+        except ChunkLostError as error:
+            logger.warning("chunk %s is written elsewhere: %s", key.hex(), error)
+            store.drop(key, place.ref)
+        else:
+            store.commit(name, [(key, place.ref)], copied=cached)
+            return
+    raise ChunkLostError(f"chunk {key.hex()} was not stored: {PLACES} slots do not hold what is written to them")
