@@ -202,6 +202,9 @@ def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None
     assert ref.slot != unsealed.slot and waiting(store) == 1
     worker.writes.ended([ref])
     store.hear(worker.writes.news())
+    assert waiting(store) == 1, "of the reservation a place is still open"
+    worker.writes.ended([sealed])
+    store.hear(worker.writes.news())
     assert waiting(store) == 0
 
 
