@@ -10,6 +10,7 @@ from forecache.workers.errors import (
     ChunkLostError,
     ForecacheError,
     InvalidRequestError,
+    NonFiniteError,
     OverloadedError,
 )
 
@@ -167,6 +168,8 @@ def from_exception(error: BaseException) -> ApiError:
             return ApiError(503, str(error), "server_error", code="worker_lost")
         case ChunkLostError() | CatalogUnavailableError() | TierSilentError():
             return ApiError(503, str(error), "server_error", code="memory_unavailable")
+        case NonFiniteError():
+            return ApiError(500, str(error), "server_error", code="non_finite")
         case ForecacheError():
             return ApiError(500, str(error), "server_error", code="internal_error")
     return ApiError(500, "internal error; the server's log has the details", "server_error", code="internal_error")

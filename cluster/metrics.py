@@ -58,6 +58,11 @@ _ENGINE_COUNTERS = (
     _Counter("forecache_lookahead_misses", "Chunks with retrieval events that were not resident.", "event_misses"),
     _Counter("forecache_fallbacks", "Budgets doubled for low coverage, full attention included.", "fallbacks"),
     _Counter("forecache_fallbacks_refused", "Budgets not doubled for want of hot slots.", "refused_fallbacks"),
+    _Counter(
+        "forecache_non_finite_steps",
+        "Steps of a request that were void, since keys, values or logits were infinite or no number.",
+        "non_finite_steps",
+    ),
     _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
     _Counter("forecache_prompt_tokens", "Prompt tokens of admitted requests.", "prompt_tokens"),
     _Counter("forecache_generation_tokens", "Tokens generated.", "generated_tokens"),

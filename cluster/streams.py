@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
+from forecache.workers.errors import ChunkLostError, ForecacheError, NonFiniteError, OverloadedError
 
 
 class TokenStream(Protocol):
@@ -82,6 +82,8 @@ class EventStream:
             raise OverloadedError(event.error or "no room")
         if event.chunks_lost:
             raise ChunkLostError(event.error or "stored chunks of the request were lost")
+        if event.non_finite:
+            raise NonFiniteError(event.error or "the model computed infinity or no number")
         if event.finish_reason == "error":
             raise ForecacheError(event.error or "the worker failed without saying why")
         if event.finish_reason == "cancelled":

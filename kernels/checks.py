@@ -50,7 +50,15 @@ def chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_slots: Tensor, *, fp8:
     assert slots.shape == out_slots.shape, f"{slots.shape[0]} chunks to {out_slots.shape[0]} slots"
 
 
-def store(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, offsets: Tensor, scale: Tensor | None) -> None:
+def store(
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    scale: Tensor | None,
+    non_finite: Tensor | None,
+) -> None:
     """Arguments of `store_kv`."""
     tokens, kv_heads, head_dim = k.shape
     assert v.shape == k.shape, f"keys {tuple(k.shape)} and values {tuple(v.shape)} differ"
@@ -62,6 +70,13 @@ def store(k: Tensor, v: Tensor, kv: Tensor, slots: Tensor, offsets: Tensor, scal
     if scale is not None:
         assert kv.dtype == torch.float8_e4m3fn, f"scales are for float8_e4m3fn, the pool is {kv.dtype}"
         _scale(scale, kv)
+    if non_finite is not None:
+        flags(non_finite, tokens)
+
+
+def flags(non_finite: Tensor, tokens: int) -> None:
+    """Marks of tokens."""
+    assert non_finite.dtype == torch.uint8 and non_finite.shape == (tokens,) and non_finite.is_contiguous()
 
 
 def checksums(memory: Tensor, slots: Tensor, first_word: int) -> None:

@@ -70,14 +70,25 @@ def store_kv(
     offsets: Tensor,
     *,
     scale: Tensor | None = None,
+    non_finite: Tensor | None = None,
 ) -> None:
     """See `reference.store_kv`."""
     if k.is_cuda:
         from forecache.kernels import store_kv as triton_kernel
 
-        triton_kernel.store_kv(k, v, kv, layer, slots, offsets, scale=scale)
+        triton_kernel.store_kv(k, v, kv, layer, slots, offsets, scale=scale, non_finite=non_finite)
     else:
-        reference.store_kv(k, v, kv, layer, slots, offsets, scale=scale)
+        reference.store_kv(k, v, kv, layer, slots, offsets, scale=scale, non_finite=non_finite)
+
+
+def flag_non_finite(x: Tensor, non_finite: Tensor) -> None:
+    """See `reference.flag_non_finite`."""
+    if x.is_cuda:
+        from forecache.kernels import flag_non_finite as triton_kernel
+
+        triton_kernel.flag_non_finite(x, non_finite)
+    else:
+        reference.flag_non_finite(x, non_finite)
 
 
 def gather_layer(

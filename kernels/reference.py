@@ -100,6 +100,7 @@ def store_kv(
     offsets: Tensor,
     *,
     scale: Tensor | None = None,
+    non_finite: Tensor | None = None,
 ) -> None:
     """Write one layer's new keys and values into their places in the pool.
 
@@ -111,8 +112,14 @@ def store_kv(
     largest that the chunk's tokens have needed: the old one (none if the first new token's offset is 0) or the new
     tokens' largest magnitude / 448. Where it grows, the chunk's older tokens are rounded again. Tokens of one chunk
     are consecutive, at consecutive offsets, and no chunk occurs in two places.
+
+    ``non_finite``: uint8 ``[tokens]``, set to 1 for tokens whose keys or values are infinite or no number, before they
+    are made to fit the pool; with ``scale`` maybe for the first new token of their chunk instead.
     """
-    checks.store(k, v, kv, slots, offsets, scale)
+    checks.store(k, v, kv, slots, offsets, scale, non_finite)
+    if non_finite is not None:
+        largest = torch.maximum(_largest(k), _largest(v))
+        non_finite |= ~largest.isfinite() & (slots >= 0)
     kept = slots >= 0
     if not kept.all():
         k, v, slots, offsets = k[kept], v[kept], slots[kept], offsets[kept]
@@ -124,6 +131,18 @@ def store_kv(
         if kv.dtype.itemsize == 1:  # indexing writes bytes, not fp8
             pool, x = kv.view(torch.uint8), x.clamp(-FP8_MAX, FP8_MAX).to(kv.dtype).view(torch.uint8)
         pool[slots, layer, part, :, offsets] = x.to(pool.dtype)
+
+
+def flag_non_finite(x: Tensor, non_finite: Tensor) -> None:
+    """Set ``non_finite``, uint8 ``[rows]``, to 1 for rows of ``x``, ``[rows, ...]``, that are not all finite."""
+    checks.flags(non_finite, len(x))
+    if x.numel():
+        non_finite |= ~_largest(x).isfinite()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude of each row, NaN where there is one."""
+    return torch.linalg.vector_norm(x, float("inf"), dim=tuple(range(1, x.dim())))
 
 
 def _grow_scales(

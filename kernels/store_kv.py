@@ -15,6 +15,12 @@ SCALE_MIN: tl.constexpr = tl.constexpr(reference.SCALE_MIN)
 _BLOCK_ELEMENTS = 2048
 
 
+@triton.jit
+def is_wrong(b_x):
+    """Where a number is not finite."""
+    return ~(tl.abs(b_x.to(tl.float32)) < float("inf"))
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _store_kernel(
     k,  # [tokens, kv_heads, HEAD_DIM]
@@ -23,6 +29,7 @@ def _store_kernel(
     layer,  # int, or a pointer to one
     slots,  # [tokens]
     offsets,  # [tokens]
+    non_finite,  # [tokens] uint8
     kv_heads,
     k_token_stride,
     k_head_stride,
@@ -36,6 +43,7 @@ def _store_kernel(
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     i_token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + i_token).to(tl.int64)
@@ -50,6 +58,9 @@ def _store_kernel(
     # [HEADS_PAD, HEAD_PAD]
     b_k = tl.load(k + i_token * k_token_stride + o_head * k_head_stride + o_dim, mask=m_tile)
     b_v = tl.load(v + i_token * v_token_stride + o_head * v_head_stride + o_dim, mask=m_tile)
+    if FLAGS:
+        wrong = tl.max(tl.max((m_tile & (is_wrong(b_k) | is_wrong(b_v))).to(tl.int32), 1), 0)
+        tl.store(non_finite + i_token, wrong.to(tl.uint8), mask=wrong > 0)
     offset = tl.load(offsets + i_token)
     p_kv = kv + slot * kv_slot_stride + layer.to(tl.int64) * kv_layer_stride + offset * HEAD_DIM
     p_tile = p_kv + o_head * kv_head_stride + o_dim
@@ -66,6 +77,7 @@ def _store_scaled_kernel(
     layer,  # int, or a pointer to one
     slots,  # [tokens]
     offsets,  # [tokens]
+    non_finite,  # [tokens] uint8
     tokens,
     k_token_stride,
     k_head_stride,
@@ -85,6 +97,7 @@ def _store_scaled_kernel(
     CHUNK_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     i_token, i_head, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + i_token)
@@ -109,11 +122,15 @@ def _store_scaled_kernel(
     o_token = tl.arange(0, BLOCK)[:, None]
     o_dim = tl.arange(0, HEAD_PAD)[None, :]
 
-    amax = 0.0
+    amax, wrong = 0.0, 0
     for start in range(0, count, BLOCK):
         m_tile = (start + o_token < count) & (o_dim < HEAD_DIM)
         b_new = tl.load(p_new + (start + o_token) * new_stride + o_dim, mask=m_tile, other=0.0).to(tl.float32)
         amax = tl.maximum(amax, tl.max(tl.max(tl.abs(b_new), 1), 0))
+        if FLAGS:
+            wrong = tl.maximum(wrong, tl.max(tl.max(is_wrong(b_new).to(tl.int32), 1), 0))
+    if FLAGS:
+        tl.store(non_finite + i_token, wrong.to(tl.uint8), mask=wrong > 0)
     old = tl.load(p_scale, mask=offset > 0, other=0.0)
     new = tl.maximum(tl.maximum(old, SCALE_MIN), tl.div_rn(amax, FP8_MAX))
     inverse = tl.div_rn(1.0, new)
@@ -140,9 +157,10 @@ def store_kv(
     offsets: Tensor,
     *,
     scale: Tensor | None = None,
+    non_finite: Tensor | None = None,
 ) -> None:
     """See `reference.store_kv`."""
-    checks.store(k, v, kv, slots, offsets, scale)
+    checks.store(k, v, kv, slots, offsets, scale, non_finite)
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return
@@ -156,6 +174,7 @@ def store_kv(
             layer,
             slots,
             offsets,
+            non_finite,
             tokens,
             *k.stride()[:2],
             *v.stride()[:2],
@@ -167,6 +186,7 @@ def store_kv(
             CHUNK_PAD=triton.next_power_of_2(kv.shape[4]),
             BLOCK=max(1, _BLOCK_ELEMENTS // head_pad),
             LAYER_IS_POINTER=not isinstance(layer, int),
+            FLAGS=non_finite is not None,
         )
         return
     _store_kernel[(tokens,)](
@@ -176,6 +196,7 @@ def store_kv(
         layer,
         slots,
         offsets,
+        non_finite,
         kv_heads,
         *k.stride()[:2],
         *v.stride()[:2],
@@ -184,4 +205,5 @@ def store_kv(
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         LAYER_IS_POINTER=not isinstance(layer, int),
+        FLAGS=non_finite is not None,
     )

@@ -41,6 +41,10 @@ class ReleasedError(ChunkLostError):
     """A call for a holder that was released came too late: it changes nothing."""
 
 
+class NonFiniteError(ForecacheError):
+    """The model computed infinity or no number for a request, twice."""
+
+
 class CatalogUnavailableError(ForecacheError):
     """Redis does not answer."""
 

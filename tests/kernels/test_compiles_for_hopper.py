@@ -32,8 +32,8 @@ driver.set_active(Hopper())
 JITFunction.run = compile_only
 
 from forecache.kernels import (
-    csa_decode, gather_layer, merge_partials, quantize_chunks, score_chunks, score_entries, slot_checksums,
-    sparse_decode, store_kv, top_entries, tuning,
+    csa_decode, flag_non_finite, gather_layer, merge_partials, quantize_chunks, score_chunks, score_entries,
+    slot_checksums, sparse_decode, store_kv, top_entries, tuning,
 )
 from forecache.kernels.columns import Columns
 from forecache.kernels.tuning import DecodeConfig
@@ -76,6 +76,10 @@ def fp8():
     new = torch.zeros(2, 2, 128, dtype=BF16)
     store_kv.store_kv(new, new, pool(BF16), layer, where, where)
     store_kv.store_kv(new, new, pool(FP8), layer, where, where, scale=scale)
+    flags = torch.zeros(2, dtype=torch.uint8)
+    store_kv.store_kv(new, new, pool(BF16), layer, where, where, non_finite=flags)
+    store_kv.store_kv(new, new, pool(FP8), layer, where, where, scale=scale, non_finite=flags)
+    flag_non_finite.flag_non_finite(new, flags)
 
 
 def scores():
@@ -126,7 +130,7 @@ def streams():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
 @pytest.mark.parametrize(
     ("group", "kernels"),
-    [("copies", 9), ("fp8", 6), ("scores", 14), ("csa", 13), ("splits", 10), ("streams", 8)],
+    [("copies", 9), ("fp8", 9), ("scores", 14), ("csa", 13), ("splits", 10), ("streams", 8)],
 )
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -137,6 +137,7 @@ class EngineCounters:
     written_back_bytes: int = 0
     write_back_s: float = 0.0
     lost_chunks: int = 0
+    non_finite_steps: int = 0
     windows: int = 0
     late_windows: int = 0
     failed_predictions: int = 0

@@ -24,6 +24,7 @@ class News:
     logprobs: tuple[TokenLogprobs, ...] = ()
     overloaded: bool = False
     chunks_lost: bool = False
+    non_finite: bool = False
 
 
 NOTHING_NEW = News()
@@ -114,6 +115,7 @@ class Answers:
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
             chunks_lost=news.chunks_lost,
+            non_finite=news.non_finite,
             prompt_logprobs=_prompt_logprobs(seq, news),
             view=self._view(seq),
         )

@@ -60,7 +60,8 @@ class StepBatch:
     """One forward pass. ``token_ids``, ``positions``, ``slots``, ``offsets``: int64 [tokens], in packed order.
 
     Token *i* is stored in ``pool`` at ``slots[i]``, ``offsets[i]``, or nowhere where its slot is -1. ``logits_rows``:
-    int64, the packed tokens whose logits are wanted.
+    int64, the packed tokens whose logits are wanted. ``non_finite``: uint8 [tokens], where the step marks tokens whose
+    keys or values are not finite; see `ops.store_kv`.
     """
 
     token_ids: Tensor
@@ -74,6 +75,7 @@ class StepBatch:
     past: PastReader | None = None
     capture: QueryCapture | None = None
     hidden: HiddenRows | None = None
+    non_finite: Tensor | None = None
     aborted: Callable[[], bool] = lambda: False
 
 
@@ -99,7 +101,7 @@ def attend(
     layer: int = module.layer_idx  # type: ignore[assignment]
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     pool = batch.pool
-    ops.store_kv(k, v, pool.kv, layer, batch.slots, batch.offsets, scale=pool.scale)
+    ops.store_kv(k, v, pool.kv, layer, batch.slots, batch.offsets, scale=pool.scale, non_finite=batch.non_finite)
     if batch.capture is not None:
         batch.capture.add(layer, q)
     rows = 0 if batch.decode is None else len(batch.decode.context_lens)

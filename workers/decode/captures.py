@@ -15,7 +15,9 @@ def make_capture(row: int, seq: Sequence, boundary: int, pool: HotPool, history_
     resident = mask_of(list(seq.resident), len(seq.chunks))
     local = []
     for number in np.flatnonzero(ref_slots < 0).tolist():
-        hot = pool.lookup(seq.chunks[number].key)
+        hot = seq.held_back.get(number)
+        if hot is None:
+            hot = pool.lookup(seq.chunks[number].key)
         assert hot is not None, f"chunk {number} of {seq.request_id} is neither hot nor in the arena"
         local.append(hot)
     recent = _recent_slots(seq, pool, history_steps)
@@ -44,7 +46,7 @@ def _recent_slots(seq: Sequence, pool: HotPool, history_steps: int) -> tuple[int
     oldest = max(seq.num_computed - history_steps + 2, 0) // seq.chunk_tokens
     slots = [seq.open_slots[len(seq.chunks)]]
     for chunk in reversed(seq.chunks[oldest:]):
-        slot = seq.resident.get(chunk.number)
+        slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
         if slot is None:
             slot = pool.lookup(chunk.key)
         if slot is None:

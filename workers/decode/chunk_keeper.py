@@ -8,7 +8,7 @@ import numpy as np
 
 from forecache.workers.decode.accounting import EngineCounters
 from forecache.workers.decode.messages import FinishReason
-from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.sequence import Chunk, Sequence, State
 from forecache.workers.decode.snapshots import Snapshots
 from forecache.workers.decode.window import WindowCycle
 from forecache.workers.memory.arena import Arena
@@ -38,6 +38,7 @@ class ChunkKeeper:
         self._counters = counters
         self._snapshots = snapshots
         self._holders: dict[str, Sequence] = {}
+        self._held_back: dict[Sequence, None] = {}
         self._releasing: dict[str, int] = {}
         self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
@@ -104,21 +105,51 @@ class ChunkKeeper:
             self._counters.prefix_hit_tokens += seq.num_computed
         return None
 
-    def computed(self, seq: Sequence, tokens: int) -> None:
-        """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory."""
+    def computed(self, seq: Sequence, tokens: int, *, checked: bool = True) -> None:
+        """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory.
+
+        ``checked``: the host has read that they are finite. Else chunks are held back until :meth:`show`.
+        """
         seq.num_computed += tokens
         while seq.tail_tokens >= seq.chunk_tokens:
             number = len(seq.chunks)
             chunk = seq.complete_chunk()
             slot = seq.open_slots.pop(number)
-            self._pool.complete(slot, chunk.key, dirty=True)
-            self._prefetcher.write_back(seq.holder, chunk.key, slot)
-            self._snapshots.completed(seq, chunk)
+            if checked:
+                self._pool.complete(slot, chunk.key, dirty=True)
+                self._store(seq, chunk, slot)
+            else:
+                self._pool.hold_back(slot)
+                seq.held_back[number] = slot
+                self._held_back[seq] = None
             if seq.state is State.DECODE and not seq.streamed:
                 seq.resident[number] = slot
                 seq.table_version += 1
             else:
                 self._pool.release(slot)
+
+    def show(self) -> None:
+        """What is held back is finite: it may be found, and is sent to cold memory."""
+        for seq in self._held_back:
+            for number, slot in seq.held_back.items():
+                self._pool.show(slot, seq.chunks[number].key)
+                self._store(seq, seq.chunks[number], slot)
+            seq.held_back.clear()
+        self._held_back.clear()
+
+    def withhold(self, seq: Sequence, *, wipe: bool = False) -> None:
+        """Nobody shall find what is held back of ``seq``, which leaves or starts over. ``wipe``: it may not be finite,
+        nor may be what fills its open chunks."""
+        if wipe:
+            self._pool.wipe([*seq.held_back.values(), *seq.open_slots.values()])
+        for slot in seq.held_back.values():
+            self._pool.mark_clean(slot)
+        seq.held_back.clear()
+        self._held_back.pop(seq, None)
+
+    def _store(self, seq: Sequence, chunk: Chunk, slot: int) -> None:
+        self._prefetcher.write_back(seq.holder, chunk.key, slot)
+        self._snapshots.completed(seq, chunk)
 
     def written_back(self, done: WrittenBack) -> Sequence | None:
         """A chunk reached cold memory, or did not: then the sequence that can't go on without it is returned."""
@@ -155,6 +186,7 @@ class ChunkKeeper:
     def let_go(self, seq: Sequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
         self._windows.forget(seq)
+        self.withhold(seq)
         for slot in itertools.chain(seq.resident.values(), seq.open_slots.values()):
             self._pool.release(slot)
         seq.resident.clear()

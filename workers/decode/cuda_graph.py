@@ -28,12 +28,14 @@ TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
 @dataclass(frozen=True)
 class Replayed:
     """Buffers of the last replay: ``logits`` float32 [rows, vocab], ``tokens`` int64 and ``best`` float32 [rows] as in
-    :func:`.sampler.sample`, and by layer ``queries`` [rows, heads, head_dim]."""
+    :func:`.sampler.sample`, by layer ``queries`` [rows, heads, head_dim], and ``non_finite`` uint8 [rows] as in
+    :class:`.attention.StepBatch`."""
 
     logits: Tensor
     tokens: Tensor
     best: Tensor
     queries: dict[int, Tensor]
+    non_finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class DecodeGraphs:
         graph.graph.replay()
         output = graph.output
         queries = {layer: q[:count] for layer, q in output.queries.items()}
-        return Replayed(output.logits[:count], output.tokens[:count], output.best[:count], queries)
+        rows_of = (output.logits[:count], output.tokens[:count], output.best[:count])
+        return Replayed(*rows_of, queries, output.non_finite[:count])
 
     def _capture(self, model: Any, heads: dict[int, Tensor], bucket: int, memory: Any) -> _Graph:
         device = self._inputs.device
@@ -130,6 +133,7 @@ class DecodeGraphs:
         capture = QueryCapture(everyone, heads)
         source = inputs[SOURCE]
         drawn = self._last_tokens[source.clamp(min=0)]
+        non_finite = torch.zeros(bucket, dtype=torch.uint8, device=inputs.device)
         batch = StepBatch(
             token_ids=torch.where(source < 0, inputs[TOKEN], drawn),
             positions=inputs[POSITION],
@@ -140,6 +144,7 @@ class DecodeGraphs:
             decode=DecodeRows(self._table[:bucket], inputs[CONTEXT_LEN].to(torch.int32)),
             capture=capture,
             hidden=self._hidden_rows(inputs),
+            non_finite=non_finite,
         )
         output = model(
             input_ids=batch.token_ids.unsqueeze(0),
@@ -150,7 +155,7 @@ class DecodeGraphs:
         logits = output.logits[0].float()
         best, tokens = logits.max(dim=-1)
         self._last_tokens[:bucket] = tokens
-        return Replayed(logits, tokens, best, capture.queries)
+        return Replayed(logits, tokens, best, capture.queries, non_finite)
 
     def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
         histories = self._histories

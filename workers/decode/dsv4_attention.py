@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Attention, apply_rotary_pos_emb
 
+from forecache.kernels import ops
 from forecache.kernels import ops_csa as csa
 from forecache.kernels.csa_prefill import attend_prefill, score_entries_of_one
 from forecache.workers.decode.attention import StepAbortedError
@@ -58,6 +59,8 @@ class ServedAttention(DeepseekV4Attention):
         kv = self.kv_norm(self.kv_proj(hidden_states)).unsqueeze(1)
         kv = apply_rotary_pos_emb(kv, cos, sin)[0, 0]
         inputs = _Inputs(self, hidden_states, residual, position_embeddings["compress"], kv)
+        for kept in inputs.kept:
+            ops.flag_non_finite(kept, batch.non_finite)
         out = torch.empty_like(q)
         count = 0 if batch.rows is None else len(batch.rows)
         if batch.rows is not None:
@@ -85,7 +88,8 @@ class ServedAttention(DeepseekV4Attention):
                 ring[rows.lines, rows.positions % ring.shape[1]] = projected[own]
                 if len(closed.rows):
                     recent = _recent(ring, rows.lines[closed.rows], closed.firsts + module.compress_rate)
-                    pool[closed.slots, closed.places] = _overlapping(module, recent, closed.firsts)
+                    pool[closed.slots, closed.places] = new = _overlapping(module, recent, closed.firsts)
+                    _mark_rows(batch, rows, closed.rows, new)
             index_q, weights = inputs.index_queries(own)
             scores = csa.score_entries(index_q, weights, keys, rows.table, rows.lens)
             selected = csa.top_entries(scores, index.index_topk)
@@ -95,7 +99,9 @@ class ServedAttention(DeepseekV4Attention):
             ring[rows.lines, rows.positions % ring.shape[1]] = inputs.projected[own]
             if len(closed.rows):
                 recent = _recent(ring, rows.lines[closed.rows], closed.firsts + ring.shape[1])
-                _store_hca(batch, closed, self.number, _compressed(compressor, recent, closed.firsts))
+                new = _compressed(compressor, recent, closed.firsts)
+                _store_hca(batch, closed, self.number, new)
+                _mark_rows(batch, rows, closed.rows, new)
             entries, table, lens, selected = states.pages[:, self.number], rows.hca_table, rows.hca_lens, None
         else:
             near = csa.attend_entries(q, window, rows.lines.unsqueeze(1), rows.window_lens, self.scaling)
@@ -121,6 +127,7 @@ class ServedAttention(DeepseekV4Attention):
                 rows = stream.extend(own_ring, projected[own], module.compress_rate, part)
                 new = _overlapping_in_order(module, rows, stream)
                 pool[stream.csa.slots, self.number, stream.csa.places] = new
+                _mark_stream(batch, stream, new)
             total = (stream.first + stream.tokens) // index.compress_rate
             keys = stream.past.gather(batch.index, batch.cold_index, self.number)[:total]
             index_q, weights = inputs.index_queries(own)
@@ -140,7 +147,9 @@ class ServedAttention(DeepseekV4Attention):
             closed, skipped = stream.hca, min(stream.first, rate) - stream.first % rate
             recent = rows[skipped : skipped + len(closed.slots) * rate].view(-1, rate, rows.shape[1])
             if len(closed.slots):
-                _store_hca(batch, closed, self.number, _compressed(compressor, recent, closed.firsts))
+                new = _compressed(compressor, recent, closed.firsts)
+                _store_hca(batch, closed, self.number, new)
+                _mark_stream(batch, stream, new)
             lens = seen // rate
             entries = states.pages[stream.hca_pages, self.number].flatten(0, 1)
             entries = entries[: (stream.first + stream.tokens) // rate]
@@ -160,12 +169,16 @@ class _Inputs:
         self._residual = residual
         self._rotary = rotary
         self._layer = layer
+        self.kept = [kv]
+        """All that is kept of the tokens, [tokens, width] each, but for the entries that are made of it."""
         compressor: Any = layer.compressor
         if compressor is not None:
             self.projected = _projected(compressor, self.hidden)
+            self.kept.append(self.projected)
         if layer.layer_type == CSA:
             index = compressor.indexer
             self.index_projected = _projected(index, self.hidden)
+            self.kept.append(self.index_projected)
             queries = index.q_b_proj(residual).view(1, len(self.hidden), -1, index.head_dim).transpose(1, 2)
             self._queries = apply_rotary_pos_emb(queries, *rotary)[0].transpose(0, 1)
             scorer = index.scorer
@@ -227,6 +240,24 @@ def _pooled(compressor: Any, kv: Tensor, gate: Tensor, firsts: Tensor) -> Tensor
     cos, sin = compressor.rotary_emb(pooled, position_ids=firsts.unsqueeze(0), layer_type=compressor.rope_layer_type)
     rotated: Tensor = apply_rotary_pos_emb(pooled.unsqueeze(1), cos, sin)[0, 0]
     return rotated
+
+
+def _mark_rows(batch: V4Batch, rows: V4Rows, closed: Tensor, entries: Tensor) -> None:
+    """Mark those of the decode rows ``closed`` whose new ``entries``, one each, are not finite."""
+    if len(closed) == len(rows):  # they are in order, so these are all
+        ops.flag_non_finite(entries, batch.non_finite[: len(rows)])
+        return
+    wrong = torch.zeros(len(closed), dtype=torch.uint8, device=closed.device)
+    ops.flag_non_finite(entries, wrong)
+    batch.non_finite[closed] |= wrong
+
+
+def _mark_stream(batch: V4Batch, stream: V4Stream, entries: Tensor) -> None:
+    """Mark ``stream`` if one of its new ``entries`` is not finite."""
+    if len(entries):
+        wrong = torch.zeros(len(entries), dtype=torch.uint8, device=entries.device)
+        ops.flag_non_finite(entries, wrong)
+        batch.non_finite[stream.start] |= wrong.amax()
 
 
 def _store_hca(batch: V4Batch, closed: Any, number: int, entries: Tensor) -> None:

@@ -27,10 +27,11 @@ TOKEN, SOURCE, POSITION, LINE, SLOT, PAGE, ENTRIES, HISTORY = range(8)
 
 @dataclass(frozen=True)
 class _Graph:
-    """``logits``: of its last replay; ``pages`` is where the HCA entries lay when it was captured."""
+    """``logits``, ``non_finite``: of its last replay; ``pages`` is where the HCA entries lay when it was captured."""
 
     graph: torch.cuda.CUDAGraph
     logits: Tensor
+    non_finite: Tensor
     pages: Tensor
 
 
@@ -71,6 +72,8 @@ class FixedSteps:
         self._table = torch.zeros(largest, max_chunks, dtype=torch.int32, device=device)
         self._hca_table = torch.zeros(largest, self._max_pages, dtype=torch.int32, device=device)
         self._graphs: dict[int, _Graph] = {}
+        self.non_finite = torch.zeros(largest, dtype=torch.uint8, device=device)
+        """Of the last run, as in :class:`.dsv4_step.V4Batch`."""
         self._refused = False
         if self._captures:
             # no sequence has a line, a slot or a page yet: what these steps write is read by nobody
@@ -96,11 +99,13 @@ class FixedSteps:
         self._table[:bucket].copy_(host.table[:bucket], non_blocking=True)
         self._hca_table[:bucket].copy_(host.hca_table[:bucket], non_blocking=True)
         if not self._captures:
-            return self._forward(bucket)[: len(rows)]
+            logits, self.non_finite = self._forward(bucket)
+            return logits[: len(rows)]
         if not self._ready(bucket):
             return None
         found = self._graphs[bucket]
         found.graph.replay()
+        self.non_finite = found.non_finite
         return found.logits[: len(rows)]
 
     def _bucket(self, count: int) -> int:
@@ -137,10 +142,11 @@ class FixedSteps:
         graph = torch.cuda.CUDAGraph()
         # other threads copy chunks meanwhile
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            logits = self._forward(bucket)
-        return _Graph(graph, logits, self._empty.states.pages)
+            logits, non_finite = self._forward(bucket)
+        return _Graph(graph, logits, non_finite, self._empty.states.pages)
 
-    def _forward(self, bucket: int) -> Tensor:
+    def _forward(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """Logits, and what of the rows is not finite, as in :class:`.dsv4_step.V4Batch`."""
         inputs = self._inputs[:, :bucket]
         source = inputs[SOURCE]
         drawn = self._last_tokens[source.clamp(min=0)]
@@ -153,8 +159,9 @@ class FixedSteps:
             logits_rows=torch.arange(bucket, device=inputs.device),
             rows=self._rows(inputs, bucket),
             hidden=HiddenRows(histories.ring, histories.layers, None, inputs[HISTORY], places),
+            non_finite=torch.zeros(bucket, dtype=torch.uint8, device=inputs.device),
         )
-        return run_model(self._model, batch)
+        return run_model(self._model, batch), batch.non_finite
 
     def _rows(self, inputs: Tensor, bucket: int) -> V4Rows:
         shape, positions = self._empty.states.shape, inputs[POSITION]

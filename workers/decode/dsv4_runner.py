@@ -20,7 +20,7 @@ from forecache.workers.decode.dsv4_state import SequenceStates
 from forecache.workers.decode.dsv4_step import V4Batch, V4Stream
 from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
 from forecache.workers.decode.prompt_logprobs import score, targets_of
-from forecache.workers.decode.running_step import CapturedTensors, RunningStep
+from forecache.workers.decode.running_step import CapturedTensors, RunningStep, Written
 from forecache.workers.decode.sampler import sample
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.step import Capture, Plan
@@ -86,9 +86,11 @@ class DeepseekV4Runner:
         streams: tuple[V4Stream, ...] = ()
         if fixed is not None:
             told, sampled = fixed, list(plan.decode)
+            assert self._fixed is not None
+            non_finite = self._fixed.non_finite
         else:
             batch, sampled = self._lay_out(plan, aborted)
-            told, streams = run_model(self._model, batch), batch.streams
+            told, streams, non_finite = run_model(self._model, batch), batch.streams, batch.non_finite
         scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
         for stream in streams:
             stream.past.read_to_verify(self._cold.get("hca"))
@@ -110,8 +112,9 @@ class DeepseekV4Runner:
         logprobs = logprobs_of(logits, tokens, sampled)
         cold = [stream.past.reads for stream in streams]
         return RunningStep(
-            sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, cold, self._arena
-        )
+            sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, cold, self._arena,
+            Written.by(plan, non_finite),
+        )  # fmt: skip
 
     @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
@@ -138,6 +141,11 @@ class DeepseekV4Runner:
             max_chunks=max_chunks,
             max_tokens=self._max_tokens,
         )
+
+    def wipe(self, seq: Sequence) -> None:
+        """What the last step computed of ``seq`` is not finite: whoever gets the place of its state next must not find
+        that there."""
+        self._states.wipe(seq)
 
     def forget(self, seq: Sequence) -> None:
         """``seq`` left, or starts over."""
@@ -228,6 +236,7 @@ class DeepseekV4Runner:
             hca=self._hot.get("hca"),
             cold_entries=self._cold.get("entries"),
             cold_index=self._cold.get("index"),
+            non_finite=torch.zeros(len(token_ids), dtype=torch.uint8, device=self._device),
         )
 
     def _fixed_rows(self, plan: Plan) -> list[FixedRow]:

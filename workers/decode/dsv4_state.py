@@ -79,6 +79,15 @@ class SequenceStates:
             self._free.append(line.number)
             self._free_pages += line.pages
 
+    def wipe(self, seq: Sequence) -> None:
+        """Zeros for all that is kept of ``seq``."""
+        line = self._lines.get(seq.request_id)
+        if line is not None:
+            for ring in (self.window, self.csa, self.index, self.hca):
+                ring[line.number].zero_()
+            for page in line.pages:
+                self.pages[page].zero_()
+
     def rings(self) -> list[tuple[Tensor, int]]:
         """What snapshots hold: each ring, and of how many last positions."""
         return [(self.window, self.shape.window), (self.csa, self.shape.csa_rate), (self.index, self.shape.csa_rate)]

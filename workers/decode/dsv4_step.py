@@ -144,7 +144,8 @@ class V4Stream:
 @dataclass
 class V4Batch:
     """One forward pass over packed tokens: ``rows`` first, then ``streams``. ``entries``, ``index`` and ``hca`` are
-    fields of the pool, [slots, layers, entries, dim]; the ``cold_…`` ones those of the arena."""
+    fields of the pool, [slots, layers, entries, dim]; the ``cold_…`` ones those of the arena. ``non_finite``: uint8
+    [tokens], where the step marks tokens of which it keeps something that is not finite."""
 
     token_ids: Tensor
     positions: Tensor
@@ -155,6 +156,7 @@ class V4Batch:
     hca: Tensor | None
     cold_entries: Tensor | None
     cold_index: Tensor | None
+    non_finite: Tensor
     rows: V4Rows | None = None
     streams: tuple[V4Stream, ...] = ()
     hidden: HiddenRows | None = None

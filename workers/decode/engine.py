@@ -1,7 +1,7 @@
 """The engine: one step is absorb, plan, launch, read. It knows models and chunks, not Ray, HTTP or other threads."""
 
 import itertools
-import math
+import logging
 import threading
 import time
 from collections import deque
@@ -32,7 +32,7 @@ from forecache.workers.decode.stats import EngineStats
 from forecache.workers.decode.step import Plan, Sampled, StepOutput
 from forecache.workers.decode.tokenizer import eos_token_ids
 from forecache.workers.decode.window import WindowCycle
-from forecache.workers.errors import InvalidRequestError
+from forecache.workers.errors import InvalidRequestError, NonFiniteError
 from forecache.workers.memory.completions import Recalled, Released
 from forecache.workers.memory.cuda_host import RegisteredMemory
 from forecache.workers.memory.holders import Holder
@@ -42,7 +42,11 @@ from forecache.workers.memory.layout import ChunkLayout, chunk_fingerprint
 from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import ColdMemory
 
+logger = logging.getLogger(__name__)
+
 IDLE_WAIT_S = 0.05
+NON_FINITE_RETRIES = 1
+"""So often a request starts over since the model gave something that is not finite."""
 TURN_AWAITED = (State.WAITING, State.LOCATING, State.PREFILL)
 """States in which a sequence waits for others: for room, for searches before its own, for shorter prompts. In the other
 ones it waits for what is its own alone, and its silence is for its client to see."""
@@ -100,6 +104,7 @@ class Engine:
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
         self._leaving: list[Sequence] = []
+        self._to_restart: dict[Sequence, str] = {}
         self._serial = itertools.count()
         self._cancelled: set[str] = set()
         self._cancel_lock = threading.Lock()
@@ -177,7 +182,7 @@ class Engine:
             if plan.streams or not self.config.overlap_steps:
                 self._take(plan, running.result())
             else:
-                self._advance(plan, set())
+                self._advance(plan, set(), checked=False)
                 self._running = running
         elif not waited and not self._events:
             self._wait()
@@ -235,17 +240,45 @@ class Engine:
             elif (mass := output.masses.get(seq.request_id)) is not None:
                 seq.attends(mass)
         self._scheduler.observe(plan, time.perf_counter() - self._launched_s)
-        self._advance(plan, lost)
+        lost |= self._void(output)
+        self._advance(plan, lost, checked=True)
         self._read(output, lost)
 
-    def _advance(self, plan: Plan, lost: set[Sequence]) -> None:
-        """Account for what ``plan`` computes, whatever tokens come of it: chunks completed, windows turned."""
+    def _void(self, output: StepOutput) -> set[Sequence]:
+        """Sequences of which the step has computed something that is not finite: nothing of it is theirs. Each starts
+        over behind what is stored, once; then its request ends, and no other."""
+        void = set()
+        for wrong in output.non_finite:
+            seq = wrong.sequence
+            if not _is_current(seq, wrong.restarts):
+                continue
+            void.add(seq)
+            self._counters.non_finite_steps += 1
+            seq.non_finite_steps += 1
+            self._keeper.withhold(seq, wipe=True)
+            self._runner.wipe(seq)
+            said = f"the model gave {wrong.what}"
+            if seq.non_finite_steps <= NON_FINITE_RETRIES and seq.restarts < self.config.max_restarts:
+                logger.warning("%s starts over: %s", seq.request_id, said)
+                self._restart(seq, said)
+            else:
+                error = NonFiniteError(
+                    f"{said}, also when that was computed once more. Other requests go on. If it is always this "
+                    "prompt, the model overflows on it: serve it with --dtype bfloat16 or float32; if it is not, "
+                    "check the device."
+                )
+                self._finish(seq, "error", News(error=str(error), non_finite=True))
+        return void
+
+    def _advance(self, plan: Plan, lost: set[Sequence], *, checked: bool) -> None:
+        """Account for what ``plan`` computes, whatever tokens come of it: chunks completed, windows turned.
+        ``checked``: what it computes is known to be finite."""
         for seq in plan.decode:
             if seq.state is not State.DECODE:
                 continue  # its last token was read meanwhile
             seq.count_kept()
             seq.open_exact = seq.open_exact and not seq.partial
-            self._keeper.computed(seq, 1)
+            self._keeper.computed(seq, 1, checked=checked)
             self.windows.stepped(seq)
         for part in (part for part in plan.streams if part.sequence not in lost):
             if part.sequence.state is State.DECODE:
@@ -259,17 +292,15 @@ class Engine:
         now = time.perf_counter()
         self._counters.step(now - max(self._launched_s, self._read_s))
         self._read_s = now
+        lost = lost | self._void(output)
+        self._keeper.show()
         for captured in output.captured:
             self.windows.captured(captured)
         for scored in output.scored:
             scored.take()
         for drawn in output.sampled:
             seq = drawn.sequence
-            if seq in lost or seq.state is State.FINISHED or seq.restarts != drawn.restarts:
-                continue
-            if not math.isfinite(drawn.best):
-                where = f"as its largest logit at position {len(seq.token_ids)}"
-                self._finish(seq, "error", News(error=f"the model gave {drawn.best} {where}"))
+            if seq in lost or not _is_current(seq, drawn.restarts):
                 continue
             if seq.state is State.PREFILL:
                 self._begin_decode(seq)
@@ -310,7 +341,10 @@ class Engine:
             self.pulse.beat()
             self._finish(self._sequences[request_id], "cancelled")
         for seq in self._scheduler.running:
-            self.windows.poll(seq)
+            if seq.state is not State.WAITING:
+                self.windows.poll(seq)
+        for seq in [seq for seq in self._to_restart if not self.windows.busy(seq)]:
+            self._restart(seq, self._to_restart[seq])
         for seq in [seq for seq in self._leaving if not self.windows.busy(seq)]:
             self._leaving.remove(seq)
             self._keeper.let_go(seq)
@@ -321,11 +355,17 @@ class Engine:
             self._restart(seq, f"{len(done.lost)} of them were gone, or their bytes wrong, when they were recalled")
 
     def _restart(self, seq: Sequence, cause: str) -> None:
-        """Chunks of ``seq`` are gone: compute its tokens again, behind the longest prefix that is still stored. Not
-        more often than is allowed: where memory is bad, it would never come to its end, and keep others from theirs."""
+        """Chunks of ``seq`` are gone, or void: compute its tokens again, behind the longest prefix that is still
+        stored, as soon as nothing is copied into its slots. Not more often than is allowed: where memory is bad, it
+        would never come to its end, and keep others from theirs."""
         if seq.restarts >= self.config.max_restarts:
             self._finish(seq, "error", News(error=_too_many_restarts(seq, cause), chunks_lost=True))
             return
+        if self.windows.busy(seq):
+            seq.state = State.WAITING
+            self._to_restart[seq] = cause
+            return
+        self._to_restart.pop(seq, None)
         self._scheduler.remove(seq)
         self._runner.forget(seq)
         self._keeper.let_go(seq)
@@ -334,6 +374,8 @@ class Engine:
 
     def _finish(self, seq: Sequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:
         self._counters.leave(seq, reason)
+        self._to_restart.pop(seq, None)
+        self._keeper.withhold(seq)
         self._keeper.answered(seq, reason)
         self._events.append(self._answers.end(seq, reason, news))
         self._scheduler.remove(seq)
@@ -396,3 +438,8 @@ def _too_many_restarts(seq: Sequence, cause: str) -> str:
         f"most (--max-restarts): the last time {cause}. Send it again; if that fails too, the node has bad memory, or "
         "its memory tier starts again and again"
     )
+
+
+def _is_current(seq: Sequence, restarts: int) -> bool:
+    """Whether a step that was launched when ``seq`` had started over ``restarts`` times is still one of it."""
+    return seq.restarts == restarts and seq.state not in (State.WAITING, State.FINISHED)

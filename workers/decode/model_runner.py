@@ -21,7 +21,7 @@ from forecache.workers.decode.mass_probe import MassProbe
 from forecache.workers.decode.past import PastReader, PieceBuffers, Store
 from forecache.workers.decode.prompt_logprobs import Scored, score, targets_of
 from forecache.workers.decode.remote_past import FarPast
-from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep
+from forecache.workers.decode.running_step import ArenaPast, CapturedTensors, RunningStep, Written
 from forecache.workers.decode.sampler import draw_rows, sample
 from forecache.workers.decode.sequence import Sequence
 from forecache.workers.decode.stateless import Stateless
@@ -94,6 +94,7 @@ class ModelRunner(Stateless):
         if self._graphs is not None and not plan.streams and self._graphs.takes(rows):
             replayed = self._graphs.replay(rows)
             logits, best, queries = replayed.logits, replayed.best, replayed.queries
+            non_finite = replayed.non_finite
             sampled = list(plan.decode)
             adjusted = self._adjuster.adjust(logits, sampled)
             if adjusted is not logits:
@@ -109,6 +110,8 @@ class ModelRunner(Stateless):
             drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
             self._last_tokens[: len(drawn)] = drawn
             queries = {} if batch.capture is None else batch.capture.queries
+            assert batch.non_finite is not None
+            non_finite = batch.non_finite
         self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
         tokens = self._last_tokens[: len(sampled)]
         self._adjuster.drawn(tokens, sampled, positions)
@@ -125,6 +128,7 @@ class ModelRunner(Stateless):
             probes,
             [past.cold for past in pasts],
             self._arena,
+            Written.by(plan, non_finite),
         )
 
     @torch.inference_mode()
@@ -299,6 +303,7 @@ class ModelRunner(Stateless):
             past=past,
             capture=capture,
             hidden=None if self._histories is None else self._histories.rows(kept),
+            non_finite=torch.zeros(len(tokens), dtype=torch.uint8, device=self._device),
             aborted=aborted,
         )
         return batch, sampled, tuple(pasts), probes

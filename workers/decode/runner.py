@@ -52,6 +52,11 @@ class Runner(Protocol):
         """``seq``, whose chunks are known and of which nothing is computed, goes on behind them."""
         ...
 
+    def wipe(self, seq: Sequence) -> None:
+        """What the last step computed of ``seq`` is not finite: leave nothing of that beside its chunks. It is
+        forgotten next."""
+        ...
+
     def forget(self, seq: Sequence) -> None:
         """``seq`` left, or starts over."""
         ...

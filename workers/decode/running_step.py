@@ -1,5 +1,7 @@
 """A step under way: what it will tell the host, and what it read of the arena."""
 
+import itertools
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from forecache.workers.decode.past import Segment, Store
 from forecache.workers.decode.prompt_logprobs import Scored
 from forecache.workers.decode.remote_past import FarPast
 from forecache.workers.decode.sequence import Chunk, Sequence
-from forecache.workers.decode.step import Capture, Captured, Sampled, StepOutput
+from forecache.workers.decode.step import Capture, Captured, NonFinite, Plan, Sampled, StepOutput
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.hot_pool import HotPool
 
@@ -113,6 +115,24 @@ class Probe(Protocol):
     def mass(self) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a step has written: ``sequences``, with how often each had started over, and of the packed tokens those of
+    each; ``non_finite``: uint8 [tokens], which of these are infinite or no number."""
+
+    sequences: tuple[tuple[Sequence, int], ...]
+    tokens: tuple[slice, ...]
+    non_finite: Tensor
+
+    @classmethod
+    def by(cls, plan: Plan, non_finite: Tensor) -> "Written":
+        """By ``plan``, whose decode rows come first."""
+        sequences = [*plan.decode, *(part.sequence for part in plan.streams)]
+        ends = [*itertools.accumulate([*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)])]
+        tokens = (slice(start, stop) for start, stop in itertools.pairwise([0, *ends]))
+        return cls(tuple((seq, seq.restarts) for seq in sequences), tuple(tokens), non_finite)
+
+
 class RunningStep:
     """What :meth:`.model_runner.ModelRunner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
     until the next launch."""
@@ -130,8 +150,10 @@ class RunningStep:
         probes: Mapping[str, Probe],
         cold: Seq[ColdReads],
         arena: Arena | None,
+        written: Written,
     ) -> None:
         self.logits = logits
+        self._written = replace(written, non_finite=_to_host(written.non_finite))
         self._sampled = [(seq, seq.restarts) for seq in sampled]
         self._captures = tuple(captures)
         self._cold = tuple(cold)
@@ -168,7 +190,26 @@ class RunningStep:
             numbers = reads.damaged(None if sums is None else sums.numpy(), self._arena)
             if numbers:
                 damaged[reads.request_id] = numbers
-        return StepOutput(sampled, captured, masses, damaged, tuple(self._scored))
+        return StepOutput(sampled, captured, masses, damaged, tuple(self._scored), self._non_finite(sampled))
+
+    def _non_finite(self, sampled: Seq[Sampled]) -> tuple[NonFinite, ...]:
+        """Sequences of which the step has computed something that is not finite, and what: each once."""
+        found: dict[str, NonFinite] = {}
+        for drawn in sampled:
+            if not math.isfinite(drawn.best):
+                what = f"{drawn.best} as its largest logit at position {len(drawn.sequence.token_ids)}"
+                found[drawn.sequence.request_id] = NonFinite(drawn.sequence, drawn.restarts, what)
+        for scored in self._scored:
+            if scored.told.isnan().any():
+                what = "no number as the log-probability of a prompt's token"
+                found[scored.sequence.request_id] = NonFinite(scored.sequence, scored.restarts, what)
+        flags = self._written.non_finite
+        if flags.any():
+            for (seq, restarts), own in zip(self._written.sequences, self._written.tokens, strict=True):
+                if flags[own].any():
+                    what = "keys or values that are not finite"
+                    found[seq.request_id] = NonFinite(seq, restarts, what)
+        return tuple(found.values())
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class Sequence:
     ``replayed_tokens`` is for how many coming tokens it is known already what is drawn.
     ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
     ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
+    ``held_back`` maps chunk number → hot slot for completed chunks that no other sequence may find yet, since the host
+    has not read whether they are finite; ``non_finite_steps`` of it were not.
     ``share`` is there when it is spread over nodes: what it may use of this one's arena; ``remote_chunks`` of its
     chunks lie on other nodes. Of the prompt, ``fresh_tokens`` at least are computed, whatever is stored;
     ``prompt_mass``, float32 [chunks], is the largest share of attention that one of its last tokens put on each chunk.
@@ -119,6 +121,8 @@ class Sequence:
         self.chunks: list[Chunk] = []
         self.chunk_of: dict[ChunkKey, Chunk] = {}
         self.open_slots: dict[int, int] = {}
+        self.held_back: dict[int, int] = {}
+        self.non_finite_steps = 0
         self.open_exact = True
         self.resident: dict[int, int] = {}
         self.table_version = 0

@@ -16,3 +16,6 @@ class Stateless:
 
     def resume(self, seq: Sequence, snapshot: Tensor) -> None:
         """Its chunks are enough."""
+
+    def wipe(self, seq: Sequence) -> None:
+        """It has nothing but chunks."""

@@ -51,6 +51,7 @@ class EngineStats:
     fallbacks: int = 0
     refused_fallbacks: int = 0
     lost_chunks: int = 0
+    non_finite_steps: int = 0
     prefetch_stall_s: float = 0.0
     finished_requests: int = 0
     cancelled_requests: int = 0

@@ -105,16 +105,27 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class NonFinite:
+    """Of ``sequence`` a step has computed ``what``, infinite or no number: nothing of the step is its. ``restarts`` as
+    in :class:`Sampled`."""
+
+    sequence: Sequence
+    restarts: int
+    what: str
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """What the host learns of a step. ``masses``: float32 [chunks] for each probed stream, by request id; ``damaged``:
     by request id, the numbers of chunks whose bytes in the arena were not those that were stored; ``scored``: prompt
-    tokens whose log-probabilities were wanted."""
+    tokens whose log-probabilities were wanted; ``non_finite``: sequences whose part of the step is void."""
 
     sampled: tuple[Sampled, ...]
     captured: tuple[Captured, ...] = ()
     masses: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
     damaged: dict[str, list[int]] = field(default_factory=dict)
     scored: tuple[Scored, ...] = ()
+    non_finite: tuple[NonFinite, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -303,11 +303,11 @@ class WindowCycle:
         Does nothing while the pool lacks slots: the reservation says that they will be there once others' completed
         chunks are in cold memory.
         """
-        cold = [number for number in turn.wanted if self._pool.lookup(seq.chunks[number].key) is None]
+        cold = [number for number in turn.wanted if self._hot_slot(seq, number) is None]
         if len(cold) > self._pool.available - (len(turn.wanted) - len(cold)):
             return
         for number in turn.wanted:
-            if (slot := self._pool.lookup(seq.chunks[number].key)) is not None:
+            if (slot := self._hot_slot(seq, number)) is not None:
                 turn.incoming[number] = self._pool.acquire(slot)
         for number in cold:
             chunk, slot = seq.chunks[number], self._pool.allocate()
@@ -318,6 +318,11 @@ class WindowCycle:
         seq.counters.recalled_chunks += len(turn.copying)
         if turn.copying:
             turn.ticket = self._prefetcher.recall(turn.copying, seq.holder)
+
+    def _hot_slot(self, seq: Sequence, number: int) -> int | None:
+        """Where chunk ``number`` of ``seq`` is hot."""
+        slot = seq.held_back.get(number)
+        return self._pool.lookup(seq.chunks[number].key) if slot is None else slot
 
     def _swap(self, seq: Sequence, turn: Turn) -> None:
         """The new set takes over; chunks completed since it was chosen stay."""

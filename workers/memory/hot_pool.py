@@ -113,6 +113,23 @@ class HotPool:
         self._keys[slot] = key
         self._slots_of.setdefault(key, []).append(slot)
 
+    def hold_back(self, slot: int) -> None:
+        """A referenced slot holds a chunk that is not to be found yet: it is dirty until :meth:`show` and its
+        write-back, or until :meth:`mark_clean`."""
+        assert self._references[slot] > 0, f"slot {slot} is held back but not referenced"
+        self._count_dirty(slot)
+
+    def show(self, slot: int, key: ChunkKey) -> None:
+        """The slot that was held back holds the chunk ``key``, as of :meth:`complete`; it stays dirty."""
+        assert self._dirty[slot] > 0 and self._keys[slot] is None, f"slot {slot} was not held back"
+        self._keys[slot] = key
+        self._slots_of.setdefault(key, []).append(slot)
+
+    def wipe(self, slots: list[int]) -> None:
+        """Zeros for the bytes of ``slots``, which hold nothing of use."""
+        if slots:
+            self.memory[torch.tensor(slots, device=self.memory.device)] = 0
+
     def mark_dirty(self, slot: int) -> None:
         """One more write-back of the chunk in ``slot`` is under way."""
         assert self._keys[slot] is not None, f"slot {slot} holds no chunk"

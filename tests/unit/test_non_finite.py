@@ -1,0 +1,292 @@
+"""A step that computes infinity or no number: nothing of it is stored or shared, and it ends its own request alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from forecache.cluster.errors import from_exception
+from forecache.workers.decode.backbone import expected_layout, load_config
+from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.decode.step import Plan
+from forecache.workers.errors import NonFiniteError
+from forecache.workers.llm import LLM
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+    ),
+]
+WRONG = [float("nan"), float("inf")]
+MOST_STEPS = 2000
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tiny_dsv4(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..., Any]) -> Path:
+    path = tmp_path_factory.mktemp("tiny-deepseek-v4")
+    make_deepseek_v4(path)
+    return path
+
+
+@contextmanager
+def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
+    """Checks at the end that nothing leaked, and that all that is stored is finite."""
+    chunk_tokens = 16 if "llama" in path.name else 128
+    nbytes = expected_layout(load_config(path), chunk_tokens=chunk_tokens, dtype=torch.float32).nbytes
+    defaults: dict[str, Any] = {
+        "keep_ratio": 1.0,
+        "dtype": "float32",
+        "chunk_tokens": chunk_tokens,
+        "snapshot_tokens": chunk_tokens,
+        "cold_bytes": 16 << 20,
+        "hot_bytes": 64 * nbytes,
+        "threads": 1,
+        "device": device,
+        "cuda_graphs": False,
+    }
+    with (
+        TemporaryDirectory(prefix="non-finite-test-", dir="/dev/shm") as directory,
+        LLM(str(path), skip_tokenizer=True, arena_dir=Path(directory), **(defaults | settings)) as llm,
+    ):
+        yield llm
+        assert_all_is_finite(llm)
+        for _ in range(2):
+            llm.engine.flush()
+        llm.engine.check_integrity()
+        llm.memory.check_integrity()
+        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
+
+
+def assert_all_is_finite(llm: LLM) -> None:
+    """All stored chunks and snapshots, and all that others could find in the pool."""
+    llm.engine.flush()
+    pool, fp8 = llm.engine.pool, llm.cold_layout != llm.engine.pool.layout
+    found = [slots[0] for slots in pool._slots_of.values()]
+    kv = pool.layout.fields[0].dtype
+    if kv != torch.float8_e4m3fn:
+        assert pool.memory[torch.tensor(found, dtype=torch.int64)].view(torch.float32).isfinite().all()
+    refs = [ref for ref in llm.memory.find(llm.memory.keys()) if ref is not None]
+    assert refs
+    for ref in refs if not fp8 and kv != torch.float8_e4m3fn else ():
+        assert llm.memory.arena.chunks[ref.slot].view(torch.float32).isfinite().all()
+
+
+def prompt_of(tokens: int, seed: int) -> list[int]:
+    return torch.randint(3, 256, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def add(llm: LLM, name: str, prompt: list[int], tokens: int, **cache: Any) -> None:
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    llm.engine.add_request(GenerateRequest(name, tuple(prompt), sampling, CacheOptions(**cache)))
+
+
+def finish(llm: LLM) -> dict[str, tuple[list[int], TokenEvent]]:
+    """Tokens of all requests, and their last events."""
+    tokens: dict[str, list[int]] = {}
+    last: dict[str, TokenEvent] = {}
+    for _ in range(MOST_STEPS):
+        for event in llm.engine.step():
+            tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            last[event.request_id] = event
+        llm.engine.check_integrity()
+        if llm.engine.idle:
+            return {name: (tokens[name], last[name]) for name in last}
+    raise AssertionError("no progress")
+
+
+class Fault:
+    """One value of a module's output becomes ``wrong``, in ``times`` of the steps for whose plan ``row`` gives a row of
+    it."""
+
+    def __init__(self, llm: LLM, module: Any, wrong: float, row: Callable[[Plan], int | None], times: int = 1) -> None:
+        self.hits, self._times = 0, times
+        self._wrong, self._row = wrong, row
+        self._plan = Plan((), ())
+        self._hook = module.register_forward_hook(self._break)
+        runner: Any = llm.engine._runner
+        launch = runner.launch
+
+        def noted(plan: Plan, *args: Any) -> Any:
+            self._plan = plan
+            return launch(plan, *args)
+
+        runner.launch = noted
+
+    def _break(self, _module: Any, _inputs: Any, out: Tensor) -> Tensor:
+        row, rows = self._row(self._plan), out.shape[-2]
+        if row is None or self.hits >= self._times or not rows:
+            return out
+        self.hits += 1
+        out = out.clone()
+        out[..., min(row, rows - 1), 3] = self._wrong
+        return out
+
+    def mend(self) -> None:
+        self._hook.remove()
+
+
+def row_of(name: str, plan: Plan) -> int | None:
+    """Of request ``name`` in a step that only decodes, some others too."""
+    names = [seq.request_id for seq in plan.decode]
+    return names.index(name) if name in names and len(names) > 1 and not plan.streams else None
+
+
+def module_of(llm: LLM, kind: str) -> Any:
+    """A layer's projection of keys or values, what DeepSeek-V4 keeps beside its chunks or in them, or the head."""
+    model = llm.engine._backbone.model
+    if kind == "lm_head":
+        return model.lm_head
+    layers = model.model.layers
+    if kind in ("k_proj", "v_proj"):
+        return getattr(layers[1].self_attn, kind)
+    of_type = {layer.self_attn.layer_type: layer.self_attn for layer in layers}
+    csa, hca = of_type["compressed_sparse_attention"], of_type["heavily_compressed_attention"]
+    return {
+        "window": layers[0].self_attn.kv_proj,
+        "csa": csa.compressor.kv_proj,
+        "index": csa.compressor.indexer.kv_proj,
+        "entries": csa.compressor.kv_norm,
+        "hca": hca.compressor.kv_proj,
+        "hca entries": hca.compressor.kv_norm,
+    }[kind]
+
+
+DENSE = ["k_proj", "v_proj", "lm_head"]
+DSV4 = ["window", "csa", "index", "entries", "hca", "hca entries", "lm_head"]
+KINDS = [("dense", kind) for kind in DENSE] + [("dsv4", kind) for kind in DSV4]
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, tiny_model: Path, tiny_dsv4: Path) -> Path:
+    return tiny_model if request.param == "dense" else tiny_dsv4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("path", "kind"), KINDS, indirect=["path"])
+def test_one_step_of_a_prompt(path: Path, kind: str, device: str) -> None:
+    """It is computed once more, and nobody notices; the prefix stays of use."""
+    prompt = prompt_of(300, 1)
+    with open_llm(path, device, prefill_chunk_tokens=128) as llm:
+        add(llm, "before", prompt, 6)
+        expected, _ = finish(llm)["before"]
+    with open_llm(path, device, prefill_chunk_tokens=128) as llm:
+        fault = Fault(
+            llm,
+            module_of(llm, kind),
+            WRONG[0],
+            lambda plan: 5 if plan.streams and (kind != "lm_head" or plan.streams[0].draws) else None,
+        )
+        add(llm, "a", prompt, 6)
+        tokens, last = finish(llm)["a"]
+        assert fault.hits == 1 and last.finish_reason == "length" and tokens == expected
+        assert llm.engine.stats().non_finite_steps == 1
+        assert_all_is_finite(llm)
+        llm.engine.pool.evict_all()
+        add(llm, "b", prompt[:200] + prompt_of(40, 2), 4)
+        assert finish(llm)["b"][1].finish_reason == "length"
+        add(llm, "c", prompt, 6)
+        assert finish(llm)["c"][0] == expected
+        assert llm.engine.stats().non_finite_steps == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [False, True], ids=["one by one", "overlapping"])
+@pytest.mark.parametrize("wrong", WRONG, ids=["nan", "inf"])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("dense", "v_proj"), ("dense", "lm_head"), ("dsv4", "window"), ("dsv4", "csa")],
+    indirect=["path"],
+)
+def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, device: str) -> None:
+    """The second of three requests goes wrong while it decodes, again and again: it ends, and the others don't."""
+    prompts = {name: prompt_of(250 + number, 10 + number) for number, name in enumerate("abc")}
+    with open_llm(path, device, overlap_steps=overlap) as llm:
+        for name, prompt in prompts.items():
+            add(llm, name, prompt, 40)
+        expected = finish(llm)
+    with open_llm(path, device, overlap_steps=overlap) as llm:
+        fault = Fault(llm, module_of(llm, kind), wrong, lambda plan: row_of("b", plan))
+        for name, prompt in prompts.items():
+            add(llm, name, prompt, 40)
+        answers = finish(llm)
+        fault.mend()
+        assert fault.hits == 1 and llm.engine.stats().non_finite_steps == 1
+        assert {name: tokens for name, (tokens, _) in answers.items()} == {
+            name: tokens for name, (tokens, _) in expected.items()
+        }
+    with open_llm(path, device, overlap_steps=overlap) as llm:
+        fault = Fault(llm, module_of(llm, kind), wrong, lambda plan: row_of("b", plan), times=1000)
+        for name, prompt in prompts.items():
+            add(llm, name, prompt, 40)
+        answers = finish(llm)
+        fault.mend()
+        last = answers["b"][1]
+        assert last.finish_reason == "error"
+        assert last.non_finite and "the model gave" in str(last.error) and "once more" in str(last.error)
+        for name in ("a", "c"):
+            assert answers[name][1].finish_reason == "length" and answers[name][0] == expected[name][0]
+        assert llm.engine.stats().non_finite_steps == 2
+        add(llm, "again", prompts["b"], 40)
+        assert finish(llm)["again"][0] == expected["b"][0]
+
+
+@pytest.mark.parametrize("settings", [{"kv_dtype": "fp8"}, {"cold_dtype": "fp8"}, {"dtype": "bfloat16"}], ids=str)
+def test_where_numbers_are_kept_in_fewer_bits(tiny_model: Path, settings: dict[str, Any]) -> None:
+    """An infinity would fit an fp8 pool as its largest number, and be found by nobody."""
+    with open_llm(tiny_model, **settings) as llm:
+        fault = Fault(llm, module_of(llm, "k_proj"), float("inf"), lambda plan: 5 if plan.streams else None, times=2)
+        add(llm, "a", prompt_of(100, 1), 4)
+        assert finish(llm)["a"][1].non_finite and fault.hits == 2
+        add(llm, "b", prompt_of(100, 1), 4)
+        assert finish(llm)["b"][1].finish_reason == "length"
+
+
+def test_the_first_set_of_a_sequence_that_starts_over_while_it_turns(tiny_model: Path) -> None:
+    """Chunks may be on their way into its slots: it starts over once they are there."""
+    prompt = prompt_of(600, 3)
+    with open_llm(tiny_model, keep_ratio=0.2, hot_bytes=24 * CHUNK_BYTES, overlap_steps=True) as llm:
+        busy: list[bool] = []
+
+        def while_it_turns(plan: Plan) -> int | None:
+            found = [seq for seq in plan.decode if llm.engine.windows.busy(seq)]
+            busy.append(bool(found))
+            return 0 if found else None
+
+        fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), while_it_turns)
+        recall = llm.engine._prefetcher.recall
+        waiting: list[Any] = []
+
+        def late(items: Any, holder: str = "") -> int:
+            """Copies that begin only after the step that went wrong was read."""
+            gate = threading.Event()
+            llm.engine._prefetcher._post_urgent(lambda: gate.wait(30))
+            waiting.append(gate)
+            return recall(items, holder)
+
+        llm.engine._prefetcher.recall = late  # type: ignore[method-assign]
+        add(llm, "a", prompt, 40)
+        for _ in range(MOST_STEPS):
+            events = llm.engine.step()
+            llm.engine.check_integrity()
+            if llm.engine._to_restart or not fault.hits:
+                for gate in waiting if llm.engine._to_restart or not any(busy) else ():
+                    gate.set()
+            if any(event.finish_reason for event in events):
+                break
+            if fault.hits and not llm.engine._to_restart:
+                for gate in waiting:
+                    gate.set()
+        assert fault.hits == 1 and events[-1].finish_reason == "length"
+
+
+def test_what_a_client_is_told() -> None:
+    error = from_exception(NonFiniteError("the model gave nan"))
+    assert (error.status, error.type, error.code) == (500, "server_error", "non_finite")
