@@ -1,5 +1,6 @@
 """A step that computes infinity or no number: nothing of it is stored or shared, and it ends its own request alone."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from forecache.cluster.errors import from_exception
 from forecache.workers.decode.backbone import expected_layout, load_config
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.decode.sequence import State
 from forecache.workers.decode.step import Plan
 from forecache.workers.errors import NonFiniteError
 from forecache.workers.llm import LLM
@@ -74,7 +76,6 @@ def assert_all_is_finite(llm: LLM) -> None:
     if kv != torch.float8_e4m3fn:
         assert pool.memory[torch.tensor(found, dtype=torch.int64)].view(torch.float32).isfinite().all()
     refs = [ref for ref in llm.memory.find(llm.memory.keys()) if ref is not None]
-    assert refs
     for ref in refs if not fp8 and kv != torch.float8_e4m3fn else ():
         assert llm.memory.arena.chunks[ref.slot].view(torch.float32).isfinite().all()
 
@@ -249,42 +250,64 @@ def test_where_numbers_are_kept_in_fewer_bits(tiny_model: Path, settings: dict[s
         assert finish(llm)["b"][1].finish_reason == "length"
 
 
-def test_the_first_set_of_a_sequence_that_starts_over_while_it_turns(tiny_model: Path) -> None:
-    """Chunks may be on their way into its slots: it starts over once they are there."""
-    prompt = prompt_of(600, 3)
-    with open_llm(tiny_model, keep_ratio=0.2, hot_bytes=24 * CHUNK_BYTES, overlap_steps=True) as llm:
-        busy: list[bool] = []
-
-        def while_it_turns(plan: Plan) -> int | None:
-            found = [seq for seq in plan.decode if llm.engine.windows.busy(seq)]
-            busy.append(bool(found))
-            return 0 if found else None
-
-        fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), while_it_turns)
-        recall = llm.engine._prefetcher.recall
-        waiting: list[Any] = []
+def test_a_sequence_whose_next_set_is_on_its_way_starts_over_once_that_is_there(tiny_model: Path) -> None:
+    """Until then chunks are copied into its slots."""
+    nbytes = expected_layout(load_config(tiny_model), chunk_tokens=16, dtype=torch.float32).nbytes
+    with open_llm(tiny_model, keep_ratio=0.2, hot_bytes=24 * nbytes, overlap_steps=True) as llm:
+        prefetcher: Any = llm.engine._prefetcher
+        recall, gates = prefetcher.recall, list[threading.Event]()
 
         def late(items: Any, holder: str = "") -> int:
-            """Copies that begin only after the step that went wrong was read."""
-            gate = threading.Event()
-            llm.engine._prefetcher._post_urgent(lambda: gate.wait(30))
-            waiting.append(gate)
-            return recall(items, holder)
+            (seq,) = llm.engine._scheduler.running
+            if seq.state is State.DECODE and not fault.hits:
+                gates.append(threading.Event())
+                prefetcher._post_urgent(lambda gate=gates[-1]: gate.wait(30))
+            ticket: int = recall(items, holder)
+            return ticket
 
-        llm.engine._prefetcher.recall = late  # type: ignore[method-assign]
-        add(llm, "a", prompt, 40)
+        def while_it_turns(plan: Plan) -> int | None:
+            return 0 if any(llm.engine.windows.busy(seq) for seq in plan.decode) else None
+
+        prefetcher.recall = late
+        fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), while_it_turns)
+        add(llm, "a", prompt_of(600, 3), 60, policy="random")
+        waited = False
         for _ in range(MOST_STEPS):
             events = llm.engine.step()
             llm.engine.check_integrity()
-            if llm.engine._to_restart or not fault.hits:
-                for gate in waiting if llm.engine._to_restart or not any(busy) else ():
+            if llm.engine._to_restart:
+                waited = True
+                for gate in gates:
                     gate.set()
             if any(event.finish_reason for event in events):
                 break
-            if fault.hits and not llm.engine._to_restart:
-                for gate in waiting:
-                    gate.set()
-        assert fault.hits == 1 and events[-1].finish_reason == "length"
+        assert waited and fault.hits == 1 and events[-1].finish_reason == "length"
+        assert llm.engine.stats().non_finite_steps == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [False, True], ids=["one by one", "overlapping"])
+@pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
+def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap: bool, device: str) -> None:
+    """Where steps overlap, the next one is launched before it is known that this one went wrong."""
+    kind = "v_proj" if "llama" in path.name else "entries"
+    with open_llm(path, device, overlap_steps=overlap) as llm:
+        size = llm.engine.config.chunk_tokens
+
+        def completes(plan: Plan) -> int | None:
+            return 0 if any((seq.num_computed + 1) % size == 0 for seq in plan.decode) else None
+
+        fault = Fault(llm, module_of(llm, kind), float("nan"), completes)
+        add(llm, "a", prompt_of(250, 5), 20)
+        last = None
+        for _ in range(MOST_STEPS):
+            for event in llm.engine.step():
+                last = event
+            assert_all_is_finite(llm)
+            if last is not None and last.finish_reason is not None:
+                break
+        assert fault.hits == 1 and last is not None and last.finish_reason == "length"
+        assert llm.engine.stats().non_finite_steps == 1
 
 
 def test_what_a_client_is_told() -> None:
