@@ -142,7 +142,8 @@ def flag_non_finite(x: Tensor, non_finite: Tensor) -> None:
 
 def _largest(x: Tensor) -> Tensor:
     """Largest magnitude of each row, NaN where there is one."""
-    return torch.linalg.vector_norm(x, float("inf"), dim=tuple(range(1, x.dim())))
+    largest: Tensor = torch.linalg.vector_norm(x, float("inf"), dim=tuple(range(1, x.dim())))
+    return largest
 
 
 def _grow_scales(

@@ -122,7 +122,7 @@ def _store_scaled_kernel(
     o_token = tl.arange(0, BLOCK)[:, None]
     o_dim = tl.arange(0, HEAD_PAD)[None, :]
 
-    amax, wrong = 0.0, 0
+    amax, wrong = 0.0, tl.zeros([], tl.int32)
     for start in range(0, count, BLOCK):
         m_tile = (start + o_token < count) & (o_dim < HEAD_DIM)
         b_new = tl.load(p_new + (start + o_token) * new_stride + o_dim, mask=m_tile, other=0.0).to(tl.float32)
