@@ -5,6 +5,7 @@ A request waits from its admission to its first token. What is refused costs not
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Admission:
     queued_requests: int = 0
     queued_tokens: int = 0
     in_flight: int = 0
-    _entering: int = 0
+    _entering: Counter[str] = field(default_factory=Counter)
     _uses: dict[str, _Use] = field(default_factory=dict)
 
     def check_open(self) -> None:
@@ -110,21 +111,26 @@ class Admission:
         """
         if self.draining:
             raise self._draining()
-        self._check_places(self._entering)
+        self._check_places(self._entering.total())
 
     @contextmanager
-    def entering(self) -> Iterator[None]:
-        """A place is kept for a request while its prompt is tokenized and until it is admitted. What finds none is told
-        so before that work, and does not stand in line for it.
+    def entering(self, tenant: str = "") -> Iterator[None]:
+        """A place is kept for a request while it is read and until it is admitted. What finds none is refused before
+        that work, and does not stand in line for it. Where tenants have names, one takes half of the places at most.
 
         Raises as :meth:`check_open` does.
         """
         self.check_open()
-        self._entering += 1
+        share = max(1, self.limits.max_queued_requests // 2)
+        if tenant and self._entering[tenant] >= share:
+            raise self._full(f"{share} requests of your key are being read already")
+        self._entering[tenant] += 1
         try:
             yield
         finally:
-            self._entering -= 1
+            self._entering[tenant] -= 1
+            if not self._entering[tenant]:
+                del self._entering[tenant]
 
     def admit(self, tenant: Tenant, choices: Sequence[int], resident_bytes: int) -> Ticket:
         """Let in a request whose choices have so many prompt tokens, and may come to hold ``resident_bytes`` hot.

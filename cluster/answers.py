@@ -1,6 +1,5 @@
 """The events of a request's choices → an answer at once, or a server-sent event stream."""
 
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,14 +14,25 @@ from forecache.cluster.logprobs import (
     chat_logprobs,
     completion_logprobs,
     echoed_logprobs,
-    joined,
+    extend,
 )
 from forecache.cluster.openai_types import usage
+from forecache.cluster.response_json import dumps, json_pieces
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser
+from forecache.cluster.turns import Turns, in_pieces
 from forecache.workers.decode.messages import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
+
+PIECE_TOKENS = 64
+"""Tokens whose log-probabilities are laid out without a turn for others."""
+TOKEN_CHARS = 1024
+"""Text of JSON that is as much work as a token's log-probabilities."""
+CHOICE_DEPTH, CHUNK_DEPTH = 2, 4
+"""How deep the lists of log-probabilities are in a choice, and in a chunk of a stream."""
+EVENTS_AT_ONCE = 16
+"""Events that are written so."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +133,18 @@ class ChoiceWriter:
                 reason = "tool_calls" if reason == "stop" and self._parser.found else reason
         return Piece(content, tuple(calls), event.logprobs, event.prompt_logprobs, reason)
 
-    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The finished choice, of all that it took."""
+    async def whole(self, pieces: Sequence[Piece], turns: Turns) -> dict[str, Any]:
+        """The finished choice, of all that it took. Others have their ``turns`` meanwhile."""
         content = "".join(piece.content for piece in pieces)
         calls = [call for piece in pieces for call in piece.calls]
-        before = self._echoed(tuple(told for piece in pieces for told in piece.prompt_logprobs))
-        logprobs = self._logprobs(tuple(told for piece in pieces for told in piece.logprobs))
+        before = await self._echoed(tuple(told for piece in pieces for told in piece.prompt_logprobs), turns)
+        said_logprobs = tuple(told for piece in pieces for told in piece.logprobs)
+        logprobs = self._logprobs(())
+        async for part in in_pieces(said_logprobs, turns, PIECE_TOKENS):
+            extend(logprobs, self._logprobs(part))
         if before is not None and logprobs is not None:
-            logprobs = joined(before, logprobs)
+            extend(before, logprobs)
+            logprobs = before
         said: dict[str, Any] = {"text": self.before + content}
         if self.answer.chat:
             said = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
@@ -148,7 +162,7 @@ class ChoiceWriter:
             return None
         return self.answer.chunk(self.answer.choice(self.index, opening, None, None))
 
-    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+    async def chunks(self, piece: Piece, turns: Turns) -> list[dict[str, Any]]:
         """``piece`` as a stream tells it: what was said, then why it ended."""
         said: dict[str, Any] = {"text": piece.content}
         if self.answer.chat:
@@ -160,7 +174,7 @@ class ChoiceWriter:
                 ]
         told = []
         if self._scores and (piece.prompt_logprobs or piece.logprobs):
-            before = self._echoed(piece.prompt_logprobs)
+            before = await self._echoed(piece.prompt_logprobs, turns)
             told.append(self.answer.choice(self.index, {"text": self.before}, before, None))
             self._scores = False
         if piece.content or piece.calls or piece.logprobs:
@@ -170,14 +184,17 @@ class ChoiceWriter:
             told.append(self.answer.choice(self.index, end, None, piece.finish_reason))
         return [self.answer.chunk(choice) for choice in told]
 
-    def _echoed(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+    async def _echoed(self, told: tuple[TokenLogprobs, ...], turns: Turns) -> dict[str, Any] | None:
         """Log-probabilities of the prompt, where they are to be told."""
         if not self._scores or self.echo is None or self.answer.texts is None:
             return None
         self._offsets = TextOffsets()
-        return echoed_logprobs(self.echo.first_token, told, self.answer.texts, self._offsets)
+        echoed = echoed_logprobs(self.echo.first_token, (), self.answer.texts, self._offsets)
+        async for part in in_pieces(told, turns, PIECE_TOKENS):
+            extend(echoed, completion_logprobs(part, self.answer.texts, self._offsets))
+        return echoed
 
-    def _logprobs(self, told: tuple[TokenLogprobs, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, told: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         texts = self.answer.texts
         if texts is None:
             return None
@@ -216,20 +233,36 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
     )
 
 
-async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> dict[str, Any]:
-    """The whole answer. Stops the request on its workers when the caller is cancelled."""
+async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> bytes:
+    """The whole answer, as JSON. Stops the request on its workers when the caller is cancelled.
+
+    It may have megabytes: others have turns meanwhile, and each choice is text before the next is laid out, since the
+    garbage collector stops the event loop for as long as there are objects to look at.
+    """
+    turns = Turns(PIECE_TOKENS)
     try:
         writers = _writers(streams, answer)
         pieces: list[list[Piece]] = [[] for _ in writers]
         async for index, event in streams.events():
             if event is not None:
                 pieces[index].append(writers[index].take(event))
+            await turns.did()
     finally:
         streams.close()
     if not all(writer.stats.completion_tokens for writer in writers):
         raise WorkerLostError("the worker ended the answer early; send the request again")
-    choices = [writer.whole(taken) for writer, taken in zip(writers, pieces, strict=True)]
-    return answer.whole(choices, _total(writers, streams.per_prompt))
+    choices = list[str]()
+    for writer in writers:
+        choice = await writer.whole(pieces[writer.index], turns)
+        choices.append(await _json_in_turns(choice, turns, CHOICE_DEPTH))
+        pieces[writer.index] = []
+    before, after = dumps(answer.whole([], _total(writers, streams.per_prompt))).split(_NO_CHOICES, 1)
+    text = f'{before}"choices":[{",".join(choices)}]{after}'
+    return text.encode("utf-8")
+
+
+_NO_CHOICES = '"choices":[]'
+"""Quotes are escaped in JSON's strings, so nothing before it reads the same."""
 
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
@@ -237,8 +270,16 @@ _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def _data(value: dict[str, Any]) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text.translate(_LINE_ENDS)}\n\n"
+    return f"data: {dumps(value).translate(_LINE_ENDS)}\n\n"
+
+
+async def _json_in_turns(value: dict[str, Any], turns: Turns, depth: int) -> str:
+    """As :func:`.response_json.dumps`, of what may have megabytes."""
+    pieces = []
+    for piece in json_pieces(value, depth):
+        pieces.append(piece.translate(_LINE_ENDS))
+        await turns.did(-(-len(piece) // TOKEN_CHARS))
+    return "".join(pieces)
 
 
 COMMENT_PERIOD_S = 5.0
@@ -267,11 +308,13 @@ async def server_sent_events(
         comment_due_s = now_s + COMMENT_PERIOD_S
         return f": {text}\n\n"
 
+    turns = Turns(EVENTS_AT_ONCE)
     try:
         writers = _writers(streams, answer)
         for writer in writers:
             if (opening := writer.first()) is not None:
                 yield _data(opening)
+                await turns.did()
         async for index, event in streams.events():
             if event is None:
                 if line := comment("waiting"):
@@ -279,8 +322,12 @@ async def server_sent_events(
                 continue
             if event.view is not None:
                 yield _data(answer.view_chunk(index, event.view))
-            for chunk in writers[index].chunks(writers[index].take(event)):
-                yield _data(chunk)
+            for chunk in await writers[index].chunks(writers[index].take(event), turns):
+                if event.prompt_logprobs:
+                    yield f"data: {await _json_in_turns(chunk, turns, CHUNK_DEPTH)}\n\n"
+                else:
+                    yield _data(chunk)
+            await turns.did()
             if not event.token_ids and not event.text and event.finish_reason is None:
                 prompt_tokens = answer.prompt_tokens[index // streams.per_prompt]
                 if line := comment(f"prefill {event.prefill_tokens_done}/{prompt_tokens}"):

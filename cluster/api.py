@@ -20,18 +20,12 @@ from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat, Echo, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
-from forecache.cluster.http_body import check_headers, read_json
+from forecache.cluster.http_body import Bodies, check_headers
 from forecache.cluster.metrics import CONTENT_TYPE, Metrics
-from forecache.cluster.openai_types import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    model_object,
-    seed_of_choice,
-)
+from forecache.cluster.openai_types import model_object, seed_of_choice
 from forecache.cluster.openapi import document
-from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
+from forecache.cluster.prompts import PromptEncoder
+from forecache.cluster.request_reader import ReadRequest, Wanted
 from forecache.cluster.request_record import RequestRecord
 from forecache.cluster.streams import EventStream, EventStreamResponse, TokenStream
 from forecache.cluster.tenants import Tenant, Tenants
@@ -49,7 +43,6 @@ CLIENT_LEFT = (ClientDisconnect, TaskCancelledError)
 CLIENT_LEFT_STATUS = 499
 
 
-OpenAIRequest = ChatCompletionRequest | CompletionRequest
 ResidentBytes = Callable[[int, CacheOptions], int]
 """Hot K/V, in bytes, that a sequence of so many tokens may come to hold, with its wishes."""
 
@@ -82,6 +75,7 @@ class Api:
         self._metrics = metrics
         self._admission = admission
         self._limits = admission.limits
+        self._bodies = Bodies(admission.limits)
         self._tenants = tenants
         self._resident_bytes = resident_bytes
         self._telemetry = telemetry
@@ -106,27 +100,16 @@ class Api:
         return app
 
     async def chat_completions(self, http: Request) -> Response:
-        return await self.guarded(http, lambda tenant: self._complete(http, tenant, ChatCompletionRequest))
+        return await self.guarded(http, lambda tenant: self._complete(http, tenant, Wanted.CHAT))
 
     async def completions(self, http: Request) -> Response:
-        return await self.guarded(http, lambda tenant: self._complete(http, tenant, CompletionRequest))
+        return await self.guarded(http, lambda tenant: self._complete(http, tenant, Wanted.COMPLETION))
 
     async def tokenize(self, http: Request) -> Response:
-        async def answer(_: Tenant) -> Response:
-            request = TokenizeRequest.model_validate(await read_json(http, self._limits))
-            self._check_model(request.model)
-            tokens = await self._encoder.tokenize(request)
-            return JSONResponse({"count": len(tokens), "max_model_len": self._encoder.max_model_len, "tokens": tokens})
-
-        return await self.guarded(http, answer)
+        return await self.guarded(http, lambda tenant: self._answered(http, tenant, Wanted.TOKENS))
 
     async def detokenize(self, http: Request) -> Response:
-        async def answer(_: Tenant) -> Response:
-            request = DetokenizeRequest.model_validate(await read_json(http, self._limits))
-            self._check_model(request.model)
-            return JSONResponse({"prompt": await self._encoder.detokenize(request)})
-
-        return await self.guarded(http, answer)
+        return await self.guarded(http, lambda tenant: self._answered(http, tenant, Wanted.TEXT))
 
     async def models(self, http: Request) -> Response:
         async def answer(_: Tenant) -> Response:
@@ -166,14 +149,15 @@ class Api:
         """This process' own series; `/metrics/cluster` has everybody's."""
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _complete(self, http: Request, tenant: Tenant, kind: type[OpenAIRequest]) -> Response:
+    async def _complete(self, http: Request, tenant: Tenant, wanted: Wanted) -> Response:
         self._admission.check_open()
-        body = await read_json(http, self._limits)
-        with self._admission.entering():
-            request = kind.model_validate(body)
-            streams, answer = await self._admitted(http, request, tenant)
+        async with self._bodies.received(http, tenant.name) as body:
+            with self._admission.entering(tenant.name):
+                request: ReadRequest = await self._read(wanted, body, tenant)
+                del body
+                streams, answer = await self._admitted(http, request, tenant, chat=wanted is Wanted.CHAT)
         if not request.stream:
-            return JSONResponse(await collect(streams, answer))
+            return _json(await collect(streams, answer))
         try:
             await streams.start(FIRST_EVENT_WAIT_S)
         except BaseException:
@@ -183,37 +167,37 @@ class Api:
             streams, server_sent_events(streams, answer, failed=lambda error: self._metrics.error(error.kind))
         )
 
+    async def _answered(self, http: Request, tenant: Tenant, wanted: Wanted) -> Response:
+        """The answer to a body that asks for no worker."""
+        self._admission.check_open()
+        async with self._bodies.received(http, tenant.name) as body:
+            with self._admission.entering(tenant.name):
+                return _json(await self._read(wanted, body, tenant))
+
+    async def _read(self, wanted: Wanted, body: bytes, tenant: Tenant) -> Any:
+        return await self._encoder.read(wanted, body, served=self._metrics.model_name, tenant=tenant.name)
+
     async def _admitted(
-        self, http: Request, request: OpenAIRequest, tenant: Tenant
+        self, http: Request, request: ReadRequest, tenant: Tenant, *, chat: bool
     ) -> tuple[ChoiceStreams, AnswerFormat]:
         """Its choices, let in, and the form of their answer."""
-        self._check_model(request.model)
-        prompts = await self._encoder.encode(request)
-        chat = isinstance(request, ChatCompletionRequest)
+        prompts = request.prompts
         answer = AnswerFormat(
             id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             created=int(time.time()),
-            model=request.model,
+            model=self._metrics.model_name,
             chat=chat,
             prompt_tokens=tuple(len(prompt.token_ids) for prompt in prompts),
             include_usage=request.include_usage,
-            texts=None if request.logprobs_wanted() is None else await self._encoder.token_texts(),
-            tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
+            texts=await self._encoder.token_texts() if request.scored else None,
+            tools=request.tools,
             echo=tuple(Echo(p.echo, p.token_ids[0]) for p in prompts if p.echo is not None),
         )
-        return self._streams(http, request, prompts, answer, tenant), answer
+        return self._streams(http, request, answer, tenant), answer
 
-    def _streams(
-        self,
-        http: Request,
-        request: OpenAIRequest,
-        prompts: Sequence[EncodedPrompt],
-        answer: AnswerFormat,
-        tenant: Tenant,
-    ) -> ChoiceStreams:
+    def _streams(self, http: Request, request: ReadRequest, answer: AnswerFormat, tenant: Tenant) -> ChoiceStreams:
         """The request's choices, let in, each a request to a worker once it is opened."""
-        per_prompt = request.n or 1
-        sampling, cache = request.sampling(1), request.cache()
+        prompts, per_prompt, sampling, cache = request.prompts, request.per_prompt, request.sampling, request.cache
         session_id = None if cache.session_id is None else tenant.own(cache.session_id)
         cache = replace(cache, cache_salt=tenant.own(cache.cache_salt), session_id=session_id)
         alone = per_prompt * len(prompts) == 1
@@ -247,7 +231,7 @@ class Api:
                 source = self._workers.generate(
                     GenerateRequest(
                         name,
-                        prompt.token_ids,
+                        tuple(prompt.token_ids),
                         settings,
                         cache,
                         show_chunks=request.show_chunks,
@@ -293,3 +277,7 @@ class Api:
         self._metrics.error(error.kind)
         logger.info("request refused", extra={"status": error.status, "code": error.kind})
         return JSONResponse(error.body(), status_code=error.status, headers=headers or dict(error.headers))
+
+
+def _json(text: bytes) -> Response:
+    return Response(text, media_type="application/json")

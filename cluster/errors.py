@@ -67,6 +67,10 @@ class TierSilentError(ForecacheError):
     """A memory tier that had to be told something did not answer."""
 
 
+class PromptProcessError(ForecacheError):
+    """The process that reads large requests ended, or took too long, before a request was read."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -93,6 +97,14 @@ class ApiError:
     def kind(self) -> str:
         """The label of ``forecache_errors_total``: the code, else the type."""
         return self.code or self.type
+
+
+class RefusedError(InvalidRequestError):
+    """What was found wrong with a request where it was read, as the client is to see it."""
+
+    def __init__(self, said: ApiError) -> None:
+        super().__init__(said.message, said.param)
+        self.said = said
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -136,6 +148,8 @@ def from_http_status(status: int, method: str, path: str, detail: str) -> ApiErr
 def from_exception(error: BaseException) -> ApiError:
     """What to tell the client of an exception of ours; one that is not is an internal error without details."""
     match error:
+        case RefusedError():
+            return error.said
         case ValidationError():
             return from_validation(error)
         case AuthenticationError():
@@ -164,6 +178,8 @@ def from_exception(error: BaseException) -> ApiError:
         case DeadlineError():
             # of the request or of its server: neither is a failure of the server, and dashboards count 5xx
             return ApiError(408, str(error), "timeout_error", code="deadline_exceeded")
+        case PromptProcessError():
+            return ApiError(503, str(error), "server_error", code="prompt_process_lost")
         case WorkerLostError():
             return ApiError(503, str(error), "server_error", code="worker_lost")
         case ChunkLostError() | CatalogUnavailableError() | TierSilentError():

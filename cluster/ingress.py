@@ -1,5 +1,6 @@
 """The Serve deployment that speaks HTTP, and its way to the decode workers."""
 
+import gc
 from collections.abc import AsyncIterator, Sequence
 from contextvars import Context
 from dataclasses import replace
@@ -156,9 +157,20 @@ class Ingress:
         node_id, here = ray.get_runtime_context().get_node_id(), serve.get_replica_context()
         self._telemetry = telemetry.start_with(metrics.registry, "ingress", here.replica_id.unique_id, node_id)
         self._admission = Admission(config.limits)
+        encoder = PromptEncoder(
+            tokenizer,
+            max_model_len,
+            processes=config.limits.prompt_processes,
+            max_values=config.limits.max_body_values,
+        )
+        encoder.start()
+        # a full collection looks at each object that is there: at those of the libraries for a third of a second, in
+        # which no stream goes on
+        gc.collect()
+        gc.freeze()
         self._api = Api(
             self.workers_class(workers, config.resume, metrics),
-            PromptEncoder(tokenizer, max_model_len),
+            encoder,
             metrics,
             self._admission,
             tenants,

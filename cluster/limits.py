@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_HEAD_BYTES = 1 << 20
 """More headers than this are refused before they are complete, whatever the setting."""
 
+DEFAULT_BODY_VALUES = 4_000_000
+DEFAULT_PROMPT_PROCESSES = 2
+
 
 class LimitsConfig(BaseModel):
     """Times in seconds, sizes in bytes."""
@@ -24,6 +27,22 @@ class LimitsConfig(BaseModel):
         8_000_000, ge=1, description="prompt tokens that may wait so; a prompt that finds nobody waiting is let in"
     )
     max_body_bytes: int = Field(64 << 20, ge=1024, description="longest body of a request")
+    max_body_values: int = Field(
+        DEFAULT_BODY_VALUES,
+        ge=1024,
+        description="most JSON values in the body of a request; each token id is one, each message has three or more",
+    )
+    max_bodies_bytes: int = Field(
+        512 << 20,
+        ge=1024,
+        description="bytes of bodies that are being received and read at once; half of them for one tenant",
+    )
+    prompt_processes: int = Field(
+        DEFAULT_PROMPT_PROCESSES,
+        ge=1,
+        description="most processes of each ingress that read bodies of more than 16 KiB; each starts when it is first "
+        "needed, and one is kept for bodies of at most 512 KiB",
+    )
     max_header_bytes: int = Field(
         16 << 10, ge=1024, le=MAX_HEAD_BYTES, description="longest headers of a request, all together"
     )

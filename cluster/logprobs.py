@@ -56,12 +56,16 @@ def echoed_logprobs(
     data = texts(first)
     start = [offsets.take(data)]
     head = {"tokens": [_name(data)], "token_logprobs": [None], "top_logprobs": [None], "text_offset": start}
-    return joined(head, completion_logprobs(told, texts, offsets))
+    extend(head, completion_logprobs(told, texts, offsets))
+    return head
 
 
-def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities of `/v1/completions`, one after the other."""
-    return {name: first[name] + second[name] for name in first}
+def extend(first: dict[str, Any] | None, more: dict[str, Any] | None) -> None:
+    """Put the lists of ``more`` behind those of ``first``."""
+    if first is not None and more is not None:
+        for name, values in more.items():
+            if values is not None:  # a refusal is none
+                first[name] += values
 
 
 def _name(data: bytes) -> str:

@@ -1,156 +1,169 @@
-"""Request → token ids: chat template, tokenizer, and whether the context takes it."""
+"""Reads requests off the event loop: each tenant in turn, small ones in a thread, large ones in processes.
+
+The event loop carries everybody's streams, and code that holds the interpreter's lock stops them from any thread:
+parsing, validation, templates. So only bodies too small to matter are read in this process.
+"""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-import jinja2
-
-from forecache.cluster.errors import ContextLengthError
+from forecache.cluster.errors import RefusedError
+from forecache.cluster.fair_queue import FairQueue
+from forecache.cluster.limits import DEFAULT_BODY_VALUES, DEFAULT_PROMPT_PROCESSES
 from forecache.cluster.logprobs import TokenTexts
-from forecache.cluster.openai_messages import Message
-from forecache.cluster.openai_tools import Tool
 from forecache.cluster.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
-from forecache.cluster.tool_calls import template_knows_calls, written_out
+from forecache.cluster.prompt_process import PromptProcess, ReadJob
+from forecache.cluster.request_reader import EncodedPrompt, Outcome, ReadRequest, Refusal, RequestReader, Wanted
 from forecache.workers.decode.grammar import Grammars
 from forecache.workers.errors import InvalidRequestError
 
-T = TypeVar("T")
+SMALL_BODY_BYTES = 16 << 10
+"""A body that is read in a thread of this process: some milliseconds of work."""
+LONG_BODY_BYTES = 512 << 10
+"""Bodies beyond this may take seconds: where there are several processes, one is kept for shorter ones."""
 
-CHARS_PER_TOKEN = 16
-"""More than any tokenizer makes of real text."""
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A body in line, and who waits for what comes of it."""
+
+    job: ReadJob
+    body: bytes
+    outcome: "asyncio.Future[Outcome]"
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """``max_tokens``: most tokens of each answer to it; ``echo``: its text, where the answer is to repeat it."""
+class _Lane:
+    """Where one body at a time is read: the thread of ``read``."""
 
-    token_ids: tuple[int, ...]
-    max_tokens: int
-    echo: str | None = None
+    def __init__(self, name: str, read: Callable[[ReadJob, bytes], Outcome]) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.read = read
+        self.busy = False
 
 
 class PromptEncoder:
-    """Tokenizes off the event loop. One thread: fast tokenizers are not safe to share between threads."""
+    """Reads the requests of one model. Its async methods belong to one event loop.
 
-    def __init__(self, tokenizer: Any, max_model_len: int) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary = len(tokenizer)
-        self._template_knows_calls = template_knows_calls(str(getattr(tokenizer, "chat_template", None) or ""))
-        self._grammars = Grammars(tokenizer, frozenset())
+    ``processes``: most processes for large bodies, each started when it is first needed; ``max_values``: most JSON
+    values in a body.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_model_len: int,
+        *,
+        processes: int = DEFAULT_PROMPT_PROCESSES,
+        max_values: int = DEFAULT_BODY_VALUES,
+    ) -> None:
         self.max_model_len = max_model_len
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._grammars = Grammars(tokenizer, frozenset())
+        reader = RequestReader(tokenizer, max_model_len, max_values)
+        self._processes = [PromptProcess(reader) for _ in range(processes)]
+        self._closed = False
+        self._small = FairQueue[_Job]()
+        self._large = FairQueue[_Job]()
+        self._near = _Lane("tokenizer", lambda job, body: reader.outcome(job.wanted, body, job.served))
+        self._far = [_Lane("prompt-process", process.run) for process in self._processes]
 
-    async def encode(self, request: ChatCompletionRequest | CompletionRequest) -> list[EncodedPrompt]:
-        """The request's prompts: one, but for completions that bring several.
+    def start(self) -> None:
+        """Begin to start a process for large bodies, and make what log-probabilities need. Takes a second."""
+        self._far[0].thread.submit(self._processes[0].start)
+        with suppress(InvalidRequestError):  # without a fast tokenizer each request for them is refused
+            _ = self._grammars.tokenizer
+
+    async def read(self, wanted: Wanted, body: bytes, *, served: str | None = None, tenant: str = "") -> Any:
+        """The :class:`.ReadRequest` of a body, or the JSON of its answer, as :meth:`.RequestReader.read` makes it.
 
         Raises:
-            InvalidRequestError: the chat template refuses the messages, or a token id is out of the vocabulary.
-            ContextLengthError: prompt and answer don't fit the context.
+            RefusedError: the request is at fault; see there.
+            PromptProcessError: the body could not be read, for no fault of its own.
         """
-        return await self._in_thread(lambda: self._encode(request))
+        queue = self._small if len(body) <= SMALL_BODY_BYTES else self._large
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        waiting = queue.push(tenant, len(body), _Job(ReadJob(wanted, served), body, outcome))
+        self._begin()
+        try:
+            said = await outcome
+        finally:
+            queue.remove(waiting)  # who left meanwhile
+        if isinstance(said, Refusal):
+            raise RefusedError(said.said)
+        return said
 
-    async def tokenize(self, request: TokenizeRequest) -> list[int]:
+    async def encode(self, request: ChatCompletionRequest | CompletionRequest, tenant: str = "") -> list[EncodedPrompt]:
+        """The prompts of a request that was read elsewhere. Raises as :meth:`read` does."""
+        wanted = Wanted.CHAT if isinstance(request, ChatCompletionRequest) else Wanted.COMPLETION
+        read: ReadRequest = await self.read(wanted, _body(request), tenant=tenant)
+        return list(read.prompts)
+
+    async def tokenize(self, request: TokenizeRequest, tenant: str = "") -> list[int]:
         """The token ids of a prompt or of messages, as :meth:`encode` makes them. Raises as it does."""
-        return list(await self._in_thread(lambda: self._tokenize(request)))
+        said: list[int] = json.loads(await self.read(Wanted.TOKENS, _body(request), tenant=tenant))["tokens"]
+        return said
 
-    async def detokenize(self, request: DetokenizeRequest) -> str:
-        """The text of token ids.
-
-        Raises:
-            InvalidRequestError: one is out of the vocabulary.
-        """
-        self._check_vocabulary(request.tokens, "tokens")
-        return await self._in_thread(lambda: self._decode(request.tokens))
+    async def detokenize(self, request: DetokenizeRequest, tenant: str = "") -> str:
+        """The text of token ids. Raises as :meth:`encode` does."""
+        return str(json.loads(await self.read(Wanted.TEXT, _body(request), tenant=tenant))["prompt"])
 
     async def token_texts(self) -> TokenTexts:
         """The bytes of each token, to be asked for later and on any thread."""
-        tokenizer = await self._in_thread(lambda: self._grammars.tokenizer)
+        loop = asyncio.get_running_loop()
+        tokenizer = await loop.run_in_executor(self._near.thread, lambda: self._grammars.tokenizer)
         return lambda token: bytes(tokenizer.decode_bytes([token]))
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Read nothing more: who waits is cancelled."""
+        self._closed = True
+        for queue in (self._small, self._large):
+            while (job := queue.pop()) is not None:
+                job.outcome.cancel()
+        for process in self._processes:
+            process.close()
+        for lane in (self._near, *self._far):
+            lane.thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    def _begin(self) -> None:
+        """Start what can be started."""
+        if self._closed:
+            return
+        if not self._near.busy and (job := self._small.pop()) is not None:
+            self._run(self._near, job)
+        while idle := [lane for lane in self._far if not lane.busy]:
+            kept_free = len(self._far) > 1 and len(idle) == 1
+            job = self._large.pop(LONG_BODY_BYTES if kept_free else None)
+            if job is None:
+                return
+            self._run(idle[0], job)
 
-    def _encode(self, request: ChatCompletionRequest | CompletionRequest) -> list[EncodedPrompt]:
-        wanted = request.answer_tokens()
-        if isinstance(request, ChatCompletionRequest):
-            text = self._templated(request.messages, request.tools_in_use)
-            return [self._fitted(self._ids(text, "messages", add_special_tokens=False), wanted, "messages")]
-        prompts = []
-        for prompt in request.prompts():
-            if isinstance(prompt, str):
-                tokens, echo = self._ids(prompt, "prompt", add_special_tokens=True), prompt
-            else:
-                self._check_vocabulary(prompt, "prompt")
-                tokens, echo = tuple(prompt), self._decode(prompt) if request.echo else ""
-            prompts.append(self._fitted(tokens, wanted, "prompt", echo if request.echo else None))
-        return prompts
+    def _run(self, lane: _Lane, job: _Job) -> None:
+        lane.busy = True
+        running = asyncio.get_running_loop().run_in_executor(lane.thread, lane.read, job.job, job.body)
 
-    def _fitted(
-        self, tokens: tuple[int, ...], wanted: int | None, param: str, echo: str | None = None
-    ) -> EncodedPrompt:
-        if not tokens:
-            raise InvalidRequestError(f"{param} has no tokens", param)
-        room = self.max_model_len - len(tokens)
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = f"{len(tokens)} in the {param} and {wanted or 1} for the answer"
-            raise self._too_long(f"{len(tokens) + (wanted or 1)} were asked for: {asked}", param)
-        return EncodedPrompt(tokens, room if wanted is None else wanted, echo)
+        def done(read: "asyncio.Future[Outcome]") -> None:
+            lane.busy = False
+            error = None if read.cancelled() else read.exception()
+            if not job.outcome.done():
+                if read.cancelled():
+                    job.outcome.cancel()
+                elif error is not None:
+                    job.outcome.set_exception(error)
+                else:
+                    job.outcome.set_result(read.result())
+            self._begin()
 
-    def _tokenize(self, request: TokenizeRequest) -> tuple[int, ...]:
-        if request.messages is not None:
-            text = self._templated(request.messages, request.tools or [])
-            return self._ids(text, "messages", add_special_tokens=False)
-        return self._ids(request.prompt or "", "prompt", add_special_tokens=request.add_special_tokens)
+        running.add_done_callback(done)
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _check_vocabulary(self, tokens: Sequence[int], param: str) -> None:
-        if (largest := max(tokens, default=0)) >= self._vocabulary:
-            raise InvalidRequestError(
-                f"{param} holds token id {largest}, but the vocabulary has {self._vocabulary} tokens", param
-            )
-
-    def _templated(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise InvalidRequestError(
-                "this model has no chat template, so it takes no messages; use /v1/completions", "messages"
-            )
-        told, described = [message.for_template() for message in messages], [tool.for_template() for tool in tools]
-        try:
-            if not self._template_knows_calls:
-                told, described = written_out(told, described), []
-            text = self._tokenizer.apply_chat_template(
-                told, tools=described or None, tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, LookupError, RecursionError, TypeError, ValueError) as error:
-            # a template is a program over what the client sent: it may expect of it what is not so
-            raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
-        return str(text)
-
-    def _too_long(self, asked: str, param: str) -> ContextLengthError:
-        return ContextLengthError(f"the context is {self.max_model_len} tokens here, but {asked}", param)
-
-    def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-        beginning = text[: CHARS_PER_TOKEN * self.max_model_len]
-        if len(beginning) < len(text):
-            # tokenizing 64 MiB takes half a minute, in which nobody else gets tokens: most often a part tells enough
-            tokens = len(self._tokenizer(beginning, add_special_tokens=False, verbose=False)["input_ids"])
-            if tokens > self.max_model_len:
-                raise self._too_long(f"the {param} alone has more than {tokens - 1}", param)
-        # `verbose=False`: the tokenizer's own warning about long texts is our error
-        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return tuple(encoded["input_ids"])
+def _body(request: ChatCompletionRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest) -> bytes:
+    return request.model_dump_json(by_alias=True, exclude_unset=True).encode("utf-8")

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from forecache.cluster.errors import TierSilentError, UnknownSessionError
-from forecache.cluster.http_body import read_json
+from forecache.cluster.http_body import read_short_json
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.openai_tools import Strict
 from forecache.cluster.tenants import Tenant
@@ -131,7 +131,7 @@ class SessionRoutes:
 
     async def pin(self, http: Request, session_id: str) -> Response:
         async def answer(tenant: Tenant) -> Response:
-            asked = PinRequest.model_validate(await read_json(http, self._limits, empty={}))
+            asked = PinRequest.model_validate(await read_short_json(http, self._limits, empty={}))
             return await _answer(self._directory.pin, tenant, session_id, asked.ttl_s)
 
         return await self._guarded(http, answer)

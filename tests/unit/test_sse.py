@@ -86,7 +86,7 @@ def data(lines: Sequence[str]) -> list[dict[str, Any]]:
 
 def test_collect() -> None:
     source, seen = Script(*ANSWER), list[TokenEvent]()
-    whole = asyncio.run(collect(stream_of(source, seen), chat()))
+    whole = json.loads(asyncio.run(collect(stream_of(source, seen), chat())))
     (choice,) = whole["choices"]
     assert choice["message"] == {"role": "assistant", "content": "hello!"} and choice["finish_reason"] == "stop"
     assert whole["usage"]["total_tokens"] == 11 and whole["object"] == "chat.completion"
@@ -294,7 +294,7 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
         return EventStream(sources[index], silence_s=60, observe=observe)
 
     streams = ChoiceStreams(open_stream, prompts, per_prompt)
-    whole = asyncio.run(collect(streams, chat()))
+    whole = json.loads(asyncio.run(collect(streams, chat())))
     assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(choices)]
     assert sorted(opened) == list(range(choices)) and not any(source.cancelled for source in sources)
     assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * choices
@@ -323,7 +323,7 @@ def test_the_account_is_of_all_choices(coverages: tuple[float | None, ...], mean
         for i, coverage in enumerate(coverages)
     ]
     streams = ChoiceStreams(lambda i: EventStream(Script(ends[i]), silence_s=60), 1, len(ends))
-    told = asyncio.run(collect(streams, chat()))["usage"]
+    told = json.loads(asyncio.run(collect(streams, chat())))["usage"]
     assert told["prompt_tokens"] == 9 and told["completion_tokens"] == 6
     assert told["forecache"]["fallbacks"] == 3 and told["forecache"]["coverage"] == pytest.approx(mean)
 

@@ -1,0 +1,353 @@
+"""Where requests are read, in which order, within which limits, and that it makes no difference to what is read."""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from forecache.cluster import prompts as prompts_module
+from forecache.cluster import request_reader as reader_module
+from forecache.cluster.admission import Admission
+from forecache.cluster.api import Api
+from forecache.cluster.errors import PromptProcessError, RefusedError, TooManyRequestsError, from_exception
+from forecache.cluster.http_body import SHORT_BODY_BYTES
+from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.metrics import Metrics
+from forecache.cluster.openai_types import ChatCompletionRequest, TokenizeRequest
+from forecache.cluster.prompt_process import ReadJob
+from forecache.cluster.prompts import LONG_BODY_BYTES, SMALL_BODY_BYTES, PromptEncoder
+from forecache.cluster.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted, parse_json
+from forecache.cluster.sessions import SessionRoutes
+from forecache.cluster.tenants import Tenants
+from forecache.workers.errors import ForecacheError, InvalidRequestError
+
+pytestmark = pytest.mark.anyio
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+MAX_MODEL_LEN = 200_000
+MAX_VALUES = 100_000
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast
+    made: PreTrainedTokenizerFast = fast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
+    return made
+
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Iterator[PromptEncoder]:
+    encoder = PromptEncoder(TOKENIZER, MAX_MODEL_LEN, processes=1, max_values=MAX_VALUES)
+    yield encoder
+    encoder.close()
+
+
+@pytest.fixture
+def reader() -> RequestReader:
+    return RequestReader(TOKENIZER, MAX_MODEL_LEN, MAX_VALUES)
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", **fields}).encode()
+
+
+def messages(count: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"message {number}"} for number in range(count)]
+
+
+LARGE: dict[str, tuple[Wanted, bytes]] = {
+    "chat": (Wanted.CHAT, body(messages=messages(2000), max_tokens=7, seed=1, logprobs=True)),
+    "ids": (Wanted.COMPLETION, body(prompt=[n % 250 for n in range(50_000)], n=2, seed=1)),
+    "prompts": (Wanted.COMPLETION, body(prompt=["word " * 20] * 1000, echo=True, seed=1, stream=True)),
+    "tokenize": (Wanted.TOKENS, body(prompt="ü " * 9000)),
+    "detokenize": (Wanted.TEXT, body(tokens=[n % 250 for n in range(20_000)])),
+    "too long": (Wanted.COMPLETION, body(prompt="x" * (MAX_MODEL_LEN + 1))),
+    "far too long": (Wanted.COMPLETION, body(prompt="x" * (17 * MAX_MODEL_LEN))),
+    "unknown field": (Wanted.CHAT, body(messages=messages(2000), nonsense=1)),
+    "no such model": (Wanted.CHAT, body(messages=messages(2000)) + b" "),
+    "values": (Wanted.COMPLETION, body(prompt=[7] * (MAX_VALUES + 1))),
+    "broken": (Wanted.COMPLETION, b"[" * 50_000),
+    "not UTF-8": (Wanted.COMPLETION, b"\xff" * 20_000),
+    "not in the vocabulary": (Wanted.TEXT, body(tokens=[300] * 20_000)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+async def test_a_large_body_is_read_elsewhere_and_as_here(
+    name: str, encoder: PromptEncoder, reader: RequestReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, text = LARGE[name]
+    served = "another" if name == "no such model" else "m"
+    assert len(text) > SMALL_BODY_BYTES
+    here: Outcome = reader.outcome(wanted, text, served)
+
+    def never(*_: object) -> None:
+        raise AssertionError("a large body was read in this process")
+
+    monkeypatch.setattr(RequestReader, "read", never)
+    if isinstance(here, Refusal):
+        with pytest.raises(RefusedError) as refused:
+            await encoder.read(wanted, text, served=served)
+        assert from_exception(refused.value) == here.said
+        assert 400 <= here.said.status < 500 and here.said.message
+    else:
+        assert await encoder.read(wanted, text, served=served) == here
+
+
+async def test_a_small_body_is_read_here_but_not_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    read = RequestReader.read
+
+    def watched(self: RequestReader, *asked: Any) -> ReadRequest | bytes:
+        threads.append(threading.get_ident())
+        return read(self, *asked)
+
+    monkeypatch.setattr(RequestReader, "read", watched)
+    encoder = PromptEncoder(TOKENIZER, 100)
+    try:
+        assert json.loads(await encoder.read(Wanted.TOKENS, body(prompt="abc")))["count"] == 3
+        assert threads and threading.get_ident() not in threads
+        assert all(process.pid is None for process in encoder._processes), "no process is started for small bodies"
+    finally:
+        encoder.close()
+
+
+def test_values_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_json(b'["' + b"," * 100 + b'\\"[[{{", 1]', 5) == ["," * 100 + '"[[{{', 1]
+    monkeypatch.setattr(reader_module.json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    for text in (b"[" + b"7," * 10 + b"7]", b"[[[[[[[", b'[{"a":{}},{},{},{}]', b'["a","b","c","d","e","f"]'):
+        with pytest.raises(InvalidRequestError, match="JSON values") as refused:
+            parse_json(text, 5)
+        assert from_exception(refused.value).status == 413
+
+
+async def test_a_process_that_dies_is_an_error_and_is_replaced(encoder: PromptEncoder) -> None:
+    wanted, text = LARGE["tokenize"]
+    first = await encoder.read(wanted, text)
+    [process] = encoder._processes
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(PromptProcessError) as lost:
+        await encoder.read(wanted, text)
+    assert from_exception(lost.value).status == 503
+    assert await encoder.read(wanted, text) == first
+
+
+async def test_what_fails_for_no_fault_of_the_client_does_not_end_the_process(encoder: PromptEncoder) -> None:
+    wanted, text = LARGE["tokenize"]
+    first = await encoder.read(wanted, text)
+    with pytest.raises(ForecacheError, match="could not be read: ") as failed:
+        encoder._processes[0].run("no job", b"{}")  # type: ignore[arg-type]
+    assert from_exception(failed.value).status == 500
+    assert await encoder.read(wanted, text) == first
+
+
+class Lanes:
+    """The lanes of an encoder, whose reading waits for ``finish``; ``begun`` has the bodies in the order of reading."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self.begun: list[bytes] = []
+        self._gates: dict[int, threading.Semaphore] = {}
+        self._news = threading.Condition()
+        for number, lane in enumerate((encoder._near, *encoder._far)):
+            self._gates[number] = threading.Semaphore(0)
+            lane.read = self._reading(number)
+
+    def _reading(self, number: int) -> Any:
+        def read(_: ReadJob, text: bytes) -> Outcome:
+            with self._news:
+                self.begun.append(text[:10].strip(b"."))
+                self._news.notify_all()
+            assert self._gates[number].acquire(timeout=30)
+            return text
+
+        return read
+
+    def finish(self, lane: int, jobs: int = 1) -> None:
+        for _ in range(jobs):
+            self._gates[lane].release()
+
+    async def until(self, count: int) -> list[bytes]:
+        """What has begun, once so much has."""
+
+        def wait() -> bool:
+            with self._news:
+                return self._news.wait_for(lambda: len(self.begun) >= count, timeout=30)
+
+        assert await asyncio.to_thread(wait)
+        return list(self.begun)
+
+
+@pytest.fixture
+async def many_lanes() -> AsyncIterator[tuple[PromptEncoder, Lanes]]:
+    encoder = PromptEncoder(TOKENIZER, 100, processes=2)
+    lanes = Lanes(encoder)
+    yield encoder, lanes
+    for lane in range(3):
+        lanes.finish(lane, 1000)
+    encoder.close()
+
+
+def sized(name: str, length: int) -> bytes:
+    return name.encode().ljust(length, b".")
+
+
+async def test_a_hundred_tokenize_calls_delay_another_tenants_by_the_ones_under_way(
+    many_lanes: tuple[PromptEncoder, Lanes],
+) -> None:
+    encoder, lanes = many_lanes
+    large = SMALL_BODY_BYTES + 1
+    calls = [
+        asyncio.ensure_future(encoder.read(Wanted.TOKENS, sized(f"many {n}", large), tenant="many")) for n in range(100)
+    ]
+    await lanes.until(2)
+    mine = asyncio.ensure_future(encoder.read(Wanted.CHAT, sized("mine", large), tenant="me"))
+    short = asyncio.ensure_future(encoder.read(Wanted.CHAT, b"short", tenant="many"))
+    assert (await lanes.until(3))[2] == b"short", "the lane of small bodies is free"
+    lanes.finish(1)
+    assert (await lanes.until(4))[3] == b"mine"
+    lanes.finish(1)
+    await mine
+    lanes.finish(0)
+    await short
+    assert sum(call.done() for call in calls) == 1
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert len(encoder._large) == len(encoder._small) == 0, "who has left is in no line"
+
+
+async def test_one_process_is_kept_for_shorter_bodies(many_lanes: tuple[PromptEncoder, Lanes]) -> None:
+    encoder, lanes = many_lanes
+    longs = [
+        asyncio.ensure_future(encoder.read(Wanted.TOKENS, sized(f"long {n}", LONG_BODY_BYTES + 1))) for n in range(3)
+    ]
+    assert await lanes.until(1) == [b"long 0"]
+    shorter = asyncio.ensure_future(encoder.read(Wanted.TOKENS, sized("shorter", LONG_BODY_BYTES)))
+    assert await lanes.until(2) == [b"long 0", b"shorter"]
+    lanes.finish(2)
+    await shorter
+    assert lanes.begun == [b"long 0", b"shorter"], "the free process is not for the next long one"
+    lanes.finish(1, 3)
+    await asyncio.gather(*longs)
+
+
+async def test_requests_that_were_read_elsewhere_are_encoded_too() -> None:
+    encoder = PromptEncoder(TOKENIZER, 100)
+    try:
+        chat = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "hi"}]})
+        [prompt] = await encoder.encode(chat)
+        tokens = await encoder.tokenize(TokenizeRequest(model="m", prompt="<user>hi"))
+        assert prompt.token_ids.tolist() == tokens
+    finally:
+        encoder.close()
+
+
+class NoWorkers:
+    def generate(self, request: Any) -> Any:
+        raise AssertionError("nothing is to be computed")
+
+    async def stats(self) -> list[Any]:
+        return []
+
+
+class OpenSessions:
+    def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
+        return {"ttl_s": ttl_s}
+
+
+@pytest.fixture
+async def api(encoder: PromptEncoder) -> AsyncIterator[tuple[Api, httpx.AsyncClient]]:
+    limits = LimitsConfig(max_body_bytes=1 << 20, max_bodies_bytes=1 << 20)
+    api = Api(NoWorkers(), encoder, Metrics("m"), Admission(limits), Tenants(None), lambda tokens, cache: 0)
+    app = api.app()
+    SessionRoutes(OpenSessions(), api.guarded, limits).add_to(app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x", timeout=60) as client:
+        yield api, client
+
+
+async def test_a_body_of_token_ids_is_refused_and_never_parsed_on_the_loop(
+    api: tuple[Api, httpx.AsyncClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop_thread, loads = threading.get_ident(), json.loads
+
+    def watched(text: Any, *args: Any, **settings: Any) -> Any:
+        assert threading.get_ident() != loop_thread or len(text) <= SHORT_BODY_BYTES
+        return loads(text, *args, **settings)
+
+    monkeypatch.setattr(reader_module.json, "loads", watched)
+    refused = await api[1].post("/v1/completions", content=b'{"model":"m","prompt":[' + b"7," * 300_000 + b"7]}")
+    assert refused.status_code == 413
+    error = loads(refused.content)["error"]
+    assert error["code"] == "request_too_large" and "JSON values" in error["message"]
+    assert api[0]._bodies.held_bytes == 0
+
+
+async def test_answers_of_tokenize_and_detokenize(api: tuple[Api, httpx.AsyncClient]) -> None:
+    _, client = api
+    counted = (await client.post("/v1/tokenize", json={"model": "m", "prompt": "ab" * 10_000})).json()
+    assert counted["count"] == len(counted["tokens"]) == 20_000 and counted["max_model_len"] == MAX_MODEL_LEN
+    told = await client.post("/v1/detokenize", json={"model": "m", "tokens": counted["tokens"]})
+    assert told.json() == {"prompt": "ab" * 10_000}
+    unknown = await client.post("/v1/tokenize", json={"model": "x", "prompt": "ab"})
+    assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
+
+
+async def test_bodies_take_so_much_memory_at_once(api: tuple[Api, httpx.AsyncClient]) -> None:
+    served, client = api
+    read, going = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b" " * 700_000
+        read.set()
+        await going.wait()
+        yield b"{}"
+
+    first = asyncio.ensure_future(client.post("/v1/completions", content=slow()))
+    await read.wait()
+    while served._bodies.held_bytes < 700_000:
+        await asyncio.sleep(0)
+    second = await client.post("/v1/completions", content=b" " * 700_000)
+    assert second.status_code == 429 and int(second.headers["retry-after"]) > 0
+    going.set()
+    assert (await first).status_code == 400
+    assert served._bodies.held_bytes == 0
+
+
+async def test_a_sessions_body_is_a_few_fields(api: tuple[Api, httpx.AsyncClient]) -> None:
+    _, client = api
+    assert (await client.post("/v1/sessions/s")).json()["ttl_s"] == 3600
+    assert (await client.post("/v1/sessions/s", json={"ttl_s": 5})).json()["ttl_s"] == 5
+    assert (await client.post("/v1/sessions/s", content=b" " * (SHORT_BODY_BYTES + 1))).status_code == 413
+    assert (await client.post("/v1/sessions/s", content=b"{")).status_code == 400
+
+
+def test_a_tenant_has_half_of_the_places_to_be_read() -> None:
+    admission = Admission(LimitsConfig(max_queued_requests=4))
+    with admission.entering("a"), admission.entering("a"):
+        with pytest.raises(TooManyRequestsError), admission.entering("a"):
+            pytest.fail("a third")
+        with admission.entering("b"):
+            pass
+    with admission.entering(), admission.entering(), admission.entering():
+        pass  # without keys there is but one
+
+
+def test_long_bodies_are_longer_than_small_ones() -> None:
+    assert SMALL_BODY_BYTES < LONG_BODY_BYTES < LimitsConfig().max_body_bytes
+    assert LimitsConfig().prompt_processes == prompts_module.DEFAULT_PROMPT_PROCESSES

@@ -1,0 +1,187 @@
+"""What is long on the event loop of an ingress is done in pieces, with turns for others between them."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forecache.cluster import answers as answers_module
+from forecache.cluster import choices as choices_module
+from forecache.cluster.answers import PIECE_TOKENS, AnswerFormat, ChoiceWriter, Echo, collect, server_sent_events
+from forecache.cluster.choices import MOST_OPEN, OPENED_AT_ONCE, ChoiceStreams
+from forecache.cluster.response_json import json_pieces
+from forecache.cluster.streams import EventStream
+from forecache.cluster.turns import Turns
+from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+
+pytestmark = pytest.mark.anyio
+TOKENS = 3
+
+
+class Ready:
+    """A stream whose events are all there."""
+
+    def __init__(self, gauge: "Gauge", tokens: int = TOKENS, prompt_logprobs: int = 0) -> None:
+        self._gauge = gauge
+        self._left = tokens
+        self._prompt_logprobs = prompt_logprobs
+
+    def __aiter__(self) -> "Ready":
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        self._left -= 1
+        stats = None
+        if not self._left:
+            self._gauge.open -= 1
+            stats = SequenceStats(3, completion_tokens=TOKENS)
+        scored = (TokenLogprobs(5, -1.0, ((5, -1.0), (6, -2.0))),)
+        before, self._prompt_logprobs = scored * self._prompt_logprobs, 0
+        return TokenEvent("r", (5,), "x", "length" if stats else None, stats, logprobs=scored, prompt_logprobs=before)
+
+    def cancel(self) -> None: ...
+
+
+class Gauge:
+    """How much happened between two turns of another task, and how many streams were open."""
+
+    def __init__(self) -> None:
+        self.open = self.most_open = self.opened = 0
+        self.most: dict[str, int] = {}
+        self._now: dict[str, int] = {}
+        self.turns = 0
+
+    def count(self, what: str, times: int = 1) -> None:
+        self._now[what] = self._now.get(what, 0) + times
+        self.most[what] = max(self.most.get(what, 0), self._now[what])
+
+    async def others(self) -> None:
+        """The other task, which has a turn whenever there is one."""
+        while True:
+            self._now.clear()
+            self.turns += 1
+            await asyncio.sleep(0)
+
+    def opens(self, **settings: int) -> Callable[[int], EventStream]:
+        def open_stream(_: int) -> EventStream:
+            self.count("opened")
+            self.opened += 1
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+            return EventStream(Ready(self, **settings), silence_s=60)
+
+        return open_stream
+
+
+async def beside(gauge: Gauge, work: Any) -> Any:
+    task = asyncio.ensure_future(gauge.others())
+    try:
+        return await work
+    finally:
+        task.cancel()
+
+
+def answer(**settings: Any) -> AnswerFormat:
+    return AnswerFormat("id", 0, "m", settings.pop("chat", True), (3,) * 1024, **settings)
+
+
+@pytest.mark.parametrize("per_prompt", [1, 4])
+async def test_many_choices_are_opened_a_few_at_a_time(per_prompt: int) -> None:
+    gauge, prompts = Gauge(), 512 // per_prompt
+    whole = json.loads(await beside(gauge, collect(ChoiceStreams(gauge.opens(), prompts, per_prompt), answer())))
+    assert [choice["index"] for choice in whole["choices"]] == list(range(512))
+    assert all(choice["message"]["content"] == "x" * TOKENS for choice in whole["choices"])
+    assert gauge.opened == 512 and gauge.open == 0
+    assert gauge.most_open <= MOST_OPEN
+    assert gauge.most["opened"] <= 2 * OPENED_AT_ONCE
+
+
+async def test_each_event_costs_as_much_however_many_choices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No event looks at all that are waited for."""
+    gauge, waits = Gauge(), list[int]()
+    wait = asyncio.wait
+
+    async def watched(tasks: Any, **settings: Any) -> Any:
+        waits.append(len(tasks))
+        return await wait(tasks, **settings)
+
+    monkeypatch.setattr(asyncio, "wait", watched)
+    events = [index async for index, _ in ChoiceStreams(gauge.opens(), 300, 1).events()]
+    assert sorted(events) == sorted(list(range(300)) * TOKENS)
+    assert max(waits) == 1
+
+
+async def test_events_that_are_there_together_are_written_with_turns_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    gauge, take = Gauge(), ChoiceWriter.take
+
+    def counted(self: ChoiceWriter, event: TokenEvent) -> Any:
+        gauge.count("taken")
+        return take(self, event)
+
+    monkeypatch.setattr(ChoiceWriter, "take", counted)
+
+    async def read() -> int:
+        body = server_sent_events(ChoiceStreams(gauge.opens(), 300, 1), answer(), lambda error: None)
+        return len([line async for line in body])
+
+    assert await beside(gauge, read()) >= 300 * (TOKENS + 1)
+    assert gauge.most["taken"] <= 2 * OPENED_AT_ONCE
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_log_probabilities_of_a_long_prompt_are_laid_out_in_pieces(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gauge, lay_out, tokens = Gauge(), answers_module.completion_logprobs, 40 * PIECE_TOKENS
+
+    def counted(told: Any, *more: Any) -> Any:
+        gauge.count("laid out", len(told))
+        return lay_out(told, *more)
+
+    monkeypatch.setattr(answers_module, "completion_logprobs", counted)
+    echoed = answer(chat=False, texts=lambda token: b"t", echo=(Echo("t" * (tokens + 1), 5),))
+    streams = ChoiceStreams(gauge.opens(prompt_logprobs=tokens), 1, 1)
+
+    async def streamed() -> list[str]:
+        return [line async for line in server_sent_events(streams, echoed, lambda error: None)]
+
+    if stream:
+        told = [json.loads(line.removeprefix("data: ")) for line in await beside(gauge, streamed()) if "{" in line]
+        logprobs = next(chunk["choices"][0]["logprobs"] for chunk in told if chunk["choices"][0]["logprobs"])
+        assert len(logprobs["tokens"]) == tokens + 1
+    else:
+        logprobs = json.loads(await beside(gauge, collect(streams, echoed)))["choices"][0]["logprobs"]
+        assert len(logprobs["tokens"]) == tokens + 1 + TOKENS
+    assert logprobs["token_logprobs"][:2] == [None, -1.0]
+    assert logprobs["text_offset"] == list(range(len(logprobs["tokens"])))
+    assert gauge.most["laid out"] <= 2 * PIECE_TOKENS
+    assert gauge.turns >= 40
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
+)
+
+
+@given(JSON, st.integers(0, 4), st.integers(0, 200))
+def test_pieces_are_the_json_of_the_whole(value: Any, depth: int, repeated: int) -> None:
+    whole = {"a": [value], "b": [value] * repeated, "c": list(range(repeated))}
+    assert json.loads("".join(json_pieces(whole, depth))) == whole
+
+
+async def test_turns_come_after_so_much_work() -> None:
+    gauge, turns = Gauge(), Turns(10)
+
+    async def work() -> None:
+        for _ in range(100):
+            gauge.count("work")
+            await turns.did()
+
+    await beside(gauge, work())
+    assert gauge.most["work"] <= 10
+    assert choices_module.OPENED_AT_ONCE <= MOST_OPEN
