@@ -21,6 +21,6 @@ MODULES = {
     "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher", "integrity")),
     "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),
     "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "engine", "restarts")),
-    "scheduler": Mutated("workers/decode/scheduler.py", _unit("scheduler", "engine", "refused_requests")),
+    "scheduler": Mutated("workers/decode/scheduler.py", _unit("scheduler", "engine", "restarts")),
     "resume": Mutated("cluster/resume.py", _unit("resume", "channels", "failover")),
 }

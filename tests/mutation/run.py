@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -141,6 +142,8 @@ def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) 
             answer = work()
             os.write(writing, answer)
             code = 0
+        except BaseException:  # noqa: BLE001 - the parent sees the exit code
+            traceback.print_exc()  # to where the child's output goes
         finally:
             os._exit(code)
     os.close(writing)
@@ -239,7 +242,9 @@ def _equivalents() -> dict[str, set[str]]:
 
 def score(module: str, *, workers: int) -> Score:
     """Run all mutants of ``module``, a key of `MODULES`, in a process that imports what is not mutated."""
-    _, answer = _in_child(lambda: json.dumps(asdict(_score(module, workers))).encode(), 24 * 3600, quiet=False)
+    status, answer = _in_child(lambda: json.dumps(asdict(_score(module, workers))).encode(), 24 * 3600, quiet=False)
+    if status != 0:
+        raise SystemExit(f"{module} was not scored: see above")
     return Score(**json.loads(answer))
 
 
