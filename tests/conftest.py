@@ -27,6 +27,11 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--dsv4-model", metavar="DIR", help="trained DeepSeek-V4 for tests/unit/test_deepseek_v4_exact.py")
 
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=50.0, help="how long tests/unit/test_engine_fuzz.py tries random requests"
+    )
+    parser.addoption("--fuzz-seed", type=int, default=0, help="its first case; case N + 1 is the next one")
+
 
 def pytest_configure() -> None:
     # what stops a run, a time limit say, stops it as Ctrl-C does: fixtures end their servers and remove their arenas

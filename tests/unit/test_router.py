@@ -320,6 +320,19 @@ def test_a_request_that_is_asked_for_again_counts_once() -> None:
     assert routing.router._memory.prefix_chunks(list(prefix_keys(root_key("layout", ""), PROMPT, CHUNK_TOKENS)))[other]
 
 
+def test_a_request_that_goes_on_goes_on_at_a_worker_that_did_not_have_it() -> None:
+    """One that hangs with it has nothing else to do, and would be the first to be asked."""
+    routing = Routing([Replica(name, SLOW) for name in "abc"], None)
+    had = [routing.send(name="one")]
+    for epoch in (1, 2):
+        routing.end(had[-1])
+        had.append(routing.send(name=f"one~{epoch}"))
+    assert sorted(had) == ["a", "b", "c"]
+    routing.end(had[-1])
+    assert routing.send(name="one~3") in had  # all have had it: then it is as for any other request
+    assert {routing.send(name=f"other{number}") for number in range(6)} == {"a", "b", "c"}
+
+
 @pytest.mark.parametrize("redis_url", [None, "redis://127.0.0.1:1/0"])
 def test_without_redis_prompts_go_where_their_beginning_went(redis_url: str | None) -> None:
     routing = Routing([Replica(name, report(f"t{name}")) for name in "abc"], redis_url)

@@ -113,6 +113,12 @@ class Locator:
         with self._lock:
             return list(self._unfinished)
 
+    def check_idle(self) -> None:
+        """Raise ``AssertionError`` when a search is left, or that its sequence has left."""
+        with self._lock:
+            assert not self._locating, f"searches are left: {self._locating}"
+            assert not self._released, f"releases wait for searches: {self._released}"
+
     def hold_prefix(
         self,
         holder: str,

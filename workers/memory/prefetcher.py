@@ -176,6 +176,13 @@ class Prefetcher:
         if self._far is not None:
             self._far.flush()
 
+    def check_idle(self) -> None:
+        """Raise ``AssertionError`` when a job or its news is left. For after :meth:`flush` and :meth:`drain`."""
+        with self._posted:
+            assert not self._urgent and not self._stores, "jobs are left"
+        assert self._completions.empty(), "news of jobs is left"
+        self._locator.check_idle()
+
     def close(self) -> None:
         """Finish the jobs posted so far and end the threads. Raises what broke one, if nobody has heard of it."""
         if self._closing:
