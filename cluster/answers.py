@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forecache.cluster.choices import ChoiceStreams
-from forecache.cluster.errors import ApiError, WorkerLostError, from_exception
+from forecache.cluster.errors import ApiError, WorkerLostError, tell
 from forecache.cluster.logprobs import (
     TextOffsets,
     TokenTexts,
@@ -21,7 +21,6 @@ from forecache.cluster.response_json import dumps, json_pieces
 from forecache.cluster.tool_calls import ToolCall, ToolCallParser
 from forecache.cluster.turns import Turns, in_pieces
 from forecache.workers.decode.messages import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
-from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
 
@@ -335,12 +334,8 @@ async def server_sent_events(
         if answer.include_usage:
             yield _data(answer.usage_chunk(_total(writers, streams.per_prompt)))
         yield "data: [DONE]\n\n"
-    except Exception as error:
-        if not isinstance(error, ForecacheError):
-            logger.exception("request %s failed", answer.id)
-        said = from_exception(error)
-        if said.code == "internal_error":
-            logger.warning("request %s: %s", answer.id, error)
+    except Exception as error:  # noqa: BLE001 - `tell` logs it
+        said = tell(error, f"request {answer.id}")
         failed(said)
         yield _data(said.body())
     finally:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat, Echo, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
-from forecache.cluster.errors import ApiError, UnknownModelError, from_exception, from_http_status
+from forecache.cluster.errors import ApiError, UnknownModelError, from_http_status, tell
 from forecache.cluster.http_body import Bodies, check_headers
 from forecache.cluster.metrics import CONTENT_TYPE, Metrics
 from forecache.cluster.openai_types import model_object, seed_of_choice
@@ -138,7 +138,7 @@ class Api:
         try:
             workers = await self._workers.stats()
         except ForecacheError as error:
-            return JSONResponse({"status": "not ready", "reason": str(error)}, status_code=503)
+            return JSONResponse({"status": "not ready", "reason": tell(error, "GET /ready").message}, status_code=503)
         reached = [worker for worker in workers if worker.tier is not None]
         if not reached:
             return JSONResponse({"status": "not ready", "reason": "no memory tier answers"}, status_code=503)
@@ -256,10 +256,7 @@ class Api:
             check_headers(http, self._limits)
             return await handle(self._tenants.of(http.headers.get("authorization")))
         except (ForecacheError, ValidationError) as error:
-            said = from_exception(error)
-            if said.code == "internal_error":
-                logger.warning("%s %s: %s", http.method, http.url.path, error)
-            return self._error(said)
+            return self._error(tell(error, f"{http.method} {http.url.path}"))
 
     async def _http_error(self, http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -270,8 +267,7 @@ class Api:
         return Response(status_code=CLIENT_LEFT_STATUS)  # it is not there to read it
 
     async def _unexpected(self, http: Request, error: Exception) -> Response:
-        logger.error("%s %s failed", http.method, http.url.path, exc_info=error)
-        return self._error(from_exception(error))
+        return self._error(tell(error, f"{http.method} {http.url.path}"))
 
     def _error(self, error: ApiError, headers: Any = None) -> Response:
         self._metrics.error(error.kind)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from forecache.cluster import indexer_commands
+from forecache.cluster.command_line import hide_passwords
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.session import run_in_own_session
 from forecache.workers.errors import ForecacheError
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    hide_passwords()
     config = config_from_args(args)
 
     def serve() -> int:

@@ -61,7 +61,9 @@ class ServeConfig(BaseModel):
         "EveryNode", description="nodes of the Ray cluster that listen for HTTP; of those with a worker"
     )
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
-    redis_url: str | None = Field(None, description="Redis of your own for the catalog; default: an embedded server")
+    redis_url: str | None = Field(
+        None, repr=False, description="Redis of your own for the catalog; default: an embedded server"
+    )
     redis_bytes: Size = Field(
         DEFAULT_BYTES,
         ge=32 << 20,

@@ -1,7 +1,8 @@
 """Typed errors → the error objects of OpenAI's HTTP API."""
 
+import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -13,6 +14,9 @@ from forecache.workers.errors import (
     NonFiniteError,
     OverloadedError,
 )
+from forecache.workers.masking import mask_places
+
+logger = logging.getLogger(__name__)
 
 
 class StartError(ForecacheError):
@@ -142,11 +146,38 @@ def from_http_status(status: int, method: str, path: str, detail: str) -> ApiErr
         case 405:
             message = f"{method} is not allowed on {path}"
             return ApiError(405, message, "invalid_request_error", code="method_not_allowed")
-    return ApiError(status, detail, "invalid_request_error" if status < 500 else "server_error")
+    return ApiError(status, mask_places(detail), "invalid_request_error" if status < 500 else "server_error")
+
+
+INTERNAL = "internal error; the server's log has the details"
+MEMORY_UNAVAILABLE = "the cluster's memory can't be read now; send the request again"
+CATALOG_UNAVAILABLE = "the cluster's catalog does not answer now; send the request again"
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """What to tell the client of an exception of ours; one that is not is an internal error without details."""
+    """What a client sees of an exception. This is the one place that makes it.
+
+    Only errors about the request itself, or about waiting for it, speak to the client in their own words, and even
+    those without addresses, paths and keys. All others get a sentence from here; see :func:`tell`.
+    """
+    said = _from_exception(error)
+    return replace(said, message=mask_places(said.message))
+
+
+def tell(error: BaseException, what: str) -> ApiError:
+    """:func:`from_exception`, with the details in the log where the client does not get them.
+
+    ``what`` says what failed, such as the request's method and path.
+    """
+    said = from_exception(error)
+    if not isinstance(error, ForecacheError | ValidationError):
+        logger.error("%s failed", what, exc_info=error)
+    elif said.message != str(error) and not isinstance(error, ValidationError):
+        logger.warning("%s: %s: %s", what, type(error).__name__, error)
+    return said
+
+
+def _from_exception(error: BaseException) -> ApiError:
     match error:
         case RefusedError():
             return error.said
@@ -182,10 +213,12 @@ def from_exception(error: BaseException) -> ApiError:
             return ApiError(503, str(error), "server_error", code="prompt_process_lost")
         case WorkerLostError():
             return ApiError(503, str(error), "server_error", code="worker_lost")
-        case ChunkLostError() | CatalogUnavailableError() | TierSilentError():
+        case TierSilentError():
             return ApiError(503, str(error), "server_error", code="memory_unavailable")
         case NonFiniteError():
             return ApiError(500, str(error), "server_error", code="non_finite")
-        case ForecacheError():
-            return ApiError(500, str(error), "server_error", code="internal_error")
-    return ApiError(500, "internal error; the server's log has the details", "server_error", code="internal_error")
+        case ChunkLostError():
+            return ApiError(503, MEMORY_UNAVAILABLE, "server_error", code="memory_unavailable")
+        case CatalogUnavailableError():
+            return ApiError(503, CATALOG_UNAVAILABLE, "server_error", code="memory_unavailable")
+    return ApiError(500, INTERNAL, "server_error", code="internal_error")

@@ -1,6 +1,7 @@
 """The Serve deployment that speaks HTTP, and its way to the decode workers."""
 
 import gc
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextvars import Context
 from dataclasses import replace
@@ -42,6 +43,8 @@ from forecache.workers.decode.messages import (
 from forecache.workers.decode.stats import WorkerStats
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import EngineDeadError, EngineHungError
+
+logger = logging.getLogger(__name__)
 
 STATS_DEADLINE_S = 5.0
 
@@ -129,7 +132,8 @@ class ServeWorkers:
                 timeout_s=STATS_DEADLINE_S, return_exceptions=True
             )
         except (TimeoutError, DeploymentUnavailableError) as error:
-            raise WorkerLostError(f"no worker answers: {error}") from error
+            logger.warning("no worker answers: %s", error)
+            raise WorkerLostError("no worker answers") from error
         reached = [answer for answer in answers if isinstance(answer, WorkerStats)]
         if not reached:
             raise WorkerLostError("no worker answers")

@@ -5,9 +5,10 @@ import json
 import logging
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from forecache.cluster.telemetry_config import TelemetryConfig
+from forecache.workers.masking import mask_secrets
 
 LOGGER = "forecache"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -37,9 +38,9 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **_extra(record),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        if record.exc_info or record.exc_text:
+            line["exception"] = record.exc_text or self.formatException(record.exc_info)  # type: ignore[arg-type]
+        return json.dumps(_masked(line), ensure_ascii=False)
 
 
 class TextFormatter(logging.Formatter):
@@ -51,11 +52,46 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head, *trace = super().format(record).split("\n", 1)
         extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
-        return "\n".join([head + extra, *trace])
+        return mask_secrets("\n".join([head + extra, *trace]))
+
+
+def _masked(value: object) -> object:
+    """A JSON value without secrets; what JSON has no form of becomes text."""
+    if isinstance(value, dict):
+        return {str(name): _masked(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(part) for part in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return mask_secrets(str(value))
+
+
+class _MaskingRecord(logging.LogRecord):
+    """A record of any logger, Ray's and Serve's too, that has no secrets in its message and traceback."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        try:
+            text = super().getMessage()
+        except (TypeError, ValueError, KeyError):
+            return  # its own handler reports that the message and its arguments do not fit
+        if (masked := mask_secrets(text)) != text:
+            self.msg, self.args = masked, None
+        if self.exc_info and self.exc_info[0] is not None:
+            trace = logging.Formatter().formatException(self.exc_info)
+            if (masked := mask_secrets(trace)) != trace:
+                # a formatter takes the text that is there already
+                self.exc_text, self.exc_info = masked, None
+
+
+def mask_all_records() -> None:
+    """From now on no log record of this process, of whatever library, holds a password or a key."""
+    logging.setLogRecordFactory(_MaskingRecord)
 
 
 def configure(config: TelemetryConfig, component: str, process: str, stream: TextIO | None = None) -> None:
     """Have forecache's loggers of this process write to ``stream``, stderr by default, and nowhere else."""
+    mask_all_records()
     logger = logging.getLogger(LOGGER)
     # not sys.stderr, which Ray Serve puts a logger of its own into
     handler = logging.StreamHandler(stream or sys.__stderr__)

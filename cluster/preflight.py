@@ -14,6 +14,7 @@ from forecache.cluster.errors import StartError
 from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
 from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.masking import mask_secrets
 
 if TYPE_CHECKING:
     from forecache.workers.memory.layout import ChunkLayout
@@ -92,22 +93,18 @@ def _family(host: str) -> socket.AddressFamily:
 
 def check_redis(url: str, timeout_s: float = 3.0) -> None:
     """Raises :class:`StartError` when no Redis answers at ``url``."""
-    shown = _without_password(url)
+    shown = mask_secrets(url)
     try:
         with redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s) as client:
             client.ping()
     except ValueError as error:
-        raise StartError(f"--redis-url {shown} is no Redis URL: {error}") from error
+        raise StartError(f"--redis-url {shown} is no Redis URL: {mask_secrets(str(error))}") from error
     except redis.RedisError as error:
+        reason = mask_secrets(str(error))
         raise StartError(
-            f"no Redis answers at {shown} ({error}): start it, correct --redis-url, or leave it out to use the "
+            f"no Redis answers at {shown} ({reason}): start it, correct --redis-url, or leave it out to use the "
             "embedded server"
         ) from error
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}…@{rest.rsplit('@', 1)[1]}" if "@" in rest else url
 
 
 def check_arena_dir(directory: Path, cold_bytes: int, object_store_bytes: int, address: str | None) -> None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -25,7 +25,7 @@ class Tiers:
 
     namespace: str
     run: str
-    redis_url: str
+    redis_url: str = field(repr=False)
     deadline_s: float
 
     def name(self, node_id: str) -> str:

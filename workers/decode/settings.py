@@ -1,6 +1,6 @@
 """What a decode worker is told, and the names of the actors of its node."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,7 +20,7 @@ class WorkerSettings:
     indexer: IndexerConfig
     namespace: str
     run: str
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
     telemetry: Telemetry = SILENCE
 
     def actor_name(self, kind: str, node_id: str) -> str:

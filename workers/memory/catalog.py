@@ -30,6 +30,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.masking import mask_secrets
 from forecache.workers.memory.keys import KEY_BYTES, ChunkKey, batches
 
 CHUNK_PREFIX = b"forecache:chunk:"
@@ -234,7 +235,7 @@ class Catalog:
 
     def __init__(self, url: str, *, timeout_s: float = 1.0) -> None:
         """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects when first used."""
-        self._url = url
+        self._shown_url = mask_secrets(url)
         try:
             self._redis = redis.Redis.from_url(
                 url,
@@ -244,7 +245,7 @@ class Catalog:
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
-            raise CatalogUnavailableError(f"{url!r} is no Redis URL ({error})") from error
+            raise CatalogUnavailableError(f"{mask_secrets(url)!r} is no Redis URL") from error
         self._run = self._redis.register_script(RUN)
         self._locate = self._redis.register_script(LOCATE)
         self._tiers = self._redis.register_script(TIERS)
@@ -400,7 +401,9 @@ class Catalog:
         try:
             yield
         except redis.RedisError as error:
-            raise CatalogUnavailableError(f"Redis at {self._url} does not answer: {error}") from error
+            raise CatalogUnavailableError(
+                f"Redis at {self._shown_url} does not answer: {mask_secrets(str(error))}"
+            ) from error
 
 
 def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord | None:

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class TierSettings:
     index_nbytes: int
     index_fingerprint: str
     namespace: str | None = None
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
     telemetry: Telemetry = SILENCE
 
 
