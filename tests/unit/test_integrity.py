@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ from forecache.workers.decode.cold_reads import ColdReads
 from forecache.workers.decode.dsv4_step import StreamPast
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.decode.sequence import Chunk, Sequence
+from forecache.workers.errors import ChunkLostError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.chunk_batch import ChunkBatch
+from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch
 from forecache.workers.memory.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.hot_pool import HotPool
@@ -33,6 +35,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, Field, attention_layout
 from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.remote_peers import PendingRows
 from forecache.workers.memory.states import StateLayout
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read, take_in
@@ -326,6 +329,44 @@ def test_held_for_another_node(tmp_path: Path) -> None:
     assert store.stats().dropped_chunks == 1
     hosted.release(["far"])
     store.check_integrity()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at the first layer", "later"])
+def test_layer_for_another_node(tmp_path: Path, first: bool) -> None:
+    """Damaged before it is read for the first time, or between two of its layers."""
+    store = store_of(tmp_path, "store")
+    hosted = HostedSequences(store, LAYOUT, lambda _holder, _keys: 0)
+    batch_of(KEYS[:3], store)
+    hosted.hold("far", KEYS[:3])
+    if not first:
+        assert hosted.read_layer("far", KEYS[:3], 1).keys == tuple(KEYS[:3])
+    damage(store, KEYS[1])  # in the bytes of layer 0
+    sent = hosted.read_layer("far", KEYS[:3], 0)
+    assert sent.keys == (KEYS[0], KEYS[2]) and sent.is_sound
+    assert (sent.rows == np.array([[KEYS[0][0]], [KEYS[2][0]]])).all()
+    assert store.stats().dropped_chunks == 1
+    assert hosted.read_layer("far", KEYS[:3], 1).keys == (KEYS[0], KEYS[2])
+    # the place is given to another chunk
+    hosted.release(["far"])
+    for number in range(store.arena.slots):
+        batch_of([bytes([200, number % 256, number // 256]) + bytes(13)], store)
+    batch_of(KEYS[:1], store)
+    assert hosted.read_layer("far", KEYS[:3], 0).keys == (KEYS[0],)
+
+
+def test_layer_that_is_damaged_on_its_way() -> None:
+    sent = LayerBatch.sealed((KEYS[0],), np.full((1, LAYOUT.layer_nbytes), 7, np.uint8))
+    sent.rows[0, 9] ^= 1
+
+    class Peers:
+        """Another tier whose answer is damaged on its way."""
+
+        def wait(self, tier_id: str, ref: object, timeout_s: float) -> LayerBatch:
+            return sent
+
+    peers: Any = Peers()
+    with pytest.raises(ChunkLostError, match="came damaged"):
+        PendingRows(peers, KEYS[:1], [("tier", None)]).result()
 
 
 def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -> None:

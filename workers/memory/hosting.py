@@ -7,6 +7,7 @@ import numpy as np
 from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.holders import worker_of
 from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.layer_digests import LayerDigests
 from forecache.workers.memory.layout import ChunkLayout
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import take_in
@@ -26,6 +27,7 @@ class HostedSequences:
         self._store = store
         self._layout = layout
         self._from_disk = from_disk
+        self._digests = LayerDigests(store.arena, layout)
 
     def promise(self, holder: str, chunks: int) -> int:
         """Room for ``chunks`` in all, as far as there is; returns for how many."""
@@ -47,17 +49,19 @@ class HostedSequences:
         return take_in(self._store, batch, holder)
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
-        """One layer of those of ``keys`` that are here; ``holder`` holds them, unless it was released meanwhile. Their
-        bytes were verified when they were held. Nothing is held by this."""
+        """One layer of those of ``keys`` that are here and sound; ``holder`` holds them, unless it was released
+        meanwhile. Nothing is held by this."""
         found = [(key, ref) for key, ref in zip(keys, self._store.find(keys), strict=True) if ref is not None]
         arena, slots = self._store.arena, np.array([ref.slot for _, ref in found], np.int64)
         chunks = arena.chunks.numpy()
         rows = np.concatenate([chunks[slots, part] for part in self._layout.layer_parts(layer)], axis=1)
+        sound = self._digests.sound([key for key, _ in found], [ref for _, ref in found], layer, rows)
         # a slot that was given away while it was read holds another chunk
         same = arena.generation(slots) == np.array([ref.generation for _, ref in found], np.uint64)
-        return LayerBatch.sealed(
-            tuple(key for (key, _), is_same in zip(found, same, strict=True) if is_same), rows[same]
-        )
+        for number in np.flatnonzero(~sound).tolist():
+            self._store.drop(*found[number])
+        kept = np.flatnonzero(sound & same)
+        return LayerBatch.sealed(tuple(found[number][0] for number in kept.tolist()), rows[kept])
 
     def hosted(self, floors: Mapping[str, int]) -> list[str]:
         """Names of all holders of these workers of another node that hold something here; all serials of a worker
