@@ -23,6 +23,7 @@ from forecache.indexer.scorer import (
     prediction,
     score,
     unchanged,
+    verified,
     where_records_are,
 )
 from forecache.indexer.static_prediction import Places, StaticPredictions
@@ -176,11 +177,12 @@ class CudaIndexer:
                 found = self._score(request, read, lse, local_lse)
             # only now it is known whose records these were
             sound = np.ones(len(read), dtype=np.bool_)
-            sound[: len(chunks)] = unchanged(self._arena, request, read[: len(chunks)])
+            sound[: len(known)] = unchanged(self._arena, request, known)  # verified when they came to the GPU
+            sound[len(known) : len(chunks)] = verified(self._arena, request, new)
             kept = sound[len(known) : len(chunks)] & (copy_rows >= 0)
             self._cache.keep(copy_rows[kept], slots[new[kept]], generations[new[kept]])
             if not sound.all():
-                # a half-written record spoils the softmax of all the others
+                # a half-written record, or a damaged one, spoils the softmax of all the others
                 read = read[sound]
                 of_sound, local_lse = self._upload(columns[sound], request.local_lse)
                 found = self._score(request, read, lse[:, of_sound], local_lse)

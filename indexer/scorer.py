@@ -35,6 +35,11 @@ class ArenaIndexView(Protocol):
         """Generations of ``slots``, both [n], as they are now."""
         ...
 
+    def sound_records(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` still have these ``generations``, and the records that were stored: bool [n]. To be asked
+        after they were read."""
+        ...
+
 
 Attach = Callable[[str], ArenaIndexView]
 """Maps the arena at a path."""
@@ -72,8 +77,9 @@ def read_records(
 ) -> Read:
     """Log-sum-exps of the queries over the records that can be read.
 
-    A slot's generation is read before its record and again after it: one that was given away meanwhile, or already
-    had been, is left out. Raises ValueError as :func:`predict` does.
+    A slot's generation is read before its record and again after it, with the record's checksum: one that was given
+    away meanwhile, or already had been, or whose bytes are damaged, is left out. Raises ValueError as :func:`predict`
+    does.
     """
     check_kind(spec, arena)
     check_state(request, lookahead)
@@ -87,10 +93,10 @@ def read_records(
     while True:
         slots = torch.from_numpy(request.index_slots[chunks])
         lse = record_figures(rows, arena.index, queries, weights, slots)
-        sound = unchanged(arena, request, chunks)
+        sound = verified(arena, request, chunks)
         if sound.all():
             break
-        # a half-written record spoils the softmax of all the others
+        # a half-written record, or a damaged one, spoils the softmax of all the others
         chunks = chunks[sound]
     here = record_figures(rows, torch.tensor(request.local_records), queries, weights)
     read = torch.from_numpy(np.concatenate([chunks, local]))
@@ -195,6 +201,14 @@ def unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArra
     now = arena.generation(request.index_slots[chunks]).astype(np.int64)
     same: npt.NDArray[np.bool_] = now == request.generations[chunks]
     return same
+
+
+def verified(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of ``chunks`` have records, read just now, that are those that were stored: bool [n]. Reads them again."""
+    sound = unchanged(arena, request, chunks)
+    still = chunks[sound]
+    sound[sound] = arena.sound_records(request.index_slots[still], request.generations[still])
+    return sound
 
 
 def _use_threads(threads: int) -> None:

@@ -90,6 +90,9 @@ class Table:
             part.copy_(records[: len(part)])
         self._order = np.random.default_rng(0).permutation(slots)
 
+    def sound_records(self, slots: np.ndarray, generations: np.ndarray) -> np.ndarray:
+        return np.ones(len(slots), dtype=np.bool_)
+
     def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         return np.ones(len(slots), dtype=np.uint64)
 

@@ -27,7 +27,7 @@ from forecache.workers.decode.sequence import Chunk, Sequence
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch
+from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.hot_pool import HotPool
@@ -35,6 +35,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, Field, attention_layout
 from forecache.workers.memory.prefetcher import Prefetcher
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.records import RecordSlots
 from forecache.workers.memory.remote_peers import PendingRows
 from forecache.workers.memory.states import StateLayout
 from forecache.workers.memory.store import ArenaStore
@@ -367,6 +368,53 @@ def test_layer_that_is_damaged_on_its_way() -> None:
     peers: Any = Peers()
     with pytest.raises(ChunkLostError, match="came damaged"):
         PendingRows(peers, KEYS[:1], [("tier", None)]).result()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_index_records(architecture: Architecture, device: str) -> None:
+    """Damaged while an answer is written whose sets are chosen by them: its chunks go, and so does what was chosen."""
+    settings = {"hot_chunks": 48, "keep_ratio": 0.3, "late_policy": "wait", "window_steps": 8}
+    with architecture.open(device, **settings) as llm:
+        expected = answer(llm, architecture.prompt, tokens=40)
+        flipped: list[SlotRef] = []
+
+    def meddle(llm: LLM) -> bool:
+        seq = llm.engine._sequences.get("a")
+        if seq is None or seq.decode_steps < 10:
+            return False
+        flipped.extend(chunk.ref for chunk in seq.chunks[1:3] if chunk.ref is not None)
+        for ref in flipped:
+            llm.memory.arena.index[ref.slot, 5] ^= 0x08
+        return True
+
+    with architecture.open(device, **settings) as llm:
+        assert answer(llm, architecture.prompt, meddle, tokens=40).is_that_of(expected)
+        assert len(flipped) == 2
+        assert llm.engine.stats().lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
+
+
+def test_record_of_a_chunk_on_another_node(tmp_path: Path) -> None:
+    arena = Arena.create(
+        tmp_path,
+        "records",
+        layout=LAYOUT,
+        index_nbytes=32,
+        index_fingerprint="index",
+        capacity_bytes=4 << 20,
+        record_bytes=4096,
+    )
+    records, sent = RecordSlots(arena), batch_of(KEYS[:3], store_of(tmp_path, "store"))
+    came = RecordBatch.of(sent)
+    (ref,) = records.put("near", RecordBatch(came.keys[:1], came.index[:1], came.checksums[:1]))
+    assert ref is not None and arena.check(ref, KEYS[0])
+    arena.index[ref.slot, 3] ^= 1
+    slots, generations = np.array([ref.slot]), np.array([ref.generation])
+    assert not arena.check(ref, KEYS[0]) and not arena.sound_records(slots, generations)[0]
+    assert records.put("near", RecordBatch(came.keys[:1], came.index[:1], came.checksums[:1])) == [ref]
+    assert arena.check(ref, KEYS[0]) and arena.sound_records(slots, generations)[0]
+    assert not arena.sound_records(slots, generations + 1)[0]
+    came.index[1, 7] ^= 1
+    assert came.sound().keys == (KEYS[0], KEYS[2])
 
 
 def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,9 @@ class Table:
         self.index[3:] = DOCUMENT.records
         self.generations = np.arange(len(self.index), dtype=np.uint64)
 
+    def sound_records(self, slots: np.ndarray, generations: np.ndarray) -> np.ndarray:
+        return np.ones(len(slots), dtype=np.bool_)
+
     def generation(self, slots: np.ndarray) -> np.ndarray:
         now: np.ndarray = self.generations[slots]
         return now

@@ -177,6 +177,20 @@ class ChunkKeeper:
         now = self._arena.generation(slots[stored])
         return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
 
+    def damaged_records(self, seq: Sequence, numbers: tuple[int, ...]) -> int:
+        """How many of these chunks of ``seq``, whose index records could not be scored, have damaged ones. Nobody shall
+        find these chunks again."""
+        stored = [(number, ref) for number in numbers if (ref := seq.chunks[number].ref) is not None]
+        slots = np.array([ref.slot for _, ref in stored], np.int64)
+        generations = np.array([ref.generation for _, ref in stored], np.int64)
+        # a slot that was given away is no damage: whoever reads the chunk itself will see that it is gone
+        held = self._arena.generation(slots) == generations.astype(np.uint64)
+        damaged = np.flatnonzero(held & ~self._arena.sound_records(slots, generations)).tolist()
+        for row in damaged:
+            number, ref = stored[row]
+            self._prefetcher.drop(seq.chunks[number].key, ref)
+        return len(damaged)
+
     def answered(self, seq: Sequence, reason: FinishReason) -> None:
         """``seq`` has ended: if it was answered, its session can be gone on with."""
         if seq.cache.session_id is not None and reason in ("stop", "length"):

@@ -340,9 +340,11 @@ class Engine:
         for request_id in cancelled & self._sequences.keys():
             self.pulse.beat()
             self._finish(self._sequences[request_id], "cancelled")
-        for seq in self._scheduler.running:
-            if seq.state is not State.WAITING:
-                self.windows.poll(seq)
+        for seq in list(self._scheduler.running):
+            missing = self.windows.poll(seq) if seq.state is not State.WAITING else ()
+            if missing and (damaged := self._keeper.damaged_records(seq, missing)):
+                self._counters.lost_chunks += damaged
+                self._restart(seq, f"index records of {damaged} of them were wrong when they were scored")
         for seq in [seq for seq in self._to_restart if not self.windows.busy(seq)]:
             self._restart(seq, self._to_restart[seq])
         for seq in [seq for seq in self._leaving if not self.windows.busy(seq)]:

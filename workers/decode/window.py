@@ -131,18 +131,21 @@ class WindowCycle:
         turn.future.add_done_callback(lambda _: self._prefetcher.wake())
         self._turns[seq] = turn
 
-    def poll(self, seq: Sequence) -> None:
-        """At a step's edge: take an answered prediction further, swap a set whose boundary is here."""
+    def poll(self, seq: Sequence) -> tuple[int, ...]:
+        """At a step's edge: take an answered prediction further, swap a set whose boundary is here. Returns the numbers
+        of chunks whose index records the prediction could not read, or not as they were stored."""
         if (turn := self._turns.get(seq)) is None:
-            return
+            return ()
+        missing: tuple[int, ...] = ()
         if turn.future is not None and turn.future.done():
-            self._answered(seq, turn, turn.future)
+            missing = self._answered(seq, turn, turn.future)
             if seq.streamed:
-                return
+                return missing
         if turn.wanted:
             self._bring_in(seq, turn)
         if turn.ready and (turn.urgent or seq.decode_steps >= turn.boundary):
             self._swap(seq, turn)
+        return missing
 
     def blocked(self, seq: Sequence) -> bool:
         """Whether ``seq`` must not step now: its first set is not there, or it waits for a late one.
@@ -214,8 +217,9 @@ class WindowCycle:
         lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
         return seq.decode_steps + (0 if done else 1) >= max(previous, boundary - lead)
 
-    def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> None:
-        """Take in what was predicted. A prediction is a hint: without it the old set serves on, within the budget."""
+    def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> tuple[int, ...]:
+        """Take in what was predicted, and return what it had no records of. A prediction is a hint: without it the old
+        set serves on, within the budget."""
         turn.future = None
         error = future.exception()
         if error is None and not np.isfinite(future.result().scores).all():
@@ -225,13 +229,14 @@ class WindowCycle:
             seq.counters.failed_predictions += 1
             kept = np.array([number in seq.resident for number in range(turn.chunks)], dtype=np.float32)
             self._choose(seq, turn, kept)
-            return
+            return ()
         prediction = future.result()
         if prediction.event_mass is not None:
             self._follow(seq, turn, prediction.event_mass)
         if not seq.streamed:
             scores = self._early_scores.largest(seq, prediction.scores, turn.boundary, self.budgets.window_steps(seq))
             self._choose(seq, turn, scores, prediction.event_mass)
+        return prediction.missing
 
     def _follow(self, seq: Sequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
         """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after (design §5.7)."""

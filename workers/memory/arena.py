@@ -330,6 +330,14 @@ class Arena:
         sealed = self._headers.sealed_checksums(ref, key)
         return sealed is not None and sealed == self.digests(ref.slot) and self.is_sealed(ref, key)
 
+    def sound_records(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` still have these ``generations``, and index bytes that are those that were sealed: bool
+        ``[n]``. As with :meth:`check`, a reader asks after it has read."""
+        sound, expected = self._headers.sealed_records(slots, generations)
+        for row in np.flatnonzero(sound).tolist():
+            sound[row] = xxhash.xxh3_64_intdigest(self._index[slots[row]]) == expected[row]
+        return sound & (self.generation(slots) == generations.astype(np.uint64))
+
     def sealed_key(self, slot: int) -> ChunkKey | None:
         """The key that ``slot`` is sealed as; ``None`` where it is not sealed. Reads no chunk bytes."""
         return self._headers.sealed_key(slot)

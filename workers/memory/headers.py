@@ -118,6 +118,18 @@ class Headers:
         sums = [headers[name] for name in ("checksum", "index_checksum", "device_checksum")]
         return same, np.stack(sums, axis=1)
 
+    def sealed_records(
+        self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+        """Which of ``slots`` are sealed in these ``generations``, bool ``[n]``, whatever their keys; and the checksums
+        of their index bytes, uint64 ``[n]``."""
+        headers = self._array[slots]
+        same: npt.NDArray[np.bool_] = headers["generation"] == generations.astype(np.uint64)
+        raw, size = headers.tobytes(), HEADER.itemsize
+        for row in np.flatnonzero(same).tolist():
+            same[row] = _is_sound(int(slots[row]), raw[row * size : (row + 1) * size])
+        return same, headers["index_checksum"]
+
     def seal(self, ref: "SlotRef", key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
         """Write the header of ``ref``. It is no seal if the slot was given away, before or meanwhile: the generation is
         the owner's to write, and the seal counts for that of ``ref`` alone."""
