@@ -336,7 +336,8 @@ class Arena:
         sound, expected = self._headers.sealed_records(slots, generations)
         for row in np.flatnonzero(sound).tolist():
             sound[row] = xxhash.xxh3_64_intdigest(self._index[slots[row]]) == expected[row]
-        return sound & (self.generation(slots) == generations.astype(np.uint64))
+        sound &= self.generation(slots) == generations.astype(np.uint64)
+        return sound
 
     def sealed_key(self, slot: int) -> ChunkKey | None:
         """The key that ``slot`` is sealed as; ``None`` where it is not sealed. Reads no chunk bytes."""

@@ -55,5 +55,5 @@ class LayerDigests:
             digests = []
             for layer in range(self._layout.fields[0].shape[0]):
                 parts = [chunk[part] for part in self._layout.layer_parts(layer)]
-                digests.append(xxhash.xxh3_64_intdigest(np.concatenate(parts)))
+                digests.append(xxhash.xxh3_64_intdigest(np.concatenate(parts).tobytes()))
             self._known[places[key].slot] = (places[key].generation, tuple(digests))
