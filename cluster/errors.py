@@ -75,6 +75,10 @@ class PromptProcessError(ForecacheError):
     """The process that reads large requests ended, or took too long, before a request was read."""
 
 
+class PinLimitError(InvalidRequestError):
+    """More would be pinned than may be. It does not help to wait: something has to be unpinned."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -202,6 +206,8 @@ def _from_exception(error: BaseException) -> ApiError:
             return ApiError(404, str(error), "invalid_request_error", error.param, "model_not_found")
         case UnknownSessionError():
             return ApiError(404, str(error), "invalid_request_error", "session_id", "session_not_found")
+        case PinLimitError():
+            return invalid_request(str(error), "session_id", "pin_limit_exceeded")
         case InvalidRequestError():
             return invalid_request(str(error), error.param, "invalid_value")
         case OverloadedError():

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from forecache.cluster.errors import TierSilentError, UnknownSessionError
+from forecache.cluster.errors import PinLimitError, TierSilentError, UnknownSessionError
 from forecache.cluster.http_body import read_short_json
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.openai_tools import Strict
@@ -19,6 +19,7 @@ from forecache.cluster.tenants import Tenant
 from forecache.cluster.tiers import Tiers
 from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.catalog import Catalog, SessionRecord
+from forecache.workers.memory.pins import MOST_NAMED, TENANT_MARK, PinShare, tenant_of
 
 DEFAULT_TTL_S = 3600.0
 MAX_TTL_S = 30 * 24 * 3600.0
@@ -54,18 +55,22 @@ class SessionDirectory:
     def pin(self, session_id: str, ttl_s: float) -> dict[str, Any]:
         """No tier evicts the session's chunks for ``ttl_s``.
 
-        Leaves the session as it was, and raises :class:`OverloadedError` where slots are promised to running answers,
+        Leaves the session as it was, and raises :class:`PinLimitError` where more would be pinned than may be,
+        :class:`OverloadedError` where slots are promised to running answers,
         :class:`TierSilentError` where a tier did not say that it keeps them.
         """
         record, now_s = self._record(session_id), time.time()
         pinned = replace(record, pinned_until_unix_s=now_s + ttl_s, changed_unix_s=now_s).after(record)
         yielding, silent = self._set(pinned)
+        shares = self._tiers.ask("pin_share", session_id).values() if yielding else ()
         if yielding or silent:
             self._set(record.after(pinned))
         if silent:
             raise TierSilentError(
                 f"the session is not pinned: {silent} of the memory tiers did not answer in time. Try again later."
             )
+        if refused := over_limit(session_id, list(shares)):
+            raise refused
         if yielding:
             raise OverloadedError(
                 f"of the session's chunks {yielding} can't be pinned now: the memory tier has promised their slots to "
@@ -111,6 +116,29 @@ class SessionDirectory:
         if record is None:
             raise UnknownSessionError("no such session is known: it begins with a request that names it")
         return record
+
+
+def over_limit(session_id: str, shares: Sequence[PinShare]) -> PinLimitError | None:
+    """Why the session can't be pinned, if that is since its tenant, or all tenants, would have more pinned at a tier
+    than they may. Names the tenant's own sessions alone."""
+    share = max(shares, key=lambda share: share.over, default=None)
+    if share is None or not share.over:
+        return None
+    others = Counter[str]()
+    for each in shares:
+        others.update({name.rpartition(TENANT_MARK)[2]: slots for name, slots in each.sessions if name != session_id})
+    mine = share.pinned > share.limit
+    whose, limit, pinned = (
+        ("", share.limit, share.pinned) if mine else ("all ", share.limit_of_all, share.pinned_by_all)
+    )
+    said = f"the session can't be pinned: {whose}pins may keep {limit} chunks of a node and would keep {pinned}. "
+    if others:
+        named = ", ".join(f"{name!r} ({slots} chunks)" for name, slots in others.most_common(MOST_NAMED))
+        return PinLimitError(
+            f"{said}Let go of others with DELETE /v1/sessions/ID first; yours that are pinned: {named}."
+        )
+    what = "--max-tenant-pinned-fraction" if mine and tenant_of(session_id) else "--max-pinned-fraction"
+    return PinLimitError(f"{said}None of your other sessions is pinned. The operator may raise {what}.")
 
 
 class SessionRoutes:

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.errors import ChunkLostError, ForecacheError, NonFiniteError, OverloadedError
+from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, NonFiniteError, OverloadedError
 
 
 class TokenStream(Protocol):
@@ -78,6 +78,8 @@ class EventStream:
         self._finished = event.finish_reason is not None
         if self._observe is not None:
             self._observe(event)
+        if event.too_large:
+            raise InvalidRequestError(event.error or "the request is larger than all memory", param="messages")
         if event.overloaded:
             raise OverloadedError(event.error or "no room")
         if event.chunks_lost:

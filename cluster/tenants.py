@@ -12,10 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from forecache.cluster.errors import AuthenticationError, StartError
 from forecache.cluster.sizes import parse_bytes
+from forecache.workers.memory.pins import TENANT_MARK
 
 KEY_PREFIX = "fc-"
-_SALT_MARK = "\x1f"
-"""Between a tenant's name, which can't hold it, and what its requests add."""
 
 
 class Tenant(BaseModel):
@@ -31,7 +30,7 @@ class Tenant(BaseModel):
 
     def own(self, asked: str) -> str:
         """What its cache salt or session of this name is called among those of all tenants."""
-        return f"{self.name}{_SALT_MARK}{asked}"
+        return f"{self.name}{TENANT_MARK}{asked}"
 
 
 class Anybody(Tenant):

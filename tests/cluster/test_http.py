@@ -422,7 +422,7 @@ def begun(lines: Iterator[str]) -> str:
 @pytest.fixture(scope="module")
 def two_workers(start_server: Any) -> Any:
     """Of one arena of 768 chunks, 12,288 tokens."""
-    return start_server("--workers", "2", "--keep-ratio", "1.0", "--cold-bytes", "8MiB")
+    return start_server("--workers", "2", "--keep-ratio", "1.0", "--cold-bytes", "8MiB", "--max-pinned-fraction", "1.0")
 
 
 def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_workers: Any) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from forecache.cluster.integrity import orphans
-from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
+from forecache.workers.errors import ChunkLostError, InvalidRequestError, OverloadedError, ReleasedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.catalog import TierRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
@@ -23,6 +23,7 @@ from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.records import RecordSlots
+from forecache.workers.memory.share import share_of
 from forecache.workers.memory.spread import SpreadSequences
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read
@@ -97,7 +98,7 @@ class Nodes:
     # the catalog, as far as it is asked
 
     def tiers(self) -> list[TierRecord]:
-        return [*self.others().values()]
+        return list(self.others().values())
 
     def others(self) -> dict[str, TierRecord]:
         record = TierRecord("there", f"{self.lives['there']}", "node", self.there.arena.slots, 0)
@@ -489,7 +490,7 @@ class TwoTiers(RuleBasedStateMachine):
         self.next += 1
         try:
             self.nodes.begin(holder, chunks)
-        except (OverloadedError, ChunkLostError):
+        except (OverloadedError, ChunkLostError, InvalidRequestError):
             self.release(holder)
 
     @precondition(lambda self: self.living)
@@ -591,3 +592,25 @@ def test_an_orphan_is_what_its_living_worker_does_not_know() -> None:
         f"tier-b: {name(0)} is over, and something is held for it",
     ]
     assert orphans(held, {}) == []
+
+
+def test_what_all_tiers_together_can_t_hold_is_not_told_to_try_again(nodes: Nodes) -> None:
+    here, there = nodes.store.arena.slots, nodes.there.arena.slots
+    most = here - 2 * share_of(here).at_once + there
+    nodes.begin(name(0), most)
+    nodes.release(name(0))
+    nodes.rounds()
+    nodes.spread.begin(name(1), most + 1)
+    with pytest.raises(InvalidRequestError, match=f"need {most + 1} chunks, but the memory of all nodes holds {most}"):
+        nodes.spread.promise_rest(name(1))
+    nodes.release(name(1))
+    nodes.rounds()
+    # another node that is away may come back
+    nodes.reachable = False
+    nodes.spread.begin(name(2), most)
+    with pytest.raises(OverloadedError, match="Try again later"):
+        nodes.spread.promise_rest(name(2))
+    nodes.release(name(2))
+    nodes.reachable = True
+    nodes.rounds()
+    assert not nodes.held()

@@ -14,6 +14,7 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.idle_slots import Idle
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.pins import TENANT_MARK, PinLimits
 from forecache.workers.memory.protocol import ColdMemory, SlotRef
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read
@@ -22,6 +23,9 @@ LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16
 SLOTS = 5
 KEYS = [bytes([i]) * 16 for i in range(1, 10)]
 HOLDERS = ["a/0", "a/1", "b/0"]
+NO_LIMITS = PinLimits(1.0, 1.0)
+TENANT = "x"
+NAMES = [f"{TENANT}{TENANT_MARK}{session}" for session in "st"]
 
 
 def small_arena(directory: Path, slots: int = SLOTS) -> Arena:
@@ -53,7 +57,7 @@ def store_chunks(store: ColdMemory, holder: str, keys: list[ChunkKey]) -> list[S
 
 @pytest.fixture
 def store(tmp_path: Path) -> ArenaStore:
-    return ArenaStore(small_arena(tmp_path))
+    return ArenaStore(small_arena(tmp_path), pin_limits=NO_LIMITS)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -70,12 +74,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.pinned: dict[str, set[ChunkKey]] = {}
         self.promised: dict[str, int] = {}
 
-    @initialize()
-    def open(self) -> None:
+    @initialize(limits=st.sampled_from([NO_LIMITS, PinLimits(0.4, 0.2), PinLimits(0.6, 1.0), PinLimits(0.0, 1.0)]))
+    def open(self, limits: PinLimits) -> None:
+        self.limit = limits.of(TENANT, SLOTS)
         self.directory = tempfile.TemporaryDirectory()
         self.arena = small_arena(Path(self.directory.name))
         assert self.arena.slots == SLOTS
-        self.store = ArenaStore(self.arena, self.hear)
+        self.store = ArenaStore(self.arena, self.hear, limits)
 
     def teardown(self) -> None:
         self.arena.close()
@@ -194,16 +199,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.promised[holder] = max(before, min(chunks, room))
         assert self.store.promise_up_to(holder, chunks) == self.promised[holder]
 
-    @rule(name=st.sampled_from(["s", "t"]), keys=st.lists(st.sampled_from(KEYS), max_size=3))
+    @rule(name=st.sampled_from(NAMES), keys=st.lists(st.sampled_from(KEYS), max_size=3))
     def pin(self, name: str, keys: list[ChunkKey]) -> None:
         yielding = self.store.pin(name, keys)
         self.pinned[name] = set(keys)
         slots = {self.stored[key].slot for key in keys if key in self.stored}
-        assert yielding == len(slots & set(self.store._idle.of(Idle.YIELDING)))
+        copied = set(self.store.copied())
+        claimed = {key for kept in self.pinned.values() for key in kept if key in self.stored and key not in copied}
+        over = max(len(claimed) - self.limit, 0)
+        waiting = len(slots & set(self.store._idle.of(Idle.YIELDING)))
+        assert yielding == max(waiting, min(over, len(claimed & set(keys))))
         pinned = self.store.stats().pinned_slots
-        assert not yielding or sum(self.promised.values()) + pinned == SLOTS, "there is room for more"
+        full = sum(self.promised.values()) + pinned == SLOTS or pinned == self.limit
+        assert not waiting or full, "there is room for more"
 
-    @rule(name=st.sampled_from(["s", "t"]))
+    @rule(name=st.sampled_from(NAMES))
     def unpin(self, name: str) -> None:
         self.store.unpin(name)
         self.pinned.pop(name, None)

@@ -23,6 +23,7 @@ class News:
     error: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     overloaded: bool = False
+    too_large: bool = False
     chunks_lost: bool = False
     non_finite: bool = False
 
@@ -114,6 +115,7 @@ class Answers:
             news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             overloaded=news.overloaded,
+            too_large=news.too_large,
             chunks_lost=news.chunks_lost,
             non_finite=news.non_finite,
             prompt_logprobs=_prompt_logprobs(seq, news),

@@ -125,7 +125,7 @@ class Engine:
         Raises :class:`InvalidRequestError` for one that can never be served. Whatever it raises, nothing of the request
         is left behind.
         """
-        check_request(request, self._backbone, most_chunks(self._memory), text=self._has_tokenizer)
+        check_request(request, self._backbone, self._most_chunks(), text=self._has_tokenizer)
         assert (matcher is None) == (request.sampling.grammar is None), "a grammar needs its matcher"
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
@@ -150,6 +150,10 @@ class Engine:
             self._prefetcher.wake()
             undo.pop_all()
         self.pulse.beat()
+
+    def _most_chunks(self) -> int:
+        # what goes on elsewhere would need its state there too
+        return most_chunks(self._memory, spreads=self._snapshots.layout is None)
 
     def _new_holder(self, request: GenerateRequest) -> str:
         return Holder(self._name, request.request_id, next(self._serial), request.traceparent).name
@@ -334,7 +338,9 @@ class Engine:
             elif isinstance(done, Released):
                 self._keeper.released(done.holder)
             elif (failed := self._keeper.settle(done)) is not None:
-                self._finish(failed, "error", News(error=done.failure, overloaded=done.overloaded))
+                self._finish(
+                    failed, "error", News(error=done.failure, overloaded=done.overloaded, too_large=done.too_large)
+                )
         with self._cancel_lock:
             cancelled, self._cancelled = self._cancelled, set()
         for request_id in cancelled & self._sequences.keys():

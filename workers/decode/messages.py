@@ -131,6 +131,7 @@ class TokenEvent:
     ``prompt_logprobs``, where they were, come with the first token: of the prompt's tokens but the first.
     ``view``: where its chunks are, if that is wanted and has changed.
     ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room;
+    ``too_large``: there would be none for the request were all memory free;
     ``chunks_lost``: it is that stored chunks of the request were lost again and again; ``non_finite``: it is that the
     model computed infinity or no number. ``waiting``: nothing is new but that the request waits for its turn at a
     worker that gets on, or for a worker.
@@ -150,6 +151,7 @@ class TokenEvent:
     view: ChunkView | None = None
     chunks_lost: bool = False
     non_finite: bool = False
+    too_large: bool = False
     waiting: bool = False
 
 

@@ -15,7 +15,8 @@ class PrefixHeld:
     """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its places.
 
     The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
-    no room for what ``holder`` may need, so that it holds nothing. ``share``: it has room on other nodes, and so much
+    no room for what ``holder`` may need, so that it holds nothing; ``too_large``: nor would it were all of it free.
+    ``share``: it has room on other nodes, and so much
     here. ``state``: places of the pieces of a snapshot behind them, where sequences have a state.
     """
 
@@ -24,6 +25,7 @@ class PrefixHeld:
     others: tuple[ChunkKey, ...] = ()
     failure: str = ""
     overloaded: bool = True
+    too_large: bool = False
     share: Share | None = None
     state: tuple[SlotRef, ...] = ()
 
@@ -56,6 +58,7 @@ class WrittenBack:
     ref: SlotRef | None
     failure: str = ""
     overloaded: bool = False
+    too_large: bool = False
     written_bytes: int = 0
     duration_s: float = 0.0
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from forecache.workers.memory.pins import PinLimits
+
 
 class MemoryConfig(BaseModel):
     """Cold memory of one node."""
@@ -31,6 +33,18 @@ class MemoryConfig(BaseModel):
     )
     max_memory_nodes: int = Field(0, ge=0, description="most of those to ask for, as requests hold what tiers have")
     replicas: int = Field(1, ge=1, description="copies of each chunk, on different nodes")
+    max_pinned_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="largest part of each node's memory that pinned sessions may keep; the rest always serves requests",
+    )
+    max_tenant_pinned_fraction: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="largest part of it that one tenant may keep so, where API keys are asked for",
+    )
     disk_bytes: int = Field(
         0, ge=0, description="bytes of disk on each node for cold chunks that no node has memory for; 0: none"
     )
@@ -46,6 +60,10 @@ class MemoryConfig(BaseModel):
     )
     call_deadline_s: float = Field(10.0, gt=0, description="longest wait for an answer of a memory tier")
     heartbeat_s: float = Field(2.0, gt=0, description="seconds between a tier's signs of life in the catalog")
+
+    @property
+    def pin_limits(self) -> PinLimits:
+        return PinLimits(self.max_pinned_fraction, self.max_tenant_pinned_fraction)
 
     @property
     def record_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Slots that nobody holds, in the order in which they should be evicted."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from enum import Enum, auto
 
@@ -12,16 +12,21 @@ class Idle(Enum):
     """Another tier, or a disk, answers for it: evicted first."""
     SOLE = auto()
     YIELDING = auto()
-    """Pinned, and promises leave no room for it: evicted last."""
+    """Pinned, and promises or what may be pinned leave no room for it: evicted last."""
     PINNED = auto()
     """Never evicted."""
 
 
+_PINNED = (Idle.YIELDING, Idle.PINNED)
+
+
 class IdleSlots:
-    """Slots by :class:`Idle` kind, the least recently used of each first."""
+    """Slots by :class:`Idle` kind, the least recently used of each first; of those that are pinned, whose they are."""
 
     def __init__(self) -> None:
         self._slots: dict[Idle, OrderedDict[int, None]] = {kind: OrderedDict() for kind in Idle}
+        self._tenants: dict[int, str] = {}
+        self._counts: dict[Idle, Counter[str]] = {kind: Counter() for kind in _PINNED}
 
     def __contains__(self, slot: int) -> bool:
         return any(slot in slots for slots in self._slots.values())
@@ -36,25 +41,56 @@ class IdleSlots:
     def count(self, kind: Idle) -> int:
         return len(self._slots[kind])
 
+    def count_of(self, kind: Idle, tenant: str) -> int:
+        """Slots of a kind that is pinned, and of a tenant."""
+        return self._counts[kind][tenant]
+
+    def tenants(self, kind: Idle) -> list[str]:
+        """Whose slots of a kind that is pinned there are."""
+        return [tenant for tenant, count in self._counts[kind].items() if count]
+
+    def tenant(self, slot: int) -> str:
+        """Whose pinned slot it is."""
+        return self._tenants[slot]
+
     def is_any_of(self, slot: int, kinds: Sequence[Idle]) -> bool:
         return any(slot in self._slots[kind] for kind in kinds)
 
-    def add(self, slot: int, kind: Idle) -> None:
-        """``slot`` was used last of all."""
+    def add(self, slot: int, kind: Idle, tenant: str = "") -> None:
+        """``slot`` was used last of all. ``tenant``: whose it is, if it is pinned."""
         self._slots[kind][slot] = None
+        if kind in self._counts:
+            self._tenants[slot] = tenant
+            self._counts[kind][tenant] += 1
 
     def discard(self, slot: int) -> None:
-        for slots in self._slots.values():
-            slots.pop(slot, None)
+        for kind, slots in self._slots.items():
+            if slot in slots:
+                del slots[slot]
+                self._forget(slot, kind)
 
     def pop(self) -> int:
         """The slot to evict next. Raises KeyError when there is none."""
-        slots = self._slots[Idle.COPIED] or self._slots[Idle.SOLE] or self._slots[Idle.YIELDING]
-        slot, _ = slots.popitem(last=False)
+        kind = next((kind for kind in (Idle.COPIED, Idle.SOLE) if self._slots[kind]), Idle.YIELDING)
+        slot, _ = self._slots[kind].popitem(last=False)
+        self._forget(slot, kind)
         return slot
 
-    def change(self, slot: int, kind: Idle) -> None:
+    def change(self, slot: int, kind: Idle, tenant: str = "") -> None:
         """``slot``, if it is idle, is of another kind from now on."""
         if slot in self and slot not in self._slots[kind]:
             self.discard(slot)
-            self.add(slot, kind)
+            self.add(slot, kind, tenant)
+
+    def check_integrity(self) -> None:
+        """Raise :class:`AssertionError` when counts are not those of the slots."""
+        for kind, counts in self._counts.items():
+            found = Counter(self._tenants[slot] for slot in self._slots[kind])
+            assert found == +counts, f"slots of the {kind.name} are miscounted"
+
+    def _forget(self, slot: int, kind: Idle) -> None:
+        if kind in self._counts:
+            tenant = self._tenants.pop(slot)
+            self._counts[kind][tenant] -= 1
+            if not self._counts[kind][tenant]:
+                del self._counts[kind][tenant]

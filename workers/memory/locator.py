@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from forecache.workers.errors import ChunkLostError, OverloadedError
+from forecache.workers.errors import ChunkLostError, InvalidRequestError, OverloadedError
 from forecache.workers.memory.completions import PrefixHeld
 from forecache.workers.memory.copies import Copies
 from forecache.workers.memory.keys import ChunkKey
@@ -234,7 +234,7 @@ class Locator:
 
     def _search_spread(self, search: _Search) -> None:
         """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
-        nodes, found, share, failure = self._nodes, _Found(), None, ""
+        nodes, found, share, failure, too_large = self._nodes, _Found(), None, "", False
         assert nodes is not None
         try:
             end_s = time.monotonic() + PROMISE_WAIT_S
@@ -244,11 +244,21 @@ class Locator:
             share = self._wait_for_room(lambda: nodes.promise_rest(search.holder), SPREAD_POLL_S, end_s)
         except OverloadedError as error:
             failure = str(error)
+        except InvalidRequestError as error:
+            failure, too_large = str(error), True
         except ChunkLostError as error:
             failure = f"the memory tier of this node is away: {error}"
-        self._tell(search, found, failure, share)
+        self._tell(search, found, failure, share, too_large=too_large)
 
-    def _tell(self, search: _Search, found: _Found, failure: str = "", share: Share | None = None) -> None:
+    def _tell(
+        self,
+        search: _Search,
+        found: _Found,
+        failure: str = "",
+        share: Share | None = None,
+        *,
+        too_large: bool = False,
+    ) -> None:
         holder = search.holder
         with self._lock:
             self._locating.discard(holder)
@@ -260,7 +270,9 @@ class Locator:
         if failure:
             found = _Found()
         self._settle(
-            PrefixHeld(holder, tuple(found.refs), found.others, failure, share=share, state=tuple(found.state))
+            PrefixHeld(
+                holder, tuple(found.refs), found.others, failure, not too_large, too_large, share, tuple(found.state)
+            )
         )
         self._finish(search.done)
 

@@ -2,17 +2,63 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.keys import ChunkKey
 
+TENANT_MARK = "\x1f"
+"""Between a tenant's name, which can't hold it, and its own name of a session."""
+MOST_NAMED = 5
+"""Sessions that a refusal names."""
+
+
+def tenant_of(name: str) -> str:
+    """Whose session has this name; empty where no API keys are asked for."""
+    tenant, mark, _ = name.partition(TENANT_MARK)
+    return tenant if mark else ""
+
+
+@dataclass(frozen=True)
+class PinLimits:
+    """Largest parts of an arena's slots that pins may keep: those of all tenants together, and those of one. Where no
+    API keys are asked for there are no tenants, and all may pin what is for all."""
+
+    fraction: float = 0.5
+    tenant_fraction: float = 0.25
+
+    def of_all(self, slots: int) -> int:
+        return int(self.fraction * slots)
+
+    def of(self, tenant: str, slots: int) -> int:
+        """Slots that the tenant may have pinned of so many."""
+        return min(self.of_all(slots), int(self.tenant_fraction * slots)) if tenant else self.of_all(slots)
+
+
+@dataclass(frozen=True)
+class PinShare:
+    """What a tenant has pinned at one tier, and may, in slots; the same of all tenants, none of which counts for more
+    than it may have; the tenant's sessions with most slots."""
+
+    pinned: int
+    limit: int
+    pinned_by_all: int
+    limit_of_all: int
+    sessions: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def over(self) -> int:
+        """Slots that are more than may be pinned."""
+        return max(0, self.pinned - self.limit) + max(0, self.pinned_by_all - self.limit_of_all)
+
 
 class Pins:
-    """Names and the keys that each pins; a key may be pinned by several."""
+    """Names and the keys that each pins; a key may be pinned by several names of one tenant: tenants share no chunk."""
 
     def __init__(self) -> None:
         self._keys: dict[str, tuple[ChunkKey, ...]] = {}
         self._counts: Counter[ChunkKey] = Counter()
+        self._tenants: dict[ChunkKey, str] = {}
 
     def __contains__(self, key: ChunkKey) -> bool:
         return self._counts[key] > 0
@@ -24,15 +70,66 @@ class Pins:
         if keys:
             self._keys[name] = tuple(dict.fromkeys(keys))
             self._counts.update(self._keys[name])
+            self._tenants.update(dict.fromkeys(self._keys[name], tenant_of(name)))
         for key in before:
             if not self._counts[key]:
                 del self._counts[key]
+                del self._tenants[key]
         return (*before, *self._keys.get(name, ()))
+
+    def tenant(self, key: ChunkKey) -> str | None:
+        """Whose sessions pin ``key``; ``None``: nobody's."""
+        return self._tenants.get(key)
+
+    def of_tenant(self, tenant: str) -> dict[str, tuple[ChunkKey, ...]]:
+        """Names of a tenant's sessions that pin something, and what."""
+        return {name: keys for name, keys in self._keys.items() if tenant_of(name) == tenant}
 
     def check_integrity(self) -> None:
         """Raise :class:`AssertionError` when counts are not those of the names."""
         counts = Counter(key for keys in self._keys.values() for key in keys)
         assert counts == self._counts, "pins are miscounted"
+        assert self._tenants.keys() == counts.keys(), "a pin is nobody's, or somebody's is no pin"
+
+
+class Claims:
+    """Pinned chunks that an arena of so many ``slots`` stores and answers for alone: they claim a slot each, also while
+    a sequence holds them."""
+
+    def __init__(self, slots: int, limits: PinLimits) -> None:
+        self._slots = slots
+        self._limits = limits
+        self._tenants: dict[ChunkKey, str] = {}
+        self._counts: Counter[str] = Counter()
+
+    def __contains__(self, key: ChunkKey) -> bool:
+        return key in self._tenants
+
+    def __len__(self) -> int:
+        return len(self._tenants)
+
+    def set(self, key: ChunkKey, tenant: str | None) -> None:
+        """``key`` claims a slot for ``tenant``; ``None``: for nobody."""
+        before = self._tenants.pop(key, None)
+        if before is not None:
+            self._counts[before] -= 1
+            if not self._counts[before]:
+                del self._counts[before]
+        if tenant is not None:
+            self._tenants[key] = tenant
+            self._counts[tenant] += 1
+
+    def share(self, tenant: str, sessions: dict[str, tuple[ChunkKey, ...]]) -> PinShare:
+        """What the tenant claims with ``sessions``."""
+        slots = {name: sum(key in self for key in keys) for name, keys in sessions.items()}
+        largest = sorted(slots.items(), key=lambda named: -named[1])[:MOST_NAMED]
+        return PinShare(
+            self._counts[tenant],
+            self._limits.of(tenant, self._slots),
+            sum(min(count, self._limits.of(each, self._slots)) for each, count in self._counts.items()),
+            self._limits.of_all(self._slots),
+            tuple((name, count) for name, count in largest if count),
+        )
 
 
 class Holds:
@@ -102,10 +199,13 @@ class Promises:
         """Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
         before = self._chunks.get(holder, 0)
         if chunks > self.room + before:
+            pinned = self._pinned()
+            # answers that end make no room for it: only what is unpinned does
+            help_ = "Let go of pinned sessions" if chunks > self._slots - pinned else "Try again later"
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
-                f"{self.total - before} are promised to others and {self._pinned()} are pinned"
-                f"{self._out_of_use()}. Try again later, lower max_tokens, or raise --cold-bytes."
+                f"{self.total - before} are promised to others and {pinned} are pinned{self._out_of_use()}. {help_}, lower "
+                "max_tokens, or raise --cold-bytes."
             )
         self._chunks[holder] = chunks
         self.total += chunks - before

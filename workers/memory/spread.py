@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forecache.workers.errors import CatalogUnavailableError, ChunkLostError, OverloadedError, ReleasedError
+from forecache.workers.errors import (
+    CatalogUnavailableError,
+    ChunkLostError,
+    InvalidRequestError,
+    OverloadedError,
+    ReleasedError,
+)
 from forecache.workers.memory.catalog import Catalog, TierRecord
 from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
 from forecache.workers.memory.config import MemoryConfig
@@ -85,6 +91,7 @@ class SpreadSequences:
         self._spread: dict[str, _Spread] = {}
         self._released = Released()
         self._incarnations: dict[str, str] = {}
+        self._slots_of: dict[str, int] = {}  # of all tiers that were seen in this life
         self._to_release: dict[str, set[str]] = {}  # tier id -> holders
         self._ended: set[str] = set()  # all tiers are to let go of what these hold
         self._vouched: set[str] = set()  # worker ids
@@ -128,12 +135,32 @@ class SpreadSequences:
             spread.share = replace(spread.share, stays=spread.share.stays + granted)
             missing -= granted
         if missing > 0:
+            self._refuse_too_large(spread)
             raise OverloadedError(
                 f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.share.slots} "
                 f"slots for it, and with those of other nodes {missing} are missing. Try again later, lower "
                 "max_tokens, or raise --cold-bytes."
             )
         return spread.share
+
+    def _refuse_too_large(self, spread: _Spread) -> None:
+        """Raise :class:`InvalidRequestError` for a sequence that all tiers together could not hold, were they empty. A
+        tier that is away counts: it may be starting again. So do nodes that may be asked for."""
+        if self._config.node_resource is not None and self._config.max_memory_nodes:
+            return
+        try:
+            tiers = self._catalog.tiers()
+        except CatalogUnavailableError:
+            return  # who knows what there is
+        self._slots_of.update({tier.tier_id: tier.slots for tier in tiers if tier.tier_id != self._tier_id})
+        here = self._store.arena.slots
+        most = here - 2 * share_of(here).at_once + sum(self._slots_of.values())
+        if spread.chunks > most:
+            raise InvalidRequestError(
+                f"prompt and answer may need {spread.chunks} chunks, but the memory of all nodes holds {most} of one "
+                "request, were it free. Shorten the prompt, lower max_tokens, raise --cold-bytes or add nodes.",
+                param="messages",
+            )
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys`` that is stored in memory anywhere, each chunk where it lies."""
@@ -314,6 +341,7 @@ class SpreadSequences:
                 with self._lock:
                     self._to_release.setdefault(tier_id, set()).update(holders)
         for tier_id, tier in tiers.items():
+            self._slots_of[tier_id] = tier.slots
             # also one that is seen for the first time: it may have been restarted since it was asked for something
             if self._incarnations.get(tier_id) != tier.incarnation and self._renew_holds(tier_id):
                 self._incarnations[tier_id] = tier.incarnation

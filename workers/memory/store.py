@@ -14,7 +14,7 @@ from forecache.workers.memory.headers import FIRST_WRITER, RETIRED, UNKNOWN
 from forecache.workers.memory.holders import Released, worker_of
 from forecache.workers.memory.idle_slots import Idle, IdleSlots
 from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.pins import Holds, Pins, Promises
+from forecache.workers.memory.pins import Claims, Holds, PinLimits, Pins, PinShare, Promises, tenant_of
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 from forecache.workers.memory.writers import Quarantine, Reserved, WriterNews
 
@@ -38,7 +38,9 @@ class ArenaStore:
     An arena that was adopted from a dead owner keeps its sealed chunks.
     """
 
-    def __init__(self, arena: Arena, listener: Listener | None = None) -> None:
+    def __init__(self, arena: Arena, listener: Listener | None = None, pin_limits: PinLimits | None = None) -> None:
+        """``pin_limits``: what pins may keep at most, by default those of :class:`PinLimits`; the rest serves
+        requests."""
         self._arena = arena
         self._listener = listener
         self._lock = threading.Lock()
@@ -51,6 +53,8 @@ class ArenaStore:
         self._mark = time.time_ns()
         self._answers: dict[ChunkKey, int] = {}  # stored chunk -> mark at which this store last came to answer for it
         self._pins = Pins()
+        self._pin_limits = pin_limits or PinLimits()
+        self._claims = Claims(arena.slots, self._pin_limits)
         self._holds = Holds(arena.slots)
         self._released = Released()
         self._reserved: dict[int, Reserved] = {}  # not committed yet
@@ -179,6 +183,7 @@ class ArenaStore:
                     self._insert(key, ref.slot)
                     if copied:
                         self._copied.add(key)
+                        self._claims.set(key, None)
 
     def hear(self, news: WriterNews) -> None:
         """What a process that writes into the arena tells of its writes."""
@@ -323,21 +328,32 @@ class ArenaStore:
                 self._copied.difference_update(known)
                 self._mark += 1
                 self._answers.update(dict.fromkeys(known, self._mark))
+            self._claim(known)
             self._settle(known)
 
     def pin(self, name: str, keys: Sequence[ChunkKey]) -> int:
         """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later.
 
-        Slots that are promised go before: pinned chunks that these leave no room for are evicted last, and kept once
-        there is room. Returns how many of ``keys`` are such now.
+        Slots that are promised go before, and no more is kept than :class:`PinLimits` say: pinned chunks that this
+        leaves no room for are evicted last, and kept once there is room. Returns how many of ``keys`` are such now, or
+        would be, were they held by nobody.
         """
         with self._lock:
-            self._settle(self._pins.set(name, keys))
-            return sum(self._idle.is_any_of(self._stored.get(key, -1), [Idle.YIELDING]) for key in set(keys))
+            changed = self._pins.set(name, keys)
+            self._claim(changed)
+            self._settle(changed)
+            yielding = sum(self._idle.is_any_of(self._stored.get(key, -1), [Idle.YIELDING]) for key in set(keys))
+            claimed = sum(key in self._claims for key in set(keys))
+            return max(yielding, min(claimed, self._claims.share(tenant_of(name), {}).over))
 
     def unpin(self, name: str) -> None:
         """Unknown names are fine."""
         self.pin(name, ())
+
+    def pin_share(self, tenant: str) -> PinShare:
+        """What a tenant has pinned here, and may."""
+        with self._lock:
+            return self._claims.share(tenant, self._pins.of_tenant(tenant))
 
     def stats(self) -> TierStats:
         with self._lock:
@@ -383,6 +399,15 @@ class ArenaStore:
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
             assert self._answers.keys() == self._stored.keys(), "stored chunks and their marks differ"
             self._pins.check_integrity()
+            self._idle.check_integrity()
+            claiming = {key for key in self._stored if key in self._pins and key not in self._copied}
+            assert claiming == {key for key in self._stored if key in self._claims}, "a pinned chunk claims no slot"
+            assert len(self._claims) == len(claiming), "what is not stored claims a slot"
+            pinned, limits, slots = self._idle.count(Idle.PINNED), self._pin_limits, self._arena.slots
+            assert pinned <= limits.of_all(slots), "more is pinned than may be"
+            for tenant in self._idle.tenants(Idle.PINNED):
+                few = self._idle.count_of(Idle.PINNED, tenant) <= limits.of(tenant, slots)
+                assert few, f"more is pinned for tenant {tenant!r} than may be"
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
                 ref = SlotRef(slot, self._arena.generation_of(slot))
@@ -459,7 +484,7 @@ class ArenaStore:
             key = self._keys[slot]
             reserved = self._reserved.pop(slot, None)
             if key is not None and self._stored.get(key) == slot:
-                self._idle.add(slot, self._kind(slot, key))
+                self._idle.add(slot, self._kind(slot, key), self._pins.tenant(key) or "")
             elif (
                 may_write
                 and reserved is not None
@@ -484,33 +509,53 @@ class ArenaStore:
         self._stored[key] = slot
         self._mark += 1
         self._answers[key] = self._mark
+        self._claims.set(key, self._pins.tenant(key))
         if self._listener is not None:
             self._listener(key, True)
 
     def _kind(self, slot: int, key: ChunkKey) -> Idle:
         if key in self._copied:
             return Idle.COPIED  # pinned or not: it is where it is answered for
-        if key not in self._pins:
+        tenant = self._pins.tenant(key)
+        if tenant is None:
             return Idle.SOLE
-        return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._promises.room > 0 else Idle.YIELDING
+        return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._may_pin(tenant) else Idle.YIELDING
+
+    def _may_pin(self, tenant: str) -> bool:
+        """Whether one more slot may be kept for a pin of the tenant's."""
+        slots, limits = self._arena.slots, self._pin_limits
+        return (
+            self._promises.room > 0
+            and self._idle.count(Idle.PINNED) < limits.of_all(slots)
+            and self._idle.count_of(Idle.PINNED, tenant) < limits.of(tenant, slots)
+        )
 
     def _keep_yielding(self) -> None:
         """Room there may be that there was not before: pinned chunks that had to yield are kept, as many as can."""
+        if not any(map(self._may_pin, self._idle.tenants(Idle.YIELDING))):
+            return  # asked with every release: chunks that are more than may be pinned can be many
         for slot in reversed(self._idle.of(Idle.YIELDING)):
-            if self._promises.room <= 0:
-                break
-            self._idle.change(slot, Idle.PINNED)
+            tenant = self._idle.tenant(slot)
+            if self._may_pin(tenant):
+                self._idle.change(slot, Idle.PINNED, tenant)
+
+    def _claim(self, keys: Iterable[ChunkKey]) -> None:
+        """Pins or copies of ``keys`` have changed."""
+        for key in keys:
+            answers = key in self._stored and key not in self._copied
+            self._claims.set(key, self._pins.tenant(key) if answers else None)
 
     def _settle(self, keys: Iterable[ChunkKey]) -> None:
         """Pins or copies of ``keys`` have changed."""
         for key in keys:
             slot = self._stored.get(key)
             if slot is not None:
-                self._idle.change(slot, self._kind(slot, key))
+                self._idle.change(slot, self._kind(slot, key), self._pins.tenant(key) or "")
         self._keep_yielding()
 
     def _remove(self, key: ChunkKey) -> None:
         del self._stored[key], self._answers[key]
         self._copied.discard(key)
+        self._claims.set(key, None)
         if self._listener is not None:
             self._listener(key, False)

@@ -24,6 +24,7 @@ from forecache.workers.memory.holders import request_of, worker_of
 from forecache.workers.memory.hosting import HostedSequences
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout
+from forecache.workers.memory.pins import PinShare, tenant_of
 from forecache.workers.memory.protocol import Reservation, SlotRef, TierStats
 from forecache.workers.memory.publisher import CatalogPublisher
 from forecache.workers.memory.remote_peers import RemotePeers
@@ -85,11 +86,11 @@ class MemoryTier:
         self._sessions: Sessions | None = None
         self._hosted: HostedSequences | None = None
         if settings.redis_url is None:
-            self._store = ArenaStore(self._arena)
+            self._store = ArenaStore(self._arena, pin_limits=config.pin_limits)
         else:
             catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
-            self._store = ArenaStore(self._arena, listener=self._changed)
+            self._store = ArenaStore(self._arena, self._changed, config.pin_limits)
             self._sessions = Sessions(self._store, catalog, config.session_bytes)
             if config.disk_bytes:
                 on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
@@ -201,6 +202,11 @@ class MemoryTier:
         """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
         now, since their slots are promised."""
         return self._sessions.set(record) if self._sessions is not None else 0
+
+    @ray.method(concurrency_group="peers_at_once")
+    def pin_share(self, session_id: str) -> PinShare:
+        """What the tenant of the session has pinned here, and may."""
+        return self._store.pin_share(tenant_of(session_id))
 
     @ray.method(concurrency_group="peers_at_once")
     def forget_session(self, session_id: str) -> None:
