@@ -9,7 +9,13 @@ from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
-from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, NonFiniteError, OverloadedError
+from forecache.workers.errors import (
+    ChunkLostError,
+    ForecacheError,
+    InvalidRequestError,
+    NonFiniteError,
+    OverloadedError,
+)
 
 
 class TokenStream(Protocol):

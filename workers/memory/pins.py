@@ -201,11 +201,12 @@ class Promises:
         if chunks > self.room + before:
             pinned = self._pinned()
             # answers that end make no room for it: only what is unpinned does
-            help_ = "Let go of pinned sessions" if chunks > self._slots - pinned else "Try again later"
+            only_pins = pinned > 0 and chunks > self._slots - self._unusable() - pinned
+            help_ = "Let go of pinned sessions" if only_pins else "Try again later"
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
-                f"{self.total - before} are promised to others and {pinned} are pinned{self._out_of_use()}. {help_}, lower "
-                "max_tokens, or raise --cold-bytes."
+                f"{self.total - before} are promised to others and {pinned} are pinned{self._out_of_use()}. {help_}, "
+                "lower max_tokens, or raise --cold-bytes."
             )
         self._chunks[holder] = chunks
         self.total += chunks - before
