@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from rich.table import Table
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.redis_server import find_redis_server
 from forecache.workers.errors import ForecacheError
+from forecache.workers.memory.protocol import TierStats
 
 Verdict = Literal["ok", "note", "will not work"]
 
@@ -192,6 +193,17 @@ def run() -> int:
     return int(any(finding.verdict == "will not work" for finding in found))
 
 
+def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
+    """A sentence for each tier, by its name, whose memory or disk was found to be bad."""
+    return [
+        f"bad {kind} on the node of {name}: {slots} slots were found to hold wrong bytes twice and are not used any "
+        f"more. Take the node out and test its {kind}."
+        for name, tier in stats.items()
+        for kind, slots in (("memory", tier.bad_slots), ("disk", tier.disk_bad_slots))
+        if slots
+    ]
+
+
 def run_cluster(address: str) -> int:
     """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
 
@@ -217,7 +229,7 @@ def run_cluster(address: str) -> int:
         for name, tier in stats.items():
             numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
             table.add_row(escape(name), *map(str, numbers))
-        wrong = check_integrity(tiers)
+        wrong = [*bad_memory(stats), *check_integrity(tiers)]
     finally:
         ray.shutdown()
     console = Console()

@@ -159,6 +159,21 @@ class StatsCollector(Collector):
         yield self._gauge(
             "forecache_memory_tier_pinned_slots", "Arena slots that sessions have pinned.", tier.pinned_slots
         )
+        yield self._gauge(
+            "forecache_memory_tier_quarantined_slots",
+            "Arena slots that were taken back from a worker which may still write there.",
+            tier.quarantined_slots,
+        )
+        yield self._gauge(
+            "forecache_memory_tier_bad_slots",
+            "Arena slots not used any more since their bytes were found wrong twice: the node's memory is bad.",
+            tier.bad_slots,
+        )
+        yield self._gauge(
+            "forecache_memory_tier_disk_bad_slots",
+            "Chunk slots on disk not used any more since their bytes were found wrong twice: the disk is bad.",
+            tier.disk_bad_slots,
+        )
         yield from self._counters(_TIER_COUNTERS, tier)
         recalled = CounterMetricFamily("forecache_recalled_chunks", _RECALLED, labels=["model_name", "source"])
         recalled.add_metric([self._model_name, "remote"], tier.fetched_chunks)

@@ -169,12 +169,14 @@ def _tiers(change: Change) -> RenderableType:
         yield _bar(now.value("forecache_memory_tier_promised_perc", tier))
         yield _bar(now.value("forecache_memory_tier_disk_usage_perc", tier), warn=False)
         yield f"{now.value('forecache_memory_tier_pinned_slots', tier):.0f}"
+        bad = now.value("forecache_memory_tier_bad_slots", tier)
+        yield Text(f"{bad:.0f}", style="bold red" if bad else "")
         yield f"{change.rate('forecache_memory_tier_fetched_bytes_total', tier) / MIB:.1f}"
         moved = ("replicated", "moved", "spilled")
         yield f"{sum(change.rate(f'forecache_memory_tier_{name}_chunks_total', tier) for name in moved):.1f}"
         yield f"{change.rate('forecache_memory_tier_evicted_chunks_total', tier):.1f}"
 
-    columns = ("used", "promised", "disk", "pinned", "MiB/s in", "sent/s", "evict/s")
+    columns = ("used", "promised", "disk", "pinned", "bad", "MiB/s in", "sent/s", "evict/s")
     return _table("tier", columns, change.now, row)
 
 

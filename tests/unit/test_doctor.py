@@ -9,6 +9,7 @@ import pytest
 from forecache.cluster import doctor, redis_server
 from forecache.cluster.config import ServeConfig
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.protocol import TierStats
 
 
 def test_this_machine_is_looked_at_whole() -> None:
@@ -70,3 +71,10 @@ def test_redis_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     assert redis_server.find_redis_server() == server
     assert doctor.check_redis_server().found == str(server)
+
+
+def test_bad_memory_is_named_with_its_tier() -> None:
+    good, bad = TierStats(9, 0, 0, 0, 0, 0), TierStats(9, 0, 0, 0, 0, 0, bad_slots=2, disk_bad_slots=1)
+    memory, disk = doctor.bad_memory({"tier-a": good, "tier-b": bad})
+    assert memory.startswith("bad memory on the node of tier-b: 2 slots")
+    assert disk.startswith("bad disk on the node of tier-b: 1 slots")

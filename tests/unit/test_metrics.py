@@ -18,7 +18,7 @@ from forecache.workers.memory.protocol import TierStats
 
 TIER = TierStats(
     10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3, pinned_slots=1,
-    promised_slots=6,
+    promised_slots=6, quarantined_slots=2, bad_slots=5, disk_bad_slots=7,
 )  # fmt: skip
 
 NAMES: dict[Component, set[str]] = {
@@ -119,6 +119,8 @@ def test_a_tier_without_disk() -> None:
     assert found["forecache_memory_tier_usage_perc"] == 0.4 and found["forecache_memory_tier_held_perc"] == 0.1
     assert found["forecache_memory_tier_promised_perc"] == 0.7, "promised, and pinned beside it"
     assert found["forecache_memory_tier_moved_chunks_total"] == 3
+    assert found["forecache_memory_tier_quarantined_slots"] == 2
+    assert found["forecache_memory_tier_bad_slots"] == 5 and found["forecache_memory_tier_disk_bad_slots"] == 7
     assert found["forecache_memory_tier_disk_usage_perc"] == 0
 
 

@@ -60,6 +60,7 @@ def test_a_process_that_does_not_answer_is_shown_as_such() -> None:
         sample("up", "t1", 1, "tier"),
         sample("forecache_hot_pool_usage_perc", "w1", 0.5),
         sample("forecache_memory_tier_usage_perc", "t1", 0.25, "tier"),
+        sample("forecache_memory_tier_bad_slots", "t1", 77, "tier"),
     )
     now = Snapshot.parse(text, 1.0)
     console = Console(width=160, record=True, file=io.StringIO())
@@ -68,5 +69,5 @@ def test_a_process_that_does_not_answer_is_shown_as_such() -> None:
     assert lines[0].strip() == "m at http://h:1, chunks scored: no worker"
     assert any(line.startswith("w1") and "███░░░  50%" in line for line in lines)
     assert any(line.startswith("w2") and "no answer" in line for line in lines)
-    assert any(line.startswith("t1") and " 25%" in line for line in lines)
+    assert any(line.startswith("t1") and " 25%" in line and " 77 " in line for line in lines)
     assert any("processes" in line and "2 / 3" in line for line in lines)

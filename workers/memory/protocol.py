@@ -64,6 +64,8 @@ class TierStats:
     """Taken back from a worker that may still write there."""
     bad_slots: int = 0
     """Not used any more, since their bytes were found wrong twice: the node's memory is bad."""
+    disk_bad_slots: int = 0
+    """The same of the slots on disk."""
     remote_records: int = 0
     """Of chunks that lie on other nodes, held by sequences of this one."""
 

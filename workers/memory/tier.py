@@ -246,7 +246,9 @@ class MemoryTier:
         stats = self._store.stats()
         if self._disk is not None:
             disk = self._disk.stats()
-            stats = replace(stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots)
+            stats = replace(
+                stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots, disk_bad_slots=disk.bad_slots
+            )
         if self._exchange is None:
             return stats
         return replace(stats, remote_records=self._exchange.records.held, **asdict(self._exchange.counters))
