@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from forecache.cluster import bench_serve
+from forecache.cluster.arguments import Parser, output_folder, positive, ratio
 from forecache.workers.bench_decode import Measured, PairResult, Settings, Timings, measure
 from forecache.workers.bench_turns import BASELINE
 
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="forecache bench", description="Measure this machine.")
+    parser = Parser(prog="forecache bench", description="Measure this machine.")
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK", dest="benchmark")
     serve = benchmarks.add_parser(
         "serve",
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Asks a running server as many clients would, and tells what they see: throughput, time to first "
         "token, gaps between tokens, goodput under an SLO, keep ratio, and how much of the prompts was in the cache.",
     )
-    bench_serve.add_arguments(serve, _positive, _ratio)
+    bench_serve.add_arguments(serve, positive, ratio)
     decode = benchmarks.add_parser(
         "decode",
         help="prefill and decode beside transformers' own generate",
@@ -98,27 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     default = Settings()
     decode.add_argument("--model", default=default.model, help="built-in name, directory or hub id")
-    decode.add_argument("--context", type=_positive, default=default.context, help="prompt tokens (default: 8192)")
-    decode.add_argument("--keep-ratio", type=_ratio, default=default.keep_ratio, help="resident / all chunks (0.135)")
-    decode.add_argument("--tokens", type=_positive, default=default.tokens, help="measured decode steps (default: 64)")
-    decode.add_argument("--repeat", type=_positive, default=default.repeat, help="prompts of each (default: 3)")
-    decode.add_argument("--threads", type=_positive, help="CPU threads of each model (default: all cores)")
-    decode.add_argument("--out", type=Path, help="folder for the CSV file (default: none is written)")
+    decode.add_argument("--context", type=positive, default=default.context, help="prompt tokens (default: 8192)")
+    decode.add_argument("--keep-ratio", type=ratio, default=default.keep_ratio, help="resident / all chunks (0.135)")
+    decode.add_argument("--tokens", type=positive, default=default.tokens, help="measured decode steps (default: 64)")
+    decode.add_argument("--repeat", type=positive, default=default.repeat, help="prompts of each (default: 3)")
+    decode.add_argument("--threads", type=positive, help="CPU threads of each model (default: all cores)")
+    decode.add_argument("--out", type=output_folder, help="folder for the CSV file (default: none is written)")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], not {value}")
-    return value
 
 
 def bench_decode(settings: Settings, out: Path | None) -> None:

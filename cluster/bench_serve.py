@@ -10,6 +10,7 @@ from typing import get_args
 
 from rich.console import Console
 
+from forecache.cluster.arguments import output_folder
 from forecache.cluster.load_client import (
     Answered,
     Target,
@@ -50,7 +51,7 @@ def add_arguments(
     parser.add_argument("--slo-inter-token-s", type=_above_zero, default=0.1, help="mean of a good answer (0.1)")
     parser.add_argument("--timeout-s", type=_above_zero, default=600.0, help="longest wait for a piece (600)")
     parser.add_argument("--seed", type=int, default=workload.seed, help="of texts and arrivals (0)")
-    parser.add_argument("--out", type=Path, help="folder for serve.json and serve.png (default: none is written)")
+    parser.add_argument("--out", type=output_folder, help="folder for serve.json and serve.png (default: none)")
 
 
 def _above_zero(text: str) -> float:

@@ -6,9 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 from forecache.cluster import indexer_commands
+from forecache.cluster.arguments import Parser, output_file, positive, ratio, seconds
 from forecache.cluster.command_line import hide_passwords
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.session import run_in_own_session
@@ -36,20 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plainly(command: Callable[[], int]) -> int:
-    """Errors of ours are one sentence on stderr; anything else is a bug and keeps its traceback."""
+    """Errors of ours are one sentence on stderr, and so are those of files, folders, disks and ports that a user named;
+    anything else is a bug and keeps its traceback."""
     try:
         return command()
     except ForecacheError as error:
-        print(f"forecache: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        return _refuse(f"{named}{error.strerror or error}")
     except KeyboardInterrupt:
         return 130
 
 
+def _refuse(reason: str) -> int:
+    print(f"forecache: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="forecache", description="Serve language models over contexts far larger than GPU memory."
-    )
+    parser = Parser(prog="forecache", description="Serve language models over contexts far larger than GPU memory.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="start a cluster and serve a model over HTTP")
@@ -63,21 +69,21 @@ def _parser() -> argparse.ArgumentParser:
 
     top = commands.add_parser("top", help="watch a running cluster: workers, tiers, hits, throughput")
     top.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
-    top.add_argument("--interval-s", type=float, default=2.0, help="seconds between two readings (default: 2)")
+    top.add_argument("--interval-s", type=seconds, default=2.0, help="seconds between two readings (default: 2)")
     top.add_argument("--once", action="store_true", help="print one table of two readings and end")
     top.set_defaults(command=_top)
 
     demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
     demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
-    demo.add_argument("--tokens", type=int, default=6500, help="length of the document (default: 6500)")
-    demo.add_argument("--keep-ratio", type=float, default=0.135, help="resident chunks / all (default: 0.135)")
+    demo.add_argument("--tokens", type=positive, default=6500, help="length of the document (default: 6500)")
+    demo.add_argument("--keep-ratio", type=ratio, default=0.135, help="resident chunks / all (default: 0.135)")
     demo.set_defaults(command=_demo)
 
     indexer = commands.add_parser("indexer", help="the Memory Indexer").add_subparsers(required=True, metavar="COMMAND")
     calibrate = indexer.add_parser("calibrate", help="find a model's retrieval heads and write their manifest")
     calibrate.add_argument("--model", required=True, help="built-in name, directory or hub id")
-    calibrate.add_argument("--out", required=True, type=Path, help="file to write")
-    calibrate.add_argument("--documents", type=int, default=96, help="generated documents (default: 96)")
+    calibrate.add_argument("--out", required=True, type=output_file, help="file to write")
+    calibrate.add_argument("--documents", type=positive, default=96, help="generated documents (default: 96)")
     calibrate.set_defaults(command=_calibrate)
     indexer_commands.register(indexer)
 
@@ -94,10 +100,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from forecache.cluster import machine
+
     hide_passwords()
     config = config_from_args(args)
 
     def serve() -> int:
+        machine.check(config)  # before the imports below, which take seconds
         as_json = config.telemetry.log_format == "json"
         with nullcontext(logger.info) if as_json else _status() as say:
             from forecache.cluster import serving

@@ -11,7 +11,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -99,7 +98,7 @@ class ServeConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         return {
-            name: {k: parse_bytes(v) if k.endswith("_bytes") else v for k, v in value.items()}
+            name: {k: parse_bytes(v) if str(k).endswith("_bytes") else v for k, v in value.items()}
             if isinstance(value, dict)
             else value
             for name, value in values.items()
@@ -184,7 +183,7 @@ def config_from_args(args: argparse.Namespace) -> ServeConfig:
     try:
         return ServeConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(sentence(error)) from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -195,16 +194,31 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the settings file {file} can't be read: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the settings file {file} can't be read: {yaml_fault(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"the settings file {file} must hold a mapping, such as `port: 8000`, not {values!r}")
-    return TypeAdapter(dict[str, Any]).validate_python(values)
+    for name in values:
+        if not isinstance(name, str):
+            raise ConfigError(f"the settings file {file}: there is no setting named {name!r}")
+    return values
 
 
-def _sentence(error: ValidationError) -> str:
+def yaml_fault(error: Exception) -> str:
+    """Why a YAML file can't be read, in a line."""
+    match error:
+        case OSError():
+            return error.strerror or str(error)
+        case yaml.MarkedYAMLError(problem=str(problem), problem_mark=yaml.Mark() as mark):
+            return f"{problem} in line {mark.line + 1}, column {mark.column + 1}"
+        case RecursionError():
+            return "it is nested too deep"
+    return " ".join(str(error).split())
+
+
+def sentence(error: ValidationError) -> str:
     """The first thing that is wrong, with the flag to change."""
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])

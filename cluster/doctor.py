@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from forecache.cluster.config import ServeConfig
+from forecache.cluster.machine import check_ray
 from forecache.cluster.redis_server import find_redis_server
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.protocol import TierStats
@@ -216,6 +217,7 @@ def run_cluster(address: str) -> int:
     from forecache.cluster.serving import NAMESPACE
     from forecache.cluster.tiers import find_tiers
 
+    check_ray(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
     except (ConnectionError, ValueError) as error:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
+from forecache.cluster.arguments import Parser, output_folder, positive, seconds
 from forecache.cluster.bench import processor
 from forecache.cluster.config import ServeConfig, config_from_args
 from forecache.cluster.eval_http import HttpBackend
@@ -74,12 +75,14 @@ def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="forecache eval",
         description="Accuracy on generated long-context tasks of RULER's kinds (arXiv 2404.06654), all columns on the "
         "same samples. Answers are kept in --out: the same command again asks only what is still open.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for answers, table (CSV) and summary (JSON)")
+    parser.add_argument(
+        "--out", type=output_folder, required=True, help="folder for answers, table (CSV) and summary (JSON)"
+    )
     _setting(parser, "--model", "engine.model", "built-in name, directory or hub id")
     parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
     parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
@@ -89,13 +92,13 @@ def _parser() -> argparse.ArgumentParser:
                         metavar="TOKENS", help="contexts, answers included (default: 4K 8K 16K 32K)")  # fmt: skip
     parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), metavar="COLUMN",
                         help=f"of {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
-    parser.add_argument("--samples", type=_positive, default=100, help="of every task at every length (default: 100)")
+    parser.add_argument("--samples", type=positive, default=100, help="of every task at every length (default: 100)")
     parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--skip-hopeless", action="store_true",
                         help="ask full attention alone where it is right in fewer than 20 %% of cases")  # fmt: skip
-    parser.add_argument("--time-limit-s", type=float, help="stop before this many seconds are over (default: none)")
-    parser.add_argument("--batch", type=_positive, default=16, help="sequences, or requests, at a time (default: 16)")
+    parser.add_argument("--time-limit-s", type=seconds, help="stop before this many seconds are over (default: none)")
+    parser.add_argument("--batch", type=positive, default=16, help="sequences, or requests, at a time (default: 16)")
     _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
     _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
     _setting(parser, "--device", "engine.device", "auto, cpu, cuda or cuda:N (default: auto)")
@@ -115,14 +118,7 @@ def _setting(parser: argparse.ArgumentParser, flag: str, path: str, text: str) -
 
 def _length(text: str) -> int:
     """Tokens: ``4096`` or ``4K``."""
-    return _positive(text[:-1]) * KI if text[-1:] in ("k", "K") else _positive(text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+    return positive(text[:-1]) * KI if text[-1:] in ("k", "K") else positive(text)
 
 
 Say = Callable[[str, int, int], None]

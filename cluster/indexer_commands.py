@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forecache.cluster import retriever_commands
+from forecache.cluster.arguments import output_file, output_folder, positive, ratio, seconds
 from forecache.workers.errors import ForecacheError
 
 
@@ -27,16 +28,18 @@ def register(commands: Any) -> None:
         help="texts: docstrings, topics, code, files, directories (DeepSeek-V4: its own documents)",
     )
     record.add_argument("--eval-data", default="docstrings,topics", help="texts of the documents for evaluation")
-    record.add_argument("--out", required=True, type=Path, help="directory to write; a stopped recording goes on")
-    record.add_argument("--documents", type=int, default=384, help="documents to train on (default: 384)")
+    record.add_argument(
+        "--out", required=True, type=output_folder, help="directory to write; a stopped recording goes on"
+    )
+    record.add_argument("--documents", type=positive, default=384, help="documents to train on (default: 384)")
     record.add_argument("--eval-documents", type=int, default=96, help="documents held out (default: 96)")
-    record.add_argument("--min-tokens", type=int, default=2048, help="shortest prompt (default: 2048)")
-    record.add_argument("--max-tokens", type=int, default=8192, help="longest prompt (default: 8192)")
-    record.add_argument("--documents-per-shard", type=int, default=16, help="decoded together (default: 16)")
+    record.add_argument("--min-tokens", type=positive, default=2048, help="shortest prompt (default: 2048)")
+    record.add_argument("--max-tokens", type=positive, default=8192, help="longest prompt (default: 8192)")
+    record.add_argument("--documents-per-shard", type=positive, default=16, help="decoded together (default: 16)")
     record.add_argument("--manifest", default="auto", help="retrieval heads: auto, or a manifest's file")
     record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    record.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    record.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
     record.add_argument(
         "--part", type=_part, default=(1, 1), metavar="K/N", help="of N processes that share --out, this is the K-th"
     )
@@ -45,11 +48,13 @@ def register(commands: Any) -> None:
 
     train = commands.add_parser("train", help="train an indexer from recorded data; the model is not needed")
     train.add_argument("--data", required=True, type=Path, help="directory of recorded data")
-    train.add_argument("--out", required=True, type=Path, help="file to write, *.safetensors; .json and .png beside it")
+    train.add_argument(
+        "--out", required=True, type=output_file, help="file to write, *.safetensors; .json and .png beside it"
+    )
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    train.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
-    train.add_argument("--epochs", type=int, default=None, help="most passes over the documents")
-    train.add_argument("--patience", type=int, default=None, help="epochs without gain before it stops")
+    train.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    train.add_argument("--epochs", type=positive, default=None, help="most passes over the documents")
+    train.add_argument("--patience", type=positive, default=None, help="epochs without gain before it stops")
     train.add_argument("--leads", default=None, help="steps ahead to train for, drawn from these: 2,4,8,8")
     train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
     train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
@@ -61,14 +66,16 @@ def register(commands: Any) -> None:
     )
     train.add_argument("--answer", type=float, default=None, help="part of the target that answers' chunks have")
     train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
-    train.add_argument("--context", type=int, default=None, help="width of the summary of the hidden states")
-    train.add_argument("--units", type=int, default=None, help="width of the network")
+    train.add_argument("--context", type=positive, default=None, help="width of the summary of the hidden states")
+    train.add_argument("--units", type=positive, default=None, help="width of the network")
     train.add_argument(
         "--dropout", type=float, default=None, help="share of the network's units that a step leaves out"
     )
     train.add_argument("--reach", type=int, default=None, help="chunks to either side that a score may depend on")
-    train.add_argument("--rows", type=int, default=None, help="predictions of a document in one step")
-    train.add_argument("--time-limit-s", type=float, default=None, help="seconds to train at most (default: no limit)")
+    train.add_argument("--rows", type=positive, default=None, help="predictions of a document in one step")
+    train.add_argument(
+        "--time-limit-s", type=seconds, default=None, help="seconds to train at most (default: no limit)"
+    )
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=_train, parser=train)
@@ -76,10 +83,10 @@ def register(commands: Any) -> None:
     evaluate = commands.add_parser("eval", help="compare an indexer with every other way to choose chunks")
     evaluate.add_argument("--data", required=True, type=Path, help="directory of recorded data")
     evaluate.add_argument("--indexer", required=True, type=Path, help="trained indexer, *.safetensors")
-    evaluate.add_argument("--out", type=Path, default=None, help="JSON of all figures; a PNG goes beside it")
-    evaluate.add_argument("--lead", type=int, default=8, help="steps ahead of the table (default: 8)")
-    evaluate.add_argument("--budget", type=float, default=0.10, help="budget of the table (default: 0.10)")
-    evaluate.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+    evaluate.add_argument("--out", type=output_file, default=None, help="JSON of all figures; a PNG goes beside it")
+    evaluate.add_argument("--lead", type=positive, default=8, help="steps ahead of the table (default: 8)")
+    evaluate.add_argument("--budget", type=ratio, default=0.10, help="budget of the table (default: 0.10)")
+    evaluate.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
     evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     evaluate.set_defaults(command=_evaluate, parser=evaluate)
 

@@ -1,20 +1,15 @@
 """What can be known to fail before anything is started."""
 
-import os
-import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import redis
-
+from forecache.cluster import machine
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.indexer.checkpoint import CheckpointManifest
 from forecache.indexer.manifest import ManifestError, RetrievalManifest, find_manifest
 from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.masking import mask_secrets
 
 if TYPE_CHECKING:
     from forecache.workers.memory.layout import ChunkLayout
@@ -36,13 +31,9 @@ def check(config: ServeConfig) -> None:
     Raises:
         StartError: what is wrong and what to change.
     """
-    check_port(config.host, config.port)
+    machine.check(config)
     if config.address is None:
         check_placement(config)
-    cold_bytes = config.memory.cold_bytes + (config.memory.record_bytes if config.address is not None else 0)
-    check_arena_dir(config.memory.arena_dir, cold_bytes, config.object_store_bytes, config.address)
-    if config.redis_url is not None:
-        check_redis(config.redis_url)
 
 
 def check_placement(config: ServeConfig) -> None:
@@ -65,68 +56,6 @@ def check_placement(config: ServeConfig) -> None:
             f"--workers {workers} on {config.engine.device} take a GPU each, and this machine has {gpus}: use fewer, "
             "or --device cpu"
         )
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises :class:`StartError` when ``port`` can't be listened on."""
-    try:
-        with socket.socket(_family(host)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise StartError(
-            f"can't listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
-        ) from error
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
-    with socket.socket(_family(host)) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def check_redis(url: str, timeout_s: float = 3.0) -> None:
-    """Raises :class:`StartError` when no Redis answers at ``url``."""
-    shown = mask_secrets(url)
-    try:
-        with redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s) as client:
-            client.ping()
-    except ValueError as error:
-        raise StartError(f"--redis-url {shown} is no Redis URL: {mask_secrets(str(error))}") from error
-    except redis.RedisError as error:
-        reason = mask_secrets(str(error))
-        raise StartError(
-            f"no Redis answers at {shown} ({reason}): start it, correct --redis-url, or leave it out to use the "
-            "embedded server"
-        ) from error
-
-
-def check_arena_dir(directory: Path, cold_bytes: int, object_store_bytes: int, address: str | None) -> None:
-    """Raises :class:`StartError` when the arena does not fit this machine's shared memory.
-
-    Ray's object store takes its share of `/dev/shm` too, when Ray is started here.
-    """
-    if not directory.is_dir() or not os.access(directory, os.W_OK):
-        raise StartError(f"--arena-dir {directory} is not a directory that can be written to")
-    shared = address is None and directory.stat().st_dev == Path("/dev/shm").stat().st_dev
-    needed = cold_bytes + (object_store_bytes if shared else 0)
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise StartError(
-            f"{directory} is too small: {_gib(needed)} needed ({needed} bytes: --cold-bytes {cold_bytes}"
-            f"{f' and {object_store_bytes} for Ray' if shared else ''}), {_gib(free)} free; lower --cold-bytes, make "
-            f"{directory} larger, or choose another memory-backed --arena-dir"
-        )
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray.serve import Application
 
-from forecache.cluster import preflight, tracing
-from forecache.cluster.config import ConfigError, ServeConfig, read_yaml
+from forecache.cluster import machine, preflight, tracing
+from forecache.cluster.config import ConfigError, ServeConfig, read_yaml, sentence
 from forecache.cluster.ingress import Ingress
 from forecache.cluster.serving import NAMESPACE, application, cluster_telemetry
 from forecache.cluster.supervisor import Supervisor
@@ -59,7 +59,7 @@ def read_config(files: list[Path]) -> ServeConfig:
     try:
         config = ServeConfig.model_validate(values | {"address": "auto"})
     except ValidationError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(sentence(error)) from error
     if config.redis_url is None:
         raise ConfigError("redis_url: needed here, since nobody stays to keep an embedded Redis")
     if config.engine.device == "auto":
@@ -81,7 +81,7 @@ def build(arguments: Arguments) -> Application:
     path = resolve_model(config.engine.model, load_format=config.engine.load_format)
     config = preflight.settle(path, config)
     assert config.redis_url is not None  # read_config saw to it
-    preflight.check_redis(config.redis_url)
+    machine.check_redis(config.redis_url)
     model = preflight.check_model(path, config)
     preflight.check_tokenizer(path)
     tenants = Tenants.load(config.limits.api_keys_file)

@@ -21,7 +21,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from forecache.cluster import http_server, logs, preflight, tracing
+from forecache.cluster import http_server, logs, machine, preflight, tracing
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.ingress import Ingress
@@ -97,7 +97,7 @@ def running(
     model = preflight.check_model(path, config)
     preflight.check_tokenizer(path)
     tenants = Tenants.load(config.limits.api_keys_file)
-    port = config.port or preflight.free_port(config.host)
+    port = config.port or machine.free_port(config.host)
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
         silence = stack.enter_context(ExitStack())

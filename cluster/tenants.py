@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from forecache.cluster.config import yaml_fault
 from forecache.cluster.errors import AuthenticationError, StartError
 from forecache.cluster.sizes import parse_bytes
 from forecache.workers.memory.pins import TENANT_MARK
@@ -83,8 +84,12 @@ class Tenants:
         try:
             values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
             entries = TypeAdapter(list[_Entry]).validate_python(values)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-            raise StartError(f"--api-keys-file {file} can't be used: {error}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise StartError(f"--api-keys-file {file} can't be used: {where or 'it'}: {first['msg']}") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise StartError(f"--api-keys-file {file} can't be used: {yaml_fault(error)}") from error
         if not entries:
             raise StartError(f"--api-keys-file {file} holds no key: add one with `forecache keys new`")
         return cls([(entry.key_sha256, entry.tenant) for entry in entries])

@@ -141,8 +141,15 @@ def _builtin(name: str, builtin: BuiltinModel, progress: Progress) -> Path:
 
 def _convert_gguf(gguf: Path, target: Path, builtin: BuiltinModel | None, progress: Progress) -> Path:
     """Write ``target`` once, whole or not at all, also when several processes ask for it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = (target.parent / f".{target.name}.lock").open("w")
+    except OSError as error:
+        raise UnsupportedModelError(
+            f"{gguf.name} is converted, and {target.parent} can't be written to ({error.strerror}): give "
+            "this user a home directory that can, or serve the directory of a model in safetensors."
+        ) from error
+    with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (target / "config.json").is_file():
             return target
