@@ -27,8 +27,8 @@ from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import ApiError, RefusedError, StartError, from_exception, from_http_status
 from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.machine import check_redis
 from forecache.cluster.metrics import Metrics
-from forecache.cluster.preflight import check_redis
 from forecache.cluster.prompts import PromptEncoder
 from forecache.cluster.streams import EventStream
 from forecache.cluster.telemetry_config import TelemetryConfig
