@@ -57,7 +57,7 @@ def check_ray(address: str) -> None:
     import grpc  # with Ray, seconds
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.services import canonicalize_bootstrap_address_or_die
-    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
     try:
@@ -67,7 +67,8 @@ def check_ray(address: str) -> None:
     check_listens(found)
     with init_grpc_channel(found, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=GCS_ANSWER_S)
+            head = NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
+            head.CheckAlive(CheckAliveRequest(), timeout=GCS_ANSWER_S)
         except grpc.RpcError as error:
             # what else it may say, as that a token is missing, is for Ray to tell
             if error.code() in (
