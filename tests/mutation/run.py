@@ -1,7 +1,8 @@
 """Mutation testing of the modules on which the right bytes depend.
 
     .venv/bin/python tests/mutation/run.py arena store          # some modules
-    .venv/bin/python tests/mutation/run.py --all --out tests/mutation/results.json
+    .venv/bin/python tests/mutation/run.py --all --out FILE
+    .venv/bin/python tests/mutation/run.py --all --again FILE --out FILE    # only what survived in FILE
 
 For each module, its tests run once with a line trace. Then every mutant runs the tests that reach its line, each in a
 forked process, until one fails. What survives is printed. Mutants that change nothing that a caller could see are in
@@ -10,6 +11,7 @@ forked process, until one fails. What survives is printed. Mutants that change n
 
 import argparse
 import ast
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -40,15 +42,18 @@ from operators import Mutant, mutants  # noqa: E402
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
-SLOWEST_S = 10.0
-"""A mutant may take this long and ten times what its tests took before: then it counts as an endless loop, killed."""
+LONGER, EXTRA_S = 3, 10.0
+"""A test may take ``LONGER`` times what it took without the mutant, and ``EXTRA_S``: then it is stopped, and counts as
+failed."""
 
 
 @dataclass
 class Score:
-    """Of one module. ``seconds`` is the time of its tests without any mutant."""
+    """Of one module, whose source has the SHA-256 ``source``. ``seconds`` is the time of its tests without any mutant,
+    traced."""
 
     module: str
+    source: str
     mutants: int
     killed: int
     equivalent: int
@@ -217,12 +222,14 @@ def _imports(path: Path) -> set[str]:
     }
 
 
-def _outcome(mutant: Mutant, name: str, path: Path, tests: Sequence[str], limit_s: float) -> str:
+def _outcome(mutant: Mutant, name: str, path: Path, tests: Sequence[str], seconds: Sequence[float]) -> str:
+    """``seconds``: how long each of ``tests`` took without the mutant."""
+
     def work() -> bytes:
         sys.meta_path.insert(0, _Replaced(name, path, _compiled(mutant.tree, path)))
-        return str(_pytest(tests)).encode()
+        return str(_pytest([*tests, f"--timeout={LONGER * max(seconds) + EXTRA_S:.0f}"])).encode()
 
-    status, answer = _in_child(work, limit_s)
+    status, answer = _in_child(work, LONGER * sum(seconds) + 2 * EXTRA_S)
     if status is None:
         return TIMED_OUT
     return SURVIVED if status == 0 and answer == b"0" else KILLED
@@ -240,16 +247,26 @@ def _equivalents() -> dict[str, set[str]]:
     return found
 
 
-def score(module: str, *, workers: int) -> Score:
-    """Run all mutants of ``module``, a key of `MODULES`, in a process that imports what is not mutated."""
-    status, answer = _in_child(lambda: json.dumps(asdict(_score(module, workers))).encode(), 24 * 3600, quiet=False)
+def score(module: str, *, workers: int, before: Score | None = None) -> Score:
+    """Run all mutants of ``module``, a key of `MODULES`, in a process that imports what is not mutated.
+
+    With a score from ``before`` of the same source only those that survived run, and the others stay killed: tests
+    were added since.
+    """
+
+    def work() -> bytes:
+        return json.dumps(asdict(_score(module, workers, before))).encode()
+
+    status, answer = _in_child(work, 24 * 3600, quiet=False)
     if status != 0:
         raise SystemExit(f"{module} was not scored: see above")
     return Score(**json.loads(answer))
 
 
-def _score(module: str, workers: int) -> Score:
+def _score(module: str, workers: int, before: Score | None) -> Score:
     path, tests = ROOT / MODULES[module].path, MODULES[module].tests
+    text = path.read_text(encoding="utf-8")
+    source = hashlib.sha256(text.encode()).hexdigest()
     name = "forecache." + MODULES[module].path.removesuffix(".py").replace("/", ".")
     baseline = _baseline(name, path, tests)
     imported = baseline.lines.get("", set())  # lines that run when the module is imported: any test may see them
@@ -258,8 +275,10 @@ def _score(module: str, workers: int) -> Score:
         for line in lines if test else ():
             by_line[line].append(test)
     known = _equivalents()[module]
-    todo = [mutant for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name not in known]
-    equivalent = sum(1 for mutant in mutants(path.read_text(encoding="utf-8")) if mutant.name in known)
+    every = list(mutants(text))
+    counted = [mutant for mutant in every if mutant.name not in known]
+    survivors = None if before is None or before.source != source else set(before.survived)
+    todo = [mutant for mutant in counted if survivors is None or _described(mutant) in survivors]
     outcomes: list[str | None] = [None] * len(todo)
 
     def one(number: int) -> str:
@@ -268,16 +287,24 @@ def _score(module: str, workers: int) -> Score:
         if not reaching:
             return SURVIVED
         reaching = sorted(reaching, key=lambda test: baseline.seconds[test])
-        limit_s = SLOWEST_S + 10 * sum(baseline.seconds[test] for test in reaching)
-        return _outcome(mutant, name, path, reaching, limit_s)
+        return _outcome(mutant, name, path, reaching, [baseline.seconds[test] for test in reaching])
 
     _in_processes(workers, outcomes, one, lambda number: f"{path.name}:{todo[number].line}: {todo[number].name}")
     assert None not in outcomes, f"{module}: a worker died"
-    survived = [
-        f"{mutant.line}: {mutant.name}" for mutant, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED
-    ]
-    killed = len(todo) - len(survived)
-    return Score(module, len(todo) + equivalent, killed, equivalent, survived, round(sum(baseline.seconds.values()), 1))
+    survived = [_described(mutant) for mutant, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED]
+    return Score(
+        module,
+        source,
+        len(every),
+        len(counted) - len(survived),
+        len(every) - len(counted),
+        survived,
+        round(sum(baseline.seconds.values()), 1),
+    )
+
+
+def _described(mutant: Mutant) -> str:
+    return f"{mutant.line}: {mutant.name}"
 
 
 def _in_processes(
@@ -320,16 +347,21 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", choices=[*MODULES, []], help="which modules")
     parser.add_argument("--all", action="store_true", help="all modules")
     parser.add_argument("--out", type=Path, help="write the scores to this file, JSON")
+    parser.add_argument("--again", type=Path, help="only what survived in this file, which --out wrote")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants at once (default: cores)")
     arguments = parser.parse_args()
     if not arguments.modules and not arguments.all:
         parser.error("name modules, or --all")
     os.chdir(ROOT)
     _import_once()
+    earlier = {}
+    if arguments.again:
+        for row in json.loads(arguments.again.read_text(encoding="utf-8"))["modules"]:
+            earlier[row["module"]] = Score(**{name: value for name, value in row.items() if name != "percent"})
     scores = []
     for module in list(MODULES) if arguments.all else arguments.modules:
         start = time.perf_counter()
-        result = score(module, workers=arguments.workers)
+        result = score(module, workers=arguments.workers, before=earlier.get(module))
         scores.append(result)
         print(
             f"{module:12} {result.mutants:4} mutants  {result.equivalent:3} equivalent  {result.killed:4} killed  "
@@ -337,11 +369,15 @@ def main() -> None:
             f"(run {time.perf_counter() - start:.0f} s)",
             flush=True,
         )
-    if arguments.out:
-        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "not a checkout"
-        rows = [asdict(result) | {"percent": round(result.percent, 1)} for result in scores]
-        arguments.out.write_text(json.dumps({"commit": commit, "modules": rows}, indent=1) + "\n", encoding="utf-8")
+        if arguments.out:
+            _write(arguments.out, scores)
+
+
+def _write(out: Path, scores: Sequence[Score]) -> None:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "not a checkout"
+    rows = [asdict(result) | {"percent": round(result.percent, 1)} for result in scores]
+    out.write_text(json.dumps({"commit": commit, "modules": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
