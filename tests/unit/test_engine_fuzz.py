@@ -24,6 +24,7 @@ from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Pol
 from forecache.workers.decode.sequence import State
 from forecache.workers.llm import LLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 CHUNK_TOKENS = 16
 LONGEST = 320

@@ -39,6 +39,7 @@ from forecache.workers.llm import LLM
 from forecache.workers.memory.arena import Arena
 
 T = TypeVar("T")
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 DEADLINE_S = 60.0
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=3))

@@ -4,9 +4,10 @@ The steps of taking a request in are not listed here: a test makes each call tha
 """
 
 import asyncio
+import gc
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,21 +21,24 @@ from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat
 from forecache.cluster.answers import collect as collect_answer
 from forecache.cluster.api import Api
+from forecache.cluster.channels import ChanneledStream, Channels
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.metrics import Metrics
 from forecache.cluster.openai_types import CompletionRequest
 from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
+from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.tenants import Tenants
 from forecache.workers.decode import engine as engine_module
 from forecache.workers.decode.async_engine import AsyncEngine
+from forecache.workers.decode.channels import Channels as WorkerChannels
 from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.decode.tokenizer import load_tokenizer
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_thread")]
 CHUNK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
 ROOT = str(Path(engine_module.__file__).resolve().parents[2])
 GRAMMAR = r"start: /[a-z]{1,200}/"
@@ -63,8 +67,8 @@ class Breaking:
     def _called(self, frame: FrameType, event: str, _: object) -> None:
         if event != "call" or not frame.f_code.co_filename.startswith(ROOT) or "/tests/" in frame.f_code.co_filename:
             return
-        if frame in self._begun or frame.f_code.co_name == "_deliver":
-            return  # a coroutine that goes on; what the event loop does for all requests
+        if frame in self._begun or frame.f_code.co_name in ("_deliver", "_forget"):
+            return  # a coroutine that goes on; what the event loop calls
         self._begun.add(frame)
         if self._left == 0:
             sys.settrace(None)
@@ -287,6 +291,70 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+class DirectCall:
+    """What a worker says to a call that reaches it directly; ``cancel`` ends it."""
+
+    assigned = True
+
+    def __init__(self, said: AsyncGenerator[Any, None]) -> None:
+        self._said = said
+
+    def __aiter__(self) -> "DirectCall":
+        return self
+
+    async def __anext__(self) -> Any:
+        return await anext(self._said)
+
+    def cancel(self) -> None:
+        self.ending = asyncio.ensure_future(self._said.aclose())
+
+
+async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(text_model: Path) -> None:
+    """Of the stream that outlives its worker, the client's channels, and the worker's; then its reader leaves it."""
+    with open_llm(text_model) as llm:
+        engine, worker = AsyncEngine(llm.engine), WorkerChannels("w")
+        client = Channels(lambda asked: DirectCall(worker.batches(asked)))
+        request = GenerateRequest("a", (5, 6, 7), SamplingParams(max_tokens=6, ignore_eos=True), client_id="c")
+        calls: list[DirectCall] = []
+
+        def start(asked: GenerateRequest) -> ChanneledStream:
+            calls.append(DirectCall(worker.carry(asked.client_id, engine.generate(asked))))
+            return ChanneledStream(calls[-1], client, asked.request_id)
+
+        whole = await collect(engine, request)
+        for at in range(MOST_CALLS):
+            calls.clear()
+            stream, breaking = None, Breaking(at)
+            try:
+                with breaking:
+                    stream = ResumingStream(request, start, ResumeConfig(), lambda: None)
+                    first = await anext(stream)
+            except InjectedError:
+                if stream is not None:
+                    stream.cancel()
+                for call in calls:
+                    await call._said.aclose()
+                gc.collect()  # an iteration that nobody closed
+                await until(lambda: not engine._streams and not llm.engine._sequences)
+                if stream is not None:  # else there is nobody who could leave it
+                    client.check_idle()
+                worker.check_idle()
+                continue
+            tokens = list(first.token_ids)
+            async for event in stream:
+                tokens += event.token_ids
+                if event.finish_reason is not None:
+                    break
+            assert tokens == whole
+            break
+        assert at > 8
+        await asyncio.sleep(0)
+        client.check_idle()
+        await calls[-1]._said.aclose()
+        worker.check_idle()
+        await closed(engine, llm)
 
 
 class Nobody:

@@ -19,6 +19,7 @@ from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.protocol import Reservation
 from forecache.workers.memory.store import ArenaStore
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 MOST_STEPS = 1500
 
