@@ -166,6 +166,7 @@ class Ingress:
             max_model_len,
             processes=config.limits.prompt_processes,
             max_values=config.limits.max_body_values,
+            max_grammar_bytes=config.limits.max_grammar_bytes,
         )
         encoder.start()
         # a full collection looks at each object that is there: at those of the libraries for a third of a second, in

@@ -10,6 +10,9 @@ MAX_HEAD_BYTES = 1 << 20
 DEFAULT_BODY_VALUES = 4_000_000
 DEFAULT_PROMPT_PROCESSES = 2
 
+DEFAULT_GRAMMAR_BYTES = 64 << 10
+"""The costliest schemas of this size that we found take a worker 2.5 s of one thread, beside its steps."""
+
 
 class LimitsConfig(BaseModel):
     """Times in seconds, sizes in bytes."""
@@ -31,6 +34,9 @@ class LimitsConfig(BaseModel):
         DEFAULT_BODY_VALUES,
         ge=1024,
         description="most JSON values in the body of a request; each token id is one, each message has three or more",
+    )
+    max_grammar_bytes: int = Field(
+        DEFAULT_GRAMMAR_BYTES, ge=1024, description="longest JSON schema of a response format, or of all tools together"
     )
     max_bodies_bytes: int = Field(
         512 << 20,

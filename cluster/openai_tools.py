@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from llguidance import LLMatcher
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from forecache.cluster.limits import DEFAULT_GRAMMAR_BYTES
 from forecache.cluster.tool_calls import CLOSE, OPEN
 from forecache.workers.errors import InvalidRequestError
 
@@ -111,11 +112,13 @@ class MadeCall(Strict):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
-def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> str | None:
+def format_grammar(
+    wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | None, max_bytes: int = DEFAULT_GRAMMAR_BYTES
+) -> str | None:
     """The grammar of a response format; None for text.
 
     Raises:
-        InvalidRequestError: no answer matches the schema, or it is none.
+        InvalidRequestError: no answer matches the schema, or it is none, or has more than ``max_bytes``.
     """
     if wanted is None or isinstance(wanted, TextFormat):
         return None
@@ -124,6 +127,7 @@ def format_grammar(wanted: TextFormat | JsonObjectFormat | JsonSchemaFormat | No
         raise InvalidRequestError("no answer can match the schema false", "response_format")
     try:
         text = _json({} if schema is True else schema, "response_format")
+        _check_length(text, max_bytes, "response_format")
         return LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS)
     except ValueError as error:
         raise InvalidRequestError(f"the schema can't be followed: {error}", "response_format") from error
@@ -135,6 +139,13 @@ def _json(schema: Any, param: str) -> str:
         return json.dumps(schema)
     except RecursionError:
         raise InvalidRequestError("the schema is nested too deep", param) from None
+
+
+def _check_length(text: str, max_bytes: int, param: str) -> None:
+    if len(text) > max_bytes:  # JSON as we write it is ASCII
+        raise InvalidRequestError(
+            f"the schemas have {len(text)} bytes, and {max_bytes} are allowed (--max-grammar-bytes)", param
+        )
 
 
 def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
@@ -164,14 +175,19 @@ def _strict_call(tool: Tool) -> str:
     return f"{json.dumps(begin)} %json {_json(schema, 'tools')} {json.dumps(end)}"
 
 
-def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) -> str | None:
+def tools_grammar(
+    tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, max_bytes: int = DEFAULT_GRAMMAR_BYTES
+) -> str | None:
     """The grammar of an answer that may, or must, call ``tools``; None where the model is free.
 
     With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict. Unless
-    calls may be ``parallel`` the answer ends with the first.
+    calls may be ``parallel`` the answer ends with the first. Raises :class:`InvalidRequestError` for more than
+    ``max_bytes``.
     """
     if choice == "auto":
-        return _free_grammar(tools, parallel=parallel)
+        if (grammar := _free_grammar(tools, parallel=parallel)) is not None:
+            _check_length(grammar, max_bytes, "tools")
+        return grammar
     name = choice.function.name if isinstance(choice, ChosenFunction) else None
     calls = [
         {
@@ -184,6 +200,7 @@ def tools_grammar(tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool) 
         if name is None or tool.function.name == name
     ]
     schema = _json({"anyOf": calls, "x-guidance": _CALL_OPTIONS}, "tools")
+    _check_length(schema, max_bytes, "tools")
     more = ' ("\\n" call)*' if parallel and name is None else ""
     opening, closing = json.dumps(OPEN + "\n"), json.dumps("\n" + CLOSE)
     return f"%llguidance {{}}\nstart: call{more}\ncall: {opening} %json {schema} {closing}\n"

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from forecache.cluster.limits import DEFAULT_GRAMMAR_BYTES
 from forecache.cluster.openai_messages import Message, Text
 from forecache.cluster.openai_tools import (
     MAX_TOOLS,
@@ -160,10 +161,11 @@ class _Request(Strict):
         """How many of the likeliest tokens are to be told beside each drawn one; None: no log-probabilities at all."""
         raise NotImplementedError
 
-    def grammar(self) -> str | None:
-        return format_grammar(self.response_format)
+    def grammar(self, max_bytes: int) -> str | None:
+        """What the answer must follow. Raises :class:`InvalidRequestError` for more than ``max_bytes`` of schemas."""
+        return format_grammar(self.response_format, max_bytes)
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
+    def sampling(self, max_tokens: int, max_grammar_bytes: int = DEFAULT_GRAMMAR_BYTES) -> SamplingParams:
         """OpenAI's defaults; a seed is drawn where none is given, so that a resumed stream goes on the same."""
         return SamplingParams(
             max_tokens=max_tokens,
@@ -177,7 +179,7 @@ class _Request(Strict):
             frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=self.logprobs_wanted(),
-            grammar=self.grammar(),
+            grammar=self.grammar(max_grammar_bytes),
             prompt_logprobs=self.scores_prompt,
         )
 
@@ -229,11 +231,11 @@ class ChatCompletionRequest(_Request):
     def logprobs_wanted(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def grammar(self) -> str | None:
+    def grammar(self, max_bytes: int) -> str | None:
         if self.tools_in_use:
             parallel = self.parallel_tool_calls is not False
-            return tools_grammar(self.tools_in_use, self.tool_choice or "auto", parallel=parallel)
-        return super().grammar()
+            return tools_grammar(self.tools_in_use, self.tool_choice or "auto", parallel=parallel, max_bytes=max_bytes)
+        return super().grammar(max_bytes)
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

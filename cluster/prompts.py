@@ -14,7 +14,7 @@ from typing import Any
 
 from forecache.cluster.errors import RefusedError
 from forecache.cluster.fair_queue import FairQueue
-from forecache.cluster.limits import DEFAULT_BODY_VALUES, DEFAULT_PROMPT_PROCESSES
+from forecache.cluster.limits import DEFAULT_BODY_VALUES, DEFAULT_GRAMMAR_BYTES, DEFAULT_PROMPT_PROCESSES
 from forecache.cluster.logprobs import TokenTexts
 from forecache.cluster.openai_types import (
     ChatCompletionRequest,
@@ -55,7 +55,7 @@ class PromptEncoder:
     """Reads the requests of one model. Its async methods belong to one event loop.
 
     ``processes``: most processes for large bodies, each started when it is first needed; ``max_values``: most JSON
-    values in a body.
+    values in a body; ``max_grammar_bytes``: most bytes of a request's schemas.
     """
 
     def __init__(
@@ -65,10 +65,11 @@ class PromptEncoder:
         *,
         processes: int = DEFAULT_PROMPT_PROCESSES,
         max_values: int = DEFAULT_BODY_VALUES,
+        max_grammar_bytes: int = DEFAULT_GRAMMAR_BYTES,
     ) -> None:
         self.max_model_len = max_model_len
         self._grammars = Grammars(tokenizer, frozenset())
-        reader = RequestReader(tokenizer, max_model_len, max_values)
+        reader = RequestReader(tokenizer, max_model_len, max_values, max_grammar_bytes)
         self._processes = [PromptProcess(reader) for _ in range(processes)]
         self._closed = False
         self._small = FairQueue[_Job]()

@@ -22,6 +22,7 @@ from forecache.cluster.errors import (
     UnknownModelError,
     from_exception,
 )
+from forecache.cluster.limits import DEFAULT_GRAMMAR_BYTES
 from forecache.cluster.openai_messages import Message
 from forecache.cluster.openai_tools import Tool
 from forecache.cluster.openai_types import (
@@ -31,6 +32,7 @@ from forecache.cluster.openai_types import (
     TokenizeRequest,
 )
 from forecache.cluster.tool_calls import template_knows_calls, written_out
+from forecache.workers.decode.grammar import check_grammar
 from forecache.workers.decode.messages import CacheOptions, SamplingParams
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 
@@ -98,12 +100,19 @@ class RequestReader:
     A body may have ``max_values`` JSON values: each takes memory and time, whatever it is.
     """
 
-    def __init__(self, tokenizer: Any, max_model_len: int, max_values: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_model_len: int,
+        max_values: int,
+        max_grammar_bytes: int = DEFAULT_GRAMMAR_BYTES,
+    ) -> None:
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
         self._template_knows_calls = template_knows_calls(str(getattr(tokenizer, "chat_template", None) or ""))
         self._max_values = max_values
+        self._max_grammar_bytes = max_grammar_bytes
 
     def outcome(self, wanted: Wanted, body: bytes, served: str | None) -> Outcome:
         """As :meth:`read`, with what refuses it as a value: exceptions don't go well from process to process."""
@@ -118,7 +127,7 @@ class RequestReader:
         Raises:
             BodyTooLargeError: more values than a body may have.
             InvalidRequestError: not UTF-8, not JSON; the chat template refuses the messages; a token id is out of the
-                vocabulary.
+                vocabulary; a schema is too long or costs too much.
             ValidationError: JSON, but not such a request.
             UnknownModelError: for another model.
             ContextLengthError: prompt and answer don't fit the context.
@@ -139,9 +148,14 @@ class RequestReader:
         kind = ChatCompletionRequest if wanted is Wanted.CHAT else CompletionRequest
         request = kind.model_validate(values)
         _check_model(request.model, served)
+        sampling = request.sampling(1, self._max_grammar_bytes)
+        if sampling.grammar is not None:
+            # before a worker has it: there it is compiled once more, with the tokenizer
+            in_tools = isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use)
+            check_grammar(sampling.grammar, "tools" if in_tools else "response_format")
         return ReadRequest(
             prompts=tuple(self._encode(request)),
-            sampling=request.sampling(1),
+            sampling=sampling,
             cache=request.cache(),
             per_prompt=request.n or 1,
             stream=bool(request.stream),

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from forecache.workers.decode.messages import SamplingParams
 from forecache.workers.errors import InvalidRequestError
+
+LIMITS = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=100_000, verbose_errors=False)
+"""What one grammar may cost. Fuel is work on its regular expressions, size the symbols of its rules."""
 
 
 class Matcher:
@@ -70,11 +73,20 @@ class Grammars:
         """
         if sampling.grammar is None:
             return None
-        matcher = LLMatcher(self.tokenizer, sampling.grammar, log_level=0)
+        matcher = LLMatcher(self.tokenizer, sampling.grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             reason = f"the grammar can't be followed: {_first_line(matcher.get_error())}"
             raise InvalidRequestError(reason, "response_format")
         return Matcher(matcher)
+
+
+def check_grammar(grammar: str, param: str) -> None:
+    """Raise :class:`InvalidRequestError` for a grammar that is none, or costs more than one may.
+
+    Needs no tokenizer. May take a second, in which other threads run.
+    """
+    if reason := LLMatcher.validate_grammar(grammar, None, limits=LIMITS):
+        raise InvalidRequestError(f"the grammar can't be followed: {_first_line(reason)}", param)
 
 
 def _first_line(text: str) -> str:
