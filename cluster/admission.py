@@ -1,12 +1,14 @@
 """Who may come in: a bounded queue in requests and prompt tokens, limits of tenants, nobody while draining.
 
 A request waits from its admission to its first token. What is refused costs nothing but the look at a few numbers.
+Where there are several ingresses the limits are those of all together: each counts its own requests to the last one,
+and those of the others as they were when it last asked, a second ago or less.
 """
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -63,6 +65,25 @@ class _Use:
     resident_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What one ingress has let in. ``tenants``: name → (requests, bytes of hot K/V) under way."""
+
+    ingress: str
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    tenants: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __add__(self, other: "Usage") -> "Usage":
+        """That of both."""
+        tenants = dict(self.tenants)
+        for name, (requests, resident_bytes) in other.tenants.items():
+            before = tenants.get(name, (0, 0))
+            tenants[name] = before[0] + requests, before[1] + resident_bytes
+        queued = self.queued_requests + other.queued_requests
+        return Usage(self.ingress, queued, self.queued_tokens + other.queued_tokens, tenants)
+
+
 class Ticket:
     """One HTTP request that was let in, with the prompt tokens of each of its choices. ``close`` it at its end."""
 
@@ -101,6 +122,16 @@ class Admission:
     in_flight: int = 0
     _entering: Counter[str] = field(default_factory=Counter)
     _uses: dict[str, _Use] = field(default_factory=dict)
+    _elsewhere: Usage = field(default_factory=lambda: Usage(""))
+
+    def usage(self, ingress: str) -> Usage:
+        """What was let in here, for the other ingresses. ``ingress``: this one."""
+        tenants = {name: (use.requests, use.resident_bytes) for name, use in self._uses.items()}
+        return Usage(ingress, self.queued_requests, self.queued_tokens, tenants)
+
+    def hear(self, others: Sequence[Usage]) -> None:
+        """What the other ingresses have let in, all of them."""
+        self._elsewhere = sum(others, Usage(""))
 
     def check_open(self) -> None:
         """Before a body is read: is there any hope for it?
@@ -143,10 +174,12 @@ class Admission:
             raise self._draining()
         self._check_places(0)
         tokens = sum(choices)
-        if self.queued_requests and self.queued_requests + len(choices) > self.limits.max_queued_requests:
-            raise self._full(f"{self.queued_requests} requests wait already, and this one asks for {len(choices)}")
-        if self.queued_requests and self.queued_tokens + tokens > self.limits.max_queued_tokens:
-            raise self._full(f"{self.queued_tokens} prompt tokens wait already, and this request has {tokens}")
+        waiting = self.queued_requests + self._elsewhere.queued_requests
+        waiting_tokens = self.queued_tokens + self._elsewhere.queued_tokens
+        if waiting and waiting + len(choices) > self.limits.max_queued_requests:
+            raise self._full(f"{waiting} requests wait already, and this one asks for {len(choices)}")
+        if waiting and waiting_tokens + tokens > self.limits.max_queued_tokens:
+            raise self._full(f"{waiting_tokens} prompt tokens wait already, and this request has {tokens}")
         use = self._uses.get(tenant.name) or _Use()
         self._check_tenant(tenant, use, len(choices), resident_bytes)
         self.throughput.waited(self.queued_requests > 0)
@@ -182,8 +215,9 @@ class Admission:
 
     def _check_places(self, taken: int) -> None:
         """``taken``: places that are kept for others, and not yet in the queue."""
-        if self.queued_requests + taken >= self.limits.max_queued_requests:
-            raise self._full(f"{self.queued_requests + taken} requests wait already")
+        waiting = self.queued_requests + self._elsewhere.queued_requests + taken
+        if waiting >= self.limits.max_queued_requests:
+            raise self._full(f"{waiting} requests wait already")
 
     def _draining(self) -> DrainingError:
         return DrainingError("this server is being stopped; send the request again", FIRST_RETRY_S)
@@ -198,10 +232,12 @@ class Admission:
                 "shorten the prompt, lower max_tokens or forecache.keep_ratio",
                 "max_tokens",
             )
-        if most is not None and use.requests + choices > most:
-            raise self._full(f"your key has {use.requests} requests under way and may have {most}")
-        if most_bytes is not None and use.resident_bytes + resident_bytes > most_bytes:
-            raise self._full(f"your key's requests hold {use.resident_bytes} bytes of K/V and may hold {most_bytes}")
+        requests, used_bytes = self._elsewhere.tenants.get(tenant.name, (0, 0))
+        requests, used_bytes = requests + use.requests, used_bytes + use.resident_bytes
+        if most is not None and requests + choices > most:
+            raise self._full(f"your key has {requests} requests under way and may have {most}")
+        if most_bytes is not None and used_bytes + resident_bytes > most_bytes:
+            raise self._full(f"your key's requests hold {used_bytes} bytes of K/V and may hold {most_bytes}")
 
     def _tidy(self, tenant: str) -> None:
         if not self._uses[tenant].requests:

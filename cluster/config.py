@@ -57,7 +57,16 @@ class ServeConfig(BaseModel):
     served_model_name: str | None = Field(None, description="name clients ask for; default: what --model says")
     workers: int = Field(1, ge=1, description="decode worker replicas")
     proxy_location: Literal["EveryNode", "HeadOnly"] = Field(
-        "EveryNode", description="nodes of the Ray cluster that listen for HTTP; of those with a worker"
+        "EveryNode", description="nodes of the Ray cluster that listen for HTTP; of those with a worker or an ingress"
+    )
+    ingresses: int | None = Field(
+        None,
+        ge=1,
+        description="processes that requests pass through, on different nodes as far as there are; default: 1 on one "
+        "machine, else as many as workers, from 2 to 8",
+    )
+    ingress_resource: str | None = Field(
+        None, description="Ray custom resource of the nodes that get ingresses; default: all nodes"
     )
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
     redis_url: str | None = Field(
@@ -112,6 +121,13 @@ class ServeConfig(BaseModel):
                 f"{self.redis_bytes}: lower the one or raise the other"
             )
         return self
+
+    @property
+    def ingress_replicas(self) -> int:
+        """:attr:`ingresses`, or its default: what one of several that dies takes along is its own streams alone."""
+        if self.ingresses is not None:
+            return self.ingresses
+        return 1 if self.address is None else min(max(self.workers, 2), 8)
 
     @property
     def model_name(self) -> str:

@@ -1,5 +1,6 @@
 """The Serve deployment that speaks HTTP, and its way to the decode workers."""
 
+import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -10,11 +11,11 @@ from typing import Any, Self
 import grpc
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from forecache.cluster.admission import Admission
+from forecache.cluster.admission import Admission, Usage
 from forecache.cluster.api import Api
 from forecache.cluster.channels import ChanneledStream, Channels
 from forecache.cluster.config import ServeConfig
@@ -47,6 +48,7 @@ from forecache.workers.errors import EngineDeadError, EngineHungError
 logger = logging.getLogger(__name__)
 
 STATS_DEADLINE_S = 5.0
+SHARING_PERIOD_S = 0.5
 
 
 class ServeCall:
@@ -161,6 +163,8 @@ class Ingress:
         node_id, here = ray.get_runtime_context().get_node_id(), serve.get_replica_context()
         self._telemetry = telemetry.start_with(metrics.registry, "ingress", here.replica_id.unique_id, node_id)
         self._admission = Admission(config.limits)
+        if config.ingress_replicas > 1:
+            self._sharing = asyncio.get_running_loop().create_task(self._share_limits())
         encoder = PromptEncoder(
             tokenizer,
             max_model_len,
@@ -196,6 +200,26 @@ class Ingress:
 
     async def metrics_target(self) -> MetricsTarget:
         return self._telemetry.target
+
+    async def usage(self) -> Usage:
+        """What was let in here."""
+        return self._admission.usage(serve.get_replica_context().replica_id.unique_id)
+
+    async def _share_limits(self) -> None:
+        """Ask the other ingresses again and again what they have let in. One that does not answer has nothing."""
+        here = serve.get_replica_context()
+        ingresses = serve.get_deployment_handle(here.deployment, here.app_name)
+        while True:
+            await asyncio.sleep(SHARING_PERIOD_S)
+            try:
+                answers = await ingresses.broadcast("usage").results_async(
+                    timeout_s=STATS_DEADLINE_S, return_exceptions=True
+                )
+            except (TimeoutError, DeploymentUnavailableError, RayError) as error:
+                logger.warning("other ingresses' requests are not counted: %s", error)
+                answers = []
+            usages = [answer for answer in answers if isinstance(answer, Usage)]
+            self._admission.hear([one for one in usages if one.ingress != here.replica_id.unique_id])
 
     async def drain(self) -> int:
         """Take nothing new from now on; how many requests are still under way."""

@@ -32,7 +32,8 @@ class Arguments(BaseModel):
 
 
 class SupervisedIngress(Ingress):
-    """The ingress, and beside it the thread that `forecache serve` has in its own process."""
+    """The ingress, and beside it the thread that `forecache serve` has in its own process: of several ingresses each
+    has one. What one has started the others find."""
 
     def __init__(self, config: ServeConfig, *rest: Any) -> None:
         super().__init__(config, *rest)

@@ -219,10 +219,15 @@ def _stop_node_actors(run: str, deadline_s: float) -> None:
 
 def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
     """Let requests that are under way finish, and nothing new in."""
-    ingress = serve.get_app_handle(APPLICATION)
+    ingresses = serve.get_app_handle(APPLICATION)
     end = time.monotonic() + deadline_s
     try:
-        while under_way := ingress.drain.remote().result(timeout_s=POLL_S + deadline_s):
+        while True:
+            # all of them, each time: one that died is replaced by one that drains not yet
+            answers = ingresses.broadcast("drain").results(timeout_s=POLL_S + deadline_s, return_exceptions=True)
+            under_way = sum(answer for answer in answers if isinstance(answer, int))
+            if not under_way:
+                return
             if hurry.is_set() or time.monotonic() > end:
                 logger.warning("%d requests were cut off", under_way)
                 return
@@ -241,7 +246,7 @@ def application(
     ingress_class: type[Ingress] = Ingress,
     worker_class: type[DecodeWorker] = DecodeWorker,
 ) -> serve.Application:
-    """The ingress in front of `workers` replicas of the decode worker."""
+    """Ingresses in front of `workers` replicas of the decode worker."""
     quiet = LoggingConfig(
         log_level="WARNING",
         enable_access_log=False,
@@ -265,12 +270,13 @@ def application(
     )(worker_class)
     ingress = serve.deployment(
         name="Ingress",
-        # health, readiness and metrics must get through when every worker is full, and so must those to be refused
+        num_replicas=config.ingress_replicas,
+        # health, readiness and metrics must get through when every worker is full, and so must those to be refused; and
+        # one must take what comes for all
         max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
-        # it holds the streams of all: on the one node that the cluster does not outlive
         ray_actor_options={
             "num_cpus": 0,
-            "resources": {"node:__internal_head__": 0.001},
+            "resources": _ingress_place(config),
             "runtime_env": {"env_vars": NO_PROXIES},
         },
         graceful_shutdown_wait_loop_s=POLL_S,
@@ -282,6 +288,14 @@ def application(
         config, model.max_model_len, model.chunk_bytes, tenants, decode.bind(settings), tiers, cluster_telemetry(config)
     )
     return bound
+
+
+def _ingress_place(config: ServeConfig) -> dict[str, float]:
+    """Ray resources of an ingress. One alone holds the streams of all: on the node that the cluster does not outlive.
+    Of several each takes its own along, and Serve spreads them."""
+    if config.ingress_resource is not None:
+        return {config.ingress_resource: 0.001}
+    return {"node:__internal_head__": 0.001} if config.ingress_replicas == 1 else {}
 
 
 def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfig:

@@ -92,7 +92,7 @@ def check_metrics(url: str) -> None:
     """Every process of both nodes is listed, and serves series of its own."""
     listed = httpx.get(f"{url}/metrics/targets", timeout=30).json()
     components = [group["labels"]["component"] for group in listed]
-    assert components == ["indexer", "ingress", "tier", "tier", "worker"]
+    assert components == ["indexer", "ingress", "ingress", "tier", "tier", "worker"]
     assert len({group["labels"]["node"] for group in listed if group["labels"]["component"] == "tier"}) == 2
     for group in listed:
         [address] = group["targets"]

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from forecache.cluster.admission import FIRST_RETRY_S, LONGEST_RETRY_S, Admission, Throughput, Ticket
+from forecache.cluster.admission import FIRST_RETRY_S, LONGEST_RETRY_S, Admission, Throughput, Ticket, Usage
 from forecache.cluster.errors import (
     AuthenticationError,
     DrainingError,
@@ -277,3 +277,44 @@ def test_a_file_that_is_none_is_said_at_start(tmp_path: Path, text: str) -> None
         Tenants.load(file)
     with pytest.raises(StartError):
         Tenants.load(tmp_path / "missing")
+
+
+def test_several_doors_keep_their_limits_together() -> None:
+    doors = [door(max_queued_requests=4, max_queued_tokens=100)[0] for _ in range(3)]
+
+    def tell_each_other() -> None:
+        usages = [one.usage(str(number)) for number, one in enumerate(doors)]
+        for number, one in enumerate(doors):
+            one.hear([usage for usage in usages if usage.ingress != str(number)])
+            one.check_integrity()
+
+    tenant = Tenant(name="t", max_concurrent=3, max_resident_bytes=100)
+    tickets = [one.admit(tenant, [10], 20) for one in doors]
+    tell_each_other()
+    for one in doors:
+        with pytest.raises(TooManyRequestsError, match="your key has 3 requests under way and may have 3"):
+            one.admit(tenant, [10], 20)
+    fourth = doors[0].admit(Tenant(name="u"), [10], 0)
+    tell_each_other()
+    for one in doors:
+        with pytest.raises(TooManyRequestsError, match="4 requests wait already"):
+            one.check_open()
+    tickets.pop().close()
+    tell_each_other()
+    with pytest.raises(TooManyRequestsError, match="30 prompt tokens wait already, and this request has 80"):
+        doors[2].admit(Tenant(name="u"), [80], 0)
+    with pytest.raises(TooManyRequestsError, match="your key's requests hold 40 bytes of K/V and may hold 100"):
+        doors[2].admit(tenant, [10], 70)
+    tickets.append(doors[2].admit(tenant, [10], 60))
+    for ticket in (*tickets, fourth):
+        ticket.close()
+    tell_each_other()
+    assert [one.usage("") for one in doors] == [Usage("")] * 3
+    long = doors[1].admit(Tenant(name="u"), [5000], 0)  # nobody waits anywhere
+    tell_each_other()
+    with pytest.raises(TooManyRequestsError, match="5000 prompt tokens"):
+        doors[0].admit(Tenant(name="u"), [1], 0)
+    long.close()
+    doors[0].hear([])  # the others are gone, with all they had
+    doors[0].admit(Tenant(name="u"), [1], 0).close()
+    doors[0].check_integrity()

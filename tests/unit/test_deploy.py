@@ -96,6 +96,22 @@ def ray_service() -> dict[str, Any]:
     return spec
 
 
+def test_ingresses_are_several_on_nodes_that_stay_and_listen(
+    settings: ServeConfig, ray_service: dict[str, Any]
+) -> None:
+    assert settings.ingresses is not None and settings.ingresses > 1
+    groups = ray_service["rayClusterConfig"]["workerGroupSpecs"]
+    of_ingresses = [
+        x for x in groups if f'"{settings.ingress_resource}' in x["rayStartParams"]["resources"].replace("\\", "")
+    ]
+    assert sum(group["minReplicas"] for group in of_ingresses) >= settings.ingresses
+    for group in of_ingresses:
+        [container] = group["template"]["spec"]["containers"]
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert str(Path(settings.engine.model).parent) in mounts  # for the tokenizer
+
+
 def test_redis_forgets_no_tier_and_no_pin_and_ends_below_the_limit_of_its_pod() -> None:
     spec = one("multi-node", "StatefulSet", "forecache-redis")["spec"]["template"]["spec"]
     [container] = spec["containers"]

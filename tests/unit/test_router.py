@@ -454,3 +454,30 @@ def test_a_channel_goes_to_the_worker_that_it_is_for_and_to_anyone_when_that_is_
 
     assert asyncio.run(chosen("b")) == ["b"]
     assert asyncio.run(chosen("gone")) == ["a", "b", "c"]
+
+
+def test_several_routers_know_of_each_other_s_requests_by_what_the_worker_tells() -> None:
+    """Each ingress has a router, which counts its own requests to the last one."""
+    loads = [Load() for _ in range(3)]
+    sent = [5, 2, 0]
+    for load, count in zip(loads, sent, strict=True):
+        for _ in range(count):
+            load.chosen(0.0)
+            load.sent()
+    assert [load.requests(10.0) for load in loads] == sent
+    for _ in range(3):
+        for load in loads:
+            load.hear(sum(sent))
+    assert [load.requests(10.0) for load in loads] == [7, 7, 7]
+    for _ in range(4):  # what ends here is known at once, what ends elsewhere with the next reports
+        loads[0].ended()
+    assert [load.requests(10.0) for load in loads] == [3, 7, 7]
+    for _ in range(3):
+        for load in loads:
+            load.hear(3)
+    assert [load.requests(10.0) for load in loads] == [3, 3, 3]
+    del loads[0]  # its ingress has died, and its requests with it
+    for _ in range(3):
+        for load in loads:
+            load.hear(2)
+    assert [load.requests(10.0) for load in loads] == [2, 2]

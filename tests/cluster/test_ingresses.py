@@ -1,0 +1,181 @@
+"""Several ingresses, on two nodes: what one takes along when it dies, and limits that they keep together."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import pytest
+from processes import processes_below
+from prometheus_client.parser import text_string_to_metric_families
+from ray.cluster_utils import Cluster
+from ray_nodes import HEAD, NODE
+
+from forecache.cluster.tenants import new_key
+
+pytestmark = pytest.mark.cluster
+
+KEYS = {name: new_key() for name in ("many", "few")}
+TOKENS = 3000
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 60) -> None:
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, f"it did not come about in {within_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
+    try:
+        cluster.add_node(**{**NODE, "num_cpus": 0})
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(two_nodes: Any, start_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    file = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    few = ", max_concurrent: 2"
+    lines = [
+        f"- {{key_sha256: {digest}, tenant: {{name: {name}{few if name == 'few' else ''}}}}}"
+        for name, (_, digest) in KEYS.items()
+    ]
+    file.write_text("\n".join(lines))
+    return start_server(
+        *("--address", two_nodes.address, "--ingresses", "2", "--api-keys-file", str(file)),
+        *("--max-batch-size", "16", "--drain-deadline-s", "120"),
+    )
+
+
+def headers(tenant: str = "many") -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEYS[tenant][0]}"}
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "bytes", "prompt": "a" * 100, "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, **fields}
+
+
+def first_tokens(server: Any) -> Counter[str]:
+    """Ingress → streams that have begun there."""
+    page = server.get("/metrics/cluster").text
+    return Counter({
+        sample.labels["process"]: int(sample.value)
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "forecache_time_to_first_token_seconds_count" and sample.labels["component"] == "ingress"
+    })  # fmt: skip
+
+
+class Stream(threading.Thread):
+    """Reads a streamed answer: ``text`` so far, and whether it came to its ``end``."""
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.text = ""
+        self.end = False
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        try:
+            with self.server.stream("/v1/completions", body(stream=True), headers=headers()) as answer:
+                for line in answer.iter_lines():
+                    data = line.removeprefix("data: ")
+                    if data == "[DONE]":
+                        self.end = True
+                    elif line.startswith("data: ") and (choices := json.loads(data)["choices"]):
+                        self.text += choices[0]["text"]
+                        self.begun.set()
+        except httpx.TransportError:
+            pass  # it ends where its ingress did: `end` stays false
+
+
+def begun_streams(server: Any, count: int) -> list[Stream]:
+    """All have a first token."""
+    streams = [Stream(server) for _ in range(count)]
+    for stream in streams:
+        stream.start()
+    assert all(stream.begun.wait(60) for stream in streams)
+    return streams
+
+
+def ingresses() -> list[int]:
+    """Their processes."""
+    names = processes_below(os.getpid())
+    return [pid for pid, name in names.items() if "ServeReplica:forecache:Ingress" in name]
+
+
+def test_both_are_listed_and_each_on_a_node_of_its_own(server: Any) -> None:
+    listed = [group["labels"] for group in server.get("/metrics/targets").json()]
+    here = [labels for labels in listed if labels["component"] == "ingress"]
+    assert len(here) == 2 and len({labels["node"] for labels in here}) == 2
+    assert len(ingresses()) == 2
+
+
+def test_a_tenant_s_limit_is_that_of_both_together(server: Any) -> None:
+    with ExitStack() as streams:
+        for _ in range(2):
+            # refused while the other ingress has not heard yet that an answer of a test before has ended
+            wait_until(lambda: server.post("/v1/completions", body(max_tokens=1), headers=headers("few")).is_success)
+            answer = streams.enter_context(server.stream("/v1/completions", body(stream=True), headers=headers("few")))
+            assert answer.status_code == 200
+            assert next(answer.iter_lines())
+        time.sleep(2)  # the time in which ingresses hear of each other's requests
+        refused = [server.post("/v1/completions", body(max_tokens=1), headers=headers("few")) for _ in range(10)]
+        assert [answer.status_code for answer in refused] == [429] * 10
+        assert "your key has 2 requests under way and may have 2" in refused[0].json()["error"]["message"]
+        assert server.post("/v1/completions", body(max_tokens=1), headers=headers()).status_code == 200
+    wait_until(lambda: server.post("/v1/completions", body(max_tokens=1), headers=headers("few")).is_success)
+
+
+def test_an_ingress_that_dies_takes_its_own_streams_along_and_no_others(server: Any) -> None:
+    whole = server.post("/v1/completions", body(), headers=headers(), timeout=300).json()["choices"][0]["text"]
+    time.sleep(1.1)  # what is shared of metrics is older than that
+    before, streams, counts = first_tokens(server), list[Stream](), Counter[str]()
+    while len(counts) < 2 or counts.total() < len(streams):
+        assert len(streams) < 20, "all streams go through one ingress"
+        if counts.total() == len(streams):
+            streams += begun_streams(server, 5)
+        counts = first_tokens(server) - before
+    assert not any(stream.end for stream in streams)
+    [victim, _] = ingresses()
+    os.kill(victim, signal.SIGKILL)
+    # the service is there, at once for whoever comes to the other one
+    assert server.get("/health").status_code == 200
+    wait_until(lambda: answers(server), within_s=10)
+    for stream in streams:
+        stream.join(300)
+    ended = sum(stream.end for stream in streams)
+    assert sorted([ended, len(streams) - ended]) == sorted(counts.values())
+    assert all(stream.text == whole for stream in streams if stream.end)
+    assert all(whole.startswith(stream.text) for stream in streams)
+    # another takes its place
+    wait_until(lambda: len(ingresses()) == 2 and victim not in ingresses())
+    wait_until(lambda: str(server.get("/metrics/targets").text).count('"ingress"') == 2)
+    assert all(answers(server) for _ in range(10))
+
+
+def answers(server: Any) -> bool:
+    try:
+        return bool(server.post("/v1/completions", body(max_tokens=1), headers=headers(), timeout=30).is_success)
+    except httpx.TransportError:
+        return False
+
+
+def test_what_one_has_under_way_is_waited_for_at_the_end(server: Any) -> None:
+    streams = begun_streams(server, 6)
+    server.process.send_signal(signal.SIGTERM)
+    for stream in streams:
+        stream.join(120)
+    assert [stream.end for stream in streams] == [True] * 6
+    assert server.process.wait(60) == 0
