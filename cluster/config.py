@@ -66,7 +66,7 @@ class ServeConfig(BaseModel):
         "machine, else as many as workers, from 2 to 8",
     )
     ingress_resource: str | None = Field(
-        None, description="Ray custom resource of the nodes that get ingresses; default: all nodes"
+        None, description="Ray custom resource of the nodes that get an ingress, one each; default: all nodes"
     )
     address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
     redis_url: str | None = Field(

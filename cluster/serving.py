@@ -271,6 +271,7 @@ def application(
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=config.ingress_replicas,
+        max_replicas_per_node=_ingresses_per_node(config),
         # health, readiness and metrics must get through when every worker is full, and so must those to be refused; and
         # one must take what comes for all
         max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
@@ -292,10 +293,19 @@ def application(
 
 def _ingress_place(config: ServeConfig) -> dict[str, float]:
     """Ray resources of an ingress. One alone holds the streams of all: on the node that the cluster does not outlive.
-    Of several each takes its own along, and Serve spreads them."""
+    Of several each takes its own along."""
     if config.ingress_resource is not None:
         return {config.ingress_resource: 0.001}
     return {"node:__internal_head__": 0.001} if config.ingress_replicas == 1 else {}
+
+
+def _ingresses_per_node(config: ServeConfig) -> int:
+    """Most ingresses of a node: as few as there can be. Without that Ray would put several on one, since they use
+    nothing that it counts."""
+    if config.ingress_resource is not None:
+        return 1
+    nodes = sum(1 for node in ray.nodes() if node["Alive"]) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
+    return -(-config.ingress_replicas // max(nodes, 1))
 
 
 def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfig:
