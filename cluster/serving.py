@@ -304,8 +304,8 @@ def _ingresses_per_node(config: ServeConfig) -> int:
     nothing that it counts."""
     if config.ingress_resource is not None:
         return 1
-    nodes = sum(1 for node in ray.nodes() if node["Alive"]) if ray.is_initialized() else 1  # type: ignore[no-untyped-call]
-    return -(-config.ingress_replicas // max(nodes, 1))
+    nodes = ray.nodes() if ray.is_initialized() else []  # type: ignore[no-untyped-call]
+    return -(-config.ingress_replicas // max(sum(bool(node["Alive"]) for node in nodes), 1))
 
 
 def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfig:
