@@ -22,7 +22,7 @@ from forecache.cluster.tenants import new_key
 pytestmark = pytest.mark.cluster
 
 KEYS = {name: new_key() for name in ("many", "few")}
-TOKENS = 3000
+TOKENS = 7000
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = 60) -> None:
