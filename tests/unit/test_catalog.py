@@ -478,3 +478,23 @@ def test_a_chunk_that_has_gone_from_the_disk_goes_first_no_longer(
     store.drop(last, next(ref for ref in store.hold("reader", [last]) if ref is not None))
     exchange._round()
     assert disk.copied() == []
+
+
+def test_a_pin_that_comes_after_the_session_was_changed_or_deleted_pins_nothing(
+    catalog: Catalog, store: ArenaStore
+) -> None:
+    """The call that told the tier was given up, and comes all the same."""
+    put(store, KEYS[:2])
+    sessions = Sessions(store, catalog, 1 << 20)
+    pinned = SessionRecord("s", tuple(KEYS[:2]), time.time() + 6000)
+    catalog.set_session(pinned)
+    assert sessions.told(pinned) == 0 and store.stats().pinned_slots == 2
+    unpinned = replace(pinned, pinned_until_unix_s=0.0).after(pinned)
+    catalog.set_session(unpinned)
+    sessions.told(unpinned)
+    sessions.forget("s")
+    sessions.told(pinned)
+    assert store.stats().pinned_slots == 0
+    catalog.remove_session("s")
+    sessions.told(pinned)
+    assert store.stats().pinned_slots == 0

@@ -42,6 +42,15 @@ class Sessions:
         self.set(record)
         self.publish([session_id])
 
+    def told(self, record: SessionRecord) -> int:
+        """As :meth:`set`, of a record that is in the catalog since before this tier was told of it. One that comes so
+        late that a newer one is there, or that the session is over, is not taken over: its pin would not end."""
+        with suppress(CatalogUnavailableError):  # then it must do
+            entered = self._catalog.session(record.session_id)
+            if entered is None or entered.changed_unix_s > record.changed_unix_s:
+                return 0
+        return self.set(record)
+
     def set(self, record: SessionRecord) -> int:
         """Take over ``record``, pins included, unless a newer one is known; returns how many of its chunks here must
         yield to what is promised, as :meth:`ArenaStore.pin` does."""

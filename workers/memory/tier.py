@@ -197,11 +197,11 @@ class MemoryTier:
         if self._sessions is not None:
             self._sessions.record(session_id, keys, state_keys)
 
-    @ray.method(concurrency_group="peers_at_once")
+    @ray.method(concurrency_group="catalog")
     def set_session(self, record: SessionRecord) -> int:
         """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
         now, since their slots are promised."""
-        return self._sessions.set(record) if self._sessions is not None else 0
+        return self._sessions.told(record) if self._sessions is not None else 0
 
     @ray.method(concurrency_group="peers_at_once")
     def pin_share(self, session_id: str) -> PinShare:
