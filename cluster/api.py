@@ -174,7 +174,7 @@ class Api:
             with self._admission.entering(tenant.name):
                 return _json(await self._read(wanted, body, tenant))
 
-    async def _read(self, wanted: Wanted, body: bytes, tenant: Tenant) -> Any:
+    async def _read(self, wanted: Wanted, body: bytes | bytearray, tenant: Tenant) -> Any:
         return await self._encoder.read(wanted, body, served=self._metrics.model_name, tenant=tenant.name)
 
     async def _admitted(

@@ -29,7 +29,7 @@ class Bodies:
         return self._held.total()
 
     @asynccontextmanager
-    async def received(self, http: Request, tenant: str) -> AsyncIterator[bytes]:
+    async def received(self, http: Request, tenant: str) -> AsyncIterator[bytearray]:
         """The body of a request, counted until the end of the block.
 
         Raises:
@@ -47,7 +47,7 @@ class Bodies:
                     body += part
                     if len(body) > self._limits.max_body_bytes:
                         raise _too_long(self._limits.max_body_bytes)
-            yield bytes(body)
+            yield body
         finally:
             self._held[tenant] -= taken
             if not self._held[tenant]:

@@ -72,7 +72,7 @@ class PromptProcess:
         self._socket = ours
         send_frame(ours, self._reader, b"")
 
-    def run(self, job: ReadJob, body: bytes) -> Outcome:
+    def run(self, job: ReadJob, body: bytes | bytearray) -> Outcome:
         """What the process makes of ``body``. Blocks, without the interpreter's lock.
 
         Raises:
@@ -111,7 +111,7 @@ class PromptProcess:
             connection.close()
 
 
-def send_frame(connection: socket.socket, head: bytes, body: bytes) -> None:
+def send_frame(connection: socket.socket, head: bytes, body: bytes | bytearray) -> None:
     connection.sendall(_LENGTHS.pack(len(head), len(body)) + head)
     if body:
         connection.sendall(body)

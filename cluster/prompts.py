@@ -38,14 +38,14 @@ class _Job:
     """A body in line, and who waits for what comes of it."""
 
     job: ReadJob
-    body: bytes
+    body: bytes | bytearray
     outcome: "asyncio.Future[Outcome]"
 
 
 class _Lane:
     """Where one body at a time is read: the thread of ``read``."""
 
-    def __init__(self, name: str, read: Callable[[ReadJob, bytes], Outcome]) -> None:
+    def __init__(self, name: str, read: Callable[[ReadJob, bytes | bytearray], Outcome]) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self.read = read
         self.busy = False
@@ -83,7 +83,7 @@ class PromptEncoder:
         with suppress(InvalidRequestError):  # without a fast tokenizer each request for them is refused
             _ = self._grammars.tokenizer
 
-    async def read(self, wanted: Wanted, body: bytes, *, served: str | None = None, tenant: str = "") -> Any:
+    async def read(self, wanted: Wanted, body: bytes | bytearray, *, served: str | None = None, tenant: str = "") -> Any:
         """The :class:`.ReadRequest` of a body, or the JSON of its answer, as :meth:`.RequestReader.read` makes it.
 
         Raises:

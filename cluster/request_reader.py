@@ -114,14 +114,14 @@ class RequestReader:
         self._max_values = max_values
         self._max_grammar_bytes = max_grammar_bytes
 
-    def outcome(self, wanted: Wanted, body: bytes, served: str | None) -> Outcome:
+    def outcome(self, wanted: Wanted, body: bytes | bytearray, served: str | None) -> Outcome:
         """As :meth:`read`, with what refuses it as a value: exceptions don't go well from process to process."""
         try:
             return self.read(wanted, body, served)
         except (ForecacheError, ValidationError) as error:
             return Refusal(from_exception(error))
 
-    def read(self, wanted: Wanted, body: bytes, served: str | None) -> ReadRequest | bytes:
+    def read(self, wanted: Wanted, body: bytes | bytearray, served: str | None) -> ReadRequest | bytes:
         """What ``wanted`` says of ``body``. ``served``: the model that requests must name; None: any.
 
         Raises:
@@ -256,7 +256,7 @@ class RequestReader:
         return tokens
 
 
-def parse_json(body: bytes, max_values: int) -> Any:
+def parse_json(body: bytes | bytearray, max_values: int) -> Any:
     """The values that the JSON text ``body`` stands for.
 
     Raises:
@@ -282,7 +282,7 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
-def _most_values(text: bytes) -> int:
+def _most_values(text: bytes | bytearray) -> int:
     """Each value but the first of all follows a comma or opens its array or object."""
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 

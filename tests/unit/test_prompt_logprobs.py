@@ -1,5 +1,6 @@
 """Log-probabilities of a prompt's own tokens: those of transformers, whatever is stored, hot, shared or begun again."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from forecache.cluster.answers import AnswerFormat, ChoiceWriter, Echo, Piece
+from forecache.cluster.turns import Turns
 from forecache.workers.decode.messages import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.llm import LLM
@@ -113,8 +115,8 @@ def written(stream: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ):  # fmt: skip
         pieces.append(choice.take(event))
         if stream:
-            told += [chunk["choices"][0] for chunk in choice.chunks(pieces[-1])]
-    return ({} if stream else choice.whole(pieces)), told
+            told += [chunk["choices"][0] for chunk in asyncio.run(choice.chunks(pieces[-1], Turns(1)))]
+    return ({} if stream else asyncio.run(choice.whole(pieces, Turns(1)))), told
 
 
 def test_the_answer_repeats_the_prompt_with_its_numbers() -> None:
@@ -148,7 +150,9 @@ def test_a_character_in_several_tokens_counts_once(stream: bool) -> None:
         for token in parts
     ]
     if stream:
-        said = [chunk["choices"][0]["logprobs"] for piece in pieces for chunk in choice.chunks(piece)]
+        said = [
+            chunk["choices"][0]["logprobs"] for piece in pieces for chunk in asyncio.run(choice.chunks(piece, Turns(1)))
+        ]
         assert [offset for logprobs in said for offset in logprobs["text_offset"]] == [0, 0, 0, 1, 2]
     else:
-        assert choice.whole(pieces)["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]
+        assert asyncio.run(choice.whole(pieces, Turns(1)))["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]

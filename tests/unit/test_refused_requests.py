@@ -25,8 +25,8 @@ from forecache.cluster.channels import ChanneledStream, Channels
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.limits import LimitsConfig
 from forecache.cluster.metrics import Metrics
-from forecache.cluster.openai_types import CompletionRequest
-from forecache.cluster.prompts import EncodedPrompt, PromptEncoder
+from forecache.cluster.prompts import PromptEncoder
+from forecache.cluster.request_reader import ReadRequest, RequestReader, Wanted
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.tenants import Tenants
 from forecache.workers.decode import engine as engine_module
@@ -373,14 +373,16 @@ def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path)
     tokenizer = load_tokenizer(text_model)
     api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), lambda *_: 1000)
     http = Request({"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""})
-    request = CompletionRequest.model_validate({"model": "m", "prompt": "abc", "max_tokens": 4, "n": 2})
+    body = b'{"model": "m", "prompt": "abc", "max_tokens": 4, "n": 2}'
+    request = RequestReader(tokenizer, 4096, 100).read(Wanted.COMPLETION, body, "m")
+    assert isinstance(request, ReadRequest)
     answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(3,))
     tenant = Tenants.load(None).of(None)
     for at in range(MOST_CALLS):
         breaking = Breaking(at)
         try:
             with breaking:
-                streams = api._streams(http, request, [EncodedPrompt((1, 2, 3), 4)], answer, tenant)
+                streams = api._streams(http, request, answer, tenant)
         except InjectedError:
             assert admission.in_flight == admission.queued_requests == admission.queued_tokens == 0, breaking.broke
             admission.check_integrity()
