@@ -83,7 +83,9 @@ class PromptEncoder:
         with suppress(InvalidRequestError):  # without a fast tokenizer each request for them is refused
             _ = self._grammars.tokenizer
 
-    async def read(self, wanted: Wanted, body: bytes | bytearray, *, served: str | None = None, tenant: str = "") -> Any:
+    async def read(
+        self, wanted: Wanted, body: bytes | bytearray, *, served: str | None = None, tenant: str = ""
+    ) -> Any:
         """The :class:`.ReadRequest` of a body, or the JSON of its answer, as :meth:`.RequestReader.read` makes it.
 
         Raises:
