@@ -240,7 +240,7 @@ class RequestReader:
             for start in range(0, CHARS_PER_TOKEN * self.max_model_len, PIECE_CHARS):
                 tokens += len(self._tokenized(text[start : start + PIECE_CHARS], add_special_tokens=False))
                 if tokens > self.max_model_len + start // PIECE_CHARS * SPLIT_TOKENS:
-                    raise self._too_long(f"the {param} alone has more than that", param)
+                    raise self._too_long(f"the {param} alone hold more", param)
         return array("i", self._tokenized(text, add_special_tokens=add_special_tokens))
 
     def _tokenized(self, text: str, *, add_special_tokens: bool) -> list[int]:

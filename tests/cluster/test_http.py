@@ -212,7 +212,7 @@ def test_a_text_far_over_the_context_is_refused_before_it_is_all_tokenized(serve
     response = server.post("/v1/chat/completions", chat_body("x" * 50 * MAX_MODEL_LEN))
     error = error_of(response)
     assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "messages")
-    assert f"{MAX_MODEL_LEN} tokens" in error["message"] and f"more than {16 * MAX_MODEL_LEN - 1}" in error["message"]
+    assert f"{MAX_MODEL_LEN} tokens" in error["message"] and "the messages alone hold more" in error["message"]
 
 
 def test_a_context_that_is_too_long_is_told_with_both_numbers(server: Any) -> None:
