@@ -36,7 +36,7 @@ from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory import arena as arena_module
 from forecache.workers.memory.arena import Arena, ArenaDescription
 from forecache.workers.memory.copies import CopyItem, CpuCopies
-from forecache.workers.memory.headers import HEADER, OWNER, Headers
+from forecache.workers.memory.headers import OWNER, Headers
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.protocol import Reservation, SlotRef
@@ -360,11 +360,10 @@ def stepping() -> Iterator[tuple[Explorer, Path]]:
         explorer.step()
         target[half:] = source[half:]
 
-    def snapshot_in_two(headers: Headers, slot: int) -> np.void:
-        first = headers._bytes[slot, :24].copy()
+    def snapshot_in_two(headers: Headers, slot: int) -> bytes:
+        first = headers._bytes[slot, :24].tobytes()
         explorer.step()
-        whole: np.void = np.concatenate([first, headers._bytes[slot, 24:]]).view(HEADER)[0]
-        return whole
+        return first + headers._bytes[slot, 24:].tobytes()
 
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slots-")))

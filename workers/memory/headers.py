@@ -79,19 +79,15 @@ class Headers:
     def sealed_key(self, slot: int) -> ChunkKey | None:
         """The key that the slot is sealed as; ``None`` where it is not sealed."""
         header = self._snapshot(slot)
-        return header["key"].tobytes() if _is_sound(slot, header.tobytes()) else None
+        return header[:KEY_BYTES] if _is_sound(slot, header) else None
 
     def sealed_checksums(self, ref: "SlotRef", key: ChunkKey) -> tuple[int, int] | None:
         """xxh3_64 of the chunk and of the index bytes, as they were sealed; ``None`` unless the slot is still ``ref``
         and sealed as ``key``."""
         header = self._snapshot(ref.slot)
-        if (
-            int(header["generation"]) != ref.generation
-            or header["key"].tobytes() != key
-            or not _is_sound(ref.slot, header.tobytes())
-        ):
+        if header[:KEY_BYTES] != key or _number(header, 16) != ref.generation or not _is_sound(ref.slot, header):
             return None
-        return int(header["checksum"]), int(header["index_checksum"])
+        return _number(header, 24), _number(header, 32)
 
     def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and is it sealed as ``key``?"""
@@ -111,10 +107,12 @@ class Headers:
         generations = np.fromiter((ref.generation for ref in refs), np.uint64, len(refs))
         names = np.frombuffer(b"".join(keys), np.uint8).reshape(len(refs), KEY_BYTES)
         same: npt.NDArray[np.bool_] = (headers["generation"] == generations) & (headers["key"] == names).all(1)
-        raw = headers.tobytes()
-        size = HEADER.itemsize
-        for row in np.flatnonzero(same).tolist():
-            same[row] = _is_sound(int(slots[row]), raw[row * size : (row + 1) * size])
+        raw = memoryview(headers.tobytes())
+        starts = range(0, len(raw), HEADER.itemsize)
+        digests = (
+            _digest(slot, raw[start : start + SEALED_BYTES]) for slot, start in zip(slots.tolist(), starts, strict=True)
+        )
+        same &= headers["seal"] == np.fromiter(digests, np.uint64, len(refs))
         sums = [headers[name] for name in ("checksum", "index_checksum", "device_checksum")]
         return same, np.stack(sums, axis=1)
 
@@ -158,17 +156,21 @@ class Headers:
     def set_writer(self, slot: int, writer: int) -> None:
         self._writers[slot] = writer
 
-    def _snapshot(self, slot: int) -> np.void:
-        header: np.void = self._bytes[slot].copy().view(HEADER)[0]
+    def _snapshot(self, slot: int) -> bytes:
+        header: bytes = self._bytes[slot].tobytes()
         return header
 
 
-def _digest(slot: int, sealed: bytes) -> int:
+def _digest(slot: int, sealed: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(sealed, slot) or 1  # 0 means open
 
 
 def _is_sound(slot: int, header: bytes) -> bool:
-    return int.from_bytes(header[SEALED_BYTES : SEALED_BYTES + 8], "little") == _digest(slot, header[:SEALED_BYTES])
+    return _number(header, SEALED_BYTES) == _digest(slot, header[:SEALED_BYTES])
+
+
+def _number(header: bytes, offset: int) -> int:
+    return int.from_bytes(header[offset : offset + 8], "little")
 
 
 def _slots(refs: Sequence["SlotRef"]) -> npt.NDArray[np.int64]:
