@@ -79,6 +79,10 @@ class PinLimitError(InvalidRequestError):
     """More would be pinned than may be. It does not help to wait: something has to be unpinned."""
 
 
+class AnswerFailedError(ForecacheError):
+    """A worker could not go on with one answer, such as for its grammar, and says why."""
+
+
 class WorkerLostError(ForecacheError):
     """The worker of a request died before its answer was complete."""
 
@@ -221,6 +225,8 @@ def _from_exception(error: BaseException) -> ApiError:
             return ApiError(503, str(error), "server_error", code="worker_lost")
         case TierSilentError():
             return ApiError(503, str(error), "server_error", code="memory_unavailable")
+        case AnswerFailedError():
+            return ApiError(500, str(error), "server_error", code="internal_error")
         case NonFiniteError():
             return ApiError(500, str(error), "server_error", code="non_finite")
         case ChunkLostError():

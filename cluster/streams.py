@@ -7,11 +7,10 @@ from typing import Protocol
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from forecache.cluster.errors import WorkerLostError
+from forecache.cluster.errors import AnswerFailedError, WorkerLostError
 from forecache.workers.decode.messages import TokenEvent
 from forecache.workers.errors import (
     ChunkLostError,
-    ForecacheError,
     InvalidRequestError,
     NonFiniteError,
     OverloadedError,
@@ -93,7 +92,7 @@ class EventStream:
         if event.non_finite:
             raise NonFiniteError(event.error or "the model computed infinity or no number")
         if event.finish_reason == "error":
-            raise ForecacheError(event.error or "the worker failed without saying why")
+            raise AnswerFailedError(event.error or "the worker failed without saying why")
         if event.finish_reason == "cancelled":
             raise WorkerLostError("the worker gave the request up: it is being stopped")
         return event

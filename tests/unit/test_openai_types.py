@@ -7,7 +7,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel, ValidationError
 
-from forecache.cluster.errors import ApiError, from_exception
+from forecache.cluster.errors import AnswerFailedError, ApiError, from_exception
 from forecache.cluster.openai_types import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
@@ -254,6 +254,7 @@ def test_usage_shape() -> None:
     [
         (OverloadedError("full"), 503, "overloaded"),
         (InvalidRequestError("bad", "top_p"), 400, "invalid_value"),
+        (AnswerFailedError("the grammar can't be followed: too big"), 500, "internal_error"),
     ],
 )
 def test_typed_errors_have_their_status(error: ForecacheError, status: int, code: str) -> None:
