@@ -14,7 +14,7 @@ def _unit(*names: str) -> tuple[str, ...]:
 
 
 MODULES = {
-    "keys": Mutated("workers/memory/keys.py", _unit("keys", "store", "sequence")),
+    "keys": Mutated("workers/memory/keys.py", _unit("keys")),
     "headers": Mutated("workers/memory/headers.py", _unit("arena", "store", "copies")),
     "arena": Mutated("workers/memory/arena.py", _unit("arena", "store", "copies", "records", "quarantine", "bad_slots")),
     "store": Mutated("workers/memory/store.py", _unit("store", "records", "quarantine", "bad_slots", "pins", "holds")),
@@ -22,5 +22,5 @@ MODULES = {
     "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),
     "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "restarts")),
     "scheduler": Mutated("workers/decode/scheduler.py", _unit("scheduler")),
-    "resume": Mutated("cluster/resume.py", _unit("resume", "channels", "failover")),
+    "resume": Mutated("cluster/resume.py", _unit("resume_stream")),
 }

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
+from forecache.workers.decode.grammar import Matcher
 from forecache.workers.decode.mass_probe import PROBE_TOKENS
 from forecache.workers.decode.messages import GenerateRequest, Policy, SamplingParams
+from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.decode.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
 from forecache.workers.decode.sequence import Sequence, State
+from forecache.workers.decode.step import Plan, StreamPart
 from forecache.workers.llm import LLM
 from forecache.workers.memory.keys import root_key
 
@@ -47,29 +51,64 @@ def llm(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 class Bench:
     """A scheduler of its own over the pool of ``llm``, with what an engine does to sequences between plans."""
 
-    def __init__(self, llm: LLM, *, cold_slots: int = 1000) -> None:
+    def __init__(self, llm: LLM, *, cold_slots: int = 1000, **settings: Any) -> None:
         self.pool = llm.engine.pool
+        self.windows = llm.engine.windows
         self.scheduler = Scheduler(
-            llm.engine.config, self.pool, llm.engine.windows, cold_slots=cold_slots, linear_equal=100.0
+            llm.engine.config.model_copy(update=settings),
+            self.pool,
+            self.windows,
+            cold_slots=cold_slots,
+            linear_equal=100.0,
         )
         self.located: list[str] = []
 
     def add(
-        self, name: str, prompt: int, *, answer: int = 16, policy: Policy = "lookahead", keep: float = 0.25
+        self,
+        name: str,
+        prompt: int,
+        *,
+        answer: int = 16,
+        policy: Policy = "lookahead",
+        keep: float = 0.25,
+        resumed: int = 0,
+        prompt_logprobs: bool = False,
+        matcher: Matcher | None = None,
     ) -> Sequence:
-        request = GenerateRequest(name, tuple([5] * prompt), SamplingParams(max_tokens=answer))
-        seq = Sequence(request, holder=name, root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=keep, policy=policy)
+        sampling = SamplingParams(max_tokens=answer, prompt_logprobs=prompt_logprobs)
+        request = GenerateRequest(name, (5,) * prompt, sampling, resume_token_ids=(5,) * resumed)
+        seq = Sequence(
+            request,
+            holder=name,
+            root=root_key("x"),
+            chunk_tokens=CHUNK,
+            keep_ratio=keep,
+            policy=policy,
+            matcher=matcher,
+        )
         self.scheduler.add(seq)
         return seq
 
-    def admit(self) -> list[str]:
+    def admit(self, releasing_slots: int = 0) -> list[str]:
         def locate(seq: Sequence) -> None:
             assert seq.state is State.LOCATING
             seq.state = State.PREFILL
             self.located.append(seq.request_id)
 
-        self.scheduler.admit(locate)
+        if releasing_slots:
+            self.scheduler.admit(locate, releasing_slots)
+        else:
+            self.scheduler.admit(locate)
         return [seq.request_id for seq in self.scheduler.running]
+
+    def compute(self, plan: Plan) -> None:
+        """What ``plan`` prefills is computed, and its chunks are in cold memory."""
+        for part in plan.streams:
+            seq = part.sequence
+            seq.num_computed += part.tokens
+            while seq.tail_tokens >= CHUNK:
+                self.pool.release(seq.open_slots.pop(len(seq.chunks)))
+                seq.complete_chunk()
 
     def pool_is_promised_to_others(self, seq: Sequence) -> None:
         """Nothing is left for ``seq`` beyond its own reservation."""
@@ -404,3 +443,346 @@ def test_nothing_to_do_is_an_empty_plan(bench: Bench) -> None:
     bench.admit()
     seq.state = State.RECALLING
     assert bench.scheduler.next_plan().tokens == 0
+
+
+FAST = 1e12
+"""Work in a second of a machine on which every prompt fits in any time."""
+
+
+def parts(plan: Plan) -> list[tuple[str, int]]:
+    return [(part.sequence.request_id, part.tokens) for part in plan.streams]
+
+
+@pytest.mark.parametrize(
+    "late_policy, policy, keep, prompt, replayed",
+    [
+        ("wait", "lookahead", 0.25, 640, True),
+        ("keep", "lookahead", 0.25, 640, False),
+        ("wait", "full", 1.0, 640, False),  # it attends to everything: prefill gives the same
+        ("wait", "lookahead", 0.5, 1420, False),  # and so does what is streamed
+    ],
+)
+def test_an_answer_over_partial_sets_is_decoded_again_where_runs_are_reproducible(
+    llm: LLM, late_policy: str, policy: Policy, keep: float, prompt: int, replayed: bool
+) -> None:
+    bench = Bench(llm, late_policy=late_policy)
+    seq = bench.add("a", prompt, policy=policy, keep=keep, resumed=7)
+    assert seq.streamed == (prompt > SLOTS * CHUNK)
+    assert (seq.prefill_target, seq.replayed_tokens) == ((prompt, 7) if replayed else (prompt + 7, 0))
+    bench.close()
+
+
+def test_what_fills_the_pool_to_its_last_slot_fits(bench: Bench) -> None:
+    seq = bench.add("a", (SLOTS - 1) * CHUNK - 16, policy="full")
+    assert seq.reserved_slots == SLOTS and not seq.streamed
+    other = bench.add("b", 16)
+    seq.reserved_slots = SLOTS - other.reserved_slots
+    assert bench.admit() == ["a", "b"]
+    assert bench.scheduler.spare_slots == 0
+
+
+def test_a_streamed_prompt_is_promised_the_whole_pool_where_its_steps_are_large(llm: LLM) -> None:
+    bench = Bench(llm, prefill_chunk_tokens=2 * SLOTS * CHUNK)
+    seq = bench.add("a", SLOTS * CHUNK - 16, policy="full")
+    assert (seq.max_chunks, seq.streamed, seq.reserved_slots) == (SLOTS, True, SLOTS)
+    bench.close()
+
+
+def test_what_leaves_holds_its_cold_slots_until_they_are_given_back(llm: LLM) -> None:
+    bench = Bench(llm, cold_slots=10)
+    bench.add("a", 16 * 4)
+    bench.add("b", 16 * 4)
+    assert bench.admit(releasing_slots=6) == []
+    assert bench.admit(releasing_slots=1) == ["a"]
+    assert bench.admit() == ["a", "b"]
+    bench.close()
+
+
+def test_what_was_prefilled_is_counted_from_nothing(bench: Bench) -> None:
+    """Decode rows and streamed steps are no prefill; a prompt counts when its last token is computed."""
+    scheduler = bench.scheduler
+    assert (scheduler.prefilled_tokens, scheduler.prefilled_prompts, scheduler.prefill_s) == (0, 0, 0.0)
+    assert not scheduler.stalled
+    long, short, answer = bench.add("long", 100), bench.add("short", 20), bench.add("answer", 20)
+    bench.admit()
+    finish_prefill(answer)
+    scheduler.observe(Plan((answer,), (StreamPart(long, 60), StreamPart(short, 20))), 2.0)
+    assert (scheduler.prefilled_tokens, scheduler.prefilled_prompts, scheduler.prefill_s) == (80, 1, 2.0)
+    scheduler.observe(Plan((), (StreamPart(answer, 1), StreamPart(long, 50))), 0.5)
+    assert (scheduler.prefilled_tokens, scheduler.prefilled_prompts, scheduler.prefill_s) == (130, 1, 2.5)
+    scheduler.observe(Plan((answer,), (StreamPart(answer, 1),)), 4.0)
+    assert (scheduler.prefilled_tokens, scheduler.prefilled_prompts, scheduler.prefill_s) == (130, 1, 2.5)
+
+
+def test_the_rate_is_that_of_steps_with_one_prompt(bench: Bench) -> None:
+    first, second = bench.add("a", 100), bench.add("b", 100)
+    bench.admit()
+    first.num_computed = 32
+    rate = bench.scheduler.rate
+    bench.scheduler.observe(Plan((), ()), 1.0)
+    bench.scheduler.observe(Plan((), (StreamPart(first, 50), StreamPart(second, 50))), 1.0)
+    bench.scheduler.observe(Plan((), (StreamPart(first, 1),)), 1.0)
+    assert rate.work_per_s is None
+    bench.scheduler.observe(Plan((), (StreamPart(first, 2),)), 0.5)
+    assert rate.work_per_s == 2 * (100 + 32 + 1) / 0.5
+
+
+def test_a_rate_is_the_mean_of_what_was_and_what_is(bench: Bench) -> None:
+    rate = bench.scheduler.rate
+    rate.observe(100, 0, 1.0)  # 100 · (100 + 50)
+    rate.observe(100, 100, 1.0)  # 100 · (100 + 100 + 50)
+    assert rate.work_per_s == (15_000 + 25_000) / 2
+    rate = PrefillRate(0.0)
+    rate.observe(2, 0, 0.0)  # as if it had taken a microsecond
+    assert rate.work_per_s == pytest.approx(2e6)
+
+
+def test_a_streamed_sequence_has_every_fourth_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("forecache.workers.decode.scheduler.time.perf_counter", lambda: now_s)
+    row, streamed = bench.add("a", 32), bench.add("b", 40)
+    bench.admit()
+    finish_prefill(row)
+    finish_prefill(streamed)
+    streamed.streamed = True
+
+    def lane(steps: int) -> list[bool]:
+        return [bool(bench.scheduler.next_plan().streams) for _ in range(steps)]
+
+    assert lane(8) == [False, False, False, True] * 2
+    plan = Plan((row,), (StreamPart(streamed, 1),))
+    bench.scheduler.observe(plan, 2.0)  # three times as long for the others
+    now_s = 5.9
+    assert lane(4) == [False] * 4
+    now_s = 6.0
+    assert lane(4) == [False, False, False, True]
+    bench.scheduler.observe(Plan((row,), (StreamPart(row, 1),)), 0.1)
+    bench.scheduler.observe(Plan((row,), ()), 1000.0)  # no streamed step: it closes nothing
+    now_s = 7.0
+    assert lane(4) == [False, False, False, True]
+    coming = bench.add("c", 40)
+    bench.admit()
+    bench.leave(row)
+    assert coming.state is State.PREFILL  # it is another that waits, as is a decode row
+    assert [len([part for part in bench.scheduler.next_plan().streams if part.tokens == 1]) for _ in range(4)] == [
+        0,
+        0,
+        0,
+        1,
+    ]
+
+
+def test_prefill_keeps_no_lane_shut(bench: Bench) -> None:
+    row, streamed, coming = bench.add("a", 32), bench.add("b", 40), bench.add("c", 40)
+    bench.admit()
+    finish_prefill(row)
+    finish_prefill(streamed)
+    streamed.streamed = True
+    bench.scheduler.observe(Plan((row,), (StreamPart(coming, 16),)), 1e9)
+    bench.leave(coming)
+    assert any(bench.scheduler.next_plan().streams for _ in range(4))
+
+
+def test_it_is_known_ahead_whether_a_step_is_of_decode_rows_alone(bench: Bench) -> None:
+    row, coming = bench.add("a", 32), bench.add("b", 40)
+    bench.admit()
+    finish_prefill(row)
+    assert bench.scheduler.streams_next is True
+    bench.leave(coming)
+    assert bench.scheduler.streams_next is False
+    row.streamed = True
+    assert bench.scheduler.streams_next is True
+
+
+def test_a_step_opens_the_slots_that_it_writes_and_no_others(bench: Bench) -> None:
+    row, streamed = bench.add("a", 2 * CHUNK, answer=64), bench.add("b", CHUNK + 15)
+    bench.admit()
+    for seq in (row, streamed):
+        finish_prefill(seq)
+    streamed.streamed = True
+    for _ in range(4):
+        plan = bench.scheduler.next_plan()
+    assert plan.decode == (row,) and parts(plan) == [("b", 1)]
+    assert plan.captures == ()
+    assert (list(row.open_slots), list(streamed.open_slots)) == ([2], [1])
+    row.num_computed = 3 * CHUNK - 1
+    assert bench.scheduler.next_plan().decode == (row,)
+    assert list(row.open_slots) == [2]
+    bench.leave(row)
+    coming = bench.add("c", 40)
+    bench.admit()
+    bench.leave(streamed)
+    assert parts(bench.scheduler.next_plan()) == [("c", 40)]
+    assert list(coming.open_slots) == [0, 1, 2]
+    taken = bench.pool.available
+    assert taken == SLOTS - 3
+
+
+def test_prompts_share_a_step_as_far_as_it_goes(bench: Bench) -> None:
+    bench.scheduler.rate.work_per_s = FAST
+    first, second, third = bench.add("a", 100), bench.add("b", 200), bench.add("c", 300)
+    bench.admit()
+    plan = bench.scheduler.next_plan()
+    assert parts(plan) == [("a", 100), ("b", 28)]
+    bench.compute(plan)
+    bench.leave(first)
+    second.prefill_target = second.num_computed + 10
+    plan = bench.scheduler.next_plan()  # the shortest first; two at most
+    assert parts(plan) == [("b", 10), ("c", 118)]
+    bench.compute(plan)
+    bench.leave(second)
+    one, other = bench.add("d", 7), bench.add("e", 9)
+    bench.admit()
+    third.prefill_target = third.num_computed + 5
+    assert parts(bench.scheduler.next_plan()) == [("c", 5), ("d", 7)]
+    assert parts(bench.scheduler.next_plan()) == [("c", 5), ("d", 7)]
+    bench.leave(one)
+    bench.leave(other)
+
+
+def test_the_first_step_is_of_the_prompt_that_came_first(bench: Bench) -> None:
+    bench.add("long", 300)
+    bench.add("short", 140)
+    bench.admit()
+    assert [parts(bench.scheduler.next_plan()) for _ in range(3)] == [
+        [("long", 128)],
+        [("short", 128)],
+        [("long", 128)],
+    ]
+
+
+def test_the_last_token_of_a_step_is_another_prompts(bench: Bench) -> None:
+    bench.scheduler.rate.work_per_s = FAST
+    for name, prompt in (("a", 127), ("b", 200)):
+        bench.add(name, prompt)
+    bench.admit()
+    assert parts(bench.scheduler.next_plan()) == [("a", 127), ("b", 1)]
+
+
+def test_a_prompt_beside_a_decode_row_is_alone_in_its_step(bench: Bench) -> None:
+    bench.scheduler.rate.work_per_s = FAST
+    row, *_ = (bench.add(name, 32) for name in "abc")
+    bench.admit()
+    finish_prefill(row)
+    plan = bench.scheduler.next_plan()
+    assert plan.decode == (row,) and parts(plan) == [("b", 32)]
+
+
+def test_the_first_of_two_prompts_may_use_the_spare_slots(bench: Bench) -> None:
+    bench.scheduler.rate.work_per_s = FAST
+    first, second = bench.add("a", 100), bench.add("b", 100)
+    bench.admit()
+    first.reserved_slots, second.reserved_slots = 1, 1
+    other = bench.add("other", 1)
+    bench.admit()
+    other.state = State.RECALLING
+    other.reserved_slots = SLOTS - 2 - 3
+    assert parts(bench.scheduler.next_plan()) == [("a", 4 * CHUNK), ("b", CHUNK)]
+
+
+def test_a_step_of_prefill_counts_the_chunk_that_is_half_full(bench: Bench) -> None:
+    seq = bench.add("a", 100)
+    bench.admit()
+    seq.num_computed = CHUNK + 5
+    seq.complete_chunk()
+    seq.reserved_slots = 2
+    bench.pool_is_promised_to_others(seq)
+    assert parts(bench.scheduler.next_plan()) == [("a", 2 * CHUNK - 5)]
+
+
+def test_a_sequence_that_waits_for_its_set_does_not_decode(bench: Bench) -> None:
+    row, waiting = bench.add("a", 16), bench.add("b", 500, policy="full")
+    bench.admit()
+    finish_prefill(row)
+    finish_prefill(waiting)
+    assert bench.scheduler.next_plan().decode == (row, waiting)
+    taken = [slot for _ in range(bench.pool.available) if (slot := bench.pool.allocate()) is not None]
+    bench.windows.begin(waiting, None, retrieval_heads=False)  # finds no slots: its first set does not come
+    assert bench.scheduler.next_plan().decode == (row,)
+    bench.windows.forget(waiting)
+    for slot in taken:
+        bench.pool.release(slot)
+    assert bench.scheduler.next_plan().decode == (row, waiting)
+
+
+def test_an_answer_with_a_grammar_waits_for_the_token_on_its_way(bench: Bench) -> None:
+    grammar = LLMatcher.grammar_from_regex("a*")
+    free = bench.add("a", 16)
+    bound = bench.add("b", 16, matcher=Matcher(LLMatcher(LLTokenizer("byte"), grammar, log_level=0)))
+    bench.admit()
+    for seq in (free, bound):
+        finish_prefill(seq)
+    assert bench.scheduler.next_plan().decode == (free, bound)
+    for seq in (free, bound):
+        seq.num_computed += 1  # launched, its token not read
+    assert bench.scheduler.next_plan().decode == (free,)
+    bound.token_ids.append(5)
+    assert bench.scheduler.next_plan().decode == (free, bound)
+
+
+def test_no_token_is_computed_behind_the_last_one(bench: Bench) -> None:
+    seq = bench.add("a", 16, answer=2)
+    bench.admit()
+    finish_prefill(seq)
+    assert bench.scheduler.next_plan().decode == (seq,)
+    seq.num_computed += 1  # the second token is on its way
+    assert bench.scheduler.next_plan().decode == ()
+
+
+@pytest.mark.parametrize("policy, streamed", [("full", False), ("lookahead", True), ("random", False)])
+def test_only_a_set_that_attention_chooses_is_asked_for(bench: Bench, policy: Policy, streamed: bool) -> None:
+    seq = bench.add("a", 100, policy=policy)
+    bench.admit()
+    seq.streamed = streamed
+    assert [part.probe for part in bench.scheduler.next_plan().streams] == [0]
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """With a pool for large steps of prefill."""
+    with opened(tiny_model, tmp_path_factory.mktemp("arena"), hot_bytes=400 * CHUNK_BYTES) as llm:
+        yield llm
+
+
+def test_large_steps_of_prefill_are_of_round_size(wide: LLM) -> None:
+    bench = Bench(wide, prefill_chunk_tokens=2500)
+    seq = bench.add("a", 5000, keep=0.1)
+    bench.admit()
+    steps = []
+    while seq.num_computed < seq.prefill_target:
+        plan = bench.scheduler.next_plan()
+        steps += [part.tokens for part in plan.streams]
+        bench.compute(plan)
+    assert steps == [2048, 2048, 904]
+    bench.leave(seq)
+    seq = bench.add("b", 3500, keep=0.1)
+    bench.admit()
+    bench.compute(bench.scheduler.next_plan())
+    assert parts(bench.scheduler.next_plan()) == [("b", 3500 - 2048)]  # a last one is as large as it is
+    bench.leave(seq)
+    small = Bench(wide, prefill_chunk_tokens=1000)
+    small.add("c", 5000, keep=0.1)
+    small.admit()
+    assert parts(small.scheduler.next_plan()) == [("c", 1000)]
+    small.close()
+    bench.close()
+
+
+def test_prompts_that_are_scored_go_in_small_steps(wide: LLM) -> None:
+    bench = Bench(wide, prefill_chunk_tokens=512)
+    seq = bench.add("a", 600, keep=0.1, prompt_logprobs=True)
+    bench.admit()
+    assert parts(bench.scheduler.next_plan()) == [("a", MAX_STEP_TOKENS)]
+    seq.scores_prompt = False
+    assert parts(bench.scheduler.next_plan()) == [("a", 512)]
+    bench.close()
+
+
+def test_a_step_beside_streams_has_a_thirty_second_of_a_whole_one_at_least(wide: LLM) -> None:
+    bench = Bench(wide, prefill_chunk_tokens=2048)
+    row = bench.add("a", 16)
+    bench.add("b", 1000, keep=0.1)
+    bench.admit()
+    finish_prefill(row)
+    assert parts(bench.scheduler.next_plan()) == [("b", 64)]
+    bench.close()

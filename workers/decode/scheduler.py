@@ -157,7 +157,7 @@ class Scheduler:
         spare = self.spare_slots
         for seq in prefilling:
             if budget < 1:
-                break
+                break  # the step is as large as it may be
             tokens = self._prefill_tokens(seq, budget, seq.reserved_slots + spare, beside=bool(decode or streams))
             tokens = self._open(seq, tokens)
             if tokens:
