@@ -16,7 +16,9 @@ def _unit(*names: str) -> tuple[str, ...]:
 MODULES = {
     "keys": Mutated("workers/memory/keys.py", _unit("keys")),
     "headers": Mutated("workers/memory/headers.py", _unit("arena", "store", "copies")),
-    "arena": Mutated("workers/memory/arena.py", _unit("arena", "store", "copies", "records", "quarantine", "bad_slots")),
+    "arena": Mutated(
+        "workers/memory/arena.py", _unit("arena", "store", "copies", "records", "quarantine", "bad_slots")
+    ),
     "store": Mutated("workers/memory/store.py", _unit("store", "records", "quarantine", "bad_slots", "pins", "holds")),
     "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher", "integrity")),
     "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),

@@ -53,6 +53,7 @@ def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
         "threads": 1,
         "device": device,
         "cuda_graphs": False,
+        "torch_compile": False,  # compiled layers do not call the hooks of `Fault`
     }
     with (
         TemporaryDirectory(prefix="non-finite-test-", dir="/dev/shm") as directory,
@@ -237,6 +238,44 @@ def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, 
         assert llm.engine.stats().non_finite_steps == 2
         add(llm, "again", prompts["b"], 40)
         assert finish(llm)["again"][0] == expected["b"][0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
+def test_compiled_layers_and_graphs_of_decode_steps_are_watched_too(path: Path, device: str) -> None:
+    """With default settings: the embedding of one token, which one request alone has, is no number for one step."""
+    prompts = {"a": prompt_of(250, 21), "b": prompt_of(251, 22)}
+    defaults: dict[str, Any] = {"cuda_graphs": None, "torch_compile": True}
+    with open_llm(path, device, **defaults) as llm:
+        for name, prompt in prompts.items():
+            add(llm, name, prompt, 40)
+        expected = {name: tokens for name, (tokens, _) in finish(llm).items()}
+        once = [token for token in expected["a"][5:] if token not in expected["b"] and expected["a"].count(token) == 1]
+        position = 250 + expected["a"].index(once[0])
+        weight = llm.engine._backbone.model.get_input_embeddings().weight
+        runner: Any = llm.engine._runner
+        launch, poisoned = runner.launch, []
+
+        def launch_poisoned(plan: Plan, *args: Any) -> Any:
+            if poisoned or not any(seq.request_id == "a2" and seq.num_computed == position for seq in plan.decode):
+                return launch(plan, *args)
+            assert len(plan.decode) == 2, "the other request decodes in the same step"
+            poisoned.append(position)
+            with torch.inference_mode():  # on a GPU all of this is in the stream's order
+                sound = weight[once[0]].clone()
+                weight[once[0]] = float("nan")
+                step = launch(plan, *args)
+                weight[once[0]] = sound
+            return step
+
+        runner.launch = launch_poisoned
+        for name, prompt in prompts.items():
+            add(llm, name + "2", prompt, 40)
+        answers = finish(llm)
+        assert poisoned and llm.engine.stats().non_finite_steps == 1
+        assert {name: tokens for name, (tokens, _) in answers.items()} == {
+            name + "2": tokens for name, tokens in expected.items()
+        }
 
 
 @pytest.mark.parametrize("settings", [{"kv_dtype": "fp8"}, {"cold_dtype": "fp8"}, {"dtype": "bfloat16"}], ids=str)
