@@ -15,7 +15,7 @@ def _unit(*names: str) -> tuple[str, ...]:
 
 MODULES = {
     "keys": Mutated("workers/memory/keys.py", _unit("keys")),
-    "headers": Mutated("workers/memory/headers.py", _unit("arena", "store", "copies")),
+    "headers": Mutated("workers/memory/headers.py", _unit("headers", "arena", "store", "copies")),
     "arena": Mutated(
         "workers/memory/arena.py", _unit("arena", "store", "copies", "records", "quarantine", "bad_slots")
     ),

@@ -1,5 +1,6 @@
 """Copies between a hot pool and an arena, on the CPU and (marked gpu) through side streams: order, contents, damage."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -281,6 +282,34 @@ def test_a_slot_that_changes_while_it_is_recalled_is_lost(
         before = setup.kv[0].clone()
         if setup.lost([CopyItem(items[0].key, items[0].ref, 12)]) != [12]:
             assert_same(setup.kv[12], before, cold_dtype)  # its bytes came before the slot was given away
+
+
+def test_the_seconds_of_a_copy_are_part_of_those_that_it_took(device: str, cold_dtype: ColdDtype) -> None:
+    with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
+        items = setup.items(4)
+        for copy in (setup.copies.store, setup.copies.recall):
+            start = time.perf_counter()
+            copied = copy(items, [setup.copies.mark()])
+            assert copied.lost == () and 0 < copied.duration_s <= time.perf_counter() - start
+
+
+def test_nothing_to_copy_is_nothing_lost(device: str, cold_dtype: ColdDtype) -> None:
+    with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
+        before = setup.pool.memory.clone()
+        assert setup.copies.store([], []).lost == setup.copies.recall([], []).lost == ()
+        assert torch.equal(setup.pool.memory, before)
+        assert setup.arena.headers()["seal"].tolist() == [0] * setup.arena.slots
+
+
+def test_without_an_index_the_records_are_zero(device: str) -> None:
+    with open_copies(device, layout_of(torch.float32)) as setup:
+        make = CudaCopies if device == "cuda" else CpuCopies
+        copies = make(setup.pool, setup.cold, setup.arena, None)
+        setup.arena.index.fill_(255)
+        items = setup.items(3)
+        assert copies.store(items, [copies.mark()]).lost == ()
+        assert (setup.arena.index[:3] == 0).all() and (setup.arena.index[3:] == 255).all()
+        assert copies.recall(items, [copies.mark()]).lost == ()
 
 
 @pytest.mark.parametrize("device", [CUDA])
