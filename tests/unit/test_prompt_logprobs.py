@@ -76,7 +76,7 @@ def test_a_prompt_that_is_begun_again_is_told_once(llm: LLM, tiny_model: Path, p
     while not seq.prompt_logprobs:
         events += llm.engine.step()
     assert 0 < len(seq.prompt_logprobs) < len(long) - 1
-    llm.engine._restart(seq)
+    llm.engine._restart(seq, "as the test wants it")
     events += events_of(llm)
     check(tiny_model, long, events)
     # and not again once it was told
@@ -85,7 +85,7 @@ def test_a_prompt_that_is_begun_again_is_told_once(llm: LLM, tiny_model: Path, p
     while not any(event.token_ids for event in events):
         events += llm.engine.step()
     (seq,) = llm.engine._sequences.values()
-    llm.engine._restart(seq)
+    llm.engine._restart(seq, "as the test wants it")
     events += events_of(llm)
     check(tiny_model, long, events)
     assert seq.prompt_logprobs == []

@@ -147,9 +147,9 @@ class Engine:
             undo.callback(self._scheduler.remove, seq)
             self._sequences[request.request_id] = seq
             undo.callback(self._sequences.pop, request.request_id)
+            self.pulse.beat()
             self._prefetcher.wake()
             undo.pop_all()
-        self.pulse.beat()
 
     def _most_chunks(self) -> int:
         # what goes on elsewhere would need its state there too
