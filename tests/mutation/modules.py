@@ -22,7 +22,7 @@ MODULES = {
     "store": Mutated("workers/memory/store.py", _unit("store", "records", "quarantine", "bad_slots", "pins", "holds")),
     "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher", "integrity")),
     "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),
-    "window": Mutated("workers/decode/window.py", _unit("fallback", "early_windows", "restarts")),
+    "window": Mutated("workers/decode/window.py", _unit("window")),
     "scheduler": Mutated("workers/decode/scheduler.py", _unit("scheduler")),
     "resume": Mutated("cluster/resume.py", _unit("resume_stream")),
 }
