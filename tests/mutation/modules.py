@@ -17,9 +17,11 @@ MODULES = {
     "keys": Mutated("workers/memory/keys.py", _unit("keys")),
     "headers": Mutated("workers/memory/headers.py", _unit("headers", "arena", "store", "copies")),
     "arena": Mutated(
-        "workers/memory/arena.py", _unit("arena", "store", "copies", "records", "quarantine", "bad_slots")
+        "workers/memory/arena.py", _unit("arena_file", "arena", "store", "copies", "records", "quarantine", "bad_slots")
     ),
-    "store": Mutated("workers/memory/store.py", _unit("store", "records", "quarantine", "bad_slots", "pins", "holds")),
+    "store": Mutated(
+        "workers/memory/store.py", _unit("store_books", "store", "records", "quarantine", "bad_slots", "pins", "holds")
+    ),
     "copies": Mutated("workers/memory/copies.py", _unit("copies", "flipped_bits", "prefetcher", "integrity")),
     "prefetcher": Mutated("workers/memory/prefetcher.py", _unit("prefetcher", "prefetcher_runs", "locator", "holds")),
     "window": Mutated("workers/decode/window.py", _unit("window")),
