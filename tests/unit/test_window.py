@@ -702,6 +702,34 @@ def test_without_reproducible_runs_nothing_is_waited_for_ahead() -> None:
         assert bench.windows.blocked(seq) is False
 
 
+def test_one_that_starts_over_is_waited_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with opened(early_wait_s=0.5) as bench:
+        seq = bench.add()
+        for _ in range(2):
+            bench.begin(seq, *FIRST)
+            for _ in range(2):
+                bench.step(seq, answered=False)
+            assert bench.windows.blocked(seq) is True
+            clock.now_s += 10
+            assert bench.windows.blocked(seq) is False
+            bench.windows.forget(seq)
+            assert bench.windows.blocked(seq) is False
+            for slot in seq.resident.values():
+                bench.pool.release(slot)
+            seq.resident.clear()
+            seq.decode_steps, seq.state = 0, State.RECALLING
+
+
+def test_a_late_set_that_is_hot_takes_over_at_once(bench: Bench) -> None:
+    seq = bench.add()
+    bench.begin(seq, *FIRST)
+    bench.steps_until_asked(seq)
+    bench.step(seq)
+    bench.answer(seq, *FIRST)
+    assert not bench.waiting_turn(seq) and seq.counters.windows == 1
+
+
 def test_who_leaves_gives_everything_back(bench: Bench) -> None:
     """Slots of a set in the making, a prediction that is awaited, and what its scores were."""
     seq = bench.add()
@@ -921,6 +949,7 @@ def test_a_budget_halves_when_half_of_it_would_do(looked_at: int, narrowed: bool
             bench.answer(seq, *HALF, *REST, events={looked_at: 5.0})
             bench.until_swapped(seq)
         assert seq.widening == (1 if narrowed else 2)
+        assert seq.counters.fallbacks == 1  # what was halved wrongly would be doubled again
         assert (seq.reserved_slots < reserved) == narrowed
         if narrowed:
             assert seq.reserved_slots == bench.windows.budgets.slots(seq, 1)

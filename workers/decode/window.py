@@ -210,7 +210,7 @@ class WindowCycle:
     def _due(self, seq: Sequence, *, done: bool = False) -> bool:
         """Whether the step that is coming (or, with ``done``, was just made) is the one to ask after."""
         if seq.streamed or seq in self._turns or self.budgets.first(seq, seq.max_chunks) >= seq.max_chunks:
-            return False
+            return False  # no other set is to be chosen, or one is being
         boundary = self._boundaries[seq]
         window = self.budgets.window_steps(seq)
         previous = boundary // 2 if boundary <= window else boundary - window
