@@ -107,10 +107,20 @@ class Server:
         return sum(self.samples(name))
 
     def samples(self, name: str) -> list[float]:
-        """One for each label set and process."""
-        found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics/cluster").text, re.MULTILINE)
+        """One for each label set and process, as the processes count now: `/metrics/cluster` may be a second old."""
+        pattern = re.compile(rf"^{name}(?:{{[^}}]*}})? (\S+)$", re.MULTILINE)
+        found = [float(value) for _, page in self.pages() for value in pattern.findall(page)]
         assert found, f"no series {name}"
-        return list(map(float, found))
+        return found
+
+    def pages(self) -> Iterator[tuple[dict[str, str], str]]:
+        """Of every process that is there: its labels and its `/metrics`."""
+        for group in self.get("/metrics/targets").json():
+            [address] = group["targets"]
+            try:
+                yield group["labels"], self.get(f"http://{address}/metrics").raise_for_status().text
+            except (httpx.NetworkError, httpx.RemoteProtocolError):
+                continue  # the list may be a second old too, and name a process that was killed
 
     def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
         """Seconds until the series has the value. Fails when it takes longer."""
