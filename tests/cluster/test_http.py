@@ -249,6 +249,8 @@ def test_wrong_paths_and_methods(server: Any) -> None:
 
 
 def test_errors_are_counted_and_harm_nobody(server: Any, client: openai.OpenAI) -> None:
+    # before a first error there is no series
+    assert server.post("/v1/chat/completions", chat_body(max_tokens=0)).status_code == 400
     before = server.metric("forecache_errors_total")
     stream = client.chat.completions.create(**chat_body(max_tokens=200, temperature=0), stream=True)
     next(iter(stream))
