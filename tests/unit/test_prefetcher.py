@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -11,16 +12,18 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
+from forecache.workers.memory import far_chunks, locator
 from forecache.workers.memory import prefetcher as prefetcher_module
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
-from forecache.workers.memory.copies import BATCH_CHUNKS
+from forecache.workers.memory.copies import BATCH_CHUNKS, Copied, Mark
 from forecache.workers.memory.hot_pool import HotPool
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
 from forecache.workers.memory.prefetcher import LOSSES, Prefetcher
 from forecache.workers.memory.protocol import OtherNodes, PendingLayer, Reservation, SlotRef
 from forecache.workers.memory.share import Share
+from forecache.workers.memory.states import StateLayout
 from forecache.workers.memory.store import ArenaStore
 
 HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -419,3 +422,355 @@ def test_closing_raises_what_nobody_has_heard_of() -> None:
         with pytest.raises(RuntimeError, match="a bug"):
             bench.prefetcher.close()
         bench.prefetcher.close()
+
+
+def news_of(bench: Bench, kind: type[Completion], count: int = 1) -> list[Completion]:
+    """Without :meth:`Prefetcher.flush`: as soon as there are ``count`` of ``kind``."""
+    found: list[Completion] = []
+    while len(found) < count:
+        assert bench.prefetcher.wait(WAIT_S)
+        found += [done for done in bench.prefetcher.drain() if isinstance(done, kind)]
+    return found
+
+
+def spread(bench: Bench, holder: str, numbers: Sequence[int] = ()) -> None:
+    """``holder`` gets room on other nodes, and the stored chunks ``numbers``."""
+    bench.prefetcher.hold_prefix(holder, [key_of(n) for n in numbers], chunks=bench.store.arena.slots + 1)
+    [held] = bench.done()
+    assert isinstance(held, PrefixHeld) and held.share is not None and len(held.refs) == len(numbers)
+
+
+class OtherNode(RoomElsewhere):
+    """Takes chunks and gives back those of ``found``, once ``gate`` is open."""
+
+    def __init__(self, stays: int) -> None:
+        self.stays = stays
+        self.moved: list[ChunkKey] = []
+        self.found: dict[ChunkKey, SlotRef] = {}
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def promise_rest(self, holder: str) -> Share:
+        return Share(stays=self.stays, at_once=4)
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        self.entered.set()
+        assert self.gate.wait(WAIT_S)
+        self.moved += keys
+        return [SlotRef(number, 1, remote=True) for number in range(len(keys))]
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        self.entered.set()
+        assert self.gate.wait(WAIT_S)
+        return [self.found.get(key) for key in keys]
+
+
+@contextmanager
+def open_spread_bench(stays: int) -> Iterator[tuple[Bench, OtherNode]]:
+    with open_bench(spread=True) as bench:
+        bench.store.nodes = node = OtherNode(stays)
+        # the prefetcher asks for the other nodes once, when it is made
+        bench.prefetcher.close()
+        bench.prefetcher = Prefetcher(bench.pool, bench.store, lambda slot: bench.pool.memory[slot, :8])
+        yield bench, node
+        node.gate.set()
+
+
+def test_the_copy_thread_and_no_other_has_one_thread_for_its_operators() -> None:
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        with open_bench() as bench:
+            reserve = bench.store.reserve
+
+            def look(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+                seen.append(torch.get_num_threads())
+                return reserve(holder, keys)
+
+            bench.store.reserve = look  # type: ignore[method-assign]
+            bench.write_back("a", [0])
+            bench.done()
+            later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            later.start()
+            later.join()
+            assert (torch.get_num_threads(), seen) == (3, [1, 3])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_is_set_back_after_the_copy_thread_has_set_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the other order, threads that start later would have one for their operators."""
+    order: list[str] = []
+    set_back = threading.Event()
+    set_num_threads, work = torch.set_num_threads, Prefetcher._work
+
+    def note(number: int) -> None:
+        set_num_threads(number)
+        order.append(threading.current_thread().name)
+        set_back.set()
+
+    def late(prefetcher: Prefetcher) -> None:
+        set_back.wait(0.2)  # nothing sets it before, unless the order is wrong
+        work(prefetcher)
+
+    monkeypatch.setattr(torch, "set_num_threads", note)
+    monkeypatch.setattr(Prefetcher, "_work", late)
+    with open_bench():
+        assert order == ["forecache-prefetcher", threading.current_thread().name]
+
+
+def test_a_prefix_waits_for_stores_only_where_it_is_asked_to() -> None:
+    with open_bench() as bench:
+        bench.write_back("a", [0])
+        bench.done()
+        with bench.held_up():
+            bench.prefetcher.hold_prefix("later", [key_of(0)], after_stores=True)
+            bench.prefetcher.hold_prefix("now", [key_of(0)])
+            assert news_of(bench, PrefixHeld) == [PrefixHeld("now", (bench.ref(0),))]
+            assert bench.store.stats().promised_slots == 0, "no room was asked for"
+            assert bench.store.holders() == ["a", "now"]
+        assert bench.done() == [PrefixHeld("later", (bench.ref(0),))]
+
+
+def test_waiting_ends_with_news_alone() -> None:
+    with open_bench() as bench:
+        with bench.held_up():  # the copy thread does nothing
+            bench.prefetcher.drain()
+            assert bench.prefetcher.wait(0) is False
+            bench.prefetcher.wake()
+            assert bench.prefetcher.wait(0) is True
+            assert bench.prefetcher.drain() == [] and bench.prefetcher.wait(0) is False
+        assert news_of(bench, Released) == [Released(GATE)]
+        bench.write_back("a", [0])
+        assert numbers_of(news_of(bench, WrittenBack)) == [0]
+        bench.prefetcher.drain()
+        break_the_thread(bench)
+        with pytest.raises(RuntimeError, match="a bug"):
+            news_of(bench, WrittenBack)
+        assert bench.prefetcher.wait(WAIT_S), "what broke the thread is news"
+
+
+def test_a_chunk_that_is_larger_than_a_batch_may_be_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetcher_module, "BATCH_BYTES", 1)
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.write_back("a", range(3))
+        assert numbers_of(bench.done()) == [0, 1, 2]
+        assert bench.store.reserved == [("a", 1)] * 3
+
+
+def test_chunks_whose_place_is_lost_are_written_three_times_more_each() -> None:
+    with open_bench() as bench:
+        with bench.held_up():
+            bench.store.refusals = [ChunkLostError("no answer") for _ in range(7)]
+            bench.write_back("a", [0, 1, 2])
+        news = bench.done()
+        assert bench.store.reserved == [("a", 3), *[("a", 1)] * 7]
+        failed = [(done.slot, done.ref, done.overloaded) for done in news if isinstance(done, WrittenBack)]
+        assert failed[:2] == [(0, None, False), (1, None, False)] and numbers_of(news) == [2]
+
+
+def test_room_that_is_promised_is_asked_for_forty_times_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(far_chunks, "PAUSE_S", 0.0)
+    with open_bench(spread=True) as bench:
+        spread(bench, "a")
+        with bench.held_up():
+            bench.store.refusals = [OverloadedError("others are leaving")]
+            bench.write_back("a", [0, 1])
+        assert numbers_of(news_of(bench, WrittenBack, 2)) == [0, 1]
+        assert bench.store.reserved == [("a", 2), ("a", 1), ("a", 1)]
+        bench.store.reserved.clear()
+        bench.store.refusals = [OverloadedError("others never leave") for _ in range(41)]
+        bench.write_back("a", [2])
+        [done] = news_of(bench, WrittenBack)
+        assert isinstance(done, WrittenBack) and (done.slot, done.ref, done.overloaded) == (2, None, True)
+        assert done.failure == "a chunk could not be stored: others never leave"
+        assert bench.store.reserved == [("a", 1)] * 41
+
+
+def test_the_seconds_of_a_batch_are_shared_by_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_bench() as bench:
+        store = bench.prefetcher._copies.store
+
+        def in_eight_seconds(items: Sequence[RecallItem], after: Sequence[Mark]) -> Copied:
+            return replace(store(items, after), duration_s=8.0)
+
+        monkeypatch.setattr(bench.prefetcher._copies, "store", in_eight_seconds)
+        with bench.held_up():
+            bench.write_back("a", range(4))
+        assert [done.duration_s for done in bench.done() if isinstance(done, WrittenBack)] == [2.0] * 4
+
+
+def test_sessions_and_states_are_stored_after_what_was_asked_for_before() -> None:
+    with open_bench() as bench:
+        recorded: list[tuple[str, Sequence[ChunkKey], Sequence[ChunkKey]]] = []
+        bench.store.record_session = lambda *given: recorded.append(given)  # type: ignore[method-assign]
+        layout = StateLayout(pieces=1, every_chunks=1)
+        snapshot = torch.arange(HOT.nbytes // 4, dtype=torch.int32).view(torch.uint8)
+        with bench.held_up():
+            bench.write_back("a", [0])
+            bench.prefetcher.store_state(layout, "a", key_of(0), snapshot)
+            bench.prefetcher.record_session("s", [key_of(0)], [key_of(9)])
+            assert recorded == []
+        assert numbers_of(bench.done()) == [0]
+        assert recorded == [("s", [key_of(0)], [key_of(9)])]
+        held = bench.store.hold("b", layout.keys(key_of(0)))
+        refs = [ref for ref in held if ref is not None]
+        loaded = layout.load(bench.store.arena, key_of(0), refs)
+        assert loaded is not None and torch.equal(loaded[: len(snapshot)], snapshot)
+
+
+def test_nothing_is_left_once_everything_is_done() -> None:
+    with open_bench() as bench:
+        go, entered = threading.Event(), threading.Event()
+        hold_here = bench.store.hold_here
+
+        def hold_up(holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+            entered.set()
+            assert go.wait(WAIT_S)
+            return hold_here(holder, keys)
+
+        bench.store.hold_here = hold_up  # type: ignore[method-assign]
+        bench.prefetcher.hold_prefix("a", [key_of(0)])
+        assert entered.wait(WAIT_S)
+        with pytest.raises(AssertionError, match="searches are left"):
+            bench.prefetcher.check_idle()
+        go.set()
+        bench.prefetcher.flush()
+        with pytest.raises(AssertionError, match="news of jobs is left"):
+            bench.prefetcher.check_idle()
+        assert bench.done() == [PrefixHeld("a", ())]
+        bench.prefetcher.check_idle()
+
+
+def test_a_broken_thread_is_told_though_a_search_goes_on() -> None:
+    with open_bench() as bench:
+        go, entered = threading.Event(), threading.Event()
+
+        def hold_up(holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+            entered.set()
+            assert go.wait(WAIT_S)
+            return [], False
+
+        bench.store.hold_here = hold_up  # type: ignore[method-assign]
+        bench.prefetcher.hold_prefix("a", [key_of(0)])
+        assert entered.wait(WAIT_S)
+        break_the_thread(bench)
+        with pytest.raises(RuntimeError, match="a bug"):
+            bench.prefetcher.flush()
+        go.set()
+
+
+def test_closing_waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 10 * WAIT_S)
+    with open_bench() as bench:
+        bench.store.promise("other", bench.store.arena.slots)
+        bench.prefetcher.hold_prefix("a", [], chunks=1)
+        bench.prefetcher.close()
+        [held] = bench.prefetcher.drain()
+        assert isinstance(held, PrefixHeld) and "no room" in held.failure
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_threads_end_with_the_prefetcher_or_with_the_process(is_spread: bool) -> None:
+    before = set(threading.enumerate())
+    with open_bench(spread=is_spread) as bench:
+        bench.prefetcher.hold_prefix("a", [])
+        bench.done()
+        threads = set(threading.enumerate()) - before
+        [copying] = [thread for thread in threads if thread.name == "forecache-prefetcher"]
+        assert copying.daemon and len(threads) > 1 and all(thread.name.startswith("forecache-") for thread in threads)
+        bench.prefetcher.close()
+        assert not [thread for thread in threads if thread.is_alive()]
+
+
+def test_local_recalls_do_not_wait_for_other_nodes() -> None:
+    with open_spread_bench(stays=10) as (bench, node):
+        bench.write_back("b", [0, 1])
+        bench.done()
+        node.found = {key_of(1): bench.ref(1)}
+        far = bench.prefetcher.recall([RecallItem(key_of(1), SlotRef(0, 1, remote=True), 31)], "a")
+        assert node.entered.wait(WAIT_S)
+        near = bench.prefetcher.recall([RecallItem(key_of(0), bench.ref(0), 30)], "a")
+        [done] = news_of(bench, Recalled)
+        assert isinstance(done, Recalled) and done.ticket == near != far
+        node.gate.set()
+        [done] = news_of(bench, Recalled)
+        assert isinstance(done, Recalled) and (done.ticket, done.lost, done.recalled_chunks) == (far, (), 1)
+        assert done.recalled_bytes == HOT.nbytes
+        assert (bench.pool.memory[30] == 1).all() and (bench.pool.memory[31] == 2).all()
+        # of a recall that is partly far, what is near counts too
+        items = [RecallItem(key_of(0), bench.ref(0), 32), RecallItem(key_of(1), SlotRef(0, 1, remote=True), 33)]
+        bench.prefetcher.recall(items, "a")
+        [done] = bench.done()
+        assert isinstance(done, Recalled) and (done.lost, done.recalled_chunks) == ((), 2)
+        assert (bench.pool.memory[32] == 1).all() and (bench.pool.memory[33] == 2).all()
+
+
+def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
+    with open_spread_bench(stays=10) as (bench, node):
+        bench.write_back("b", [0])
+        bench.done()
+        node.found = {key_of(0): bench.ref(0)}
+        node.gate.set()
+        entered, go = threading.Event(), threading.Event()
+
+        def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+            entered.set()
+            assert go.wait(WAIT_S)
+            raise RuntimeError("a bug")
+
+        bench.store.reserve = broken  # type: ignore[method-assign]
+        bench.write_back("b", [1])
+        assert entered.wait(WAIT_S)
+        bench.prefetcher.recall([RecallItem(key_of(0), SlotRef(0, 1, remote=True), 31)], "a")
+        assert node.entered.wait(WAIT_S)
+        go.set()
+        with pytest.raises(RuntimeError, match="a bug"):
+            bench.prefetcher.close()
+
+
+def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
+    with open_spread_bench(stays=3) as (bench, node):
+        bench.write_back("b", [0, 1])
+        bench.done()
+        spread(bench, "a", [0, 1])
+        with bench.held_up():
+            bench.write_back("a", [2, 3])  # the third stays
+        assert node.entered.wait(WAIT_S)
+        bench.write_back("a", [4])
+        bench.prefetcher.release("a")
+        bench.write_back("c", [5])
+        assert numbers_of(news_of(bench, WrittenBack, 2)) == [2, 5], "others go on"
+        node.gate.set()
+        news: list[Completion] = []
+        while Released("a") not in news:
+            assert bench.prefetcher.wait(WAIT_S)
+            news += bench.prefetcher.drain()
+        left = [done for done in news if isinstance(done, WrittenBack)]
+        assert [(done.slot, done.ref is not None and done.ref.remote) for done in left] == [(3, True), (4, True)]
+        assert node.moved == [key_of(3), key_of(4)]
+        assert news[-1] == Released("a") and "a" not in bench.store.holders()
+        bench.write_back("a", range(6, 10))
+        assert numbers_of(bench.done()) == [6, 7, 8, 9] and len(node.moved) == 2, "the share ended with the release"
+
+
+def test_of_a_spread_sequence_few_chunks_are_written_at_once() -> None:
+    with open_spread_bench(stays=30) as (bench, _):
+        spread(bench, "a")
+        with bench.held_up():
+            bench.write_back("a", range(9))
+            bench.write_back("b", range(10, 15))
+        assert numbers_of(bench.done()) == [*range(9), *range(10, 15)]
+        assert bench.store.reserved == [("a", 4), ("a", 4), ("a", 1), ("b", 5)]
+
+
+def test_flushing_waits_for_what_moves_out() -> None:
+    with open_spread_bench(stays=0) as (bench, node):
+        spread(bench, "a")
+        bench.write_back("a", [0])
+        threading.Timer(0.1, node.gate.set).start()
+        bench.prefetcher.flush()
+        assert node.moved == [key_of(0)]
+        assert numbers_of(bench.prefetcher.drain()) == [0]
