@@ -303,6 +303,8 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             "port": 0,
             "workers": args.nodes,
             "proxy_location": "HeadOnly",
+            # on the head, which is never killed: an ingress takes the streams along that pass through it
+            "ingresses": 1,
             "engine": {
                 "model": str(model), "chunk_tokens": 16, "hot_bytes": "2MiB", "threads": 1, "late_policy": "wait",
                 "window_steps": 32, "max_batch_size": 8,
