@@ -18,6 +18,9 @@ from forecache.workers.masking import mask_places
 
 logger = logging.getLogger(__name__)
 
+NAME_CHARS = 100
+"""Longest part of a name that an error repeats."""
+
 
 class StartError(ForecacheError):
     """The cluster can't be started here; the message says what to change."""
@@ -112,7 +115,7 @@ class ApiError:
 
 
 class RefusedError(InvalidRequestError):
-    """What was found wrong with a request where it was read, as the client is to see it."""
+    """What was found wrong with a request where it was read, as :func:`from_exception` made it there."""
 
     def __init__(self, said: ApiError) -> None:
         super().__init__(said.message, said.param)
@@ -121,6 +124,11 @@ class RefusedError(InvalidRequestError):
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, "invalid_request_error", param, code)
+
+
+def shortened(name: str) -> str:
+    """A name that a client chose, as far as an error needs to repeat it."""
+    return name if len(name) <= NAME_CHARS else f"{name[:NAME_CHARS]}…"
 
 
 _VARIANTS = {"system", "developer", "user", "assistant", "tool", "json_object", "ChosenFunction"}
@@ -150,9 +158,9 @@ def from_http_status(status: int, method: str, path: str, detail: str) -> ApiErr
     """Errors the web framework raised itself: no such path, method not allowed."""
     match status:
         case 404:
-            return ApiError(404, f"no such path: {path}", "invalid_request_error", code="unknown_url")
+            return ApiError(404, f"no such path: {shortened(path)}", "invalid_request_error", code="unknown_url")
         case 405:
-            message = f"{method} is not allowed on {path}"
+            message = f"{shortened(method)} is not allowed on {shortened(path)}"
             return ApiError(405, message, "invalid_request_error", code="method_not_allowed")
     return ApiError(status, mask_places(detail), "invalid_request_error" if status < 500 else "server_error")
 
@@ -168,6 +176,8 @@ def from_exception(error: BaseException) -> ApiError:
     Only errors about the request itself, or about waiting for it, speak to the client in their own words, and even
     those without addresses, paths and keys. All others get a sentence from here; see :func:`tell`.
     """
+    if isinstance(error, RefusedError):
+        return error.said  # made here already, where the request was read
     said = _from_exception(error)
     return replace(said, message=mask_places(said.message))
 
@@ -187,8 +197,6 @@ def tell(error: BaseException, what: str) -> ApiError:
 
 def _from_exception(error: BaseException) -> ApiError:
     match error:
-        case RefusedError():
-            return error.said
         case ValidationError():
             return from_validation(error)
         case AuthenticationError():

@@ -8,7 +8,7 @@ import time
 from typing import Any, TextIO
 
 from forecache.cluster.telemetry_config import TelemetryConfig
-from forecache.workers.masking import mask_secrets
+from forecache.workers.masking import mask_log
 
 LOGGER = "forecache"
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -52,7 +52,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         head, *trace = super().format(record).split("\n", 1)
         extra = "".join(f" {name}={value}" for name, value in _extra(record).items())
-        return mask_secrets("\n".join([head + extra, *trace]))
+        return mask_log("\n".join([head + extra, *trace]))
 
 
 def _masked(value: object) -> object:
@@ -63,7 +63,7 @@ def _masked(value: object) -> object:
         return [_masked(part) for part in value]
     if value is None or isinstance(value, bool | int | float):
         return value
-    return mask_secrets(str(value))
+    return mask_log(str(value))
 
 
 class _MaskingRecord(logging.LogRecord):
@@ -75,11 +75,11 @@ class _MaskingRecord(logging.LogRecord):
             text = super().getMessage()
         except (TypeError, ValueError, KeyError):
             return  # its own handler reports that the message and its arguments do not fit
-        if (masked := mask_secrets(text)) != text:
+        if (masked := mask_log(text)) != text:
             self.msg, self.args = masked, None
         if self.exc_info and self.exc_info[0] is not None:
             trace = logging.Formatter().formatException(self.exc_info)
-            if (masked := mask_secrets(trace)) != trace:
+            if (masked := mask_log(trace)) != trace:
                 # a formatter takes the text that is there already
                 self.exc_text, self.exc_info = masked, None
 

@@ -1,12 +1,42 @@
-"""Text without secrets: passwords and keys for logs, addresses and paths as well for clients."""
+"""Text without secrets: passwords and keys for logs, addresses and paths as well for clients.
+
+Clients choose part of these texts, and event loops mask them, so each pattern takes time linear in its text: it begins
+only where a word begins, or at a mark that its own match consumes, so that no part of a text is read from many starts.
+"""
 
 import re
+from collections.abc import Callable
 
 HIDDEN = "…"
 
-_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
-    # user and password of a URL: up to the last @, since a password may hold any other character
-    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s'\"<>]*@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+CLIENT_CHARS = 2000
+"""Longest message for a client. Pieces of a longer one never help it, and cost the event loop time."""
+LOG_CHARS = 16 << 10
+"""Longest text in a log: the first half and the last lines of a longer one stay."""
+
+_Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
+
+
+def _without_user(match: re.Match[str]) -> str:
+    """A URL from its ``://``, up to the last @, since a password may hold any other character."""
+    _, at, host = match.group().rpartition("@")
+    return f"://{HIDDEN}@{host}" if at else match.group()
+
+
+def _address(match: re.Match[str]) -> str:
+    """Hidden unless it is no host: a number, or one plain word with a number too small for a port of ours."""
+    host, _, port = match.group().rpartition(":")
+    if not _LETTER.search(host):
+        return match.group()
+    if len(port) < 4 and host.replace("_", "").isalpha() and host.lower() != "localhost":
+        return match.group()  # such as "line:100"
+    return "[address]"
+
+
+_LETTER = re.compile(r"\b[A-Za-z]")
+
+_SECRETS: tuple[_Rule, ...] = (
+    (re.compile(r"://[^\s'\"<>]*"), _without_user),
     (re.compile(r"\b(Bearer|Basic)\s+[^\s'\",]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(r"\b(fc|sk)-[A-Za-z0-9_-]{8,}"), rf"\1-{HIDDEN}"),
     (re.compile(r"(--?api[_-]keys?[_-]file[=\s]+)[^\s'\",)]+", re.IGNORECASE), rf"\1{HIDDEN}"),
@@ -24,11 +54,11 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(requirepass\s+)\S+", re.IGNORECASE), rf"\1{HIDDEN}"),
 )
 
-_PLACES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\"<>]*", re.IGNORECASE), "[address]"),
+_PLACES: tuple[_Rule, ...] = (
+    (re.compile(r"(?<![a-z0-9+.-])[a-z0-9+.-]*+://[^\s'\"<>]*", re.IGNORECASE), "[address]"),
     (re.compile(r"\[[0-9a-f:]{2,}\]:\d{1,5}", re.IGNORECASE), "[address]"),
     (re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d{1,5})?\b"), "[address]"),
-    (re.compile(r"\b[A-Za-z][\w-]*(?:\.[\w-]+)*:\d{2,5}\b"), "[address]"),
+    (re.compile(r"(?<![\w.-])[\w.-]++:\d{2,5}\b"), _address),
     # a place in a JSON schema, or in our own API, looks like a path
     (
         re.compile(
@@ -45,12 +75,31 @@ def mask_secrets(text: str) -> str:
     return _replaced(text, _SECRETS)
 
 
+def mask_log(text: str) -> str:
+    """:func:`mask_secrets` of at most :data:`LOG_CHARS` of ``text``."""
+    if len(text) <= LOG_CHARS:
+        return mask_secrets(text)
+    head = _whole_words(text[: LOG_CHARS // 2])
+    # from the start of a line, since half of a secret is not known as one
+    tail = text[-(LOG_CHARS // 4) :].partition("\n")[2]
+    left_out = len(text) - len(head) - len(tail)
+    return f"{mask_secrets(head)}… ({left_out} characters left out)" + (f"\n{mask_secrets(tail)}" if tail else "")
+
+
 def mask_places(text: str) -> str:
-    """``text`` without passwords, keys, addresses and paths of files: what a client may see."""
+    """At most :data:`CLIENT_CHARS` of ``text``, without passwords, keys, addresses and paths of files: what a client
+    may see."""
+    if len(text) > CLIENT_CHARS:
+        text = f"{_whole_words(text[:CLIENT_CHARS])} {HIDDEN}"
     return _replaced(mask_secrets(text), _PLACES)
 
 
-def _replaced(text: str, rules: tuple[tuple[re.Pattern[str], str], ...]) -> str:
+def _whole_words(text: str) -> str:
+    """``text`` to its last space: the word there may be half of a secret, which is not known as one."""
+    return text[: max(text.rfind(" "), text.rfind("\n"), 0)]
+
+
+def _replaced(text: str, rules: tuple[_Rule, ...]) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text

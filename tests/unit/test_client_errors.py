@@ -92,7 +92,7 @@ def _error_types() -> list[type[BaseException]]:
 
 def _made(kind: type[BaseException]) -> BaseException:
     if kind is RefusedError:
-        return RefusedError(ApiError(400, PLANTED, "invalid_request_error"))
+        return RefusedError(from_exception(InvalidRequestError(PLANTED)))
     for arguments in ((PLANTED,), (PLANTED, 1.0), (PLANTED, "param")):
         try:
             return kind(*arguments)
