@@ -16,6 +16,7 @@ from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
 from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.states import StateLayout
 from forecache.workers.memory.store import ArenaStore
 from forecache.workers.memory.transfer import read, take_in
 
@@ -113,6 +114,30 @@ def test_slots_may_turn_out_bad_after_they_were_promised(store: ArenaStore) -> N
     store.promise("c", SLOTS - 1)
 
 
+def test_a_reader_that_reads_wrongly_retires_no_slot(store: ArenaStore, caplog: pytest.LogCaptureFixture) -> None:
+    """The tier finds the bytes that were sealed: the chunk is stored anew, and each slot serves on."""
+    for key in KEYS[:3]:
+        ref = put(store, "w", key)
+        store.hold("r", [key])
+        for _ in range(2):  # two readers of one device
+            store.drop(key, ref)
+        assert store.stored([key]) == [False] and caplog.text.count("it read wrongly") == 1
+        caplog.clear()
+        store.release("r")
+        store.release("w")
+        store.check_integrity()
+    [first, second] = [store.reserve(holder, [KEYS[3]])[0].ref for holder in ("v", "w")]
+    for holder, place in (("v", first), ("w", second)):
+        store.arena.put(place, KEYS[3], np.zeros(LAYOUT.nbytes, np.uint8), np.zeros(INDEX_NBYTES, np.uint8))
+        store.commit(holder, [(KEYS[3], place)])
+    store.drop(KEYS[3], second)  # committed second, and private to its holder
+    assert caplog.text.count("it read wrongly") == 1
+    assert not any(map(store._failed, range(SLOTS))) and store.stats().bad_slots == 0
+    store.release("v")
+    store.release("w")
+    store.check_integrity()
+
+
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     """Slots of which a bit does not become what is written to it."""
@@ -156,6 +181,23 @@ def test_what_a_tier_takes_in_goes_to_another_slot(tmp_path: Path, stuck: set[in
         store.release("o")
     store.check_integrity()
     assert store.stats().bad_slots <= 1
+
+
+def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck: set[int]) -> None:
+    """Each snapshot that it was to be a piece of is left out; after two the slot is used no more."""
+    store, states = ArenaStore(small_arena(tmp_path)), StateLayout(pieces=SLOTS, every_chunks=1)
+    stuck.add(1)
+    snapshot = torch.arange(SLOTS * LAYOUT.nbytes, dtype=torch.int32).to(torch.uint8)
+    for number in range(2):
+        states.store(store, "w", KEYS[number], snapshot)
+        store.check_integrity()
+        store.release("w")
+        assert store._failed(1) == number + 1 and store.keys() == []
+    assert store.stats().bad_slots == 1
+    states = StateLayout(pieces=SLOTS - 1, every_chunks=1)
+    states.store(store, "w", KEYS[2], snapshot[: (SLOTS - 1) * LAYOUT.nbytes])
+    count, refs = states.find(store, "r", KEYS[2:3])
+    assert count == 1 and states.load(store.arena, KEYS[2], refs) is not None
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import xxhash
@@ -11,10 +12,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from forecache.workers.errors import OverloadedError
+from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena import Arena
 from forecache.workers.memory.chunk_batch import LayerBatch, RecordBatch
+from forecache.workers.memory.keys import ChunkKey
 from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.protocol import SlotRef
 from forecache.workers.memory.records import RecordSlots
 from forecache.workers.memory.share import share_of
 from forecache.workers.memory.store import ArenaStore
@@ -122,6 +125,53 @@ def test_no_more_records_are_promised_than_there_is_room_for(tmp_path: Path) -> 
     records.promise("a/0", 5)
     records.release("a/0")
     records.promise("a/1", 3)
+
+
+def test_a_damaged_record_may_be_dropped_and_is_written_anew(tmp_path: Path) -> None:
+    arena = small_arena(tmp_path)
+    store, records = ArenaStore(arena), RecordSlots(arena)
+    [ref] = records.put("a/0", batch_of(KEYS[:1]))
+    assert ref is not None and ref.slot >= arena.slots
+    arena.index[ref.slot, 0] ^= 255
+    store.drop(KEYS[0], ref)
+    store.check_integrity()
+    assert records.put("a/0", batch_of(KEYS[:1])) == [ref] and arena.check(ref, KEYS[0])
+    records.check_integrity()
+    assert store.stats().dropped_chunks == 0
+
+
+def test_a_record_whose_slot_does_not_keep_it_gets_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = small_arena(tmp_path)
+    records, write_record = RecordSlots(arena), Arena.write_record
+    [held, idle] = records.put("a/0", batch_of(KEYS[:2]))
+    assert held is not None and idle is not None
+    records.release("a/0")
+    assert records.hold("a/1", KEYS[:1]) == records.hold("b/0", KEYS[:1]) == [held]
+    bad = {held.slot, idle.slot}
+
+    def write_but_one_bit(
+        arena: Arena, ref: SlotRef, key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int
+    ) -> None:
+        if ref.slot not in bad:
+            return write_record(arena, ref, key, record, checksum)
+        arena.index[ref.slot] = torch.from_numpy(record ^ np.uint8(1))
+        raise ChunkLostError("its memory is bad")
+
+    monkeypatch.setattr(Arena, "write_record", write_but_one_bit)
+    for slot in bad:
+        arena.index[slot, 0] ^= 255
+    assert records.put("b/0", batch_of(KEYS[:2])) == [None, None]
+    records.check_integrity()
+    assert records.hold("b/1", KEYS[:2]) == [None, None] and records.held == 0
+    assert arena.generation_of(held.slot) != held.generation, "who holds it sees that its place was given away"
+    again = records.put("b/0", batch_of(KEYS[:2]))
+    assert all(
+        ref is not None and ref.slot not in bad and arena.check(ref, key) for key, ref in zip(KEYS, again, strict=False)
+    )
+    records.check_integrity()
+    for holder in ("a/1", "b/0", "b/1"):
+        records.release(holder)
+    records.check_integrity()
 
 
 def test_a_store_promises_what_it_has_and_lets_go_of_single_chunks(tmp_path: Path) -> None:

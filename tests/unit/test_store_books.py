@@ -86,6 +86,7 @@ def make_bad(store: ArenaStore, key: ChunkKey) -> int:
     slots = set()
     for _ in range(2):
         [ref] = hold_new(store, "bad", [key])
+        store.arena.chunks[ref.slot, 3] ^= 1
         store.drop(key, ref)
         store.release("bad")
         slots.add(ref.slot)
@@ -385,6 +386,7 @@ def test_a_slot_fails_once_for_each_chunk_whatever_number_of_readers_finds_it(
 ) -> None:
     [ref] = hold_new(store, "a", [KEYS[0]])
     store.hold("b", [KEYS[0]])
+    store.arena.chunks[ref.slot, 3] ^= 1
     for _ in range(3):
         store.drop(KEYS[0], ref)
     store.drop(KEYS[1], ref)  # another chunk's

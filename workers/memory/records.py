@@ -61,7 +61,9 @@ class RecordSlots:
             return [self._hold(holder, key) if key in self._slots else None for key in keys]
 
     def put(self, holder: str, batch: RecordBatch) -> list[SlotRef | None]:
-        """Hold the records of ``batch``; ``None`` for each that there is no room for."""
+        """Hold the records of ``batch``; ``None`` for each that there is no room for, or whose slot does not keep what
+        is written to it. A damaged record is written anew; if that fails, it is forgotten, and those that hold it find
+        its place given away."""
         with self._lock:
             self._released.check(holder)
             refs: list[SlotRef | None] = []
@@ -80,8 +82,9 @@ class RecordSlots:
                     self._arena.write_record(self._ref(slot), key, record, checksum)
                 except ChunkLostError as error:
                     logger.warning("the index record of chunk %s was not stored: %s", key.hex(), error)
-                    if not known:
-                        self._free.insert(0, slot)  # bad memory, perhaps: others are taken first
+                    if known:
+                        self._forget(key)
+                    self._free.insert(0, slot)  # bad memory, perhaps: others are taken first
                     refs.append(None)
                     continue
                 self._slots[key] = slot
@@ -147,6 +150,14 @@ class RecordSlots:
             return None
         key, _ = self._idle.popitem(last=False)
         return self._slots.pop(key)
+
+    def _forget(self, key: ChunkKey) -> None:
+        """The record of ``key`` is not found any more, and those that hold it hold nothing."""
+        self._arena.renew(self._slots.pop(key))
+        self._idle.pop(key, None)
+        self._counts.pop(key, None)
+        for held in self._held.values():
+            held.discard(key)
 
     def _hold(self, holder: str, key: ChunkKey) -> SlotRef:
         held = self._held.setdefault(holder, set())

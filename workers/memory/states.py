@@ -92,7 +92,11 @@ class StateLayout:
             places = reserve_sound(memory, lambda keys: memory.reserve(holder, keys), keys)
             for key, place, piece in zip(keys, places, padded.chunk(self.pieces), strict=True):
                 if not place.stored:
-                    arena.put(place.ref, key, piece.numpy(), no_record)
+                    try:
+                        arena.put(place.ref, key, piece.numpy(), no_record)
+                    except ChunkLostError:
+                        memory.drop(key, place.ref)  # its owner hands the slot out last of all, if it still does
+                        raise
                     written.append((key, place.ref))
             if written:
                 memory.commit(holder, written)

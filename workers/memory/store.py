@@ -61,6 +61,7 @@ class ArenaStore:
         self._quarantine = Quarantine(arena.living)
         self._retired: set[int] = set()
         self._failures: dict[int, set[int]] = {}  # slots → the generations whose bytes were found wrong
+        self._misread: dict[int, int] = {}  # slots → the last generation whose bytes a reader alone found wrong
         self._promises = Promises(
             arena.slots,
             lambda: self._idle.count(Idle.PINNED),
@@ -194,9 +195,16 @@ class ArenaStore:
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         """The chunk read from ``ref`` was wrong, or its writer found other bytes there than it wrote: forget it.
 
-        Holders keep the slot until they release. A slot of which this is told :data:`FAILURES` times is not used any
-        more: its memory is bad.
+        Holders keep the slot until they release. A slot whose bytes were wrong :data:`FAILURES` times is not used any
+        more: its memory is bad. If a stored chunk has the bytes that were sealed, its reader read them wrongly, and
+        the slot is as good as it was. The chunk is forgotten then too, so that its reader does not find it again.
+
+        A remote ``ref`` changes nothing here: only an index record lies there, and :meth:`RecordSlots.put` writes a
+        damaged one anew.
         """
+        if ref.slot >= self._arena.slots:
+            return
+        is_sound = self._arena.check(ref, key)  # before the lock: it reads the whole chunk
         with self._lock:
             if self._arena.generation_of(ref.slot) != ref.generation:
                 return  # gone already
@@ -204,12 +212,14 @@ class ArenaStore:
                 self._remove(key)
                 self._dropped += 1
                 self._arena.clear(ref.slot)
-                self._count_failure(ref.slot)
+                self._found_wrong(ref, is_sound)
                 if ref.slot in self._idle:
                     self._idle.discard(ref.slot)
                     self._make_free(ref.slot)
             elif ref.slot in self._quarantine or self._keys[ref.slot] == key:
-                self._count_failure(ref.slot)
+                # a writer knows what it wrote, and may have sealed what came of it
+                is_written = ref.slot not in self._quarantine and ref.slot not in self._reserved
+                self._found_wrong(ref, is_sound and is_written)
                 self._written(ref)
 
     def promise(self, holder: str, chunks: int) -> None:
@@ -457,6 +467,20 @@ class ArenaStore:
         """The writer of ``ref`` writes there no more."""
         if self._arena.generation_of(ref.slot) == ref.generation and self._quarantine.written(ref.slot):
             self._make_free(ref.slot)
+
+    def _found_wrong(self, ref: SlotRef, is_sound: bool) -> None:
+        """Somebody has found wrong bytes at ``ref``; ``is_sound``: this store finds those that were sealed."""
+        if self._misread.get(ref.slot) == ref.generation:
+            return  # another reader of the same bytes
+        if not is_sound:
+            self._count_failure(ref.slot)
+            return
+        self._misread[ref.slot] = ref.generation
+        logger.warning(
+            "slot %d of %s holds the bytes that were written there, and a reader found others: it read wrongly. The "
+            "slot stays in use. If this repeats, check the devices of this node's workers.",
+            ref.slot, self._arena.path,
+        )  # fmt: skip
 
     def _count_failure(self, slot: int) -> None:
         generations = self._failures.setdefault(slot, set())
