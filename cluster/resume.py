@@ -56,10 +56,10 @@ class ResumingStream:
     ``on_resume`` is called each time that another one is asked.
 
     A worker is lost when Ray says so, when its engine has ended or hangs, when it gives the request up, or when it is
-    silent for too long, whether or not the answer has begun: as long as a request waits for its turn, its worker says
-    so from time to time (``TokenEvent.waiting``, which ends here). Then prompt and tokens so far go elsewhere, under a
-    request id of the next epoch; the old worker is cancelled and heard no more. So it is when the next worker has no
-    room: others may.
+    silent for too long, whether or not the answer has begun: as long as a worker gets on, be it with one long step, it
+    says so from time to time (``TokenEvent.waiting``, which ends here). Then prompt and tokens so far go elsewhere,
+    under a request id of the next epoch; the old worker is cancelled and heard no more. So it is when the next worker
+    has no room: others may.
 
     The tries are bounded in three ways: in a row without one more token; in which a worker hung, since each costs a
     worker and the request may be what does it; and in all, since a token between two of them proves little.

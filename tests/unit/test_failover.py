@@ -8,7 +8,8 @@ import json
 import selectors
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.streams import EventStream
 from forecache.workers.decode import attention
 from forecache.workers.decode.async_engine import AsyncEngine
+from forecache.workers.decode.channels import Channels as WorkerChannels
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.messages import (
     SIGN_OF_LIFE_S,
@@ -360,7 +362,6 @@ def wound(llm: LLM) -> Clock:
     clock = Clock()
     llm.engine.pulse.clock = clock
     llm.engine.pulse.beat()
-    llm.engine._tell_waiting_s = clock.now_s + SIGN_OF_LIFE_S
     return clock
 
 
@@ -446,31 +447,123 @@ def test_a_long_step_with_layers_that_end_is_no_hang(
         asyncio.run(slow(llm))
 
 
-def test_who_waits_for_room_is_told_of_and_not_where_nothing_gets_on(
-    tiny_model: Path, prompts: list[list[int]]
+class WorkerCall:
+    """A call of a worker in this process."""
+
+    assigned = True
+
+    def __init__(self, news: AsyncGenerator[Any, None]) -> None:
+        self._said: asyncio.Queue[Any] = asyncio.Queue()
+        self._task = asyncio.get_running_loop().create_task(self._listen(news))
+
+    async def _listen(self, news: AsyncGenerator[Any, None]) -> None:
+        async with aclosing(news):
+            async for one in news:
+                self._said.put_nowait(one)
+        self._said.put_nowait(None)
+
+    def __aiter__(self) -> "WorkerCall":
+        return self
+
+    async def __anext__(self) -> Any:
+        if (one := await self._said.get()) is None:
+            raise StopAsyncIteration
+        return one
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
+async def served(engine: AsyncEngine, worker: WorkerChannels, asked: GenerateRequest) -> AsyncGenerator[Any, None]:
+    async with (
+        aclosing(engine.generate(asked)) as events,
+        aclosing(worker.carry(asked.client_id, events)) as carried,
+    ):
+        async for news in carried:
+            yield news
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_a_long_step_that_gets_on_is_no_silence_and_a_hung_one_is(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
-    with open_llm(tiny_model, max_batch_size=1) as llm:
-        clock = wound(llm)
-        llm.engine.add_request(request("runs", prompts[0], 200))
-        llm.engine.add_request(request("waits", prompts[1], 4))
-        heard: list[TokenEvent] = []
-        for number in range(60):
-            clock.now_s = 1000 + number
-            heard += llm.engine.step()
-        waiting = [event for event in heard if event.waiting]
-        assert [event.request_id for event in waiting] == ["waits"] * 5
-        assert all(not event.token_ids and event.finish_reason is None for event in waiting)
-        assert not any(event.waiting for event in heard if event.request_id == "runs")
-        # nothing is done from here on, while time goes by
-        for _ in range(3):
-            clock.now_s += SIGN_OF_LIFE_S
-            llm.engine._tell_waiting()
-        assert [event.waiting for event in llm.engine._events] == [True]  # of what was done before
-        llm.engine._events.clear()
-        for name in ("runs", "waits"):
-            llm.engine.cancel(name)
-        llm.engine.step()
-        assert llm.engine.pulse.silent_s == 0
+    """Those in the step, and those that came later and which the engine has not looked at, with and without a channel:
+    a layer every 100 s for more than an hour, and then none."""
+    gate = Gate(monkeypatch)
+    deadline_s = 120.0
+
+    async def slow(llm: LLM) -> None:
+        engine, _ = AsyncEngine(llm.engine), wound(llm)
+        worker, asked = WorkerChannels("w"), list[str]()
+        channels = Channels(lambda channel: WorkerCall(worker.batches(channel)))
+
+        def start(request: GenerateRequest) -> ChanneledStream:
+            asked.append(request.request_id)
+            sent = replace(request, client_id=channels.client_id)
+            return ChanneledStream(WorkerCall(served(engine, worker, sent)), channels, request.request_id)
+
+        def ask(number: int) -> "asyncio.Future[TokenEvent]":
+            config = ResumeConfig(token_deadline_s=deadline_s, max_silent_workers=1)
+            return asyncio.ensure_future(
+                anext(ResumingStream(request(str(number), prompts[number]), start, config, lambda: None))
+            )
+
+        gate.shut = True
+        pulled = [ask(0)]
+        await asyncio.sleep(1)
+        assert gate.reached.wait(60)  # no turn of the event loop until the engine is in the step
+        pulled += [ask(number) for number in range(1, requests)]
+        for _ in range(40):
+            llm.engine.pulse.beat()
+            await asyncio.sleep(100)
+        assert not any(one.done() for one in pulled) and len(asked) == requests
+        await asyncio.sleep(2 * deadline_s)
+        for one in pulled:
+            with pytest.raises(WorkerLostError, match="said nothing for 120 s"):
+                await one
+        gate.opened.set()
+        await asyncio.to_thread(engine.close)
+        channels.check_idle()
+
+    with open_llm(tiny_model) as llm:
+        run(slow(llm))
+
+
+def test_only_those_of_whom_there_is_no_news_hear_that_the_engine_gets_on(
+    tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    async def listen(llm: LLM) -> None:
+        engine, heard = AsyncEngine(llm.engine), dict[str, list[TokenEvent]](runs=[], waits=[])
+        wound(llm)
+
+        async def hear(name: str, number: int) -> None:
+            async for event in engine.generate(request(name, prompts[number])):
+                heard[name].append(event)
+
+        gate.shut = True
+        hearing = [asyncio.ensure_future(hear("runs", 0))]
+        await asyncio.sleep(0)
+        assert gate.reached.wait(60)
+        hearing.append(asyncio.ensure_future(hear("waits", 1)))
+        for _ in range(100):
+            await asyncio.sleep(SIGN_OF_LIFE_S / 2)
+            llm.engine.pulse.beat()
+            engine._deliver([TokenEvent("runs", (1,), "")])
+        await asyncio.sleep(0)
+        assert len(heard["runs"]) == 100 and not any(event.waiting for event in heard["runs"])
+        assert len(heard["waits"]) in (48, 49) and all(event.waiting for event in heard["waits"])
+        for one in hearing:
+            one.cancel()
+        await asyncio.wait(hearing)
+        gate.opened.set()
+        await asyncio.to_thread(engine.close)
+        assert engine._signs is None
+        assert not engine._streams
+
+    with open_llm(tiny_model) as llm:
+        run(listen(llm))
 
 
 @pytest.mark.parametrize("max_restarts", [0, 3])

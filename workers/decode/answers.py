@@ -96,11 +96,6 @@ class Answers:
             view=self._view(seq),
         )
 
-    def waiting(self, seq: Sequence) -> TokenEvent:
-        """``seq`` waits for its turn."""
-        done, told = min(seq.num_computed, seq.prompt_len), len(seq.output_ids)
-        return TokenEvent(seq.request_id, (), "", prefill_tokens_done=done, position=told, waiting=True)
-
     def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
         self.forget(seq)

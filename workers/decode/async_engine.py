@@ -8,10 +8,11 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from forecache.workers.decode.engine import Engine
 from forecache.workers.decode.grammar import Matcher
-from forecache.workers.decode.messages import GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import SIGN_OF_LIFE_S, GenerateRequest, TokenEvent
 from forecache.workers.decode.stats import EngineStats
 from forecache.workers.errors import EngineDeadError, EngineHungError, ForecacheError, InvalidRequestError
 
@@ -19,6 +20,16 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 1.0
 JOIN_CHECK_S = 1.0
+
+
+@dataclass
+class _Stream:
+    """One caller's side. ``news``: an error ends it, and ``None`` says that the engine is no more. ``beats`` of the
+    pulse when something came last; ``quiet``: nothing has come since signs of life were last due."""
+
+    beats: int
+    news: asyncio.Queue[TokenEvent | BaseException | None] = field(default_factory=asyncio.Queue)
+    quiet: bool = False
 
 
 class AsyncEngine:
@@ -29,8 +40,9 @@ class AsyncEngine:
         self._engine = engine
         self._niceness = niceness
         self._inbox: deque[tuple[GenerateRequest, Future[None], float, Matcher | None]] = deque()
-        self._streams: dict[str, asyncio.Queue[TokenEvent | None]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._signs: asyncio.TimerHandle | None = None
         self._checks: deque[Future[None]] = deque()
         self._inbox_lock = threading.Lock()
         self._closing = False
@@ -42,28 +54,43 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """The request's events, the last with a finish reason. Leaving the iteration early cancels the request.
 
-        Raises :class:`.errors.InvalidRequestError` before the first event for one that can't be served,
-        and :class:`EngineDeadError` when the engine is no more.
+        Where none comes for long and the engine gets on, a ``waiting`` event comes every ``SIGN_OF_LIFE_S``: within a
+        long step too, and before the engine has looked at the request. An engine that hangs sends none.
+
+        Raises :class:`.errors.InvalidRequestError` before all events but ``waiting`` ones for a request that can't be
+        served, and :class:`EngineDeadError` when the engine is no more.
         """
         request_id = request.request_id
         if request_id in self._streams:
             raise InvalidRequestError(f"request id '{request_id}' is running already", param="request_id")
-        queue: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        stream = _Stream(self._engine.pulse.beats)
         accepted: Future[None] = Future()
         self._loop = asyncio.get_running_loop()
-        self._streams[request_id] = queue
+        self._streams[request_id] = stream
+        if self._signs is None:
+            self._signs = self._loop.call_later(SIGN_OF_LIFE_S, self._give_signs)
+
+        def answered(answer: asyncio.Future[None]) -> None:
+            if not answer.cancelled() and (error := answer.exception()) is not None:
+                stream.news.put_nowait(error)
+
         running = True
         try:
             await self._post(request, accepted)
-            await asyncio.wrap_future(accepted)
+            asyncio.wrap_future(accepted).add_done_callback(answered)
             while running:
-                event = await queue.get()
+                event = await stream.news.get()
                 if event is None:
                     raise self._dead()
+                if isinstance(event, BaseException):
+                    raise event
                 running = event.finish_reason is None
                 yield event
         finally:
             del self._streams[request_id]
+            if not self._streams and self._signs is not None:
+                self._signs.cancel()
+                self._signs = None
             # what the engine has not seen yet is withdrawn, and of what it refused it has nothing: the id may come
             # again before a cancellation is heard
             refused = accepted.done() and not accepted.cancelled() and accepted.exception() is not None
@@ -190,13 +217,25 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(told, *args)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        beats = self._engine.pulse.beats
         for event in events:
-            if (queue := self._streams.get(event.request_id)) is not None:
-                queue.put_nowait(event)
+            if (stream := self._streams.get(event.request_id)) is not None:
+                stream.news.put_nowait(event)
+                stream.beats, stream.quiet = beats, False
+
+    def _give_signs(self) -> None:
+        """Tell those for whom nothing has come since the last time that the engine gets on, if it does."""
+        beats = self._engine.pulse.beats
+        for request_id, stream in self._streams.items():
+            if stream.quiet and stream.beats != beats:
+                stream.news.put_nowait(TokenEvent(request_id, (), "", waiting=True))
+                stream.beats = beats
+            stream.quiet = True
+        self._signs = asyncio.get_running_loop().call_later(SIGN_OF_LIFE_S, self._give_signs)
 
     def _deliver_end(self) -> None:
-        for queue in self._streams.values():
-            queue.put_nowait(None)
+        for stream in self._streams.values():
+            stream.news.put_nowait(None)
 
     def _end(self) -> None:
         """The engine is no more: tell everybody who waits."""

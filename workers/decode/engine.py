@@ -20,7 +20,7 @@ from forecache.workers.decode.chunk_keeper import ChunkKeeper
 from forecache.workers.decode.config import EngineConfig
 from forecache.workers.decode.grammar import Grammars, Matcher
 from forecache.workers.decode.index_spec import BesideModel
-from forecache.workers.decode.messages import SIGN_OF_LIFE_S, FinishReason, GenerateRequest, TokenEvent
+from forecache.workers.decode.messages import FinishReason, GenerateRequest, TokenEvent
 from forecache.workers.decode.pulse import Pulse
 from forecache.workers.decode.remote_past import FarPast, PastLostError
 from forecache.workers.decode.runner import make_runner
@@ -47,9 +47,6 @@ logger = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.05
 NON_FINITE_RETRIES = 1
 """So often a request starts over since the model gave something that is not finite."""
-TURN_AWAITED = (State.WAITING, State.LOCATING, State.PREFILL)
-"""States in which a sequence waits for others: for room, for searches before its own, for shorter prompts. In the other
-ones it waits for what is its own alone, and its silence is for its client to see."""
 
 
 class Engine:
@@ -98,8 +95,6 @@ class Engine:
             graphs, compiled = config.cuda_graphs, config.torch_compile
             self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
         self.pulse = Pulse()
-        self._tell_waiting_s = self.pulse.clock() + SIGN_OF_LIFE_S
-        self._told_beats = 0
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}
@@ -192,21 +187,8 @@ class Engine:
             self._wait()
         if running is not None or waited:
             self.pulse.beat()
-        self._tell_waiting()
         events, self._events = list(self._events), deque()
         return events
-
-    def _tell_waiting(self) -> None:
-        """From time to time: that those who wait wait at an engine that gets on. Of one that does not, they hear
-        nothing."""
-        now_s = self.pulse.clock()
-        if now_s < self._tell_waiting_s:
-            return
-        self._tell_waiting_s = now_s + SIGN_OF_LIFE_S
-        if self.pulse.beats != self._told_beats:
-            self._told_beats = self.pulse.beats
-            waiting = [seq for seq in self._sequences.values() if seq.state in TURN_AWAITED]
-            self._events.extend(map(self._answers.waiting, waiting))
 
     def _launch(self, plan: Plan) -> RunningStep | None:
         members = {part.sequence.request_id for part in plan.streams if part.tokens > 1}

@@ -9,7 +9,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 Policy = Literal["lookahead", "recency", "random", "full"]
 
 SIGN_OF_LIFE_S = 10.0
-"""So often it is told of a request that waits that its worker gets on, or that no worker has taken it yet."""
+"""So often a request of which there is no other news hears that its worker gets on, or that no worker has taken it."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ class TokenEvent:
     ``position`` is the number of answer tokens before these. ``overloaded``: the error is a want of room;
     ``too_large``: there would be none for the request were all memory free;
     ``chunks_lost``: it is that stored chunks of the request were lost again and again; ``non_finite``: it is that the
-    model computed infinity or no number. ``waiting``: nothing is new but that the request waits for its turn at a
-    worker that gets on, or for a worker.
+    model computed infinity or no number. ``waiting``: nothing is new but that the worker gets on, with a long step or
+    other requests, or that the request waits for a worker.
     """
 
     request_id: str
