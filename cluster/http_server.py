@@ -25,22 +25,43 @@ def use_protocol() -> list[Middleware]:
 
 
 class _Connection(h11.Connection):
-    """h11's, whose requests name a path: of a whole URI, as for a forward proxy, what stands behind the host."""
+    """h11's, whose requests name a path: of a whole URI, as for a forward proxy, what stands behind the host.
+
+    ``answers_head``: the request that is to be answered is a HEAD, whose answer has no body.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self.answers_head = False
+
+    def start_next_cycle(self) -> None:
+        super().start_next_cycle()
+        self.answers_head = False
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         event = super().next_event()
-        if not isinstance(event, h11.Request) or event.target.startswith(b"/"):
+        if not isinstance(event, h11.Request):
             return event
-        parts = urlsplit(event.target)
-        if parts.scheme not in (b"http", b"https"):
-            raise h11.RemoteProtocolError(f"no path: {event.target!r}")
-        target = (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
+        self.answers_head = event.method == b"HEAD"
+        if event.target.startswith(b"/"):
+            return event
+        # Serve knows no application for "*", and RFC 9110 (7.1) has no path mean the same
+        whole_server = event.method == b"OPTIONS" and event.target == b"*"
+        target = b"/" if whole_server else _path_and_query(event.target)
         return h11.Request(
             method=event.method, target=target, headers=list(event.headers), http_version=event.http_version
         )
+
+
+def _path_and_query(uri: bytes) -> bytes:
+    """Of a whole URI. Raises ``h11.RemoteProtocolError`` if it is none of HTTP."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:  # such as half an IPv6 address
+        raise h11.RemoteProtocolError(f"no URI: {uri!r}") from error
+    if parts.scheme not in (b"http", b"https"):
+        raise h11.RemoteProtocolError(f"no path: {uri!r}")
+    return (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
 
 
 class HttpProtocol(H11Protocol):
@@ -55,7 +76,7 @@ class HttpProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = _Connection()
+        self.conn: _Connection = _Connection()
         self._headers_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -113,10 +134,9 @@ class HttpProtocol(H11Protocol):
             length = str(len(body)).encode()
             headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
             phrase = STATUS_PHRASES[error.status]
-            for event in (
-                h11.Response(status_code=error.status, headers=headers, reason=phrase),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
+            events: list[h11.Event] = [h11.Response(status_code=error.status, headers=headers, reason=phrase)]
+            if not self.conn.answers_head:
+                events.append(h11.Data(data=body))
+            for event in (*events, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

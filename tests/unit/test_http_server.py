@@ -245,9 +245,15 @@ def test_the_rest_of_a_body_whose_answer_is_over_has_the_deadline_too() -> None:
         b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET foo HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (MAX_HEAD_BYTES + 1),
     ],
-    ids=["tls", "http2", "connect", "no host", "not ascii", "length", "chunk", "long"],
+    ids=[
+        *("tls", "http2", "connect", "no host", "not ascii", "length", "chunk"),
+        *("half an address", "star", "no path", "long"),
+    ],
 )
 def test_what_is_no_request_gets_one_error_object_and_no_line_in_the_log(
     data: bytes, caplog: pytest.LogCaptureFixture
@@ -263,6 +269,56 @@ def test_what_is_no_request_gets_one_error_object_and_no_line_in_the_log(
     assert client.wire.error["type"] == "invalid_request_error"
     assert client.wire.sent.startswith(b"HTTP/1.1 431" if len(data) > MAX_HEAD_BYTES else b"HTTP/1.1 400")
     assert not client.loop.running and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"HEAD foo HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"HEAD http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"HEAD / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    ],
+    ids=["no path", "half an address", "chunk"],
+)
+def test_a_refused_head_request_gets_headers_alone(data: bytes, status: int, caplog: pytest.LogCaptureFixture) -> None:
+    async def talk() -> Client:
+        client = Client()
+        await client.sends(data)
+        return client
+
+    with caplog.at_level(logging.ERROR):
+        client = asyncio.run(talk())
+    head, end, body = client.wire.sent.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and end and not body
+    assert client.wire.closed and not caplog.records
+
+
+def test_a_refusal_after_a_head_request_has_its_body() -> None:
+    async def talk() -> Client:
+        client = Client()
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+        client.protocol.app = answer
+        await client.sends(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\n")
+        first, client.wire.sent = client.wire.sent, b""
+        assert first.startswith(b"HTTP/1.1 200 ")
+        await client.sends(b"nonsense\r\n\r\n")
+        return client
+
+    client = asyncio.run(talk())
+    assert client.wire.error["code"] == "invalid_http" and client.wire.closed
+
+
+def test_options_of_the_whole_server_reach_the_application() -> None:
+    async def talk() -> bytes:
+        client = Client()
+        await client.sends(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n")
+        return client.wire.sent
+
+    assert asyncio.run(talk()).endswith(b"OPTIONS /? 0")
 
 
 def test_a_body_that_breaks_while_it_is_answered_ends_the_connection_alone(caplog: pytest.LogCaptureFixture) -> None:
