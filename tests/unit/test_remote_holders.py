@@ -47,10 +47,10 @@ class Tier:
     def do_hold(self, holder: str, keys: list[bytes]) -> object:
         return self.store.hold(holder, keys)
 
-    def do_reserve(self, holder: str, keys: list[bytes]) -> object:
+    def do_reserve(self, holder: str, keys: list[bytes], *news: object) -> object:
         return self.store.reserve(holder, keys)
 
-    def do_commit(self, holder: str, refs: Any) -> None:
+    def do_commit(self, holder: str, refs: Any, *news: object) -> None:
         self.store.commit(holder, refs)
 
     def do_promise(self, holder: str, chunks: int) -> None:
@@ -59,7 +59,7 @@ class Tier:
     def do_start_over(self, holder: str) -> None:
         self.store.start_over(holder)
 
-    def do_release(self, holder: str, was_spread: bool = False) -> None:
+    def do_release(self, holder: str, was_spread: bool = False, *news: object) -> None:
         self.store.release(holder)
 
     def do_holders_of(self, worker_id: str, floor: int, life: int) -> list[str]:

@@ -256,7 +256,7 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
                 llm.engine._read_running()
                 restarted = decoding[0]
                 assert restarted.num_computed + 1 == len(restarted.token_ids)
-                llm.engine._restart(restarted)
+                llm.engine._restart(restarted, "as the test wants it")
             for event in llm.engine.step():
                 texts[event.request_id] = texts[event.request_id] + list(event.token_ids)
             llm.engine.check_integrity()
