@@ -23,6 +23,7 @@ from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.cluster.metrics import Metrics
 from forecache.cluster.page import add_page
 from forecache.cluster.prompts import PromptEncoder
+from forecache.cluster.replica_answers import answers_in_time
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.sessions import SessionDirectory, SessionRoutes
 from forecache.cluster.shared_answer import SharedAnswer
@@ -130,9 +131,7 @@ class ServeWorkers:
 
     async def _ask_stats(self) -> Sequence[WorkerStats]:
         try:
-            answers = await self._handle.broadcast("stats").results_async(
-                timeout_s=STATS_DEADLINE_S, return_exceptions=True
-            )
+            answers = await answers_in_time(self._handle.broadcast("stats"), STATS_DEADLINE_S)
         except (TimeoutError, DeploymentUnavailableError) as error:
             logger.warning("no worker answers: %s", error)
             raise WorkerLostError("no worker answers") from error
@@ -212,9 +211,7 @@ class Ingress:
         while True:
             await asyncio.sleep(SHARING_PERIOD_S)
             try:
-                answers = await ingresses.broadcast("usage").results_async(
-                    timeout_s=STATS_DEADLINE_S, return_exceptions=True
-                )
+                answers = await answers_in_time(ingresses.broadcast("usage"), STATS_DEADLINE_S)
             except Exception:
                 # whatever it was, the next time may be better, and without this all limits are of each ingress alone
                 logger.exception("other ingresses' requests are not counted")

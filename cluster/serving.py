@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 APPLICATION = "forecache"
 NAMESPACE = "forecache"
 POLL_S = 0.2
+DRAIN_ANSWER_S = 1.0
+"""So long an ingress may take to say what is under way, at the end: a second signal is heard in between."""
 ROUTING_STATS_PERIOD_S = 2.0
 
 NO_PROXIES = {"no_grpc_proxy": "localhost,0.0.0.0/0,::/0"}
@@ -224,14 +226,18 @@ def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
     try:
         while True:
             # all of them, each time: one that died is replaced by one that drains not yet
-            answers = ingresses.broadcast("drain").results(timeout_s=POLL_S + deadline_s, return_exceptions=True)
+            answers = ingresses.broadcast("drain").results(timeout_s=DRAIN_ANSWER_S, return_exceptions=True)
             under_way = sum(answer for answer in answers if isinstance(answer, int))
-            if not under_way:
+            # one that is only slow may still have requests; one that died has none
+            silent = sum(isinstance(answer, TimeoutError) for answer in answers)
+            if not under_way and not silent:
                 return
             if hurry.is_set() or time.monotonic() > end:
+                if silent:
+                    logger.warning("%d ingresses did not say what is under way", silent)
                 logger.warning("%d requests were cut off", under_way)
                 return
-            say(f"waiting for {under_way} requests")
+            say(f"waiting for {under_way} requests" if under_way else f"waiting for {silent} ingresses")
             hurry.wait(POLL_S)
     except (RayError, RayServeException, TimeoutError) as error:
         logger.warning("requests were not waited for: %s", error)

@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from forecache.cluster.metrics import CONTENT_TYPE
+from forecache.cluster.replica_answers import answers_in_time
 from forecache.cluster.shared_answer import SharedAnswer
 from forecache.cluster.tiers import Tiers
 from forecache.indexer.telemetry import MetricsTarget
@@ -46,7 +47,7 @@ class ProcessDirectory:
 
 async def _ask(handle: "DeploymentHandle[Any]") -> list[MetricsTarget]:
     try:
-        answers = await handle.broadcast("metrics_target").results_async(timeout_s=DEADLINE_S, return_exceptions=True)
+        answers = await answers_in_time(handle.broadcast("metrics_target"), DEADLINE_S)
     except (TimeoutError, DeploymentUnavailableError) as error:
         logger.warning("replicas of %s are not told of: %s", handle.deployment_id.name, error)
         return []

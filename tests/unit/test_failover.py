@@ -7,11 +7,12 @@ import asyncio
 import json
 import selectors
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -36,9 +37,17 @@ from forecache.workers.decode.messages import (
     SequenceStats,
     TokenEvent,
 )
+from forecache.workers.decode.pulse import Pulse
 from forecache.workers.errors import ChunkLostError, EngineHungError, OverloadedError
 from forecache.workers.llm import LLM
+from forecache.workers.memory import locator
 from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled
+from forecache.workers.memory.copies import Copied, CopyItem
+from forecache.workers.memory.far_chunks import FarChunks
+from forecache.workers.memory.keys import ChunkKey
+from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.share import Share
 
 T = TypeVar("T")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -615,3 +624,82 @@ def test_lost_chunks_are_an_error_of_the_memory_to_the_client() -> None:
     with pytest.raises(OverloadedError):
         full = TokenEvent("r", (), "", "error", LAST, "full", overloaded=True)
         run(collect(answer_of(Asked(lambda: Told(full))), FORMAT))
+
+
+class Away:
+    """Another node that is away: a call of it takes 20 s of ``clock``, and fails."""
+
+    def __init__(self, clock: Clock, pulse: Pulse) -> None:
+        self._clock, self._pulse = clock, pulse
+        self.silences: list[float] = []
+
+    def _call(self) -> None:
+        self._clock.now_s += 20
+        self.silences.append(self._pulse.silent_s)
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        self._call()
+        raise ChunkLostError("no answer")
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        self._call()
+        raise ChunkLostError("no answer")
+
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        self._call()
+        raise ChunkLostError("no answer")
+
+    def promise(self, holder: str, chunks: int) -> None:
+        self._call()
+        if len(self.silences) < 10:
+            raise OverloadedError("full")
+
+    def release(self, holder: str) -> None:
+        pass
+
+
+def test_a_node_that_is_away_is_no_hang_of_those_who_ask_it() -> None:
+    """Ten groups of two tries each: 400 s in all, and never more than one call without a beat."""
+    clock = Clock()
+    pulse = Pulse(clock)
+    away: Any = Away(clock, pulse)
+    told: list[Completion] = []
+    failures: list[BaseException] = []
+    far = FarChunks(away, away, told.append, failures.append, pulse.progress)
+    far.begin("s", Share(stays=0, at_once=2), 0)
+    items = tuple(CopyItem(bytes([number]) * 16, SlotRef(number, 0, remote=True), number) for number in range(20))
+    far.recall(1, "s", items, lambda _: Copied((), 0.0), 1)
+    far.close()
+    assert not failures and told == [Recalled(1, items, 0, told[0].duration_s, 0)]  # type: ignore[union-attr]
+    assert away.silences == [20.0] * 20 and pulse.silent_s == 0
+
+
+def test_a_search_that_asks_many_times_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locator, "PROMISE_POLL_S", 0.0)
+    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 1000.0)
+    clock = Clock()
+    pulse = Pulse(clock)
+    away: Any = Away(clock, pulse)
+    away.others = None
+    told: list[PrefixHeld] = []
+    failures: list[BaseException] = []
+    copies: Any = SimpleNamespace(sound_prefix=lambda keys, refs: len(refs))
+    found = locator.Locator(away, copies, told.append, failures.append, progress=pulse.progress)
+    found.hold_prefix("s", (bytes(16),), lambda _: (bytes(16),), 3)
+    for search in found.unfinished():
+        search.result(60)
+    found.close()
+    assert not failures and [held.failure for held in told] == [""]
+    assert away.silences == [20.0] * 10 and pulse.silent_s == 0
+
+
+def test_progress_ends_no_rest() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    pulse.rest()
+    pulse.progress()
+    clock.now_s += 1000
+    assert pulse.silent_s == 0
+    pulse.beat()
+    clock.now_s += 1
+    assert pulse.silent_s == 1

@@ -120,12 +120,12 @@ async def test_readiness_asks_the_workers_once_a_second() -> None:
     asked = []
 
     def broadcast(method: str) -> Any:
-        async def results_async(**_: Any) -> list[Any]:
+        async def replicas() -> list[Any]:
             asked.append(method)
             await asyncio.sleep(0)
             return []
 
-        return SimpleNamespace(results_async=results_async)
+        return SimpleNamespace(_fetch_replica_results_async=replicas)
 
     handle: Any = SimpleNamespace(broadcast=broadcast, options=lambda **_: None)
     resume: Any = None

@@ -83,7 +83,9 @@ class Engine:
         self._fingerprint, each = chunk_fingerprint(backbone.layout, cold), config.snapshot_tokens
         self._runner = make_runner(backbone, pool, arena, spec, rows, cold, beside, each, FarPast.of(memory, cold))
         states = state_layout(self._runner, cold.nbytes, each // config.chunk_tokens)
-        self._prefetcher = Prefetcher(self.pool, memory, self._runner.index_record, cold, states)
+        self.pulse = Pulse()
+        record, progress = self._runner.index_record, self.pulse.progress
+        self._prefetcher = Prefetcher(self.pool, memory, record, cold, states, progress)
         self._snapshots = Snapshots(self._runner, states, self._prefetcher, arena)
         steps = 1 if beside is None else beside.steps
         cycle = self.windows = WindowCycle(
@@ -94,7 +96,6 @@ class Engine:
             chunks = cycle.budgets.widest_table(backbone.max_model_len)
             graphs, compiled = config.cuda_graphs, config.torch_compile
             self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
-        self.pulse = Pulse()
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
         self._sequences: dict[str, Sequence] = {}

@@ -39,6 +39,8 @@ class _Sequence:
 
 class FarChunks:
     """``settle`` is told what became of recalls and write-backs, ``failed`` what went wrong that should not.
+    ``progress`` is called after each group of chunks and each try, which may wait for other nodes: the next one is
+    another wait.
 
     :meth:`begin` comes from the locator's thread, :meth:`recall` from the engine's, the rest from the copy thread.
     """
@@ -49,11 +51,13 @@ class FarChunks:
         others: OtherNodes,
         settle: Callable[[Completion], None],
         failed: Callable[[BaseException], None],
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._memory = memory
         self._others = others
         self._settle = settle
         self._failed = failed
+        self._progress = progress
         self._sequences: dict[str, _Sequence] = {}
         self._readers = itertools.count()
         self._lock = threading.Lock()
@@ -135,6 +139,7 @@ class FarChunks:
         start_s = time.perf_counter()
         near = tuple(item for item in items if not item.ref.remote)
         lost = list(copy(near).lost) if near else []
+        self._progress()
         far = [item for item in items if item.ref.remote]
         with self._lock:
             seq = self._sequences.get(holder)
@@ -162,6 +167,7 @@ class FarChunks:
             except ChunkLostError:
                 continue  # this node's tier is away, and all it had found
             finally:
+                self._progress()
                 release(self._memory, name)
             if not left:
                 break
@@ -173,6 +179,7 @@ class FarChunks:
             said = "a chunk could not be stored: no node has room for it"
         except ChunkLostError as error:
             refs, said = [None] * len(news), f"a chunk could not be stored: {error}"
+        self._progress()
         for done, ref in zip(news, refs, strict=True):
             if ref is None:
                 done = replace(done, failure=said, overloaded=True)

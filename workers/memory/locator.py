@@ -74,7 +74,8 @@ class _Search:
 
 class Locator:
     """``settle`` is told what was found, ``failed`` what went wrong that should not. ``states``: a prefix is of use
-    only with a snapshot behind it.
+    only with a snapshot behind it. ``progress`` is called after each part of a search that may wait for other nodes:
+    the next one is another wait.
 
     Searches run beside each other. A chunk that was dropped is not found by a search that was asked for later.
     """
@@ -86,6 +87,7 @@ class Locator:
         settle: Callable[[PrefixHeld], None],
         failed: Callable[[BaseException], None],
         states: StateLayout | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._memory = memory
         self._here = _Here(memory)
@@ -93,6 +95,7 @@ class Locator:
         self._settle = settle
         self._failed = failed
         self._states = states
+        self._progress = progress
         # what goes on elsewhere needs its state there too
         self._nodes = memory.others if states is None else None
         self._near = ThreadPoolExecutor(NEAR_SEARCHES, thread_name_prefix="forecache-near")
@@ -295,6 +298,8 @@ class Locator:
             except OverloadedError:
                 if time.monotonic() > end_s or self._closing:
                     raise
+            finally:
+                self._progress()
             time.sleep(poll_s)
 
     def _find(self, places: HoldsChunks, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
@@ -302,6 +307,8 @@ class Locator:
             refs = places.hold_prefix(holder, keys)
         except ChunkLostError:
             return []  # a memory tier that is gone has no prefix; the prompt is prefilled
+        finally:
+            self._progress()
         sound = damaged = self._copies.sound_prefix(keys, refs)
         while damaged < len(refs):
             # all of them, not the first alone: what is computed instead of the others would give way to them

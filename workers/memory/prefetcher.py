@@ -59,8 +59,9 @@ class Prefetcher:
     """The copy thread of one pool.
 
     ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
-    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only with a
-    snapshot behind it. Raises :class:`forecache.workers.errors.ArenaError` when the arena's is another.
+    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only
+    with a snapshot behind it. ``progress`` is called, in any thread, after each wait for other nodes. Raises
+    :class:`forecache.workers.errors.ArenaError` when the arena's is another.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Prefetcher:
         index_record: IndexRecord | None,
         cold: ChunkLayout | None = None,
         states: StateLayout | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._states = states
@@ -89,8 +91,9 @@ class Prefetcher:
         self._failure: BaseException | None = None
         self._heard: BaseException | None = None
         self._news = threading.Event()
-        self._locator = Locator(memory, self._copies, self._located, self._fail, states)
-        self._far = None if memory.others is None else FarChunks(memory, memory.others, self._settle, self._fail)
+        self._locator = Locator(memory, self._copies, self._located, self._fail, states, progress)
+        others = memory.others
+        self._far = None if others is None else FarChunks(memory, others, self._settle, self._fail, progress)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
         # torch keeps a number of threads for each thread, and one more that threads started later begin with
