@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forecache.indexer.config import IndexerConfig
 from forecache.kernels import ops
 from forecache.workers.decode.backbone import expected_layout, load_config
 from forecache.workers.decode.chunk_keeper import ChunkKeeper
@@ -375,7 +376,8 @@ def test_layer_that_is_damaged_on_its_way() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_index_records(architecture: Architecture, device: str) -> None:
     """Damaged while an answer is written whose sets are chosen by them: its chunks go, and so does what was chosen."""
-    settings = {"hot_chunks": 48, "keep_ratio": 0.3, "late_policy": "wait", "window_steps": 8}
+    settings: dict[str, Any] = {"hot_chunks": 48, "keep_ratio": 0.3, "late_policy": "wait", "window_steps": 8}
+    settings["indexer"] = IndexerConfig(device_bytes=0)  # a GPU reads the arena at each prediction too
     with architecture.open(device, **settings) as llm:
         expected = answer(llm, architecture.prompt, tokens=40)
         flipped: list[SlotRef] = []
