@@ -1,11 +1,13 @@
 """A process that reads request bodies for an ingress, whose event loop and interpreter lock stay free meanwhile.
 
 It is a child of the ingress' process and talks to it through a pair of sockets: one job at a time, each a frame with
-its settings and its body, each answered by a frame. It ends when the other end of its socket is closed, also when
-the parent was killed.
+its settings and its body, each answered by a frame. It ends when the other end of its socket is closed, and the kernel
+ends it with the parent's thread that started it, also while it reads a body.
 """
 
+import ctypes
 import logging
+import os
 import pickle
 import signal
 import socket
@@ -25,6 +27,7 @@ JOB_DEADLINE_S = 120.0
 
 _PROGRAM = "from forecache.cluster.prompt_process import main; main()"
 """Not `-m`: what this module's classes are called must be the same at both ends."""
+_PR_SET_PDEATHSIG = 1
 _LENGTHS = struct.Struct("<QQ")
 
 
@@ -44,8 +47,8 @@ class Failed:
 
 
 class PromptProcess:
-    """The parent's end. All methods but :meth:`close` belong to one thread; the process starts with its first job, or
-    with :meth:`start`, and anew after it has died."""
+    """The parent's end. All methods but :meth:`close` belong to one thread, which the process ends with; it starts with
+    its first job, or with :meth:`start`, and anew after it has died."""
 
     def __init__(self, reader: RequestReader) -> None:
         self._reader = pickle.dumps(reader)
@@ -58,13 +61,16 @@ class PromptProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Begin to start the process, if there is none; does not wait until it is up."""
+        """Begin to start the process, if none lives; does not wait until it is up."""
+        if self._process is not None and self._process.poll() is not None:
+            logger.warning("the idle process that reads large requests ended (%d)", self._process.returncode)
+            self._end()
         if self._process is not None or self._closed:
             return
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
@@ -79,12 +85,9 @@ class PromptProcess:
             PromptProcessError: it died, or took too long.
             ForecacheError: it met an error that is none of the client's.
         """
+        head = pickle.dumps(job)
         try:
-            self.start()
-            if self._socket is None:
-                raise PromptProcessError("the server is being stopped; send the request again")
-            send_frame(self._socket, pickle.dumps(job), body)
-            _, answer = receive_frame(self._socket)
+            _, answer = receive_frame(self._sent(head, body))
         except (OSError, EOFError) as error:
             self._end()
             raise PromptProcessError(
@@ -95,6 +98,23 @@ class PromptProcess:
         if isinstance(said, Failed):
             raise ForecacheError(f"the request could not be read: {said.reason}; the server's log has the details")
         return said
+
+    def _sent(self, head: bytes, body: bytes | bytearray) -> socket.socket:
+        """Where the answer to a job will come. A process that ended before it had the whole job is replaced once."""
+        try:
+            self.start()
+            send_frame(self._connection(), head, body)
+        except (BrokenPipeError, ConnectionResetError):
+            self._end()
+            self.start()
+            send_frame(self._connection(), head, body)
+        return self._connection()
+
+    def _connection(self) -> socket.socket:
+        connection = self._socket
+        if connection is None:
+            raise PromptProcessError("the server is being stopped; send the request again")
+        return connection
 
     def close(self) -> None:
         """End the process, whatever it does. Any thread may call."""
@@ -156,4 +176,7 @@ def serve(connection: socket.socket) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[2]):
+        return  # it ended before
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -3,9 +3,14 @@
 import asyncio
 import json
 import os
+import select
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -13,6 +18,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from forecache.cluster import prompt_process as process_module
 from forecache.cluster import prompts as prompts_module
 from forecache.cluster import request_reader as reader_module
 from forecache.cluster.admission import Admission
@@ -135,17 +141,98 @@ def test_values_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch
         assert from_exception(refused.value).status == 413
 
 
-async def test_a_process_that_dies_is_an_error_and_is_replaced(encoder: PromptEncoder) -> None:
+def _kill(pid: int) -> None:
+    """End a child, and wait until it has; it stays to be reaped."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+async def test_a_process_that_died_idle_costs_no_request_and_is_reaped(encoder: PromptEncoder) -> None:
+    wanted, text = LARGE["tokenize"]
+    first = await encoder.read(wanted, text)
+    [process] = encoder._processes
+    before = process.pid
+    assert before is not None
+    _kill(before)
+    assert await encoder.read(wanted, text) == first
+    assert process.pid != before
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PID, before, os.WEXITED | os.WNOHANG)
+
+
+async def test_a_process_that_dies_before_it_has_a_body_is_replaced_once(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, text = LARGE["tokenize"]
+    first = await encoder.read(wanted, text)
+    [process] = encoder._processes
+    send, killed = process_module.send_frame, list[int]()
+
+    def killing(connection: socket.socket, head: bytes, body: bytes | bytearray) -> None:
+        if body and len(killed) < times:
+            assert process.pid is not None
+            killed.append(process.pid)
+            _kill(process.pid)
+        send(connection, head, body)
+
+    monkeypatch.setattr(process_module, "send_frame", killing)
+    times = 1
+    assert await encoder.read(wanted, text) == first
+    assert len(killed) == 1 and process.pid not in killed
+    killed.clear()
+    times = 2
+    with pytest.raises(PromptProcessError):
+        await encoder.read(wanted, text)
+    assert len(set(killed)) == 2
+    assert await encoder.read(wanted, text) == first
+
+
+async def test_a_process_that_dies_over_a_body_is_an_error_and_is_replaced(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The body may be why, so it is not tried again."""
     wanted, text = LARGE["tokenize"]
     first = await encoder.read(wanted, text)
     [process] = encoder._processes
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    with pytest.raises(PromptProcessError) as lost:
-        await encoder.read(wanted, text)
+    os.kill(process.pid, signal.SIGSTOP)  # it does not answer
+    with monkeypatch.context() as patch:
+        receive = process_module.receive_frame
+
+        def killing(connection: socket.socket) -> tuple[bytes, bytes]:
+            assert process.pid is not None
+            _kill(process.pid)
+            return receive(connection)
+
+        patch.setattr(process_module, "receive_frame", killing)
+        with pytest.raises(PromptProcessError) as lost:
+            await encoder.read(wanted, text)
     assert from_exception(lost.value).status == 503
     assert await encoder.read(wanted, text) == first
+
+
+def test_a_process_ends_with_its_parent_whatever_it_does() -> None:
+    program = """
+import os, signal, time, types
+from forecache.cluster.prompt_process import PromptProcess, ReadJob
+from forecache.cluster.request_reader import Wanted
+process = PromptProcess(types.SimpleNamespace(outcome="{}".format))
+assert process.run(ReadJob(Wanted.TEXT, None), b"") == str(Wanted.TEXT)
+os.kill(process.pid, signal.SIGSTOP)  # it does not see that its socket is closed
+print(process.pid, flush=True)
+signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        ended = os.pidfd_open(pid)
+        try:
+            parent.kill()
+            assert select.select([ended], [], [], 60.0)[0], "it outlives its parent"
+        finally:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(ended, signal.SIGKILL)
+            os.close(ended)
 
 
 async def test_what_fails_for_no_fault_of_the_client_does_not_end_the_process(encoder: PromptEncoder) -> None:
