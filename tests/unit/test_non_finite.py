@@ -349,6 +349,57 @@ def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap:
         assert llm.engine.stats().non_finite_steps == 1
 
 
+def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path) -> None:
+    """It starts over since the chunk was lost, and leaves nothing of the step in the slots that it gives back."""
+    with open_llm(tiny_model, prefill_chunk_tokens=64) as llm:
+        pool = llm.engine.pool
+        fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), lambda plan: 5 if armed else None)
+        armed = list[int]()
+        add(llm, "a", prompt_of(300, 7), 4)
+        last = None
+        for _ in range(MOST_STEPS):
+            seq = llm.engine._sequences["a"]
+            if not armed and seq.num_computed >= 192:
+                llm.engine.flush()
+                pool.evict_all()
+                ref = seq.chunks[2].ref
+                assert ref is not None
+                llm.memory.arena.chunks[ref.slot, 9] ^= 1
+                armed.append(ref.slot)
+            for event in llm.engine.step():
+                last = event
+            if fault.hits and seq.restarts == 1:
+                assert llm.engine.stats().lost_chunks == 1
+                assert pool.memory.view(torch.float32).isfinite().all()
+            if last is not None and last.finish_reason is not None:
+                break
+        assert fault.hits == 1 and last is not None and last.finish_reason == "length"
+        assert llm.engine.stats().non_finite_steps == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
+def test_what_a_sequence_has_left_is_no_fault_of_the_next(path: Path, device: str) -> None:
+    """Free slots and states are not wiped when a request is cancelled before its last step is read. Of fixed steps,
+    each writes an entry that few of them complete."""
+    answers = []
+    for left in (0, 255):
+        with open_llm(path, device, cuda_graphs=None) as llm:
+            runner: Any = llm.engine._runner
+            if "llama" not in path.name and device == "cpu":
+                runner.warm_up(max_batch_size=2, max_chunks=4, cuda_graphs=True, torch_compile=False)
+            llm.engine.pool.memory.fill_(left)
+            if "llama" not in path.name:
+                states = runner._states
+                for state in (states.window, states.csa, states.index, states.hca, states.pages):
+                    state.fill_(float("nan") if left else 0)
+            for name, tokens in (("a", 120), ("b", 21)):
+                add(llm, name, prompt_of(tokens, 31), 12)
+            answers.append({name: tokens for name, (tokens, _) in finish(llm).items()})
+            assert llm.engine.stats().non_finite_steps == 0
+    assert answers[0] == answers[1]
+
+
 def test_what_a_client_is_told() -> None:
     error = from_exception(NonFiniteError("the model gave nan"))
     assert (error.status, error.type, error.code) == (500, "server_error", "non_finite")

@@ -16,7 +16,7 @@ from forecache.kernels import ops_csa as csa
 from forecache.kernels.csa_prefill import attend_prefill, score_entries_of_one
 from forecache.workers.decode.attention import StepAbortedError
 from forecache.workers.decode.dsv4_shape import CSA, HCA, DeepseekV4Shape
-from forecache.workers.decode.dsv4_step import V4Batch, V4Rows, V4Stream
+from forecache.workers.decode.dsv4_step import Places, V4Batch, V4Rows, V4Stream
 
 SCORES = 1 << 26
 """Scores of a stream's tokens held at a time: 256 MiB."""
@@ -89,7 +89,7 @@ class ServedAttention(DeepseekV4Attention):
                 if len(closed.rows):
                     recent = _recent(ring, rows.lines[closed.rows], closed.firsts + module.compress_rate)
                     pool[closed.slots, closed.places] = new = _overlapping(module, recent, closed.firsts)
-                    _mark_rows(batch, rows, closed.rows, new)
+                    _mark_rows(batch, rows, closed, new)
             index_q, weights = inputs.index_queries(own)
             scores = csa.score_entries(index_q, weights, keys, rows.table, rows.lens)
             selected = csa.top_entries(scores, index.index_topk)
@@ -101,7 +101,7 @@ class ServedAttention(DeepseekV4Attention):
                 recent = _recent(ring, rows.lines[closed.rows], closed.firsts + ring.shape[1])
                 new = _compressed(compressor, recent, closed.firsts)
                 _store_hca(batch, closed, self.number, new)
-                _mark_rows(batch, rows, closed.rows, new)
+                _mark_rows(batch, rows, closed, new)
             entries, table, lens, selected = states.pages[:, self.number], rows.hca_table, rows.hca_lens, None
         else:
             near = csa.attend_entries(q, window, rows.lines.unsqueeze(1), rows.window_lens, self.scaling)
@@ -242,14 +242,16 @@ def _pooled(compressor: Any, kv: Tensor, gate: Tensor, firsts: Tensor) -> Tensor
     return rotated
 
 
-def _mark_rows(batch: V4Batch, rows: V4Rows, closed: Tensor, entries: Tensor) -> None:
-    """Mark those of the decode rows ``closed`` whose new ``entries``, one each, are not finite."""
-    if len(closed) == len(rows):  # they are in order, so these are all
+def _mark_rows(batch: V4Batch, rows: V4Rows, closed: Places, entries: Tensor) -> None:
+    """Mark those of the decode rows of ``closed`` whose new ``entries``, one each, are complete and not finite."""
+    if closed.closing is not None:  # what the others are made of may be left from another sequence
+        entries = entries.masked_fill(~closed.closing.unsqueeze(1), 0)
+    if len(closed.rows) == len(rows):  # they are in order, so these are all
         ops.flag_non_finite(entries, batch.non_finite[: len(rows)])
         return
-    wrong = torch.zeros(len(closed), dtype=torch.uint8, device=closed.device)
+    wrong = torch.zeros(len(closed.rows), dtype=torch.uint8, device=entries.device)
     ops.flag_non_finite(entries, wrong)
-    batch.non_finite[closed] |= wrong
+    batch.non_finite[closed.rows] |= wrong
 
 
 def _mark_stream(batch: V4Batch, stream: V4Stream, entries: Tensor) -> None:

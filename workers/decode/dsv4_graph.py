@@ -170,7 +170,8 @@ class FixedSteps:
         def filling(rate: int) -> Places:
             number = positions // rate
             places = positions % self._chunk_tokens // rate
-            return Places(everyone, number * rate, inputs[SLOT], places, inputs[PAGE], number % PAGE_ENTRIES)
+            closing = (positions + 1) % rate == 0
+            return Places(everyone, number * rate, inputs[SLOT], places, inputs[PAGE], number % PAGE_ENTRIES, closing)
 
         return V4Rows(
             lines=inputs[LINE],

@@ -17,7 +17,9 @@ from forecache.workers.decode.hidden_history import HiddenRows
 class Places:
     """Entries that are completed, int64 [n] each: they belong into ``slots`` of the pool at ``places``, and where they
     are of an HCA layer also into ``pages`` at ``page_places``. ``firsts``: position of the first token each stands for.
-    ``rows``: the decode rows that complete them; empty in a stream, which completes them in order."""
+    ``rows``: the decode rows that complete them; empty in a stream, which completes them in order. ``closing``: bool
+    [n], which of them are complete after this step, where not all are: the others are made of places that hold nothing
+    yet, and nothing reads them."""
 
     rows: Tensor
     firsts: Tensor
@@ -25,6 +27,7 @@ class Places:
     places: Tensor
     pages: Tensor
     page_places: Tensor
+    closing: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,8 @@ class Engine:
             if gone := self._keeper.lost(seq, output.damaged.get(seq.request_id, [])):
                 self._counters.lost_chunks += gone
                 lost.add(seq)
+                if any(wrong.sequence is seq for wrong in output.non_finite):
+                    self._wipe(seq)
                 self._restart(seq, f"{gone} of them were gone, or their bytes wrong, when a step read them")
             elif (mass := output.masses.get(seq.request_id)) is not None:
                 seq.attends(mass)
@@ -242,8 +244,7 @@ class Engine:
             void.add(seq)
             self._counters.non_finite_steps += 1
             seq.non_finite_steps += 1
-            self._keeper.withhold(seq, wipe=True)
-            self._runner.wipe(seq)
+            self._wipe(seq)
             said = f"the model gave {wrong.what}"
             if seq.non_finite_steps <= NON_FINITE_RETRIES and seq.restarts < self.config.max_restarts:
                 logger.warning("%s starts over: %s", seq.request_id, said)
@@ -256,6 +257,11 @@ class Engine:
                 )
                 self._finish(seq, "error", News(error=str(error), non_finite=True))
         return void
+
+    def _wipe(self, seq: Sequence) -> None:
+        """What a step has written of ``seq``, which starts over or ends, is not finite: leave nothing of it."""
+        self._keeper.withhold(seq, wipe=True)
+        self._runner.wipe(seq)
 
     def _advance(self, plan: Plan, lost: set[Sequence], *, checked: bool) -> None:
         """Account for what ``plan`` computes, whatever tokens come of it: chunks completed, windows turned.
