@@ -7,11 +7,11 @@ import asyncio
 import logging
 import uuid
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context
 from typing import Protocol
 
-from forecache.cluster.errors import WorkerLostError
+from forecache.cluster.errors import NoWorkerError, WorkerLostError
 from forecache.workers.decode.messages import (
     SIGN_OF_LIFE_S,
     Accepted,
@@ -145,10 +145,34 @@ class Channels:
                 mailbox.fail(_lost())
 
 
+class Replacement:
+    """How long a request that no worker has waits while there is none at all, and none starts in place of the last.
+
+    ``running`` says whether one answers. Workers that are all full are running: who waits for a place waits on.
+    """
+
+    def __init__(self, running: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
+        self._running = running
+        self._deadline_s = deadline_s
+
+    async def check(self, since_s: float | None) -> float | None:
+        """Since when, in the event loop's time, there is no worker; ``None``: there is one. ``since_s`` is what it said
+        before. Raises :class:`NoWorkerError` when that is too long."""
+        asked_s = asyncio.get_running_loop().time()
+        if await self._running():
+            return None
+        if since_s is not None and asked_s - since_s >= self._deadline_s:
+            raise NoWorkerError(
+                f"no worker is running, and none has started for {self._deadline_s:g} s (--replacement-deadline-s); "
+                "see the log of the server for why, and send the request again later"
+            )
+        return asked_s if since_s is None else since_s
+
+
 class ChanneledStream:
     """A :class:`.streams.TokenStream`: one request's events, by its own ``call`` or by its worker's channel."""
 
-    def __init__(self, call: Call, channels: Channels, request_id: str) -> None:
+    def __init__(self, call: Call, channels: Channels, request_id: str, replacement: Replacement | None = None) -> None:
         self._call = call
         self._channels = channels
         self._request_id = request_id
@@ -157,6 +181,8 @@ class ChanneledStream:
         self._rest: asyncio.Task[None] | None = None
         self._opening: asyncio.Future[RequestNews | EventBatch] | None = None
         self._begun = False
+        self._replacement = replacement
+        self._alone_since_s: float | None = None
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -199,6 +225,8 @@ class ChanneledStream:
         while not self._opening.done():
             await asyncio.wait({self._opening}, timeout=SIGN_OF_LIFE_S)
             if not self._opening.done() and not self._call.assigned:
+                if self._replacement is not None:
+                    self._alone_since_s = await self._replacement.check(self._alone_since_s)
                 return TokenEvent(self._request_id, (), "", waiting=True)
         self._begun = True
         return self._opening.result()

@@ -94,6 +94,10 @@ class WorkerSilentError(WorkerLostError):
     """The worker of a request says nothing about it, or knows that it does not get on."""
 
 
+class NoWorkerError(WorkerLostError):
+    """For too long there was no worker at all that could take a request."""
+
+
 @dataclass(frozen=True)
 class ApiError:
     """An HTTP status and the four fields of ``{"error": {…}}``."""

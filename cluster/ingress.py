@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from forecache.cluster.admission import Admission, Usage
 from forecache.cluster.api import Api
-from forecache.cluster.channels import ChanneledStream, Channels
+from forecache.cluster.channels import ChanneledStream, Channels, Replacement
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.cluster.metrics import Metrics
@@ -105,6 +105,7 @@ class ServeWorkers:
         self._metrics = metrics
         self._stats = SharedAnswer(self._ask_stats)
         self._channels = Channels(lambda asked: self._call(self._streaming.channel, asked))
+        self._replacement = Replacement(self._running, resume.replacement_deadline_s)
 
     def generate(self, request: GenerateRequest) -> ResumingStream:
         """The request's events, from as many workers as it takes."""
@@ -112,7 +113,8 @@ class ServeWorkers:
 
     def _start(self, request: GenerateRequest) -> ChanneledStream:
         asked = replace(request, client_id=self._channels.client_id)
-        return ChanneledStream(self._call(self._streaming.generate, asked), self._channels, request.request_id)
+        call = self._call(self._streaming.generate, asked)
+        return ChanneledStream(call, self._channels, request.request_id, self._replacement)
 
     def _call(self, method: "DeploymentHandle[Any]", asked: GenerateRequest | ChannelRequest) -> ServeCall:
         # Serve knows a call that waits for a replica by the id of the HTTP request it is made in, so that of several
@@ -128,6 +130,14 @@ class ServeWorkers:
             WorkerLostError: no replica is up, or none answers.
         """
         return await self._stats.get()
+
+    async def _running(self) -> bool:
+        """Whether a worker answers."""
+        try:
+            await self.stats()
+        except WorkerLostError:
+            return False
+        return True
 
     async def _ask_stats(self) -> Sequence[WorkerStats]:
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from forecache.cluster.errors import WorkerLostError, WorkerSilentError
+from forecache.cluster.errors import NoWorkerError, WorkerLostError, WorkerSilentError
 from forecache.workers.decode.messages import GenerateRequest, TokenEvent
 
 if TYPE_CHECKING:  # what settings import must not bring the web framework
@@ -48,6 +48,9 @@ class ResumeConfig(BaseModel):
     )
     max_resumes: int = Field(
         32, ge=0, description="times in all that an answer goes on at another worker; then the request fails"
+    )
+    replacement_deadline_s: float = Field(
+        600.0, gt=0, description="longest wait of a request while no worker runs at all; then it fails"
     )
 
 
@@ -91,6 +94,9 @@ class ResumingStream:
             try:
                 event = await self._pull()
             except WorkerLostError as error:
+                if isinstance(error, NoWorkerError):
+                    self._source.cancel()
+                    raise  # another try would wait for the same
                 if self._cancelled:
                     raise  # a cancelled call looks lost too, but nobody wants its answer any more
                 await self._resume(error)

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import pytest
 
 from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
-from forecache.cluster.channels import ChanneledStream, Channels
+from forecache.cluster.channels import ChanneledStream, Channels, Replacement
 from forecache.cluster.choices import ChoiceStreams
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.errors import ApiError, WorkerLostError, WorkerSilentError, from_exception
+from forecache.cluster.errors import ApiError, NoWorkerError, WorkerLostError, WorkerSilentError, from_exception
 from forecache.cluster.resume import ResumeConfig, ResumingStream
 from forecache.cluster.streams import EventStream
 from forecache.workers.decode import attention
@@ -268,6 +268,44 @@ def test_the_queue_before_the_workers_is_no_silence_and_a_worker_that_took_it_is
             await pulled
         assert calls[1].cancelled
         channels.check_idle()
+
+    run(wait())
+
+
+def test_a_request_does_not_wait_without_end_where_no_worker_runs_at_all() -> None:
+    """Nor is it tried again then. As long as one runs, though full, it waits: the time begins anew."""
+
+    async def wait() -> None:
+        calls, up = list[Call](), True
+
+        async def running() -> bool:
+            await asyncio.sleep(1)
+            return up
+
+        channels = Channels(lambda _: Call())
+
+        def start(request: GenerateRequest) -> ChanneledStream:
+            calls.append(Call())
+            return ChanneledStream(calls[-1], channels, request.request_id, Replacement(running, 600))
+
+        stream = ResumingStream(REQUEST, start, ResumeConfig(token_deadline_s=DEADLINE_S), lambda: None)
+        pulled = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(10_000)
+        for _ in range(3):
+            up = False
+            await asyncio.sleep(550)
+            up = True
+            await asyncio.sleep(50)
+        assert not pulled.done()
+        up, gone_s = False, now_s()
+        with pytest.raises(NoWorkerError, match=r"no worker is running.*--replacement-deadline-s") as failure:
+            await pulled
+        assert 600 <= now_s() - gone_s < 600 + 3 * SIGN_OF_LIFE_S
+        assert len(calls) == 1 and calls[0].cancelled
+        assert from_exception(failure.value).status == 503
+        channels.check_idle()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(wait())
 

@@ -15,7 +15,9 @@ from forecache.cluster.admission import Admission, Usage
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.ingress import Ingress, ServeWorkers
 from forecache.cluster.limits import LimitsConfig
+from forecache.cluster.metrics import Metrics
 from forecache.cluster.replica_answers import answers_in_time
+from forecache.cluster.resume import ResumeConfig
 from forecache.indexer.telemetry import MetricsTarget
 from forecache.workers.decode.stats import WorkerStats
 
@@ -85,10 +87,10 @@ async def test_replicas_that_are_not_known_in_time_are_an_error() -> None:
 async def test_one_silent_worker_makes_the_cluster_not_unready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingress, "STATS_DEADLINE_S", 0.01)
     stats: Any = WorkerStats.__new__(WorkerStats)
-    resume: Any = None
-    assert list(await ServeWorkers(handle_of(SILENT, stats, GONE), resume, resume).stats()) == [stats]
+    resume, metrics = ResumeConfig(), Metrics("m")
+    assert list(await ServeWorkers(handle_of(SILENT, stats, GONE), resume, metrics).stats()) == [stats]
     with pytest.raises(WorkerLostError, match="no worker answers"):
-        await ServeWorkers(handle_of(SILENT, GONE), resume, resume).stats()
+        await ServeWorkers(handle_of(SILENT, GONE), resume, metrics).stats()
 
 
 async def test_one_silent_process_is_missing_in_the_directory_alone(monkeypatch: pytest.MonkeyPatch) -> None:

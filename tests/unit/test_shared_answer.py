@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.ingress import ServeWorkers
+from forecache.cluster.resume import ResumeConfig
 from forecache.cluster.shared_answer import SharedAnswer
 from forecache.cluster.targets import MetricsRoutes
 from forecache.indexer.telemetry import MetricsTarget
@@ -128,8 +129,8 @@ async def test_readiness_asks_the_workers_once_a_second() -> None:
         return SimpleNamespace(_fetch_replica_results_async=replicas)
 
     handle: Any = SimpleNamespace(broadcast=broadcast, options=lambda **_: None)
-    resume: Any = None
-    workers = ServeWorkers(handle, resume, resume)
+    metrics: Any = None
+    workers = ServeWorkers(handle, ResumeConfig(), metrics)
     found = await asyncio.gather(*(workers.stats() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(error, WorkerLostError) for error in found)
     assert asked == ["stats"]
