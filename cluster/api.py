@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from forecache.cluster.admission import Admission
 from forecache.cluster.answers import AnswerFormat, Echo, collect, server_sent_events
 from forecache.cluster.choices import ChoiceStreams
-from forecache.cluster.errors import ApiError, UnknownModelError, from_http_status, tell
+from forecache.cluster.errors import ApiError, UnknownModelError, from_http_status, shortened, tell
 from forecache.cluster.http_body import Bodies, check_headers
 from forecache.cluster.metrics import CONTENT_TYPE, Metrics
 from forecache.cluster.openai_types import model_object, seed_of_choice
@@ -248,7 +248,7 @@ class Api:
     def _check_model(self, name: str) -> None:
         served = self._metrics.model_name
         if name != served:
-            raise UnknownModelError(f"the model {name!r} does not exist here; {served!r} is served", "model")
+            raise UnknownModelError(f"the model {shortened(name)!r} does not exist here; {served!r} is served", "model")
 
     async def guarded(self, http: Request, handle: Callable[[Tenant], Awaitable[Response]]) -> Response:
         """What ``handle`` answers to the tenant whose key came along, or the error object of what it raised."""

@@ -63,10 +63,12 @@ class Bodies:
 
 
 def check_headers(http: Request, limits: LimitsConfig) -> None:
-    """Raise :class:`BodyTooLargeError` for headers, or an announced body, that are too long."""
-    length = sum(len(name) + len(value) + 4 for name, value in http.headers.raw)
+    """Raise :class:`BodyTooLargeError` for a request target with headers, or an announced body, that are too long."""
+    scope = http.scope
+    target = len(scope.get("raw_path") or scope["path"].encode()) + len(scope.get("query_string", b""))
+    length = target + sum(len(name) + len(value) + 4 for name, value in http.headers.raw)
     if length > limits.max_header_bytes:
-        raise BodyTooLargeError(f"the headers are longer than {limits.max_header_bytes} bytes", "headers")
+        raise BodyTooLargeError(f"path and headers are longer than {limits.max_header_bytes} bytes", "headers")
     announced = http.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limits.max_body_bytes:
         raise _too_long(limits.max_body_bytes)

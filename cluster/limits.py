@@ -50,7 +50,7 @@ class LimitsConfig(BaseModel):
         "needed, and one is kept for bodies of at most 512 KiB",
     )
     max_header_bytes: int = Field(
-        16 << 10, ge=1024, le=MAX_HEAD_BYTES, description="longest headers of a request, all together"
+        16 << 10, ge=1024, le=MAX_HEAD_BYTES, description="longest path and headers of a request, all together"
     )
     header_deadline_s: int = Field(
         75,

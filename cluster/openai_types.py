@@ -27,6 +27,7 @@ _SEED_STEP = 0x9E3779B97F4A7C15
 MAX_MESSAGES = 4096
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+MAX_MODEL_CHARS = 256
 MAX_STOP, MAX_STOP_CHARS = 4, 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
@@ -91,9 +92,11 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
+ModelName = Annotated[str, Field(max_length=MAX_MODEL_CHARS)]
+
 
 class _Request(Strict):
-    model: str
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -248,7 +251,7 @@ Prompts = Annotated[list[Prompt], Field(fail_fast=True)] | Annotated[list[TokenI
 class TokenizeRequest(Strict):
     """A prompt, or messages as the chat template lays them out, to be counted."""
 
-    model: str
+    model: ModelName
     prompt: Prompt | None = None
     messages: Messages | None = None
     tools: Tools | None = None
@@ -262,7 +265,7 @@ class TokenizeRequest(Strict):
 
 
 class DetokenizeRequest(Strict):
-    model: str
+    model: ModelName
     tokens: list[TokenId] = Field(max_length=1 << 20, fail_fast=True)
 
 

@@ -21,6 +21,7 @@ from forecache.cluster.errors import (
     ContextLengthError,
     UnknownModelError,
     from_exception,
+    shortened,
 )
 from forecache.cluster.limits import DEFAULT_GRAMMAR_BYTES
 from forecache.cluster.openai_messages import Message
@@ -43,7 +44,8 @@ PIECE_CHARS, SPLIT_TOKENS = 256 << 10, 16
 """A text that is surely too long is counted in pieces of so many characters; where it was split, that many tokens more
 than in one piece are allowed for."""
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# a string without an end takes the rest: else each of its escaped quotes would begin a string that is read to the end
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 class Wanted(Enum):
@@ -289,7 +291,7 @@ def _most_values(text: bytes | bytearray) -> int:
 
 def _check_model(name: str, served: str | None) -> None:
     if served is not None and name != served:
-        raise UnknownModelError(f"the model {name!r} does not exist here; {served!r} is served", "model")
+        raise UnknownModelError(f"the model {shortened(name)!r} does not exist here; {served!r} is served", "model")
 
 
 def _refuse_constant(name: str) -> None:

@@ -395,6 +395,46 @@ async def test_answers_of_tokenize_and_detokenize(api: tuple[Api, httpx.AsyncCli
     assert unknown.status_code == 404 and unknown.json()["error"]["code"] == "model_not_found"
 
 
+async def test_a_long_model_name_is_refused_and_not_repeated(api: tuple[Api, httpx.AsyncClient]) -> None:
+    _, client = api
+    for length, status in ((256, 404), (257, 400)):
+        name = "n" * length
+        for path, fields in (
+            ("/v1/completions", {"prompt": "a"}),
+            ("/v1/chat/completions", {"messages": messages(1)}),
+            ("/v1/tokenize", {"prompt": "a"}),
+            ("/v1/detokenize", {"tokens": [1]}),
+        ):
+            answer = await client.post(path, json={"model": name, **fields})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (status, "model")
+            assert "n" * 101 not in error["message"]
+    asked = await client.get("/v1/models/" + "a." * 4000)
+    assert asked.status_code == 404 and asked.json()["error"]["code"] == "model_not_found"
+    assert len(asked.json()["error"]["message"]) < 200
+
+
+async def test_the_target_of_a_request_counts_as_its_headers_do(api: tuple[Api, httpx.AsyncClient]) -> None:
+    _, client = api
+    most = LimitsConfig().max_header_bytes
+    for target in ("/v1/models/" + "a" * most, "/v1/models/m?" + "a" * most):
+        refused = await client.get(target)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (431, "request_too_large", None)
+        assert error["message"] == f"path and headers are longer than {most} bytes"
+    assert (await client.get("/v1/models/m?" + "a" * (most // 2))).status_code == 200
+
+
+def test_strings_without_an_end_are_read_once() -> None:
+    """A pattern that begins again at each quote takes hours for this text."""
+    text = b"[" + b"," * 20 + b'"' + b'\\"' * (1 << 20)
+    for end in (b"", b"\\"):
+        with pytest.raises(InvalidRequestError, match="JSON values"):
+            parse_json(text + end, 10)
+    with pytest.raises(InvalidRequestError, match="is not valid JSON"):
+        parse_json(b'["' + b"," * 20 + b"\\", 10)
+
+
 async def test_bodies_take_so_much_memory_at_once(api: tuple[Api, httpx.AsyncClient]) -> None:
     served, client = api
     read, going = asyncio.Event(), asyncio.Event()
