@@ -180,8 +180,19 @@ def test_a_file_that_can_not_be_reserved_leaves_nothing(
     stat = os.statvfs(tmp_path)
     free_bytes = stat.f_bavail * stat.f_frsize
 
+    opened, sizes = list[int](), list[int]()
+    free_bytes_now = arena_module._free_bytes
+
+    def told_free(directory: Path) -> int:
+        sizes.append(os.fstat(opened[0]).st_size)
+        return free_bytes_now(directory)
+
+    monkeypatch.setattr(arena_module, "_free_bytes", told_free)
+
     def refuse(fd: int, offset: int, length: int) -> None:
         assert (offset, length) == (0, 2 * MIB + SLOTS * NBYTES)
+        os.pwrite(fd, bytes(MIB), 0)  # so much of it there was
+        opened.append(fd)
         if is_gone:
             (tmp_path / "forecache-test").unlink()
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,6 +205,7 @@ def test_a_file_that_can_not_be_reserved_leaves_nothing(
         create(tmp_path)
     [told] = re.findall(r"(\d+) bytes free", str(caught.value))
     assert free_bytes / 2 < int(told) < free_bytes * 2
+    assert sizes == [0], "what was reserved is not free yet"
     assert list(tmp_path.iterdir()) == []
 
 

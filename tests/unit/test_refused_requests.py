@@ -153,6 +153,7 @@ def check_nothing_left(llm: LLM) -> None:
     llm.memory.check_integrity()
     assert engine.pool.referenced == engine.pool.dirty == 0
     assert llm.memory.stats().held_slots == 0 and not llm.memory.holders()
+    assert llm.memory.released_below(engine._name) == engine._serial, "a serial that is never released"
 
 
 def test_each_call_that_adds_a_request_may_fail(text_model: Path) -> None:

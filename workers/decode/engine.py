@@ -1,6 +1,5 @@
 """The engine: one step is absorb, plan, launch, read. It knows models and chunks, not Ray, HTTP or other threads."""
 
-import itertools
 import logging
 import threading
 import time
@@ -101,7 +100,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._leaving: list[Sequence] = []
         self._to_restart: dict[Sequence, str] = {}
-        self._serial = itertools.count()
+        self._serial = 0
         self._cancelled: set[str] = set()
         self._cancel_lock = threading.Lock()
         self._events: deque[TokenEvent] = deque()
@@ -125,18 +124,20 @@ class Engine:
         assert (matcher is None) == (request.sampling.grammar is None), "a grammar needs its matcher"
         if request.request_id in self._sequences:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
-        seq = Sequence(
-            request,
-            holder=self._new_holder(request),
-            root=root_key(self._fingerprint, request.cache.cache_salt),
-            chunk_tokens=self.config.chunk_tokens,
-            keep_ratio=self.config.keep_ratio if request.cache.keep_ratio is None else request.cache.keep_ratio,
-            policy=request.cache.policy or self.config.policy,
-            matcher=matcher,
-        )
-        seq.state_slots = self._snapshots.slots(seq)
-        seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
         with ExitStack() as undo:  # each step may fail: what the ones before it have left is taken back
+            holder = self._new_holder(request)
+            undo.callback(self._prefetcher.release, holder)
+            seq = Sequence(
+                request,
+                holder=holder,
+                root=root_key(self._fingerprint, request.cache.cache_salt),
+                chunk_tokens=self.config.chunk_tokens,
+                keep_ratio=self.config.keep_ratio if request.cache.keep_ratio is None else request.cache.keep_ratio,
+                policy=request.cache.policy or self.config.policy,
+                matcher=matcher,
+            )
+            seq.state_slots = self._snapshots.slots(seq)
+            seq.counters.arrived_s = arrived_s or seq.counters.arrived_s
             self._answers.begin(seq)
             undo.callback(self._answers.forget, seq)
             self._scheduler.add(seq)
@@ -152,7 +153,9 @@ class Engine:
         return most_chunks(self._memory, spreads=self._snapshots.layout is None)
 
     def _new_holder(self, request: GenerateRequest) -> str:
-        return Holder(self._name, request.request_id, next(self._serial), request.traceparent).name
+        name = Holder(self._name, request.request_id, self._serial, request.traceparent).name
+        self._serial += 1  # last: each serial that is given is released, or the ones after it are kept one by one
+        return name
 
     def cancel(self, request_id: str) -> None:
         """Stop a request soon: between two layers of the running step. Unknown ids are fine. Any thread may call."""

@@ -46,7 +46,7 @@ class ArenaPast:
         in_arena: list[Chunk] = []
         elsewhere: list[Chunk] = []
         for chunk in seq.chunks:
-            slot = seq.resident.get(chunk.number)
+            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
             if slot is None:
                 slot = pool.lookup(chunk.key)
             if slot is not None:

@@ -134,6 +134,7 @@ class Arena:
                 # A sparse file would be killed by SIGBUS at the first write that finds no memory.
                 os.posix_fallocate(fd, 0, description.file_bytes)
             except OSError as error:
+                os.ftruncate(fd, 0)  # what was reserved before it failed is free again, and told as such
                 raise ArenaError(
                     f"can't reserve the arena {path}: {description.file_bytes} bytes needed, "
                     f"{_free_bytes(directory)} bytes free in {directory} ({error.strerror}). "

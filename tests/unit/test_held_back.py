@@ -1,0 +1,45 @@
+"""A completed chunk that is held back is read where it lies: the host has not read yet whether it is finite."""
+
+from typing import Any
+
+import torch
+
+from forecache.workers.decode.dsv4_layout import StepLayout
+from forecache.workers.decode.messages import GenerateRequest, SamplingParams
+from forecache.workers.decode.running_step import ArenaPast
+from forecache.workers.decode.sequence import Sequence
+from forecache.workers.memory.hot_pool import HotPool
+from forecache.workers.memory.keys import root_key
+from forecache.workers.memory.layout import attention_layout
+
+CHUNK = 16
+LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CHUNK, dtype=torch.float32)
+DEVICE = torch.device("cpu")
+
+
+def held_back() -> tuple[Sequence, HotPool, int]:
+    """A sequence of one chunk, which is neither resident nor found by its key."""
+    request = GenerateRequest("r", tuple([5] * (CHUNK + 3)), SamplingParams(max_tokens=9))
+    seq = Sequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+    pool = HotPool(LAYOUT, 4, DEVICE)
+    slot = pool.allocate()
+    assert slot is not None
+    seq.complete_chunk()
+    pool.hold_back(slot)
+    seq.held_back[0] = slot
+    return seq, pool, slot
+
+
+def test_in_a_stream_of_a_llama() -> None:
+    seq, pool, slot = held_back()
+    hot: Any = None  # of no use to where chunks are
+    past = ArenaPast.of(seq, pool, None, hot, None, DEVICE)
+    [segment] = past.segments
+    assert (segment.slots.tolist(), segment.chunks.tolist()) == ([slot], [0])
+
+
+def test_in_a_stream_of_deepseek_v4() -> None:
+    seq, pool, slot = held_back()
+    unused: Any = None
+    past = StepLayout(unused, unused, pool, CHUNK).past(seq, CHUNK)
+    assert past.hot_slots.tolist() == [slot] and past.cold_slots.tolist() == []
