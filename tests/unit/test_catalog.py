@@ -90,6 +90,10 @@ def test_stale_incarnations_do_not_count(catalog: Catalog) -> None:
     catalog.publish("a", "1", KEYS)
     assert catalog.stored_run(KEYS) == StoredRun(0, {})  # the tier has not said that it lives
     assert not catalog.heartbeat(record("a", "1"), expiry_s=60)
+    assert not catalog.heartbeat(record("a", "1"), expiry_s=60)  # the first answer may have got lost
+    catalog.set_published("a", "0")
+    assert not catalog.heartbeat(record("a", "1"), expiry_s=60)
+    catalog.set_published("a", "1")
     assert catalog.heartbeat(record("a", "1"), expiry_s=60)
     assert catalog.stored_run(KEYS) == StoredRun(len(KEYS), {"a": len(KEYS)})
     assert not catalog.heartbeat(record("a", "2"), expiry_s=60)
@@ -233,6 +237,29 @@ def test_publisher_outlives_redis_and_publishes_all_again(
     put(store, KEYS[2:3])
     redis_server.start()
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"a": 3}))
+
+
+def test_all_is_published_though_the_answer_to_a_heartbeat_got_lost(
+    catalog: Catalog, publisher: CatalogPublisher, store: ArenaStore, redis_server: Any
+) -> None:
+    """Redis came back empty, heard the tier, and the tier did not hear that it was unknown."""
+    publisher.start(store)
+    put(store, KEYS[:3])
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"a": 3}))
+    heartbeat, lost = publisher._catalog._heartbeat, list[object]()
+
+    def lose_one(**arguments: Any) -> object:
+        answer = heartbeat(**arguments)
+        if answer is None and not lost:
+            lost.append(answer)
+            answer = heartbeat(**arguments)  # as a client that tries again after its connection broke
+        return answer
+
+    publisher._catalog._heartbeat = lose_one  # type: ignore[assignment]
+    redis_server.kill()
+    redis_server.start()
+    wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"a": 3}))
+    assert lost
 
 
 def test_publisher_that_forgot_withdrawals_begins_anew(

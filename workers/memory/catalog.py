@@ -117,16 +117,22 @@ return reply
 )
 
 # KEYS: all tiers; ARGV[2]: a tier's id, ARGV[3]: expiry in ms, then fields and values. The incarnation in which it was
-# known.
+# known and had published all its chunks. A reply may get lost, so it says again what it said until that is done.
 HEARTBEAT = (
     _LIVING
     + """
 local name, known = ARGV[1] .. ARGV[2], incarnation(ARGV[2])
+if known ~= redis.call('HGET', ARGV[1] .. ARGV[2], 'published') then known = false end
 redis.call('HSET', name, 'expires_unix_ms', string.format('%d', now_ms + ARGV[3]), unpack(ARGV, 4))
 redis.call('SADD', KEYS[1], ARGV[2])
 return known
 """
 )
+
+# KEYS: a tier's record; ARGV[1]: its incarnation.
+PUBLISHED = """
+if redis.call('HGET', KEYS[1], 'incarnation') == ARGV[1] then redis.call('HSET', KEYS[1], 'published', ARGV[1]) end
+"""
 
 _FORGET_SESSION = """
 local function forget(session)
@@ -250,11 +256,13 @@ class Catalog:
         self._locate = self._redis.register_script(LOCATE)
         self._tiers = self._redis.register_script(TIERS)
         self._heartbeat = self._redis.register_script(HEARTBEAT)
+        self._published = self._redis.register_script(PUBLISHED)
         self._set_session = self._redis.register_script(SET_SESSION)
         self._remove_session = self._redis.register_script(REMOVE_SESSION)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
-        """The tier lives, for ``expiry_s`` more. False if it was not known: publish everything again."""
+        """The tier lives, for ``expiry_s`` more. False until :meth:`set_published` was called for its incarnation, and
+        again once the catalog has forgotten it: publish everything."""
         fields: dict[str, Any] = {
             "incarnation": record.incarnation,
             "node_id": record.node_id,
@@ -268,6 +276,12 @@ class Catalog:
         with self._errors():
             known = self._heartbeat(keys=[TIERS_KEY], args=args)
         return bool(known == record.incarnation.encode())
+
+    def set_published(self, tier_id: str, incarnation: str) -> None:
+        """The tier has published all its chunks: from now on :meth:`heartbeat` says that it is known. Does nothing where
+        the catalog does not know this incarnation."""
+        with self._errors():
+            self._published(keys=[TIER_PREFIX + tier_id.encode()], args=[incarnation])
 
     def publish(self, tier_id: str, incarnation: str, keys: Iterable[ChunkKey]) -> None:
         """The tier holds these chunks."""

@@ -149,6 +149,7 @@ class CatalogPublisher:
             with self._lock:
                 keys = list(self._copies)
             self._catalog.publish(self._tier_id, self._incarnation, keys)
+            self._catalog.set_published(self._tier_id, self._incarnation)
             self._next_publish_all_s = now_s + CHUNK_EXPIRY_S / 2
 
     def _heartbeat(self, stats: TierStats) -> None:
