@@ -294,7 +294,7 @@ class CudaIndexer:
         rows = first[: len(self._cache.records)]
         read = np.arange(len(rows) + 2)
         with self._in_stream():
-            lse, local_lse = self._read(request, Places(read, rows, first, rows if len(rows) else first))
+            lse, local_lse = self._read(request, Places(read, rows, first, rows if len(rows) else first - 1))
             self._score(request, read, lse, local_lse)
             (columns,) = self._upload(first)
             self._score(request, read[:1], lse[:, columns], local_lse)
