@@ -278,8 +278,10 @@ class Catalog:
         return bool(known == record.incarnation.encode())
 
     def set_published(self, tier_id: str, incarnation: str) -> None:
-        """The tier has published all its chunks: from now on :meth:`heartbeat` says that it is known. Does nothing where
-        the catalog does not know this incarnation."""
+        """The tier has published all its chunks: from now on :meth:`heartbeat` says that it is known.
+
+        Does nothing where the catalog does not know this incarnation.
+        """
         with self._errors():
             self._published(keys=[TIER_PREFIX + tier_id.encode()], args=[incarnation])
 
