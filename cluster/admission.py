@@ -133,8 +133,10 @@ class Admission:
         """What the other ingresses have let in, all of them."""
         self._elsewhere = sum(others, Usage(""))
 
-    def check_open(self) -> None:
-        """Before a body is read: is there any hope for it?
+    def check_open(self, tenant: str = "") -> None:
+        """Before a body of ``tenant`` is read: is there any hope for it?
+
+        Where tenants have names, requests of others count for half of the places at most: none keeps another out.
 
         Raises:
             DrainingError: the server is being stopped.
@@ -142,19 +144,18 @@ class Admission:
         """
         if self.draining:
             raise self._draining()
-        self._check_places(self._entering.total())
+        own = self._entering[tenant]
+        others = self._entering.total() - own
+        self._check_places(own + (min(others, self.limits.max_queued_requests // 2) if tenant else others))
 
     @contextmanager
     def entering(self, tenant: str = "") -> Iterator[None]:
         """A place is kept for a request while it is read and until it is admitted. What finds none is refused before
-        that work, and does not stand in line for it. Where tenants have names, one takes half of the places at most.
+        that work, and does not stand in line for it.
 
         Raises as :meth:`check_open` does.
         """
-        self.check_open()
-        share = max(1, self.limits.max_queued_requests // 2)
-        if tenant and self._entering[tenant] >= share:
-            raise self._full(f"{share} requests of your key are being read already")
+        self.check_open(tenant)
         self._entering[tenant] += 1
         try:
             yield

@@ -150,7 +150,7 @@ class Api:
         return PlainTextResponse(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _complete(self, http: Request, tenant: Tenant, wanted: Wanted) -> Response:
-        self._admission.check_open()
+        self._admission.check_open(tenant.name)
         async with self._bodies.received(http, tenant.name) as body:
             with self._admission.entering(tenant.name):
                 request: ReadRequest = await self._read(wanted, body, tenant)
@@ -169,7 +169,7 @@ class Api:
 
     async def _answered(self, http: Request, tenant: Tenant, wanted: Wanted) -> Response:
         """The answer to a body that asks for no worker."""
-        self._admission.check_open()
+        self._admission.check_open(tenant.name)
         async with self._bodies.received(http, tenant.name) as body:
             with self._admission.entering(tenant.name):
                 return _json(await self._read(wanted, body, tenant))

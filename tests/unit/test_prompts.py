@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -464,15 +464,22 @@ async def test_a_sessions_body_is_a_few_fields(api: tuple[Api, httpx.AsyncClient
     assert (await client.post("/v1/sessions/s", content=b"{")).status_code == 400
 
 
-def test_a_tenant_has_half_of_the_places_to_be_read() -> None:
+def test_a_tenant_that_takes_all_places_to_be_read_leaves_half_as_many_to_others() -> None:
     admission = Admission(LimitsConfig(max_queued_requests=4))
-    with admission.entering("a"), admission.entering("a"):
+    with ExitStack() as places:
+        for _ in range(4):
+            places.enter_context(admission.entering("a"))  # alone, it is let in as often as there are places
         with pytest.raises(TooManyRequestsError), admission.entering("a"):
-            pytest.fail("a third")
-        with admission.entering("b"):
-            pass
-    with admission.entering(), admission.entering(), admission.entering():
-        pass  # without keys there is but one
+            pytest.fail("a fifth")
+        for _ in range(2):
+            places.enter_context(admission.entering("b"))
+        with pytest.raises(TooManyRequestsError), admission.entering("b"):
+            pytest.fail("a third, of another")
+    with ExitStack() as places:
+        for _ in range(4):
+            places.enter_context(admission.entering())
+        with pytest.raises(TooManyRequestsError), admission.entering():
+            pytest.fail("without keys there is but one tenant")
 
 
 def test_long_bodies_are_longer_than_small_ones() -> None:
