@@ -167,7 +167,7 @@ def _tiers(change: Change) -> RenderableType:
         now = change.now
         yield _bar(now.value("forecache_memory_tier_usage_perc", tier), warn=False)
         yield _bar(now.value("forecache_memory_tier_promised_perc", tier))
-        yield _bar(now.value("forecache_memory_tier_disk_usage_perc", tier), warn=False)
+        yield f"{now.value('forecache_memory_tier_disk_usage_perc', tier):.0%}"
         yield f"{now.value('forecache_memory_tier_pinned_slots', tier):.0f}"
         bad = now.value("forecache_memory_tier_bad_slots", tier)
         yield Text(f"{bad:.0f}", style="bold red" if bad else "")

@@ -5,6 +5,7 @@ here, since pytest loads this file before any test module.
 """
 
 import importlib.metadata
+import logging
 import os
 import shutil
 import signal
@@ -47,6 +48,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def logging_restored() -> Iterator[None]:
+    """Undo what a test, a fixture, or a command that they run in this process, sets up for forecache's loggers."""
+    yield
+    logging.setLogRecordFactory(logging.LogRecord)
+    logger = logging.getLogger("forecache")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

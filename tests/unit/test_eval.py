@@ -130,7 +130,7 @@ def test_answers_of_other_settings_are_not_mixed(
 def test_a_run_out_of_time_goes_on_where_it_stopped(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
-    assert run(model, tmp_path, "--time-limit-s", "0") == 1
+    assert run(model, tmp_path, "--time-limit-s", "1e-9") == 1
     assert f"{len(answers(finished))} answers are left" in capsys.readouterr().out
     assert summary(tmp_path)["complete"] is False
     # as if it had been killed after a while, in the middle of a line

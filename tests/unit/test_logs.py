@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -15,13 +14,8 @@ from forecache.workers.memory.holders import Holder, request_of
 
 
 @pytest.fixture
-def logger() -> Iterator[logging.Logger]:
-    """forecache's, put back as it was."""
-    found = logging.getLogger(logs.LOGGER)
-    before = found.handlers[:], found.propagate, found.level
-    yield logging.getLogger("forecache.cluster.test")
-    found.handlers[:], found.propagate, level = before
-    found.setLevel(level)
+def logger() -> logging.Logger:
+    return logging.getLogger("forecache.cluster.test")
 
 
 def test_json_lines(logger: logging.Logger) -> None:

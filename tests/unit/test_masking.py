@@ -88,16 +88,10 @@ def test_the_cut_of_a_log_text_leaves_no_half_of_a_secret(at: int) -> None:
 def test_a_log_line_of_any_length_is_written_short() -> None:
     for log_format in ("json", "text"):
         stream = io.StringIO()
-        logger, factory = logging.getLogger(logs.LOGGER), logging.getLogRecordFactory()
-        before = logger.handlers[:], logger.propagate, logger.level
-        try:
-            logs.configure(TelemetryConfig(log_format=log_format), "ingress", "1", stream)
-            logger.warning("said %s", "a.b " * LENGTH)
-            logger.warning("said", extra={"what": "a.b " * LENGTH})
-        finally:
-            logging.setLogRecordFactory(factory)
-            logger.handlers[:], logger.propagate, level = before
-            logger.setLevel(level)
+        logger = logging.getLogger(logs.LOGGER)
+        logs.configure(TelemetryConfig(log_format=log_format), "ingress", "1", stream)
+        logger.warning("said %s", "a.b " * LENGTH)
+        logger.warning("said", extra={"what": "a.b " * LENGTH})
         lines = stream.getvalue().splitlines()
         assert len(lines) == 2 and all("characters left out" in line for line in lines)
         assert all(len(line) < LOG_CHARS for line in lines)
