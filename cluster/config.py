@@ -54,40 +54,52 @@ class ServeConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address the HTTP server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP server; 0 picks a free one")
-    served_model_name: str | None = Field(None, description="name clients ask for; default: what --model says")
-    workers: int = Field(1, ge=1, description="decode worker replicas")
+    served_model_name: str | None = Field(
+        None, description="model name in requests and metrics; default: the name of --model"
+    )
+    workers: int = Field(1, ge=1, description="decode workers (Ray Serve replicas); each loads the model")
     proxy_location: Literal["EveryNode", "HeadOnly"] = Field(
-        "EveryNode", description="nodes of the Ray cluster that listen for HTTP; of those with a worker or an ingress"
+        "EveryNode",
+        description="EveryNode: each node with a worker or an ingress listens for HTTP; HeadOnly: the Ray head alone "
+        "does",
     )
     ingresses: int | None = Field(
         None,
         ge=1,
-        description="processes that requests pass through, on different nodes as far as there are; default: 1 on one "
-        "machine, else as many as workers, from 2 to 8",
+        description="ingress processes, which handle HTTP requests, spread over the nodes; default: 1 on one "
+        "machine; with --address, as many as workers, from 2 to 8",
     )
     ingress_resource: str | None = Field(
-        None, description="Ray custom resource of the nodes that get an ingress, one each; default: all nodes"
+        None, description="Ray custom resource of the nodes that run an ingress, one each; default: any node"
     )
-    address: str | None = Field(None, description="Ray cluster to join; default: start one on this machine")
+    address: str | None = Field(None, description="Ray cluster to join; default: start Ray on this machine")
     redis_url: str | None = Field(
-        None, repr=False, description="Redis of your own for the catalog; default: an embedded server"
+        None,
+        repr=False,
+        description="your own Redis for the catalog of stored chunks; default: start an embedded server",
     )
     redis_bytes: Size = Field(
         DEFAULT_BYTES,
         ge=32 << 20,
-        description="most memory of the embedded Redis, four times --session-bytes at least; a full one forgets where "
-        "chunks are that were asked for longest ago",
+        description="memory limit of the embedded Redis, at least four times --session-bytes; a full Redis forgets "
+        "the locations of the least recently used chunks",
     )
     ray_num_cpus: int | None = Field(
-        None, ge=1, description="logical CPUs of the Ray started here; default: workers + 1"
+        None, ge=1, description="logical CPUs of the Ray that is started on this machine; default: workers + 1"
     )
-    object_store_bytes: Size = Field(128 << 20, ge=80 << 20, description="Ray's object store, when Ray is started here")
+    object_store_bytes: Size = Field(
+        128 << 20, ge=80 << 20, description="size of Ray's object store, when Ray is started on this machine"
+    )
     router: Literal["prefix", "power-of-two"] = Field(
-        "prefix", description="which worker gets a request: whose first token is expected soonest; or the freer of two"
+        "prefix",
+        description="prefix: the worker with the earliest expected first token; power-of-two: the less loaded of two "
+        "random workers",
     )
-    max_ongoing_requests: int = Field(256, ge=1, description="requests one worker accepts, running and waiting")
-    start_deadline_s: float = Field(900.0, gt=0, description="longest wait for the cluster to be ready")
-    stop_deadline_s: float = Field(20.0, gt=0, description="longest wait for running requests and actors at the end")
+    max_ongoing_requests: int = Field(
+        256, ge=1, description="most requests that one worker accepts, running and waiting"
+    )
+    start_deadline_s: float = Field(900.0, gt=0, description="longest wait until the cluster is ready")
+    stop_deadline_s: float = Field(20.0, gt=0, description="longest wait for running requests and actors at shutdown")
 
     @model_validator(mode="after")
     def _signs_of_life(self) -> Self:
@@ -139,7 +151,7 @@ class ServeConfig(BaseModel):
         return model_name(self.engine.model)
 
 
-def _settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
+def settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
     """(flag, path in ServeConfig, field) of every setting; the indexer's flags have a prefix."""
     for name, field in ServeConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -169,7 +181,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of settings, by section; flags win over it"
     )
-    for flag, path, field in _settings():
+    for flag, path, field in settings():
         choices = _choices(field)
         parser.add_argument(
             flag,
@@ -188,7 +200,7 @@ def config_from_args(args: argparse.Namespace) -> ServeConfig:
         ConfigError: the file can't be read, or a setting is unknown or out of range.
     """
     values = read_yaml(args.config) if getattr(args, "config", None) else {}
-    for _, path, _ in _settings():
+    for _, path, _ in settings():
         given = getattr(args, ".".join(path), None)
         if given is None:
             continue
@@ -238,7 +250,7 @@ def sentence(error: ValidationError) -> str:
     """The first thing that is wrong, with the flag to change."""
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
-    flags = {setting: flag for flag, setting, _ in _settings()}
+    flags = {setting: flag for flag, setting, _ in settings()}
     name = flags.get(path) or ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"there is no setting named {name}"

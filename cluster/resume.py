@@ -31,26 +31,26 @@ def first_try_id(request_id: str) -> str:
 
 
 class ResumeConfig(BaseModel):
-    """When a running answer is taken to another worker."""
+    """When a running request fails over to another worker."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     token_deadline_s: float = Field(
-        120.0, gt=0, description="longest silence of a worker about a request that it has; then another one goes on"
+        120.0,
+        gt=0,
+        description="longest silence of a worker about a request it runs; then another worker continues the request",
     )
     resume_attempts: int = Field(
-        8, ge=0, description="workers that are tried in a row without one more token; then the request fails"
+        8, ge=0, description="most workers to try in a row without receiving a token; then the request fails"
     )
     max_silent_workers: int = Field(
         3,
         ge=1,
-        description="workers that may hang or fall silent on one request; then it fails, as it may be the cause",
+        description="most workers that may hang on one request; then the request fails, since it may be the cause",
     )
-    max_resumes: int = Field(
-        32, ge=0, description="times in all that an answer goes on at another worker; then the request fails"
-    )
+    max_resumes: int = Field(32, ge=0, description="most failovers of one request in total; then the request fails")
     replacement_deadline_s: float = Field(
-        600.0, gt=0, description="longest wait of a request while no worker runs at all; then it fails"
+        600.0, gt=0, description="longest wait of a request while no worker runs; then it fails"
     )
 
 

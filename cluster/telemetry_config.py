@@ -6,29 +6,30 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TelemetryConfig(BaseModel):
-    """Logs, metrics and traces, of all processes of a cluster alike."""
+    """Logs, metrics and traces of every process in the cluster."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     log_format: Literal["text", "json"] = Field(
-        "text", description="json: one object a line, with the request's id, from HTTP to memory tier"
+        "text", description="json: one JSON object per line, with the request's id, in every process"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "warning", description="least level that is logged; info has a line for each request and process it passes"
+        "warning",
+        description="lowest level that is logged; info logs one line for each request in each process it passes",
     )
     metrics_host: str | None = Field(
         None,
-        description="where every process serves its /metrics; default: its node's address, or 127.0.0.1 "
-        "where Ray is started here",
+        description="address on which every process serves its /metrics; default: 127.0.0.1 if Ray is started on "
+        "this machine, else the node's address",
     )
-    metrics_first_port: int = Field(
-        0, ge=0, le=65535, description="first port for them, for firewalls; 0: any that is free"
+    metrics_first_port: int = Field(0, ge=0, le=65535, description="first port for /metrics; 0: any free port")
+    metrics_ports: int = Field(
+        64, ge=1, description="number of ports, from --metrics-first-port on, that the processes of a node may use"
     )
-    metrics_ports: int = Field(64, ge=1, description="how many ports, from the first one, a node's processes may take")
     otlp_endpoint: str | None = Field(
         None,
-        description="OpenTelemetry collector, such as http://127.0.0.1:4318, that gets a trace of each request (needs "
-        "the extra `otlp`); default: no traces",
+        description="OpenTelemetry collector that receives a trace of each request, such as http://127.0.0.1:4318 "
+        "(needs the extra `otlp`); default: no traces",
     )
 
     @model_validator(mode="after")

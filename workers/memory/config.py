@@ -9,57 +9,60 @@ from forecache.workers.memory.pins import PinLimits
 
 
 class MemoryConfig(BaseModel):
-    """Cold memory of one node."""
+    """The memory tier of each node: its arena in shared memory, its disk file and pinned sessions."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cold_bytes: int = Field(4 << 30, gt=0, description="bytes of CPU memory for cold chunks on each node")
+    cold_bytes: int = Field(4 << 30, gt=0, description="CPU memory for cold chunks on each node")
     remote_index_bytes: int | None = Field(
         None,
         ge=0,
-        description="bytes on each node, beside cold_bytes, for index records of chunks that running sequences have on "
-        "other nodes; 0: a sequence must fit its node; default: a sixteenth of cold_bytes",
+        description="CPU memory on each node, in addition to cold_bytes, for index records of running sequences' "
+        "chunks on other nodes; 0: every sequence must fit its node; default: a sixteenth of cold_bytes",
     )
     cold_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="format of cold chunks: as in the hot pool, or fp8 with a scale per chunk and head"
+        "auto", description="format of cold chunks; auto: as in the hot pool; fp8: with a scale per chunk and head"
     )
     arena_dir: Path = Field(Path("/dev/shm"), description="directory of the arena file; must be memory-backed")
     tier_resource: str | None = Field(
-        None, description="Ray custom resource of the nodes that give memory, and get workers; default: all nodes"
+        None, description="Ray custom resource of the nodes that run memory tiers and workers; default: all nodes"
     )
     node_resource: str | None = Field(
         None,
-        description="Ray custom resource of nodes that give memory alone; Ray's autoscaler is asked for more of them",
+        description="Ray custom resource of memory-only nodes; Ray's autoscaler is asked for more of them",
     )
-    max_memory_nodes: int = Field(0, ge=0, description="most of those to ask for, as requests hold what tiers have")
+    max_memory_nodes: int = Field(0, ge=0, description="most memory-only nodes to ask Ray's autoscaler for")
     replicas: int = Field(1, ge=1, description="copies of each chunk, on different nodes")
     max_pinned_fraction: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="largest part of each node's memory that pinned sessions may keep; the rest always serves requests",
+        description="largest share of each node's memory that pinned sessions may occupy",
     )
     max_tenant_pinned_fraction: float = Field(
         0.25,
         ge=0,
         le=1,
-        description="largest part of it that one tenant may keep so, where API keys are asked for",
+        description="largest share of each node's memory that one tenant's pinned sessions may occupy, when API keys "
+        "are used",
     )
     disk_bytes: int = Field(
-        0, ge=0, description="bytes of disk on each node for cold chunks that no node has memory for; 0: none"
+        0, ge=0, description="disk space on each node for chunks that no node has memory for; 0: none"
     )
-    disk_dir: Path = Field(Path("/var/tmp"), description="directory of the file on disk")
+    disk_dir: Path = Field(Path("/var/tmp"), description="directory of the disk file")
     session_bytes: int = Field(
         64 << 20,
         ge=1 << 20,
-        description="most bytes that are kept of sessions, 16 for each of their chunks, in the catalog and by each "
-        "tier; those that are not pinned and were used longest ago are forgotten, their chunks stay",
+        description="most bytes for session records in the catalog and in each tier, 16 per chunk; beyond it the "
+        "least recently used unpinned sessions are forgotten, their chunks stay",
     )
     fetch_deadline_s: float = Field(
-        30.0, gt=0, description="longest time to bring a stored prefix from other nodes; what came until then is used"
+        30.0,
+        gt=0,
+        description="longest time to fetch a stored prefix from other nodes; chunks that arrived until then are used",
     )
     call_deadline_s: float = Field(10.0, gt=0, description="longest wait for an answer of a memory tier")
-    heartbeat_s: float = Field(2.0, gt=0, description="seconds between a tier's signs of life in the catalog")
+    heartbeat_s: float = Field(2.0, gt=0, description="seconds between a tier's heartbeats in the catalog")
 
     @property
     def pin_limits(self) -> PinLimits:
