@@ -1,6 +1,7 @@
 """All settings of a served cluster: one model, filled from flags or a YAML file."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -16,16 +17,166 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.redis_server import DEFAULT_BYTES
-from forecache.cluster.resume import ResumeConfig
-from forecache.cluster.sizes import parse_bytes
-from forecache.cluster.telemetry_config import TelemetryConfig
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.messages import SIGN_OF_LIFE_S
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import SIGN_OF_LIFE_S
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.config import MemoryConfig
+
+DEFAULT_REDIS_BYTES = 512 << 20
+
+
+_UNITS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+
+
+def parse_bytes(value: object) -> object:
+    """``"4GiB"``, ``"512 MB"``, ``"1.5gib"`` or ``"1024"`` → bytes. What is not a string passes through.
+
+    Raises:
+        ValueError: the string is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size: write bytes, or a number with KB, MB, GB, KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+MAX_HEAD_BYTES = 1 << 20
+"""More headers than this are refused before they are complete, whatever the setting."""
+
+DEFAULT_BODY_VALUES = 4_000_000
+DEFAULT_PROMPT_PROCESSES = 2
+
+DEFAULT_GRAMMAR_BYTES = 64 << 10
+"""The costliest schemas of this size that we found take a worker 2.5 s of one thread, beside its steps."""
+
+
+class LimitsConfig(BaseModel):
+    """How large a request may be, how many may wait, and who may ask."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    api_keys_file: Path | None = Field(
+        None,
+        description="YAML file of hashed API keys and their tenants (see `forecache keys new`); default: no keys "
+        "needed",
+    )
+    max_queued_requests: int = Field(
+        256, ge=1, description="most requests that wait for their first token; further ones get 429"
+    )
+    max_queued_tokens: int = Field(
+        8_000_000,
+        ge=1,
+        description="most prompt tokens that wait for their first token; when nothing waits, a prompt of any length "
+        "is admitted",
+    )
+    max_body_bytes: int = Field(64 << 20, ge=1024, description="longest request body")
+    max_body_values: int = Field(
+        DEFAULT_BODY_VALUES,
+        ge=1024,
+        description="most JSON values in a request body; each token id is one, each message has three or more",
+    )
+    max_grammar_bytes: int = Field(
+        DEFAULT_GRAMMAR_BYTES,
+        ge=1024,
+        description="longest JSON schema of a response format, or of all tools of a request together",
+    )
+    max_bodies_bytes: int = Field(
+        512 << 20,
+        ge=1024,
+        description="most bytes of request bodies that an ingress receives and parses at once; one tenant gets half "
+        "of them",
+    )
+    prompt_processes: int = Field(
+        DEFAULT_PROMPT_PROCESSES,
+        ge=1,
+        description="most processes per ingress that parse and tokenize bodies over 16 KiB; each starts when first "
+        "needed, and one is reserved for bodies of at most 512 KiB",
+    )
+    max_header_bytes: int = Field(
+        16 << 10, ge=1024, le=MAX_HEAD_BYTES, description="longest path and headers of a request together"
+    )
+    header_deadline_s: int = Field(
+        75,
+        ge=1,
+        description="longest time for a client to send its headers; also how long an idle connection is kept",
+    )
+    body_deadline_s: float = Field(60.0, gt=0, description="longest time for a client to send its body")
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="longest time of any request, even if it asks for a longer timeout_s; default: no limit"
+    )
+    drain_deadline_s: float = Field(
+        30.0,
+        ge=0,
+        description="longest wait for running requests after SIGTERM or SIGINT; a second signal ends the wait",
+    )
+
+
+class TelemetryConfig(BaseModel):
+    """Logs, metrics and traces of every process in the cluster."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json: one JSON object per line, with the request's id, in every process"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning",
+        description="lowest level that is logged; info logs one line for each request in each process it passes",
+    )
+    metrics_host: str | None = Field(
+        None,
+        description="address on which every process serves its /metrics; default: 127.0.0.1 if Ray is started on "
+        "this machine, else the node's address",
+    )
+    metrics_first_port: int = Field(0, ge=0, le=65535, description="first port for /metrics; 0: any free port")
+    metrics_ports: int = Field(
+        64, ge=1, description="number of ports, from --metrics-first-port on, that the processes of a node may use"
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector that receives a trace of each request, such as http://127.0.0.1:4318 "
+        "(needs the extra `otlp`); default: no traces",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.metrics_first_port and self.metrics_first_port + self.metrics_ports > 65536:
+            raise ValueError("metrics_first_port + metrics_ports must be 65536 at most")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint must begin with http:// or https://, got {self.otlp_endpoint!r}")
+        return self
+
+
+class ResumeConfig(BaseModel):
+    """When a running request fails over to another worker."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token_deadline_s: float = Field(
+        120.0,
+        gt=0,
+        description="longest silence of a worker about a request it runs; then another worker continues the request",
+    )
+    resume_attempts: int = Field(
+        8, ge=0, description="most workers to try in a row without receiving a token; then the request fails"
+    )
+    max_silent_workers: int = Field(
+        3,
+        ge=1,
+        description="most workers that may hang on one request; then the request fails, since it may be the cause",
+    )
+    max_resumes: int = Field(32, ge=0, description="most failovers of one request in total; then the request fails")
+    replacement_deadline_s: float = Field(
+        600.0, gt=0, description="longest wait of a request while no worker runs; then it fails"
+    )
+
 
 _FLAGS = {("indexer", "checkpoint"): "--indexer", ("indexer", "num_indexers"): "--num-indexers"}
 """Flags that are not called as their setting."""
@@ -79,7 +230,7 @@ class ServeConfig(BaseModel):
         description="your own Redis for the catalog of stored chunks; default: start an embedded server",
     )
     redis_bytes: Size = Field(
-        DEFAULT_BYTES,
+        DEFAULT_REDIS_BYTES,
         ge=32 << 20,
         description="memory limit of the embedded Redis, at least four times --session-bytes; a full Redis forgets "
         "the locations of the least recently used chunks",
@@ -146,7 +297,7 @@ class ServeConfig(BaseModel):
         """The model's name in requests and metrics."""
         if self.served_model_name is not None:
             return self.served_model_name
-        from forecache.workers.decode.loader import model_name  # imports transformers: seconds
+        from forecache.workers.models.loader import model_name  # imports transformers: seconds
 
         return model_name(self.engine.model)
 

@@ -14,16 +14,12 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.protocol import Indexer
-from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.decode.backbone import default_chunk_tokens, load_backbone, load_config
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_scorer, refuse_fallback
-from forecache.workers.decode.loader import model_name, resolve_model
-from forecache.workers.decode.messages import (
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.cuda_scorer import CudaIndexer
+from forecache.indexer.serving.protocol import Indexer
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import (
     CacheOptions,
     FinishReason,
     GenerateRequest,
@@ -32,14 +28,18 @@ from forecache.workers.decode.messages import (
     SequenceStats,
     TokenLogprobs,
 )
-from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.decode.verify import verify_backbone
+from forecache.workers.engine.engine import Engine
 from forecache.workers.errors import ForecacheError
-from forecache.workers.memory.arena import Arena, remove_abandoned
+from forecache.workers.memory.arena.arena import Arena, remove_abandoned
+from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.cuda_host import RegisteredMemory
-from forecache.workers.memory.layout import cold_layout
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.format.layout import cold_layout
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
+from forecache.workers.models.backbone import default_chunk_tokens, load_backbone, load_config
+from forecache.workers.models.dense.scorer import choose_scorer, refuse_fallback
+from forecache.workers.models.loader import model_name, resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
+from forecache.workers.models.verify import verify_backbone
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,17 @@ from harness import append_row, machine_facts, now, percentiles
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from forecache.cluster.redis_server import EmbeddedRedis
-from forecache.cluster.serving import RAY_SYSTEM_CONFIG
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.selection import select
-from forecache.workers.memory.catalog import Catalog, TierRecord
+from forecache.cluster.launch.cluster import RAY_SYSTEM_CONFIG
+from forecache.cluster.launch.redis_server import EmbeddedRedis
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import select
+from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.placement import rendezvous
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.tier import TierSettings, start_tier
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.tier.actor import TierSettings, start_tier
+from forecache.workers.memory.tier.catalog import Catalog, TierRecord
+from forecache.workers.memory.tier.placement import rendezvous
 
 BUDGET = 128
 REPEAT = 50

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 from harness import SHAPES, copy_bandwidth, machine_facts, now, percentiles, weight_bytes, write_model
 
-from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.manifest import RetrievalManifest
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.model_runner import ModelRunner
-from forecache.workers.decode.sequence import Chunk, Sequence, State
-from forecache.workers.decode.step import Plan
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.records.manifest import RetrievalManifest
+from forecache.workers.core.requests import GenerateRequest
+from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.core.step_plan import Plan
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.dense.runner import ModelRunner
 
 CHUNK_TOKENS = 64
 SHAPE = "llama-3.1-8b"

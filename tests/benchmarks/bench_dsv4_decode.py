@@ -21,17 +21,17 @@ import torch
 from harness import append_row, machine_facts, now, percentiles, seconds, weight_bytes
 from transformers import DeepseekV4Config
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.selection import budget_chunks
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.dsv4_runner import DeepseekV4Runner
-from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS
-from forecache.workers.decode.index_spec import entries_spec
-from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.sequence import Chunk, Sequence, State
-from forecache.workers.decode.step import Plan
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import budget_chunks
+from forecache.workers.core.requests import GenerateRequest
+from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.core.step_plan import Plan
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.deepseek_v4.runner import DeepseekV4Runner
+from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS
+from forecache.workers.models.dense.scorer import entries_spec
 
 WARM_UPS = 3
 POSITIONS = 1_100_000

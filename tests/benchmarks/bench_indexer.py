@@ -26,14 +26,15 @@ import numpy.typing as npt
 import torch
 from harness import SHAPES, append_row, copy_bandwidth, host_bandwidth, machine_facts, now, percentiles, write_model
 
-from forecache.indexer.checkpoint import load_checkpoint
-from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.index_keys import IndexSpec, encode_chunks, exact_chunk_lse
-from forecache.indexer.lookahead import LookaheadScorer
-from forecache.indexer.manifest import RetrievalManifest
-from forecache.indexer.protocol import Indexer, PredictRequest, StepState
-from forecache.indexer.scorer import LocalIndexer, Read, score
-from forecache.workers.memory.cuda_host import RegisteredMemory
+from forecache.indexer.records.checkpoint import load_checkpoint
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.records.manifest import RetrievalManifest
+from forecache.indexer.records.scores import exact_chunk_lse
+from forecache.indexer.serving.cuda_scorer import CudaIndexer
+from forecache.indexer.serving.lookahead import LookaheadScorer
+from forecache.indexer.serving.protocol import Indexer, PredictRequest, StepState
+from forecache.indexer.serving.scorer import LocalIndexer, Read, score
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 
 CHUNK_TOKENS = 64
 CONTEXTS = [8192, 32768, 131072, 262144, 524288, 1048576]

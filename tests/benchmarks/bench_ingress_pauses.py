@@ -46,7 +46,7 @@ class PacedStream:
         return self
 
     async def __anext__(self) -> Any:
-        from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+        from forecache.workers.core.requests import SequenceStats, TokenEvent, TokenLogprobs
 
         wanted = self._request.sampling
         if wanted.ignore_eos:  # the one that is listened to
@@ -94,14 +94,14 @@ class NoSessions:
 async def serve(tokenizer: str) -> None:
     import uvicorn
 
-    from forecache.cluster.admission import Admission
-    from forecache.cluster.api import Api
-    from forecache.cluster.limits import LimitsConfig
-    from forecache.cluster.metrics import Metrics
-    from forecache.cluster.prompts import PromptEncoder
-    from forecache.cluster.sessions import SessionRoutes
-    from forecache.cluster.tenants import Tenants
-    from forecache.workers.decode.tokenizer import load_tokenizer
+    from forecache.cluster.config import LimitsConfig
+    from forecache.cluster.http.admission import Admission
+    from forecache.cluster.http.api import Api
+    from forecache.cluster.http.prompts import PromptEncoder
+    from forecache.cluster.http.sessions import SessionRoutes
+    from forecache.cluster.http.tenants import Tenants
+    from forecache.cluster.observe.metrics import Metrics
+    from forecache.workers.models.tokenizer import load_tokenizer
 
     limits = LimitsConfig(max_queued_requests=4096)
     encoder = PromptEncoder(load_tokenizer(Path(tokenizer)), MAX_MODEL_LEN)
@@ -292,7 +292,7 @@ def main() -> None:
         asyncio.run(serve(asked.serve))
         return
     if (tokenizer := asked.tokenizer) is None:
-        from forecache.workers.decode.loader import resolve_model
+        from forecache.workers.models.loader import resolve_model
 
         tokenizer = resolve_model("smollm2-135m")
     command = [sys.executable, __file__, "--serve", str(tokenizer)]
@@ -321,7 +321,7 @@ def main() -> None:
             verdict = "within" if worst_s <= GOAL_S else "beyond"
             print(f"longest pause of the event loop: {worst_s:.3f} s, {verdict} the goal of {GOAL_S} s")
         finally:
-            server.terminate()
+            server.kill()  # it would drain the stream that this process listens to
 
 
 if __name__ == "__main__":

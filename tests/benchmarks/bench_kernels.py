@@ -1,7 +1,7 @@
 """Speed of the kernels: bandwidth of decode and of all that moves chunks, TFLOP/s of prefill, and a sweep of settings.
 
     python tests/benchmarks/bench_kernels.py --out DIR            # all measurements, as CSV
-    python tests/benchmarks/bench_kernels.py --sweep --out DIR    # settings for kernels/tuning.py
+    python tests/benchmarks/bench_kernels.py --sweep --out DIR    # settings for kernels/common/tuning.py
     python tests/benchmarks/bench_kernels.py --device cpu --quick --out DIR
 
 A row's time is that of one call. Launches are captured in a CUDA graph, and successive calls read different
@@ -23,7 +23,9 @@ import torch
 from kernel_timing import CACHE_BYTES, CHUNK_TOKENS, Bench, DecodeInputs, DecodeShape
 from torch import Tensor
 
-from forecache.kernels import ops, prefill, tuning
+from forecache.kernels.attention import ops, prefill
+from forecache.kernels.chunks import ops as chunk_ops
+from forecache.kernels.common import tuning
 
 FP8 = torch.float8_e4m3fn
 
@@ -167,13 +169,15 @@ def bench_gather(bench: Bench, where: str, memory: Tensor, kv: Tensor, scale: Te
         for layer in range(kv.shape[1]):
             ops.gather_layer(kv, layer, order, out=out, sums=sums, **scaled)
         if kv.dtype == FP8:  # of bfloat16 rows the scales are not read, though they are there
-            assert torch.equal(sums, ops.slot_checksums(memory, order)), "the layers' sums are not the rows'"
+            assert torch.equal(sums, chunk_ops.slot_checksums(memory, order)), "the layers' sums are not the rows'"
 
 
 def bench_checksums(bench: Bench, where: str, memory: Tensor) -> None:
     for n in (4, len(memory)):
         groups = torch.arange(len(memory), device=bench.device).view(-1, n)
-        times = bench.times_s(lambda i, groups=groups: ops.slot_checksums(memory, groups[i]), len(groups), graph=True)
+        times = bench.times_s(
+            lambda i, groups=groups: chunk_ops.slot_checksums(memory, groups[i]), len(groups), graph=True
+        )
         nbytes = n * memory.shape[1]
         bench.add("slot_checksums", f"{n} x {memory.shape[1] >> 10} KiB, {where}", memory.dtype, times, nbytes=nbytes)
 
@@ -185,9 +189,9 @@ def bench_fp8(bench: Bench) -> None:
     order = torch.randperm(len(wide), device=bench.device)
     nbytes = wide.numel() * 3
     shape = f"{len(wide)} chunks"
-    times = bench.times_s(lambda _: ops.quantize_chunks(wide, order, small, scale, order))
+    times = bench.times_s(lambda _: chunk_ops.quantize_chunks(wide, order, small, scale, order))
     bench.add("quantize_chunks", shape, wide.dtype, times, nbytes=nbytes)
-    times = bench.times_s(lambda _: ops.dequantize_chunks(small, scale, order, wide, order))
+    times = bench.times_s(lambda _: chunk_ops.dequantize_chunks(small, scale, order, wide, order))
     bench.add("dequantize_chunks", shape, wide.dtype, times, nbytes=nbytes)
     for tokens, per_chunk in ((len(small), 1), (len(small) * CHUNK_TOKENS, CHUNK_TOKENS)):
         k, v = (torch.randn(tokens, *small.shape[3:6:2], device=bench.device).bfloat16() for _ in range(2))

@@ -31,8 +31,8 @@ from long_context_row import Row
 from profiling import device_table, host_table
 from synthetic import SyntheticIndexer
 
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.protocol import Indexer
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.protocol import Indexer
 from forecache.workers.llm import LLM
 
 GIB = 1 << 30

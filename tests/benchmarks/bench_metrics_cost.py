@@ -27,9 +27,9 @@ from prometheus_client import start_http_server
 from rich.console import Console
 from rich.table import Table
 
-from forecache.cluster.metrics import Metrics, RequestTimer, registry_of
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
-from forecache.workers.decode.stats import ScorerStats, WorkerStats
+from forecache.cluster.observe.metrics import Metrics, RequestTimer, registry_of
+from forecache.workers.core.requests import GenerateRequest, SamplingParams
+from forecache.workers.core.stats import ScorerStats, WorkerStats
 from forecache.workers.llm import LLM
 
 LIMIT = 0.01

@@ -23,8 +23,8 @@ from stream_client import Connection
 from stub_worker import APART_SEED, TOKENS_PER_S, StampingIngress, StubWorker
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import running
-from forecache.workers.decode.config import EngineConfig
+from forecache.cluster.launch.cluster import running
+from forecache.workers.core.config import EngineConfig
 
 GOAL_MS = 2.0
 WARM_UP_TOKENS = 40

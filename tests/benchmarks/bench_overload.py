@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from stream_client import Connection
 
-from forecache.cluster.load_workloads import prose
+from forecache.cluster.cli.load_workloads import prose
 
 REFUSED_GOAL_S, SLOWER_GOAL, GROWTH_GOAL = 0.1, 1.5, 1.05
 STOP_S = 60.0
@@ -224,7 +224,7 @@ def main() -> int:
     args = parser.parse_args()
     console = Console()
     command = [
-        *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", args.model, "--port", "0"),
+        *(sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", args.model, "--port", "0"),
         *("--max-batch-size", str(args.batch), "--max-queued-requests", str(args.queue), "--cold-bytes", "512MiB"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

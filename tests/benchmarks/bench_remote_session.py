@@ -30,24 +30,24 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from synthetic import SyntheticIndexer, make_template
 
-from forecache.cluster.redis_server import EmbeddedRedis
-from forecache.cluster.serving import RAY_SYSTEM_CONFIG
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_scorer
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import Catalog
+from forecache.cluster.launch.cluster import RAY_SYSTEM_CONFIG
+from forecache.cluster.launch.redis_server import EmbeddedRedis
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.engine.engine import Engine
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.client.memory import RemoteMemory
+from forecache.workers.memory.client.remote_peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.fetching import BATCH_BYTES
-from forecache.workers.memory.keys import prefix_keys, root_key
-from forecache.workers.memory.layout import chunk_fingerprint
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.remote_peers import RemotePeers
-from forecache.workers.memory.tier import TierSettings, start_tier
+from forecache.workers.memory.format.keys import prefix_keys, root_key
+from forecache.workers.memory.format.layout import chunk_fingerprint
+from forecache.workers.memory.tier.actor import TierSettings, start_tier
+from forecache.workers.memory.tier.catalog import Catalog
+from forecache.workers.memory.tier.fetch import BATCH_BYTES
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.dense.scorer import choose_scorer
 
 NAMESPACE = "bench"
 CHUNK_TOKENS = 64

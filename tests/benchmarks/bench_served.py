@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import running
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
+from forecache.cluster.launch.cluster import running
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
 
 TEXT = Path(__file__).resolve().parents[2] / "DESIGN.md"

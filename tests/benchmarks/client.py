@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams, SequenceStats
+from forecache.workers.core.requests import GenerateRequest, SamplingParams, SequenceStats
+from forecache.workers.engine.engine import Engine
 
 
 class BenchmarkError(RuntimeError):

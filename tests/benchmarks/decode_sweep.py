@@ -1,4 +1,4 @@
-"""Search of decode settings for `kernels/tuning.py`: the tables' ones, others near them, and every way to merge."""
+"""Search decode settings for `kernels/common/tuning.py`: the table's, their neighbours, and every way to merge."""
 
 import itertools
 import statistics
@@ -13,9 +13,9 @@ import torch
 from kernel_timing import CACHE_BYTES, CHUNK_TOKENS, Bench, DecodeInputs, DecodeShape
 from triton.runtime.errors import OutOfResources
 
-from forecache.kernels import tuning
-from forecache.kernels.sparse_decode import sparse_decode
-from forecache.kernels.tuning import DecodeConfig
+from forecache.kernels.attention.decode import sparse_decode
+from forecache.kernels.common import tuning
+from forecache.kernels.common.tuning import DecodeConfig
 
 FP8 = torch.float8_e4m3fn
 COMPILERS = 8

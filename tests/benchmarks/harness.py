@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -14,9 +14,9 @@ from long_context_row import Row
 from profiling import copy_share
 from synthetic import SyntheticIndexer, make_template, scored_chunks, store_prompts
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.selection import budget_chunks
-from forecache.workers.decode.stats import EngineStats
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import budget_chunks
+from forecache.workers.core.stats import EngineStats
 from forecache.workers.llm import LLM
 
 SYNTHETIC = "synthetic, one template chunk"

@@ -11,16 +11,16 @@ from typing import Any
 
 from ray import serve
 
-from forecache.cluster.ingress import Ingress, ServeWorkers
-from forecache.cluster.resume import ResumingStream
-from forecache.indexer.telemetry import SILENCE
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.channels import Channels
-from forecache.workers.decode.grammar import Grammars
-from forecache.workers.decode.messages import GenerateRequest, SequenceStats, TokenEvent
-from forecache.workers.decode.settings import WorkerSettings
-from forecache.workers.decode.stats import EngineStats, ScorerStats, WorkerStats
-from forecache.workers.decode.worker import DecodeWorker
+from forecache.cluster.dispatch.failover import ResumingStream
+from forecache.cluster.http.ingress import Ingress, ServeWorkers
+from forecache.indexer.serving.telemetry import SILENCE
+from forecache.workers.core.grammar import Grammars
+from forecache.workers.core.requests import GenerateRequest, SequenceStats, TokenEvent
+from forecache.workers.core.settings import WorkerSettings
+from forecache.workers.core.stats import EngineStats, ScorerStats, WorkerStats
+from forecache.workers.engine.async_engine import AsyncEngine
+from forecache.workers.engine.channels import Channels
+from forecache.workers.engine.worker import DecodeWorker
 
 TOKENS_PER_S = 20.0
 APART_SEED = 1

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.index_keys import IndexSpec, encode_chunk
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
-from forecache.indexer.selection import budget_chunks, recency_chunks
-from forecache.kernels import ops
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunk
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
+from forecache.indexer.serving.selection import budget_chunks, recency_chunks
+from forecache.kernels.chunks import ops
 from forecache.workers.llm import LLM
-from forecache.workers.memory.keys import ChunkKey, prefix_keys, root_key
-from forecache.workers.memory.layout import ChunkLayout, chunk_fingerprint
-from forecache.workers.memory.protocol import Reservation
+from forecache.workers.memory.format.keys import ChunkKey, prefix_keys, root_key
+from forecache.workers.memory.format.layout import ChunkLayout, chunk_fingerprint
+from forecache.workers.memory.format.slots import Reservation
 
 BATCH_CHUNKS = 256
 KV_STD = 0.5

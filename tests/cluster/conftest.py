@@ -23,7 +23,7 @@ from byte_model import write_byte_model
 from processes import processes_below
 from ray_nodes import HEAD, NODE
 
-from forecache.cluster.serving import NAMESPACE
+from forecache.cluster.launch.cluster import NAMESPACE
 
 START_S = 180.0
 STOP_S = 60.0
@@ -147,7 +147,7 @@ def serve_command() -> Command:
 
     def command(model: Path, arena_dir: Path, *flags: str) -> list[str]:
         return [
-            *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0"),
+            *(sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(model), "--port", "0"),
             *("--arena-dir", str(arena_dir), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB"),
             *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S), *flags),
         ]

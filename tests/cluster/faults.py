@@ -34,9 +34,9 @@ from ray_nodes import HEAD, NODE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from forecache.cluster.cli.integrity import check_integrity
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.integrity import check_integrity
-from forecache.cluster.serving import NAMESPACE, running
+from forecache.cluster.launch.cluster import NAMESPACE, running
 from forecache.cluster.tiers import Tiers, find_tiers
 
 ROLES = ("tier", "indexer", "worker", "redis", "node")

@@ -118,7 +118,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = write_byte_model(Path(folder) / "bytes")
         command = [
-            *(sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0"),
+            *(sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(model), "--port", "0"),
             *("--max-model-len", "800", "--chunk-tokens", "16", "--hot-bytes", "8MiB", "--cold-bytes", "128MiB"),
             *("--threads", "1", "--start-deadline-s", str(START_S)),
         ]

@@ -30,7 +30,7 @@ from ray.cluster_utils import Cluster
 from ray_nodes import HEAD, NODE
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import running
+from forecache.cluster.launch.cluster import running
 
 ROLES = {
     "ray::MemoryTier": "memory tier",

@@ -15,12 +15,12 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
+from forecache.cluster.cli.integrity import check_integrity
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.integrity import check_integrity
-from forecache.cluster.serving import APPLICATION, NAMESPACE, running
+from forecache.cluster.launch.cluster import APPLICATION, NAMESPACE, running
 from forecache.cluster.tiers import find_tiers
-from forecache.workers.decode.worker import DecodeWorker
-from forecache.workers.memory.holders import worker_of
+from forecache.workers.engine.worker import DecodeWorker
+from forecache.workers.memory.format.hold_id import worker_of
 
 pytestmark = pytest.mark.cluster
 

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forecache.cluster import cli
-from forecache.cluster.tenants import new_key
+from forecache.cluster.cli.main import main as cli
+from forecache.cluster.http.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 
@@ -65,7 +65,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(model: Path, key_file: Path) -> Iterator[str]:
     """Of a server that asks for the key."""
     sizes = ("--cold-bytes", "64MiB", "--hot-bytes", "16MiB", "--threads", "1", "--late-policy", "wait")
-    serve = (sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(model), "--port", "0")
+    serve = (sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(model), "--port", "0")
     keys = ("--api-keys-file", str(key_file.with_name("keys.yaml")))
     process = subprocess.Popen([*serve, *sizes, *keys], stdout=subprocess.PIPE, text=True)
     try:

@@ -24,7 +24,7 @@ from processes import processes_below
 from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
+from forecache.workers.residency.window import PROBE_TOKENS
 
 pytestmark = pytest.mark.cluster
 
@@ -369,8 +369,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.serving import Stopped, run
-from forecache.workers.decode.config import EngineConfig
+from forecache.cluster.launch.cluster import Stopped, run
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.memory.config import MemoryConfig
 
 

@@ -10,12 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from forecache.cluster.config import ServeConfig
-from forecache.cluster.resume import ResumeConfig
-from forecache.cluster.serving import running
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.settings import WorkerSettings
-from forecache.workers.decode.worker import DecodeWorker
+from forecache.cluster.config import ResumeConfig, ServeConfig
+from forecache.cluster.launch.cluster import running
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.settings import WorkerSettings
+from forecache.workers.engine.worker import DecodeWorker
 from forecache.workers.memory.config import MemoryConfig
 
 pytestmark = pytest.mark.cluster

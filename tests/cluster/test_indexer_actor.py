@@ -14,14 +14,14 @@ import ray
 import torch
 from processes import kill_for_good, process_of
 
-from forecache.indexer.actor import IndexerActor, RemoteIndexer
-from forecache.indexer.fallback import IndexerUnavailableError, SharedIndexers
-from forecache.indexer.index_keys import IndexSpec, encode_chunks
-from forecache.indexer.protocol import PredictRequest
-from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.store import ArenaStore
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.serving.actor import IndexerActor, RemoteIndexer
+from forecache.indexer.serving.fallback import IndexerUnavailableError, SharedIndexers
+from forecache.indexer.serving.protocol import PredictRequest
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.layout import attention_layout
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_node")]
 

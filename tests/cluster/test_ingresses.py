@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.cluster_utils import Cluster
 from ray_nodes import HEAD, NODE
 
-from forecache.cluster.tenants import new_key
+from forecache.cluster.http.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 

@@ -31,8 +31,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from processes import processes_below
 from transformers import LlamaForCausalLM
 
-from forecache.cluster.top import short
-from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.cluster.cli.top import short
+from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
 
 pytestmark = pytest.mark.cluster
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH")
@@ -260,7 +260,17 @@ def test_every_query_has_data_and_no_rule_fails(server: Any, prometheus: Prometh
 
 
 def test_top_shows_what_the_server_does(server: Any) -> None:
-    command = [sys.executable, "-m", "forecache.cluster.cli", "top", "--url", server.url, "--interval-s", "1", "--once"]
+    command = [
+        sys.executable,
+        "-m",
+        "forecache.cluster.cli.main",
+        "top",
+        "--url",
+        server.url,
+        "--interval-s",
+        "1",
+        "--once",
+    ]
     with load(server) as usages:
         while len(usages) < 2:
             time.sleep(0.1)
@@ -279,7 +289,7 @@ def test_top_shows_what_the_server_does(server: Any) -> None:
 
 def test_top_goes_on_until_it_is_stopped(server: Any) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "forecache.cluster.cli", "top", "--url", server.url, "--interval-s", "0.2"]
+    command = [sys.executable, "-m", "forecache.cluster.cli.main", "top", "--url", server.url, "--interval-s", "0.2"]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         try:

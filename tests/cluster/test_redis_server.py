@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from forecache.cluster import redis_server
-from forecache.cluster.redis_server import EmbeddedRedis, RedisStartError
+from forecache.cluster.launch import redis_server
+from forecache.cluster.launch.redis_server import EmbeddedRedis, RedisStartError
 
 OWNER = """
 import time
-from forecache.cluster.redis_server import EmbeddedRedis
+from forecache.cluster.launch.redis_server import EmbeddedRedis
 server = EmbeddedRedis()
 print(server.pid, flush=True)
 time.sleep(60)

@@ -14,26 +14,26 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_nodes import NODE
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forecache.cluster.integrity import check_integrity
-from forecache.cluster.serving import NAMESPACE
-from forecache.cluster.supervisor import Supervisor
+from forecache.cluster.cli.integrity import check_integrity
+from forecache.cluster.launch.cluster import NAMESPACE
+from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.index_spec import choose_scorer
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.engine.engine import Engine
 from forecache.workers.llm import LLM
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.client.memory import RemoteMemory
+from forecache.workers.memory.client.remote_peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.remote_peers import RemotePeers
-from forecache.workers.memory.tier import TierSettings, start_tier
+from forecache.workers.memory.tier.actor import TierSettings, start_tier
+from forecache.workers.memory.tier.catalog import Catalog
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.dense.scorer import choose_scorer
+from forecache.workers.residency.window import PROBE_TOKENS
 
 pytestmark = pytest.mark.cluster
 

@@ -11,12 +11,12 @@ import torch
 from processes import kill_for_good, process_of
 
 from forecache.workers.errors import ArenaError, ChunkLostError, OverloadedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import Catalog, StoredRun
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.tier import MemoryTier, TierSettings
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.tier.actor import MemoryTier, TierSettings
+from forecache.workers.memory.tier.catalog import Catalog, StoredRun
 
 TIER: Any = MemoryTier  # mypy does not see what Ray's decorator makes of the class
 

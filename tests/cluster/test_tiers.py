@@ -17,21 +17,21 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_nodes import NODE
 
+from forecache.cluster.cli.integrity import check_integrity
 from forecache.cluster.errors import TierSilentError, UnknownSessionError
-from forecache.cluster.integrity import check_integrity
-from forecache.cluster.serving import NAMESPACE
-from forecache.cluster.sessions import SessionDirectory
-from forecache.cluster.supervisor import Supervisor
+from forecache.cluster.http.sessions import SessionDirectory
+from forecache.cluster.launch.cluster import NAMESPACE
+from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory import remote_peers
-from forecache.workers.memory.arena import remove_abandoned
-from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.arena.arena import remove_abandoned
+from forecache.workers.memory.client import remote_peers
+from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.tier import TierSettings, start_tier
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.tier.actor import TierSettings, start_tier
+from forecache.workers.memory.tier.catalog import Catalog
 
 pytestmark = pytest.mark.cluster
 
@@ -374,7 +374,7 @@ def test_a_pin_that_promises_leave_no_room_for_is_refused(nodes: Nodes) -> None:
 
 def doctor(cluster: Any) -> tuple[int, str]:
     """Exit status and words of `forecache doctor --cluster`."""
-    command = [sys.executable, "-m", "forecache.cluster.cli", "doctor", "--cluster", "--address", cluster.address]
+    command = [sys.executable, "-m", "forecache.cluster.cli.main", "doctor", "--cluster", "--address", cluster.address]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.returncode, " ".join(ended.stdout.split())

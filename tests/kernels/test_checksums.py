@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import gather_layer, ops, reference, slot_checksums
+from forecache.kernels.attention import gather_layer, ops, reference
+from forecache.kernels.chunks import ops as chunk_ops
+from forecache.kernels.chunks import reference as chunk_reference
+from forecache.kernels.chunks import slot_checksums
 
 Poison = Callable[[], Any]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -25,7 +28,7 @@ FIELDS = [  # dtype, kv_heads, head_dim, chunk_tokens
 @pytest.fixture(params=["reference", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "reference":
-        return reference
+        return SimpleNamespace(slot_checksums=chunk_reference.slot_checksums, gather_layer=reference.gather_layer)
     return SimpleNamespace(slot_checksums=slot_checksums.slot_checksums, gather_layer=gather_layer.gather_layer)
 
 
@@ -200,8 +203,8 @@ def test_registered_host_memory_is_summed_in_place() -> None:
             on_gpu = ops.gather_layer(kv, layer, slots, sums=sums)
             for ours, theirs in zip(on_gpu, reference.gather_layer(kv, layer, slots.cpu()), strict=True):
                 assert ours.is_cuda and torch.equal(ours.cpu(), theirs)
-        assert torch.equal(sums, ops.slot_checksums(registered, slots))
-        assert torch.equal(sums.cpu(), ops.slot_checksums(memory, slots.cpu()))
+        assert torch.equal(sums, chunk_ops.slot_checksums(registered, slots))
+        assert torch.equal(sums.cpu(), chunk_ops.slot_checksums(memory, slots.cpu()))
     finally:
         torch.cuda.synchronize()
         runtime.cudaHostUnregister(registered.data_ptr())

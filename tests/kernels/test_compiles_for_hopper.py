@@ -31,12 +31,20 @@ def compile_only(self, *args, grid, warmup, run=JITFunction.run, **kwargs):
 driver.set_active(Hopper())
 JITFunction.run = compile_only
 
-from forecache.kernels import (
-    csa_decode, flag_non_finite, gather_layer, merge_partials, quantize_chunks, score_chunks, score_entries,
-    slot_checksums, sparse_decode, store_kv, top_entries, tuning,
-)
-from forecache.kernels.columns import Columns
-from forecache.kernels.tuning import DecodeConfig
+from forecache.kernels.csa import decode as csa_decode
+from forecache.kernels.attention import flag_non_finite
+from forecache.kernels.attention import gather_layer
+from forecache.kernels.attention import merge_partials
+from forecache.kernels.chunks import quantize_chunks
+from forecache.kernels.chunks import score_chunks
+from forecache.kernels.csa import score_entries
+from forecache.kernels.chunks import slot_checksums
+from forecache.kernels.attention import decode as sparse_decode
+from forecache.kernels.attention import store_kv
+from forecache.kernels.csa import top_entries
+from forecache.kernels.common import tuning
+from forecache.kernels.common.columns import Columns
+from forecache.kernels.common.tuning import DecodeConfig
 
 tuning.gpu_family = lambda device: "hopper"
 tuning.multiprocessors = lambda device: 132

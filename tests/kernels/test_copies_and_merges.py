@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import gather_layer, merge_partials, ops, reference, store_kv
+from forecache.kernels.attention import gather_layer, merge_partials, ops, reference, store_kv
 
 Error = Callable[[Tensor, Tensor], float]
 Poison = Callable[[], Any]

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import csa_decode, ops_csa, reference_csa, score_entries, top_entries
+from forecache.kernels.csa import decode as csa_decode
+from forecache.kernels.csa import ops as ops_csa
+from forecache.kernels.csa import reference as reference_csa
+from forecache.kernels.csa import score_entries, top_entries
 
 Poison = Callable[[], Any]
 Measure = Callable[[Tensor, Tensor], float]

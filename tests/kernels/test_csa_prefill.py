@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from forecache.kernels import csa_prefill, reference_csa
+from forecache.kernels.csa import prefill as csa_prefill
+from forecache.kernels.csa import reference as reference_csa
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import quantize_chunks, reference, store_kv
+from forecache.kernels.attention import reference, store_kv
+from forecache.kernels.chunks import quantize_chunks
 
 Error = Callable[[Tensor, Tensor], float]
 FP8 = torch.float8_e4m3fn

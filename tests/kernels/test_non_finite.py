@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from forecache.kernels import flag_non_finite, reference, store_kv
+from forecache.kernels.attention import flag_non_finite, reference, store_kv
 
 WRONG = [float("nan"), float("inf"), -float("inf")]
 

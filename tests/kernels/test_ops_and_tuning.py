@@ -6,13 +6,15 @@ import sys
 import pytest
 import torch
 
-from forecache.kernels import tuning
+from forecache.kernels.common import tuning
 
 CPU_WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # an import of it fails, as on macOS
 import torch
-from forecache.kernels import ops, prefill
+from forecache.kernels.attention import prefill
+from forecache.kernels.chunks import ops as chunk_ops
+from forecache.kernels.attention import ops
 
 kv = torch.randn(4, 1, 2, 2, 16, 64)
 where = torch.tensor([3])
@@ -21,7 +23,7 @@ table, lens = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([20], dtyp
 out, lse = ops.sparse_decode(torch.randn(1, 4, 64), kv, 0, table, lens, 0.125)
 out, lse = ops.merge_partials(out, lse, out, lse)
 k, v = ops.gather_layer(kv, 0, where)
-assert ops.slot_checksums(torch.ones(2, 256, dtype=torch.uint8), where[:0]).shape == (0,)
+assert chunk_ops.slot_checksums(torch.ones(2, 256, dtype=torch.uint8), where[:0]).shape == (0,)
 out, lse = prefill.prefill_attention(torch.randn(16, 4, 64), k, v, [(k, v)], 0.125)
 assert out.isfinite().all() and (k[:, 3] == 1).all()
 print("done")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import prefill, reference
+from forecache.kernels.attention import prefill, reference
 
 Error = Callable[[Tensor, Tensor], float]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.indexer.index_keys import IndexSpec, chunk_lse, encode_chunks
-from forecache.kernels import ops, reference, score_chunks
-from forecache.kernels.columns import Columns, fits_columns
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.records.scores import chunk_lse
+from forecache.kernels.chunks import ops, reference, score_chunks
+from forecache.kernels.common.columns import Columns, fits_columns
 
 Poison = Callable[[], Any]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import reference
-from forecache.kernels import sparse_decode as triton_kernel
-from forecache.kernels.tuning import DecodeConfig
+from forecache.kernels.attention import decode as triton_kernel
+from forecache.kernels.attention import reference
+from forecache.kernels.common.tuning import DecodeConfig
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 INTERPRETED = not torch.cuda.is_available()

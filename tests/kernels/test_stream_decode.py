@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.kernels import sparse_decode as triton_kernel
-from forecache.kernels.tuning import DecodeConfig
+from forecache.kernels.attention import decode as triton_kernel
+from forecache.kernels.common.tuning import DecodeConfig
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 INTERPRETED = not torch.cuda.is_available()

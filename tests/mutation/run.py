@@ -216,7 +216,7 @@ def _imports(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    # ``from forecache.kernels import ops`` names a module too
+    # ``from forecache.kernels.attention import ops`` names a module too
     return found | {
         f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
     }

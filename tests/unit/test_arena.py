@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forecache.workers.errors import ArenaError, ChunkLostError
-from forecache.workers.memory.arena import PAGE_BYTES, Arena, remove_abandoned
-from forecache.workers.memory.headers import HEADER, OPEN
-from forecache.workers.memory.layout import ChunkLayout, attention_layout
-from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.arena.arena import PAGE_BYTES, Arena, remove_abandoned
+from forecache.workers.memory.arena.headers import HEADER, OPEN
+from forecache.workers.memory.format.layout import ChunkLayout, attention_layout
+from forecache.workers.memory.format.slots import SlotRef
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 INDEX_NBYTES = 100
@@ -25,9 +25,9 @@ KEY = bytes(range(16))
 OWNER = """
 import sys, torch
 from pathlib import Path
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
 layout = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 arena = Arena.create(
     Path(sys.argv[1]), "owned", layout=layout, index_nbytes=100, index_fingerprint="index",

@@ -16,11 +16,11 @@ import torch
 import xxhash
 
 from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
-from forecache.workers.memory import arena as arena_module
-from forecache.workers.memory.arena import Arena, ArenaDescription, describe, remove_abandoned
-from forecache.workers.memory.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, Headers
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.arena import arena as arena_module
+from forecache.workers.memory.arena.arena import Arena, ArenaDescription, describe, remove_abandoned
+from forecache.workers.memory.arena.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, Headers
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 NBYTES = LAYOUT.nbytes

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.engine.async_engine import AsyncEngine
 from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
 

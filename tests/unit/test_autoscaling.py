@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from forecache.cluster.autoscaling import HOT_POOL_TARGET, HOT_POOL_USAGE, PROMISED_TARGET, memory_nodes, workers
-from forecache.workers.memory.protocol import TierStats
+from forecache.cluster.launch.autoscaling import HOT_POOL_TARGET, HOT_POOL_USAGE, PROMISED_TARGET, memory_nodes, workers
+from forecache.workers.memory.arena.stats import TierStats
 
 
 def context(requests: float, usages: list[float] | None, replicas: int = 2) -> AutoscalingContext:

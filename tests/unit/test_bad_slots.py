@@ -8,17 +8,17 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from forecache.workers.decode.backbone import expected_layout, load_config
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.errors import OverloadedError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.states import StateLayout
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read, take_in
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.models.backbone import expected_layout, load_config
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 INDEX_NBYTES = 64

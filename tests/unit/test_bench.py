@@ -11,10 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forecache.cluster import bench, cli
-from forecache.workers.bench_decode import WARMUP_STEPS, Settings, measure
-from forecache.workers.bench_turns import TURN_STEPS
+from forecache.cluster.cli import bench
+from forecache.cluster.cli.main import main as cli
 from forecache.workers.errors import InvalidRequestError
+from forecache.workers.evaluation.bench_decode import WARMUP_STEPS, Settings, measure
+from forecache.workers.evaluation.bench_turns import TURN_STEPS
 
 Reference = Callable[[list[int], int], list[int]]
 CONTEXT = 1000

@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from forecache.workers import corpus
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.model_runner import ModelRunner
-from forecache.workers.decode.sequence import Sequence, State
-from forecache.workers.decode.step import Plan, StreamPart
-from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
+from forecache.workers.core.requests import GenerateRequest
+from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.step_plan import Plan, StreamPart
+from forecache.workers.evaluation import corpus
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.dense.runner import ModelRunner
+from forecache.workers.models.dense.scorer import choose_index_spec
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CLEAR_GAP = 0.5

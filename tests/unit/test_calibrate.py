@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from forecache.indexer.manifest import RetrievalManifest, find_manifest
-from forecache.workers.decode.calibrate import ATTENTION, AnswerMass, answer_mass, calibrate, calibration_tasks
+from forecache.indexer.records.manifest import RetrievalManifest, find_manifest
+from forecache.workers.recording.calibrate import ATTENTION, AnswerMass, answer_mass, calibrate, calibration_tasks
 
 CHUNK_TOKENS = 32
 DOCUMENTS = 4

@@ -12,11 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forecache.cluster.redis_server import EmbeddedRedis
+from forecache.cluster.launch.redis_server import EmbeddedRedis
 from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
-from forecache.workers.memory import publisher as tier_module
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import (
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.format.chunk_batch import ChunkBatch
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.tier import publisher as tier_module
+from forecache.workers.memory.tier.catalog import (
     BATCH_KEYS,
     CHUNK_EXPIRY_S,
     CHUNK_PREFIX,
@@ -28,16 +33,11 @@ from forecache.workers.memory.catalog import (
     StoredRun,
     TierRecord,
 )
-from forecache.workers.memory.chunk_batch import ChunkBatch
-from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.exchange import ChunkExchange
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.placement import rendezvous
-from forecache.workers.memory.publisher import CatalogPublisher
-from forecache.workers.memory.sessions import Sessions
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import take_in
+from forecache.workers.memory.tier.exchange import ChunkExchange
+from forecache.workers.memory.tier.placement import rendezvous
+from forecache.workers.memory.tier.publisher import CatalogPublisher
+from forecache.workers.memory.tier.session_pins import Sessions
+from forecache.workers.memory.tier.transfer import take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEYS = [bytes([i]) * 16 for i in range(8)]

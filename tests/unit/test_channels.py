@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from forecache.cluster.channels import ChanneledStream
-from forecache.cluster.channels import Channels as ClientChannels
+from forecache.cluster.config import ResumeConfig
+from forecache.cluster.dispatch.channels import ChanneledStream
+from forecache.cluster.dispatch.channels import Channels as ClientChannels
+from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.resume import ResumeConfig, ResumingStream
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.channels import Channels as WorkerChannels
-from forecache.workers.decode.messages import (
+from forecache.workers.core.requests import (
     ChannelRequest,
     EventBatch,
     GenerateRequest,
@@ -23,6 +22,8 @@ from forecache.workers.decode.messages import (
     SamplingParams,
     TokenEvent,
 )
+from forecache.workers.engine.async_engine import AsyncEngine
+from forecache.workers.engine.channels import Channels as WorkerChannels
 from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
 

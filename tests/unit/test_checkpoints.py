@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.preflight import check_model, check_tokenizer
-from forecache.workers.decode.backbone import load_backbone, load_config
-from forecache.workers.decode.checkpoint import NAMED, some
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.cluster.launch.preflight import check_model, check_tokenizer
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.errors import InvalidModelError, UnsupportedModelError
+from forecache.workers.models.backbone import load_backbone, load_config
+from forecache.workers.models.checkpoint import NAMED, some
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 Spoil = Callable[[Path], object]
@@ -401,7 +401,7 @@ def test_serving_a_damaged_checkpoint_ends_with_one_sentence_and_status_2(copy: 
     in_shards(copy)
     shard = max(copy.glob("model-*.safetensors"))
     shard.unlink()
-    command = [sys.executable, "-m", "forecache.cluster.cli", "serve", "--model", str(copy), "--device", "cpu"]
+    command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(copy), "--device", "cpu"]
     done = subprocess.run(
         [*command, "--port", "0", "--cold-bytes", "64MiB"], capture_output=True, text=True, timeout=300
     )

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from forecache.workers.decode.chunk_states import chunk_view
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.decode.sequence import Sequence, State
-from forecache.workers.decode.turn import Turn
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.sequence import Sequence, State
 from forecache.workers.llm import LLM
-from forecache.workers.memory.keys import root_key
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.residency.chunk_view import chunk_view
+from forecache.workers.residency.pending_set import Turn
 
 CHUNK = 16
 

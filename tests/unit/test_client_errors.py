@@ -18,26 +18,24 @@ import redis
 from fastapi.testclient import TestClient
 
 import forecache
-from forecache.cluster import logs
-from forecache.cluster.admission import Admission
-from forecache.cluster.answers import AnswerFormat, server_sent_events
-from forecache.cluster.api import Api
-from forecache.cluster.choices import ChoiceStreams
-from forecache.cluster.config import ServeConfig
+from forecache.cluster.config import LimitsConfig, ServeConfig, TelemetryConfig
+from forecache.cluster.dispatch.choices import ChoiceStreams
+from forecache.cluster.dispatch.completion_stream import EventStream
 from forecache.cluster.errors import ApiError, RefusedError, StartError, from_exception, from_http_status
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.machine import check_redis
-from forecache.cluster.metrics import Metrics
-from forecache.cluster.prompts import PromptEncoder
-from forecache.cluster.streams import EventStream
-from forecache.cluster.telemetry_config import TelemetryConfig
-from forecache.cluster.tenants import Tenants, new_key
+from forecache.cluster.http.admission import Admission
+from forecache.cluster.http.api import Api
+from forecache.cluster.http.prompts import PromptEncoder
+from forecache.cluster.http.responses import AnswerFormat, server_sent_events
+from forecache.cluster.http.tenants import Tenants, new_key
+from forecache.cluster.launch.machine import check_redis
+from forecache.cluster.observe import logs
+from forecache.cluster.observe.metrics import Metrics
 from forecache.cluster.tiers import Tiers
-from forecache.workers.decode.messages import GenerateRequest, TokenEvent
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.core.requests import GenerateRequest, TokenEvent
 from forecache.workers.errors import CatalogUnavailableError, ForecacheError, InvalidRequestError
 from forecache.workers.masking import mask_places, mask_secrets
-from forecache.workers.memory.catalog import Catalog
+from forecache.workers.memory.tier.catalog import Catalog
+from forecache.workers.models.tokenizer import load_tokenizer
 
 PASSWORD, KEY, FILE = "hunter2/s3cr@t", new_key()[0], "tenants-of-acme"
 URL = f"redis://:{PASSWORD}@10.1.2.3:6379/0"
@@ -226,8 +224,8 @@ def test_log_lines_of_any_library_are_masked() -> None:
     """Also those of Ray and Serve, whose handlers and formatters are not ours: in a process of its own."""
     program = f"""
 import logging, sys
-from forecache.cluster import logs
-from forecache.cluster.telemetry_config import TelemetryConfig
+from forecache.cluster.observe import logs
+from forecache.cluster.config import TelemetryConfig
 logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
 logs.configure(TelemetryConfig(), "worker", "1", sys.stdout)
 planted = {PLANTED!r}
@@ -272,7 +270,7 @@ def test_settings_do_not_print_the_password() -> None:
 
 def test_other_processes_do_not_see_the_password_in_the_command_line() -> None:
     program = (
-        "import sys; from forecache.cluster.command_line import hide_passwords; hide_passwords(); "
+        "import sys; from forecache.cluster.cli.command_line import hide_passwords; hide_passwords(); "
         "print(open('/proc/self/cmdline').read().split(chr(0))[3:]); print(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, "serve", "--redis-url", URL, "--model", "org/name@main"]

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from ray.exceptions import TaskCancelledError
 
-from forecache.cluster.admission import Admission
-from forecache.cluster.api import CLIENT_LEFT_STATUS, Api
-from forecache.cluster.ingress import ServeCall
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.metrics import Metrics
-from forecache.cluster.tenants import Tenants
-from forecache.workers.decode.messages import Accepted, Refused
+from forecache.cluster.config import LimitsConfig
+from forecache.cluster.http.admission import Admission
+from forecache.cluster.http.api import CLIENT_LEFT_STATUS, Api
+from forecache.cluster.http.ingress import ServeCall
+from forecache.cluster.http.tenants import Tenants
+from forecache.cluster.observe.metrics import Metrics
+from forecache.workers.core.requests import Accepted, Refused
 from forecache.workers.errors import InvalidRequestError, OverloadedError
 
 

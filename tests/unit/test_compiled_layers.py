@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from forecache.workers.decode.backbone import load_backbone
-from forecache.workers.decode.compiled_layers import check_compiled_once, compiled_graphs, decoder_layers
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.llm import LLM
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.models.dense.compiled_layers import check_compiled_once, compiled_graphs, decoder_layers
 
 gpu = pytest.mark.gpu
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: steps are compiled only there")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from forecache.cluster.config import ConfigError, ServeConfig, add_flags, config_from_args
-from forecache.cluster.sizes import parse_bytes
+from forecache.cluster.config import ConfigError, ServeConfig, add_flags, config_from_args, parse_bytes
 
 
 def parse(*argv: str) -> ServeConfig:

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from forecache.kernels import reference
+from forecache.kernels.chunks import reference
 from forecache.workers.errors import ArenaError
-from forecache.workers.memory import cuda_copies
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Recalled, WrittenBack
-from forecache.workers.memory.copies import BATCH_CHUNKS, Copies, CopyItem, CpuCopies, Mark
-from forecache.workers.memory.cuda_copies import CudaCopies
-from forecache.workers.memory.cuda_host import RegisteredMemory
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.layout import ChunkLayout, attention_layout, cold_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot import cuda_copies
+from forecache.workers.memory.hot.completions import Recalled, WrittenBack
+from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copies, CopyItem, CpuCopies, Mark
+from forecache.workers.memory.hot.cuda_copies import CudaCopies
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
 
 CUDA = pytest.param(
     "cuda",

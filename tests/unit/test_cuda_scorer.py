@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forecache.indexer.config import IndexerConfig
-from forecache.indexer.cuda_scorer import CudaIndexer, RecordCache
-from forecache.indexer.index_keys import IndexSpec, encode_chunks
-from forecache.indexer.protocol import Indexer, PredictRequest
-from forecache.indexer.scorer import LocalIndexer
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.serving.config import IndexerConfig
+from forecache.indexer.serving.cuda_scorer import CudaIndexer, RecordCache
+from forecache.indexer.serving.protocol import Indexer, PredictRequest
+from forecache.indexer.serving.scorer import LocalIndexer
 from forecache.workers.llm import LLM
-from forecache.workers.memory.cuda_host import RegisteredMemory
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUERY_HEADS = ((3, 1), (0, 0), (3, 0), (5, 2), (0, 5))

@@ -1,6 +1,6 @@
 """DeepSeek-V4 at keep ratio 1.0: logits are those of transformers, wherever chunks and states were meanwhile.
 
-With random weights; with ``--dsv4-model DIR`` with those of a model that `forecache.workers.dsv4_train` has trained.
+With random weights; with ``--dsv4-model DIR`` with those of a model that `train_small_deepseek_v4.train` has trained.
 """
 
 import random
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DeepseekV4ForCausalLM
 
-from forecache.kernels import reference_csa
-from forecache.workers.decode.backbone import expected_layout, load_config
-from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS
-from forecache.workers.decode.running_step import RunningStep
-from forecache.workers.decode.step import Plan
-from forecache.workers.dsv4_documents import DocumentMaker
+from forecache.kernels.csa import reference as reference_csa
+from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
-from forecache.workers.memory.keys import prefix_keys, root_key
+from forecache.workers.memory.format.keys import prefix_keys, root_key
+from forecache.workers.models.backbone import expected_layout, load_config
+from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS
+from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.recording.deepseek_v4.documents import DocumentMaker
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
 PromptOf = Callable[..., list[int]]
@@ -217,9 +217,9 @@ def test_prefill_and_decode_across_chunks_and_the_entries_selected(
 def fixed(path: Path, model: DeepseekV4ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     """Its decode steps have the fixed shapes of a CUDA graph, and run eagerly here; its pages of HCA entries are small,
     and move when they become more."""
-    for module in ("dsv4_state", "dsv4_layout", "dsv4_graph"):
-        monkeypatch.setattr(f"forecache.workers.decode.{module}.PAGE_ENTRIES", 2)
-    monkeypatch.setattr("forecache.workers.decode.dsv4_state.FIRST_PAGES", 1)
+    for module in ("state", "layout", "graph"):
+        monkeypatch.setattr(f"forecache.workers.models.deepseek_v4.{module}.PAGE_ENTRIES", 2)
+    monkeypatch.setattr("forecache.workers.models.deepseek_v4.state.FIRST_PAGES", 1)
     with open_llm(path) as llm:
         llm.engine._runner.warm_up(max_batch_size=4, max_chunks=8, cuda_graphs=True, torch_compile=False)
         yield llm

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.preflight import check_model, settle
-from forecache.workers.decode.backbone import load_backbone, load_config
-from forecache.workers.decode.dsv4_shape import CHUNK_TOKENS, DeepseekV4Shape
+from forecache.cluster.launch.preflight import check_model, settle
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.llm import LLM
+from forecache.workers.models.backbone import load_backbone, load_config
+from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS, DeepseekV4Shape
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
 

@@ -16,16 +16,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV4ForCausalLM
 
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.entry_scores import chunk_scores, entry_logits
-from forecache.indexer.flashmemory import STEPS, FlashMemoryError, FlashMemoryIndexer, RetrieverShape, walsh_hadamard
-from forecache.indexer.index_keys import IndexSpec, encode_chunks
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
-from forecache.workers.decode.dsv4_queries import EntryProbe
-from forecache.workers.decode.dsv4_shape import DeepseekV4Shape
+from forecache.indexer.flashmemory.checkpoint import (
+    STEPS,
+    FlashMemoryError,
+    FlashMemoryIndexer,
+    RetrieverShape,
+    walsh_hadamard,
+)
+from forecache.indexer.records.entry_scores import chunk_scores, entry_logits
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.cuda_scorer import CudaIndexer
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.llm import LLM
-from forecache.workers.memory.cuda_host import RegisteredMemory
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
+from forecache.workers.models.deepseek_v4.queries import EntryProbe
+from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
 CHUNK_BYTES = 37376

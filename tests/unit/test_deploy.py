@@ -16,12 +16,12 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from forecache.cluster import autoscaling, cli, serve_app
-from forecache.cluster.api import Api
-from forecache.cluster.config import ConfigError, ServeConfig, config_from_args
-from forecache.cluster.redis_server import EVICTION
-from forecache.cluster.sizes import parse_bytes
-from forecache.indexer.index_keys import IndexSpec
+from forecache.cluster.cli.main import main as cli
+from forecache.cluster.config import ConfigError, ServeConfig, config_from_args, parse_bytes
+from forecache.cluster.http.api import Api
+from forecache.cluster.launch import autoscaling, serve_app
+from forecache.cluster.launch.redis_server import EVICTION
+from forecache.indexer.records.index_spec import IndexSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -201,7 +201,7 @@ def test_serve_takes_its_config(ray_service: dict[str, Any]) -> None:
     mounts = [x["mountPath"] for pod in ours("multi-node") for x in pod["spec"]["containers"][0]["volumeMounts"]]
     for file in arguments.config:  # wherever Serve builds the application
         assert mounts.count(str(file.parent)) == len(ours("multi-node")) == 3
-    source = (ROOT / "cluster/serving.py").read_text(encoding="utf-8")
+    source = (ROOT / "cluster/launch/cluster.py").read_text(encoding="utf-8")
     assert all(f'name="{deployment.name}"' in source for deployment in application.deployments)
 
 

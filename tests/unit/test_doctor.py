@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from forecache.cluster import doctor, redis_server
+from forecache.cluster.cli import doctor
 from forecache.cluster.config import ServeConfig
+from forecache.cluster.launch import redis_server
+from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.protocol import TierStats
 
 
 def test_this_machine_is_looked_at_whole() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from forecache.workers.dsv4_forward import TrainingForward
+from forecache.workers.recording.deepseek_v4.forward import TrainingForward
 
 
 def tiny(topk: int) -> DeepseekV4ForCausalLM:
@@ -51,7 +51,7 @@ def tiny(topk: int) -> DeepseekV4ForCausalLM:
 @pytest.mark.parametrize("topk", [8, 512], ids=["selected", "everything"])
 @pytest.mark.parametrize("segment", [2048, 64])
 def test_logits_are_those_of_transformers(topk: int, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forecache.workers.dsv4_attention.SEGMENT", segment)
+    monkeypatch.setattr("forecache.workers.recording.deepseek_v4.attention.SEGMENT", segment)
     model = tiny(topk)
     ids = torch.randint(0, 97, (2, 288))
     forward = TrainingForward(model)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.indexer.config import SelectionConfig
-from forecache.workers.decode.dsv4_graph import FixedSteps, run_model
-from forecache.workers.decode.running_step import RunningStep
-from forecache.workers.decode.step import Plan
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
+from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
+from forecache.workers.models.in_flight_step import RunningStep
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS, CHUNKS = 4, 12
@@ -33,9 +33,9 @@ def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of HCA entries are small, and move whenever they become more."""
-    for module in ("dsv4_state", "dsv4_layout", "dsv4_graph"):
-        monkeypatch.setattr(f"forecache.workers.decode.{module}.PAGE_ENTRIES", 2)
-    monkeypatch.setattr("forecache.workers.decode.dsv4_state.FIRST_PAGES", 1)
+    for module in ("state", "layout", "graph"):
+        monkeypatch.setattr(f"forecache.workers.models.deepseek_v4.{module}.PAGE_ENTRIES", 2)
+    monkeypatch.setattr("forecache.workers.models.deepseek_v4.state.FIRST_PAGES", 1)
 
 
 def open_llm(path: Path, arena_dir: Path, device: str, **settings: Any) -> LLM:

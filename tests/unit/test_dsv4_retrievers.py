@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_small_deepseek_v4.model import new_model, save_model, small_config
+from train_small_deepseek_v4.tokenizer import build_tokenizer
 
-from forecache.cluster import cli
-from forecache.indexer.entry_shards import OWN_FILE, EntryManifest, read_document, read_retrievers
-from forecache.indexer.retriever_train import VALIDATION_BUDGET, recall_at
-from forecache.indexer.retrievers import Retrievers, candidates, chunk_recall
-from forecache.indexer.shards import ShardError
-from forecache.workers.dsv4_attention import CsaCapture, index_scores
-from forecache.workers.dsv4_documents import REPLY, DocumentMaker
-from forecache.workers.dsv4_forward import TrainingForward
-from forecache.workers.dsv4_model import new_model, save_model, small_config
-from forecache.workers.dsv4_record import CHUNK_TOKENS, EntryRecipe
-from forecache.workers.dsv4_tokenizer import build_tokenizer
+from forecache.cluster.cli.main import main as cli
+from forecache.indexer.flashmemory.entry_shards import OWN_FILE, EntryManifest, read_document, read_retrievers
+from forecache.indexer.flashmemory.retrievers import Retrievers, candidates, chunk_recall
+from forecache.indexer.flashmemory.train import VALIDATION_BUDGET, recall_at
+from forecache.indexer.records.shards import ShardError
+from forecache.workers.recording.deepseek_v4.attention import CsaCapture, index_scores
+from forecache.workers.recording.deepseek_v4.documents import REPLY, DocumentMaker
+from forecache.workers.recording.deepseek_v4.forward import TrainingForward
+from forecache.workers.recording.deepseek_v4.record import CHUNK_TOKENS, EntryRecipe
 
 SHORTEST, LONGEST = 1536, 1792
 DOCUMENTS = ["--documents", "2", "--eval-documents", "1", "--min-tokens", f"{SHORTEST}", "--max-tokens", f"{LONGEST}"]

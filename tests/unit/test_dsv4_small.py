@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from forecache.indexer.config import IndexerConfig, SelectionConfig
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.workers.evaluation.ruler import Generator, Task, score
 from forecache.workers.llm import LLM
-from forecache.workers.ruler import Generator, Task, score
+from forecache.workers.models.tokenizer import load_tokenizer
 
 MODELS = Path(__file__).parent.parent / "models"
 MODEL, RETRIEVERS = MODELS / "dsv4-small", MODELS / "dsv4-small-retrievers.safetensors"

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from train_small_deepseek_v4.model import new_model, save_model, small_config
+from train_small_deepseek_v4.tokenizer import build_tokenizer
+from train_small_deepseek_v4.train import LOG_FILE, Curriculum, Progress, accuracy, train
+from train_small_deepseek_v4.trainer import Phase, TrainConfig, Trainer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,14 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from forecache.workers import corpus
-from forecache.workers.dsv4_documents import FACT, KINDS, NUMBER, REPLY, DocumentMaker
-from forecache.workers.dsv4_forward import TrainingForward
-from forecache.workers.dsv4_model import new_model, save_model, small_config
-from forecache.workers.dsv4_tokenizer import build_tokenizer
-from forecache.workers.dsv4_train import LOG_FILE, Curriculum, Progress, accuracy, train
-from forecache.workers.dsv4_trainer import Phase, TrainConfig, Trainer
-from forecache.workers.ruler import CITIES, NOUNS, PEOPLE, Generator, score
+from forecache.workers.evaluation import corpus
+from forecache.workers.evaluation.ruler import CITIES, NOUNS, PEOPLE, Generator, score
+from forecache.workers.recording.deepseek_v4.documents import FACT, KINDS, NUMBER, REPLY, DocumentMaker
+from forecache.workers.recording.deepseek_v4.forward import TrainingForward
 
 CPU = torch.device("cpu")
 PHASES: tuple[Phase, ...] = ("dense", "indexer", "sparse")

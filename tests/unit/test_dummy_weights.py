@@ -8,13 +8,13 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from forecache.cluster.config import add_flags, config_from_args
-from forecache.workers.decode.backbone import Backbone, load_backbone
-from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.decode.verify import verify_backbone
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.llm import LLM
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.dense.scorer import choose_index_spec
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
+from forecache.workers.models.verify import verify_backbone
 
 SHAPE = {
     "vocab_size": 320,

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
-from forecache.workers.decode.early_scores import EarlyScores
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.sequence import Sequence
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.sequence import Sequence
 from forecache.workers.llm import LLM
+from forecache.workers.residency.early_scores import EarlyScores
 
 TOKENS = 40
 """Less than a window: every boundary is an early one."""

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.decode.model_runner import ModelRunner
-from forecache.workers.decode.step import DecodeRow
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.step_plan import DecodeRow
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.completions import RecallItem
-from forecache.workers.memory.prefetcher import Prefetcher
+from forecache.workers.memory.hot.completions import RecallItem
+from forecache.workers.memory.hot.prefetcher import Prefetcher
+from forecache.workers.models.dense.runner import ModelRunner
 
 Reference = Callable[[list[int], int], list[int]]
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4

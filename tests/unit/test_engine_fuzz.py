@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams
-from forecache.workers.decode.sequence import State
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, Policy, SamplingParams
+from forecache.workers.core.sequence import State
 from forecache.workers.llm import LLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forecache.cluster import cli
+from forecache.cluster.cli.main import main as cli
 from forecache.workers.errors import ForecacheError
-from forecache.workers.eval_summary import summarize
-from forecache.workers.evaluate import COLUMNS, Answer, Clock, Column, Plan, Records, evaluate
-from forecache.workers.ruler import Generator, Sample
+from forecache.workers.evaluation.eval_summary import summarize
+from forecache.workers.evaluation.evaluate import COLUMNS, Answer, Clock, Column, Plan, Records, evaluate
+from forecache.workers.evaluation.ruler import Generator, Sample
 
 VOCABULARY = 800
 TASKS = ("needle", "words")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.workers.statistics import mean_difference, paired_test, sign_test, wilson_interval
+from forecache.workers.evaluation.statistics import mean_difference, paired_test, sign_test, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,18 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forecache.workers.corpus import definitions, paragraphs
 from forecache.workers.errors import InvalidRequestError
-from forecache.workers.ruler import COMMON_FACTOR, COMMON_WORDS, HOPS, NEEDLES, Generator, Sample, Task, score
+from forecache.workers.evaluation.corpus import definitions, paragraphs
+from forecache.workers.evaluation.ruler import (
+    COMMON_FACTOR,
+    COMMON_WORDS,
+    HOPS,
+    NEEDLES,
+    Generator,
+    Sample,
+    Task,
+    score,
+)
 
 TASKS: tuple[Task, ...] = get_args(Task)
 LENGTHS = (1536, 6000)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from forecache.workers import corpus
-from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.evaluation import corpus
 from forecache.workers.llm import LLM
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
 
 PROMPT_TOKENS = (2000, 3500, 6000)
 TOKENS = 64

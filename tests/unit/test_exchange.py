@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import Catalog, TierRecord
-from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.exchange import ChunkExchange
-from forecache.workers.memory.hosting import HostedSequences
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.publisher import CatalogPublisher
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read, take_in
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.tier.catalog import Catalog, TierRecord
+from forecache.workers.memory.tier.exchange import ChunkExchange
+from forecache.workers.memory.tier.hosting import HostedSequences
+from forecache.workers.memory.tier.publisher import CatalogPublisher
+from forecache.workers.memory.tier.transfer import read, take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEY = b"k" * 16

@@ -17,18 +17,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from forecache.cluster.answers import AnswerFormat, collect, server_sent_events
-from forecache.cluster.channels import ChanneledStream, Channels, Replacement
-from forecache.cluster.choices import ChoiceStreams
-from forecache.cluster.config import ServeConfig
+from forecache.cluster.config import ResumeConfig, ServeConfig
+from forecache.cluster.dispatch.channels import ChanneledStream, Channels, Replacement
+from forecache.cluster.dispatch.choices import ChoiceStreams
+from forecache.cluster.dispatch.completion_stream import EventStream
+from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import ApiError, NoWorkerError, WorkerLostError, WorkerSilentError, from_exception
-from forecache.cluster.resume import ResumeConfig, ResumingStream
-from forecache.cluster.streams import EventStream
-from forecache.workers.decode import attention
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.channels import Channels as WorkerChannels
-from forecache.workers.decode.chunk_keeper import ChunkKeeper
-from forecache.workers.decode.messages import (
+from forecache.cluster.http.responses import AnswerFormat, collect, server_sent_events
+from forecache.workers.core.requests import (
     SIGN_OF_LIFE_S,
     Accepted,
     GenerateRequest,
@@ -37,17 +33,21 @@ from forecache.workers.decode.messages import (
     SequenceStats,
     TokenEvent,
 )
-from forecache.workers.decode.pulse import Pulse
+from forecache.workers.engine.async_engine import AsyncEngine
+from forecache.workers.engine.channels import Channels as WorkerChannels
+from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
+from forecache.workers.engine.pulse import Pulse
 from forecache.workers.errors import ChunkLostError, EngineHungError, OverloadedError
 from forecache.workers.llm import LLM
-from forecache.workers.memory import locator
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled
-from forecache.workers.memory.copies import Copied, CopyItem
-from forecache.workers.memory.far_chunks import FarChunks
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.share import Share
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.hot import prefix_search as locator
+from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Recalled
+from forecache.workers.memory.hot.copies import Copied, CopyItem
+from forecache.workers.memory.hot.remote_chunks import FarChunks
+from forecache.workers.models.dense import attention
 
 T = TypeVar("T")
 pytestmark = pytest.mark.usefixtures("one_thread")

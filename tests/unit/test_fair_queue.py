@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.cluster.fair_queue import FairQueue
+from forecache.cluster.http.fair_queue import FairQueue
 
 
 def popped(queue: FairQueue[str], most_cost: int | None = None) -> list[str]:

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forecache.indexer.config import IndexerConfig
-from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest
-from forecache.workers.decode.budgets import measure
-from forecache.workers.decode.engine import Engine
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.running_step import RunningStep
-from forecache.workers.decode.step import Captured, Plan
-from forecache.workers.decode.window import WindowCycle
+from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.serving.config import IndexerConfig
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.step_plan import Captured, Plan
+from forecache.workers.engine.engine import Engine
 from forecache.workers.llm import LLM
+from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.residency.budgets import measure
+from forecache.workers.residency.window import WindowCycle
 
 CHUNK = 16
 CHUNK_BYTES = 3 * 2 * 2 * CHUNK * 16 * 4

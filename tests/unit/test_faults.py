@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.protocol import Prediction, PredictRequest
-from forecache.indexer.scorer import LocalIndexer
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenEvent
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.protocol import Prediction, PredictRequest
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenEvent
 from forecache.workers.errors import ChunkLostError, ForecacheError, InvalidRequestError, OverloadedError
 from forecache.workers.llm import LLM
-from forecache.workers.memory import locator
-from forecache.workers.memory.completions import RecallItem
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.protocol import Reservation
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.slots import Reservation
+from forecache.workers.memory.hot import prefix_search as locator
+from forecache.workers.memory.hot.completions import RecallItem
+from forecache.workers.memory.hot.prefetcher import Prefetcher
 
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 MOST_STEPS = 1500

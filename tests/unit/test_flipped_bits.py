@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import PrefixHeld, Recalled, RecallItem
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read, take_in
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.hot.completions import PrefixHeld, Recalled, RecallItem
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
+from forecache.workers.memory.tier.transfer import read, take_in
 
 CHUNKS = 1000
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)

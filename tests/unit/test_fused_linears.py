@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from forecache.workers.decode.fused_linears import FusedLinear, fuse_checked, fuse_linears
+from forecache.workers.models.dense.fused_linears import FusedLinear, fuse_checked, fuse_linears
 
 SHAPE = {
     "vocab_size": 99,

@@ -13,12 +13,12 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forecache.cluster.metrics import Metrics, registry_of
-from forecache.cluster.targets import service_discovery
-from forecache.indexer.protocol import IndexerStats
-from forecache.indexer.telemetry import Component, MetricsTarget
-from forecache.workers.decode.stats import EngineStats, ScorerStats, WorkerStats
-from forecache.workers.memory.protocol import TierStats
+from forecache.cluster.observe.metrics import Metrics, registry_of
+from forecache.cluster.observe.metrics_targets import service_discovery
+from forecache.indexer.serving.protocol import IndexerStats
+from forecache.indexer.serving.telemetry import Component, MetricsTarget
+from forecache.workers.core.stats import EngineStats, ScorerStats, WorkerStats
+from forecache.workers.memory.arena.stats import TierStats
 
 GRAFANA = Path(__file__).resolve().parents[2] / "grafana"
 DASHBOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))

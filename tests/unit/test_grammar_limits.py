@@ -10,13 +10,12 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forecache.cluster.config import ServeConfig
+from forecache.cluster.config import DEFAULT_GRAMMAR_BYTES, ServeConfig
 from forecache.cluster.errors import RefusedError
-from forecache.cluster.limits import DEFAULT_GRAMMAR_BYTES
-from forecache.cluster.prompts import PromptEncoder
-from forecache.cluster.request_reader import ReadRequest, RequestReader, Wanted
-from forecache.workers.decode.grammar import Grammars
-from forecache.workers.decode.messages import SamplingParams
+from forecache.cluster.http.prompts import PromptEncoder
+from forecache.cluster.http.request_reader import ReadRequest, RequestReader, Wanted
+from forecache.workers.core.grammar import Grammars
+from forecache.workers.core.requests import SamplingParams
 from forecache.workers.errors import InvalidRequestError
 
 MAX_VALUES = 4_000_000

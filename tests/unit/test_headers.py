@@ -5,8 +5,8 @@ import numpy.typing as npt
 import pytest
 import xxhash
 
-from forecache.workers.memory import headers as headers_module
-from forecache.workers.memory.headers import (
+from forecache.workers.memory.arena import headers as headers_module
+from forecache.workers.memory.arena.headers import (
     FIRST_WRITER,
     HEADER,
     NOBODY,
@@ -17,7 +17,7 @@ from forecache.workers.memory.headers import (
     UNKNOWN,
     Headers,
 )
-from forecache.workers.memory.protocol import SlotRef
+from forecache.workers.memory.format.slots import SlotRef
 
 SLOTS = 6
 KEY, OTHER = bytes(range(1, 17)), bytes(range(101, 117))

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from forecache.workers.decode.dsv4_layout import StepLayout
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
-from forecache.workers.decode.running_step import ArenaPast
-from forecache.workers.decode.sequence import Sequence
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
-from forecache.workers.memory.layout import attention_layout
+from forecache.workers.core.requests import GenerateRequest, SamplingParams
+from forecache.workers.core.sequence import Sequence
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.deepseek_v4.layout import StepLayout
+from forecache.workers.models.in_flight_step import ArenaPast
 
 CHUNK = 16
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CHUNK, dtype=torch.float32)

@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forecache.cluster.integrity import orphans
+from forecache.cluster.cli.integrity import orphans
 from forecache.workers.errors import ChunkLostError, InvalidRequestError, OverloadedError, ReleasedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.catalog import TierRecord
-from forecache.workers.memory.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.records import RecordSlots
+from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.fetching import ChunkFetcher
-from forecache.workers.memory.holders import MOST_WORKERS, Holder, Released, reader_of
-from forecache.workers.memory.hosting import HostedSequences
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.records import RecordSlots
-from forecache.workers.memory.share import share_of
-from forecache.workers.memory.spread import SpreadSequences
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.hold_id import MOST_WORKERS, Holder, Released, reader_of
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.spread_quota import share_of
+from forecache.workers.memory.tier.catalog import TierRecord
+from forecache.workers.memory.tier.fetch import ChunkFetcher
+from forecache.workers.memory.tier.hosting import HostedSequences
+from forecache.workers.memory.tier.spread import SpreadSequences
+from forecache.workers.memory.tier.transfer import read
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 INDEX_NBYTES = 8

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.layout import attention_layout
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.hot.pool import HotPool
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=4, chunk_tokens=4, dtype=torch.float32)
 

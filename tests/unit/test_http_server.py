@@ -11,9 +11,9 @@ import uvicorn
 from uvicorn import config as uvicorn_config
 from uvicorn.server import ServerState
 
-from forecache.cluster import http_server
-from forecache.cluster.http_server import HttpProtocol
-from forecache.cluster.limits import MAX_HEAD_BYTES
+from forecache.cluster.config import MAX_HEAD_BYTES
+from forecache.cluster.http import server as http_server
+from forecache.cluster.http.server import HttpProtocol
 
 DEADLINE_S = 75
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: "

@@ -9,18 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forecache.indexer.index_keys import (
-    EVENT_SHARE,
-    IndexSpec,
-    chunk_lse,
-    encode_chunk,
-    encode_chunks,
-    event_mass,
-    head_shares,
-    score_chunks,
-)
-from forecache.indexer.protocol import Prediction, PredictRequest
-from forecache.indexer.scorer import LocalIndexer
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunk, encode_chunks
+from forecache.indexer.records.scores import EVENT_SHARE, chunk_lse, event_mass, head_shares, score_chunks
+from forecache.indexer.serving.protocol import Prediction, PredictRequest
+from forecache.indexer.serving.scorer import LocalIndexer
 
 QUERY_HEADS = ((3, 1), (0, 0), (3, 0), (5, 2), (0, 5))
 KV_HEADS = ((0, 0), (0, 2), (3, 0), (5, 1))
@@ -112,7 +104,7 @@ def test_blocks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     records = encode_chunks(spec, random_keys(50, len(KV_HEADS)))
     queries, lse = random_queries(len(QUERY_HEADS)), torch.zeros(len(QUERY_HEADS))
     whole = score_chunks(spec, records, queries, lse)
-    monkeypatch.setattr("forecache.indexer.index_keys.BLOCK_BYTES", 7 * spec.nbytes)
+    monkeypatch.setattr("forecache.indexer.records.scores.BLOCK_BYTES", 7 * spec.nbytes)
     torch.testing.assert_close(score_chunks(spec, records, queries, lse), whole)
 
 

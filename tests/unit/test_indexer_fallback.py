@@ -5,8 +5,8 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
-from forecache.indexer.fallback import FIRST_BACKOFF_S, MOST_BACKOFF_S, IndexerUnavailableError, SharedIndexers
-from forecache.indexer.protocol import Prediction, PredictRequest
+from forecache.indexer.serving.fallback import FIRST_BACKOFF_S, MOST_BACKOFF_S, IndexerUnavailableError, SharedIndexers
+from forecache.indexer.serving.protocol import Prediction, PredictRequest
 
 
 def request(sequence_id: str) -> PredictRequest:

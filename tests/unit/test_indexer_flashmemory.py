@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from forecache.indexer.flashmemory import (
+from forecache.indexer.flashmemory.checkpoint import (
     SHAPES,
     FlashMemoryError,
     FlashMemoryIndexer,

@@ -10,17 +10,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forecache.indexer.encoder import decode_records
-from forecache.indexer.evaluate import evaluate
-from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
-from forecache.indexer.shards import RecordedDocument, Recording, shard_path
-from forecache.indexer.train import TrainConfig, train
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.indexer.records.encoder import decode_records
+from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.records.shards import RecordedDocument, Recording, shard_path
+from forecache.indexer.training.evaluate import evaluate
+from forecache.indexer.training.train import TrainConfig, train
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
-from forecache.workers.events import bounds_lse, chunk_lse
-from forecache.workers.record import _kept_positions, record
-from forecache.workers.record_model import query_projection
-from forecache.workers.record_texts import Recipe, SourceDocument, make_document, text_source
+from forecache.workers.models.tokenizer import load_tokenizer
+from forecache.workers.recording.documents import Recipe, SourceDocument, make_document, text_source
+from forecache.workers.recording.events import bounds_lse, chunk_lse
+from forecache.workers.recording.record import _kept_positions, record
+from forecache.workers.recording.record_model import query_projection
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 8
 RECIPE = Recipe(

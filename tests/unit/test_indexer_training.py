@@ -16,21 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from forecache.cluster import cli
-from forecache.indexer.checkpoint import (
+from forecache.cluster.cli.main import main as cli
+from forecache.indexer.records.checkpoint import (
     CheckpointError,
     CheckpointManifest,
     find_checkpoint,
     load_checkpoint,
     new_indexer,
 )
-from forecache.indexer.encoder import LEAST_LOG_SHARE, SIBLING_LOG_WEIGHT, EncoderShape, decode_records
-from forecache.indexer.evaluate import SCORERS, as_records, evaluate, gap_closed, table
-from forecache.indexer.index_keys import chunk_lse, encode_chunks, score_chunks
-from forecache.indexer.labels import LabelRule, complete_chunks, window_labels
-from forecache.indexer.plots import plot_curve, plot_figures
-from forecache.indexer.schedule import CosineSchedule
-from forecache.indexer.shards import (
+from forecache.indexer.records.encoder import LEAST_LOG_SHARE, SIBLING_LOG_WEIGHT, EncoderShape, decode_records
+from forecache.indexer.records.index_spec import encode_chunks
+from forecache.indexer.records.scores import chunk_lse, score_chunks
+from forecache.indexer.records.shards import (
     SEED_WEIGHTS_FILE,
     RecordedDocument,
     Recording,
@@ -39,8 +36,12 @@ from forecache.indexer.shards import (
     shard_path,
     write_shard,
 )
-from forecache.indexer.train import TrainConfig, train
-from forecache.indexer.training_data import predict_rows, usable_rows
+from forecache.indexer.training.evaluate import SCORERS, as_records, evaluate, gap_closed, table
+from forecache.indexer.training.labels import LabelRule, complete_chunks, window_labels
+from forecache.indexer.training.plots import plot_curve, plot_figures
+from forecache.indexer.training.schedule import CosineSchedule
+from forecache.indexer.training.train import TrainConfig, train
+from forecache.indexer.training.training_data import predict_rows, usable_rows
 
 CHUNK_TOKENS, HEAD_DIM, HIDDEN, CHUNKS = 8, 16, 24, 40
 LAYERS, HEADS, KV_HEADS = 4, 4, 2
@@ -375,7 +376,7 @@ ALONE = """
 import json, sys
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-from forecache.cluster.cli import main
+from forecache.cluster.cli.main import main
 status = main(["indexer", "train", "--data", sys.argv[1], "--out", sys.argv[2], "--device", "cpu", "--threads", "1",
                "--epochs", "1", "--history", "0,3"])
 print(json.dumps({"status": status, "modules": sorted(sys.modules), "opened": opened}))
@@ -390,7 +391,7 @@ def test_training_needs_torch_and_the_shards_alone(recording: Path, tmp_path: Pa
     assert told["status"] == 0
     loaded = {name for name in told["modules"] if name.split(".")[0] in ("transformers", "ray", "tokenizers")}
     assert loaded == set()
-    assert not [name for name in told["modules"] if name.startswith("forecache.workers.decode.backbone")]
+    assert not [name for name in told["modules"] if name.startswith("forecache.workers.models.backbone")]
     weights = [Path(path) for path in told["opened"] if Path(path).suffix in (".safetensors", ".bin", ".pt", ".gguf")]
     assert {path.parent for path in weights} <= {recording, tmp_path}
 
@@ -399,7 +400,7 @@ def test_two_processes_train_one_indexer(recording: Path, tmp_path: Path) -> Non
     """`torchrun` with two processes on the CPU: both see every gradient, the first one writes."""
     out = tmp_path / "indexer.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "forecache.cluster.cli", "indexer", "train", "--data", str(recording), "--out", str(out)]
+    command += ["-m", "forecache.cluster.cli.main", "indexer", "train", "--data", str(recording), "--out", str(out)]
     subprocess.run(
         [*command, "--device", "cpu", "--threads", "1", "--epochs", "1", "--history", "0,3"],
         check=True,

@@ -17,29 +17,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from forecache.indexer.config import IndexerConfig
-from forecache.kernels import ops
-from forecache.workers.decode.backbone import expected_layout, load_config
-from forecache.workers.decode.chunk_keeper import ChunkKeeper
-from forecache.workers.decode.cold_reads import ColdReads
-from forecache.workers.decode.dsv4_step import StreamPast
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.decode.sequence import Chunk, Sequence
+from forecache.indexer.serving.config import IndexerConfig
+from forecache.kernels.chunks import ops
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
-from forecache.workers.memory.completions import PrefixHeld, WrittenBack
-from forecache.workers.memory.hosting import HostedSequences
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import ChunkLayout, Field, attention_layout
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.records import RecordSlots
-from forecache.workers.memory.states import StateLayout
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read, take_in
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.records import RecordSlots
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout, Field, attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot.completions import PrefixHeld, WrittenBack
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
+from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.tier.hosting import HostedSequences
+from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.models.backbone import expected_layout, load_config
+from forecache.workers.models.cold_reads import ColdReads
+from forecache.workers.models.deepseek_v4.step import StreamPast
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = [
@@ -357,7 +357,7 @@ def test_layer_for_another_node(tmp_path: Path, first: bool) -> None:
 
 def test_layer_that_is_damaged_on_its_way() -> None:
     pytest.importorskip("ray", reason="layers come from other nodes through Ray")
-    from forecache.workers.memory.remote_peers import PendingRows
+    from forecache.workers.memory.client.remote_peers import PendingRows
 
     sent = LayerBatch.sealed((KEYS[0],), np.full((1, LAYOUT.layer_nbytes), 7, np.uint8))
     sent.rows[0, 9] ^= 1

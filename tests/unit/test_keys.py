@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.workers.memory.keys import KEY_BYTES, child_key, prefix_keys, root_key
+from forecache.workers.memory.format.keys import KEY_BYTES, child_key, prefix_keys, root_key
 
 TOKENS = st.lists(st.integers(0, 200_000), max_size=40)
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forecache.workers.decode.backbone import load_backbone
-from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.messages import GenerateRequest
-from forecache.workers.decode.model_runner import ModelRunner
-from forecache.workers.decode.sequence import Sequence
-from forecache.workers.decode.step import Plan, StreamPart
+from forecache.workers.core.requests import GenerateRequest
+from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.llm import LLM
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.models.dense.runner import ModelRunner
+from forecache.workers.models.dense.scorer import choose_index_spec
 
 CHUNK = 16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

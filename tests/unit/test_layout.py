@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.memory.layout import (
+from forecache.workers.memory.format.layout import (
     FIELD_ALIGNMENT_BYTES,
     ChunkLayout,
     Field,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from forecache.workers.decode.messages import TokenEvent
+from forecache.workers.core.requests import TokenEvent
 from forecache.workers.llm import LLM
 
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
-from forecache.workers.decode.backbone import load_backbone, load_config, weights_fingerprint
-from forecache.workers.decode.loader import (
+from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.models.backbone import load_backbone, load_config, weights_fingerprint
+from forecache.workers.models.loader import (
     BUILTIN_MODELS,
     BuiltinModel,
     cache_dir,
     model_name,
     resolve_model,
 )
-from forecache.workers.decode.tokenizer import load_tokenizer
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.models.tokenizer import load_tokenizer
 
 Spoil = Callable[[Path], object]
 

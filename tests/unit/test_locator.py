@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
+from forecache.workers.core.requests import GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
-from forecache.workers.memory import locator as locator_module
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import PrefixHeld
-from forecache.workers.memory.copies import CpuCopies
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.locator import FETCHING_SEARCHES, Locator
-from forecache.workers.memory.protocol import Reservation, SlotRef
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.hot import prefix_search as locator_module
+from forecache.workers.memory.hot.completions import PrefixHeld
+from forecache.workers.memory.hot.copies import CpuCopies
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefix_search import FETCHING_SEARCHES, Locator
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 WAIT_S = 30.0

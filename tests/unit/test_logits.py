@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from forecache.workers.decode.logits import LogitAdjuster, logprobs_of
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams
-from forecache.workers.decode.sequence import Sequence
+from forecache.workers.core.requests import GenerateRequest, SamplingParams
+from forecache.workers.core.sequence import Sequence
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.llm import LLM
+from forecache.workers.models.logits import LogitAdjuster, logprobs_of
 
 VOCAB = 70  # no multiple of 32: the last word of a mask is part used
 CPU = torch.device("cpu")

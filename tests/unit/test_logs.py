@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.cluster import logs
-from forecache.cluster.telemetry_config import TelemetryConfig
-from forecache.workers.memory.holders import Holder, request_of
+from forecache.cluster.config import TelemetryConfig
+from forecache.cluster.observe import logs
+from forecache.workers.memory.format.hold_id import Holder, request_of
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.selection import budget_chunks
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import budget_chunks
+from forecache.workers.residency.window import PROBE_TOKENS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONTEXT, CHUNK_TOKENS, KEEP_RATIO = 1280, 16, 0.2

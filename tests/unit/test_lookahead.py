@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from forecache.indexer.checkpoint import CheckpointManifest
-from forecache.indexer.cuda_scorer import CudaIndexer
-from forecache.indexer.encoder import EncoderShape, MemoryIndexer, decode_records
-from forecache.indexer.index_keys import attention_share, chunk_lse, encode_chunks, event_mass, head_shares
-from forecache.indexer.lookahead import LookaheadScorer
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest, StepState
-from forecache.indexer.queries import QueryProjection
-from forecache.indexer.scorer import LocalIndexer
-from forecache.indexer.shards import RecordedDocument
-from forecache.indexer.training_data import predict_rows
-from forecache.workers.memory.cuda_host import RegisteredMemory
+from forecache.indexer.records.checkpoint import CheckpointManifest
+from forecache.indexer.records.encoder import EncoderShape, MemoryIndexer, decode_records
+from forecache.indexer.records.index_spec import encode_chunks
+from forecache.indexer.records.queries import QueryProjection
+from forecache.indexer.records.scores import attention_share, chunk_lse, event_mass, head_shares
+from forecache.indexer.records.shards import RecordedDocument
+from forecache.indexer.serving.cuda_scorer import CudaIndexer
+from forecache.indexer.serving.lookahead import LookaheadScorer
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest, StepState
+from forecache.indexer.serving.scorer import LocalIndexer
+from forecache.indexer.training.training_data import predict_rows
+from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK_TOKENS, HEAD_DIM, HIDDEN, CHUNKS = 8, 16, 24, 20
@@ -302,7 +303,7 @@ def test_requests_for_another_indexer_are_refused(make: Make) -> None:
 @pytest.mark.gpu
 def test_graphs_of_all_sizes_answer_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of all lengths in turns, also longer ones than the largest graph, and other records each time."""
-    monkeypatch.setattr("forecache.indexer.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16))
+    monkeypatch.setattr("forecache.indexer.serving.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16))
     requests = []
     for position in np.random.default_rng(0).permutation(np.arange(7, TOKENS)).tolist():
         chunks = (position + 1) // CHUNK_TOKENS
@@ -326,7 +327,7 @@ NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @NEEDS_GPU
 def test_a_graph_computes_exactly_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request twice, by its graph and by the launches that the graph is made of; in between others."""
-    monkeypatch.setattr("forecache.indexer.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16, 32))
+    monkeypatch.setattr("forecache.indexer.serving.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16, 32))
     indexer = as_graphs(Table())
     assert indexer._static is not None
     graphs, none = indexer._static._graphs, {}

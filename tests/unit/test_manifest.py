@@ -7,8 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from forecache.indexer.index_keys import IndexSpec
-from forecache.indexer.manifest import (
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.records.manifest import (
     CalibrationRecord,
     ManifestError,
     RetrievalHead,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import forecache
-from forecache.cluster import logs
+from forecache.cluster.config import TelemetryConfig
 from forecache.cluster.errors import UnknownModelError, from_exception, from_http_status
-from forecache.cluster.telemetry_config import TelemetryConfig
+from forecache.cluster.observe import logs
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.masking import CLIENT_CHARS, LOG_CHARS, mask_log, mask_places, mask_secrets
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forecache.workers.decode.attention import StreamRows, _attend_stream
-from forecache.workers.decode.mass_probe import PROBE_TOKENS, MassProbe
+from forecache.workers.models.dense.attention import StreamRows, _attend_stream
+from forecache.workers.models.dense.prompt_probe import MassProbe
+from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK, HEADS, KV_HEADS, DIM, LAYER = 16, 4, 2, 8, 3
 LOOKED_AT = torch.tensor([0, 3])

@@ -6,15 +6,15 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from forecache.cluster.metrics import Metrics, registry_of
-from forecache.cluster.targets import MergedPages, service_discovery
-from forecache.indexer.protocol import IndexerStats
-from forecache.indexer.telemetry import Component, MetricsTarget
-from forecache.workers.decode.accounting import EngineCounters
-from forecache.workers.decode.messages import FinishReason, SequenceStats, TokenEvent
-from forecache.workers.decode.stats import RECALL_BOUNDS_S, EngineStats, ScorerStats, WorkerStats
-from forecache.workers.memory.completions import Recalled
-from forecache.workers.memory.protocol import TierStats
+from forecache.cluster.observe.metrics import Metrics, registry_of
+from forecache.cluster.observe.metrics_targets import MergedPages, service_discovery
+from forecache.indexer.serving.protocol import IndexerStats
+from forecache.indexer.serving.telemetry import Component, MetricsTarget
+from forecache.workers.core.requests import FinishReason, SequenceStats, TokenEvent
+from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats, ScorerStats, WorkerStats
+from forecache.workers.engine.counters import EngineCounters
+from forecache.workers.memory.arena.stats import TierStats
+from forecache.workers.memory.hot.completions import Recalled
 
 TIER = TierStats(
     10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3, pinned_slots=1,

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from forecache.cluster.errors import from_exception
-from forecache.workers.decode.backbone import expected_layout, load_config
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.decode.sequence import State
-from forecache.workers.decode.step import Plan
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.sequence import State
+from forecache.workers.core.step_plan import Plan
 from forecache.workers.errors import NonFiniteError
 from forecache.workers.llm import LLM
+from forecache.workers.models.backbone import expected_layout, load_config
 
 DEVICES = [
     "cpu",

@@ -8,7 +8,7 @@ from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel, ValidationError
 
 from forecache.cluster.errors import AnswerFailedError, ApiError, from_exception
-from forecache.cluster.openai_types import (
+from forecache.cluster.http.openai_types import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
@@ -20,8 +20,8 @@ from forecache.cluster.openai_types import (
     seed_of_choice,
     usage,
 )
-from forecache.cluster.sessions import PinRequest
-from forecache.workers.decode.messages import SequenceStats
+from forecache.cluster.http.sessions import PinRequest
+from forecache.workers.core.requests import SequenceStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from forecache.cluster.errors import PinLimitError, from_exception
-from forecache.cluster.sessions import over_limit
-from forecache.cluster.tenants import Anybody, Tenant
+from forecache.cluster.http.sessions import over_limit
+from forecache.cluster.http.tenants import Anybody, Tenant
 from forecache.workers.errors import OverloadedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.pins import PinLimits, PinShare
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.ledger import PinLimits, PinShare
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.layout import attention_layout
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 40

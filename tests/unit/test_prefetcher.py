@@ -12,19 +12,21 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
-from forecache.workers.memory import far_chunks, locator
-from forecache.workers.memory import prefetcher as prefetcher_module
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
-from forecache.workers.memory.copies import BATCH_CHUNKS, Copied, Mark
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import LOSSES, Prefetcher
-from forecache.workers.memory.protocol import OtherNodes, PendingLayer, Reservation, SlotRef
-from forecache.workers.memory.share import Share
-from forecache.workers.memory.states import StateLayout
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.client.protocol import OtherNodes, PendingLayer
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout, attention_layout, cold_layout
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.hot import prefetcher as prefetcher_module
+from forecache.workers.memory.hot import prefix_search as locator
+from forecache.workers.memory.hot import remote_chunks as far_chunks
+from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
+from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copied, Mark
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import LOSSES, Prefetcher
+from forecache.workers.memory.hot.snapshot_store import StateLayout
 
 HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 WAIT_S = 30.0

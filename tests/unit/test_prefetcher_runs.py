@@ -9,15 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from forecache.kernels import reference
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import ChunkLayout, attention_layout, cold_layout
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.store import ArenaStore
+from forecache.kernels.chunks import reference
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout, attention_layout, cold_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
 
 HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 PLACES, CHUNKS, SLOTS = 6, 8, 12

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from forecache.cluster import preflight
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
-from forecache.cluster.preflight import check_model
-from forecache.workers.decode.config import EngineConfig
+from forecache.cluster.launch import preflight
+from forecache.cluster.launch.preflight import check_model
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.errors import ArenaError, UnsupportedModelError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.config import MemoryConfig

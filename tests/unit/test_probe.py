@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from forecache.indexer.index_keys import IndexSpec
-from forecache.workers.decode.backbone import Backbone, load_backbone, load_config
-from forecache.workers.decode.index_spec import choose_index_spec
-from forecache.workers.decode.probe import Geometry, inspect_attention
-from forecache.workers.decode.verify import verify_backbone
+from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.models.backbone import Backbone, load_backbone, load_config
+from forecache.workers.models.dense.scorer import choose_index_spec
+from forecache.workers.models.probe import Geometry, inspect_attention
+from forecache.workers.models.verify import verify_backbone
 
 DIMENSIONS: dict[str, Any] = {
     "vocab_size": 97,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from forecache.cluster.answers import AnswerFormat, ChoiceWriter, Echo, Piece
-from forecache.cluster.turns import Turns
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
-from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
+from forecache.cluster.dispatch.turns import Turns
+from forecache.cluster.http.responses import AnswerFormat, ChoiceWriter, Echo, Piece
+from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
+from forecache.workers.core.requests import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
 from forecache.workers.llm import LLM
 
 

@@ -18,21 +18,21 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from forecache.cluster import prompt_process as process_module
-from forecache.cluster import prompts as prompts_module
-from forecache.cluster import request_reader as reader_module
-from forecache.cluster.admission import Admission
-from forecache.cluster.api import Api
+from forecache.cluster.config import LimitsConfig
 from forecache.cluster.errors import PromptProcessError, RefusedError, TooManyRequestsError, from_exception
-from forecache.cluster.http_body import SHORT_BODY_BYTES
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.metrics import Metrics
-from forecache.cluster.openai_types import ChatCompletionRequest, TokenizeRequest
-from forecache.cluster.prompt_process import ReadJob
-from forecache.cluster.prompts import LONG_BODY_BYTES, SMALL_BODY_BYTES, PromptEncoder
-from forecache.cluster.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted, parse_json
-from forecache.cluster.sessions import SessionRoutes
-from forecache.cluster.tenants import Tenants
+from forecache.cluster.http import prompt_process as process_module
+from forecache.cluster.http import prompts as prompts_module
+from forecache.cluster.http import request_reader as reader_module
+from forecache.cluster.http.admission import Admission
+from forecache.cluster.http.api import Api
+from forecache.cluster.http.body import SHORT_BODY_BYTES
+from forecache.cluster.http.openai_types import ChatCompletionRequest, TokenizeRequest
+from forecache.cluster.http.prompt_process import ReadJob
+from forecache.cluster.http.prompts import LONG_BODY_BYTES, SMALL_BODY_BYTES, PromptEncoder
+from forecache.cluster.http.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted, parse_json
+from forecache.cluster.http.sessions import SessionRoutes
+from forecache.cluster.http.tenants import Tenants
+from forecache.cluster.observe.metrics import Metrics
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 
 pytestmark = pytest.mark.anyio
@@ -214,8 +214,8 @@ async def test_a_process_that_dies_over_a_body_is_an_error_and_is_replaced(
 def test_a_process_ends_with_its_parent_whatever_it_does() -> None:
     program = """
 import os, signal, time, types
-from forecache.cluster.prompt_process import PromptProcess, ReadJob
-from forecache.cluster.request_reader import Wanted
+from forecache.cluster.http.prompt_process import PromptProcess, ReadJob
+from forecache.cluster.http.request_reader import Wanted
 process = PromptProcess(types.SimpleNamespace(outcome="{}".format))
 assert process.run(ReadJob(Wanted.TEXT, None), b"") == str(Wanted.TEXT)
 os.kill(process.pid, signal.SIGSTOP)  # it does not see that its socket is closed

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from forecache.indexer.encoder import decode_records
-from forecache.indexer.index_keys import IndexSpec, chunk_lse, encode_chunks, exact_chunk_lse
-from forecache.indexer.quantized_lse import LEAST_CHUNKS, TASK_CHUNKS, quantized_chunk_lse, serves
+from forecache.indexer.records.encoder import decode_records
+from forecache.indexer.records.index_spec import IndexSpec, encode_chunks
+from forecache.indexer.records.quantized_lse import LEAST_CHUNKS, TASK_CHUNKS, quantized_chunk_lse, serves
+from forecache.indexer.records.scores import chunk_lse, exact_chunk_lse
 
 CHUNKS, TOKENS, DIM = 2 * TASK_CHUNKS + 37, 16, 32
 QUERY_TO_KV = (2, 0, 2, 3, 1, 2, 2)
@@ -69,7 +70,7 @@ def test_where_float32_ends_the_exact_ones_are_taken(
     records: torch.Tensor, queries: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits of hundreds, in one chunk of either sign, and everywhere."""
-    monkeypatch.setattr("forecache.indexer.index_keys.serves", lambda *_given: True)
+    monkeypatch.setattr("forecache.indexer.records.scores.serves", lambda *_given: True)
     keys = torch.randn(CHUNKS, len(KV_HEADS), TOKENS, DIM)
     keys[7] = 40 * queries[5].sign()
     keys[300] = -40 * queries[5].sign()
@@ -92,7 +93,7 @@ def test_where_float32_ends_the_exact_ones_are_taken(
 def test_a_half_written_record_spoils_itself_alone(
     records: torch.Tensor, queries: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forecache.indexer.index_keys.serves", lambda *_given: True)
+    monkeypatch.setattr("forecache.indexer.records.scores.serves", lambda *_given: True)
     before = chunk_lse(SPEC, records, queries)
     records[11] = 255  # NaN scales
     after = chunk_lse(SPEC, records, queries)

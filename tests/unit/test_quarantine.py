@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.copies import CopyItem, CpuCopies
-from forecache.workers.memory.headers import FIRST_WRITER, OWNER
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read, take_in
-from forecache.workers.memory.writers import OpenWrites
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.headers import FIRST_WRITER, OWNER
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.arena.writers import OpenWrites
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot.copies import CopyItem, CpuCopies
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.tier.transfer import read, take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 INDEX_NBYTES = 64
@@ -28,7 +28,7 @@ KEYS = [bytes([number]) * 16 for number in range(1, 10)]
 
 WRITER = """
 import sys
-from forecache.workers.memory.arena import Arena
+from forecache.workers.memory.arena.arena import Arena
 arena = Arena.attach(sys.argv[1])
 print(arena.writer, flush=True)
 sys.stdin.read()

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.chunk_batch import LayerBatch, RecordBatch
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import SlotRef
-from forecache.workers.memory.records import RecordSlots
-from forecache.workers.memory.share import share_of
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.records import RecordSlots
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.chunk_batch import LayerBatch, RecordBatch
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.format.spread_quota import share_of
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float8_e4m3fn)
 INDEX_NBYTES, SLOTS, RECORDS = 8, 4, 5

@@ -17,26 +17,26 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from forecache.cluster.admission import Admission
-from forecache.cluster.answers import AnswerFormat
-from forecache.cluster.answers import collect as collect_answer
-from forecache.cluster.api import Api
-from forecache.cluster.channels import ChanneledStream, Channels
+from forecache.cluster.config import LimitsConfig, ResumeConfig
+from forecache.cluster.dispatch.channels import ChanneledStream, Channels
+from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.metrics import Metrics
-from forecache.cluster.prompts import PromptEncoder
-from forecache.cluster.request_reader import ReadRequest, RequestReader, Wanted
-from forecache.cluster.resume import ResumeConfig, ResumingStream
-from forecache.cluster.tenants import Tenants
-from forecache.workers.decode import engine as engine_module
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.channels import Channels as WorkerChannels
-from forecache.workers.decode.grammar import Matcher
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.cluster.http.admission import Admission
+from forecache.cluster.http.api import Api
+from forecache.cluster.http.prompts import PromptEncoder
+from forecache.cluster.http.request_reader import ReadRequest, RequestReader, Wanted
+from forecache.cluster.http.responses import AnswerFormat
+from forecache.cluster.http.responses import collect as collect_answer
+from forecache.cluster.http.tenants import Tenants
+from forecache.cluster.observe.metrics import Metrics
+from forecache.workers.core.grammar import Matcher
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.engine import engine as engine_module
+from forecache.workers.engine.async_engine import AsyncEngine
+from forecache.workers.engine.channels import Channels as WorkerChannels
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
+from forecache.workers.models.tokenizer import load_tokenizer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_thread")]
 CHUNK_BYTES = 2 * 2 * 2 * 16 * 16 * 4

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from forecache.workers.errors import ReleasedError
-from forecache.workers.memory import remote
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.holders import Holder
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.remote import RemoteMemory
-from forecache.workers.memory.remote_peers import RemotePeers
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.client import memory as remote
+from forecache.workers.memory.client.memory import RemoteMemory
+from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.format.hold_id import Holder
+from forecache.workers.memory.format.layout import attention_layout
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 HOLDER = Holder("w", "request", 0).name

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from forecache.cluster import ingress, serving, targets
-from forecache.cluster.admission import Admission, Usage
+from forecache.cluster.config import LimitsConfig, ResumeConfig
+from forecache.cluster.dispatch.replica_answers import answers_in_time
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.ingress import Ingress, ServeWorkers
-from forecache.cluster.limits import LimitsConfig
-from forecache.cluster.metrics import Metrics
-from forecache.cluster.replica_answers import answers_in_time
-from forecache.cluster.resume import ResumeConfig
-from forecache.indexer.telemetry import MetricsTarget
-from forecache.workers.decode.stats import WorkerStats
+from forecache.cluster.http import ingress
+from forecache.cluster.http.admission import Admission, Usage
+from forecache.cluster.http.ingress import Ingress, ServeWorkers
+from forecache.cluster.launch import cluster as serving
+from forecache.cluster.observe import metrics_targets as targets
+from forecache.cluster.observe.metrics import Metrics
+from forecache.indexer.serving.telemetry import MetricsTarget
+from forecache.workers.core.stats import WorkerStats
 
 pytestmark = pytest.mark.anyio
 SILENT = object()

@@ -1,8 +1,9 @@
-"""Rules of the repository that a test can check: the order of imports, the picture in the README, plain modules."""
+"""Rules of the repository that a test can check: the order of imports, the architecture's picture, plain modules."""
 
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ FLOORS = {
     "kernels": set(),
 }
 RAY_ALLOWED = {
-    "indexer/actor.py",
-    "workers/memory/tier.py",
-    "workers/memory/remote.py",
-    "workers/memory/remote_peers.py",
-    "workers/decode/worker.py",
+    "indexer/serving/actor.py",
+    "workers/memory/tier/actor.py",
+    "workers/memory/client/memory.py",
+    "workers/memory/client/remote_peers.py",
+    "workers/engine/worker.py",
 }
 MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))
 
@@ -66,6 +67,44 @@ def test_the_picture_of_the_architecture_is_the_codes() -> None:
     assert len(arrows) + len(calls) == len(lines) > 20
     placed = {file for arrow in arrows for file in arrow} | {file for call in calls for file in (call[0], call[2])}
     assert all((ROOT / file).exists() for file in placed)
+
+
+def _listed_places() -> dict[str, int]:
+    """Of `docs/sub-packages.md`: sub-package, or file, and its line in the order, from the top."""
+    text = (ROOT / "docs" / "sub-packages.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| ", text, flags=re.MULTILINE)
+    return {place: number for number, row in enumerate(rows) for place in re.findall(r"`(.*?)`", row)}
+
+
+def _place(module: Path) -> str:
+    name = str(module.relative_to(ROOT))
+    return name if name in _listed_places() else str(module.parent.relative_to(ROOT))
+
+
+def _imported_files(path: Path) -> set[Path]:
+    """Files of this project that ``path`` imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("forecache."):
+            named = ROOT / node.module.removeprefix("forecache.").replace(".", "/")
+            candidates = [named.with_suffix(".py"), *((named / alias.name).with_suffix(".py") for alias in node.names)]
+            found |= {file for file in candidates if file.exists()}
+    return found
+
+
+def test_sub_packages_import_in_the_documented_order() -> None:
+    places = _listed_places()
+    assert {_place(module) for module in MODULES} == places.keys(), "docs/sub-packages.md lists them all"
+    for module in MODULES:
+        for imported in _imported_files(module):
+            ours, theirs = _place(module), _place(imported)
+            if ours.split("/")[0] == theirs.split("/")[0]:
+                assert places[ours] <= places[theirs], f"{module} imports {imported}, which lies above it"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {module: _imported_files(module) for module in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.sequence import State
-from forecache.workers.decode.step import Captured
-from forecache.workers.decode.turn import Turn
-from forecache.workers.decode.window import FIRST_BOUNDARY
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.sequence import State
+from forecache.workers.core.step_plan import Captured
 from forecache.workers.llm import LLM
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.protocol import Reservation
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.slots import Reservation
+from forecache.workers.residency.pending_set import Turn
+from forecache.workers.residency.window import FIRST_BOUNDARY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4

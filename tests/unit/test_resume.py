@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from forecache.cluster.config import ResumeConfig
+from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.resume import ResumeConfig, ResumingStream
-from forecache.workers.decode.async_engine import AsyncEngine
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.engine.async_engine import AsyncEngine
 from forecache.workers.errors import EngineDeadError, InvalidRequestError
 from forecache.workers.llm import LLM
+from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import pytest
 from pydantic import ValidationError
 
-from forecache.cluster import resume
+from forecache.cluster.config import ResumeConfig
+from forecache.cluster.dispatch import failover as resume
+from forecache.cluster.dispatch.failover import ResumingStream, first_try_id, try_id
 from forecache.cluster.errors import WorkerLostError, WorkerSilentError
-from forecache.cluster.resume import ResumeConfig, ResumingStream, first_try_id, try_id
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
 
 T = TypeVar("T")
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=9), resume_token_ids=(7,))

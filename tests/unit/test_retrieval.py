@@ -6,11 +6,11 @@ from typing import get_args
 
 import pytest
 
-from forecache.workers.decode.loader import resolve_model
-from forecache.workers.decode.messages import Policy
-from forecache.workers.decode.tokenizer import load_tokenizer
+from forecache.workers.core.requests import Policy
+from forecache.workers.evaluation.tasks import RetrievalTask, make_task
 from forecache.workers.llm import LLM
-from forecache.workers.tasks import RetrievalTask, make_task
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
 
 KEEP_RATIO = 0.135
 DEPTHS = (0.1, 0.35, 0.6, 0.85)

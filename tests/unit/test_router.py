@@ -12,7 +12,8 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from forecache.cluster.first_token import (
+from forecache.cluster.dispatch.router import PrefixAffinityRouter, PrefixMemory
+from forecache.cluster.dispatch.routing_cost import (
     Backlog,
     FirstToken,
     Load,
@@ -23,13 +24,12 @@ from forecache.cluster.first_token import (
     order,
     slot_wait_s,
 )
-from forecache.cluster.router import PrefixAffinityRouter, PrefixMemory
-from forecache.workers.decode.messages import ChannelRequest, GenerateRequest
-from forecache.workers.decode.rates import MovingRate, Reporter, WorkerReport
-from forecache.workers.decode.stats import EngineStats
-from forecache.workers.memory.catalog import Catalog, TierRecord
-from forecache.workers.memory.keys import prefix_keys, root_key
-from forecache.workers.memory.protocol import TierStats
+from forecache.workers.core.requests import ChannelRequest, GenerateRequest
+from forecache.workers.core.stats import EngineStats
+from forecache.workers.core.worker_report import MovingRate, Reporter, WorkerReport
+from forecache.workers.memory.arena.stats import TierStats
+from forecache.workers.memory.format.keys import prefix_keys, root_key
+from forecache.workers.memory.tier.catalog import Catalog, TierRecord
 
 KEYS = [bytes([number]) * 16 for number in range(10)]
 CHUNK_TOKENS = 64

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.workers.decode.messages import SamplingParams
-from forecache.workers.decode.sampler import sample, uniform
+from forecache.workers.core.requests import SamplingParams
+from forecache.workers.models.sampler import sample, uniform
 
 INF = math.inf
 DRAWS = 4000

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from forecache.workers.decode.grammar import Matcher
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.decode.messages import GenerateRequest, Policy, SamplingParams
-from forecache.workers.decode.prompt_logprobs import MAX_STEP_TOKENS
-from forecache.workers.decode.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
-from forecache.workers.decode.sequence import Sequence, State
-from forecache.workers.decode.step import Plan, StreamPart
+from forecache.workers.core.grammar import Matcher
+from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
+from forecache.workers.core.requests import GenerateRequest, Policy, SamplingParams
+from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.step_plan import Plan, StreamPart
+from forecache.workers.engine.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
 from forecache.workers.llm import LLM
-from forecache.workers.memory.keys import root_key
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK = 16
 CHUNK_BYTES = 3 * 2 * 2 * CHUNK * 16 * 4
@@ -391,7 +391,7 @@ def test_streamed_sequences_take_turns(bench: Bench) -> None:
 
 def test_a_lane_step_that_took_long_is_paid_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
-    monkeypatch.setattr("forecache.workers.decode.scheduler.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("forecache.workers.engine.scheduler.time.perf_counter", lambda: now_s)
     row, streamed = bench.add("a", 40), bench.add("b", 40)
     bench.admit()
     finish_prefill(row)
@@ -539,7 +539,7 @@ def test_a_rate_is_the_mean_of_what_was_and_what_is(bench: Bench) -> None:
 
 def test_a_streamed_sequence_has_every_fourth_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
-    monkeypatch.setattr("forecache.workers.decode.scheduler.time.perf_counter", lambda: now_s)
+    monkeypatch.setattr("forecache.workers.engine.scheduler.time.perf_counter", lambda: now_s)
     row, streamed = bench.add("a", 32), bench.add("b", 40)
     bench.admit()
     finish_prefill(row)

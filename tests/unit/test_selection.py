@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.selection import LEAST_SCORED_CHUNKS, budget_chunks, recency_chunks, select
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import LEAST_SCORED_CHUNKS, budget_chunks, recency_chunks, select
 
 configs = st.builds(
     SelectionConfig,

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.decode.sequence import Sequence, State
-from forecache.workers.memory.keys import prefix_keys, root_key
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.memory.format.keys import prefix_keys, root_key
 
 CHUNK = 16
 ROOT = root_key("layout")

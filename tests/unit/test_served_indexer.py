@@ -14,26 +14,26 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from forecache.cluster.cli.eval import _columns, _parser, _trained_digest
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.eval import _columns, _parser, _trained_digest
-from forecache.cluster.preflight import check_model
-from forecache.indexer import checkpoint as checkpoints
-from forecache.indexer.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
-from forecache.indexer.config import IndexerConfig
-from forecache.indexer.encoder import EncoderShape, MemoryIndexer
-from forecache.indexer.index_keys import encode_chunks
-from forecache.indexer.lookahead import LookaheadScorer
-from forecache.indexer.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
-from forecache.indexer.protocol import Indexer, Prediction, PredictRequest, StepState
-from forecache.indexer.shards import RecordedDocument
-from forecache.indexer.training_data import predict_rows
-from forecache.workers.decode.backbone import load_backbone
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.decode.messages import CacheOptions, GenerateRequest, SamplingParams
+from forecache.cluster.launch.preflight import check_model
+from forecache.indexer.records import checkpoint as checkpoints
+from forecache.indexer.records.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from forecache.indexer.records.encoder import EncoderShape, MemoryIndexer
+from forecache.indexer.records.index_spec import encode_chunks
+from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.records.shards import RecordedDocument
+from forecache.indexer.serving.config import IndexerConfig
+from forecache.indexer.serving.lookahead import LookaheadScorer
+from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest, StepState
+from forecache.indexer.training.training_data import predict_rows
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
-from forecache.workers.record_model import describe, make_seed_weights, query_projection
-from forecache.workers.record_texts import Recipe
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.recording.documents import Recipe
+from forecache.workers.recording.record_model import describe, make_seed_weights, query_projection
+from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK_TOKENS = 16
 HISTORY = (0, 2, 5, 20)

@@ -8,12 +8,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from forecache.cluster.config import ResumeConfig
+from forecache.cluster.dispatch.shared_answer import SharedAnswer
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.ingress import ServeWorkers
-from forecache.cluster.resume import ResumeConfig
-from forecache.cluster.shared_answer import SharedAnswer
-from forecache.cluster.targets import MetricsRoutes
-from forecache.indexer.telemetry import MetricsTarget
+from forecache.cluster.http.ingress import ServeWorkers
+from forecache.cluster.observe.metrics_targets import MetricsRoutes
+from forecache.indexer.serving.telemetry import MetricsTarget
 
 pytestmark = pytest.mark.anyio
 

@@ -33,16 +33,16 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory import arena as arena_module
-from forecache.workers.memory.arena import Arena, ArenaDescription
-from forecache.workers.memory.copies import CopyItem, CpuCopies
-from forecache.workers.memory.headers import OWNER, Headers
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.protocol import Reservation, SlotRef
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read
-from forecache.workers.memory.writers import OpenWrites, Quarantine
+from forecache.workers.memory.arena import arena as arena_module
+from forecache.workers.memory.arena.arena import Arena, ArenaDescription
+from forecache.workers.memory.arena.headers import OWNER, Headers
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.arena.writers import OpenWrites, Quarantine
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.hot.copies import CopyItem, CpuCopies
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.tier.transfer import read
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from forecache.cluster.answers import COMMENT_PERIOD_S, AnswerFormat, collect, server_sent_events
-from forecache.cluster.choices import ChoiceStreams
+from forecache.cluster.dispatch.choices import ChoiceStreams
+from forecache.cluster.dispatch.completion_stream import EventStream, EventStreamResponse
 from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
-from forecache.cluster.streams import EventStream, EventStreamResponse
-from forecache.workers.decode.messages import ChunkView, FinishReason, SequenceStats, TokenEvent
+from forecache.cluster.http.responses import COMMENT_PERIOD_S, AnswerFormat, collect, server_sent_events
+from forecache.workers.core.requests import ChunkView, FinishReason, SequenceStats, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from forecache.cluster import cli, machine
-from forecache.cluster.arguments import output_file, output_folder
+from forecache.cluster.cli.arguments import output_file, output_folder
+from forecache.cluster.cli.main import main as cli
 from forecache.cluster.config import ConfigError, read_yaml
 from forecache.cluster.errors import StartError
-from forecache.cluster.tenants import Tenants
+from forecache.cluster.http.tenants import Tenants
+from forecache.cluster.launch import machine
 
 SOON_S = 60.0
 """Of a machine that is busy; alone, a second or two."""
@@ -34,7 +35,7 @@ def serve(tmp_path: Path) -> Serve:
     """What `forecache serve` says with these flags."""
 
     def run(*flags: str) -> str:
-        command = [sys.executable, "-m", "forecache.cluster.cli", "serve", "--arena-dir", str(tmp_path)]
+        command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--arena-dir", str(tmp_path)]
         command += ["--cold-bytes", "1MiB", "--port", "0", *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SOON_S)
         assert not done.stdout
@@ -172,7 +173,7 @@ def test_a_keys_file_that_is_wrong(text: str, tmp_path: Path) -> None:
 
 def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
     """There the built-in model would be converted to."""
-    command = [sys.executable, "-m", "forecache.cluster.cli", "bench", "decode", "--context", "100"]
+    command = [sys.executable, "-m", "forecache.cluster.cli.main", "bench", "decode", "--context", "100"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=2 * SOON_S, env={**os.environ, "HOME": "/dev/null"}
     )

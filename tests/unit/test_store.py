@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from forecache.workers.errors import ChunkLostError, OverloadedError
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.idle_slots import Idle
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.pins import TENANT_MARK, PinLimits
-from forecache.workers.memory.protocol import ColdMemory, SlotRef
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.transfer import read
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.eviction import Idle
+from forecache.workers.memory.arena.ledger import TENANT_MARK, PinLimits
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.client.protocol import ColdMemory
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.tier.transfer import read
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 5

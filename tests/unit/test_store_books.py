@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
-from forecache.workers.memory import owned_file
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, UNKNOWN
-from forecache.workers.memory.holders import Holder
-from forecache.workers.memory.keys import ChunkKey
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.pins import TENANT_MARK, PinLimits
-from forecache.workers.memory.protocol import SlotRef, TierStats
-from forecache.workers.memory.store import ArenaStore
-from forecache.workers.memory.writers import WriterNews
+from forecache.workers.memory.arena.arena import Arena, owned_file
+from forecache.workers.memory.arena.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, UNKNOWN
+from forecache.workers.memory.arena.ledger import TENANT_MARK, PinLimits
+from forecache.workers.memory.arena.stats import TierStats
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.arena.writers import WriterNews
+from forecache.workers.memory.format.hold_id import Holder
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.format.slots import SlotRef
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 6

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from forecache.workers.corpus import Kind, documents
-from forecache.workers.tasks import KEYS, TaskKind, make_task
+from forecache.workers.evaluation.corpus import Kind, documents
+from forecache.workers.evaluation.tasks import KEYS, TaskKind, make_task
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from forecache.cluster.dispatch.completion_stream import EventStream
 from forecache.cluster.errors import from_exception
-from forecache.cluster.streams import EventStream
-from forecache.workers.decode.backbone import expected_layout, load_config
-from forecache.workers.decode.messages import GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.llm import LLM
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.store import ArenaStore
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.models.backbone import expected_layout, load_config
 
 DSV4 = Path(__file__).parents[1] / "models/dsv4-small"
 CHUNK_TOKENS, SLOTS = 128, 12

@@ -12,10 +12,10 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from forecache.cluster.openai_tools import ChosenFunction, JsonSchemaFormat, Tool, format_grammar, tools_grammar
-from forecache.cluster.openai_types import ChatCompletionRequest
-from forecache.cluster.prompts import PromptEncoder
-from forecache.cluster.tool_calls import ToolCall, ToolCallParser, parse_call, template_knows_calls, written_out
+from forecache.cluster.http.openai_tools import ChosenFunction, JsonSchemaFormat, Tool, format_grammar, tools_grammar
+from forecache.cluster.http.openai_types import ChatCompletionRequest
+from forecache.cluster.http.prompts import PromptEncoder
+from forecache.cluster.http.tool_calls import ToolCall, ToolCallParser, parse_call, template_knows_calls, written_out
 from forecache.workers.errors import InvalidRequestError
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "<tool_call>"}}\n</tool_call>'

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from forecache.cluster.top import Change, Snapshot, render
+from forecache.cluster.cli.top import Change, Snapshot, render
 
 
 def page(*lines: str) -> str:

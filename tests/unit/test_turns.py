@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.cluster import answers as answers_module
-from forecache.cluster import choices as choices_module
-from forecache.cluster.answers import PIECE_TOKENS, AnswerFormat, ChoiceWriter, Echo, collect, server_sent_events
-from forecache.cluster.choices import MOST_OPEN, OPENED_AT_ONCE, ChoiceStreams
-from forecache.cluster.response_json import json_pieces
-from forecache.cluster.streams import EventStream
-from forecache.cluster.turns import Turns
-from forecache.workers.decode.messages import SequenceStats, TokenEvent, TokenLogprobs
+from forecache.cluster.dispatch import choices as choices_module
+from forecache.cluster.dispatch.choices import MOST_OPEN, OPENED_AT_ONCE, ChoiceStreams
+from forecache.cluster.dispatch.completion_stream import EventStream
+from forecache.cluster.dispatch.turns import Turns
+from forecache.cluster.http import responses as answers_module
+from forecache.cluster.http.response_json import json_pieces
+from forecache.cluster.http.responses import PIECE_TOKENS, AnswerFormat, ChoiceWriter, Echo, collect, server_sent_events
+from forecache.workers.core.requests import SequenceStats, TokenEvent, TokenLogprobs
 
 pytestmark = pytest.mark.anyio
 TOKENS = 3

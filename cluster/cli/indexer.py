@@ -1,0 +1,261 @@
+"""`forecache indexer record`, `train` and `eval`: the Memory Indexer from a model's attention to a table of figures."""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+from forecache.cluster.cli import retriever as retriever_commands
+from forecache.cluster.cli.arguments import output_file, output_folder, positive, ratio, seconds
+from forecache.workers.errors import ForecacheError
+
+
+class IndexerCommandError(ForecacheError):
+    """Recorded data or a checkpoint is not what the command needs."""
+
+
+def register(commands: Any) -> None:
+    """Add the commands to the subparsers of `forecache indexer`."""
+    record = commands.add_parser("record", help="record what a model attends to, as training data")
+    record.add_argument("--model", required=True, help="built-in name, directory or hub id")
+    record.add_argument(
+        "--data",
+        default="docstrings,code",
+        help="texts: docstrings, topics, code, files, directories (DeepSeek-V4: its own documents)",
+    )
+    record.add_argument("--eval-data", default="docstrings,topics", help="texts of the documents for evaluation")
+    record.add_argument(
+        "--out", required=True, type=output_folder, help="directory to write; a stopped recording goes on"
+    )
+    record.add_argument("--documents", type=positive, default=384, help="documents to train on (default: 384)")
+    record.add_argument("--eval-documents", type=int, default=96, help="documents held out (default: 96)")
+    record.add_argument("--min-tokens", type=positive, default=2048, help="shortest prompt (default: 2048)")
+    record.add_argument("--max-tokens", type=positive, default=8192, help="longest prompt (default: 8192)")
+    record.add_argument("--documents-per-shard", type=positive, default=16, help="decoded together (default: 16)")
+    record.add_argument("--manifest", default="auto", help="retrieval heads: auto, or a manifest's file")
+    record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    record.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    record.add_argument(
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="of N processes that share --out, this is the K-th"
+    )
+    record.add_argument("--seed", type=int, default=0)
+    record.set_defaults(command=_record, parser=record)
+
+    train = commands.add_parser("train", help="train an indexer from recorded data; the model is not needed")
+    train.add_argument("--data", required=True, type=Path, help="directory of recorded data")
+    train.add_argument(
+        "--out", required=True, type=output_file, help="file to write, *.safetensors; .json and .png beside it"
+    )
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    train.add_argument("--epochs", type=positive, default=None, help="most passes over the documents")
+    train.add_argument("--patience", type=positive, default=None, help="epochs without gain before it stops")
+    train.add_argument("--leads", default=None, help="steps ahead to train for, drawn from these: 2,4,8,8")
+    train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
+    train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
+    train.add_argument(
+        "--label-heads", choices=("all", "indexed", "retrieval"), default="all", help="whose events make the labels"
+    )
+    train.add_argument(
+        "--retrieval", type=float, default=None, help="part of the target that retrieval heads alone make"
+    )
+    train.add_argument("--answer", type=float, default=None, help="part of the target that answers' chunks have")
+    train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
+    train.add_argument("--context", type=positive, default=None, help="width of the summary of the hidden states")
+    train.add_argument("--units", type=positive, default=None, help="width of the network")
+    train.add_argument(
+        "--dropout", type=float, default=None, help="share of the network's units that a step leaves out"
+    )
+    train.add_argument("--reach", type=int, default=None, help="chunks to either side that a score may depend on")
+    train.add_argument("--rows", type=positive, default=None, help="predictions of a document in one step")
+    train.add_argument(
+        "--time-limit-s", type=seconds, default=None, help="seconds to train at most (default: no limit)"
+    )
+    train.add_argument("--bf16", action="store_true", help="mixed precision")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(command=_train, parser=train)
+
+    evaluate = commands.add_parser("eval", help="compare an indexer with every other way to choose chunks")
+    evaluate.add_argument("--data", required=True, type=Path, help="directory of recorded data")
+    evaluate.add_argument("--indexer", required=True, type=Path, help="trained indexer, *.safetensors")
+    evaluate.add_argument("--out", type=output_file, default=None, help="JSON of all figures; a PNG goes beside it")
+    evaluate.add_argument("--lead", type=positive, default=8, help="steps ahead of the table (default: 8)")
+    evaluate.add_argument("--budget", type=ratio, default=0.10, help="budget of the table (default: 0.10)")
+    evaluate.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
+    evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    evaluate.set_defaults(command=_evaluate, parser=evaluate)
+
+
+def _record(args: argparse.Namespace) -> int:
+    _use_threads(args.threads)
+    from forecache.workers.models.loader import model_name, resolve_model
+    from forecache.workers.recording.deepseek_v4.record import is_deepseek_v4
+    from forecache.workers.recording.documents import Recipe
+    from forecache.workers.recording.record import record
+
+    if is_deepseek_v4(resolve_model(args.model)):
+        return retriever_commands.record(args, _progress, _plain_errors)
+    recipe = Recipe(
+        texts=tuple(args.data.split(",")),
+        eval_texts=tuple(args.eval_data.split(",")),
+        **{field.name: getattr(args, field.name) for field in fields(Recipe) if hasattr(args, field.name)},
+    )
+    with _progress("recording") as show, _plain_errors():
+        record(
+            resolve_model(args.model),
+            args.out,
+            recipe,
+            model_name=model_name(args.model),
+            manifest=args.manifest,
+            device=args.device,
+            dtype=args.dtype,
+            part=args.part,
+            progress=show,
+        )
+    print(f"{args.out}: {recipe.documents} documents to train on, {recipe.eval_documents} to evaluate on")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    _use_threads(args.threads)
+    if retriever_commands.are_entries(args.data):
+        return retriever_commands.train(args, _plain_errors)
+    from forecache.indexer.records.encoder import EncoderShape
+    from forecache.indexer.records.shards import ShardManifest
+    from forecache.indexer.training.labels import LabelRule
+    from forecache.indexer.training.plots import PlotError, plot_curve
+    from forecache.indexer.training.train import TrainConfig, train
+    from forecache.indexer.training.train_state import Epoch
+
+    given = {field.name: getattr(args, field.name, None) for field in fields(TrainConfig)}
+    given["leads"] = None if args.leads is None else _integers(args.leads)
+    config = TrainConfig(**{name: value for name, value in given.items() if value is not None})
+    shaped = {"context": args.context, "units": args.units, "reach": args.reach}
+    shaped["history"] = None if args.history is None else _integers(args.history)
+    shape = EncoderShape(**{name: value for name, value in shaped.items() if value is not None})
+
+    def show(epoch: Epoch) -> None:
+        print(
+            f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, held out {epoch.loss:.3f}, recall {epoch.recall:.3f}, "
+            f"coverage {epoch.coverage:.3f}, of retrieval heads {epoch.retrieval_coverage:.3f}, {epoch.seconds:.0f} s",
+            flush=True,
+        )
+
+    with _plain_errors():
+        manifest = ShardManifest.load(args.data)
+        heads = {"all": None, "indexed": manifest.query_numbers, "retrieval": manifest.retrieval_numbers}
+        rule = LabelRule(heads=heads[args.label_heads])
+        curve = train(args.data, args.out, config=config, shape=shape, rule=rule, device=args.device, progress=show)
+    try:
+        plot_curve(args.out.with_suffix(".png"), curve)
+    except PlotError as error:
+        print(f"note: {error}")
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.out == args.indexer.with_suffix(".json"):
+        raise IndexerCommandError(f"{args.out} is the indexer's manifest: choose another name for the figures")
+    _use_threads(args.threads)
+    if retriever_commands.are_entries(args.data):
+        return retriever_commands.evaluate(args, _plain_errors)
+    from rich.console import Console
+    from rich.table import Table
+
+    from forecache.indexer.training.evaluate import LEADS, as_records, evaluate, gap_closed, table
+    from forecache.indexer.training.metrics import BUDGETS
+    from forecache.indexer.training.plots import PlotError, plot_figures
+
+    with _progress("evaluating") as show, _plain_errors():
+        figures = evaluate(
+            args.data,
+            args.indexer,
+            leads=sorted({*LEADS, args.lead}),
+            budgets=sorted({*BUDGETS, args.budget}),
+            device=args.device,
+            progress=show,
+        )
+    console = Console()
+    console.print("coverage / coverage of the retrieval heads / recall / answers kept")
+    by: Literal["task", "text"]
+    for by in ("task", "text"):
+        header, *rows = table(figures, lead=args.lead, budget=args.budget, by=by)
+        drawn = Table(*header, title=f"{args.lead} steps ahead, {args.budget:.1%} of the chunks, by {by}")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+    for name in ("coverage", "retrieval_coverage", "recall", "answer_kept"):
+        closed = gap_closed(figures, task="all", text="all", lead=args.lead, budget=args.budget, name=name)
+        if closed is not None:
+            console.print(f"{name}: {closed:.0%} of the gap between training-free and oracle closed")
+    if args.out is not None:
+        args.out.write_text(json.dumps(as_records(figures), indent=1) + "\n", encoding="utf-8")
+        try:
+            plot_figures(args.out.with_suffix(".png"), figures, lead=args.lead)
+        except PlotError as error:
+            console.print(f"note: {error}")
+    return 0
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """``2/4``: the second of four."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise argparse.ArgumentTypeError(f"'{text}' is no part like 2/4")
+    return part
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise IndexerCommandError(f"'{text}' is no list of numbers like 0,4,8") from error
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """The indexer's own errors, which know nothing of commands, as errors of a command."""
+    from forecache.indexer.records.checkpoint import CheckpointError
+    from forecache.indexer.records.shards import ShardError
+
+    try:
+        yield
+    except (CheckpointError, ShardError) as error:
+        raise IndexerCommandError(str(error)) from error
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar over documents."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=None)
+
+        def show(done: int, documents: int) -> None:
+            progress.update(task, completed=done, total=documents)
+
+        yield show

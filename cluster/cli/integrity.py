@@ -1,0 +1,107 @@
+"""Do catalog, tiers and workers of a running cluster agree? For `forecache doctor --cluster`, and after every fault."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+
+from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names
+from forecache.workers.errors import CatalogUnavailableError
+from forecache.workers.memory.format.hold_id import worker_of
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.tier.catalog import Catalog
+
+SETTLE_S = 3.0
+"""So long something may differ that is on its way: a chunk that moves is where it was, or where it goes, or both."""
+
+
+def check_integrity(tiers: Tiers, *, settle_s: float = SETTLE_S) -> list[str]:
+    """What is wrong, in sentences; nothing, if all is well. Takes ``settle_s`` and more if something seems wrong.
+
+    What was wrong at first and is right at the end was under way, and is not told.
+    """
+    wrong = _look(tiers)
+    end_s = time.monotonic() + settle_s
+    while wrong and time.monotonic() < end_s:
+        time.sleep(0.2)
+        now = set(_look(tiers))
+        wrong = [sentence for sentence in wrong if sentence in now]
+    return wrong
+
+
+def _look(tiers: Tiers) -> list[str]:
+    return [*_tiers_themselves(tiers), *_catalog_and_tiers(tiers), *_holders(tiers), *_orphans(tiers), *_workers()]
+
+
+def _tiers_themselves(tiers: Tiers) -> list[str]:
+    actors = tiers.actors()
+    answers = tiers.ask("integrity", only=actors)
+    silent = [f"{name}: does not answer" for name in actors if name not in answers]
+    return [*silent, *(f"{name}: {found}" for name, found in answers.items() if found)]
+
+
+def _catalog_and_tiers(tiers: Tiers) -> list[str]:
+    """Every entry that counts is true, and every stored chunk is entered."""
+    stored = {name: set(keys) for name, keys in tiers.ask("stored_keys").items()}
+    entered: dict[str, set[ChunkKey]] = {name: set() for name in stored}
+    wrong = []
+    try:
+        with Catalog(tiers.redis_url, timeout_s=tiers.deadline_s) as catalog:
+            for key, tier_ids in catalog.entries():
+                for tier_id in tier_ids:
+                    entered.setdefault(tier_id, set()).add(key)
+    except CatalogUnavailableError as error:
+        return [f"catalog: {error}"]
+    for name, keys in stored.items():
+        wrong += [f"{name}: chunk {key.hex()} is entered and not stored" for key in entered[name] - keys]
+        wrong += [f"{name}: chunk {key.hex()} is stored and not entered" for key in keys - entered[name]]
+    wrong += [f"{name}: has entries and is no tier" for name, keys in entered.items() if keys and name not in stored]
+    return wrong
+
+
+def _holders(tiers: Tiers) -> list[str]:
+    holding = tiers.ask("holding_workers")
+    living = {name.rpartition("#")[2] for name in actor_names()}
+    return [
+        f"{name}: worker {worker} is gone and holds slots"
+        for name, workers in holding.items()
+        for worker in workers
+        if worker not in living and worker not in INTERNAL_HOLDERS
+    ]
+
+
+def _orphans(tiers: Tiers) -> list[str]:
+    held = tiers.ask("holders")
+    # asked after that: who held something then was a holder before
+    living = {answer[0]: answer[1] for answer in _ask_workers("holders") if isinstance(answer, tuple)}
+    return orphans(held, living)
+
+
+def orphans(held: Mapping[str, Iterable[str]], living: Mapping[str, Iterable[str]]) -> list[str]:
+    """What tiers hold (tier id → names of holders) for holders that are over, in sentences: their worker lives and does
+    not know them. ``living``: worker id → names of its holders; of other workers nothing is said."""
+    known = {worker_id: set(holders) for worker_id, holders in living.items()}
+    return [
+        f"{name}: {holder} is over, and something is held for it"
+        for name, holders in held.items()
+        for holder in holders
+        if worker_of(holder) in known and holder not in known[worker_of(holder)]
+    ]
+
+
+def _workers() -> list[str]:
+    """The hot pools' references are those of their sequences."""
+    return [f"a worker: {answer}" for answer in _ask_workers("integrity") if answer]
+
+
+def _ask_workers(method: str, deadline_s: float = 30.0) -> list[Any]:
+    """What the workers answer, or the error in its place. One that drains is not asked."""
+    if "forecache" not in serve.status().applications:
+        return []
+    handle = serve.get_deployment_handle("DecodeWorker", "forecache")
+    try:
+        return list(handle.broadcast(method).results(timeout_s=deadline_s, return_exceptions=True))
+    except (RayError, TimeoutError, RuntimeError) as error:
+        return [error]

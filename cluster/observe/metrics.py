@@ -1,0 +1,294 @@
+"""Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them.
+
+Every process serves its own: its counters begin at 0 with it and never fall, and Prometheus adds up (design §3).
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from forecache.indexer.serving.protocol import IndexerStats
+from forecache.indexer.serving.telemetry import Component
+from forecache.workers.core.requests import TokenEvent
+from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats, WorkerStats
+from forecache.workers.memory.arena.stats import TierStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_RECALLED = (
+    "Chunks that came from colder memory: to a hot pool from its node's arena (local), to an arena from another "
+    "node (remote) or from the node's disk (disk)."
+)
+
+
+@dataclass(frozen=True)
+class _Counter:
+    """A counter that is one field of a process' stats."""
+
+    name: str
+    help: str
+    field: str
+    source: str | None = None
+
+
+_ENGINE_COUNTERS = (
+    _Counter("forecache_prefix_cache_queries", "Prompt tokens looked up in the cache.", "prefix_queried_tokens"),
+    _Counter("forecache_prefix_cache_hits", "Prompt tokens found in the cache.", "prefix_hit_tokens"),
+    _Counter("forecache_recalled_chunks", _RECALLED, "recalled_chunks", "local"),
+    _Counter("forecache_recall_bytes", "Bytes copied from cold memory to the hot pool.", "recall_bytes"),
+    _Counter(
+        "forecache_written_back_chunks",
+        "Chunks copied from the hot pool to cold memory.",
+        "written_back_chunks",
+    ),
+    _Counter("forecache_prefetch_stall_seconds", "Seconds that steps waited for a recall.", "prefetch_stall_s"),
+    _Counter("forecache_lookahead_windows", "Windows begun.", "windows"),
+    _Counter("forecache_lookahead_late", "Windows whose prediction or copies were late.", "late_windows"),
+    _Counter("forecache_lookahead_failed", "Windows without a prediction.", "failed_predictions"),
+    _Counter("forecache_lookahead_hits", "Chunks with retrieval events that were resident.", "event_hits"),
+    _Counter("forecache_lookahead_misses", "Chunks with retrieval events that were not resident.", "event_misses"),
+    _Counter("forecache_fallbacks", "Budgets doubled for low coverage, full attention included.", "fallbacks"),
+    _Counter("forecache_fallbacks_refused", "Budgets not doubled for want of hot slots.", "refused_fallbacks"),
+    _Counter(
+        "forecache_non_finite_steps",
+        "Steps of a request that were void, since keys, values or logits were infinite or no number.",
+        "non_finite_steps",
+    ),
+    _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
+    _Counter("forecache_prompt_tokens", "Prompt tokens of admitted requests.", "prompt_tokens"),
+    _Counter("forecache_generation_tokens", "Tokens generated.", "generated_tokens"),
+    _Counter("forecache_requests_finished", "Requests answered to the end.", "finished_requests"),
+    _Counter("forecache_requests_cancelled", "Requests whose client went away.", "cancelled_requests"),
+    _Counter("forecache_requests_failed", "Requests that failed on a worker.", "failed_requests"),
+)
+
+_TIER_COUNTERS = (
+    _Counter("forecache_memory_tier_fetched_bytes", "Bytes brought from other nodes.", "fetched_bytes"),
+    _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to nodes with room.", "moved_chunks"),
+    _Counter("forecache_memory_tier_replicated_chunks", "Chunks copied to other nodes.", "replicated_chunks"),
+    _Counter("forecache_memory_tier_spilled_chunks", "Chunks written to disk.", "spilled_chunks"),
+    _Counter("forecache_memory_tier_evicted_chunks", "Chunks that others took the place of.", "evicted_chunks"),
+    _Counter("forecache_memory_tier_dropped_chunks", "Chunks whose bytes were found wrong.", "dropped_chunks"),
+)
+
+_INDEXER_COUNTERS = (
+    _Counter("forecache_indexer_predictions", "Predictions that an indexer actor made.", "predictions"),
+    _Counter("forecache_indexer_failed", "Predictions that an indexer actor could not make.", "failed_predictions"),
+    _Counter("forecache_indexer_predict_seconds", "Seconds that an indexer actor spent scoring.", "predict_s"),
+)
+
+
+class StatsCollector(Collector):
+    """Series of one process, made from what ``stats`` returns at each scrape; called in the scrape's thread."""
+
+    def __init__(self, component: Component, model_name: str, stats: Callable[[], object]) -> None:
+        self._component = component
+        self._model_name = model_name
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        build = GaugeMetricFamily(
+            "forecache_build_info", "1 for each process that runs.", labels=["model_name", "version"]
+        )
+        build.add_metric([self._model_name, importlib.metadata.version("forecache")], 1)
+        yield build
+        stats = self._stats()
+        if isinstance(stats, WorkerStats):
+            yield from self._worker(stats)
+        elif isinstance(stats, TierStats):
+            yield from self._tier(stats)
+        elif isinstance(stats, IndexerStats):
+            yield from self._indexer(stats)
+
+    def _worker(self, stats: WorkerStats) -> Iterable[Metric]:
+        engine = stats.engine
+        yield from self._counters(_ENGINE_COUNTERS, engine)
+        yield self._gauge("forecache_num_requests_running", "Requests in the batch.", engine.running)
+        yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", engine.waiting)
+        yield self._gauge(
+            "forecache_hot_pool_usage_perc",
+            "Hot slots that live sequences reference / all, 0 to 1.",
+            _ratio(engine.hot_slots_referenced, engine.hot_slots),
+        )
+        yield self._gauge(
+            "forecache_resident_ratio",
+            "Resident chunks / all chunks of running sequences, mean; 1 where none runs.",
+            engine.resident_ratio,
+        )
+        yield self._recall_seconds(engine)
+        yield self._counter(
+            "forecache_indexer_fallbacks",
+            "Predictions that a worker made itself since its indexer actor did not answer.",
+            stats.scorer.fallbacks,
+        )
+        scorer = GaugeMetricFamily(
+            "forecache_indexer_info",
+            "What scores a worker's chunks: trained (with the checkpoint's digest), training-free or bounds.",
+            labels=["model_name", "scorer", "checkpoint"],
+        )
+        scorer.add_metric([self._model_name, stats.scorer.name, stats.scorer.digest], 1)
+        yield scorer
+
+    def _tier(self, tier: TierStats) -> Iterable[Metric]:
+        for name, text, part, whole in (
+            ("usage", "Arena slots in use / all, 0 to 1.", tier.used_slots, tier.slots),
+            (
+                "held",
+                "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
+                tier.held_slots,
+                tier.slots,
+            ),
+            (
+                "promised",
+                "Arena slots promised to sequences or pinned, so that no other is promised them / all, 0 to 1.",
+                tier.committed_slots,
+                tier.slots,
+            ),
+            ("disk_usage", "Chunk slots on disk in use / all, 0 to 1.", tier.disk_used_slots, tier.disk_slots),
+        ):
+            yield self._gauge(f"forecache_memory_tier_{name}_perc", text, _ratio(part, whole))
+        yield self._gauge(
+            "forecache_memory_tier_pinned_slots", "Arena slots that sessions have pinned.", tier.pinned_slots
+        )
+        yield self._gauge(
+            "forecache_memory_tier_quarantined_slots",
+            "Arena slots that were taken back from a worker which may still write there.",
+            tier.quarantined_slots,
+        )
+        yield self._gauge(
+            "forecache_memory_tier_bad_slots",
+            "Arena slots not used any more since their bytes were found wrong twice: the node's memory is bad.",
+            tier.bad_slots,
+        )
+        yield self._gauge(
+            "forecache_memory_tier_disk_bad_slots",
+            "Chunk slots on disk not used any more since their bytes were found wrong twice: the disk is bad.",
+            tier.disk_bad_slots,
+        )
+        yield from self._counters(_TIER_COUNTERS, tier)
+        recalled = CounterMetricFamily("forecache_recalled_chunks", _RECALLED, labels=["model_name", "source"])
+        recalled.add_metric([self._model_name, "remote"], tier.fetched_chunks)
+        recalled.add_metric([self._model_name, "disk"], tier.disk_recalled_chunks)
+        yield recalled
+
+    def _indexer(self, stats: IndexerStats) -> Iterable[Metric]:
+        yield from self._counters(_INDEXER_COUNTERS, stats)
+        yield self._gauge("forecache_indexer_waiting", "Predictions that an actor has not begun.", stats.waiting)
+
+    def _counters(self, counters: Sequence[_Counter], stats: object) -> Iterable[Metric]:
+        for counter in counters:
+            yield self._counter(counter.name, counter.help, getattr(stats, counter.field), counter.source)
+
+    def _counter(self, name: str, text: str, value: float, source: str | None = None) -> Metric:
+        labels = {"model_name": self._model_name} | ({} if source is None else {"source": source})
+        family = CounterMetricFamily(name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _recall_seconds(self, engine: EngineStats) -> Metric:
+        family = HistogramMetricFamily(
+            "forecache_recall_seconds", "One recall, of a few chunks: copy and check.", labels=["model_name"]
+        )
+        bounds = [*map(str, RECALL_BOUNDS_S), "+Inf"]
+        buckets = list(zip(bounds, accumulate(map(float, engine.recall_buckets)), strict=True))
+        family.add_metric([self._model_name], cast(Any, buckets), engine.recall_s)
+        return family
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+class Metrics:
+    """The registry of an ingress: what it sees of requests."""
+
+    def __init__(self, model_name: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per series, of use to nobody here
+        self.model_name = model_name
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.registry.register(StatsCollector("ingress", model_name, lambda: None))
+        self._first_token_s = self._histogram("forecache_time_to_first_token_seconds", "Request to first token.")
+        self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Between two tokens.")
+        self._end_to_end_s = self._histogram("forecache_e2e_request_latency_seconds", "Request to last token.")
+        self._queue_s = self._histogram("forecache_request_queue_time_seconds", "Request to admission.")
+        self._coverage = self._histogram(
+            "forecache_attention_coverage",
+            "Share of a request's retrieval-event mass on resident chunks, 0 to 1; requests without events left out.",
+            _SHARES,
+        )
+        self._errors = Counter(
+            "forecache_errors",
+            "Requests that got an error, by its code.",
+            ["model_name", "kind"],
+            registry=self.registry,
+        )
+        self._resumed = Counter(
+            "forecache_resumed_answers",
+            "Times that an answer went on at another worker since it had lost its own.",
+            ["model_name"],
+            registry=self.registry,
+        ).labels(model_name)
+
+    def error(self, kind: str) -> None:
+        self._errors.labels(self.model_name, kind).inc()
+
+    def resumed(self) -> None:
+        self._resumed.inc()
+
+    def request(self) -> "RequestTimer":
+        return RequestTimer(self, time.monotonic())
+
+    def render(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        family = Histogram(name, text, ["model_name"], buckets=buckets, registry=self.registry)
+        return family.labels(self.model_name)
+
+
+def registry_of(component: Component, model_name: str, stats: Callable[[], object]) -> CollectorRegistry:
+    """Of a process other than an ingress."""
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    registry.register(StatsCollector(component, model_name, stats))
+    return registry
+
+
+class RequestTimer:
+    """Latencies of one request, as the ingress sees its events."""
+
+    def __init__(self, metrics: Metrics, started_s: float) -> None:
+        self._metrics = metrics
+        self._started_s = started_s
+        self._last_token_s: float | None = None
+
+    def __call__(self, event: TokenEvent) -> None:
+        now = time.monotonic()
+        if event.token_ids:
+            if self._last_token_s is None:
+                self._metrics._first_token_s.observe(now - self._started_s)
+            else:
+                for _ in event.token_ids:
+                    self._metrics._inter_token_s.observe((now - self._last_token_s) / len(event.token_ids))
+            self._last_token_s = now
+        if event.finish_reason in ("stop", "length"):  # what failed took no time that says anything of an answer's
+            self._metrics._end_to_end_s.observe(now - self._started_s)
+            if event.stats is not None:
+                self._metrics._queue_s.observe(event.stats.queue_s)
+                if event.stats.coverage is not None:
+                    self._metrics._coverage.observe(event.stats.coverage)

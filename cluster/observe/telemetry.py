@@ -1,0 +1,74 @@
+"""The telemetry of a process: its logs, its `/metrics` on a port of its own, its part of traces."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import ray
+from prometheus_client import CollectorRegistry, start_http_server
+
+from forecache.cluster.config import TelemetryConfig
+from forecache.cluster.errors import StartError
+from forecache.cluster.observe import logs
+from forecache.cluster.observe.metrics import registry_of
+from forecache.cluster.observe.tracing import Tracer, make_tracer
+from forecache.indexer.serving.telemetry import Attribute, Component, MetricsTarget, Span
+
+logger = logging.getLogger(__name__)
+
+ANY_HOST = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class RunningTelemetry:
+    """A process' telemetry, under way until the process ends."""
+
+    target: MetricsTarget
+    tracer: Tracer
+
+    def span(self, name: str, traceparent: str, **attributes: Attribute) -> AbstractContextManager[Span]:
+        return self.tracer.span(name, traceparent, **attributes)
+
+
+@dataclass(frozen=True)
+class ClusterTelemetry:
+    """Implements :class:`forecache.indexer.serving.telemetry.Telemetry`.
+
+    ``host`` is the address to listen on. ``None``: the node's address, which is also published if ``host`` is 0.0.0.0.
+    """
+
+    config: TelemetryConfig
+    model_name: str
+    host: str | None
+
+    def start(self, component: Component, process: str, node: str, stats: Callable[[], object]) -> RunningTelemetry:
+        """Raises :class:`.errors.StartError` when no port is free."""
+        return self.start_with(registry_of(component, self.model_name, stats), component, process, node)
+
+    def start_with(
+        self, registry: CollectorRegistry, component: Component, process: str, node: str
+    ) -> RunningTelemetry:
+        """The same with a registry that is there."""
+        logs.configure(self.config, component, process)
+        own = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        host = self.host or own
+        address = own if host in ANY_HOST else host
+        address = f"[{address}]" if ":" in address else address
+        target = MetricsTarget(f"{address}:{self._serve(registry, host)}", component, process, node)
+        logger.info("%s serves its metrics at %s", component, target.address)
+        return RunningTelemetry(target, make_tracer(self.config.otlp_endpoint, component, process))
+
+    def _serve(self, registry: CollectorRegistry, host: str) -> int:
+        """The port; a thread that ends with the process answers there."""
+        first, count = self.config.metrics_first_port, self.config.metrics_ports
+        for port in range(first, first + count) if first else (0,):
+            try:
+                server, _ = start_http_server(port, host, registry)
+            except OSError as error:
+                reason = error
+                continue
+            return int(server.server_port)
+        raise StartError(
+            f"no port for /metrics on {host} from {first or 'any'}: {reason}; see --metrics-host, --metrics-first-port"
+        )

@@ -1,0 +1,188 @@
+"""Index records of chunks: their layout, and how keys become records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Literal, Self
+
+import torch
+
+from forecache.indexer.records.manifest import RetrievalManifest
+
+RECORD_ALIGNMENT_BYTES = 64
+
+
+Head = tuple[int, int]
+"""(layer, head)"""
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """Which keys a record holds and how they are stored.
+
+    ``kind``: "tokens", every token's key of a few heads; "bounds", minimum and maximum over the chunk of every head;
+    "entries", DeepSeek-V4's index keys, of which a chunk has ``chunk_tokens`` for each "KV head", which is a CSA layer
+    there (see :mod:`.entry_scores`, also for ``threshold`` and ``adaptive_entries``). ``query_heads``: (layer, query
+    head) pairs whose queries score; ``kv_heads``: the (layer, KV head) pairs whose keys are stored; ``query_to_kv``:
+    index into ``kv_heads`` for each query head. ``scale`` multiplies q·k. ``dtype`` is what keys are stored in: int8
+    goes with a float16 scale per (head, token).
+    """
+
+    kind: Literal["tokens", "bounds", "entries"]
+    query_heads: tuple[Head, ...]
+    kv_heads: tuple[Head, ...]
+    query_to_kv: tuple[int, ...]
+    head_dim: int
+    chunk_tokens: int
+    scale: float
+    dtype: torch.dtype
+    threshold: float = 0.5
+    adaptive_entries: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.query_to_kv) != len(self.query_heads):
+            raise ValueError(f"{len(self.query_heads)} query heads but {len(self.query_to_kv)} entries in query_to_kv")
+        if self.kind == "bounds" and not self.dtype.is_floating_point:
+            raise ValueError(f"bounds are stored as floating point, not {self.dtype}")
+
+    @classmethod
+    def from_manifest(
+        cls,
+        manifest: RetrievalManifest,
+        *,
+        chunk_tokens: int,
+        scale: float | None = None,
+        dtype: torch.dtype = torch.int8,
+    ) -> Self:
+        """Keys of every token of the manifest's retrieval heads; ``scale`` defaults to head_dim ** -0.5."""
+        return cls._build(
+            "tokens",
+            [(head.layer, head.head) for head in manifest.heads],
+            manifest.attention_heads // manifest.kv_heads,
+            manifest.head_dim,
+            chunk_tokens,
+            scale,
+            dtype,
+        )
+
+    @classmethod
+    def of_heads(
+        cls,
+        query_heads: tuple[Head, ...],
+        kv_heads: tuple[Head, ...],
+        *,
+        group: int,
+        head_dim: int,
+        chunk_tokens: int,
+        scale: float,
+    ) -> Self:
+        """int8 keys of every token of ``kv_heads``, in their order, each read by ``group`` query heads of the model."""
+        return cls._build("tokens", query_heads, group, head_dim, chunk_tokens, scale, torch.int8, kv_heads)
+
+    @classmethod
+    def bounds(
+        cls,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        chunk_tokens: int,
+        scale: float | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> Self:
+        """Per-chunk bounds of every layer and head: what is left to a model without a manifest."""
+        queries = [(layer, head) for layer in range(layers) for head in range(heads)]
+        return cls._build("bounds", queries, heads // kv_heads, head_dim, chunk_tokens, scale, dtype)
+
+    @classmethod
+    def _build(
+        cls,
+        kind: Literal["tokens", "bounds"],
+        query_heads: Sequence[Head],
+        group: int,
+        head_dim: int,
+        chunk_tokens: int,
+        scale: float | None,
+        dtype: torch.dtype,
+        kv_heads: tuple[Head, ...] | None = None,
+    ) -> Self:
+        owners = [(layer, head // group) for layer, head in query_heads]
+        if kv_heads is None:
+            kv_heads = tuple(sorted(set(owners)))
+        return cls(
+            kind=kind,
+            query_heads=tuple(query_heads),
+            kv_heads=kv_heads,
+            query_to_kv=tuple(kv_heads.index(owner) for owner in owners),
+            head_dim=head_dim,
+            chunk_tokens=chunk_tokens,
+            scale=head_dim**-0.5 if scale is None else scale,
+            dtype=dtype,
+        )
+
+    @property
+    def head_elements(self) -> int:
+        """Numbers stored for one KV head of one chunk."""
+        return (2 if self.kind == "bounds" else self.chunk_tokens) * self.head_dim
+
+    @property
+    def key_nbytes(self) -> int:
+        return len(self.kv_heads) * self.head_elements * self.dtype.itemsize
+
+    @property
+    def scale_nbytes(self) -> int:
+        if self.dtype.is_floating_point:
+            return 0
+        return len(self.kv_heads) * self.chunk_tokens * torch.float16.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one chunk's record, a multiple of 64: keys, then scales, then padding."""
+        return -(-(self.key_nbytes + self.scale_nbytes) // RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
+
+    @cached_property
+    def queries_of_kv(self) -> tuple[tuple[int, ...], ...]:
+        """For each KV head, the rows of the query matrix that read it."""
+        rows: list[list[int]] = [[] for _ in self.kv_heads]
+        for row, kv in enumerate(self.query_to_kv):
+            rows[kv].append(row)
+        return tuple(tuple(row) for row in rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex name of a record's bytes. Specs that differ only in their query heads may share records."""
+        text = repr((1, self.kind, self.kv_heads, self.head_dim, self.chunk_tokens, str(self.dtype)))
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def encode_chunks(spec: IndexSpec, keys: torch.Tensor) -> torch.Tensor:
+    """Records of finished chunks, uint8 [chunks, nbytes] on the device of ``keys``.
+
+    ``keys``: [chunks, kv_heads, chunk_tokens, head_dim] of any float dtype, RoPE applied, heads in the order
+    of ``spec.kv_heads``.
+    """
+    chunks = keys.shape[0]
+    expected = (chunks, len(spec.kv_heads), spec.chunk_tokens, spec.head_dim)
+    if tuple(keys.shape) != expected:
+        raise ValueError(f"keys have shape {tuple(keys.shape)}, the index spec needs {expected}")
+    records = torch.zeros(chunks, spec.nbytes, dtype=torch.uint8, device=keys.device)
+    if spec.kind == "bounds":
+        stored = torch.stack([keys.amin(2), keys.amax(2)], 2).to(spec.dtype)
+    elif spec.dtype.is_floating_point:
+        stored = keys.to(spec.dtype)
+    else:
+        keys = keys.float()
+        # no smaller than float16's least normal number, so that a chunk of zeros divides by something
+        scales = (keys.abs().amax(3) / 127).clamp(min=2.0**-14).half()
+        stored = (keys / scales.unsqueeze(3)).round().clamp(-127, 127).to(torch.int8)
+        end = spec.key_nbytes + spec.scale_nbytes
+        records[:, spec.key_nbytes : end] = scales.reshape(chunks, -1).view(torch.uint8)
+    records[:, : spec.key_nbytes] = stored.reshape(chunks, -1).view(torch.uint8)
+    return records
+
+
+def encode_chunk(spec: IndexSpec, keys: torch.Tensor) -> torch.Tensor:
+    """One chunk's record: ``keys`` [kv_heads, chunk_tokens, head_dim] → uint8 [nbytes]."""
+    return encode_chunks(spec, keys.unsqueeze(0))[0]

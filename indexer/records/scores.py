@@ -1,0 +1,125 @@
+"""Scores of chunks: the share of a head's attention that index records predict for each."""
+
+import torch
+
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.records.quantized_lse import quantized_chunk_lse, serves
+
+BLOCK_HEAD_ELEMENTS = 1 << 18
+"""float32 numbers of one KV head decoded at a time: 1 MiB, which stays in a core's cache."""
+BLOCK_BYTES = 32 << 20
+"""most bytes of records gathered at a time."""
+EVENT_SHARE = 0.3
+"""Least share of a head's attention on one chunk that is a retrieval event (design §1)."""
+
+
+def score_chunks(
+    spec: IndexSpec,
+    records: torch.Tensor,
+    queries: torch.Tensor,
+    local_lse: torch.Tensor,
+    slots: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much of the queries' attention each chunk gets: float32 [chunks], larger is needed sooner.
+
+    ``local_lse``: float32 [query_heads], log-sum-exp of the scaled logits over the tokens that have no record (-inf:
+    none). For the rest see :func:`chunk_lse`, for the scores :func:`attention_share`.
+    """
+    return attention_share(spec, chunk_lse(spec, records, queries, slots), local_lse)
+
+
+def attention_share(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """Scores, float32 [chunks], from ``lse`` [query_heads, chunks] of all chunks and ``local_lse`` [query_heads].
+
+    "tokens": exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
+    "bounds": softmax over the chunks' upper bounds, then the mean over heads.
+    """
+    return _pooled(spec, head_shares(lse, local_lse))
+
+
+def _pooled(spec: IndexSpec, shares: torch.Tensor) -> torch.Tensor:
+    return shares.amax(0) if spec.kind == "tokens" else shares.mean(0)
+
+
+def head_shares(lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """Share of each head's attention on each chunk: float32 [query_heads, chunks], from ``lse``, alike, of all chunks
+    and ``local_lse`` [query_heads] of the tokens that have no record."""
+    total = torch.logaddexp(lse.logsumexp(1), local_lse)
+    return (lse - total.unsqueeze(1)).exp()
+
+
+def event_mass(shares: torch.Tensor, threshold: float = EVENT_SHARE) -> torch.Tensor:
+    """Mass of the retrieval events on each chunk, float32 [chunks]: those of ``shares`` [heads, chunks] that reach
+    ``threshold``, summed over the heads."""
+    return shares.masked_fill(~(shares >= threshold), 0.0).sum(0)
+
+
+def scores_and_events(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    """:func:`attention_share`, and :func:`event_mass` below it: float32 [2, chunks]."""
+    shares = head_shares(lse, local_lse)
+    return torch.stack([_pooled(spec, shares), event_mass(shares)])
+
+
+def chunk_lse(
+    spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-sum-exp of the scaled logits in each chunk: float32 [query_heads, chunks].
+
+    ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read.
+    ``queries``: float32 [query_heads, head_dim], RoPE applied. For "bounds" it is Σ_d max(q_d·min_d, q_d·max_d), which
+    no q·k in the chunk exceeds (Quest, arXiv 2406.10774). Many int8 records on a CPU are read as
+    :mod:`.quantized_lse` does.
+    """
+    count = len(records) if slots is None else len(slots)
+    if not serves(spec, records, count):
+        return exact_chunk_lse(spec, records, queries, slots)
+    _check_queries(spec, queries)
+    lse = quantized_chunk_lse(spec, records, queries, slots)
+    lost = lse.isnan().any(0).nonzero().squeeze(1)
+    if len(lost):
+        lse[:, lost] = exact_chunk_lse(spec, records, queries, lost if slots is None else slots[lost])
+    return lse
+
+
+def exact_chunk_lse(
+    spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`chunk_lse` in float32, read in blocks, so that memory stays bounded."""
+    _check_queries(spec, queries)
+    chunks = len(records) if slots is None else len(slots)
+    lse = queries.new_empty(len(spec.query_heads), chunks)
+    block = max(1, min(BLOCK_HEAD_ELEMENTS // spec.head_elements, BLOCK_BYTES // spec.nbytes))
+    for start in range(0, chunks, block):
+        part = slice(start, start + block)
+        rows = records[part] if slots is None else records.index_select(0, slots[part])
+        lse[:, start : start + block] = _block_lse(spec, rows, queries)
+    return lse
+
+
+def _check_queries(spec: IndexSpec, queries: torch.Tensor) -> None:
+    if queries.shape != (len(spec.query_heads), spec.head_dim):
+        raise ValueError(f"queries have shape {tuple(queries.shape)}, not {(len(spec.query_heads), spec.head_dim)}")
+
+
+def _block_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of the scaled logits in each chunk of ``rows``: float32 [query_heads, chunks]."""
+    chunks = len(rows)
+    keys = rows[:, : spec.key_nbytes].view(spec.dtype).view(chunks, len(spec.kv_heads), -1, spec.head_dim)
+    scaled = queries * spec.scale
+    if spec.kind == "bounds":
+        # one product with [min, max]: a negative component of q takes the minimum, a positive one the maximum
+        scaled = torch.cat([scaled.clamp(max=0), scaled.clamp(min=0)], 1)
+        keys = keys.flatten(2).unsqueeze(2)
+    scales = None
+    if spec.scale_nbytes:
+        end = spec.key_nbytes + spec.scale_nbytes
+        scales = rows[:, spec.key_nbytes : end].view(torch.float16).view(chunks, len(spec.kv_heads), -1).float()
+    lse = queries.new_empty(len(spec.query_heads), chunks)
+    for kv, members in enumerate(spec.queries_of_kv):
+        group = list(members)
+        head_keys = keys[:, kv].float().flatten(0, 1)
+        logits = (scaled[group] @ head_keys.T).view(len(group), chunks, -1)
+        if scales is not None:
+            logits *= scales[:, kv]
+        lse[group] = logits.logsumexp(2)
+    return lse

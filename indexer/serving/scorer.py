@@ -1,0 +1,298 @@
+"""Prediction in this process, over index keys that lie in a mapped arena."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from forecache.indexer.records.entry_scores import chunk_scores, record_figures
+from forecache.indexer.records.index_spec import IndexSpec
+from forecache.indexer.records.scores import scores_and_events
+from forecache.indexer.serving.lookahead import Asked, LookaheadScorer
+from forecache.indexer.serving.protocol import IndexerStats, Prediction, PredictRequest
+
+
+class ArenaIndexView(Protocol):
+    """What scoring needs of a mapped arena."""
+
+    @property
+    def index(self) -> torch.Tensor:
+        """uint8 [slots, index_nbytes]: one record per slot, sharing the mapping."""
+        ...
+
+    @property
+    def index_fingerprint(self) -> str:
+        """:attr:`IndexSpec.fingerprint` of the records."""
+        ...
+
+    def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Generations of ``slots``, both [n], as they are now."""
+        ...
+
+    def sound_records(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` still have these ``generations``, and the records that were stored: bool [n]. To be asked
+        after they were read."""
+        ...
+
+
+Attach = Callable[[str], ArenaIndexView]
+"""Maps the arena at a path."""
+BATCH_REQUESTS = 8
+"""Most requests answered together: the first of them waits for the last one's records."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What the records that could be read say to one request, all on one device.
+
+    ``chunks``: int64 [n], whose records these were, in any order; ``lse``: float32 [query heads, n], or, of records of
+    kind "entries", the logits of the entries, [entries of a chunk, n]; ``local_lse``: float32 [query heads].
+    """
+
+    request: PredictRequest
+    chunks: Tensor
+    lse: Tensor
+    local_lse: Tensor
+
+
+def predict(
+    spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
+) -> Prediction:
+    """Score the chunks of ``request`` whose records can be read, here or in the request; see :func:`score`.
+
+    Raises ValueError if the arena's records are of another kind than ``spec``, or the request contradicts itself.
+    """
+    read = read_records(spec, arena, request, lookahead)
+    return prediction(spec, request, read.chunks.numpy(), score(spec, lookahead, [read])[0].numpy())
+
+
+def read_records(
+    spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
+) -> Read:
+    """Log-sum-exps of the queries over the records that can be read.
+
+    A slot's generation is read before its record and again after it, with the record's checksum: one that was given
+    away meanwhile, or already had been, or whose bytes are damaged, is left out. Raises ValueError as :func:`predict`
+    does.
+    """
+    check_kind(spec, arena)
+    check_state(request, lookahead)
+    rows = spec if lookahead is None else lookahead.spec
+    # copies: what came from another process is read-only, which torch.from_numpy does not take
+    queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
+    weights = None if request.weights is None else torch.tensor(request.weights)
+    asked, local = where_records_are(request)
+    readable = asked[request.index_slots[asked] < len(arena.index)]
+    chunks = readable[unchanged(arena, request, readable)]
+    while True:
+        slots = torch.from_numpy(request.index_slots[chunks])
+        lse = record_figures(rows, arena.index, queries, weights, slots)
+        sound = verified(arena, request, chunks)
+        if sound.all():
+            break
+        # a half-written record, or a damaged one, spoils the softmax of all the others
+        chunks = chunks[sound]
+    here = record_figures(rows, torch.tensor(request.local_records), queries, weights)
+    read = torch.from_numpy(np.concatenate([chunks, local]))
+    return Read(request, read, torch.cat([lse, here], 1), local_lse)
+
+
+def score(spec: IndexSpec, lookahead: LookaheadScorer | None, reads: Sequence[Read]) -> list[Tensor]:
+    """For each request float32 [2, chunks], on the device of what was read: scores of all its chunks, and below them
+    the mass of the retrieval events of the model's own heads.
+
+    Chunks that could not be read score least: 0 without ``lookahead``, where scores are shares of attention.
+    """
+    found = [_by_own_heads(spec, read) for read in reads]
+    if lookahead is None:
+        return found
+    # a request without chunks has nothing to score
+    told = [(read, figures) for read, figures in zip(reads, found, strict=True) if figures.shape[1]]
+    asked = [
+        Asked(
+            lse=_in_order(read.lse, read, -torch.inf),
+            local_lse=read.local_lse,
+            hidden=torch.tensor(state.hidden).to(read.lse.device, non_blocking=True),
+            position=state.position,
+            steps=state.steps,
+        )
+        for read, _ in told
+        if (state := read.request.state) is not None
+    ]
+    for (read, figures), scores in zip(told, lookahead.scores(asked) if asked else (), strict=True):
+        # a trained indexer may like a chunk for its place alone
+        figures[0] = scores.amin()
+        figures[0, read.chunks] = scores[read.chunks]
+    return found
+
+
+def _by_own_heads(spec: IndexSpec, read: Read) -> Tensor:
+    """By the attention of the model's own retrieval heads now, the last rows: float32 [2, chunks], 0 where unread."""
+    if spec.kind == "entries":
+        scores = chunk_scores(spec, read.lse)
+        return _in_order(torch.stack([scores, torch.zeros_like(scores)]), read, 0.0)
+    own = slice(len(read.lse) - len(spec.query_heads), None)
+    return _in_order(scores_and_events(spec, read.lse[own], read.local_lse[own]), read, 0.0)
+
+
+def _in_order(values: Tensor, read: Read, unread: float) -> Tensor:
+    """``values`` [rows, read] in the order of the request's chunks: [rows, chunks], ``unread`` in the others."""
+    ordered = values.new_full((len(values), len(read.request.index_slots)), unread)
+    ordered[:, read.chunks] = values
+    return ordered
+
+
+def prediction(
+    spec: IndexSpec, request: PredictRequest, read: npt.NDArray[np.int64], found: npt.NDArray[np.float32]
+) -> Prediction:
+    """The answer to ``request`` from ``found`` [2, chunks], as of :func:`score`. Chunks of the arena that are not among
+    those ``read`` are missing."""
+    unread = request.index_slots >= 0
+    unread[read] = False
+    # bounds are no attention, and of all heads
+    events = found[1] if spec.kind == "tokens" else None
+    return Prediction(request.sequence_id, found[0], tuple(np.flatnonzero(unread).tolist()), events)
+
+
+def check_state(request: PredictRequest, lookahead: LookaheadScorer | None) -> None:
+    """Raise ValueError if ``request`` was not made for ``lookahead``."""
+    if (request.state is None) != (lookahead is None):
+        raise ValueError("a trained indexer and requests that were made for one go together: this worker has another")
+    if lookahead is None or request.state is None:
+        return
+    state, manifest = request.state, lookahead.manifest
+    shape = (len(manifest.target_layers), manifest.hidden_size)
+    chunks = (state.position + 1) // lookahead.spec.chunk_tokens
+    if state.hidden.shape != shape or state.steps < 1 or chunks != len(request.index_slots):
+        raise ValueError(
+            f"hidden states of shape {state.hidden.shape}, {state.steps} steps, {len(request.index_slots)} chunks at "
+            f"position {state.position}: expected {shape}, at least one step and {chunks} chunks"
+        )
+
+
+def check_kind(spec: IndexSpec, arena: ArenaIndexView) -> None:
+    """Raise ValueError if the arena's records are of another kind than ``spec``."""
+    if arena.index_fingerprint != spec.fingerprint:
+        raise ValueError(
+            f"the arena holds index keys {arena.index_fingerprint}, this indexer reads {spec.fingerprint}: start both "
+            "with the same manifest and chunk size"
+        )
+
+
+def where_records_are(request: PredictRequest) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Chunks whose records are in the arena, and those whose records came with ``request``: int64 [n] each.
+
+    Raises ValueError where their numbers contradict.
+    """
+    asked, local = np.flatnonzero(request.index_slots >= 0), np.flatnonzero(request.index_slots < 0)
+    if len(local) != len(request.local_records):
+        raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+    return asked, local
+
+
+def unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of ``chunks`` have slots that still have the generations asked for: bool [n]."""
+    now = arena.generation(request.index_slots[chunks]).astype(np.int64)
+    same: npt.NDArray[np.bool_] = now == request.generations[chunks]
+    return same
+
+
+def verified(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of ``chunks`` have records, read just now, that are those that were stored: bool [n]. Reads them again."""
+    sound = unchanged(arena, request, chunks)
+    still = chunks[sound]
+    sound[sound] = arena.sound_records(request.index_slots[still], request.generations[still])
+    return sound
+
+
+def _use_threads(threads: int) -> None:
+    """Torch's operators started by the calling thread use ``threads`` threads."""
+    torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+    torch.set_num_threads(threads)
+
+
+class LocalIndexer:
+    """An :class:`forecache.indexer.serving.protocol.Indexer` with one thread of its own, in this process.
+
+    ``threads``: CPU threads of the scoring itself. ``attach`` is called once per arena path, and again after a
+    prediction that had something missing: the arena may have been made anew under the same path. ``lookahead``: the
+    trained indexer, on the CPU, whose :attr:`.lookahead.LookaheadScorer.own` is ``spec``. Requests that wait are
+    answered together, ``BATCH_REQUESTS`` at most.
+    """
+
+    def __init__(self, spec: IndexSpec, threads: int, attach: Attach, lookahead: LookaheadScorer | None = None) -> None:
+        self._spec = spec
+        self._attach = attach
+        self._lookahead = lookahead
+        self._arenas: dict[str, ArenaIndexView] = {}
+        self._waiting: deque[tuple[PredictRequest, Future[Prediction]]] = deque()
+        self._answered = self._failed = 0
+        self._predict_s = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
+        # torch keeps one number per thread, and one more that threads started later begin with: put that back
+        others = torch.get_num_threads()
+        self._pool.submit(_use_threads, threads).result()
+        torch.set_num_threads(others)
+
+    def predict(self, request: PredictRequest) -> Future[Prediction]:
+        answer: Future[Prediction] = Future()
+        self._waiting.append((request, answer))
+        try:
+            self._pool.submit(self._answer_waiting)
+        except RuntimeError:
+            self._waiting.remove((request, answer))
+            raise
+        return answer
+
+    def stats(self) -> IndexerStats:
+        """Any thread may ask."""
+        return IndexerStats(self._answered, self._failed, self._predict_s, len(self._waiting))
+
+    def close(self) -> None:
+        """Finish the predictions under way, drop those that wait, unmap the arenas."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for _, answer in self._waiting:
+            answer.cancel()
+        self._waiting.clear()
+        self._arenas.clear()
+
+    def _answer_waiting(self) -> None:
+        """Answer the requests that wait, those first that came first; a wrong one costs no other anything."""
+        start_s = time.perf_counter()
+        reads: list[tuple[Read, Future[Prediction]]] = []
+        while self._waiting and len(reads) < BATCH_REQUESTS:
+            request, answer = self._waiting.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                reads.append((self._read(request), answer))
+            except BaseException as error:  # noqa: BLE001 - whoever asked gets it, as from any executor
+                self._failed += 1
+                answer.set_exception(error)
+        try:
+            scores = score(self._spec, self._lookahead, [read for read, _ in reads])
+        except BaseException as error:  # noqa: BLE001 - the same
+            self._failed += len(reads)
+            for _, answer in reads:
+                answer.set_exception(error)
+            return
+        for (read, answer), scored in zip(reads, scores, strict=True):
+            found = prediction(self._spec, read.request, read.chunks.numpy(), scored.numpy())
+            if found.missing:
+                self._arenas.pop(read.request.arena_path, None)
+            self._answered += 1
+            answer.set_result(found)
+        self._predict_s += time.perf_counter() - start_s
+
+    def _read(self, request: PredictRequest) -> Read:
+        path = request.arena_path
+        if path not in self._arenas:
+            self._arenas[path] = self._attach(path)
+        return read_records(self._spec, self._arenas[path], request, self._lookahead)

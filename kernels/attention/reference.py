@@ -1,0 +1,288 @@
+"""Every kernel in plain PyTorch: the CPU backend, and what the Triton kernels are tested against.
+
+`kv` is one field of the hot pool, ``[slots, layers, 2, kv_heads, chunk_tokens, head_dim]`` with any slot
+stride: keys at index 0 of the third axis, values at 1. Query head ``h`` reads KV head ``h // (heads //
+kv_heads)``. `layer` may be a tensor of one integer, so that a captured graph reads it as data.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from forecache.kernels.chunks import checksums
+from forecache.kernels.chunks.reference import FP8_MAX, SCALE_MIN
+from forecache.kernels.common import checks
+
+_FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_LOGITS = 1 << 26
+
+
+def sparse_decode(
+    q: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    chunk_mass: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token per sequence over the chunks in its row of the block table.
+
+    Args:
+        q: ``[batch, heads, head_dim]``.
+        block_table: integer ``[batch, max_chunks]`` of slots.
+        context_lens: integer ``[batch]``, attended tokens: the first ``ceil(len / chunk_tokens)`` entries
+            of the row, all full but the last, which holds the remainder.
+        scale: factor of the logits.
+        k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, what fp8 keys and values are multiplied by.
+        chunk_mass: float32 ``[batch, heads, max_chunks]``, filled with the softmax mass of each chunk, 0
+        past the end.
+        counters: int32, at least ``batch * kv_heads`` zeros, which the call leaves zeros: scratch of the Triton
+            kernels, which do with one launch where they have it. Calls that share it must not overlap.
+
+    Returns:
+        out like ``q`` and lse float32 ``[batch, heads]``, the natural log of the sum of exp(scaled logits). A
+        sequence of length 0 has out 0 and lse -inf.
+    """
+    batch, heads, head_dim = q.shape
+    kv_heads, chunk_tokens = kv.shape[3:5]
+    out = torch.zeros_like(q)
+    lse = torch.full((batch, heads), -math.inf, dtype=torch.float32, device=q.device)
+    if chunk_mass is not None:
+        chunk_mass.zero_()
+    for i, length in enumerate(context_lens.tolist()):
+        if length == 0:
+            continue
+        slots = block_table[i, : -(-length // chunk_tokens)].long()
+        k, v = gather_layer(kv, layer, slots)
+        if k_scale is not None and v_scale is not None:
+            k = _dequantize(k, k_scale[slots, layer], chunk_tokens)
+            v = _dequantize(v, v_scale[slots, layer], chunk_tokens)
+        row = q[i : i + 1].to(torch.float32 if k_scale is not None else q.dtype)
+        k, v = k[:, :length].to(row.dtype), v[:, :length].to(row.dtype)
+        grouped_out, grouped_lse = attend_grouped(row.reshape(kv_heads, -1, head_dim), k, v, scale)
+        out[i] = grouped_out.reshape(heads, head_dim)
+        lse[i] = grouped_lse.reshape(heads)
+        if chunk_mass is not None:
+            mass = chunk_attention_mass(row, k, lse[i : i + 1], scale, chunk_tokens)
+            chunk_mass[i, :, : len(slots)] = mass[:, 0]
+    return out, lse
+
+
+def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets, from the attention over each.
+
+    ``out_*``: ``[..., head_dim]``, ``lse_*``: ``[...]``; an lse of -inf is an empty set. FlashAttention's
+    rescaling (arXiv 2205.14135, §3.1).
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    shift = lse.masked_fill(lse == -math.inf, 0.0)
+    weight_a = (lse_a - shift).exp().unsqueeze(-1)
+    weight_b = (lse_b - shift).exp().unsqueeze(-1)
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+def store_kv(
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    *,
+    scale: Tensor | None = None,
+    non_finite: Tensor | None = None,
+) -> None:
+    """Write one layer's new keys and values into their places in the pool.
+
+    ``k``, ``v``: ``[tokens, kv_heads, head_dim]``; ``slots``, ``offsets``: int64 ``[tokens]``, the chunk
+    slot and the position in the chunk. Slot -1 is padding and not written. Values too large for an fp8 pool
+    become its largest.
+
+    ``scale``: float32 ``[slots, layers, 2, kv_heads]``, what an fp8 pool's values are multiplied by. It is kept as the
+    largest that the chunk's tokens have needed: the old one (none if the first new token's offset is 0) or the new
+    tokens' largest magnitude / 448. Where it grows, the chunk's older tokens are rounded again. Tokens of one chunk
+    are consecutive, at consecutive offsets, and no chunk occurs in two places.
+
+    ``non_finite``: uint8 ``[tokens]``, set to 1 for tokens whose keys or values are infinite or no number, before they
+    are made to fit the pool; with ``scale`` maybe for the first new token of their chunk instead.
+    """
+    checks.store(k, v, kv, slots, offsets, scale, non_finite)
+    if non_finite is not None:
+        largest = torch.maximum(_largest(k), _largest(v))
+        non_finite |= ~largest.isfinite() & (slots >= 0)
+    kept = slots >= 0
+    if not kept.all():
+        k, v, slots, offsets = k[kept], v[kept], slots[kept], offsets[kept]
+    if scale is not None and len(slots):
+        factors = _grow_scales(k, v, kv, layer, slots, offsets, scale)
+        k, v = k.float() * factors[:, 0, :, None], v.float() * factors[:, 1, :, None]
+    for part, x in enumerate((k, v)):
+        pool = kv
+        if kv.dtype.itemsize == 1:  # indexing writes bytes, not fp8
+            pool, x = kv.view(torch.uint8), x.clamp(-FP8_MAX, FP8_MAX).to(kv.dtype).view(torch.uint8)
+        pool[slots, layer, part, :, offsets] = x.to(pool.dtype)
+
+
+def flag_non_finite(x: Tensor, non_finite: Tensor) -> None:
+    """Set ``non_finite``, uint8 ``[rows]``, to 1 for rows of ``x``, ``[rows, ...]``, that are not all finite."""
+    checks.flags(non_finite, len(x))
+    if x.numel():
+        non_finite |= ~_largest(x).isfinite()
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude of each row, NaN where there is one."""
+    largest: Tensor = torch.linalg.vector_norm(x, float("inf"), dim=tuple(range(1, x.dim())))
+    return largest
+
+
+def _grow_scales(
+    k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor, scale: Tensor
+) -> Tensor:
+    """New scales and older tokens rounded to them; float32 ``[tokens, 2, kv_heads]`` to multiply the new ones by."""
+    first = torch.ones_like(slots, dtype=torch.bool)
+    first[1:] = slots[1:] != slots[:-1]
+    run = first.cumsum(0) - 1
+    slots, starts = slots[first], offsets[first]
+    needed = torch.stack((k, v), 1).abs().amax(-1).float() / FP8_MAX
+    old = scale[slots, layer].where((starts > 0)[:, None, None], torch.zeros((), device=scale.device))
+    new = old.clamp(min=SCALE_MIN).scatter_reduce_(0, run[:, None, None].expand_as(needed), needed, "amax")
+    scale[slots, layer] = new
+    inverse = 1 / new
+    grown = ((new > old) & (starts > 0)[:, None, None]).any(2).any(1)
+    if grown.any():
+        slots, starts, factor = slots[grown], starts[grown], (old * inverse)[grown, :, :, None, None]
+        pool = kv.view(torch.uint8)
+        before = pool[slots, layer]
+        after = (before.view(kv.dtype).float() * factor).to(kv.dtype).view(torch.uint8)
+        older = torch.arange(kv.shape[4], device=kv.device) < starts[:, None]
+        rewritten = older[:, None, None, :, None] & (factor != 1)
+        pool[slots, layer] = after.where(rewritten, before)
+    return inverse[run]
+
+
+def gather_layer(
+    kv: Tensor,
+    layer: int | Tensor,
+    slots: Tensor,
+    *,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+    sums: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layer of the chunks in ``slots``, in that order.
+
+    Args:
+        slots: int64 ``[n]``.
+        scale: float32 ``[slots, layers, 2, kv_heads]``, what fp8 chunks are multiplied by.
+        out: ``[2, kv_heads, n * chunk_tokens, head_dim]`` to write into, each head contiguous.
+        sums: int64 ``[n]``, to which the checksum of all that is read is added: after a gather of every layer they
+            are `slot_checksums`, provided that ``kv`` begins where the slots' rows begin, ``scale`` lies in the same
+            rows, and the rest of the rows is zeros.
+        dtype: of the result; by default that of ``out`` or ``kv``. Needed with ``scale`` where ``out`` is not given.
+
+    Returns:
+        k, v, each ``[kv_heads, n * chunk_tokens, head_dim]``; contiguous where ``out`` is not given.
+    """
+    checks.gather(kv, layer, slots, scale, out, sums, dtype)
+    index = int(layer)
+    pool = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
+    # index_select of a permuted view makes the one copy that is needed, in its final order, a chunk's head at a time
+    one_layer = pool.select(1, index).permute(1, 2, 0, 3, 4)
+    chunks = one_layer.index_select(2, slots).view(kv.dtype)
+    if sums is not None:
+        checksums.add_layer(sums, kv, index, slots, chunks, scale)
+    if scale is not None:
+        chunks = chunks.float() * scale[slots, index].permute(1, 2, 0)[..., None, None]
+    gathered = chunks.flatten(2, 3)
+    if out is not None:
+        gathered = out.copy_(gathered)
+    elif dtype is not None:
+        gathered = gathered.to(dtype)
+    return gathered[0], gathered[1]
+
+
+def chunk_attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, chunk_tokens: int) -> Tensor:
+    """Share of each query's softmax that falls on each chunk of ``k``.
+
+    ``q``: ``[queries, heads, head_dim]``, ``k``: ``[kv_heads, n, head_dim]``, ``lse``: float32 ``[queries,
+    heads]`` of the whole softmax, of which ``k`` may be a part. No causal mask: every query sees all of
+    ``k``. Returns float32 ``[heads, queries, ceil(n / chunk_tokens)]``. Logits exist for one KV head at a
+    time.
+    """
+    queries, heads, head_dim = q.shape
+    kv_heads, n, _ = k.shape
+    mass = torch.empty(heads, queries, -(-n // chunk_tokens), dtype=torch.float32, device=q.device)
+    group, full_chunks = heads // kv_heads, n // chunk_tokens
+    grouped_mass = mass.view(kv_heads, group, queries, -1)
+    grouped_q = q.reshape(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    grouped_lse = lse.reshape(queries, kv_heads, group).permute(1, 2, 0)
+    for head in range(kv_heads):
+        logits = _logits(grouped_q[head].reshape(group * queries, head_dim), k[head]).mul_(scale)
+        weights = logits.sub_(grouped_lse[head].reshape(group * queries, 1)).exp_()
+        weights = weights.view(group, queries, n)
+        full = weights[..., : full_chunks * chunk_tokens].reshape(group, queries, full_chunks, chunk_tokens)
+        torch.sum(full, -1, out=grouped_mass[head][..., :full_chunks])
+        if n % chunk_tokens:
+            grouped_mass[head][..., full_chunks] = weights[..., full_chunks * chunk_tokens :].sum(-1)
+    return mass
+
+
+def attend_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of the queries of each KV head over all its keys, no mask.
+
+    ``q``: ``[kv_heads, rows, head_dim]``, rows being (token, head of the group) pairs in any order; ``k``,
+    ``v``: ``[kv_heads, n, head_dim]`` with ``n > 0``. Returns out like ``q``, lse float32 ``[kv_heads,
+    rows]``.
+    """
+    if q.device.type == "cpu" and q.dtype in _FUSED_CPU_DTYPES:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), scale=scale
+        )
+        return cast(Tensor, out[0]), cast(Tensor, lse[0])
+    return attend_exact(q, k, v, scale)
+
+
+def attend_exact(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attend_grouped` in float32 matrix products, a block of rows at a time: for correctness, not speed.
+
+    ``positions``: integer ``[rows]``; a row sees the keys up to and including its position (default: all).
+    """
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    kv_heads, rows, _ = q.shape
+    n = k.shape[1]
+    block = max(1, _MAX_LOGITS // n)
+    for head in range(kv_heads):
+        keys, values = k[head].float(), v[head].float()
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            logits = (q[head, start:stop].float() @ keys.T).mul_(scale)
+            if positions is not None:
+                future = torch.arange(n, device=q.device) > positions[start:stop, None]
+                logits.masked_fill_(future, -math.inf)
+            lse[head, start:stop] = logits.logsumexp(-1)
+            out[head, start:stop] = (logits.sub_(lse[head, start:stop, None]).exp_() @ values).to(q.dtype)
+    return out, lse
+
+
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    """``q @ k.T`` in float32: ``[rows, head_dim]`` and ``[n, head_dim]`` to ``[rows, n]``."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(q, k.T, out_dtype=torch.float32)
+    return q.float() @ k.float().T
+
+
+def _dequantize(x: Tensor, scales: Tensor, chunk_tokens: int) -> Tensor:
+    """fp8 ``[kv_heads, n * chunk_tokens, head_dim]`` times scales ``[n, kv_heads]``, in float32."""
+    return x.float() * scales.T.repeat_interleave(chunk_tokens, dim=1).unsqueeze(-1)

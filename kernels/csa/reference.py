@@ -1,0 +1,148 @@
+"""Compressed Sparse Attention at decode in plain PyTorch: the CPU backend, and what its Triton kernels are tested with.
+
+DeepSeek-V4's Lightning Indexer scores the compressed entries of a sequence, keeps the best, and its attention reads
+those and a sliding window: one vector per entry or token, key and value at once, shared by all heads.
+
+``entries`` is one layer of a field of the hot pool, ``[slots, chunk_entries, dim]`` with any slot stride: of the
+compressed entries, of their index keys, or the windows of all sequences, one slot each. ``block_table``: integer
+``[batch, max_chunks]`` of slots, and ``lens``: integer ``[batch]``, entries of each sequence: the first
+``ceil(len / chunk_entries)`` slots of its row, all full but the last, which holds the remainder. Entry ``i`` of a
+sequence lies in slot ``block_table[b, i // chunk_entries]`` at ``i % chunk_entries``. What lies past a sequence's end
+is never read, whatever it is.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from forecache.kernels.common import checks
+
+
+def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
+    """Scores of the resident entries: ``Σ_h w_h relu(q_h · k)`` (DeepSeek-V4, §2.3.1).
+
+    Args:
+        q: ``[batch, index_heads, index_dim]``.
+        weights: float32 ``[batch, index_heads]``, with the constant factors
+            ``index_dim^-½ · index_heads^-½`` in them.
+        keys: ``[slots, chunk_entries, index_dim]``, the index keys of one layer.
+
+    Returns:
+        float32 ``[batch, max_chunks · chunk_entries]``, -inf past a sequence's end.
+    """
+    checks.entries(q, keys, block_table, lens)
+    assert weights.shape == q.shape[:2], f"weights {tuple(weights.shape)} of queries {tuple(q.shape)}"
+    work = _work_dtype(q)
+    held = _held(keys, block_table, lens)
+    k = keys[block_table.long()].flatten(1, 2).to(work).masked_fill(~held.unsqueeze(2), 0)
+    products = (q.to(work) @ k.transpose(1, 2)).relu_()
+    scores = torch.einsum("bh,bhn->bn", weights.to(work), products)
+    return scores.masked_fill(~held, -math.inf).float()
+
+
+def top_entries(scores: Tensor, k: int) -> Tensor:
+    """The ``k`` best entries of each row, int32 ``[batch, k]``, ascending; -1 where a row has fewer.
+
+    Of equal scores the lower entry is taken, so the set is a function of the scores alone; -0.0 equals 0.0. Entries
+    with -inf are never taken.
+    """
+    assert scores.dim() == 2 and k > 0
+    batch, entries = scores.shape
+    found = torch.full((batch, k), -1, dtype=torch.int32, device=scores.device)
+    taken = min(k, entries)
+    # a stable sort keeps equal scores in their order, which topk does not promise
+    order = (scores + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :taken]
+    valid = scores.gather(1, order) > -math.inf
+    # those that are none behind all others
+    ascending = order.masked_fill(~valid, entries).sort(1).values
+    found[:, :taken] = ascending.masked_fill(ascending == entries, -1).int()
+    return found
+
+
+def attend_entries(
+    q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor, scale: float, *, selected: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one token per sequence over entries that are key and value at once, without sinks.
+
+    Args:
+        q: ``[batch, heads, dim]``.
+        entries: ``[slots, chunk_entries, dim]``.
+        scale: factor of the logits.
+        selected: int32 ``[batch, k]`` as of :func:`top_entries`: only these entries; -1 is none, anywhere in the row.
+            None: all of ``lens``.
+
+    Returns:
+        out float32 ``[batch, heads, dim]`` and lse float32 ``[batch, heads]``, the log of the sum of exp(logits). A
+        sequence without entries has out 0 and lse -inf.
+    """
+    checks.entries(q, entries, block_table, lens)
+    work, chunk_entries = _work_dtype(q), entries.shape[1]
+    if selected is None:
+        held = _held(entries, block_table, lens)
+        kv = entries[block_table.long()].flatten(1, 2)
+    else:
+        held = (selected >= 0) & (selected < lens.unsqueeze(1))
+        place = selected.long().masked_fill(~held, 0)
+        slots = block_table.long().gather(1, place // chunk_entries)
+        kv = entries[slots, place % chunk_entries]
+    kv = kv.to(work).masked_fill(~held.unsqueeze(2), 0)
+    logits = (q.to(work) @ kv.transpose(1, 2)).mul_(scale).masked_fill_(~held.unsqueeze(1), -math.inf)
+    lse = logits.logsumexp(2)
+    shift = lse.masked_fill(lse == -math.inf, 0)
+    return ((logits - shift.unsqueeze(2)).exp() @ kv).float(), lse.float()
+
+
+def merge_with_sinks(parts: list[tuple[Tensor, Tensor]], sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention over the union of disjoint sets and the sinks, from that over each set.
+
+    Args:
+        parts: (out ``[batch, heads, dim]``, lse ``[batch, heads]``) of each.
+        sinks: ``[heads]``, a logit per head whose value is zero: it only takes mass.
+
+    Returns:
+        ``[batch, heads, dim]`` of ``dtype``.
+    """
+    sink = sinks.float().expand_as(parts[0][1])
+    lse = torch.stack([sink, *(lse for _, lse in parts)]).logsumexp(0)
+    merged = sum(out * (part - lse).exp().unsqueeze(2) for out, part in parts)
+    assert isinstance(merged, Tensor)
+    return merged.to(dtype)
+
+
+def csa_decode(
+    q: Tensor,
+    entries: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    window: Tensor,
+    window_slots: Tensor,
+    window_lens: Tensor,
+    sinks: Tensor,
+    scale: float,
+    *,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """Attention over selected compressed entries, the sliding window and the sinks; ``[batch, heads, dim]`` like ``q``.
+
+    Args:
+        q, entries, block_table, lens, scale, selected: as in :func:`attend_entries`. Without ``selected`` all entries
+            (Heavily Compressed Attention).
+        window: ``[window slots, window_tokens, dim]``, one slot per sequence, in any order (a ring): K/V carry their
+            positions.
+        window_slots, window_lens: integer ``[batch]``, the slot of each sequence and its tokens, the new one too.
+        sinks: ``[heads]``.
+    """
+    near = attend_entries(q, window, window_slots.unsqueeze(1), window_lens, scale)
+    far = attend_entries(q, entries, block_table, lens, scale, selected=selected)
+    return merge_with_sinks([far, near], sinks, q.dtype)
+
+
+def _work_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _held(entries: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
+    """Which places of the tables are entries, bool ``[batch, max_chunks · chunk_entries]``."""
+    places = torch.arange(block_table.shape[1] * entries.shape[1], device=lens.device)
+    return places < lens.unsqueeze(1)

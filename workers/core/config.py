@@ -1,0 +1,123 @@
+"""Settings of the engine."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from forecache.workers.core.requests import Policy
+
+LoadFormat = Literal["auto", "dummy"]
+KvDtype = Literal["auto", "fp8"]
+
+
+class EngineConfig(BaseModel):
+    """The engine of one decode worker: model, resident sets, batching."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("smollm2-135m", description="built-in name, local Hugging Face directory, .gguf file or hub id")
+    load_format: LoadFormat = Field(
+        "auto",
+        description="auto: load the model's weight files; dummy: random weights in the shape of its config.json, for "
+        "measurements",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the weights; auto: float32 on a CPU, else the checkpoint's"
+    )
+    kv_dtype: KvDtype = Field(
+        "auto",
+        description="K/V in the hot pool; auto: as dtype; fp8: half the bytes of bfloat16, with a scale per chunk "
+        "and head",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    max_model_len: int | None = Field(
+        None, gt=0, description="most tokens of prompt and answer together; default: the model's limit"
+    )
+    keep_ratio: float = Field(
+        0.135,
+        gt=0,
+        le=1,
+        description="share of a sequence's chunks that is resident during decode; 1: all, which is exact",
+    )
+    policy: Policy = Field(
+        "lookahead",
+        description="how resident chunks are chosen; full attends to every chunk and is exact; recency and random "
+        "are baselines",
+    )
+    chunk_tokens: int = Field(64, ge=16, le=1024, description="tokens per chunk; DeepSeek-V4's default is 256")
+    snapshot_tokens: int = Field(
+        4096,
+        ge=16,
+        description="tokens between two stored snapshots of a sequence's state, for models that have one (DeepSeek-V4)",
+    )
+    window_steps: int = Field(64, ge=1, description="decode steps between two resident sets")
+    lead_steps: int = Field(8, ge=0, description="steps before a window boundary at which the prediction for it starts")
+    remote_lead_steps: int = Field(64, ge=0, description="the same for sequences with chunks on other nodes")
+    late_policy: Literal["keep", "wait"] = Field(
+        "keep", description="when a prediction is late at its boundary: keep the old resident set, or wait"
+    )
+    early_wait_s: float = Field(
+        0.1, ge=0, description="longest wait for a late prediction in a sequence's first window"
+    )
+    fallback: bool = Field(
+        False, description="double a sequence's budget, up to all chunks, while its coverage is below --coverage-floor"
+    )
+    coverage_floor: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="lowest coverage (share of retrieval-event mass on resident chunks) that --fallback accepts",
+    )
+    hot_bytes: int = Field(1 << 30, gt=0, description="size of one worker's hot pool on its device")
+    max_batch_size: int = Field(16, ge=1, description="most sequences decoded together")
+    prefill_chunk_tokens: int | None = Field(
+        None, ge=16, description="most prompt tokens per step; default: 8192 on a GPU, 512 on a CPU"
+    )
+    prefill_slice_s: float | None = Field(
+        None,
+        gt=0,
+        description="target duration of a prefill step while other requests decode; default: 0.05 on a GPU, 0.25 on "
+        "a CPU",
+    )
+    cuda_graphs: bool | None = Field(
+        None,
+        description="capture decode steps and predictions as CUDA graphs; default: on a GPU, where they can be "
+        "captured",
+    )
+    torch_compile: bool = Field(True, description="compile decoder layers with torch.compile on a GPU")
+    overlap_steps: bool | None = Field(
+        None, description="launch a decode step before the previous step's tokens are read; default: on a GPU"
+    )
+    max_restarts: int = Field(
+        8, ge=0, description="most times that a request starts over because its stored chunks were lost; then it fails"
+    )
+    step_deadline_s: float = Field(
+        120.0,
+        gt=0,
+        description="longest time without progress (a layer, a step or a copy) while there is work; then the worker "
+        "is replaced",
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of the model; default: all cores, or one less in a cluster"
+    )
+    seed: int = Field(0, description="seed of the random policy and of dummy weights")
+
+    def for_model(self, chunk_tokens: int) -> Self:
+        """With the model's own ``chunk_tokens``, where none were set."""
+        return (
+            self if "chunk_tokens" in self.model_fields_set else self.model_copy(update={"chunk_tokens": chunk_tokens})
+        )
+
+    def graph_chunks(self, max_model_len: int) -> int:
+        """Chunks of the longest sequence whose predictions are CUDA graphs, where a GPU makes them; 0: of none."""
+        return 0 if self.cuda_graphs is False else max_model_len // self.chunk_tokens
+
+    def for_device(self, device: str) -> Self:
+        """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""
+        gpu = device == "cuda"
+        defaults = {
+            "prefill_chunk_tokens": 8192 if gpu else 512,
+            "prefill_slice_s": 0.05 if gpu else 0.25,
+            "overlap_steps": gpu,
+        }
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -1,0 +1,214 @@
+"""Keeps three views of a sequence's chunks in step: its own list, the hot pool, and cold memory."""
+
+import itertools
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from forecache.workers.core.requests import FinishReason
+from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.engine.counters import EngineCounters
+from forecache.workers.engine.snapshots import Snapshots
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.hot.completions import PrefixHeld, WrittenBack
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefetcher import Prefetcher
+from forecache.workers.residency.window import WindowCycle
+
+
+class ChunkKeeper:
+    """From the search for a stored prefix, through chunks that complete, to letting all of them go."""
+
+    def __init__(
+        self,
+        pool: HotPool,
+        arena: Arena,
+        prefetcher: Prefetcher,
+        windows: WindowCycle,
+        counters: EngineCounters,
+        snapshots: Snapshots,
+    ) -> None:
+        self._pool = pool
+        self._arena = arena
+        self._prefetcher = prefetcher
+        self._windows = windows
+        self._counters = counters
+        self._snapshots = snapshots
+        self._holders: dict[str, Sequence] = {}
+        self._held_back: dict[Sequence, None] = {}
+        self._releasing: dict[str, int] = {}
+        self._asked: dict[str, tuple[ChunkKey, ...]] = {}
+
+    def locate(self, seq: Sequence) -> None:
+        """``seq`` is admitted: find and hold what cold memory has of its prefix."""
+        self._holders[seq.holder] = seq
+        seq.counters.locating_s = time.perf_counter()
+        # whoever wants exact answers gets chunks that were decoded over everything
+        partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
+        if partial and seq.policy == "lookahead":
+            # what its last tokens ask for chooses the first sets; an answer must not depend on what is stored
+            seq.fresh_tokens = self._windows.fresh_tokens
+        self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
+        behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
+        # one that starts over had room, which is its own again once that is released
+        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
+
+    @property
+    def releasing_slots(self) -> int:
+        """Arena slots that cold memory still promises to sequences that have left."""
+        return sum(self._releasing.values())
+
+    def released(self, holder: str) -> None:
+        """Cold memory promises ``holder`` nothing any more."""
+        self._releasing.pop(holder, None)
+
+    def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
+        """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
+        return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
+
+    def located(self, held: PrefixHeld) -> Sequence | None:
+        """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
+        seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
+        if seq is None:
+            self.released(held.holder)
+            return None  # it left meanwhile, and what it was given is released already
+        if held.failure:
+            return seq
+        seq.share = held.share
+        own = len(held.refs) - len(held.others)
+        refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
+        only_held = bool(held.others) or self._snapshots.layout is not None
+        for key, ref in zip(keys[:own] if only_held else keys, refs, strict=False):
+            slot = self._pool.lookup(key)
+            if ref is None and slot is None:
+                break
+            chunk = seq.complete_chunk(key)
+            if ref is not None:
+                seq.stored_at(chunk, ref)
+            elif slot is not None:
+                # hot, but on its way to cold memory: it must not be evicted before it is held there for this one too
+                self._pool.mark_dirty(slot)
+                self._prefetcher.write_back(seq.holder, key, slot)
+        for key, ref in zip(held.others, held.refs[own:], strict=True):
+            seq.stored_at(seq.complete_chunk(key, exact=False), ref)
+        self._snapshots.resume(seq, held.state)
+        seq.num_computed = len(seq.chunks) * seq.chunk_tokens
+        seq.state = State.PREFILL
+        if seq.counters.admitted_s is None:
+            seq.counters.admitted_s = time.perf_counter()
+            seq.counters.locate_s = seq.counters.admitted_s - seq.counters.locating_s
+            seq.counters.cached_tokens = seq.num_computed
+            self._counters.prefix_queried_tokens += seq.prompt_len
+            self._counters.prefix_hit_tokens += seq.num_computed
+        return None
+
+    def computed(self, seq: Sequence, tokens: int, *, checked: bool = True) -> None:
+        """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory.
+
+        ``checked``: the host has read that they are finite. Else chunks are held back until :meth:`show`.
+        """
+        seq.num_computed += tokens
+        while seq.tail_tokens >= seq.chunk_tokens:
+            number = len(seq.chunks)
+            chunk = seq.complete_chunk()
+            slot = seq.open_slots.pop(number)
+            if checked:
+                self._pool.complete(slot, chunk.key, dirty=True)
+                self._store(seq, chunk, slot)
+            else:
+                self._pool.hold_back(slot)
+                seq.held_back[number] = slot
+                self._held_back[seq] = None
+            if seq.state is State.DECODE and not seq.streamed:
+                seq.resident[number] = slot
+                seq.table_version += 1
+            else:
+                self._pool.release(slot)
+
+    def show(self) -> None:
+        """What is held back is finite: it may be found, and is sent to cold memory."""
+        for seq in self._held_back:
+            for number, slot in seq.held_back.items():
+                self._pool.show(slot, seq.chunks[number].key)
+                self._store(seq, seq.chunks[number], slot)
+            seq.held_back.clear()
+        self._held_back.clear()
+
+    def withhold(self, seq: Sequence, *, wipe: bool = False) -> None:
+        """Nobody shall find what is held back of ``seq``, which leaves or starts over. ``wipe``: it may not be finite,
+        nor may be what fills its open chunks."""
+        if wipe:
+            self._pool.wipe([*seq.held_back.values(), *seq.open_slots.values()])
+        for slot in seq.held_back.values():
+            self._pool.mark_clean(slot)
+        seq.held_back.clear()
+        self._held_back.pop(seq, None)
+
+    def _store(self, seq: Sequence, chunk: Chunk, slot: int) -> None:
+        self._prefetcher.write_back(seq.holder, chunk.key, slot)
+        self._snapshots.completed(seq, chunk)
+
+    def written_back(self, done: WrittenBack) -> Sequence | None:
+        """A chunk reached cold memory, or did not: then the sequence that can't go on without it is returned."""
+        self._pool.mark_clean(done.slot)
+        seq = self._holders.get(done.holder)
+        if done.ref is None:
+            # the slot stays to be found: others with this prefix may count on it, and store it for themselves
+            return None if seq is None or seq.state is State.FINISHED else seq
+        self._counters.written_back_chunks += 1
+        self._counters.written_back_bytes += done.written_bytes
+        self._counters.write_back_s += done.duration_s
+        if seq is not None and done.key in seq.chunk_of:
+            seq.stored_at(seq.chunk_of[done.key], done.ref)
+        return None
+
+    def lost(self, seq: Sequence, damaged: list[int]) -> int:
+        """How many chunks of ``seq`` can't be read any more: the ``damaged`` ones, which nobody shall find again, and
+        those that are no longer where they were held, since a tier that starts again knows no holds."""
+        for number in damaged:
+            chunk = seq.chunks[number]
+            if chunk.ref is not None:
+                self._prefetcher.drop(chunk.key, chunk.ref)
+        slots, generations = seq.refs()
+        stored = slots >= 0
+        now = self._arena.generation(slots[stored])
+        return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
+
+    def damaged_records(self, seq: Sequence, numbers: tuple[int, ...]) -> int:
+        """How many of these chunks of ``seq``, whose index records could not be scored, have damaged ones. Nobody shall
+        find these chunks again."""
+        stored = [(number, ref) for number in numbers if (ref := seq.chunks[number].ref) is not None]
+        slots = np.array([ref.slot for _, ref in stored], np.int64)
+        generations = np.array([ref.generation for _, ref in stored], np.int64)
+        # a slot that was given away is no damage: whoever reads the chunk itself will see that it is gone
+        held = self._arena.generation(slots) == generations.astype(np.uint64)
+        damaged = np.flatnonzero(held & ~self._arena.sound_records(slots, generations)).tolist()
+        for row in damaged:
+            number, ref = stored[row]
+            self._prefetcher.drop(seq.chunks[number].key, ref)
+        return len(damaged)
+
+    def answered(self, seq: Sequence, reason: FinishReason) -> None:
+        """``seq`` has ended: if it was answered, its session can be gone on with."""
+        if seq.cache.session_id is not None and reason in ("stop", "length"):
+            state = self._snapshots.ended(seq)
+            self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks], state)
+
+    def let_go(self, seq: Sequence) -> None:
+        """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
+        self._windows.forget(seq)
+        self.withhold(seq)
+        for slot in itertools.chain(seq.resident.values(), seq.open_slots.values()):
+            self._pool.release(slot)
+        seq.resident.clear()
+        seq.open_slots.clear()
+        seq.table_version += 1
+        for chunk in seq.chunks:
+            if not chunk.exact and seq.cache.session_id is None:
+                self._pool.discard(chunk.key)
+        if self._holders.pop(seq.holder, None) is not None:
+            self._releasing[seq.holder] = seq.slots_here(self._arena.slots)
+        self._prefetcher.release(seq.holder)

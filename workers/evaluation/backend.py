@@ -1,0 +1,127 @@
+"""Evaluation in process: an `LLM` with memory for what the tasks need."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.evaluation.evaluate import Answer, Column
+from forecache.workers.evaluation.ruler import Sample
+from forecache.workers.llm import LLM
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.models.backbone import (
+    default_chunk_tokens,
+    expected_layout,
+    expected_state_nbytes,
+    load_config,
+    pick_device,
+    pick_dtype,
+)
+from forecache.workers.models.loader import resolve_model
+
+SPARE_CHUNKS = 64
+"""Slots beyond those of the contexts: for chunks that are being filled, written back or recalled."""
+FREE_SHARE = 0.5
+"""Of free memory, the most that hot or cold memory takes by itself."""
+GROUP_BATCHES = 2
+"""Batches of one call on a GPU: while some samples prefill, others decode."""
+LATE_POLICY = "wait"
+"""Else answers would depend on the machine's speed."""
+PREFILL_SLICE_S = 1.0
+"""Nobody waits for the next token while others prefill."""
+
+
+class EngineBackend:
+    """Answers of an engine of this process; all columns it is asked for use its one indexer."""
+
+    def __init__(self, llm: LLM, columns: int) -> None:
+        """``columns``: how many will answer a group before the next group comes."""
+        self._llm = llm
+        self._columns = columns
+
+    def group_size(self, tokens: int) -> int:
+        """As many contexts as cold memory keeps until the last column has answered."""
+        config = self._llm.config
+        # a column's own chunks: what it decodes, and the one that begins in the prompt
+        chunks = -(-tokens // config.chunk_tokens) + self._columns * 3
+        most = _group_size(config, self._llm.engine.pool.memory.device)
+        return max(1, min(self._llm.memory.arena.slots // chunks, most))
+
+    def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
+        completions = self._llm.generate(
+            [sample.prompt_token_ids for sample in samples],
+            max_tokens=max(sample.max_tokens for sample in samples),
+            policy=column.policy,
+        )
+        return [
+            Answer(
+                text=completion.text,
+                prompt_tokens=completion.stats.prompt_tokens,
+                cached_tokens=completion.stats.cached_tokens,
+                completion_tokens=completion.stats.completion_tokens,
+                keep_ratio=completion.stats.keep_ratio,
+                coverage=completion.stats.coverage,
+            )
+            for completion in completions
+        ]
+
+
+def open_engine(
+    config: EngineConfig,
+    memory: MemoryConfig,
+    selection: SelectionConfig,
+    indexer: IndexerConfig,
+    *,
+    longest: int,
+    samples: int,
+) -> LLM:
+    """An engine for ``samples`` contexts of at most ``longest`` tokens. What the settings leave open is set to fit:
+
+    hot memory for a batch with everything resident, cold memory for the samples of one call, as far as there is room;
+    late predictions are waited for; prefill steps are long.
+    """
+    path = resolve_model(config.model)
+    config = config.for_model(default_chunk_tokens(load_config(path)))
+    device = pick_device(config.device)
+    context_bytes = _context_bytes(path, config, longest)
+    group_bytes = min(samples, _group_size(config, device)) * context_bytes
+    cold_bytes = min(group_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
+    on_gpu = device.type == "cuda"
+    free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else _available_bytes() - cold_bytes
+    settings: dict[str, Any] = {
+        "late_policy": LATE_POLICY,
+        "prefill_slice_s": PREFILL_SLICE_S,
+        "hot_bytes": min(config.max_batch_size * context_bytes, _share(free_bytes)),
+    }
+    cold: dict[str, Any] = {"cold_bytes": cold_bytes}
+    settings.update(config.model_dump(include=config.model_fields_set - {"model"}))
+    cold.update(memory.model_dump(include=memory.model_fields_set))
+    return LLM(config.model, selection=selection, indexer=indexer, **settings, **cold)
+
+
+def _group_size(config: EngineConfig, device: torch.device) -> int:
+    """Most samples of one call."""
+    return config.max_batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping (``MemAvailable`` of Linux)."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _share(free_bytes: int) -> int:
+    return max(1, int(FREE_SHARE * free_bytes))
+
+
+def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
+    """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    model = load_config(path)
+    layout = expected_layout(model, chunk_tokens=config.chunk_tokens, dtype=dtype)
+    pieces = -(-expected_state_nbytes(model, dtype) // layout.nbytes) * (tokens // config.snapshot_tokens + 2)
+    return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS + pieces) * layout.nbytes

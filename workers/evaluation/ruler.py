@@ -1,0 +1,286 @@
+"""Generated long-context tasks of the kinds of RULER (Hsieh et al. 2024, arXiv 2404.06654), over real prose.
+
+Wording and sizes are ours, chosen so that a model of 135M parameters can do them where that is possible at all. With
+SmolLM2-135M, full attention and 8 samples each, at 2K tokens: needle 1.0, multikey .50, multivalue .41, multiquery .66,
+tracking .88, words .25, questions .75. Worse at 1K were other words for the secret numbers of tracking (.38), common
+words but 10 times as frequent as 45 others (.25), "What does NAME do?" among definitions (0; with the reply begun .38),
+the end of a quoted sentence (.25), and a worked example before multiquery and tracking.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from itertools import count
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from forecache.workers.errors import InvalidRequestError
+from forecache.workers.evaluation import corpus
+
+Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions"]
+"""needle: a number hidden in prose; multikey: one of four such; multivalue: all four of one subject; multiquery: one of
+each of four subjects; tracking: a number handed on from one to the next; words: the most frequent words of a list;
+questions: what one of four pieces of documentation in it says."""
+
+VERSION = 1
+"""Of the tasks: raised when one changes, so that answers to others are not taken for answers to these."""
+
+NEEDLES = 4
+DIGITS = 6
+HOPS = 2
+CHAINS = 2
+COMMON_WORDS = 5
+LISTED_WORDS = 35
+COMMON_FACTOR = 30
+"""How much more often the words asked for are listed than each of the others."""
+QUOTED_WORDS = 5
+"""Words that a description begins with, and a right answer holds."""
+SHORTEST_DESCRIPTION_WORDS, LONGEST_DESCRIPTION_WORDS = 8, 40
+LEAST_TOKENS = 512
+JOINT_TOKENS = 2
+"""Where two pieces of text meet, tokens may come out differently; this many more at worst."""
+
+ANSWER_TOKENS: dict[Task, int] = {
+    "needle": 24,
+    "multikey": 24,
+    "multivalue": 64,
+    "multiquery": 80,
+    "tracking": 24,
+    "words": 48,
+    "questions": 40,
+}
+
+_CITIES = """
+    Accra Athens Bergen Boston Cairo Dakar Dublin Geneva Hanoi Havana Lagos Lima Lisbon Madrid Nairobi Oslo Prague Quito
+    Riga Seoul Tunis Vienna Warsaw Zagreb
+"""
+_PEOPLE = """
+    Alice Bruno Clara David Elena Frank Grace Henry Irene Jacob Karen Louis Maria Nadia Oscar Paula Roger Sarah Tomas
+    Ursula Victor Wanda Xavier Yusuf
+"""
+_NOUNS = """
+    almond anchor apple barrel basket beetle blanket bottle button cactus candle carpet copper cotton desert dragon
+    engine fabric falcon feather garden goblin guitar hammer harvest helmet insect island jacket jungle kernel kettle
+    kitten ladder lantern lemon locket magnet marble meadow mirror monkey napkin needle onion orchard oyster palace
+    parrot pencil pepper pillow quartz rabbit raisin ribbon river rocket saddle sailor salmon shadow spider stone
+    temple thunder ticket tiger turtle valley velvet violin wagon walnut whistle willow window yogurt zebra zipper
+"""
+CITIES, PEOPLE, NOUNS = tuple(_CITIES.split()), tuple(_PEOPLE.split()), tuple(_NOUNS.split())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about a long text; a right reply holds all ``answers``.
+
+    ``tokens``: the context it was made for; the prompt leaves room in it for a reply of ``max_tokens``.
+    """
+
+    task: Task
+    tokens: int
+    number: int
+    prompt_token_ids: tuple[int, ...]
+    answers: tuple[str, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of text, and how many tokens each has together with the separator before it."""
+
+    texts: tuple[str, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], separator: str, tokenizer: PreTrainedTokenizerBase) -> "Pieces":
+        encoded = tokenizer([separator + text for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+        return cls(tuple(texts), tuple(map(len, encoded)))
+
+    def fill(self, numbers: Iterable[int], tokens: int) -> list[str]:
+        """The pieces of these ``numbers``, one after another, as long as they have at most ``tokens`` tokens."""
+        filled = []
+        for number in numbers:
+            tokens -= self.tokens[number]
+            if tokens < 0:
+                break
+            filled.append(self.texts[number])
+        return filled
+
+
+@dataclass(frozen=True)
+class Riddle:
+    """A question, its answers, and what hides them: ``facts`` go into the ``filler`` at random places, in their order.
+
+    ``filler``: the text, of at most so many tokens; ``reply``: what the prompt makes the reply begin with.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    facts: tuple[str, ...]
+    filler: Callable[[int], list[str]]
+    separator: str = "\n\n"
+    reply: str = ""
+
+
+def score(sample: Sample, reply: str) -> float:
+    """Share of the answers that ``reply`` holds as whole words, whatever their case (RULER's metric)."""
+    found = f" {_plain(reply)} "
+    return sum(f" {_plain(answer)} " in found for answer in sample.answers) / len(sample.answers)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+class Generator:
+    """Samples for one tokenizer. Each is a function of ``seed``, task, length, number and the texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prose: corpus.Kind = "topics", seed: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._prose = Pieces.of(corpus.paragraphs(prose), "\n\n", tokenizer)
+        self._taken = frozenset(re.findall(rf"\d{{{DIGITS}}}", " ".join(self._prose.texts)))
+        plain = _plain(" ".join(self._prose.texts))
+        self._descriptions = [pair for pair in _descriptions() if _beginning(pair[1]) not in plain]
+        self._nouns = Pieces.of(NOUNS, ", ", tokenizer)
+        self._riddles: dict[Task, Callable[[random.Random], Riddle]] = {
+            "needle": lambda rng: self._needles(rng, subjects=1, asked=1),
+            "multikey": lambda rng: self._needles(rng, subjects=NEEDLES, asked=1),
+            "multiquery": lambda rng: self._needles(rng, subjects=NEEDLES, asked=NEEDLES),
+            "multivalue": self._values,
+            "tracking": self._tracking,
+            "words": self._words,
+            "questions": self._questions,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the texts that samples are made of."""
+        texts = [*self._prose.texts, *(f"{name} {text}" for name, text in self._descriptions)]
+        return blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+
+    def sample(self, task: Task, tokens: int, number: int) -> Sample:
+        """Sample ``number`` of ``task`` for a context of ``tokens``, of which it leaves ``max_tokens`` to the reply.
+
+        Raises :class:`InvalidRequestError` if ``tokens`` is too few.
+        """
+        rng = random.Random(f"{self._seed} {task} {tokens} {number}")
+        riddle = self._riddles[task](rng)
+        room = tokens - ANSWER_TOKENS[task]
+        places = [rng.random() for _ in riddle.facts]
+        fixed = len(self._encode(riddle, places, [])) + JOINT_TOKENS * (len(riddle.facts) + 2)
+        while True:
+            filler = riddle.filler(room - fixed)
+            if not filler or tokens < LEAST_TOKENS:
+                raise InvalidRequestError(f"a context of {tokens} tokens is too short for the task '{task}'")
+            prompt = self._encode(riddle, places, filler)
+            if len(prompt) <= room:
+                return Sample(task, tokens, number, prompt, riddle.answers, ANSWER_TOKENS[task])
+            fixed += len(prompt) - room  # pieces together came out longer than one by one
+
+    def _encode(self, riddle: Riddle, places: Sequence[float], filler: Sequence[str]) -> tuple[int, ...]:
+        """The prompt: the question before the text and behind it, which a small model needs (see `tasks.py`)."""
+        pieces = list(filler)
+        # from the last on, so that the earlier places stay what they are
+        for place, fact in sorted(zip(sorted(places), riddle.facts, strict=True), key=lambda pair: -pair[0]):
+            pieces.insert(round(place * len(filler)), fact)
+        text = riddle.separator.join(pieces)
+        message = f"{riddle.question}\n\n{text}\n\n{riddle.question}"
+        if self._tokenizer.chat_template is None:
+            prompt = f"{message}\n\nAnswer: {riddle.reply}".rstrip()
+        else:
+            chat = [{"role": "user", "content": message}]
+            opened = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompt = f"{opened}{riddle.reply}"
+        return tuple(self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _numbers(self, rng: random.Random, wanted: int) -> list[str]:
+        """Different numbers of equal length that the prose does not hold."""
+        drawn = (str(n) for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), wanted + len(self._taken)))
+        return [number for number in drawn if number not in self._taken][:wanted]
+
+    def _hidden_in_prose(self, rng: random.Random) -> Callable[[int], list[str]]:
+        size = len(self._prose.texts)
+        first = rng.randrange(size)  # then on as it is written, from the end to the beginning again
+        return lambda tokens: self._prose.fill((number % size for number in count(first)), tokens)
+
+    def _needles(self, rng: random.Random, *, subjects: int, asked: int) -> Riddle:
+        cities = rng.sample(CITIES, subjects)
+        numbers = self._numbers(rng, subjects)
+        facts = [_fact(city, number) for city, number in zip(cities, numbers, strict=True)]
+        rng.shuffle(facts)
+        if asked == 1:
+            question = f"What is the secret number of {cities[0]}?"
+        else:
+            question = f"What are the secret numbers of {', '.join(cities[: asked - 1])} and {cities[asked - 1]}?"
+        return Riddle(question, tuple(numbers[:asked]), tuple(facts), self._hidden_in_prose(rng))
+
+    def _values(self, rng: random.Random) -> Riddle:
+        city = rng.choice(CITIES)
+        numbers = self._numbers(rng, NEEDLES)
+        facts = tuple(f"One of the secret numbers of {city} is {number}." for number in numbers)
+        question = f"What are all the {NEEDLES} secret numbers of {city}?"
+        return Riddle(question, tuple(numbers), facts, self._hidden_in_prose(rng))
+
+    def _tracking(self, rng: random.Random) -> Riddle:
+        """Chains of people side by side: the first of each has a number, every other one that of the one before."""
+        people = rng.sample(PEOPLE, CHAINS * (HOPS + 1))
+        chains = [people[start::CHAINS] for start in range(CHAINS)]
+        numbers = self._numbers(rng, CHAINS)
+        facts = [_fact(names[0], number) for names, number in zip(chains, numbers, strict=True)]
+        for hop in range(HOPS):
+            facts += [f"The secret number of {names[hop + 1]} is the same as that of {names[hop]}." for names in chains]
+        question = f"What is the secret number of {chains[0][-1]}?"
+        return Riddle(question, (numbers[0],), tuple(facts), self._hidden_in_prose(rng))
+
+    def _words(self, rng: random.Random) -> Riddle:
+        listed = rng.sample(range(len(NOUNS)), LISTED_WORDS)
+        weights = [COMMON_FACTOR if place < COMMON_WORDS else 1 for place in range(LISTED_WORDS)]
+        seed = rng.random()
+
+        def fill(tokens: int) -> list[str]:
+            # one token a word at least
+            return self._nouns.fill(random.Random(seed).choices(listed, weights, k=max(tokens, 0)), tokens)
+
+        question = f"What are the {COMMON_WORDS} most common words in the list?"
+        common = tuple(NOUNS[number] for number in listed[:COMMON_WORDS])
+        return Riddle(question, common, (), fill, separator=", ")
+
+    def _questions(self, rng: random.Random) -> Riddle:
+        """Descriptions of parts of the standard library, as their authors wrote them."""
+        found = rng.sample(self._descriptions, NEEDLES)
+        name, text = found[0]
+        facts = [f'The description of {name} is: "{text}"' for name, text in found]
+        rng.shuffle(facts)
+        return Riddle(
+            f"What is the description of {name}?",
+            (" ".join(text.split()[:QUOTED_WORDS]),),
+            tuple(facts),
+            self._hidden_in_prose(rng),
+            # else a small model says what it makes of the name
+            reply=f'The description of {name} is: "',
+        )
+
+
+def _fact(name: str, number: str) -> str:
+    return f"The secret number of {name} is {number}."
+
+
+@cache
+def _descriptions() -> tuple[tuple[str, str], ...]:
+    """(name, description) of what the standard library describes in a few words that begin like no others."""
+    found = [
+        (name, text)
+        for name, text in corpus.definitions()
+        if SHORTEST_DESCRIPTION_WORDS <= len(text.split()) <= LONGEST_DESCRIPTION_WORDS and corpus.is_prose(text)
+    ]
+    beginnings = Counter(_beginning(text) for _, text in found)
+    return tuple((name, text) for name, text in found if beginnings[_beginning(text)] == 1)
+
+
+def _beginning(text: str) -> str:
+    return _plain(" ".join(text.split()[:QUOTED_WORDS]))

@@ -1,0 +1,153 @@
+"""Who writes into an arena: what a worker tells its tier of its writes, and slots that wait for a foreign writer's end.
+
+Docs: docs/integrity.md, "Writers".
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
+
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.format.slots import SlotRef
+
+
+@dataclass(frozen=True)
+class WriterNews:
+    """What a process tells the owner of the arena that it writes into, with the calls that it makes anyway.
+
+    ``writer`` is its :attr:`Arena.writer`. It numbers its reservations; ``begun`` is the last number, and all
+    reservations of lower numbers than ``ended_before`` are written, or won't be. It read ``life``, :attr:`Arena.life`,
+    before the numbers: whatever an earlier owner gave it has a number up to ``begun``.
+    """
+
+    writer: int
+    life: int
+    begun: int
+    ended_before: int
+
+
+class OpenWrites:
+    """A worker's side: which of its reservations it may still write. Any thread may call."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._asked: set[int] = set()
+        self._places: dict[SlotRef, tuple[int, str]] = {}
+
+    def begin(self) -> int:
+        """A reservation will be asked for; returns its number."""
+        with self._lock:
+            self._begun += 1
+            self._asked.add(self._begun)
+            return self._begun
+
+    def answered(self, number: int, holder: str, refs: Sequence[SlotRef]) -> None:
+        """Reservation ``number`` gave these places to write, or was given up: then there are none."""
+        with self._lock:
+            self._asked.discard(number)
+            self._places.update(dict.fromkeys(refs, (number, holder)))
+
+    def ended(self, refs: Iterable[SlotRef]) -> None:
+        """These are not written any more."""
+        with self._lock:
+            for ref in refs:
+                self._places.pop(ref, None)
+
+    def released(self, holder: str) -> None:
+        """What ``holder`` reserved is not written any more."""
+        with self._lock:
+            self._places = {ref: place for ref, place in self._places.items() if place[1] != holder}
+
+    def news(self) -> WriterNews:
+        """To be made anew for each call."""
+        life = self._arena.life  # first, see WriterNews
+        with self._lock:
+            numbers = [*self._asked, *(number for number, _ in self._places.values())]
+            return WriterNews(self._arena.writer, life, self._begun, min(numbers, default=self._begun + 1))
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """A slot that is reserved and not committed: for whom, which process writes it, and the last number that this had
+    given to a reservation by then (``None``: it does not number them)."""
+
+    holder: str
+    writer: int
+    begun: int | None
+
+
+@dataclass
+class _Waiting:
+    """``writers``: the processes that may write the slot. ``begun``: the one writer has ended when it has ended its
+    reservations up to this number; ``None``: that is not known. ``begun_at_news``: the number is that of its first
+    news, since an owner before this one gave it the slot."""
+
+    holder: str | None
+    writers: Set[int]
+    begun: int | None
+    begun_at_news: bool
+
+
+class Quarantine:
+    """Slots that were taken back from a holder whose process may still write into them.
+
+    A slot leaves it when every process that may write it is gone, or when its writer has told that it writes it no
+    longer. ``living`` says which of some writers are still there. Called with the store's lock held.
+    """
+
+    def __init__(self, living: Callable[[Set[int]], Set[int]]) -> None:
+        self._living = living
+        self._waiting: dict[int, _Waiting] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._waiting
+
+    def add(self, slot: int, writer: int, writers: Set[int], reserved: Reserved | None) -> bool:
+        """Keep ``slot``, given to ``writer``, if one of the ``writers`` that this may be lives; returns whether it is
+        kept. ``reserved``: how it was given away;
+        ``None``: by an owner before this one."""
+        living = self._living(writers)
+        if living:
+            holder, begun = (None, None) if reserved is None else (reserved.holder, reserved.begun)
+            # of an unknown one even its news don't tell whether they are of the reservation of this slot
+            self._waiting[slot] = _Waiting(holder, living, begun, reserved is None and living == {writer})
+        return bool(living)
+
+    def hear(self, news: WriterNews, life: int) -> list[int]:
+        """A writer has told of its writes, in the ``life`` of this owner or before; returns the slots it has freed."""
+        for waiting in self._waiting.values():
+            if (
+                waiting.begun_at_news
+                and waiting.begun is None
+                and waiting.writers == {news.writer}
+                and news.life == life
+            ):
+                waiting.begun = news.begun
+        return self._pop(
+            waiting.writers == {news.writer} and waiting.begun is not None and waiting.begun < news.ended_before
+            for waiting in self._waiting.values()
+        )
+
+    def released(self, holder: str) -> list[int]:
+        """``holder``'s own process has released it, which it does once it writes no more; returns the slots freed."""
+        return self._pop(waiting.holder == holder for waiting in self._waiting.values())
+
+    def written(self, slot: int) -> bool:
+        """The writer of ``slot`` has told that it is done with it; returns whether it was kept here."""
+        return self._waiting.pop(slot, None) is not None
+
+    def sweep(self) -> list[int]:
+        """Returns the slots whose writers are gone."""
+        living = self._living({writer for waiting in self._waiting.values() for writer in waiting.writers})
+        return self._pop(not waiting.writers & living for waiting in self._waiting.values())
+
+    def _pop(self, free: Iterable[bool]) -> list[int]:
+        slots = [slot for slot, is_free in zip(self._waiting, free, strict=True) if is_free]
+        for slot in slots:
+            del self._waiting[slot]
+        return slots

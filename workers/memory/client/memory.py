@@ -1,0 +1,297 @@
+"""The memory tier of a worker's own node through Ray: bytes go through the mapped arena."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from random import uniform
+from typing import Any, cast
+
+from ray.actor import ActorHandle
+
+from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError, OverloadedError, ReleasedError
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.stats import TierStats
+from forecache.workers.memory.arena.writers import OpenWrites
+from forecache.workers.memory.client.remote_peers import RemotePeers, TierAwayError, get_answer
+from forecache.workers.memory.client.remote_spread import RemoteSpread
+from forecache.workers.memory.format.hold_id import Released, worker_of
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+SWEEP_PERIOD_S = 2.0
+
+
+class RemoteMemory:
+    """`ColdMemory` over a `MemoryTier` actor of the same node.
+
+    Name holders as :class:`.holders.Holder` does: by their worker the tier reclaims them when the worker has died.
+    A tier that has died is waited for, ``restart_deadline_s`` at most, and what was held in its former life is held
+    again. Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even
+    so), and :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
+
+    What the tier holds in the name of a worker has a living holder there, or is let go of: the tier refuses what comes
+    after a release, and a release that did not get there is made up for by :meth:`sweep`, which a thread calls every
+    ``SWEEP_PERIOD_S``.
+    """
+
+    def __init__(
+        self,
+        find_tier: "Callable[[], ActorHandle[Any]]",
+        deadline_s: float,
+        *,
+        fetch_deadline_s: float = 30.0,
+        start_deadline_s: float = 120.0,
+        restart_deadline_s: float = 30.0,
+        peers: RemotePeers | None = None,
+    ) -> None:
+        """Waits ``start_deadline_s`` for a tier that is just being made: reserving a large arena takes a while.
+
+        ``fetch_deadline_s``: how long the tier may take to bring a prefix from other nodes; ``peers``: the tiers of
+        these. Raises :class:`ArenaError` when the tier could not make its arena.
+        """
+        self._find_tier = find_tier
+        self._tier = find_tier()
+        self._deadline_s = deadline_s
+        self._fetch_deadline_s = fetch_deadline_s
+        self._restart_deadline_s = restart_deadline_s
+        # in the order of the chunks; who lets go of something may do so in another thread than who gets it
+        self._held: dict[str, dict[ChunkKey, None]] = {}
+        self._promised: dict[str, int] = {}
+        self._living: dict[str, None] = {}  # all that may hold something, since they asked for it
+        self._released = Released()
+        self._worker_ids: set[str] = set()
+        self._orphans: set[str] = set()
+        self._lock = threading.Lock()
+        self._arena = self._attach(time.monotonic() + start_deadline_s)
+        self._writes = OpenWrites(self._arena)
+        self._life = self._arena.life
+        self._others = (
+            RemoteSpread(self._call, self._begin, self._moved_out, peers)
+            if peers is not None and self._arena.record_slots
+            else None
+        )
+        self._closing = threading.Event()
+        threading.Thread(target=self._sweep_again, name="forecache-holds", daemon=True).start()
+
+    @property
+    def arena(self) -> Arena:
+        """The node's arena, mapped into this process."""
+        return self._arena
+
+    @property
+    def others(self) -> RemoteSpread | None:
+        """Where sequences are spread; ``None``: every sequence must fit this node."""
+        return self._others
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """Hold the longest run of ``keys``, from the first, that is stored on any node; return its places here."""
+        self._begin(holder)
+        deadline_s = self._deadline_s + self._fetch_deadline_s
+        refs = cast(list[SlotRef], self._call("hold_prefix", holder, keys, deadline_s=deadline_s))
+        held = dict(zip(keys, refs, strict=False))
+        self._note(holder, [key for key, ref in held.items() if not ref.remote])
+        if self._others is not None:
+            self._others.note(holder, [key for key, ref in held.items() if ref.remote])
+        return refs
+
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """As :meth:`hold_prefix`, of this node's memory, and whether more of the run is elsewhere."""
+        self._begin(holder)
+        refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_here", holder, keys))
+        self._note(holder, keys[: len(refs)])
+        return refs, elsewhere
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+        self._begin(holder)
+        refs = cast(list[SlotRef | None], self._call("hold", holder, keys))
+        self._note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
+        return refs
+
+    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        """Places to write ``keys`` into, as :meth:`ArenaStore.reserve` gives them."""
+        self._begin(holder)
+        number, places = self._writes.begin(), list[Reservation]()
+        try:
+            places = cast(list[Reservation], self._call("reserve", holder, keys, tells=True))
+        finally:
+            # if no answer came, none that comes later is used
+            self._writes.answered(number, holder, [place.ref for place in places if not place.stored])
+        self._note(holder, [place.key for place in places if place.stored])
+        return places
+
+    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
+        """These reserved slots are written and sealed: from now on others find them."""
+        self._writes.ended([ref for _, ref in refs])
+        self._call("commit", holder, refs, tells=True)
+        self._note(holder, [key for key, _ in refs])
+
+    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
+        """The chunk read from ``ref`` was wrong: forget it everywhere."""
+        self._writes.ended([ref])
+        self._call("drop", key, ref)
+
+    def promise(self, holder: str, chunks: int) -> None:
+        """``holder`` may need so many slots in all, as :meth:`ArenaStore.promise` says."""
+        self._begin(holder)
+        self._call("promise", holder, chunks)
+        with self._lock:
+            if holder in self._living:
+                self._promised[holder] = chunks
+
+    def start_over(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        self._begin(holder, again=True)
+        self._writes.released(holder)
+        self._call("start_over", holder)
+
+    def release(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds, for good; unknown holders are fine."""
+        with self._lock:
+            self._released.add(holder)
+            self._living.pop(holder, None)
+            self._held.pop(holder, None)
+            self._promised.pop(holder, None)
+        was_spread = self._others is not None and self._others.forget(holder)
+        self._writes.released(holder)
+        self._call("release", holder, was_spread, tells=True)
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of the state behind
+        them."""
+        self._call("record_session", session_id, list(keys), list(state_keys))
+
+    def stats(self) -> TierStats:
+        """Asked once: raises :class:`ChunkLostError` while the tier is away. Tells it what this worker writes: also one
+        that has nothing to do lets go of slots that were taken back from it."""
+        return cast(
+            TierStats,
+            get_answer(
+                self._tier.stats.remote(self._writes.news()), "the memory tier, asked for stats,", self._deadline_s
+            ),
+        )
+
+    def holders(self) -> list[str]:
+        """Names of all that may hold something at the tier."""
+        with self._lock:
+            return list(self._living)
+
+    def sweep(self) -> None:
+        """Let go of what the tier holds for holders of this worker that are released here.
+
+        Of two sweeps: a release may be on its way. Raises :class:`ChunkLostError` when the tier does not answer.
+        """
+        with self._lock:
+            floors = {worker_id: self._released.floor(worker_id) for worker_id in self._worker_ids}
+        orphans: set[str] = set()
+        for worker_id, floor in floors.items():
+            self._hold_again()
+            # of this life: a tier that was restarted again has still to be told what is held
+            asked: Any = self._tier.holders_of.remote(worker_id, floor, self._life)
+            known = cast(list[str], get_answer(asked, "the memory tier, asked for its holders,", self._deadline_s))
+            with self._lock:
+                orphans.update(holder for holder in known if holder not in self._living)
+        for holder in sorted(orphans & self._orphans):
+            logger.warning("the memory tier holds something for %s, which is over: it lets go", holder)
+            get_answer(self._tier.release.remote(holder, True), "the memory tier, asked to release,", self._deadline_s)
+        self._orphans = orphans
+
+    def close(self) -> None:
+        """Let go of the arena's file; the mapping ends with the last tensor over it."""
+        self._closing.set()
+        self._arena.close()
+
+    def _sweep_again(self) -> None:
+        while not self._closing.wait(SWEEP_PERIOD_S):
+            try:
+                self.sweep()
+            except (ChunkLostError, ArenaError) as error:
+                logger.debug("what the memory tier holds is looked at later: %s", error)
+
+    def _begin(self, holder: str, *, again: bool = False) -> None:
+        """``holder`` asks for something. ``again``: it begins again, with nothing held. Raises
+        :class:`ReleasedError`."""
+        with self._lock:
+            self._released.check(holder)
+            self._living[holder] = None
+            self._worker_ids.add(worker_of(holder))
+            if again:
+                self._held.pop(holder, None)
+                self._promised.pop(holder, None)
+
+    def _attach(self, end_s: float) -> Arena:
+        while True:
+            try:
+                path = get_answer(self._tier.arena_path.remote(), "the memory tier", max(0.0, end_s - time.monotonic()))
+                return Arena.attach(cast(str, path))
+            except (ChunkLostError, ArenaMissingError):
+                # it is being restarted, or about to find that its file is not as it was
+                if time.monotonic() > end_s:
+                    raise
+            time.sleep(RETRY_S)
+            self._tier = self._find_tier()
+
+    def _note(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+        with self._lock:
+            if holder in self._living:  # else it was released meanwhile
+                self._held.setdefault(holder, {}).update(dict.fromkeys(keys))
+
+    def _moved_out(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+        with self._lock:
+            for key in keys:
+                self._held.get(holder, {}).pop(key, None)
+
+    def _call(
+        self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False, tells: bool = False
+    ) -> object:
+        """``waits``: for other tiers, as long as for this one. ``tells``: the last argument is what this worker writes,
+        as it is at each try."""
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
+        deadline_s += self._deadline_s if waits else 0.0
+        whom = f"the memory tier, asked to {method},"
+        end_s = time.monotonic() + self._restart_deadline_s
+        while True:
+            try:
+                self._hold_again()
+                told = (self._writes.news(),) if tells else ()
+                return get_answer(getattr(self._tier, method).remote(*args, *told), whom, deadline_s)
+            except TierAwayError as error:
+                if time.monotonic() > end_s:
+                    raise ArenaError(f"the memory tier of this node does not come back: {error}") from error
+            time.sleep(RETRY_S * uniform(0.5, 1))
+            self._tier = self._find_tier()
+
+    def _hold_again(self) -> None:
+        """After the tier was restarted it does not know who holds what."""
+        if not self._arena.is_intact():
+            raise ArenaError(f"the arena {self._arena.path} is not the one that is mapped here any more")
+        life = self._arena.life
+        if life == self._life:
+            return
+        with self._lock:
+            held = {holder: list(keys) for holder, keys in self._held.items()}
+            promised = dict(self._promised)
+        spread = {} if self._others is None else self._others.held()
+        whom = "the memory tier, restarted,"
+        for holder, (chunks, places) in spread.items():
+            tier: Any = self._tier
+            again = tier.spread_call.remote("hold_again", holder, chunks, held.pop(holder, []), places)
+            with suppress(ReleasedError):
+                get_answer(again, whom, self._deadline_s)
+            if self._others is not None and holder not in self._others.held():
+                self._tier.release.remote(holder, True)
+        for holder in {**held, **promised}:
+            with suppress(OverloadedError, ReleasedError):  # new work came first; what runs goes on
+                get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
+                if holder in promised:
+                    get_answer(self._tier.promise.remote(holder, promised[holder]), whom, self._deadline_s)
+            with self._lock:
+                released = holder not in self._held and holder not in self._promised
+            if released:
+                self._tier.release.remote(holder)
+        self._life = life

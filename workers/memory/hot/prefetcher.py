@@ -1,0 +1,369 @@
+"""Moves chunks between the hot pool and cold memory, in a thread of its own; others look for stored prefixes.
+
+The engine's thread posts jobs and, at each step's edge, drains what has completed. Jobs only touch slots that the
+engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock. On a GPU a job
+carries a mark of the engine's stream: steps launched before it may still be reading or writing its slots. A prefix may
+have to come from other nodes, which must not keep the copies of running sequences waiting.
+"""
+
+import itertools
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+
+import torch
+
+from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
+from forecache.workers.memory.arena.reserving import reserve_sound
+from forecache.workers.memory.client.protocol import ColdMemory
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Recalled, RecallItem, Released, WrittenBack
+from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
+from forecache.workers.memory.hot.cuda_copies import CudaCopies
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.memory.hot.prefix_search import Behind, Locator, drop, record_session, release
+from forecache.workers.memory.hot.remote_chunks import FarChunks
+from forecache.workers.memory.hot.snapshot_store import StateLayout
+
+BATCH_BYTES = 64 << 20
+"""Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
+FLUSH_CHECK_S = 0.5
+PROMISED_WAITS = 40
+"""So often a chunk waits for room that is promised."""
+LOSSES = 3
+"""So often a chunk whose place was lost is written again."""
+
+
+@dataclass(frozen=True)
+class _WriteBack:
+    """Posted; it has waited ``waits`` times for promised room, and its place got lost ``losses`` times. ``alone``: it
+    was tried in vain with others."""
+
+    holder: str
+    key: ChunkKey
+    slot: int
+    after: Mark
+    alone: bool = False
+    waits: int = 0
+    losses: int = 0
+
+
+_Job = Callable[[], None]
+
+
+class Prefetcher:
+    """The copy thread of one pool.
+
+    ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
+    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only
+    with a snapshot behind it. ``progress`` is called, in any thread, after each wait for other nodes. Raises
+    :class:`forecache.workers.errors.ArenaError` when the arena's is another.
+    """
+
+    def __init__(
+        self,
+        pool: HotPool,
+        memory: ColdMemory,
+        index_record: IndexRecord | None,
+        cold: ChunkLayout | None = None,
+        states: StateLayout | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._pool = pool
+        self._states = states
+        self._memory = memory
+        self._cold = cold or pool.layout
+        make = CudaCopies if pool.memory.is_cuda else CpuCopies
+        self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
+        self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
+        self._tickets = itertools.count()
+        # what somebody waits for, and what only has to be done some time; each in the order it was posted
+        self._urgent: deque[_Job] = deque()
+        self._stores: deque[_Job | _WriteBack] = deque()
+        self._posted_stores = 0
+        self._closing = False
+        self._posted = threading.Condition()
+        self._completions: queue.SimpleQueue[Completion] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._heard: BaseException | None = None
+        self._news = threading.Event()
+        self._locator = Locator(memory, self._copies, self._located, self._fail, states, progress)
+        others = memory.others
+        self._far = None if others is None else FarChunks(memory, others, self._settle, self._fail, progress)
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
+        # torch keeps a number of threads for each thread, and one more that threads started later begin with
+        threads = torch.get_num_threads()
+        self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(threads)
+
+    def hold_prefix(
+        self,
+        holder: str,
+        keys: Sequence[ChunkKey],
+        behind: Behind | None = None,
+        chunks: int = 0,
+        *,
+        after_stores: bool = False,
+    ) -> None:
+        """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
+        room for ``chunks`` in all; answered by :class:`PrefixHeld`. ``after_stores``: once what was to be written back
+        and released before is."""
+        self._locator.hold_prefix(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
+
+    def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
+        """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
+        asked for where some lie on other nodes."""
+        ticket, mark = next(self._tickets), self._copies.mark()
+        if self._far is not None and any(item.ref.remote for item in items):
+            self._far.recall(ticket, holder, tuple(items), lambda here: self._copied(here, mark), self._cold.nbytes)
+        else:
+            self._post_urgent(lambda: self._recall(ticket, tuple(items), mark))
+        return ticket
+
+    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
+        """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`hold_prefix` on."""
+        self._locator.drop(key, ref)
+
+    def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
+        """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
+        self._post_store(_WriteBack(holder, key, slot, self._copies.mark()))
+
+    def store_state(self, layout: StateLayout, holder: str, chunk: ChunkKey, snapshot: torch.Tensor) -> None:
+        """Store ``snapshot``, uint8 [n], of the state behind ``chunk``, held for ``holder``, if there is room."""
+        mark = self._copies.mark()
+        self._post_store(lambda: layout.store(self._memory, holder, chunk, snapshot, mark))
+
+    def release(self, holder: str) -> None:
+        """Let go of all that ``holder`` holds, after what was asked for it before."""
+        self._post_store(lambda: self._release(holder))
+
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with the chunks ``keys`` and the state behind them, once they are
+        stored."""
+        self._post_store(lambda: record_session(self._memory, session_id, keys, state_keys))
+
+    def drain(self) -> list[Completion]:
+        """What has completed since the last call. Raises what broke a thread, if something did."""
+        self._raise_failure()
+        self._news.clear()
+        done = []
+        while True:
+            try:
+                done.append(self._completions.get_nowait())
+            except queue.Empty:
+                return done
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until something completes, at most ``timeout_s``."""
+        return self._news.wait(timeout_s)
+
+    def wake(self) -> None:
+        """End a :meth:`wait` early."""
+        self._news.set()
+
+    def flush(self) -> None:
+        """Wait until the jobs posted so far are done."""
+        for search in self._locator.unfinished():
+            while not wait([search], FLUSH_CHECK_S).done:
+                self._raise_failure()
+        done = threading.Event()
+        self._post_store(done.set)
+        while not done.wait(FLUSH_CHECK_S):
+            self._raise_failure()
+        if self._far is not None:
+            self._far.flush()
+
+    def check_idle(self) -> None:
+        """Raise ``AssertionError`` when a job or its news is left. For after :meth:`flush` and :meth:`drain`."""
+        with self._posted:
+            assert not self._urgent and not self._stores, "jobs are left"
+        assert self._completions.empty(), "news of jobs is left"
+        self._locator.check_idle()
+
+    def close(self) -> None:
+        """Finish the jobs posted so far and end the threads. Raises what broke one, if nobody has heard of it."""
+        if self._closing:
+            return
+        self._locator.hurry()
+        try:
+            # stores begin searches, and those that waited while chunks moved out are posted again
+            posted = -1
+            while self._failure is None and posted != self._posted_stores:
+                posted = self._posted_stores + 1  # with that of the flush
+                self.flush()
+        finally:
+            self._locator.close()
+            if self._far is not None:
+                self._far.close()
+            with self._posted:
+                self._closing = True  # ends the copy thread once it has nothing to do
+                self._posted.notify()
+            self._thread.join()
+        if self._failure is not self._heard:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        self._heard = self._failure
+        if self._heard is not None:
+            raise self._heard
+
+    def _located(self, held: PrefixHeld) -> None:
+        if held.share is not None and self._far is not None:
+            self._far.begin(held.holder, held.share, sum(not ref.remote for ref in held.refs))
+        self._settle(held)
+
+    def _settle(self, done: Completion) -> None:
+        self._completions.put(done)
+        self._news.set()
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        self._news.set()
+
+    def _post_urgent(self, job: _Job) -> None:
+        with self._posted:
+            self._urgent.append(job)
+            self._posted.notify()
+
+    def _post_store(self, job: _Job | _WriteBack) -> None:
+        with self._posted:
+            self._stores.append(job)
+            self._posted_stores += 1
+            self._posted.notify()
+
+    def _next_job(self) -> _Job | None:
+        """What to do next; ``None`` when the end has come."""
+        with self._posted:
+            self._posted.wait_for(lambda: self._urgent or self._stores or self._closing)
+            if self._urgent:
+                return self._urgent.popleft()
+            if not self._stores:
+                return None
+            first = self._stores.popleft()
+            if not isinstance(first, _WriteBack):
+                return first
+            batch, most = [first], 1 if first.alone else self._batch_chunks
+            if self._far is not None:
+                most = self._far.most_at_once(first.holder, most)
+            while self._stores and len(batch) < most:
+                following = self._stores[0]
+                if not isinstance(following, _WriteBack) or following.alone or following.holder != first.holder:
+                    break
+                batch.append(following)
+                self._stores.popleft()
+            return lambda: self._write_back(batch)
+
+    def _work(self) -> None:
+        # copies gain nothing from a second team of threads beside the model's, and once there are more threads than
+        # cores OpenMP puts all of them to sleep after every operator
+        torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+        torch.set_num_threads(1)
+        self._started.set()
+        try:
+            while (job := self._next_job()) is not None:
+                job()
+                self._news.set()
+        except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it in drain()
+            self._fail(error)
+
+    def _copied(self, items: tuple[RecallItem, ...], after: Mark) -> Copied:
+        """What the copy thread makes of ``items``; for another thread, which waits for it."""
+        done: Future[Copied] = Future()
+        self._post_urgent(lambda: done.set_result(self._copies.recall(items, [after])))
+        while True:
+            try:
+                return done.result(FLUSH_CHECK_S)
+            except TimeoutError:
+                if self._failure is not None:
+                    raise self._failure from None
+
+    def _recall(self, ticket: int, items: tuple[RecallItem, ...], after: Mark) -> None:
+        copied = self._copies.recall(items, [after])
+        for item in copied.lost:
+            drop(self._memory, item.key, item.ref)
+        chunks = len(items) - len(copied.lost)
+        self._completions.put(Recalled(ticket, copied.lost, chunks * self._cold.nbytes, copied.duration_s, chunks))
+
+    def _write_back(self, jobs: list[_WriteBack]) -> None:
+        holder = jobs[0].holder
+        if self._far is not None and self._far.defer(holder, lambda: self._post_first(jobs)):
+            return  # of those before it some are on their way to other nodes
+        try:
+            keys = [job.key for job in jobs]
+            places = reserve_sound(self._memory, lambda keys: self._memory.reserve(holder, keys), keys)
+            news = self._store(jobs, places)
+        except OverloadedError as error:
+            self._no_room(jobs, error)
+        except ChunkLostError as error:
+            self._places_lost(jobs, error)
+        else:
+            for done in news if self._far is None else self._far.keep(holder, news):
+                self._completions.put(done)
+
+    def _no_room(self, jobs: list[_WriteBack], error: OverloadedError) -> None:
+        if self._far is not None and jobs[0].waits < PROMISED_WAITS:
+            later = [replace(job, alone=True, waits=job.waits + 1) for job in jobs]
+            if self._far.pause(jobs[0].holder, lambda: self._post_first(later)):
+                return  # the room is promised: whoever is in it will leave
+        if len(jobs) > 1:  # there may be some for a few of them
+            self._post_first([replace(job, alone=True) for job in jobs])
+        else:
+            self._give_up(jobs, error)
+
+    def _places_lost(self, jobs: list[_WriteBack], error: ChunkLostError) -> None:
+        if jobs[0].losses < LOSSES:  # a tier that was restarted does not know what it had reserved
+            self._post_first([replace(job, alone=True, losses=job.losses + 1) for job in jobs])
+        else:
+            self._give_up(jobs, error)
+
+    def _give_up(self, jobs: list[_WriteBack], error: ForecacheError) -> None:
+        said, overloaded = f"a chunk could not be stored: {error}", isinstance(error, OverloadedError)
+        for job in jobs:
+            self._completions.put(WrittenBack(job.holder, job.key, job.slot, None, said, overloaded))
+
+    def _post_first(self, jobs: Sequence[_WriteBack]) -> None:
+        with self._posted:
+            self._stores.extendleft(reversed(jobs))
+            self._posted_stores += len(jobs)
+            self._posted.notify()
+
+    def _store(self, jobs: list[_WriteBack], places: list[Reservation]) -> list[WrittenBack]:
+        """Fill the reserved places, and tell what became of each job."""
+        items = [
+            CopyItem(job.key, place.ref, job.slot) for job, place in zip(jobs, places, strict=True) if not place.stored
+        ]
+        copied = self._copies.store(items, [job.after for job in jobs])
+        for item in copied.lost:
+            drop(self._memory, item.key, item.ref)  # its owner hands the slot out last of all, if it still does
+        written = {item.ref for item in items if item not in copied.lost}
+        if written:
+            self._memory.commit(jobs[0].holder, [(item.key, item.ref) for item in items if item.ref in written])
+        news, lost = [], []
+        for job, place in zip(jobs, places, strict=True):
+            done = WrittenBack(job.holder, job.key, job.slot, place.ref)
+            if place.ref in written:
+                done = replace(done, written_bytes=self._cold.nbytes, duration_s=copied.duration_s / len(items))
+            elif not place.stored:
+                lost.append(job)
+                continue
+            news.append(done)
+        if lost:
+            self._places_lost(lost, ChunkLostError("its place was given away, or did not hold what was written to it"))
+        return news
+
+    def _release(self, holder: str) -> None:
+        if self._locator.release_later(holder):
+            return  # what it asked for has to come first
+        if self._far is not None and self._far.defer(holder, lambda: self.release(holder)):
+            return
+        release(self._memory, holder)
+        if self._far is not None:
+            self._far.end(holder)
+        self._settle(Released(holder))

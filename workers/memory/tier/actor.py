@@ -1,0 +1,392 @@
+"""The memory tier: a Ray actor that owns its node's arena, tells the catalog of it, and deals with the other tiers."""
+
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from forecache.indexer.serving.telemetry import SILENCE, MetricsTarget, Telemetry
+from forecache.workers.errors import ArenaError
+from forecache.workers.memory.arena.arena import FILE_PREFIX, Arena, describe, remove_abandoned
+from forecache.workers.memory.arena.ledger import PinShare, tenant_of
+from forecache.workers.memory.arena.stats import TierStats
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.arena.writers import WriterNews
+from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.hold_id import request_of, worker_of
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout
+from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.tier.catalog import Catalog, SessionRecord
+from forecache.workers.memory.tier.exchange import ChunkExchange, wanted_room
+from forecache.workers.memory.tier.hosting import HostedSequences
+from forecache.workers.memory.tier.publisher import CatalogPublisher
+from forecache.workers.memory.tier.session_pins import Sessions
+from forecache.workers.memory.tier.transfer import read, take_in
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TierSettings:
+    """What all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
+
+    Tiers meet through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids; without either
+    each is alone. ``telemetry``: how each tells what it does.
+    """
+
+    config: MemoryConfig
+    layout: ChunkLayout
+    index_nbytes: int
+    index_fingerprint: str
+    namespace: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
+    telemetry: Telemetry = SILENCE
+
+
+LANES = {"catalog": 16, "lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
+"""Threads by what their calls wait for. `catalog`: Redis; `lookups`: Redis, the disk and other tiers; `far`: other
+tiers; `peers`, calls of other tiers: the disk and Redis; `peers_at_once`, of other tiers: nothing. The actor's own
+threads are for calls of workers that wait for nothing: reserve, commit and release are done in time whatever others
+take."""
+
+
+# Ray's annotations do not know max_concurrency and the groups.
+@ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups=LANES)  # type: ignore[call-overload]
+class MemoryTier:
+    """`ColdMemory` of a node for its workers, which reach it through `RemoteMemory`. Runs on that node.
+
+    Restarted under the same ``tier_id`` it adopts the file of its former life, if that fits, with all sealed
+    chunks; what was held then is held no more. Arena files of others that are gone are deleted first.
+
+    Calls of other tiers have threads of their own and never ask a tier: tiers that ask each other don't wait in a
+    circle. See :data:`LANES`.
+    """
+
+    def __init__(self, settings: TierSettings, tier_id: str) -> None:
+        """Raises :class:`ArenaError`."""
+        config = settings.config
+        self._settings = settings
+        node_id = ray.get_runtime_context().get_node_id()
+        spreads = settings.redis_url is not None and settings.namespace is not None
+        records = config.record_bytes if spreads else 0
+        self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes, records)
+        self._disk: ArenaStore | None = None
+        self._publisher: CatalogPublisher | None = None
+        self._exchange: ChunkExchange | None = None
+        self._sessions: Sessions | None = None
+        self._hosted: HostedSequences | None = None
+        if settings.redis_url is None:
+            self._store = ArenaStore(self._arena, pin_limits=config.pin_limits)
+        else:
+            catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
+            self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
+            self._store = ArenaStore(self._arena, self._changed, config.pin_limits)
+            self._sessions = Sessions(self._store, catalog, config.session_bytes)
+            if config.disk_bytes:
+                on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
+                self._disk = ArenaStore(on_disk, listener=self._disk_changed)
+            if settings.namespace is not None:
+                peers = RemotePeers(settings.namespace, config.call_deadline_s)
+                self._exchange = ChunkExchange(
+                    tier_id, self._store, catalog, peers, config, self._publisher.publish_now, self._disk
+                )
+                self._hosted = HostedSequences(self._store, settings.layout, self._exchange.from_disk_alone)
+                self._exchange.start()
+            self._publisher.start(self._store)
+        self._telemetry = settings.telemetry.start("tier", tier_id, node_id, self.stats)
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, args=(config.heartbeat_s,), name="tier-watch", daemon=True).start()
+        # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
+        atexit.register(self.shutdown)
+
+    def settings(self) -> TierSettings:
+        """What a tier of another node needs to be one of this cluster."""
+        return self._settings
+
+    def arena_path(self) -> str:
+        """Where the workers of this node find the arena."""
+        return str(self._arena.path)
+
+    @ray.method(concurrency_group="lookups")
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """Of what is stored on any node."""
+        request_id, traceparent = request_of(holder)
+        with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
+            found = (self._exchange or self._store).hold_prefix(holder, keys)
+            span.set(held=len(found))
+        _log_found(request_id, keys, found)
+        return found
+
+    @ray.method(concurrency_group="catalog")
+    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+        """Of what is stored here; and whether more of it is elsewhere, for :meth:`hold_prefix` to bring."""
+        request_id, traceparent = request_of(holder)
+        with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
+            found, elsewhere = (self._exchange or self._store).hold_here(holder, keys)
+            span.set(held=len(found), elsewhere=elsewhere)
+        if not elsewhere:
+            _log_found(request_id, keys, found)
+        return found, elsewhere
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        return self._store.hold(holder, keys)
+
+    def reserve(self, holder: str, keys: Sequence[ChunkKey], news: WriterNews | None = None) -> list[Reservation]:
+        """``news`` are those of the worker that will write there."""
+        if news is None:
+            return self._store.reserve(holder, keys)
+        self._store.hear(news)
+        return self._store.reserve(holder, keys, writer=news.writer, begun=news.begun)
+
+    def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], news: WriterNews | None = None) -> None:
+        if news is not None:
+            self._store.hear(news)
+        self._store.commit(holder, refs)
+
+    def drop(self, key: ChunkKey, ref: SlotRef) -> None:
+        self._store.drop(key, ref)
+
+    def promise(self, holder: str, chunks: int) -> None:
+        self._store.promise(holder, chunks)
+
+    def start_over(self, holder: str) -> None:
+        self._store.start_over(holder)
+
+    def release(self, holder: str, was_spread: bool = False, news: WriterNews | None = None) -> None:
+        if news is not None:
+            self._store.hear(news)
+        if self._exchange is not None:
+            self._exchange.spread.release(holder, was_spread=was_spread)
+        self._store.release(holder)
+
+    def spread_call(self, method: str, *args: object) -> object:
+        """One of :class:`SpreadSequences`' methods that wait for no other tier, for a worker of this node."""
+        assert self._exchange is not None, "sequences are spread over tiers that know each other"
+        return getattr(self._exchange.spread, method)(*args)
+
+    @ray.method(concurrency_group="far")
+    def far_call(self, method: str, *args: object) -> object:
+        """One of :class:`SpreadSequences`' methods that wait for other tiers, for a worker of this node."""
+        return self.spread_call(method, *args)
+
+    @ray.method(concurrency_group="peers_at_once")
+    def hosted_call(self, method: str, *args: object) -> object:
+        """One of :class:`HostedSequences`' methods but `hold`, for the tier of another node, or a worker there."""
+        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        return getattr(self._hosted, method)(*args)
+
+    @ray.method(concurrency_group="peers")
+    def hosted_hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+        """:meth:`HostedSequences.hold`, for the tier of another node: it may have to wait for the disk."""
+        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        return self._hosted.hold(holder, keys)
+
+    @ray.method(concurrency_group="catalog")
+    def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
+        """A request of the session has ended with these chunks, and the state behind them in these pieces."""
+        if self._sessions is not None:
+            self._sessions.record(session_id, keys, state_keys)
+
+    @ray.method(concurrency_group="catalog")
+    def set_session(self, record: SessionRecord) -> int:
+        """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
+        now, since their slots are promised."""
+        return self._sessions.told(record) if self._sessions is not None else 0
+
+    @ray.method(concurrency_group="peers_at_once")
+    def pin_share(self, session_id: str) -> PinShare:
+        """What the tenant of the session has pinned here, and may."""
+        return self._store.pin_share(tenant_of(session_id))
+
+    @ray.method(concurrency_group="peers_at_once")
+    def forget_session(self, session_id: str) -> None:
+        if self._sessions is not None:
+            self._sessions.forget(session_id)
+
+    def holders(self) -> list[str]:
+        """Names of all that hold something here or, sequences of this node's workers, on other nodes."""
+        holders = self._store.holders()
+        if self._exchange is not None:
+            holders += [*self._exchange.records.holders(), *self._exchange.spread.holders()]
+        return list(dict.fromkeys(holders))
+
+    def holders_of(self, worker_id: str, floor: int, life: int) -> list[str]:
+        """:meth:`holders` of a worker of this node, which has told this ``life`` of the tier of all that it holds. All
+        serials of its holders below ``floor`` are released."""
+        self._store.forget_released(worker_id, floor)
+        if self._exchange is not None and life == self._arena.life:
+            self._exchange.spread.vouch(worker_id, floor)
+        return [holder for holder in self.holders() if worker_of(holder) == worker_id]
+
+    def holding_workers(self) -> list[str]:
+        """Ids of the workers that hold something: the part of their holders' names before the slash."""
+        return sorted({worker_of(holder) for holder in self.holders()})
+
+    def release_worker(self, worker_id: str) -> int:
+        """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were. If it is not
+        quite dead, it may still write what it has reserved: see :meth:`ArenaStore.release_prefix`."""
+        if self._exchange is not None:
+            self._exchange.spread.release_prefix(f"{worker_id}/")
+        return self._store.release_prefix(f"{worker_id}/")
+
+    def stats(self, news: WriterNews | None = None) -> TierStats:
+        """``news`` are those of the worker that asks."""
+        if news is not None:
+            self._store.hear(news)
+        stats = self._store.stats()
+        if self._disk is not None:
+            disk = self._disk.stats()
+            stats = replace(
+                stats, disk_slots=disk.slots, disk_used_slots=disk.used_slots, disk_bad_slots=disk.bad_slots
+            )
+        if self._exchange is None:
+            return stats
+        return replace(stats, remote_records=self._exchange.records.held, **asdict(self._exchange.counters))
+
+    def metrics_target(self) -> MetricsTarget | None:
+        return self._telemetry.target
+
+    def check_integrity(self) -> None:
+        self._store.check_integrity()
+
+    def integrity(self) -> str:
+        """What :meth:`check_integrity` says; empty if all is well."""
+        try:
+            self._store.check_integrity()
+            if self._exchange is not None:
+                self._exchange.records.check_integrity()
+                self._exchange.spread.check_integrity()
+            if self._disk is not None:
+                self._disk.check_integrity()
+            if self._sessions is not None:
+                self._sessions.check_integrity()
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def stored_keys(self) -> list[ChunkKey]:
+        on_disk = self._disk.keys() if self._disk is not None else []
+        return list(dict.fromkeys([*self._store.keys(), *on_disk]))
+
+    @ray.method(concurrency_group="peers")
+    def read_chunks(self, keys: Sequence[ChunkKey]) -> ChunkBatch:
+        """Copies of those of ``keys`` that are stored here and sound."""
+        batch = read(self._store, keys)
+        if self._disk is not None and len(batch) < len(keys):
+            batch += read(self._disk, [key for key in keys if key not in set(batch.keys)])
+        return batch
+
+    @ray.method(concurrency_group="peers")
+    def take_in(self, batch: ChunkBatch, copied_only: bool) -> list[ChunkKey]:
+        """Store ``batch`` as far as there is room; returns the keys that are stored now."""
+        keep = wanted_room(self._arena.slots)
+        taken = take_in(self._store, batch, copied_only=copied_only, keep_room=keep)
+        if self._publisher is not None:
+            self._publisher.publish_now(taken)  # whoever sent them may let them go now
+        return taken
+
+    @ray.method(concurrency_group="peers_at_once")
+    def set_copied(self, keys: Sequence[ChunkKey], since: int) -> None:
+        """Another tier answers for ``keys``, which it read here at the mark ``since``: they may go first."""
+        self._store.set_copied(keys, True, since)
+
+    def shutdown(self) -> None:
+        """Leave the catalog and free the arena's file; workers keep what they have mapped."""
+        self._ended.set()
+        if self._exchange is not None:
+            self._exchange.stop()
+        if self._publisher is not None:
+            self._publisher.stop()
+        for arena in (self._arena, *([self._disk.arena] if self._disk is not None else [])):
+            arena.unlink()
+            arena.close()
+
+    def _publish_sessions(self) -> None:
+        """The catalog does not know this tier: it is new, or the catalog is."""
+        if self._sessions is not None:
+            self._sessions.load()
+            self._sessions.publish()
+
+    def _watch(self, period_s: float) -> None:
+        """A file that somebody has cut or replaced is none to work with: end, and Ray begins again with a new one."""
+        while not self._ended.wait(period_s):
+            if self._sessions is not None:
+                self._sessions.tick()
+            if not self._arena.is_intact():
+                logger.error("the arena %s was changed from outside: the memory tier starts again", self._arena.path)
+                os._exit(1)
+
+    def _changed(self, key: ChunkKey, stored: bool) -> None:
+        assert self._publisher is not None
+        self._publisher.changed(key, stored)
+        if self._exchange is not None:
+            self._exchange.changed(key, stored)
+
+    def _disk_changed(self, key: ChunkKey, stored: bool) -> None:
+        assert self._publisher is not None
+        self._publisher.changed(key, stored)
+        if self._exchange is not None:
+            self._exchange.disk_changed(key, stored)
+
+
+def _log_found(request_id: str, asked: Sequence[ChunkKey], held: Sequence[SlotRef]) -> None:
+    logger.info(
+        "prefix looked up", extra={"request_id": request_id, "asked_chunks": len(asked), "held_chunks": len(held)}
+    )
+
+
+def gives_memory(node: Mapping[str, Any], config: MemoryConfig) -> bool:
+    """Whether ``node``, an entry of ``ray.nodes()``, lives and gets a memory tier."""
+    return bool(node["Alive"]) and (config.tier_resource is None or node["Resources"].get(config.tier_resource, 0) > 0)
+
+
+def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHandle[Any]":
+    """The tier ``tier_id`` of a node, made unless it is there. It outlives who asks, and is restarted by Ray."""
+    tier: ActorHandle[Any] = MemoryTier.options(  # type: ignore[attr-defined]
+        name=tier_id,
+        namespace=settings.namespace,
+        get_if_exists=True,
+        lifetime="detached",
+        max_restarts=-1,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    ).remote(settings, tier_id)
+    return tier
+
+
+def _open_arena(
+    settings: TierSettings, name: str, directory: Path, capacity_bytes: int, record_bytes: int = 0
+) -> Arena:
+    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, capacity_bytes, record_bytes)
+    path = directory / f"{FILE_PREFIX}{name}"
+    if path.exists():
+        try:
+            arena = Arena.adopt(path)
+        except ArenaError as error:
+            # Unfinished or damaged: deleted below. Alive: create says so.
+            logger.warning("%s is not adopted: %s", path, error)
+        else:
+            if arena.description == wanted:
+                remove_abandoned(directory)
+                return arena
+            arena.close()
+    remove_abandoned(directory)
+    return Arena.create(
+        directory,
+        name,
+        layout=settings.layout,
+        index_nbytes=settings.index_nbytes,
+        index_fingerprint=settings.index_fingerprint,
+        capacity_bytes=capacity_bytes,
+        record_bytes=record_bytes,
+    )

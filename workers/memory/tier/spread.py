@@ -1,0 +1,509 @@
+"""Sequences that are more than their node's arena: where each of their chunks is held, on the side of the tier."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from forecache.workers.errors import (
+    CatalogUnavailableError,
+    ChunkLostError,
+    InvalidRequestError,
+    OverloadedError,
+    ReleasedError,
+)
+from forecache.workers.memory.arena.records import RecordSlots
+from forecache.workers.memory.arena.store import ArenaStore
+from forecache.workers.memory.client.peers import Peers
+from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.hold_id import Released, worker_of
+from forecache.workers.memory.format.keys import ChunkKey, batches
+from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.format.spread_quota import Share, share_of
+from forecache.workers.memory.tier.catalog import Catalog, TierRecord
+from forecache.workers.memory.tier.fetch import ChunkFetcher
+from forecache.workers.memory.tier.placement import rendezvous
+from forecache.workers.memory.tier.transfer import read
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+
+
+@dataclass
+class _Spread:
+    """One sequence of at most ``chunks``. ``own``: those that were found here, and stay; ``places``: the tiers that
+    hold others; ``promised``: what the tiers have promised it; ``asked``: all that may hold or have promised something,
+    since a tier that did not answer may do what it was asked later. ``ended``: it was released."""
+
+    chunks: int
+    share: Share
+    own: set[ChunkKey] = field(default_factory=set)
+    places: dict[ChunkKey, str] = field(default_factory=dict)
+    promised: dict[str, int] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+    ended: bool = False
+
+    def room_at(self, tier_id: str) -> int:
+        """Chunks that the tier will still hold."""
+        return self.promised.get(tier_id, 0) - sum(place == tier_id for place in self.places.values())
+
+
+class SpreadSequences:
+    """Keeps chunks of this node's sequences on other tiers, which hold them in the sequences' names.
+
+    A tier that was restarted is asked to hold them again.
+
+    What another tier holds has an owner here, or is let go of there: a release goes to each tier that was asked for
+    something, and once more when a call comes back after the release. A tier refuses calls for holders that were
+    released. What gets lost all the same (a tier that is out of reach, this one restarted between a release and its
+    :meth:`tick`) :meth:`sweep` finds: other tiers say whom of this node's workers they hold something for. Only
+    workers that have said in this life of the tier who holds what count (:meth:`vouch`): before that a tier that was
+    restarted would take every holder for one that is released.
+    """
+
+    def __init__(
+        self,
+        tier_id: str,
+        store: ArenaStore,
+        records: RecordSlots,
+        catalog: Catalog,
+        peers: Peers,
+        fetcher: ChunkFetcher,
+        config: MemoryConfig,
+        wake: Callable[[], None],
+    ) -> None:
+        """``wake`` has somebody call :meth:`tick` soon."""
+        self._tier_id = tier_id
+        self._store = store
+        self._records = records
+        self._catalog = catalog
+        self._peers = peers
+        self._fetcher = fetcher
+        self._config = config
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._spread: dict[str, _Spread] = {}
+        self._released = Released()
+        self._incarnations: dict[str, str] = {}
+        self._slots_of: dict[str, int] = {}  # of all tiers that were seen in this life
+        self._to_release: dict[str, set[str]] = {}  # tier id -> holders
+        self._ended: set[str] = set()  # all tiers are to let go of what these hold
+        self._vouched: set[str] = set()  # worker ids
+        self._unclean: set[str] = set()  # tiers that may hold something for them
+        self._sweep_again_s = 0.0
+
+    def __contains__(self, holder: str) -> bool:
+        return holder in self._spread
+
+    def begin(self, holder: str, chunks: int) -> None:
+        """See :meth:`.protocol.OtherNodes.spread`."""
+        share = share_of(self._store.arena.slots)
+        spread = _Spread(chunks, share)
+        with self._lock:
+            self._released.check(holder)
+            if holder in self._spread:  # asked twice, since the first answer did not come
+                spread.asked |= self._spread[holder].asked
+            self._spread[holder] = spread
+        try:
+            self._store.start_over(holder)  # it was tried whether it fits this node
+            self._store.promise(holder, share.slots)
+            self._records.promise(holder, max(chunks - share.stays, 0))
+        except (OverloadedError, ReleasedError):
+            with self._lock:
+                if self._spread.get(holder) is spread:
+                    del self._spread[holder]
+            self._store.start_over(holder)
+            self._records.start_over(holder)
+            raise
+
+    def promise_rest(self, holder: str) -> Share:
+        """See :meth:`.protocol.OtherNodes`."""
+        spread = self._of(holder)
+        missing = spread.chunks - spread.share.stays - sum(spread.promised.values())
+        for tier in sorted(self._others(), key=lambda tier: tier.used_slots - tier.slots):
+            if missing <= 0:
+                break
+            missing -= self._promise_at(tier.tier_id, holder, spread, missing)
+        if missing > 0:
+            granted = self._store.promise_up_to(holder, spread.share.slots + missing) - spread.share.slots
+            spread.share = replace(spread.share, stays=spread.share.stays + granted)
+            missing -= granted
+        if missing > 0:
+            self._refuse_too_large(spread)
+            raise OverloadedError(
+                f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.share.slots} "
+                f"slots for it, and with those of other nodes {missing} are missing. Try again later, lower "
+                "max_tokens, or raise --cold-bytes."
+            )
+        return spread.share
+
+    def _refuse_too_large(self, spread: _Spread) -> None:
+        """Raise :class:`InvalidRequestError` for a sequence that all tiers together could not hold, were they empty. A
+        tier that is away counts: it may be starting again. So do nodes that may be asked for."""
+        if self._config.node_resource is not None and self._config.max_memory_nodes:
+            return
+        try:
+            tiers = self._catalog.tiers()
+        except CatalogUnavailableError:
+            return  # who knows what there is
+        self._slots_of.update({tier.tier_id: tier.slots for tier in tiers if tier.tier_id != self._tier_id})
+        here = self._store.arena.slots
+        most = here - 2 * share_of(here).at_once + sum(self._slots_of.values())
+        if spread.chunks > most:
+            raise InvalidRequestError(
+                f"prompt and answer may need {spread.chunks} chunks, but the memory of all nodes holds {most} of one "
+                "request, were it free. Shorten the prompt, lower max_tokens, raise --cold-bytes or add nodes.",
+                param="messages",
+            )
+
+    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        """Hold the longest run of ``keys`` that is stored in memory anywhere, each chunk where it lies."""
+        spread = self._of(holder)
+        try:
+            places = self._catalog.locate(keys)
+        except CatalogUnavailableError:
+            places = [set[str]() for _ in keys]  # as if nobody else had them
+        here = self._store.stored(keys)
+        run: list[tuple[ChunkKey, str]] = []
+        own = len(spread.own)
+        for key, tier_ids, is_here in zip(keys, places, here, strict=True):
+            others = tier_ids - {self._tier_id}
+            if is_here and (own < spread.share.stays or not others):
+                own += 1
+                run.append((key, ""))
+            elif others:
+                last = run[-1][1] if run else ""
+                run.append((key, last if last in others else rendezvous(key, others)[0]))
+            else:
+                break
+        refs: list[SlotRef] = []
+        for tier_id, part in _runs(run):
+            held = self._hold_here(holder, spread, part) if not tier_id else self._hold_at(holder, tier_id, part)
+            refs += held
+            if len(held) < len(part):
+                break
+        return refs
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """See :meth:`.protocol.OtherNodes.fetch`. A tier that does not answer may be starting again: it is waited for,
+        as long as for any call."""
+        deadline_s = time.monotonic() + self._config.call_deadline_s
+        refs = self._store.hold(reader, keys)
+        places = self._of(holder).places
+        while missing := [key for key, ref in zip(keys, refs, strict=True) if ref is None]:
+            wanted = [(key, {places[key]}) for key in missing if key in places]
+            came = self._fetcher.bring(reader, wanted, deadline_s, cached=True)
+            if len(came) < len(missing):
+                left = [key for key in missing if key not in came]
+                came |= self._fetcher.bring(reader, self._replicas(left), deadline_s, cached=True)
+            refs = self._store.hold(reader, keys)
+            if len(came) < len(missing):
+                if time.monotonic() + RETRY_S > deadline_s:
+                    break
+                time.sleep(RETRY_S)
+        return refs
+
+    def places(self, holder: str, keys: Sequence[ChunkKey]) -> list[str]:
+        """Ids of the tiers that hold ``keys`` for ``holder``; empty for one that none does."""
+        spread = self._spread.get(holder)
+        return ["" if spread is None else spread.places.get(key, "") for key in keys]
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """See :meth:`.protocol.OtherNodes.move_out`. It takes as long as a call may: a tier may be starting again."""
+        spread = self._of(holder)
+        deadline_s = time.monotonic() + self._config.call_deadline_s
+        refs: dict[ChunkKey, SlotRef | None] = {}
+        try:
+            for part in batches(keys, self._fetcher.batch_chunks):
+                refs |= self._move(holder, spread, read(self._store, part), deadline_s)
+        except ReleasedError as error:
+            logger.debug("what is moved out is not needed any more: %s", error)
+        self._store.let_go(holder, keys)
+        return [refs.get(key) for key in keys]
+
+    def _move(
+        self, holder: str, spread: _Spread, batch: ChunkBatch, deadline_s: float
+    ) -> dict[ChunkKey, SlotRef | None]:
+        """Have others hold ``batch``, until ``deadline_s`` at the latest; returns where the records are of what they
+        took. Raises :class:`ReleasedError` when ``holder`` is released meanwhile."""
+        refs: dict[ChunkKey, SlotRef | None] = {}
+        while len(batch):
+            for tier_id in self._takers(holder, spread):
+                taken = self._give(tier_id, holder, spread, batch)
+                refs |= taken
+                batch = batch.only(np.array([key not in taken for key in batch.keys], np.bool_))
+                if not len(batch):
+                    break
+            if len(batch) and time.monotonic() + RETRY_S > deadline_s:
+                break
+            if len(batch):
+                time.sleep(RETRY_S)
+        return refs
+
+    def _give(self, tier_id: str, holder: str, spread: _Spread, batch: ChunkBatch) -> dict[ChunkKey, SlotRef | None]:
+        """Have a tier hold as much of ``batch`` as it has promised; returns where the records of what it took are."""
+        room = spread.room_at(tier_id)
+        if room <= 0:
+            return {}
+        try:
+            with self._asking(tier_id, holder, spread):
+                taken = set(self._peers.take_in_for(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
+        except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
+            logger.warning("%d chunks were not taken: %s", min(room, len(batch)), error)
+            return {}
+        self._raise_if_ended(holder, spread)
+        records = RecordBatch.of(batch.only(np.array([key in taken for key in batch.keys], np.bool_)))
+        spread.places |= dict.fromkeys(records.keys, tier_id)
+        self._store.set_copied(records.keys, True, batch.mark)
+        return dict(zip(records.keys, self._records.put(holder, records), strict=True))
+
+    def hold_again(
+        self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
+    ) -> list[ChunkKey]:
+        """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
+        with self._lock:
+            self._released.check(holder)
+            spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
+        # as far as there is room: new work may have come first, and what runs goes on
+        self._store.promise_up_to(holder, max(spread.share.slots, len(own) + 2 * spread.share.at_once))
+        held = self._store.hold(holder, own)
+        records = self._records.hold(holder, list(places))
+        with self._lock:
+            spread.own.update(own)
+            spread.places.update(places)
+            spread.asked.update(places.values())
+        for tier_id in set(places.values()):
+            spread.promised[tier_id] = sum(place == tier_id for place in places.values())
+        lost = [key for key, ref in zip([*own, *places], [*held, *records], strict=True) if ref is None]
+        if lost:
+            logger.warning("%d chunks of %s are gone", len(lost), holder)
+        return lost
+
+    def release(self, holder: str, *, was_spread: bool = False) -> None:
+        """Let go of what ``holder`` holds on other tiers, and of its records, for good; unknown holders are fine.
+        ``was_spread``: this tier may have forgotten it when it was restarted."""
+        self._records.release(holder)
+        with self._lock:
+            self._released.add(holder)
+            ended = self._end(holder, was_spread=was_spread)
+        if ended:
+            self._wake()
+
+    def release_prefix(self, prefix: str) -> None:
+        """Let go of what the holders of a worker that is gone have: their names start with ``prefix``."""
+        with self._lock:
+            for holder in {*self._spread, *self._records.holders()}:
+                if holder.startswith(prefix):
+                    self._records.start_over(holder)
+                    self._end(holder)
+            self._vouched.discard(worker_of(prefix))
+            self._released.forget(worker_of(prefix))
+        self._wake()
+
+    def holders(self) -> list[str]:
+        """Names of all sequences that are spread."""
+        with self._lock:
+            return list(self._spread)
+
+    def vouch(self, worker_id: str, floor: int) -> None:
+        """The worker has told of all that it holds. All serials of its holders below ``floor`` are released."""
+        self._records.forget_released(worker_id, floor)
+        with self._lock:
+            self._released.raise_floor(worker_id, floor)
+            if worker_id not in self._vouched:
+                self._vouched.add(worker_id)
+                self._unclean.update(self._incarnations)
+
+    def tick(self, tiers: Mapping[str, TierRecord]) -> None:
+        """Once in a while, with the other living ``tiers``: tell them what was let go of, and have those that were
+        restarted hold again."""
+        with self._lock:
+            for tier_id in tiers if self._ended else ():
+                self._to_release.setdefault(tier_id, set()).update(self._ended)
+            self._ended.clear()
+            due, self._to_release = self._to_release, {}
+            # one that is not there now, or knows nothing of what was let go of while it was away
+            self._unclean |= due.keys() - tiers.keys() | tiers.keys() - self._incarnations.keys()
+        for tier_id, holders in due.items():
+            if tier_id not in tiers:
+                continue  # what it may still hold when it is there again is found by a sweep
+            try:
+                self._peers.release_for(tier_id, sorted(holders))
+            except ChunkLostError as error:
+                logger.debug("%s will be told again to let go: %s", tier_id, error)
+                with self._lock:
+                    self._to_release.setdefault(tier_id, set()).update(holders)
+        for tier_id, tier in tiers.items():
+            self._slots_of[tier_id] = tier.slots
+            # also one that is seen for the first time: it may have been restarted since it was asked for something
+            if self._incarnations.get(tier_id) != tier.incarnation and self._renew_holds(tier_id):
+                self._incarnations[tier_id] = tier.incarnation
+        if time.monotonic() >= self._sweep_again_s:
+            self._sweep_again_s = time.monotonic() + self._config.heartbeat_s
+            self.sweep(tiers.keys())
+
+    def sweep(self, tier_ids: Collection[str]) -> None:
+        """Have those of the tiers that may hold something for this node's workers say what, and let go of what is no
+        sequence here. One that holds nothing is asked again once it was asked for something."""
+        with self._lock:
+            due, workers = self._unclean & set(tier_ids), list(self._vouched)
+        floors = {worker_id: self._store.released_below(worker_id) for worker_id in workers}
+        for tier_id in sorted(due) if floors else ():
+            with self._lock:
+                self._unclean.discard(tier_id)
+            try:
+                held = self._peers.hosted(tier_id, floors)
+            except ChunkLostError as error:
+                logger.debug("%s does not say what it holds: %s", tier_id, error)
+                held = None
+            with self._lock:
+                if held != []:
+                    self._unclean.add(tier_id)
+                orphans = {holder for holder in held or () if holder not in self._spread}
+                if orphans:
+                    logger.info("%s holds something for %d sequences that are over", tier_id, len(orphans))
+                    self._to_release.setdefault(tier_id, set()).update(orphans)
+
+    def check_integrity(self) -> None:
+        """Raise :class:`AssertionError` when records are held for what is no sequence here."""
+        # read first: who has records was a sequence before
+        holders = set(self._records.holders())
+        with self._lock:
+            unknown = holders - self._spread.keys()
+        assert not unknown, f"records are held for {sorted(unknown)}, which are not spread"
+
+    def _end(self, holder: str, *, was_spread: bool = False) -> bool:
+        """Called with the lock held. Returns whether other tiers have to be told."""
+        spread = self._spread.pop(holder, None)
+        if was_spread:
+            self._ended.add(holder)
+        if spread is not None:
+            spread.ended = True
+            for tier_id in spread.asked:
+                self._to_release.setdefault(tier_id, set()).add(holder)
+        return was_spread or spread is not None
+
+    @contextmanager
+    def _asking(self, tier_id: str, holder: str, spread: _Spread) -> Iterator[None]:
+        """Around each call after which the tier may hold or promise something: it is told when ``holder`` is released,
+        also when that was meanwhile. Raises :class:`ReleasedError` when it was before."""
+        with self._lock:
+            if not spread.ended:
+                spread.asked.add(tier_id)
+                self._unclean.add(tier_id)
+        self._raise_if_ended(holder, spread)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._unclean.add(tier_id)
+                if spread.ended:
+                    self._to_release.setdefault(tier_id, set()).add(holder)
+            if spread.ended:
+                self._wake()
+
+    def _raise_if_ended(self, holder: str, spread: _Spread) -> None:
+        if spread.ended:
+            raise ReleasedError(f"{holder} was released meanwhile")
+
+    def _renew_holds(self, tier_id: str) -> bool:
+        for holder, spread in list(self._spread.items()):
+            keys = [key for key, place in list(spread.places.items()) if place == tier_id]
+            promised = spread.promised.get(tier_id, 0)
+            try:
+                if promised or keys:
+                    with self._asking(tier_id, holder, spread):
+                        self._peers.promise_for(tier_id, holder, max(promised, len(keys)))
+                        self._peers.hold_for(tier_id, holder, keys)
+            except ReleasedError:
+                continue
+            except ChunkLostError as error:
+                logger.warning("%s is to hold %d chunks again, later: %s", tier_id, len(keys), error)
+                return False
+        return True
+
+    def _of(self, holder: str) -> _Spread:
+        spread = self._spread.get(holder)
+        if spread is None:
+            raise ChunkLostError(f"{holder} has let go of all its chunks")
+        return spread
+
+    def _hold_here(self, holder: str, spread: _Spread, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        more = len(spread.own) + len(keys) - spread.share.stays
+        if more > 0:
+            # only here: they stay, if there is room for so many
+            granted = self._store.promise_up_to(holder, spread.share.slots + more)
+            keys = keys[: len(keys) - max(spread.share.slots + more - granted, 0)]
+        refs = self._store.hold_prefix(holder, keys)
+        spread.own.update(keys[: len(refs)])
+        return refs
+
+    def _hold_at(self, holder: str, tier_id: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+        spread = self._of(holder)
+        held = sum(place == tier_id for place in spread.places.values())
+        refs: list[SlotRef] = []
+        try:
+            with self._asking(tier_id, holder, spread):
+                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, held + len(keys))
+                batch = self._peers.hold_for(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
+        except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
+            logger.warning("%d chunks are not held: %s", len(keys), error)
+            return []
+        found = dict(zip(batch.keys, self._records.put(holder, batch), strict=True))
+        for key in keys:
+            ref = found.get(key)
+            if ref is None:
+                break
+            spread.places[key] = tier_id
+            refs.append(ref)
+        return refs
+
+    def _promise_at(self, tier_id: str, holder: str, spread: _Spread, more: int) -> int:
+        """Have a tier promise ``more`` slots than it has; returns how many it adds."""
+        before = spread.promised.get(tier_id, 0)
+        try:
+            with self._asking(tier_id, holder, spread):
+                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, before + more)
+        except ChunkLostError as error:
+            self._raise_if_ended(holder, spread)
+            logger.warning("%s promises nothing: %s", tier_id, error)
+        return spread.promised.get(tier_id, 0) - before
+
+    def _takers(self, holder: str, spread: _Spread) -> Iterator[str]:
+        """Tiers that have promised more than they hold; then all, which are asked for more."""
+        yield from [tier_id for tier_id in spread.promised if spread.room_at(tier_id) > 0]
+        for tier in self._others():
+            if spread.room_at(tier.tier_id) <= 0:
+                self._promise_at(tier.tier_id, holder, spread, spread.share.at_once)
+                yield tier.tier_id
+
+    def _others(self) -> list[TierRecord]:
+        try:
+            return [tier for tier in self._catalog.tiers() if tier.tier_id != self._tier_id]
+        except CatalogUnavailableError:
+            return []
+
+    def _replicas(self, keys: Sequence[ChunkKey]) -> list[tuple[ChunkKey, set[str]]]:
+        try:
+            found = zip(keys, self._catalog.locate(keys), strict=True)
+        except CatalogUnavailableError:
+            return []
+        return [(key, others) for key, tier_ids in found if (others := tier_ids - {self._tier_id})]
+
+
+def _runs(places: Sequence[tuple[ChunkKey, str]]) -> Iterator[tuple[str, list[ChunkKey]]]:
+    """Chunks in a row of one tier."""
+    run: list[ChunkKey] = []
+    for number, (key, tier_id) in enumerate(places):
+        run.append(key)
+        if number + 1 == len(places) or places[number + 1][1] != tier_id:
+            yield tier_id, run
+            run = []

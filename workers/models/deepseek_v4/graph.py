@@ -1,0 +1,222 @@
+"""Decode steps of a DeepSeek-V4 model as CUDA graphs; what `cuda_graph.py` is to Llama-like ones.
+
+A graph has fixed shapes, so every row writes the entry that its token belongs to at every step, and not only at the one
+that completes it: before, nobody reads that place. Rows beyond the batch repeat its first row, and write the same. What
+is drawn from the logits stays outside.
+"""
+
+import logging
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forecache.workers.models.deepseek_v4.layout import FixedRow
+from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES
+from forecache.workers.models.deepseek_v4.step import Places, V4Batch, V4Rows
+from forecache.workers.models.dense.graph import WARM_UPS
+from forecache.workers.models.hidden_history import HiddenHistory, HiddenRows
+
+logger = logging.getLogger(__name__)
+
+TOKEN, SOURCE, POSITION, LINE, SLOT, PAGE, ENTRIES, HISTORY = range(8)
+"""Rows of the input buffer."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """``logits``, ``non_finite``: of its last replay; ``pages`` is where the HCA entries lay when it was captured."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    non_finite: Tensor
+    pages: Tensor
+
+
+class FixedSteps:
+    """Decode steps of ``model``, tables up to ``max_chunks`` wide and contexts up to ``max_tokens``: on CUDA as graphs,
+    elsewhere eagerly over the same fixed shapes. ``buckets``: the numbers of rows that there are steps for, ascending.
+
+    ``empty``: a step without rows, which says where pool and states lie. ``last_tokens``: int64 [at least the largest
+    batch], the tokens of the step before. ``histories``: where hidden states are kept for the indexer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        empty: V4Batch,
+        chunk_tokens: int,
+        histories: HiddenHistory,
+        last_tokens: Tensor,
+        *,
+        buckets: Seq[int],
+        max_chunks: int,
+        max_tokens: int,
+    ) -> None:
+        self._model, self._empty, self._histories = model, empty, histories
+        self._chunk_tokens = chunk_tokens
+        self._last_tokens = last_tokens
+        self._buckets = buckets
+        shape, device = empty.states.shape, last_tokens.device
+        self._max_chunks = max_chunks
+        self._max_pages = -(-max_tokens // (shape.hca_rate * PAGE_ENTRIES)) + 1
+        self._captures = device.type == "cuda"
+        largest = self._buckets[-1]
+        # two host copies in turn: while one is on its way to the device, the next step fills the other
+        self._host = [_HostInputs(largest, max_chunks, self._max_pages, pinned=self._captures) for _ in range(2)]
+        self._turn = 0
+        self._inputs = torch.zeros(HISTORY + 1, largest, dtype=torch.int64, device=device)
+        self._inputs[SOURCE] = -1
+        self._table = torch.zeros(largest, max_chunks, dtype=torch.int32, device=device)
+        self._hca_table = torch.zeros(largest, self._max_pages, dtype=torch.int32, device=device)
+        self._graphs: dict[int, _Graph] = {}
+        self.non_finite = torch.zeros(largest, dtype=torch.uint8, device=device)
+        """Of the last run, as in :class:`.dsv4_step.V4Batch`."""
+        self._refused = False
+        if self._captures:
+            # no sequence has a line, a slot or a page yet: what these steps write is read by nobody
+            for bucket in reversed(self._buckets):
+                self._ready(bucket)
+
+    @property
+    def count(self) -> int:
+        """Graphs that there are."""
+        return len(self._graphs)
+
+    def run(self, rows: Seq[FixedRow]) -> Tensor | None:
+        """Enqueue a step of ``rows``; its logits, float32 [rows, vocab], until the next. None: it does not fit, or
+        can't be captured."""
+        if not 0 < len(rows) <= self._buckets[-1] or self._refused:
+            return None
+        if any(len(row.table) > self._max_chunks or len(row.pages) > self._max_pages for row in rows):
+            return None
+        bucket = self._bucket(len(rows))
+        host, self._turn = self._host[self._turn], 1 - self._turn
+        host.fill(rows, bucket)
+        self._inputs.copy_(host.inputs, non_blocking=True)
+        self._table[:bucket].copy_(host.table[:bucket], non_blocking=True)
+        self._hca_table[:bucket].copy_(host.hca_table[:bucket], non_blocking=True)
+        if not self._captures:
+            logits, self.non_finite = self._forward(bucket)
+            return logits[: len(rows)]
+        if not self._ready(bucket):
+            return None
+        found = self._graphs[bucket]
+        found.graph.replay()
+        self.non_finite = found.non_finite
+        return found.logits[: len(rows)]
+
+    def _bucket(self, count: int) -> int:
+        return next(size for size in self._buckets if size >= count)
+
+    def _ready(self, bucket: int) -> bool:
+        """Whether there is a graph for ``bucket`` now: captured, or captured anew as the pages have moved since. False
+        for good where that failed once, which is said. What the inputs ask for is computed on the way."""
+        pages = self._empty.states.pages
+        if any(graph.pages is not pages for graph in self._graphs.values()):
+            self._graphs.clear()  # they would keep the old pages, and all move at once
+        if bucket in self._graphs:
+            return True
+        try:
+            self._graphs[bucket] = self._capture(bucket)
+        except RuntimeError as error:
+            self._refused = True
+            self._graphs.clear()
+            torch.cuda.synchronize(self._inputs.device)
+            logger.warning("decode steps of DeepSeek-V4 run eagerly, which is slow; they can't be captured: %s", error)
+        return not self._refused
+
+    def _capture(self, bucket: int) -> _Graph:
+        device = self._inputs.device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward(bucket)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        # largest first: the smaller graphs then fit the memory it took
+        memory = next((other.graph.pool() for other in self._graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        # other threads copy chunks meanwhile
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            logits, non_finite = self._forward(bucket)
+        return _Graph(graph, logits, non_finite, self._empty.states.pages)
+
+    def _forward(self, bucket: int) -> tuple[Tensor, Tensor]:
+        """Logits, and what of the rows is not finite, as in :class:`.dsv4_step.V4Batch`."""
+        inputs = self._inputs[:, :bucket]
+        source = inputs[SOURCE]
+        drawn = self._last_tokens[source.clamp(min=0)]
+        histories = self._histories
+        places = inputs[POSITION] % histories.steps
+        batch = replace(
+            self._empty,
+            token_ids=torch.where(source < 0, inputs[TOKEN], drawn),
+            positions=inputs[POSITION],
+            logits_rows=torch.arange(bucket, device=inputs.device),
+            rows=self._rows(inputs, bucket),
+            hidden=HiddenRows(histories.ring, histories.layers, None, inputs[HISTORY], places),
+            non_finite=torch.zeros(bucket, dtype=torch.uint8, device=inputs.device),
+        )
+        return run_model(self._model, batch), batch.non_finite
+
+    def _rows(self, inputs: Tensor, bucket: int) -> V4Rows:
+        shape, positions = self._empty.states.shape, inputs[POSITION]
+        everyone = torch.arange(bucket, device=inputs.device)
+
+        def filling(rate: int) -> Places:
+            number = positions // rate
+            places = positions % self._chunk_tokens // rate
+            closing = (positions + 1) % rate == 0
+            return Places(everyone, number * rate, inputs[SLOT], places, inputs[PAGE], number % PAGE_ENTRIES, closing)
+
+        return V4Rows(
+            lines=inputs[LINE],
+            positions=positions,
+            window_lens=(positions + 1).clamp(max=shape.window).to(torch.int32),
+            table=self._table[:bucket],
+            lens=inputs[ENTRIES].to(torch.int32),
+            csa=filling(shape.csa_rate),
+            hca=filling(shape.hca_rate),
+            hca_table=self._hca_table[:bucket],
+            hca_lens=((positions + 1) // shape.hca_rate).to(torch.int32),
+        )
+
+
+def run_model(model: Any, batch: V4Batch) -> Tensor:
+    """Logits of the step ``batch``, float32 [logits rows, vocab]."""
+    output = model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.positions.unsqueeze(0),
+        attention_mask={"none": None},  # a dict is taken as it is: no mask is built
+        use_cache=False,
+        logits_to_keep=batch.logits_rows,
+        forecache=batch,
+    )
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+class _HostInputs:
+    """Host memory for one step's inputs, page-locked on request, filled through numpy."""
+
+    def __init__(self, rows: int, max_chunks: int, max_pages: int, *, pinned: bool) -> None:
+        self.inputs = torch.zeros(HISTORY + 1, rows, dtype=torch.int64, pin_memory=pinned)
+        self.table = torch.zeros(rows, max_chunks, dtype=torch.int32, pin_memory=pinned)
+        self.hca_table = torch.zeros(rows, max_pages, dtype=torch.int32, pin_memory=pinned)
+
+    def fill(self, rows: Seq[FixedRow], bucket: int) -> None:
+        """Rows that are missing in ``bucket`` repeat the first."""
+        rows = [*rows, *[rows[0]] * (bucket - len(rows))]
+        values = [
+            (row.token, row.source, row.position, row.line, row.slot, row.page, row.entries, row.history)
+            for row in rows
+        ]
+        self.inputs.numpy()[:, :bucket] = list(zip(*values, strict=True))
+        table, hca_table = self.table.numpy(), self.hca_table.numpy()
+        for number, row in enumerate(rows):
+            table[number, : len(row.table)] = row.table
+            hca_table[number, : len(row.pages)] = row.pages

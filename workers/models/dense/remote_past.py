@@ -1,0 +1,92 @@
+"""The past of a stream that lies on other nodes: one layer of many chunks at a time, asked for ahead.
+
+Whole chunks would each have to come once for every layer, or all of them to lie here at once.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forecache.kernels.attention import reference
+from forecache.workers.core.sequence import Sequence
+from forecache.workers.errors import ChunkLostError
+from forecache.workers.memory.client.protocol import ColdMemory, OtherNodes, PendingLayer
+from forecache.workers.memory.format.keys import ChunkKey
+from forecache.workers.memory.format.layout import ChunkLayout
+
+READS_AHEAD = 3
+"""Pieces that are on their way while one is attended to."""
+
+
+class PastLostError(ChunkLostError):
+    """Chunks of the past of ``request_id`` can't be read any more: the step is void, and that request starts over."""
+
+    def __init__(self, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+@dataclass(frozen=True)
+class RemoteChunks:
+    """Of one sequence, in order. ``layout`` is that of cold memory."""
+
+    request_id: str
+    holder: str
+    keys: tuple[ChunkKey, ...]
+    layout: ChunkLayout
+    others: OtherNodes
+
+    def ask(self, part: slice, layer: int) -> PendingLayer:
+        """For one layer of some of them."""
+        return self.others.read_layer(self.holder, self.keys[part], layer)
+
+
+class FarPast:
+    """Pasts on ``others``, in the layout of cold memory."""
+
+    def __init__(self, others: OtherNodes, layout: ChunkLayout) -> None:
+        self._others = others
+        self._layout = layout
+
+    @classmethod
+    def of(cls, memory: ColdMemory, layout: ChunkLayout) -> "FarPast | None":
+        """Where ``memory`` has other nodes."""
+        return None if memory.others is None else cls(memory.others, layout)
+
+    def chunks(self, seq: Sequence, keys: tuple[ChunkKey, ...]) -> RemoteChunks:
+        """Those chunks of ``seq``."""
+        return RemoteChunks(seq.request_id, seq.holder, keys, self._layout, self._others)
+
+
+class RemoteReads:
+    """Pieces of remote pasts, (chunks, part of them, layer) each, in the order in which they will be taken."""
+
+    def __init__(self, order: Iterable[tuple[RemoteChunks, slice, int]]) -> None:
+        self._order = iter(order)
+        self._under_way: deque[tuple[RemoteChunks, PendingLayer]] = deque()
+        self._ask()
+
+    def take(self, dtype: torch.dtype, out: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Keys and values of the next piece, ``[kv_heads, n * chunk_tokens, head_dim]`` each, in ``out`` if given.
+
+        Raises :class:`PastLostError`.
+        """
+        chunks, pending = self._under_way.popleft()
+        self._ask()
+        try:
+            rows = torch.from_numpy(pending.result()).to(device)
+        except ChunkLostError as error:
+            raise PastLostError(str(error), chunks.request_id) from error
+        names = {field.name for field in chunks.layout.fields}
+        scale = chunks.layout.layer_view(rows, "scale") if "scale" in names else None
+        all_rows = torch.arange(len(rows), device=device)
+        kv = chunks.layout.layer_view(rows, "kv")
+        return reference.gather_layer(kv, 0, all_rows, scale=scale, out=out, dtype=dtype)
+
+    def _ask(self) -> None:
+        while len(self._under_way) < READS_AHEAD and (piece := next(self._order, None)) is not None:
+            chunks, part, layer = piece
+            self._under_way.append((chunks, chunks.ask(part, layer)))

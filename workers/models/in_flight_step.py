@@ -1,0 +1,217 @@
+"""A step under way: what it will tell the host, and what it read of the arena."""
+
+import itertools
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from forecache.indexer.serving.protocol import StepState
+from forecache.workers.core.prompt_logprobs import Scored
+from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.core.step_plan import Capture, Captured, NonFinite, Plan, Sampled, StepOutput
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.cold_reads import ColdReads
+from forecache.workers.models.dense.remote_past import FarPast
+from forecache.workers.models.dense.streamed_past import Segment, Store
+from forecache.workers.models.logits import Logprobs
+
+
+@dataclass(frozen=True)
+class ArenaPast:
+    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, which
+    are ``cold``, and those on other nodes."""
+
+    segments: tuple[Segment, ...]
+    cold: ColdReads
+
+    @classmethod
+    def of(
+        cls,
+        seq: Sequence,
+        pool: HotPool,
+        arena: Arena | None,
+        hot: Store,
+        cold: Store | None,
+        device: torch.device,
+        far: FarPast | None = None,
+    ) -> "ArenaPast":
+        """Where the past of ``seq`` is now; ``far`` reads what is on other nodes."""
+        in_pool: list[tuple[int, int]] = []
+        in_arena: list[Chunk] = []
+        elsewhere: list[Chunk] = []
+        for chunk in seq.chunks:
+            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
+            if slot is None:
+                slot = pool.lookup(chunk.key)
+            if slot is not None:
+                in_pool.append((slot, chunk.number))
+            else:
+                assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
+                (elsewhere if chunk.ref.remote else in_arena).append(chunk)
+        segments = []
+        if in_pool:
+            segments.append(Segment(hot, *_columns(in_pool, device)))
+        sums = None
+        if in_arena:
+            assert cold is not None and arena is not None, "chunks are cold but there is no arena"
+            places = [(chunk.ref.slot, chunk.number) for chunk in in_arena if chunk.ref is not None]
+            if device.type == "cuda":
+                sums = torch.zeros(len(places), dtype=torch.int64, device=device)
+            segments.append(Segment(cold, *_columns(places, device), sums))
+        if elsewhere:
+            assert far is not None, "chunks are on other nodes and there is nobody to read them"
+            places = [(-1, chunk.number) for chunk in elsewhere]
+            remote = far.chunks(seq, tuple(chunk.key for chunk in elsewhere))
+            segments.append(Segment(hot, *_columns(places, device), remote=remote))
+        return cls(tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
+
+
+def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = torch.tensor(entries, dtype=torch.int64).T.contiguous().to(device, non_blocking=True).unbind(0)
+    return first, second
+
+
+@dataclass(frozen=True)
+class CapturedTensors:
+    """What a :class:`.step.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and ``steps``
+    of a trained indexer's history; ``weights`` float32 [query heads] where index keys are those of entries."""
+
+    queries: Tensor
+    tail_lse: Tensor
+    records: Tensor
+    hidden: Tensor | None = None
+    steps: int = 0
+    weights: Tensor | None = None
+
+    def to_host(self) -> "CapturedTensors":
+        return CapturedTensors(
+            _to_host(self.queries),
+            _to_host(self.tail_lse),
+            _to_host(self.records),
+            None if self.hidden is None else _to_host(self.hidden),
+            self.steps,
+            None if self.weights is None else _to_host(self.weights),
+        )
+
+    def answer(self, request: Capture) -> Captured:
+        """On the host."""
+        state = None
+        if self.hidden is not None:
+            state = StepState(request.position, self.steps, self.hidden.numpy())
+        weights = None if self.weights is None else self.weights.numpy()
+        return Captured(request, self.queries.numpy(), self.tail_lse.numpy(), self.records.numpy(), state, weights)
+
+
+class Probe(Protocol):
+    """``mass``: float32 [chunks], how much the last tokens of a prompt look at each."""
+
+    @property
+    def mass(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a step has written: ``sequences``, with how often each had started over, and of the packed tokens those of
+    each; ``non_finite``: uint8 [tokens], which of these are infinite or no number."""
+
+    sequences: tuple[tuple[Sequence, int], ...]
+    tokens: tuple[slice, ...]
+    non_finite: Tensor
+
+    @classmethod
+    def by(cls, plan: Plan, non_finite: Tensor) -> "Written":
+        """By ``plan``, whose decode rows come first."""
+        sequences = [*plan.decode, *(part.sequence for part in plan.streams)]
+        ends = [*itertools.accumulate([*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)])]
+        tokens = (slice(start, stop) for start, stop in itertools.pairwise([0, *ends]))
+        return cls(tuple((seq, seq.restarts) for seq in sequences), tuple(tokens), non_finite)
+
+
+class RunningStep:
+    """What :meth:`.model_runner.ModelRunner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
+    until the next launch."""
+
+    def __init__(
+        self,
+        sampled: Seq[Sequence],
+        tokens: Tensor,
+        best: Tensor,
+        logits: Tensor,
+        logprobs: Logprobs | None,
+        scored: Seq[Scored],
+        captures: Seq[Capture],
+        captured: Seq[CapturedTensors],
+        probes: Mapping[str, Probe],
+        cold: Seq[ColdReads],
+        arena: Arena | None,
+        written: Written,
+    ) -> None:
+        self.logits = logits
+        self._written = replace(written, non_finite=_to_host(written.non_finite))
+        self._sampled = [(seq, seq.restarts) for seq in sampled]
+        self._captures = tuple(captures)
+        self._cold = tuple(cold)
+        self._arena = arena
+        self._tokens, self._best = _to_host(tokens), _to_host(best)
+        self._logprobs = None if logprobs is None else logprobs.mapped(_to_host)
+        self._scored = [replace(one, told=_to_host(one.told), tokens=_to_host(one.tokens)) for one in scored]
+        self._captured = [tensors.to_host() for tensors in captured]
+        self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
+        self._sums = [None if reads.sums is None else _to_host(reads.sums) for reads in cold]
+        self._done: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record(torch.cuda.current_stream(tokens.device))
+
+    def result(self) -> StepOutput:
+        """Wait until the step is over."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens, best = self._tokens.tolist(), self._best.tolist()
+        asked = {} if self._logprobs is None else {row: i for i, row in enumerate(self._logprobs.rows)}
+        sampled = tuple(
+            Sampled(seq, restarts, tokens[row], best[row], self._logprobs.of(asked[row], tokens[row]))
+            if self._logprobs is not None and row in asked
+            else Sampled(seq, restarts, tokens[row], best[row])
+            for row, (seq, restarts) in enumerate(self._sampled)
+        )
+        captured = tuple(
+            tensors.answer(request) for request, tensors in zip(self._captures, self._captured, strict=True)
+        )
+        masses = {request_id: mass.numpy() for request_id, mass in self._masses.items()}
+        damaged = {}
+        for reads, sums in zip(self._cold, self._sums, strict=True):
+            numbers = reads.damaged(None if sums is None else sums.numpy(), self._arena)
+            if numbers:
+                damaged[reads.request_id] = numbers
+        return StepOutput(sampled, captured, masses, damaged, tuple(self._scored), self._non_finite(sampled))
+
+    def _non_finite(self, sampled: Seq[Sampled]) -> tuple[NonFinite, ...]:
+        """Sequences of which the step has computed something that is not finite, and what: each once."""
+        found: dict[str, NonFinite] = {}
+        for drawn in sampled:
+            if not math.isfinite(drawn.best):
+                what = f"{drawn.best} as its largest logit at position {len(drawn.sequence.token_ids)}"
+                found[drawn.sequence.request_id] = NonFinite(drawn.sequence, drawn.restarts, what)
+        for scored in self._scored:
+            if scored.told.isnan().any():
+                what = "no number as the log-probability of a prompt's token"
+                found[scored.sequence.request_id] = NonFinite(scored.sequence, scored.restarts, what)
+        flags = self._written.non_finite
+        if flags.any():
+            for (seq, restarts), own in zip(self._written.sequences, self._written.tokens, strict=True):
+                if flags[own].any():
+                    what = "keys or values that are not finite"
+                    found[seq.request_id] = NonFinite(seq, restarts, what)
+        return tuple(found.values())
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in page-locked host memory, valid once the current stream has come this far."""
+    return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor.clone()

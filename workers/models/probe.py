@@ -1,0 +1,191 @@
+"""Can this model's attention be replaced by ours, exactly? Found out at load, by asking the model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.models.checkpoint import explained
+from forecache.workers.models.deepseek_v4.shape import MODEL_TYPE, refuse_variants
+
+PROBE_NAME = "forecache_probe"
+PROBE_TOKENS = 8
+ROPE_OF_THE_BATCH = ("longrope", "dynamic")
+"""RoPE kinds whose frequencies depend on the longest position of the forward pass: K in the cache would change."""
+
+KNOWN_ARGUMENTS = frozenset(
+    {
+        "dropout",  # none outside training
+        "scaling",
+        "is_causal",  # checked by itself
+        "forecache",
+        # of the caller, about what the model returns; they change no attention
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "deterministic",
+    }
+)
+"""What an attention function may be called with. Any other argument that has a value means something that
+forecache's attention does not compute."""
+
+MEANINGS = {
+    "sliding_window": "sliding-window attention",
+    "softcap": "soft-capped attention logits",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias on attention logits",
+    "block_indices": "attention to selected blocks",
+    "indices": "attention to selected tokens",
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of a model's attention; ``scale`` multiplies its logits."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Call:
+    layer: int | None
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+    value: tuple[int, ...]
+    key_data: int
+    scale: float
+    causal: bool
+    masked: bool
+    reached: bool
+    refused: tuple[str, ...]
+
+
+def refuse_config(config: Any, name: str) -> None:
+    """Raise :class:`UnsupportedModelError` for what the configuration alone tells."""
+    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not a decoder language model.")
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not for text alone.")
+    for kind in _rope_types(getattr(config, "rope_parameters", None)):
+        if kind in ROPE_OF_THE_BATCH:
+            raise UnsupportedModelError(
+                f"{name} uses '{kind}' RoPE, whose frequencies change with the length of the batch, so that cached "
+                "keys would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
+            )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config.model_type == MODEL_TYPE:
+        refuse_variants(config, name)
+    elif kinds != {"full_attention"}:
+        raise UnsupportedModelError(
+            f"{name} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; only models whose layers "
+            "all use full attention can be served."
+        )
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"{name} is of type '{config.model_type}', whose configuration gives no max_position_embeddings: forecache "
+            "must know how long a context it was made for."
+        )
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    """``rope_type`` of a flat dict, or of each entry of a dict per layer kind."""
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [entry["rope_type"] for entry in parameters.values() if isinstance(entry, dict) and "rope_type" in entry]
+
+
+@torch.inference_mode()
+def inspect_attention(model: PreTrainedModel) -> Geometry:
+    """Run a few tokens, watch every attention call, and return the shapes; refuse what we would compute wrongly."""
+    name = str(model.config._name_or_path)
+    calls: list[_Call] = []
+
+    def watch(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **arguments: Any,
+    ) -> Any:
+        calls.append(
+            _Call(
+                layer=getattr(module, "layer_idx", None),
+                query=tuple(query.shape),
+                key=tuple(key.shape),
+                value=tuple(value.shape),
+                key_data=key.data_ptr(),
+                scale=float(arguments.get("scaling") or query.shape[-1] ** -0.5),
+                causal=bool(arguments.get("is_causal", getattr(module, "is_causal", True))),
+                masked=attention_mask is not None,
+                reached="forecache" in arguments,
+                refused=tuple(k for k in arguments if k not in KNOWN_ARGUMENTS and arguments[k] is not None),
+            )
+        )
+        kept.append(key)
+        # what it returns does not matter: only the calls are watched
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    kept: list[torch.Tensor] = []  # alive until the end, so that equal addresses mean shared keys
+    AttentionInterface.register(PROBE_NAME, watch)
+    tokens = torch.arange(1, PROBE_TOKENS + 1, device=model.device).unsqueeze(0)
+    with explained(f"{name}:", "transformers can't exchange its attention"):
+        model.set_attn_implementation(PROBE_NAME)
+        model(input_ids=tokens, use_cache=False, logits_to_keep=1, forecache=True)
+    return _judge(name, model, calls)
+
+
+def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
+    layers = int(model.config.num_hidden_layers)
+    if sorted(call.layer if call.layer is not None else -1 for call in calls) != list(range(layers)):
+        raise UnsupportedModelError(
+            f"{name} has {layers} layers but made {len(calls)} attention calls through transformers' "
+            "AttentionInterface: its layers do something else (recurrence, convolution, attention of their own)."
+        )
+    for call in calls:
+        if not call.causal:
+            raise UnsupportedModelError(f"{name} is no decoder: its tokens attend to later ones as well.")
+        if not call.reached:
+            raise UnsupportedModelError(
+                f"{name} does not hand the arguments of its forward on to its attention (layer {call.layer}), so the "
+                "step's chunks can't reach it."
+            )
+        if call.refused:
+            uses = MEANINGS.get(call.refused[0], "an attention of its own")
+            raise UnsupportedModelError(
+                f"{name} uses {uses} ({', '.join(call.refused)} of layer {call.layer}), which forecache's attention "
+                "does not compute."
+            )
+        if call.masked:
+            raise UnsupportedModelError(
+                f"{name} adds a mask or bias of its own to the attention logits of layer {call.layer}, which "
+                "forecache's attention does not compute."
+            )
+        if call.key != call.value:
+            raise UnsupportedModelError(
+                f"{name}: keys {list(call.key)} and values {list(call.value)} of layer {call.layer} differ in shape "
+                "(latent attention); only equal shapes are supported."
+            )
+    first = calls[0]
+    if len({call.scale for call in calls}) > 1:
+        raise UnsupportedModelError(f"{name} scales attention logits layer by layer, which is not supported yet.")
+    if len({(call.query, call.key) for call in calls}) > 1:
+        raise UnsupportedModelError(f"{name} has layers of different attention shapes, which is not supported yet.")
+    if len({call.key_data for call in calls}) < layers:
+        raise UnsupportedModelError(f"{name} shares keys between layers, which is not supported yet.")
+    return Geometry(layers, first.query[1], first.key[1], first.key[3], first.scale)

@@ -1,0 +1,219 @@
+"""Record what a model's heads attend to, for training the Memory Indexer without the model (design §6).
+
+A document is read in one pass and goes on with its right reply, then greedily; the steps of its reply and of a few
+windows of its text are kept. The keys that attention saw give the exact share of every head on every chunk.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from forecache.indexer.records.index_spec import encode_chunks
+from forecache.indexer.records.shards import (
+    SEED_WEIGHTS_FILE,
+    RecordedDocument,
+    ShardManifest,
+    shard_path,
+    write_shard,
+)
+from forecache.workers.errors import ForecacheError, UnsupportedModelError
+from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.tokenizer import load_tokenizer
+from forecache.workers.recording.capture import Capture, CaptureShape, install
+from forecache.workers.recording.documents import Recipe, SourceDocument, make_document, plan
+from forecache.workers.recording.events import find_events
+from forecache.workers.recording.record_model import check_queries, describe, find_retrieval_heads, make_seed_weights
+
+LEAST_PROMPT_TOKENS = 1024
+PROMPT_END_STEPS = 32
+"""Steps of the prompt's end that belong to the reply's run: the first windows are predicted from there."""
+Progress = Callable[[int, int], None]
+
+
+def record(
+    model_path: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    model_name: str,
+    manifest: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    part: tuple[int, int] = (1, 1),
+    progress: Progress = lambda done, documents: None,
+) -> ShardManifest:
+    """Record ``recipe``'s documents into ``out``; shards that are there already are kept.
+
+    With ``part`` (k, n) every n-th shard, beginning with the k-th: n processes, on one machine or several that share
+    ``out``, record it together.
+    Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds something else.
+    """
+    if not LEAST_PROMPT_TOKENS <= recipe.min_tokens <= recipe.max_tokens:
+        raise ForecacheError(
+            f"documents of {recipe.min_tokens} to {recipe.max_tokens} tokens can't be made: the questions and their "
+            f"facts alone take up to {LEAST_PROMPT_TOKENS} tokens"
+        )
+    backbone = load_backbone(model_path, device=device, dtype=dtype)
+    retrieval = find_retrieval_heads(manifest, model_name, backbone)
+    install(backbone.model)
+    described = describe(backbone, retrieval, recipe, model_name)
+    _prepare(out, described, make_seed_weights(backbone, described))
+    tokenizer = load_tokenizer(model_path)
+    kinds = list(plan(recipe))
+    done = 0
+    for shard in range(part[0] - 1, described.shards, part[1]):
+        first = shard * recipe.documents_per_shard
+        wanted = kinds[first : first + recipe.documents_per_shard]
+        if not shard_path(out, shard).exists():
+            # one length a shard, so that documents decoded together waste no memory
+            tokens = random.Random(f"{recipe.seed} {shard}").randint(recipe.min_tokens, recipe.max_tokens)
+            sources = [
+                make_document(*kind, tokenizer, tokens=tokens, seed=recipe.seed * 1_000_003 + first + number)
+                for number, kind in enumerate(wanted)
+            ]
+            write_shard(out, shard, _record_shard(backbone, described, recipe, sources, tokenizer))
+        done += len(wanted)
+        progress(done, -(-described.documents // part[1]))
+    return described
+
+
+def _prepare(out: Path, described: ShardManifest, seed_weights: dict[str, torch.Tensor]) -> None:
+    """Write the manifest and the seed weights, or check that those in ``out`` are the same."""
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "manifest.json").exists():
+        there = ShardManifest.load(out)
+        ours = ShardManifest.model_validate_json(described.model_dump_json())
+        names = [name for name in ShardManifest.model_fields if getattr(there, name) != getattr(ours, name)]
+        if names:
+            raise UnsupportedModelError(
+                f"{out} holds a recording of another kind ({', '.join(names)} differ): choose another directory."
+            )
+        return
+    # whole or not at all, and the manifest last: another process may be about to do the same
+    partial = out / f"{SEED_WEIGHTS_FILE}.{os.getpid()}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in seed_weights.items()}, partial)
+    partial.rename(out / SEED_WEIGHTS_FILE)
+    described.save(out)
+
+
+@torch.inference_mode()
+def _record_shard(
+    backbone: Backbone,
+    described: ShardManifest,
+    recipe: Recipe,
+    sources: Sequence[SourceDocument],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[RecordedDocument]:
+    geometry, device = backbone.geometry, backbone.device
+    kept = [
+        list(_kept_positions(len(source.prompt_token_ids), recipe, number)) for number, source in enumerate(sources)
+    ]
+    capture = Capture(
+        CaptureShape(
+            documents=len(sources),
+            tokens=max(len(source.prompt_token_ids) for source in sources) + recipe.reply_tokens,
+            steps=max(map(len, kept)) + recipe.reply_tokens,
+            layers=geometry.layers,
+            heads=geometry.heads,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            hidden_size=described.hidden_size,
+        ),
+        described.target_layers,
+        backbone.model,
+    )
+    following = torch.stack(
+        [capture.read(n, source.prompt_token_ids, kept[n]).argmax() for n, source in enumerate(sources)]
+    )
+    ends = torch.tensor(_end_tokens(backbone, tokenizer), dtype=torch.int64, device=device)
+    ended = torch.zeros(len(sources), dtype=torch.bool, device=device)
+    lengths = torch.zeros(len(sources), dtype=torch.int64, device=device)
+    for step in range(recipe.reply_tokens):
+        for number, source in enumerate(sources):
+            if step < len(source.reply_token_ids):
+                following[number] = source.reply_token_ids[step]
+        ended |= torch.isin(following, ends)
+        if bool(ended.all()):
+            break
+        lengths += ~ended
+        following = capture.decode(following).argmax(1)
+    return [
+        _document(backbone, described, capture, source, kept[number], int(lengths[number]), number)
+        for number, source in enumerate(sources)
+    ]
+
+
+def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens after which a reply is over."""
+    generation: Any = backbone.model.generation_config
+    own = getattr(generation, "eos_token_id", None)
+    ends = own if isinstance(own, list) else [own]
+    return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
+
+
+def _kept_positions(prompt_tokens: int, recipe: Recipe, number: int) -> Iterator[int]:
+    """Positions of the prompt whose steps are kept, ascending: windows of its text, its end, and the steps before."""
+    rng = random.Random(f"{recipe.seed} {prompt_tokens} {number}")
+    size = recipe.prompt_window_tokens
+    places = range(prompt_tokens // 4, prompt_tokens - PROMPT_END_STEPS - size, size)
+    windows = [(start, start + size) for start in rng.sample(places, min(recipe.prompt_windows, len(places)))]
+    windows.append((prompt_tokens - PROMPT_END_STEPS, prompt_tokens))
+    kept = {place for start, end in windows for place in range(max(start - recipe.history_steps, 0), end)}
+    yield from sorted(kept)
+
+
+def _document(
+    backbone: Backbone,
+    described: ShardManifest,
+    capture: Capture,
+    source: SourceDocument,
+    kept: list[int],
+    reply_tokens: int,
+    number: int,
+) -> RecordedDocument:
+    """One document from the capture's buffers; its last ``reply_tokens`` steps are those of its reply."""
+    prompt, chunk_tokens = len(source.prompt_token_ids), described.chunk_tokens
+    tokens, steps = prompt + reply_tokens, len(kept) + reply_tokens
+    places = [*kept, *range(prompt, tokens)]
+    positions = torch.tensor(places, device=backbone.device)
+    keys = capture.keys[:, number, :, :tokens]
+    queries = capture.queries[:, number, :, :steps]
+    hidden = capture.hidden[:, number, :steps].transpose(0, 1)
+    if not number:
+        check_queries(backbone, described, hidden, queries, positions)
+    events = find_events(
+        queries, keys, positions, scale=described.scale, chunk_tokens=chunk_tokens, event_mass=described.event_mass
+    )
+    indexed = torch.stack([keys[layer, head] for layer, head in described.index_kv_heads])
+    indexed = torch.nn.functional.pad(indexed, (0, 0, 0, -tokens % chunk_tokens))
+    by_chunk = indexed.view(len(indexed), -1, chunk_tokens, described.head_dim).transpose(0, 1)
+    answer, answer_step = (0, 0), -1
+    if source.answer_span is not None and source.answer_place is not None:
+        answer = (source.answer_span[0] // chunk_tokens, (source.answer_span[1] - 1) // chunk_tokens + 1)
+        if source.answer_place < reply_tokens:
+            answer_step = len(kept) - 1 + source.answer_place
+    breaks = [0, *(row for row in range(1, steps) if places[row] != places[row - 1] + 1), steps]
+    return RecordedDocument(
+        task=source.task,
+        text=source.text,
+        split=source.split,
+        answer=answer,
+        answer_step=answer_step,
+        positions=positions,
+        runs=torch.tensor(list(pairwise(breaks)), dtype=torch.int64),
+        hidden=hidden.half(),
+        records=encode_chunks(described.index_spec, by_chunk),
+        event_offsets=events.offsets,
+        event_chunk=events.chunk,
+        event_head=events.head,
+        event_share=events.share,
+        peak_share=events.peak_share,
+        bounds_score=events.bounds_score,
+    )
