@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
-from forecache.workers.memory.arena.arena import Arena, owned_file
+from forecache.workers.memory.arena import owned_file
+from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, UNKNOWN
 from forecache.workers.memory.arena.ledger import TENANT_MARK, PinLimits
 from forecache.workers.memory.arena.stats import TierStats
