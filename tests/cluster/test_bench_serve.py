@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 
 pytestmark = pytest.mark.cluster
 

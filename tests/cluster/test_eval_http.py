@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.cluster.http.tenants import new_key
 
 pytestmark = pytest.mark.cluster

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from forecache.cluster.cli import bench
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.evaluation.bench_decode import WARMUP_STEPS, Settings, measure
 from forecache.workers.evaluation.bench_turns import TURN_STEPS

@@ -16,7 +16,7 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.cluster.config import ConfigError, ServeConfig, config_from_args, parse_bytes
 from forecache.cluster.http.api import Api
 from forecache.cluster.launch import autoscaling, serve_app

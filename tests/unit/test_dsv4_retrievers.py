@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from train_small_deepseek_v4.model import new_model, save_model, small_config
 from train_small_deepseek_v4.tokenizer import build_tokenizer
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.indexer.flashmemory.entry_shards import OWN_FILE, EntryManifest, read_document, read_retrievers
 from forecache.indexer.flashmemory.retrievers import Retrievers, candidates, chunk_recall
 from forecache.indexer.flashmemory.train import VALIDATION_BUDGET, recall_at

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.workers.errors import ForecacheError
 from forecache.workers.evaluation.eval_summary import summarize
 from forecache.workers.evaluation.evaluate import COLUMNS, Answer, Clock, Column, Plan, Records, evaluate

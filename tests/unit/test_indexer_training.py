@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from forecache.cluster.cli.main import main as cli
+from forecache.cluster.cli import main as cli
 from forecache.indexer.records.checkpoint import (
     CheckpointError,
     CheckpointManifest,

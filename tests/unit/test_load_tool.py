@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from forecache.cluster.cli import main as cli
 from forecache.cluster.cli.load_report import Slo, as_json, plot, summarize
 from forecache.cluster.cli.load_test import Answered, LoadError, check_loopback
 from forecache.cluster.cli.load_workloads import WorkloadSettings, conversations
-from forecache.cluster.cli.main import main as cli
 
 SLO = Slo(first_token_s=1.0, inter_token_s=0.1)
 
