@@ -22,7 +22,7 @@ class EngineConfig(BaseModel):
         "measurements",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype of the weights; auto: float32 on a CPU, else the checkpoint's"
+        "auto", description="dtype of weights and activations; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     kv_dtype: KvDtype = Field(
         "auto",
