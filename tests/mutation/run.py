@@ -4,18 +4,14 @@
     .venv/bin/python tests/mutation/run.py --all --out FILE
     .venv/bin/python tests/mutation/run.py --all --again FILE --out FILE    # only what survived in FILE
 
-For each module, its tests run once with a line trace. Then every mutant runs the tests that reach its line, each in a
-forked process, until one fails. What survives is printed. Mutants that change nothing that a caller could see are in
-``equivalent.txt`` with the reason, and count neither way.
+For each module, its tests run once with a line trace. Then each mutant runs in a fork of that process: the mutated
+source is executed in the module, and the tests that reach its line run until one fails. Survivors are printed. Mutants
+that change nothing that a caller could see are in ``equivalent.txt`` with the reason, and count neither way.
 """
 
 import argparse
 import ast
 import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import io
 import json
 import os
 import signal
@@ -26,10 +22,11 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -42,9 +39,9 @@ from operators import Mutant, mutants  # noqa: E402
 
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timed out"
-LONGER, EXTRA_S = 3, 10.0
-"""A test may take ``LONGER`` times what it took without the mutant, and ``EXTRA_S``: then it is stopped, and counts as
-failed."""
+LONGER, EXTRA_S = 4, 20.0
+"""A mutant's tests may take ``LONGER`` times what they took without it, and ``EXTRA_S`` more. Then they are stopped,
+and the mutant counts as killed."""
 
 
 @dataclass
@@ -66,73 +63,134 @@ class Score:
         return 100 * self.killed / max(self.killed + len(self.survived), 1)
 
 
-class _Replaced(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from a code object instead of its file."""
+class _Mutation:
+    """Pytest plugin that replaces the test loop: trace the tests once, then run every mutant's tests in forks of this
+    process, which has imported and collected everything."""
 
-    def __init__(self, name: str, path: Path, code: CodeType) -> None:
-        self._name, self._path, self._code = name, path, code
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> Any:
-        if fullname != self._name:
-            return None
-        return importlib.util.spec_from_file_location(fullname, self._path, loader=self)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        exec(self._code, module.__dict__)
-
-
-class _Trace:
-    """Pytest plugin: which lines of ``path`` each test runs, in any of its threads; how long each takes."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = str(path)
+    def __init__(self, module: str, workers: int, before: Score | None) -> None:
+        self._module = module
+        self._path = ROOT / MODULES[module].path
+        self._text = self._path.read_text(encoding="utf-8")
+        self._name = "forecache." + MODULES[module].path.removesuffix(".py").replace("/", ".")
+        self._workers = workers
+        self._source = hashlib.sha256(self._text.encode()).hexdigest()
+        same = before is not None and before.source == self._source
+        self._survivors = set(before.survived) if before is not None and same else None
+        self._failed: list[str] = []
         self._test = ""
-        self.lines: dict[str, set[int]] = defaultdict(set)
-        self.seconds: dict[str, float] = {}
-        self.failed: list[str] = []
-
-    def install(self) -> None:
-        threading.settrace(self._call)
-        sys.settrace(self._call)
-
-    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if frame.f_code.co_filename != self._file:
-            return None
-        self.lines[self._test].add(frame.f_lineno)
-        return self._line
-
-    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        self.lines[self._test].add(frame.f_lineno)
-        return self._line
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._test = item.nodeid
-        start = time.perf_counter()
-        yield
-        self.seconds[item.nodeid] = time.perf_counter() - start
-        self._test = ""
+        self._lines: dict[str, set[int]] = defaultdict(set)
+        self._seconds: dict[str, float] = {}
+        self._items: list[pytest.Item] = []
+        self.score: Score | None = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.failed.append(report.nodeid)
+            self._failed.append(report.nodeid)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._items = list(session.items)
+        self._trace_tests()
+        if self._failed:
+            raise SystemExit(f"{self._path}: its tests fail without any mutant: {self._failed}")
+        control = Mutant(0, "", "unmutated", ast.parse(self._text))
+        if self._outcome(control, self._items) != SURVIVED:
+            raise SystemExit(f"{self._path}: its tests fail when it is executed again without any mutant")
+        self.score = self._score()
+        return True
+
+    def _trace_tests(self) -> None:
+        """Run all tests, and note which lines of the module each reaches, in any thread, and how long it takes."""
+        threading.settrace(self._call)
+        sys.settrace(self._call)
+        for item, following in self._with_following(self._items):
+            self._test = item.nodeid
+            start = time.perf_counter()
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            self._seconds[item.nodeid] = time.perf_counter() - start
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
+
+    def _with_following(self, items: Sequence[pytest.Item]) -> Iterator[tuple[pytest.Item, pytest.Item]]:
+        """Each item, and the one whose fixtures are kept for later."""
+        return zip(items, [*items[1:], self._items[0]], strict=True)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        # not the path of the file, which may be imported through a link
+        if frame.f_globals.get("__name__") != self._name:
+            return None
+        self._lines[self._test].add(frame.f_lineno)
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        self._lines[self._test].add(frame.f_lineno)
+        return self._line
+
+    def _score(self) -> Score:
+        known = _equivalents()[self._module]
+        every = list(mutants(self._text))
+        counted = [mutant for mutant in every if mutant.name not in known]
+        todo = [m for m in counted if self._survivors is None or _described(m) in self._survivors]
+        outcomes: list[str | None] = [None] * len(todo)
+
+        def one(number: int) -> str:
+            mutant = todo[number]
+            # a line that no test reaches runs when the module is imported: any test may see it
+            reaching = [item for item in self._items if mutant.line in self._lines[item.nodeid]] or self._items
+            return self._outcome(mutant, sorted(reaching, key=lambda item: self._seconds[item.nodeid]))
+
+        _in_processes(self._workers, outcomes, one, lambda n: f"{self._path.name}:{todo[n].line}: {todo[n].name}")
+        assert None not in outcomes, f"{self._module}: a worker died"
+        survived = [_described(m) for m, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED]
+        return Score(
+            self._module,
+            self._source,
+            len(every),
+            len(counted) - len(survived),
+            len(every) - len(counted),
+            survived,
+            round(sum(self._seconds.values()), 1),
+        )
+
+    def _outcome(self, mutant: Mutant, items: Sequence[pytest.Item]) -> str:
+        def work() -> bytes:
+            _replace(self._name, compile(mutant.tree, str(self._path), "exec"))
+            for item, following in self._with_following(items):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if self._failed:
+                    return KILLED.encode()
+            return SURVIVED.encode()
+
+        limit_s = LONGER * sum(self._seconds[item.nodeid] for item in items) + EXTRA_S
+        status, answer = _in_child(work, limit_s)
+        if status is None:
+            return TIMED_OUT
+        return answer.decode() if status == 0 else KILLED
 
 
-def _pytest(arguments: Sequence[str], plugins: Sequence[object] = ()) -> int:
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu and not cluster", f"--rootdir={ROOT}"]
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return int(pytest.main([*options, *arguments], plugins=list(plugins)))
+def _replace(name: str, code: CodeType) -> None:
+    """Execute ``code`` in the module ``name``, and give what it defines to all modules that have imported it."""
+    mutated = sys.modules[name]
+    exec(code, mutated.__dict__)
+    for module in list(sys.modules.values()):
+        file = str(getattr(module, "__file__", None) or "")
+        if module is mutated or not file.endswith(".py") or not (str(ROOT) in file or "/forecache/" in file):
+            continue
+        for imported, known_as in _imported_names(file, name):
+            if imported in mutated.__dict__:
+                setattr(module, known_as, mutated.__dict__[imported])
 
 
-def _compiled(source: str | ast.Module, path: Path) -> CodeType:
-    return compile(source, str(path), "exec")
+@cache
+def _imported_names(file: str, name: str) -> list[tuple[str, str]]:
+    """Names that the top level of ``file`` imports from the module ``name``, and what it calls them."""
+    nodes = [node for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8"))) if node]
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == name]
+    return [(alias.name, alias.asname or alias.name) for node in found for alias in node.names]
 
 
 def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) -> tuple[int | None, bytes]:
-    """Run ``work() -> bytes`` in a forked process group. Returns its exit code (``None``: stopped at the limit)."""
+    """Run ``work`` in a forked process group. Returns its exit code, ``None`` if it ran past ``limit_s``, and what
+    ``work`` returned."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -144,8 +202,7 @@ def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) 
                 os.dup2(devnull, fd)
         code = 70
         try:
-            answer = work()
-            os.write(writing, answer)
+            os.write(writing, work())
             code = 0
         except BaseException:  # noqa: BLE001 - the parent sees the exit code
             traceback.print_exc()  # to where the child's output goes
@@ -163,7 +220,7 @@ def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) 
         if done:
             status = os.waitstatus_to_exitcode(raw)
             break
-        time.sleep(0.01)
+        time.sleep(0.005)
     with suppress(ProcessLookupError):  # all of it may have ended
         os.killpg(pid, signal.SIGKILL)
     if status is None:
@@ -173,66 +230,6 @@ def _in_child(work: Callable[[], bytes], limit_s: float, *, quiet: bool = True) 
         chunks.append(piece)
     os.close(reading)
     return status, b"".join(chunks)
-
-
-def _baseline(name: str, path: Path, tests: Sequence[str]) -> _Trace:
-    def work() -> bytes:
-        trace = _Trace(path)
-        sys.meta_path.insert(0, _Replaced(name, path, _compiled(path.read_text(encoding="utf-8"), path)))
-        trace.install()
-        code = _pytest(tests, [trace])
-        lines = {test: sorted(numbers) for test, numbers in trace.lines.items()}
-        return json.dumps([code, lines, trace.seconds, trace.failed, list(sys.modules)]).encode()
-
-    _, answer = _in_child(work, 1800)
-    code, lines, seconds, failed, loaded = json.loads(answer)
-    if code != 0:
-        raise SystemExit(f"{path}: its tests fail without any mutant: {failed}")
-    trace = _Trace(path)
-    trace.lines = {test: set(numbers) for test, numbers in lines.items()}
-    trace.seconds = seconds
-    _import_what_tests_need(name, loaded)
-    return trace
-
-
-def _import_what_tests_need(mutated: str, loaded: Sequence[str]) -> None:
-    """Import here, once for all children, those modules of ``loaded`` that do not see ``mutated``."""
-    seen_by = {mutated}
-    imports = {module: _imports(path) for module, path in _ours(loaded).items()}
-    while more := {module for module, names in imports.items() if names & seen_by} - seen_by:
-        seen_by |= more
-    libraries = [name for name in loaded if name.split(".")[0] in ("transformers", "hypothesis", "safetensors")]
-    for name in [*libraries, *(name for name in imports if name not in seen_by)]:
-        if not name.startswith("hypothesis.vendor"):
-            importlib.import_module(name)
-
-
-def _ours(loaded: Sequence[str]) -> dict[str, Path]:
-    paths = {name: ROOT / (name.removeprefix("forecache.").replace(".", "/") + ".py") for name in loaded}
-    return {name: path for name, path in paths.items() if name.startswith("forecache.") and path.exists()}
-
-
-def _imports(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    # ``from forecache.kernels.attention import ops`` names a module too
-    return found | {
-        f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-
-
-def _outcome(mutant: Mutant, name: str, path: Path, tests: Sequence[str], seconds: Sequence[float]) -> str:
-    """``seconds``: how long each of ``tests`` took without the mutant."""
-
-    def work() -> bytes:
-        sys.meta_path.insert(0, _Replaced(name, path, _compiled(mutant.tree, path)))
-        return str(_pytest([*tests, f"--timeout={LONGER * max(seconds) + EXTRA_S:.0f}"])).encode()
-
-    status, answer = _in_child(work, LONGER * sum(seconds) + 2 * EXTRA_S)
-    if status is None:
-        return TIMED_OUT
-    return SURVIVED if status == 0 and answer == b"0" else KILLED
 
 
 def _equivalents() -> dict[str, set[str]]:
@@ -248,59 +245,29 @@ def _equivalents() -> dict[str, set[str]]:
 
 
 def score(module: str, *, workers: int, before: Score | None = None) -> Score:
-    """Run all mutants of ``module``, a key of `MODULES`, in a process that imports what is not mutated.
+    """Run all mutants of ``module``, a key of `MODULES`, in a process of its own.
 
     With a score from ``before`` of the same source only those that survived run, and the others stay killed: tests
     were added since.
     """
 
     def work() -> bytes:
-        return json.dumps(asdict(_score(module, workers, before))).encode()
+        import torch
+
+        torch.set_num_threads(1)  # a fork has none of the threads that torch would wait for
+        torch.set_num_threads = lambda threads: None
+        plugin = _Mutation(module, workers, before)
+        options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu and not cluster", f"--rootdir={ROOT}", "--capture=no"]
+        with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
+            pytest.main([*options, *MODULES[module].tests], plugins=[plugin])
+        if plugin.score is None:
+            raise SystemExit(f"{module}: pytest collects no tests of it")
+        return json.dumps(asdict(plugin.score)).encode()
 
     status, answer = _in_child(work, 24 * 3600, quiet=False)
     if status != 0:
         raise SystemExit(f"{module} was not scored: see above")
     return Score(**json.loads(answer))
-
-
-def _score(module: str, workers: int, before: Score | None) -> Score:
-    path, tests = ROOT / MODULES[module].path, MODULES[module].tests
-    text = path.read_text(encoding="utf-8")
-    source = hashlib.sha256(text.encode()).hexdigest()
-    name = "forecache." + MODULES[module].path.removesuffix(".py").replace("/", ".")
-    baseline = _baseline(name, path, tests)
-    imported = baseline.lines.get("", set())  # lines that run when the module is imported: any test may see them
-    by_line: dict[int, list[str]] = defaultdict(list)
-    for test, lines in baseline.lines.items():
-        for line in lines if test else ():
-            by_line[line].append(test)
-    known = _equivalents()[module]
-    every = list(mutants(text))
-    counted = [mutant for mutant in every if mutant.name not in known]
-    survivors = None if before is None or before.source != source else set(before.survived)
-    todo = [mutant for mutant in counted if survivors is None or _described(mutant) in survivors]
-    outcomes: list[str | None] = [None] * len(todo)
-
-    def one(number: int) -> str:
-        mutant = todo[number]
-        reaching = by_line[mutant.line] or (list(baseline.seconds) if mutant.line in imported else [])
-        if not reaching:
-            return SURVIVED
-        reaching = sorted(reaching, key=lambda test: baseline.seconds[test])
-        return _outcome(mutant, name, path, reaching, [baseline.seconds[test] for test in reaching])
-
-    _in_processes(workers, outcomes, one, lambda number: f"{path.name}:{todo[number].line}: {todo[number].name}")
-    assert None not in outcomes, f"{module}: a worker died"
-    survived = [_described(mutant) for mutant, outcome in zip(todo, outcomes, strict=True) if outcome == SURVIVED]
-    return Score(
-        module,
-        source,
-        len(every),
-        len(counted) - len(survived),
-        len(every) - len(counted),
-        survived,
-        round(sum(baseline.seconds.values()), 1),
-    )
 
 
 def _described(mutant: Mutant) -> str:
@@ -329,17 +296,8 @@ def _in_processes(
                 number, outcome = line.rstrip("\n").split(" ", 1)
                 outcomes[int(number)] = outcome
                 if outcome == SURVIVED:
-                    print(f"  {describe(int(number))}", flush=True)
+                    print(f"  {describe(int(number))}", file=sys.__stdout__, flush=True)
         os.waitpid(pid, 0)
-
-
-def _import_once() -> None:
-    """Import what every child needs and no mutant changes: libraries, pytest's plugins, the fixtures' model classes."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
-
-    torch.set_num_threads(1)
-    _pytest(["--collect-only", str(Path(__file__).parent)])
 
 
 def main() -> None:
@@ -353,7 +311,6 @@ def main() -> None:
     if not arguments.modules and not arguments.all:
         parser.error("name modules, or --all")
     os.chdir(ROOT)
-    _import_once()
     earlier = {}
     if arguments.again:
         for row in json.loads(arguments.again.read_text(encoding="utf-8"))["modules"]:
