@@ -3,8 +3,7 @@
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,14 +145,14 @@ class LLM:
 
     def generate(
         self,
-        prompts: Seq[str] | Seq[Seq[int]],
+        prompts: Sequence[str] | Sequence[Sequence[int]],
         *,
         max_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
-        stop: Seq[str] = (),
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
@@ -209,7 +208,7 @@ class LLM:
             raise
         return [done[request_id] for request_id in ids]
 
-    def _add(self, prompt: str | Seq[int], sampling: SamplingParams, cache: CacheOptions) -> str:
+    def _add(self, prompt: str | Sequence[int], sampling: SamplingParams, cache: CacheOptions) -> str:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ForecacheError("text prompts need a tokenizer; this LLM was made with skip_tokenizer=True")

@@ -20,7 +20,7 @@ from harness import SHAPES, copy_bandwidth, machine_facts, now, percentiles, wei
 from forecache.indexer.records.index_spec import IndexSpec
 from forecache.indexer.records.manifest import RetrievalManifest
 from forecache.workers.core.requests import GenerateRequest
-from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.core.sequence import Chunk, State, TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
@@ -44,11 +44,11 @@ def random_backbone(shape: str) -> tuple[Backbone, IndexSpec]:
     return backbone, spec
 
 
-def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, resident: int) -> Sequence:
+def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, resident: int) -> TokenSequence:
     """A sequence of ``context`` tokens in the middle of a window, ``resident`` of its chunks in the pool."""
     root = root_key(name)
     tokens = tuple(range(1, context + 1))
-    seq = Sequence(
+    seq = TokenSequence(
         GenerateRequest(name, tuple(t % 1000 for t in tokens)),
         holder=name,
         root=root,

@@ -24,7 +24,7 @@ from transformers import DeepseekV4Config
 from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.serving.selection import budget_chunks
 from forecache.workers.core.requests import GenerateRequest
-from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.core.sequence import Chunk, State, TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
@@ -87,10 +87,10 @@ def config_of(args: argparse.Namespace) -> DeepseekV4Config:
     )  # fmt: skip
 
 
-def decoding(runner: DeepseekV4Runner, pool: HotPool, name: str, context: int, resident: int) -> Sequence:
+def decoding(runner: DeepseekV4Runner, pool: HotPool, name: str, context: int, resident: int) -> TokenSequence:
     """A sequence of ``context`` tokens in the middle of a window, ``resident`` of its chunks in the pool, the first and
     the last ones."""
-    seq = Sequence(
+    seq = TokenSequence(
         GenerateRequest(name, (1,) * context),
         holder=name,
         root=root_key(name),

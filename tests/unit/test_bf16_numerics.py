@@ -5,7 +5,7 @@ past (the prefill path), and from some point on one more token of each over the 
 everything resident). The token that would follow is compared with that of transformers' eager attention.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from forecache.workers.core.requests import GenerateRequest
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.evaluation import corpus
 from forecache.workers.memory.format.keys import root_key
@@ -55,7 +55,7 @@ class Schedule:
 class Feeder:
     """Feeds given tokens through a model runner, all documents in one batch."""
 
-    def __init__(self, backbone: Backbone, documents: Seq[list[int]]) -> None:
+    def __init__(self, backbone: Backbone, documents: Sequence[list[int]]) -> None:
         chunk_tokens = backbone.layout.chunk_tokens
         chunks = max(-(-len(tokens) // chunk_tokens) for tokens in documents)
         self._documents = documents
@@ -67,7 +67,7 @@ class Feeder:
                 max_batch_size=len(documents), max_chunks=chunks + 1, cuda_graphs=True, torch_compile=True
             )
         self._sequences = [
-            Sequence(
+            TokenSequence(
                 GenerateRequest(f"document {number}", tuple(tokens)),
                 holder=f"document {number}",
                 root=root_key(backbone.layout.fingerprint, str(number)),
@@ -107,7 +107,7 @@ class Feeder:
         return best
 
 
-def ours(backbone: Backbone, documents: Seq[list[int]], schedule: Schedule) -> dict[str, torch.Tensor]:
+def ours(backbone: Backbone, documents: Sequence[list[int]], schedule: Schedule) -> dict[str, torch.Tensor]:
     """Top-1 tokens of the ``prefill`` and the ``decode`` path: int64 [documents, stops] each."""
     feeder = Feeder(backbone, documents)
     prefill = [feeder.feed(stop, decode=False) for stop in schedule.prefill_stops]
@@ -117,7 +117,7 @@ def ours(backbone: Backbone, documents: Seq[list[int]], schedule: Schedule) -> d
 
 @torch.inference_mode()
 def theirs(
-    path: Path, documents: Seq[list[int]], backend: Literal["eager", "sdpa"], dtype: torch.dtype, device: str
+    path: Path, documents: Sequence[list[int]], backend: Literal["eager", "sdpa"], dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one of transformers' backends: top-1 tokens and the lead of the best logit, both [documents, tokens]."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=backend).to(device)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.residency.chunk_view import chunk_view
@@ -59,9 +59,9 @@ def test_nobody_watches(llm: LLM, prompts: list[list[int]]) -> None:
     assert all(event.view is None for event in watched(llm, prompts[2], "random", show=False))
 
 
-def sequence(chunks: int) -> Sequence:
+def sequence(chunks: int) -> TokenSequence:
     request = GenerateRequest("r", tuple([5] * (chunks * CHUNK + 3)), SamplingParams(max_tokens=9), show_chunks=True)
-    seq = Sequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+    seq = TokenSequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
     for _ in range(chunks):
         seq.complete_chunk()
     seq.state = State.DECODE
@@ -89,7 +89,7 @@ def test_each_letter(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda s: setattr(s, "attended", frozenset({1})), lambda s: s.complete_chunk()])
-def test_what_changes_is_told(llm: LLM, change: Callable[[Sequence], Any]) -> None:
+def test_what_changes_is_told(llm: LLM, change: Callable[[TokenSequence], Any]) -> None:
     seq = sequence(3)
     seq.resident = {1: 4}
     assert chunk_view(seq, llm.engine.pool, None) is not None

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.llm import LLM
 from forecache.workers.residency.early_scores import EarlyScores
 
@@ -139,7 +139,7 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
     window_steps=st.sampled_from([4, 16, 64]),
 )
 def test_scores_of_the_first_window_are_the_largest_so_far(scores: list[np.ndarray], window_steps: int) -> None:
-    early, seq = EarlyScores(), cast("Sequence", object())
+    early, seq = EarlyScores(), cast("TokenSequence", object())
     expected = np.empty(0, dtype=np.float32)
     for number, more in enumerate(scores):
         boundary = 2 << number

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from forecache.workers.core.requests import GenerateRequest, SamplingParams
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.hot.pool import HotPool
@@ -17,10 +17,10 @@ LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CH
 DEVICE = torch.device("cpu")
 
 
-def held_back() -> tuple[Sequence, HotPool, int]:
+def held_back() -> tuple[TokenSequence, HotPool, int]:
     """A sequence of one chunk, which is neither resident nor found by its key."""
     request = GenerateRequest("r", tuple([5] * (CHUNK + 3)), SamplingParams(max_tokens=9))
-    seq = Sequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+    seq = TokenSequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
     pool = HotPool(LAYOUT, 4, DEVICE)
     slot = pool.allocate()
     assert slot is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 from forecache.indexer.serving.config import IndexerConfig
 from forecache.kernels.chunks import ops
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
-from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.llm import LLM
@@ -430,7 +430,7 @@ def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -
         clean = chunks_of(llm)
         llm.engine.pool.evict_all()
 
-        def damaged_now(self: ChunkKeeper, held: PrefixHeld) -> Sequence | None:
+        def damaged_now(self: ChunkKeeper, held: PrefixHeld) -> TokenSequence | None:
             nonlocal flips
             if not flips and held.refs:
                 flips = 1

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forecache.workers.core.requests import GenerateRequest
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import root_key
@@ -27,7 +27,7 @@ def logits_of(model: Path, tokens: list[int], kv_dtype: Any) -> torch.Tensor:
     pool = HotPool(backbone.layout, -(-len(tokens) // CHUNK), backbone.device)
     runner = ModelRunner(backbone, pool, None, choose_index_spec("none", "tiny", backbone))
     request = GenerateRequest("x", tuple(tokens))
-    seq = Sequence(request, holder="x", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=1.0, policy="full")
+    seq = TokenSequence(request, holder="x", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=1.0, policy="full")
     for number in range(pool.num_slots):
         slot = pool.allocate()
         assert slot is not None

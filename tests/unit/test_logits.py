@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forecache.workers.core.requests import GenerateRequest, SamplingParams
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.llm import LLM
 from forecache.workers.models.logits import LogitAdjuster, logprobs_of
@@ -25,12 +25,12 @@ class EvenOnly:
         words[:2] = 0x55555555
 
 
-def sequence(name: str, prompt: int = 3, **sampling: object) -> Sequence:
+def sequence(name: str, prompt: int = 3, **sampling: object) -> TokenSequence:
     request = GenerateRequest(name, tuple(range(prompt)), SamplingParams(**sampling))  # type: ignore[arg-type]
-    return Sequence(request, holder=name, root=b"", chunk_tokens=16, keep_ratio=1.0, policy="full")
+    return TokenSequence(request, holder=name, root=b"", chunk_tokens=16, keep_ratio=1.0, policy="full")
 
 
-def expected(logits: torch.Tensor, seq: Sequence) -> torch.Tensor:
+def expected(logits: torch.Tensor, seq: TokenSequence) -> torch.Tensor:
     """OpenAI's formula, a token at a time."""
     want, sampling = logits.clone(), seq.sampling
     for token, count in Counter(seq.output_ids).items():

@@ -14,7 +14,7 @@ from llguidance import LLMatcher, LLTokenizer
 from forecache.workers.core.grammar import Matcher
 from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.requests import GenerateRequest, Policy, SamplingParams
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.engine.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
 from forecache.workers.llm import LLM
@@ -74,10 +74,10 @@ class Bench:
         resumed: int = 0,
         prompt_logprobs: bool = False,
         matcher: Matcher | None = None,
-    ) -> Sequence:
+    ) -> TokenSequence:
         sampling = SamplingParams(max_tokens=answer, prompt_logprobs=prompt_logprobs)
         request = GenerateRequest(name, (5,) * prompt, sampling, resume_token_ids=(5,) * resumed)
-        seq = Sequence(
+        seq = TokenSequence(
             request,
             holder=name,
             root=root_key("x"),
@@ -90,7 +90,7 @@ class Bench:
         return seq
 
     def admit(self, releasing_slots: int = 0) -> list[str]:
-        def locate(seq: Sequence) -> None:
+        def locate(seq: TokenSequence) -> None:
             assert seq.state is State.LOCATING
             seq.state = State.PREFILL
             self.located.append(seq.request_id)
@@ -110,14 +110,14 @@ class Bench:
                 self.pool.release(seq.open_slots.pop(len(seq.chunks)))
                 seq.complete_chunk()
 
-    def pool_is_promised_to_others(self, seq: Sequence) -> None:
+    def pool_is_promised_to_others(self, seq: TokenSequence) -> None:
         """Nothing is left for ``seq`` beyond its own reservation."""
         other = self.add("other", 1)
         self.admit()
         other.state = State.RECALLING
         other.reserved_slots = self.pool.num_slots - seq.reserved_slots
 
-    def leave(self, seq: Sequence) -> None:
+    def leave(self, seq: TokenSequence) -> None:
         self.scheduler.remove(seq)
         for slot in seq.open_slots.values():
             self.pool.release(slot)
@@ -140,7 +140,7 @@ def bench(llm: LLM) -> Iterator[Bench]:
     bench.close()
 
 
-def finish_prefill(seq: Sequence) -> None:
+def finish_prefill(seq: TokenSequence) -> None:
     """All of the prompt is computed, and the first token of the answer is known."""
     seq.num_computed = seq.prompt_len
     while seq.tail_tokens >= CHUNK:

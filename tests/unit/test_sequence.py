@@ -5,26 +5,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.memory.format.keys import prefix_keys, root_key
 
 CHUNK = 16
 ROOT = root_key("layout")
 
 
-def sequence(tokens: int, *, holder: str = "me", max_tokens: int = 8, root: bytes = ROOT) -> Sequence:
+def sequence(tokens: int, *, holder: str = "me", max_tokens: int = 8, root: bytes = ROOT) -> TokenSequence:
     request = GenerateRequest("id", tuple(range(tokens)), SamplingParams(max_tokens=max_tokens))
-    return Sequence(request, holder=holder, root=root, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+    return TokenSequence(request, holder=holder, root=root, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
 
 
-def compute(seq: Sequence, tokens: int) -> None:
+def compute(seq: TokenSequence, tokens: int) -> None:
     """As the engine does after a step of ``tokens``."""
     seq.num_computed += tokens
     while seq.tail_tokens >= CHUNK:
         seq.complete_chunk()
 
 
-def keys(seq: Sequence) -> list[bytes]:
+def keys(seq: TokenSequence) -> list[bytes]:
     return [chunk.key for chunk in seq.chunks]
 
 
@@ -133,10 +133,10 @@ def test_starting_over_computes_everything_again_exactly() -> None:
 def test_a_session_finds_what_it_decoded_and_nobody_else_does() -> None:
     """Behind the exact chunks, in every later request of the session, whoever serves it."""
 
-    def turn(tokens: int, session_id: str | None, holder: str) -> Sequence:
+    def turn(tokens: int, session_id: str | None, holder: str) -> TokenSequence:
         cache = CacheOptions(session_id=session_id)
         request = GenerateRequest("id", tuple(range(tokens)), SamplingParams(max_tokens=64), cache)
-        return Sequence(request, holder=holder, root=ROOT, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
+        return TokenSequence(request, holder=holder, root=ROOT, chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
 
     first = turn(2 * CHUNK, "s", "one")
     compute(first, 2 * CHUNK)

@@ -21,7 +21,7 @@ from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.serving.protocol import Prediction, PredictRequest, StepState
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import GenerateRequest, Policy, SamplingParams
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Capture, Captured
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.store import ArenaStore
@@ -87,7 +87,7 @@ class Bench:
             lambda: self.spare,
             **more,
         )
-        self.sequences: list[Sequence] = []
+        self.sequences: list[TokenSequence] = []
 
     def add(
         self,
@@ -98,11 +98,11 @@ class Bench:
         keep: float = 0.2,
         seed: int = 0,
         show_chunks: bool = False,
-    ) -> Sequence:
+    ) -> TokenSequence:
         """A sequence whose prompt is prefilled: its chunks are in cold memory, and ``tail`` tokens follow."""
         prompt = tuple((number * 7 + ord(name[0])) % 250 for number in range(CHUNKS * CHUNK + tail))
         sampling = SamplingParams(max_tokens=160, seed=seed)
-        seq = Sequence(
+        seq = TokenSequence(
             GenerateRequest(name, prompt, sampling, show_chunks=show_chunks),
             holder=name,
             root=root_key(name),
@@ -132,7 +132,7 @@ class Bench:
         assert slot is not None
         return slot
 
-    def _complete(self, seq: Sequence, slot: int) -> None:
+    def _complete(self, seq: TokenSequence, slot: int) -> None:
         chunk = seq.complete_chunk()
         self.pool.complete(slot, chunk.key, dirty=True)
         self.prefetcher.write_back(seq.holder, chunk.key, slot)
@@ -152,13 +152,13 @@ class Bench:
                 assert self.windows.recalled(done) is None
         return recalls
 
-    def begin(self, seq: Sequence, *best: int, retrieval_heads: bool = False, share: float = 0.1) -> None:
+    def begin(self, seq: TokenSequence, *best: int, retrieval_heads: bool = False, share: float = 0.1) -> None:
         """The first set, of the chunks ``best`` and those that are always resident, takes over."""
         self.windows.begin(seq, scores_of(len(seq.chunks), *best, high=share), retrieval_heads=retrieval_heads)
         self.store()
         assert self.windows.poll(seq) == ()
 
-    def step(self, seq: Sequence, *, answered: bool = True) -> Capture | None:
+    def step(self, seq: TokenSequence, *, answered: bool = True) -> Capture | None:
         """One decode step: its queries go to the indexer, unless they are not ``answered``."""
         capture = self.windows.capture(3, seq)
         seq.num_computed += 1
@@ -175,7 +175,7 @@ class Bench:
         self.store()
         return capture
 
-    def steps_until_asked(self, seq: Sequence) -> int:
+    def steps_until_asked(self, seq: TokenSequence) -> int:
         """Decode steps made when a prediction was asked for."""
         asked = len(self.indexer.asked)
         for _ in range(200):
@@ -186,7 +186,7 @@ class Bench:
         raise AssertionError("none was asked for")
 
     def answer(
-        self, seq: Sequence, *best: int, events: dict[int, float] | None = None, missing: tuple[int, ...] = ()
+        self, seq: TokenSequence, *best: int, events: dict[int, float] | None = None, missing: tuple[int, ...] = ()
     ) -> tuple[int, ...]:
         """The last prediction says that the chunks ``best`` are needed, more than any before; the copies are done.
         ``events``: the event mass of some chunks."""
@@ -199,20 +199,20 @@ class Bench:
         self.store()
         return missing
 
-    def turn(self, seq: Sequence, *best: int) -> int:
+    def turn(self, seq: TokenSequence, *best: int) -> int:
         """A whole turn. Returns after how many steps it was over."""
         self.steps_until_asked(seq)
         self.answer(seq, *best)
         return self.until_swapped(seq)
 
-    def until_swapped(self, seq: Sequence) -> int:
+    def until_swapped(self, seq: TokenSequence) -> int:
         for _ in range(200):
             if self.windows.poll(seq) == () and not self.waiting_turn(seq):
                 return seq.decode_steps
             self.step(seq)
         raise AssertionError("it never took over")
 
-    def waiting_turn(self, seq: Sequence) -> bool:
+    def waiting_turn(self, seq: TokenSequence) -> bool:
         return seq in self.windows._turns
 
     def close(self) -> None:
@@ -861,7 +861,7 @@ def test_a_first_set_is_doubled_as_often_as_there_is_room(slots: int, spare: int
         assert not seq.streamed and (seq.reserved_slots > reserved or not widened)
 
 
-def urgent(bench: Bench, seq: Sequence, turns: int) -> None:
+def urgent(bench: Bench, seq: TokenSequence, turns: int) -> None:
     """``turns`` sets without events, and one for which a head looks at what is not resident."""
     bench.begin(seq, *FIRST)
     for best in (SECOND, THIRD, FIRST, SECOND, THIRD)[:turns]:
@@ -922,7 +922,7 @@ def test_the_last_step_is_to_stream_everything() -> None:
 HALF, REST = (10, 12, 14, 16, 18), (23, 25, 27, 29, 31)
 
 
-def widened(bench: Bench) -> Sequence:
+def widened(bench: Bench) -> TokenSequence:
     """A sequence with twice its first budget: ``HALF`` and ``REST``, of which ``HALF`` scored more."""
     bench.spare = 60
     seq = bench.add()

@@ -4,7 +4,7 @@ Its prefix is computed even where it is stored, since K/V tell nothing of logits
 step has as many rows of logits as tokens.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forecache.workers.core.requests import TokenLogprobs
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 
 MAX_STEP_TOKENS = 256
 """Of one prompt in one step: 128 MiB of logits, with a vocabulary of 128K."""
@@ -22,7 +22,7 @@ class Part(Protocol):
     """A :class:`.step.StreamPart`."""
 
     @property
-    def sequence(self) -> Sequence: ...
+    def sequence(self) -> TokenSequence: ...
 
     @property
     def tokens(self) -> int: ...
@@ -41,14 +41,14 @@ class Scored:
     """``told``: float32 [targets, 1 + most]: of the token that stands in the prompt, then of the likeliest ``tokens``,
     int64 [targets, most]."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     restarts: int
     targets: tuple[int, ...]
     told: Tensor
     tokens: Tensor
 
     @classmethod
-    def of(cls, seq: Sequence, targets: Seq[int], logits: Tensor) -> "Scored":
+    def of(cls, seq: TokenSequence, targets: Sequence[int], logits: Tensor) -> "Scored":
         """``logits``: float32 [targets, vocab]; the result is on their device."""
         most = min(seq.sampling.logprobs or 0, logits.shape[-1])
         logprobs = logits.log_softmax(-1)
@@ -66,7 +66,7 @@ class Scored:
         ]
 
 
-def score(parts: Seq[Part], logits: Tensor) -> tuple[Scored, ...]:
+def score(parts: Sequence[Part], logits: Tensor) -> tuple[Scored, ...]:
     """The targets of all ``parts``, in their order, for which ``logits`` are: float32 [targets, vocab]."""
     scored, first = [], 0
     for part in parts:

@@ -69,7 +69,7 @@ class Counters:
     first_token_s: float | None = None
 
 
-class Sequence:
+class TokenSequence:
     """Tokens and chunks of one request.
 
     ``token_ids`` is the prompt and what has been generated; the K/V of the first ``num_computed`` of them is in chunks.

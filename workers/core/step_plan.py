@@ -9,7 +9,7 @@ import torch
 from forecache.indexer.serving.protocol import StepState
 from forecache.workers.core.prompt_logprobs import Scored
 from forecache.workers.core.requests import TokenLogprobs
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class StreamPart:
     """The next ``tokens`` of ``sequence``, attending to its whole past; of the last ``probe`` of them it is asked what
     they attend to."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     tokens: int
     probe: int = 0
 
@@ -42,7 +42,7 @@ class Capture:
     """
 
     row: int
-    sequence: Sequence
+    sequence: TokenSequence
     restarts: int
     boundary: int
     position: int
@@ -77,7 +77,7 @@ class Plan:
     """One step's work: ``decode`` sequences take one token over their resident set, ``streams`` several over all their
     past."""
 
-    decode: tuple[Sequence, ...]
+    decode: tuple[TokenSequence, ...]
     streams: tuple[StreamPart, ...]
     captures: tuple[Capture, ...] = ()
 
@@ -85,7 +85,7 @@ class Plan:
     def tokens(self) -> int:
         return len(self.decode) + sum(part.tokens for part in self.streams)
 
-    def tokens_of(self, seq: Sequence) -> int:
+    def tokens_of(self, seq: TokenSequence) -> int:
         return next((part.tokens for part in self.streams if part.sequence is seq), 1)
 
 
@@ -97,7 +97,7 @@ class Sampled:
     void.
     """
 
-    sequence: Sequence
+    sequence: TokenSequence
     restarts: int
     token: int
     best: float
@@ -109,7 +109,7 @@ class NonFinite:
     """Of ``sequence`` a step has computed ``what``, infinite or no number: nothing of the step is its. ``restarts`` as
     in :class:`Sampled`."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     restarts: int
     what: str
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from forecache.workers.core.requests import FinishReason
-from forecache.workers.core.sequence import Chunk, Sequence, State
+from forecache.workers.core.sequence import Chunk, State, TokenSequence
 from forecache.workers.engine.counters import EngineCounters
 from forecache.workers.engine.snapshots import Snapshots
 from forecache.workers.memory.arena.arena import Arena
@@ -37,12 +37,12 @@ class ChunkKeeper:
         self._windows = windows
         self._counters = counters
         self._snapshots = snapshots
-        self._holders: dict[str, Sequence] = {}
-        self._held_back: dict[Sequence, None] = {}
+        self._holders: dict[str, TokenSequence] = {}
+        self._held_back: dict[TokenSequence, None] = {}
         self._releasing: dict[str, int] = {}
         self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
-    def locate(self, seq: Sequence) -> None:
+    def locate(self, seq: TokenSequence) -> None:
         """``seq`` is admitted: find and hold what cold memory has of its prefix."""
         self._holders[seq.holder] = seq
         seq.counters.locating_s = time.perf_counter()
@@ -65,11 +65,11 @@ class ChunkKeeper:
         """Cold memory promises ``holder`` nothing any more."""
         self._releasing.pop(holder, None)
 
-    def settle(self, done: PrefixHeld | WrittenBack) -> Sequence | None:
+    def settle(self, done: PrefixHeld | WrittenBack) -> TokenSequence | None:
         """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
         return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
 
-    def located(self, held: PrefixHeld) -> Sequence | None:
+    def located(self, held: PrefixHeld) -> TokenSequence | None:
         """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
         if seq is None:
@@ -105,7 +105,7 @@ class ChunkKeeper:
             self._counters.prefix_hit_tokens += seq.num_computed
         return None
 
-    def computed(self, seq: Sequence, tokens: int, *, checked: bool = True) -> None:
+    def computed(self, seq: TokenSequence, tokens: int, *, checked: bool = True) -> None:
         """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory.
 
         ``checked``: the host has read that they are finite. Else chunks are held back until :meth:`show`.
@@ -137,7 +137,7 @@ class ChunkKeeper:
             seq.held_back.clear()
         self._held_back.clear()
 
-    def withhold(self, seq: Sequence, *, wipe: bool = False) -> None:
+    def withhold(self, seq: TokenSequence, *, wipe: bool = False) -> None:
         """Nobody shall find what is held back of ``seq``, which leaves or starts over. ``wipe``: it may not be finite,
         nor may be what fills its open chunks."""
         if wipe:
@@ -147,11 +147,11 @@ class ChunkKeeper:
         seq.held_back.clear()
         self._held_back.pop(seq, None)
 
-    def _store(self, seq: Sequence, chunk: Chunk, slot: int) -> None:
+    def _store(self, seq: TokenSequence, chunk: Chunk, slot: int) -> None:
         self._prefetcher.write_back(seq.holder, chunk.key, slot)
         self._snapshots.completed(seq, chunk)
 
-    def written_back(self, done: WrittenBack) -> Sequence | None:
+    def written_back(self, done: WrittenBack) -> TokenSequence | None:
         """A chunk reached cold memory, or did not: then the sequence that can't go on without it is returned."""
         self._pool.mark_clean(done.slot)
         seq = self._holders.get(done.holder)
@@ -165,7 +165,7 @@ class ChunkKeeper:
             seq.stored_at(seq.chunk_of[done.key], done.ref)
         return None
 
-    def lost(self, seq: Sequence, damaged: list[int]) -> int:
+    def lost(self, seq: TokenSequence, damaged: list[int]) -> int:
         """How many chunks of ``seq`` can't be read any more: the ``damaged`` ones, which nobody shall find again, and
         those that are no longer where they were held, since a tier that starts again knows no holds."""
         for number in damaged:
@@ -177,7 +177,7 @@ class ChunkKeeper:
         now = self._arena.generation(slots[stored])
         return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
 
-    def damaged_records(self, seq: Sequence, numbers: tuple[int, ...]) -> int:
+    def damaged_records(self, seq: TokenSequence, numbers: tuple[int, ...]) -> int:
         """How many of these chunks of ``seq``, whose index records could not be scored, have damaged ones. Nobody shall
         find these chunks again."""
         stored = [(number, ref) for number in numbers if (ref := seq.chunks[number].ref) is not None]
@@ -191,13 +191,13 @@ class ChunkKeeper:
             self._prefetcher.drop(seq.chunks[number].key, ref)
         return len(damaged)
 
-    def answered(self, seq: Sequence, reason: FinishReason) -> None:
+    def answered(self, seq: TokenSequence, reason: FinishReason) -> None:
         """``seq`` has ended: if it was answered, its session can be gone on with."""
         if seq.cache.session_id is not None and reason in ("stop", "length"):
             state = self._snapshots.ended(seq)
             self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks], state)
 
-    def let_go(self, seq: Sequence) -> None:
+    def let_go(self, seq: TokenSequence) -> None:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
         self._windows.forget(seq)
         self.withhold(seq)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from forecache.workers.core.requests import FinishReason, GenerateRequest, SamplingParams, SequenceStats
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats
 from forecache.workers.engine.scheduler import Scheduler
 from forecache.workers.errors import InvalidRequestError
@@ -82,7 +82,7 @@ def _check_sampling(sampling: SamplingParams, vocabulary: int, *, text: bool) ->
             raise InvalidRequestError(f"a bias must be a finite number, not {bias}", "logit_bias")
 
 
-def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
+def sequence_stats(seq: TokenSequence, chunk_bytes: int) -> SequenceStats:
     """The account a client gets of its request."""
     counters = seq.counters
     chunks = len(seq.chunks) + 1
@@ -108,7 +108,7 @@ def sequence_stats(seq: Sequence, chunk_bytes: int) -> SequenceStats:
 
 
 def check_references(
-    pool: HotPool, sequences: Iterable[Sequence], incoming: Callable[[Sequence], Iterable[int]]
+    pool: HotPool, sequences: Iterable[TokenSequence], incoming: Callable[[TokenSequence], Iterable[int]]
 ) -> None:
     """Raise ``AssertionError`` when the pool's references are not those of ``sequences``; ``incoming``: the slots of a
     set in the making."""
@@ -165,7 +165,7 @@ class EngineCounters:
         self.recall_buckets = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
         self.lost_chunks += len(done.lost)
 
-    def leave(self, seq: Sequence, reason: FinishReason) -> None:
+    def leave(self, seq: TokenSequence, reason: FinishReason) -> None:
         """``seq`` ended for ``reason``."""
         self.windows += seq.counters.windows
         self.late_windows += seq.counters.late_windows

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.core.requests import ChunkView, FinishReason, TokenEvent, TokenLogprobs
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Sampled
 from forecache.workers.engine.counters import sequence_stats
 from forecache.workers.errors import InvalidRequestError
@@ -40,7 +40,7 @@ class Answers:
         tokenizer: PreTrainedTokenizerBase | None,
         eos: frozenset[int],
         chunk_bytes: int,
-        view: Callable[[Sequence], ChunkView | None],
+        view: Callable[[TokenSequence], ChunkView | None],
     ) -> None:
         self._tokenizer = tokenizer
         self._eos = eos
@@ -48,7 +48,7 @@ class Answers:
         self._view = view
         self._detokenizers: dict[str, Detokenizer] = {}
 
-    def begin(self, seq: Sequence) -> None:
+    def begin(self, seq: TokenSequence) -> None:
         """An answer begins, behind the tokens that another worker has made.
 
         Raises :class:`InvalidRequestError` where its grammar does not allow those; then nothing is kept of it.
@@ -60,11 +60,11 @@ class Answers:
                 seq.matcher.advance(token)
         self._detokenizers[seq.request_id] = detokenizer
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` does not go on."""
         del self._detokenizers[seq.request_id]
 
-    def push(self, seq: Sequence, drawn: Sampled) -> News:
+    def push(self, seq: TokenSequence, drawn: Sampled) -> News:
         """A token was drawn for ``seq`` and stands last in its tokens."""
         token, detokenizer = drawn.token, self._detokenizers[seq.request_id]
         logprobs = () if drawn.logprobs is None else (drawn.logprobs,)
@@ -82,7 +82,7 @@ class Answers:
             return News((token,), text + detokenizer.flush(), "length", logprobs=logprobs)
         return News((token,), text, logprobs=logprobs)
 
-    def event(self, seq: Sequence, news: News = NOTHING_NEW) -> TokenEvent:
+    def event(self, seq: TokenSequence, news: News = NOTHING_NEW) -> TokenEvent:
         """``seq`` goes on."""
         done = min(seq.num_computed, seq.prompt_len)
         return TokenEvent(
@@ -96,7 +96,7 @@ class Answers:
             view=self._view(seq),
         )
 
-    def end(self, seq: Sequence, reason: FinishReason, news: News) -> TokenEvent:
+    def end(self, seq: TokenSequence, reason: FinishReason, news: News) -> TokenEvent:
         """``seq`` is over."""
         self.forget(seq)
         return TokenEvent(
@@ -118,5 +118,5 @@ class Answers:
         )
 
 
-def _prompt_logprobs(seq: Sequence, news: News) -> tuple[TokenLogprobs, ...]:
+def _prompt_logprobs(seq: TokenSequence, news: News) -> tuple[TokenLogprobs, ...]:
     return seq.told_prompt() if seq.scores_prompt and news.tokens else ()

@@ -14,7 +14,7 @@ from forecache.indexer.serving.protocol import Indexer
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.grammar import Grammars, Matcher
 from forecache.workers.core.requests import FinishReason, GenerateRequest, TokenEvent
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.stats import EngineStats
 from forecache.workers.core.step_plan import Plan, Sampled, StepOutput
 from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
@@ -97,9 +97,9 @@ class Engine:
             self._runner.warm_up(max_batch_size=rows, max_chunks=chunks, cuda_graphs=graphs, torch_compile=compiled)
         self._running: RunningStep | None = None
         self._launched_s = self._read_s = 0.0
-        self._sequences: dict[str, Sequence] = {}
-        self._leaving: list[Sequence] = []
-        self._to_restart: dict[Sequence, str] = {}
+        self._sequences: dict[str, TokenSequence] = {}
+        self._leaving: list[TokenSequence] = []
+        self._to_restart: dict[TokenSequence, str] = {}
         self._serial = 0
         self._cancelled: set[str] = set()
         self._cancel_lock = threading.Lock()
@@ -127,7 +127,7 @@ class Engine:
         with ExitStack() as undo:  # each step may fail: what the ones before it have left is taken back
             holder = self._new_holder(request)
             undo.callback(self._prefetcher.release, holder)
-            seq = Sequence(
+            seq = TokenSequence(
                 request,
                 holder=holder,
                 root=root_key(self._fingerprint, request.cache.cache_salt),
@@ -220,7 +220,7 @@ class Engine:
 
     def _take(self, plan: Plan, output: StepOutput) -> None:
         """A step is over before another was launched: check what it read, then account for it."""
-        lost: set[Sequence] = set()
+        lost: set[TokenSequence] = set()
         for seq in (part.sequence for part in plan.streams):
             # their past was read where it lies; that of decode rows was verified when it was recalled
             if gone := self._keeper.lost(seq, output.damaged.get(seq.request_id, [])):
@@ -236,7 +236,7 @@ class Engine:
         self._advance(plan, lost, checked=True)
         self._read(output, lost)
 
-    def _void(self, output: StepOutput) -> set[Sequence]:
+    def _void(self, output: StepOutput) -> set[TokenSequence]:
         """Sequences of which the step has computed something that is not finite: nothing of it is theirs. Each starts
         over behind what is stored, once; then its request ends, and no other."""
         void = set()
@@ -261,12 +261,12 @@ class Engine:
                 self._finish(seq, "error", News(error=str(error), non_finite=True))
         return void
 
-    def _wipe(self, seq: Sequence) -> None:
+    def _wipe(self, seq: TokenSequence) -> None:
         """What a step has written of ``seq``, which starts over or ends, is not finite: leave nothing of it."""
         self._keeper.withhold(seq, wipe=True)
         self._runner.wipe(seq)
 
-    def _advance(self, plan: Plan, lost: set[Sequence], *, checked: bool) -> None:
+    def _advance(self, plan: Plan, lost: set[TokenSequence], *, checked: bool) -> None:
         """Account for what ``plan`` computes, whatever tokens come of it: chunks completed, windows turned.
         ``checked``: what it computes is known to be finite."""
         for seq in plan.decode:
@@ -283,7 +283,7 @@ class Engine:
             if part.sequence.state is State.PREFILL:
                 self._events.append(self._answers.event(part.sequence))
 
-    def _read(self, output: StepOutput, lost: set[Sequence]) -> None:
+    def _read(self, output: StepOutput, lost: set[TokenSequence]) -> None:
         """Take in what a step gave: queries for the indexer, and tokens."""
         now = time.perf_counter()
         self._counters.step(now - max(self._launched_s, self._read_s))
@@ -302,14 +302,14 @@ class Engine:
                 self._begin_decode(seq)
             self._emit(seq, drawn)
 
-    def _begin_decode(self, seq: Sequence) -> None:
+    def _begin_decode(self, seq: TokenSequence) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
         self._counters.prompt_tokens += 0 if seq.restarts or seq.request.resume_token_ids else seq.prompt_len
         seq.state = State.DECODE if seq.streamed else State.RECALLING
         if not seq.streamed:
             self.windows.begin(seq, seq.prompt_mass, retrieval_heads=self._retrieval_heads)
 
-    def _emit(self, seq: Sequence, drawn: Sampled) -> None:
+    def _emit(self, seq: TokenSequence, drawn: Sampled) -> None:
         """One more token of ``seq``, maybe the last; or one that the client has: only that it goes on is news."""
         news = NOTHING_NEW
         if not seq.replays():
@@ -354,7 +354,7 @@ class Engine:
         if (seq := self.windows.recalled(done)) is not None and seq.state is not State.FINISHED:
             self._restart(seq, f"{len(done.lost)} of them were gone, or their bytes wrong, when they were recalled")
 
-    def _restart(self, seq: Sequence, cause: str) -> None:
+    def _restart(self, seq: TokenSequence, cause: str) -> None:
         """Chunks of ``seq`` are gone, or void: compute its tokens again, behind the longest prefix that is still
         stored, as soon as nothing is copied into its slots. Not more often than is allowed: where memory is bad, it
         would never come to its end, and keep others from theirs."""
@@ -372,7 +372,7 @@ class Engine:
         seq.start_over(self._new_holder(seq.request))
         self._scheduler.add(seq, first=True)
 
-    def _finish(self, seq: Sequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:
+    def _finish(self, seq: TokenSequence, reason: FinishReason, news: News = NOTHING_NEW) -> None:
         self._counters.leave(seq, reason)
         self._to_restart.pop(seq, None)
         self._keeper.withhold(seq)
@@ -432,7 +432,7 @@ class Engine:
             self._prefetcher.close()
 
 
-def _too_many_restarts(seq: Sequence, cause: str) -> str:
+def _too_many_restarts(seq: TokenSequence, cause: str) -> str:
     return (
         f"stored chunks of this request were lost {seq.restarts + 1} times, and it starts over {seq.restarts} times at "
         f"most (--max-restarts): the last time {cause}. Send it again; if that fails too, the node has bad memory, or "
@@ -440,6 +440,6 @@ def _too_many_restarts(seq: Sequence, cause: str) -> str:
     )
 
 
-def _is_current(seq: Sequence, restarts: int) -> bool:
+def _is_current(seq: TokenSequence, restarts: int) -> bool:
     """Whether a step that was launched when ``seq`` had started over ``restarts`` times is still one of it."""
     return seq.restarts == restarts and seq.state not in (State.WAITING, State.FINISHED)

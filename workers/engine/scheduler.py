@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
@@ -78,15 +78,15 @@ class Scheduler:
         self._steps = 0
         self._lane_opens_s = 0.0
         self.rate = PrefillRate(linear_equal)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[TokenSequence] = deque()
+        self.running: list[TokenSequence] = []
         self.stalled = False
         self.prefilled_tokens = 0
         self.prefilled_prompts = 0
         self.prefill_s = 0.0
         """Of steps that prefill, decode rows beside them included."""
 
-    def add(self, seq: Sequence, *, first: bool = False) -> None:
+    def add(self, seq: TokenSequence, *, first: bool = False) -> None:
         """Queue ``seq``, of which nothing is computed. What another worker, or another try, has decoded of it over
         partial sets is decoded again where runs shall be reproducible; else it is prefilled: quicker, and exact."""
         self._reserve(seq)
@@ -98,14 +98,14 @@ class Scheduler:
         else:
             self.waiting.append(seq)
 
-    def remove(self, seq: Sequence) -> None:
+    def remove(self, seq: TokenSequence) -> None:
         """``seq`` leaves, wherever it is."""
         if seq in self.running:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
 
-    def admit(self, located: Callable[[Sequence], None], releasing_slots: int = 0) -> None:
+    def admit(self, located: Callable[[TokenSequence], None], releasing_slots: int = 0) -> None:
         """Let in from the queue's head what fits beside what runs; ``located`` is called for each.
         ``releasing_slots`` of the arena are still promised to sequences that have left."""
         while self.waiting and len(self.running) < self._config.max_batch_size:
@@ -120,7 +120,7 @@ class Scheduler:
             seq.state = State.LOCATING
             located(seq)
 
-    def _reserve(self, seq: Sequence) -> None:
+    def _reserve(self, seq: TokenSequence) -> None:
         """Hot slots promised to ``seq``: what its budget needs, or a prefill step where its past is streamed."""
         need = self._windows.budgets.slots(seq, seq.widening)
         seq.streamed = need > self._pool.num_slots
@@ -177,7 +177,7 @@ class Scheduler:
             return False  # nearly always, and before every step
         return bool(self._lane([seq for seq in self.running if self._may_decode(seq)], ahead=1))
 
-    def _lane(self, ready: list[Sequence], *, ahead: int = 0) -> list[Sequence]:
+    def _lane(self, ready: list[TokenSequence], *, ahead: int = 0) -> list[TokenSequence]:
         """Those of the ``ready`` sequences that are streamed in the step at hand, or ``ahead`` steps later.
 
         All of them while there is nobody else; else they take turns, so that nobody's tokens come much later.
@@ -191,7 +191,7 @@ class Scheduler:
             return []
         return [streamed[turn % len(streamed)]]
 
-    def _may_decode(self, seq: Sequence) -> bool:
+    def _may_decode(self, seq: TokenSequence) -> bool:
         """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way.
 
         A grammar says what may follow a token once the host has read it: such an answer takes every other step where
@@ -208,14 +208,14 @@ class Scheduler:
         """Slots of the pool that no running sequence was promised."""
         return self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
 
-    def _probe_tokens(self, seq: Sequence, tokens: int) -> int:
+    def _probe_tokens(self, seq: TokenSequence, tokens: int) -> int:
         """How many of the next ``tokens`` of a prompt are among those that the first resident set is chosen by."""
         if seq.policy != "lookahead" or seq.streamed:
             return 0
         first = max(seq.num_computed, seq.prefill_target - PROBE_TOKENS)
         return max(seq.num_computed + tokens - first, 0)
 
-    def _prefill_tokens(self, seq: Sequence, budget: int, slots: int, *, beside: bool) -> int:
+    def _prefill_tokens(self, seq: TokenSequence, budget: int, slots: int, *, beside: bool) -> int:
         """Alone, a step is as large as the batch and the ``slots`` for its chunks allow (it can be aborted between
         layers); beside running streams it is sized to take ``prefill_slice_s``."""
         tokens = min(seq.prefill_target - seq.num_computed, budget)
@@ -231,7 +231,7 @@ class Scheduler:
             tokens -= tokens % PREFILL_QUANTUM
         return tokens
 
-    def _open(self, seq: Sequence, tokens: int) -> int:
+    def _open(self, seq: TokenSequence, tokens: int) -> int:
         """Make sure the next ``tokens`` of ``seq`` have slots; returns for how many that worked."""
         first, last = (
             seq.num_computed // seq.chunk_tokens,

@@ -1,9 +1,9 @@
 """States of sequences beside their chunks, to cold memory and back; nothing to do where chunks are all there is."""
 
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
-from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
@@ -30,26 +30,26 @@ class Snapshots:
         self._prefetcher = prefetcher
         self._arena = arena
 
-    def slots(self, seq: Sequence) -> int:
+    def slots(self, seq: TokenSequence) -> int:
         """Slots of cold memory that the snapshots of ``seq`` may take; 0: it gets none, since there is no room."""
         if self.layout is None:
             return 0
         slots = self.layout.slots(seq.max_chunks)
         return slots if seq.max_chunks + slots <= self._arena.slots else 0
 
-    def completed(self, seq: Sequence, chunk: Chunk) -> None:
+    def completed(self, seq: TokenSequence, chunk: Chunk) -> None:
         """``chunk`` of ``seq`` is complete: store the state behind it, where everybody may want to go on from it."""
         if self.layout is not None and seq.state_slots and (chunk.number + 1) % self.layout.every_chunks == 0:
             self._store(seq, chunk)
 
-    def ended(self, seq: Sequence) -> list[ChunkKey]:
+    def ended(self, seq: TokenSequence) -> list[ChunkKey]:
         """The session of ``seq`` will go on behind its last chunk: store that state; keys to keep for it, none where
         that state was not kept."""
         if self.layout is None or not seq.chunks or not seq.state_slots:
             return []
         return self._store(seq, seq.chunks[-1])
 
-    def resume(self, seq: Sequence, state: Seq[SlotRef]) -> None:
+    def resume(self, seq: TokenSequence, state: Sequence[SlotRef]) -> None:
         """Go on with ``seq`` behind the chunks that were found, with the ``state`` found behind them; if that can't be
         done, ``seq`` has no chunks any more."""
         if self.layout is None or not seq.chunks:
@@ -69,7 +69,7 @@ class Snapshots:
             self._prefetcher.drop(key, ref)
         seq.drop_chunks()
 
-    def _store(self, seq: Sequence, chunk: Chunk) -> list[ChunkKey]:
+    def _store(self, seq: TokenSequence, chunk: Chunk) -> list[ChunkKey]:
         """Store the state of ``seq`` behind ``chunk``, if the runner has it; under which keys."""
         assert self.layout is not None
         snapshot = self._runner.snapshot(seq, (chunk.number + 1) * seq.chunk_tokens)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.models.attention_modules import attention_modules
 
 NOBODYS_LINE = 0
@@ -62,7 +62,7 @@ class HiddenHistory:
         for layer in layers:
             modules[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
 
-    def begin(self, seq: Sequence, first: int, stop: int) -> tuple[int, range]:
+    def begin(self, seq: TokenSequence, first: int, stop: int) -> tuple[int, range]:
         """A step is about to compute positions ``first`` to ``stop`` of ``seq``: the line for them, and those to keep.
 
         Steps that are computed again, since the step before was aborted, replace what that one left.
@@ -88,19 +88,19 @@ class HiddenHistory:
         rows, lines, positions = columns.to(self.ring.device, non_blocking=True)
         return HiddenRows(self.ring, self.layers, rows, lines, positions % self.steps)
 
-    def length(self, seq: Sequence, position: int) -> int:
+    def length(self, seq: TokenSequence, position: int) -> int:
         """How many steps up to ``position``, the last one begun, are kept: 1 to ``steps``."""
         kept = self._kept[seq.request_id]
         assert kept.first <= position < kept.stop, f"{seq.request_id} has no history at {position}: {kept}"
         return position + 1 - kept.first
 
-    def last(self, seq: Sequence, position: int, steps: int) -> Tensor:
+    def last(self, seq: TokenSequence, position: int, steps: int) -> Tensor:
         """Hidden states of the last ``steps`` steps up to ``position``: float16 [steps, target layers, hidden], oldest
         first."""
         places = torch.arange(position + 1 - steps, position + 1, device=self.ring.device) % self.steps
         return self.ring[self._kept[seq.request_id].line].index_select(0, places)
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` left, or starts over; a step of it may still be under way."""
         kept = self._kept.pop(seq.request_id, None)
         if kept is not None:

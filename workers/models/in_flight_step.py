@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from forecache.indexer.serving.protocol import StepState
 from forecache.workers.core.prompt_logprobs import Scored
-from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.core.step_plan import Capture, Captured, NonFinite, Plan, Sampled, StepOutput
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.hot.pool import HotPool
@@ -33,7 +32,7 @@ class ArenaPast:
     @classmethod
     def of(
         cls,
-        seq: Sequence,
+        seq: TokenSequence,
         pool: HotPool,
         arena: Arena | None,
         hot: Store,
@@ -120,7 +119,7 @@ class Written:
     """What a step has written: ``sequences``, with how often each had started over, and of the packed tokens those of
     each; ``non_finite``: uint8 [tokens], which of these are infinite or no number."""
 
-    sequences: tuple[tuple[Sequence, int], ...]
+    sequences: tuple[tuple[TokenSequence, int], ...]
     tokens: tuple[slice, ...]
     non_finite: Tensor
 
@@ -139,16 +138,16 @@ class RunningStep:
 
     def __init__(
         self,
-        sampled: Seq[Sequence],
+        sampled: Sequence[TokenSequence],
         tokens: Tensor,
         best: Tensor,
         logits: Tensor,
         logprobs: Logprobs | None,
-        scored: Seq[Scored],
-        captures: Seq[Capture],
-        captured: Seq[CapturedTensors],
+        scored: Sequence[Scored],
+        captures: Sequence[Capture],
+        captured: Sequence[CapturedTensors],
         probes: Mapping[str, Probe],
-        cold: Seq[ColdReads],
+        cold: Sequence[ColdReads],
         arena: Arena | None,
         written: Written,
     ) -> None:
@@ -192,7 +191,7 @@ class RunningStep:
                 damaged[reads.request_id] = numbers
         return StepOutput(sampled, captured, masses, damaged, tuple(self._scored), self._non_finite(sampled))
 
-    def _non_finite(self, sampled: Seq[Sampled]) -> tuple[NonFinite, ...]:
+    def _non_finite(self, sampled: Sequence[Sampled]) -> tuple[NonFinite, ...]:
         """Sequences of which the step has computed something that is not finite, and what: each once."""
         found: dict[str, NonFinite] = {}
         for drawn in sampled:

@@ -4,8 +4,7 @@ Biases and counts of drawn tokens live on the device, a row for each request tha
 all its rows at once and nothing waits for the host.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from forecache.workers.core.requests import TokenLogprobs
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 
 FIRST_ROWS = 4
 
@@ -37,7 +36,7 @@ class LogitAdjuster:
         self._bias = torch.zeros(0, vocab, device=device)
         self._counts = torch.zeros(0, vocab, device=device)
 
-    def adjust(self, logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    def adjust(self, logits: Tensor, sequences: Sequence[TokenSequence]) -> Tensor:
         """``logits``, float32 [rows, vocab], as ``sequences`` want theirs; the same tensor where none asks for more."""
         weighed = [i for i, seq in enumerate(sequences) if seq.weighs_logits]
         masked = [i for i, seq in enumerate(sequences) if seq.matcher is not None]
@@ -64,7 +63,7 @@ class LogitAdjuster:
             logits[rows] = logits[rows].masked_fill(forbidden, -torch.inf)
         return logits
 
-    def drawn(self, tokens: Tensor, sequences: Seq[Sequence], positions: Seq[int]) -> None:
+    def drawn(self, tokens: Tensor, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> None:
         """``tokens``, int64 [rows], were drawn for ``sequences``, to stand at ``positions``: count them, but for those
         where a token stands already, of which an answer that is made once more knows."""
         counted = [
@@ -82,7 +81,7 @@ class LogitAdjuster:
         if place is not None:
             self._free.append(place.row)
 
-    def _place(self, seq: Sequence) -> int:
+    def _place(self, seq: TokenSequence) -> int:
         place = self._places.get(seq.request_id)
         if place is None or place.restarts != seq.restarts:
             row = self._allocate() if place is None else place.row
@@ -90,7 +89,7 @@ class LogitAdjuster:
             self._fill(row, seq)
         return place.row
 
-    def _fill(self, row: int, seq: Sequence) -> None:
+    def _fill(self, row: int, seq: TokenSequence) -> None:
         """What ``seq`` starts from. Its tokens are all known to the host here: it has just been prefilled."""
         self._bias[row].zero_()
         self._counts[row].zero_()
@@ -111,7 +110,7 @@ class LogitAdjuster:
             self._bias, self._counts = torch.cat([self._bias, room]), torch.cat([self._counts, room])
         return self._free.pop()
 
-    def _put(self, columns: Seq[Seq[int]]) -> Tensor:
+    def _put(self, columns: Sequence[Sequence[int]]) -> Tensor:
         return torch.from_numpy(np.array(columns, dtype=np.int64)).to(self._device, non_blocking=True)
 
 
@@ -136,7 +135,7 @@ class Logprobs:
         return TokenLogprobs(token, float(self.drawn[index, 0]), tuple(pairs))
 
 
-def logprobs_of(logits: Tensor, tokens: Tensor, sequences: Seq[Sequence]) -> Logprobs | None:
+def logprobs_of(logits: Tensor, tokens: Tensor, sequences: Sequence[TokenSequence]) -> Logprobs | None:
     """Of the rows of ``logits``, float32 [rows, vocab], that want it, with their drawn ``tokens``, int64 [rows]."""
     rows = [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]
     if not rows:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from forecache.indexer.flashmemory.checkpoint import FlashMemoryIndexer
 from forecache.indexer.records.index_spec import IndexSpec
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
@@ -44,20 +44,20 @@ class Runner(Protocol):
         """What the indexer scores of the completed chunk in ``slot``: uint8 [spec.nbytes]. Called by another thread."""
         ...
 
-    def snapshot(self, seq: Sequence, stop: int) -> Tensor | None:
+    def snapshot(self, seq: TokenSequence, stop: int) -> Tensor | None:
         """The state of ``seq`` behind its token ``stop - 1``, where a chunk ends: uint8, if it was kept."""
         ...
 
-    def resume(self, seq: Sequence, snapshot: Tensor) -> None:
+    def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:
         """``seq``, whose chunks are known and of which nothing is computed, goes on behind them."""
         ...
 
-    def wipe(self, seq: Sequence) -> None:
+    def wipe(self, seq: TokenSequence) -> None:
         """What the last step computed of ``seq`` is not finite: leave nothing of that beside its chunks. It is
         forgotten next."""
         ...
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` left, or starts over."""
         ...
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 
 
 class Stateless:
@@ -10,12 +10,12 @@ class Stateless:
 
     snapshot_nbytes = 0
 
-    def snapshot(self, seq: Sequence, stop: int) -> Tensor | None:
+    def snapshot(self, seq: TokenSequence, stop: int) -> Tensor | None:
         """There is nothing to take one of."""
         return None
 
-    def resume(self, seq: Sequence, snapshot: Tensor) -> None:
+    def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:
         """Its chunks are enough."""
 
-    def wipe(self, seq: Sequence) -> None:
+    def wipe(self, seq: TokenSequence) -> None:
         """It has nothing but chunks."""

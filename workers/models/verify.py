@@ -12,7 +12,7 @@ from torch import nn
 
 from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.core.requests import GenerateRequest
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.memory.format.keys import root_key
@@ -195,7 +195,7 @@ def _our_logits(backbone: Backbone, spec: IndexSpec, tokens: list[int], chosen: 
     slots = -(-len(tokens) // chunk_tokens)
     pool = HotPool(backbone.layout, slots, backbone.device)
     runner = make_runner(backbone, pool, None, spec)
-    seq = Sequence(
+    seq = TokenSequence(
         GenerateRequest("verify", tuple(tokens)),
         holder="verify",
         root=root_key(backbone.layout.fingerprint),

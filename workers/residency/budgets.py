@@ -13,7 +13,7 @@ import numpy.typing as npt
 from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.serving.selection import budget_chunks, recency_chunks
 from forecache.workers.core.config import EngineConfig
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 
 STEADY_BOUNDARIES = 2
 """A budget halves after so many boundaries in a row at which half of it would have done."""
@@ -68,21 +68,21 @@ class Budgets:
         self._pool_slots = pool_slots
         self._spare = spare
 
-    def first(self, seq: Sequence, chunks: int) -> int:
+    def first(self, seq: TokenSequence, chunks: int) -> int:
         """What a sequence begins with: chunks of ``seq`` that may be resident when it has ``chunks``."""
         if seq.policy == "full":
             return chunks
         return budget_chunks(chunks, seq.keep_ratio, self._selection)
 
-    def window_steps(self, seq: Sequence) -> int:
+    def window_steps(self, seq: TokenSequence) -> int:
         """Decode steps between two resident sets of ``seq``."""
         return seq.cache.window_steps or self._config.window_steps
 
-    def of(self, seq: Sequence, chunks: int) -> int:
+    def of(self, seq: TokenSequence, chunks: int) -> int:
         """Chunks of ``seq`` that may be resident now, when it has ``chunks``."""
         return min(self.first(seq, chunks) * seq.widening, chunks)
 
-    def slots(self, seq: Sequence, widening: int) -> int:
+    def slots(self, seq: TokenSequence, widening: int) -> int:
         """Hot slots that ``seq`` needs with its first budget times ``widening``: the budget, half of it again for a
         turn, and the chunks a window can add."""
         budget = self.first(seq, seq.max_chunks) * widening
@@ -101,7 +101,9 @@ class Budgets:
             budget = min(budget * GRAPH_WIDENINGS, chunks)
         return min(budget + 2 * (config.window_steps // config.chunk_tokens) + 4, self._pool_slots)
 
-    def observe(self, seq: Sequence, event_mass: npt.NDArray[np.float32], resident: npt.NDArray[np.bool_]) -> Coverage:
+    def observe(
+        self, seq: TokenSequence, event_mass: npt.NDArray[np.float32], resident: npt.NDArray[np.bool_]
+    ) -> Coverage:
         """A step of ``seq`` that read the chunks ``resident`` had ``event_mass``: count it. Both are [chunks]."""
         found = self._measure(seq, event_mass, resident)
         seq.attended = frozenset(np.flatnonzero((event_mass > 0) & resident).tolist())
@@ -119,15 +121,15 @@ class Budgets:
             return False
         return found.covered + EVENT_CREDIT < self._config.coverage_floor * (found.mass + EVENT_CREDIT)
 
-    def misses(self, seq: Sequence, event_mass: npt.NDArray[np.float32], chosen: list[int]) -> bool:
+    def misses(self, seq: TokenSequence, event_mass: npt.NDArray[np.float32], chosen: list[int]) -> bool:
         """Whether the set ``chosen`` is too small already for the events it was chosen by."""
         return self.too_low(self._measure(seq, event_mass, mask_of(chosen, len(event_mass))))
 
-    def streams(self, seq: Sequence) -> bool:
+    def streams(self, seq: TokenSequence) -> bool:
         """Whether the next doubling of ``seq`` is more than the whole pool."""
         return self.slots(seq, seq.widening * 2) > self._pool_slots
 
-    def widen(self, seq: Sequence) -> bool:
+    def widen(self, seq: TokenSequence) -> bool:
         """Double the budget of ``seq``, where that is more than it has and the pool has spare slots for it."""
         if self.of(seq, seq.max_chunks) >= seq.max_chunks:
             return False
@@ -141,7 +143,7 @@ class Budgets:
         seq.counters.fallbacks += 1
         return True
 
-    def narrow(self, seq: Sequence, event_mass: npt.NDArray[np.float32]) -> None:
+    def narrow(self, seq: TokenSequence, event_mass: npt.NDArray[np.float32]) -> None:
         """Halve the budget of ``seq`` if half of it would have done, now and at the boundaries before."""
         if seq.widening == 1:
             return
@@ -153,11 +155,13 @@ class Budgets:
             seq.widening //= 2
             seq.steady_boundaries = 0
 
-    def swapped(self, seq: Sequence) -> None:
+    def swapped(self, seq: TokenSequence) -> None:
         """A new set of ``seq`` has taken over: what a halved budget leaves free is nobody's now."""
         seq.reserved_slots = min(seq.reserved_slots, self.slots(seq, seq.widening))
 
-    def _measure(self, seq: Sequence, event_mass: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Coverage:
+    def _measure(
+        self, seq: TokenSequence, event_mass: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]
+    ) -> Coverage:
         # of the first budget: what counts as recent must not change with what is measured
         recency = recency_chunks(self.first(seq, len(event_mass)), self._selection)
         return measure(event_mass, kept, sinks=self._selection.sink_chunks, recency=recency)

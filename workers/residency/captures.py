@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.residency.budgets import mask_of
 
 
-def make_capture(row: int, seq: Sequence, boundary: int, pool: HotPool, history_steps: int) -> Capture:
+def make_capture(row: int, seq: TokenSequence, boundary: int, pool: HotPool, history_steps: int) -> Capture:
     """For the turn of ``seq`` at ``boundary``; it is row ``row`` of the step. Queries of ``history_steps`` steps, the
     newest included, are wanted."""
     ref_slots, generations = (array.copy() for array in seq.refs())
@@ -41,7 +41,7 @@ def make_capture(row: int, seq: Sequence, boundary: int, pool: HotPool, history_
     )
 
 
-def _recent_slots(seq: Sequence, pool: HotPool, history_steps: int) -> tuple[int, ...]:
+def _recent_slots(seq: TokenSequence, pool: HotPool, history_steps: int) -> tuple[int, ...]:
     """Slots of the open chunk, and before it of those that were open within the history, as far as they are hot."""
     oldest = max(seq.num_computed - history_steps + 2, 0) // seq.chunk_tokens
     slots = [seq.open_slots[len(seq.chunks)]]

@@ -1,7 +1,7 @@
 """Where a running request's chunks are now, for people who watch it."""
 
 from forecache.workers.core.requests import ChunkView
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.residency.pending_set import Turn
 
@@ -10,7 +10,7 @@ ATTENDED, HOT, PREFETCHING, PREDICTED, COLD, TO_COME = "ahfpc."
 one; there for the next one already; in none of both; not computed yet."""
 
 
-def chunk_view(seq: Sequence, pool: HotPool, turn: Turn | None) -> ChunkView | None:
+def chunk_view(seq: TokenSequence, pool: HotPool, turn: Turn | None) -> ChunkView | None:
     """What has changed since it was last asked for; ``None``: nothing, or nobody watches. ``turn`` is the set in the
     making. While a prompt is prefilled there is no set: what the pool holds is hot then."""
     if not seq.request.show_chunks:
@@ -29,7 +29,7 @@ def chunk_view(seq: Sequence, pool: HotPool, turn: Turn | None) -> ChunkView | N
     return ChunkView(done + TO_COME * max(all_chunks - len(done), 0), 1.0, coverage)
 
 
-def _decoding(seq: Sequence, turn: Turn | None) -> str:
+def _decoding(seq: TokenSequence, turn: Turn | None) -> str:
     if seq.streamed:
         return HOT * (len(seq.chunks) + 1)
     states = [COLD] * len(seq.chunks)

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 
 
 class EarlyScores:
@@ -15,10 +15,10 @@ class EarlyScores:
     """
 
     def __init__(self) -> None:
-        self._largest: dict[Sequence, npt.NDArray[np.float32]] = {}
+        self._largest: dict[TokenSequence, npt.NDArray[np.float32]] = {}
 
     def largest(
-        self, seq: Sequence, scores: npt.NDArray[np.float32], boundary: int, window_steps: int
+        self, seq: TokenSequence, scores: npt.NDArray[np.float32], boundary: int, window_steps: int
     ) -> npt.NDArray[np.float32]:
         """``scores``, float32 [chunks], predicted for ``boundary`` of ``seq``; within its first window the largest so
         far. Chunks are never fewer than at the boundary before."""
@@ -31,6 +31,6 @@ class EarlyScores:
         self._largest[seq] = scores
         return scores
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` leaves, or starts over."""
         self._largest.pop(seq, None)

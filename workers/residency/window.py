@@ -19,7 +19,7 @@ from forecache.indexer.serving.protocol import Indexer, Prediction, PredictReque
 from forecache.indexer.serving.selection import select
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import ChunkView
-from forecache.workers.core.sequence import Sequence, State
+from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Capture, Captured
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.hot.completions import Recalled, RecallItem
@@ -69,14 +69,14 @@ class WindowCycle:
         self._spare = spare
         self._history_steps = history_steps
         self.fresh_tokens = max(PROBE_TOKENS, history_steps)
-        self._turns: dict[Sequence, Turn] = {}
+        self._turns: dict[TokenSequence, Turn] = {}
         self._early_scores = EarlyScores()
-        self._boundaries: dict[Sequence, int] = {}
+        self._boundaries: dict[TokenSequence, int] = {}
         # boundaries whose queries a step under way will bring, and when sequences began to wait
-        self._asked: dict[Sequence, int] = {}
-        self._waits_since: dict[Sequence, float] = {}
+        self._asked: dict[TokenSequence, int] = {}
+        self._waits_since: dict[TokenSequence, float] = {}
 
-    def begin(self, seq: Sequence, mass: npt.NDArray[np.float32] | None, *, retrieval_heads: bool) -> None:
+    def begin(self, seq: TokenSequence, mass: npt.NDArray[np.float32] | None, *, retrieval_heads: bool) -> None:
         """Prefill is over: choose the first set from the last prompt tokens' attention ``mass`` [chunks].
 
         ``None`` will do where scores do not matter: for other policies, and when everything is kept.
@@ -90,13 +90,13 @@ class WindowCycle:
             events = np.where(scores >= EVENT_SHARE, scores, np.float32(0))  # of one head, not of all together
         self._choose(seq, turn, scores, events)
 
-    def capture(self, row: int, seq: Sequence) -> Capture | None:
+    def capture(self, row: int, seq: TokenSequence) -> Capture | None:
         """What a prediction for ``seq`` needs of the coming step, in which it is row ``row``; ``None``: nothing."""
         if seq.policy != "lookahead" or not self._due(seq):
             return None
         return make_capture(row, seq, self._boundaries[seq], self._pool, self._history_steps)
 
-    def stepped(self, seq: Sequence) -> None:
+    def stepped(self, seq: TokenSequence) -> None:
         """A decode step of ``seq`` was launched: queries will come, or policies without predictions choose, if due."""
         seq.decode_steps += 1
         if not self._due(seq, done=True):
@@ -132,7 +132,7 @@ class WindowCycle:
         turn.future.add_done_callback(lambda _: self._prefetcher.wake())
         self._turns[seq] = turn
 
-    def poll(self, seq: Sequence) -> tuple[int, ...]:
+    def poll(self, seq: TokenSequence) -> tuple[int, ...]:
         """At a step's edge: take an answered prediction further, swap a set whose boundary is here. Returns the numbers
         of chunks whose index records the prediction could not read, or not as they were stored."""
         if (turn := self._turns.get(seq)) is None:
@@ -148,7 +148,7 @@ class WindowCycle:
             self._swap(seq, turn)
         return missing
 
-    def blocked(self, seq: Sequence) -> bool:
+    def blocked(self, seq: TokenSequence) -> bool:
         """Whether ``seq`` must not step now: its first set is not there, or it waits for a late one.
 
         By default it waits a little in its first window, where most answers begin, and later not at all.
@@ -170,7 +170,7 @@ class WindowCycle:
         now = time.perf_counter()
         return now - self._waits_since.setdefault(seq, now) < self._config.early_wait_s
 
-    def recalled(self, done: Recalled) -> Sequence | None:
+    def recalled(self, done: Recalled) -> TokenSequence | None:
         """A recall is over. Returns the sequence it was for when chunks of it were lost."""
         for seq, turn in self._turns.items():
             if turn.ticket == done.ticket:
@@ -181,7 +181,7 @@ class WindowCycle:
                 return seq if done.lost else None
         return None
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` is leaving: give back the slots of a turn in the making. Not while it is :meth:`busy`."""
         turn = self._turns.pop(seq, None)
         self._early_scores.forget(seq)
@@ -194,21 +194,21 @@ class WindowCycle:
             for slot in turn.incoming.values():
                 self._pool.release(slot)
 
-    def view(self, seq: Sequence) -> ChunkView | None:
+    def view(self, seq: TokenSequence) -> ChunkView | None:
         """Where its chunks are, for those who watch."""
         return chunk_view(seq, self._pool, self._turns.get(seq))
 
-    def busy(self, seq: Sequence) -> bool:
+    def busy(self, seq: TokenSequence) -> bool:
         """Whether a copy into slots of ``seq`` is running."""
         turn = self._turns.get(seq)
         return turn is not None and turn.ticket is not None
 
-    def incoming(self, seq: Sequence) -> list[int]:
+    def incoming(self, seq: TokenSequence) -> list[int]:
         """Slots referenced for a set in the making."""
         turn = self._turns.get(seq)
         return [] if turn is None else list(turn.incoming.values())
 
-    def _due(self, seq: Sequence, *, done: bool = False) -> bool:
+    def _due(self, seq: TokenSequence, *, done: bool = False) -> bool:
         """Whether the step that is coming (or, with ``done``, was just made) is the one to ask after."""
         if seq.streamed or seq in self._turns or self.budgets.first(seq, seq.max_chunks) >= seq.max_chunks:
             return False  # no other set is to be chosen, or one is being
@@ -218,7 +218,7 @@ class WindowCycle:
         lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
         return seq.decode_steps + (0 if done else 1) >= max(previous, boundary - lead)
 
-    def _answered(self, seq: Sequence, turn: Turn, future: Future[Prediction]) -> tuple[int, ...]:
+    def _answered(self, seq: TokenSequence, turn: Turn, future: Future[Prediction]) -> tuple[int, ...]:
         """Take in what was predicted, and return what it had no records of. A prediction is a hint: without it the old
         set serves on, within the budget."""
         turn.future = None
@@ -239,7 +239,7 @@ class WindowCycle:
             self._choose(seq, turn, scores, prediction.event_mass)
         return prediction.missing
 
-    def _follow(self, seq: Sequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
+    def _follow(self, seq: TokenSequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
         """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after (design §5.7)."""
         assert turn.resident is not None, "only what was asked for is answered"
         if not self.budgets.too_low(self.budgets.observe(seq, event_mass, turn.resident)):
@@ -251,7 +251,7 @@ class WindowCycle:
         else:
             self.budgets.widen(seq)
 
-    def _stream(self, seq: Sequence) -> None:
+    def _stream(self, seq: TokenSequence) -> None:
         """From now on ``seq`` attends to its whole past where that lies: everything does not fit the pool."""
         seq.counters.fallbacks += 1
         seq.streamed = True
@@ -264,7 +264,7 @@ class WindowCycle:
 
     def _choose(
         self,
-        seq: Sequence,
+        seq: TokenSequence,
         turn: Turn,
         scores: npt.NDArray[np.float32] | None,
         event_mass: npt.NDArray[np.float32] | None = None,
@@ -291,7 +291,9 @@ class WindowCycle:
         turn.wanted = wanted[:room]
         self._bring_in(seq, turn)
 
-    def _select(self, seq: Sequence, turn: Turn, scores: npt.NDArray[np.float32] | None, widening: int) -> list[int]:
+    def _select(
+        self, seq: TokenSequence, turn: Turn, scores: npt.NDArray[np.float32] | None, widening: int
+    ) -> list[int]:
         """The chunks of ``turn`` with the first budget of ``seq`` times ``widening``."""
         chosen: list[int] = select(
             scores,
@@ -303,7 +305,7 @@ class WindowCycle:
         ).tolist()
         return chosen
 
-    def _bring_in(self, seq: Sequence, turn: Turn) -> None:
+    def _bring_in(self, seq: TokenSequence, turn: Turn) -> None:
         """Take the wanted chunks that are hot, and start the recall of the others, most wanted first.
 
         Does nothing while the pool lacks slots: the reservation says that they will be there once others' completed
@@ -325,12 +327,12 @@ class WindowCycle:
         if turn.copying:
             turn.ticket = self._prefetcher.recall(turn.copying, seq.holder)
 
-    def _hot_slot(self, seq: Sequence, number: int) -> int | None:
+    def _hot_slot(self, seq: TokenSequence, number: int) -> int | None:
         """Where chunk ``number`` of ``seq`` is hot."""
         slot = seq.held_back.get(number)
         return self._pool.lookup(seq.chunks[number].key) if slot is None else slot
 
-    def _swap(self, seq: Sequence, turn: Turn) -> None:
+    def _swap(self, seq: TokenSequence, turn: Turn) -> None:
         """The new set takes over; chunks completed since it was chosen stay."""
         assert turn.selected is not None
         for number in [n for n in seq.resident if n < turn.chunks and n not in turn.selected]:
@@ -346,7 +348,7 @@ class WindowCycle:
         if seq.state is State.RECALLING:
             seq.state = State.DECODE
 
-    def _finish(self, seq: Sequence, turn: Turn) -> None:
+    def _finish(self, seq: TokenSequence, turn: Turn) -> None:
         """Drop the turn and set the next boundary: doubling up to a window, then window by window, staggered."""
         del self._turns[seq]
         self._waits_since.pop(seq, None)

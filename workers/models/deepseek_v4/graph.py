@@ -6,7 +6,7 @@ is drawn from the logits stays outside.
 """
 
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,7 +51,7 @@ class FixedSteps:
         histories: HiddenHistory,
         last_tokens: Tensor,
         *,
-        buckets: Seq[int],
+        buckets: Sequence[int],
         max_chunks: int,
         max_tokens: int,
     ) -> None:
@@ -85,7 +85,7 @@ class FixedSteps:
         """Graphs that there are."""
         return len(self._graphs)
 
-    def run(self, rows: Seq[FixedRow]) -> Tensor | None:
+    def run(self, rows: Sequence[FixedRow]) -> Tensor | None:
         """Enqueue a step of ``rows``; its logits, float32 [rows, vocab], until the next. None: it does not fit, or
         can't be captured."""
         if not 0 < len(rows) <= self._buckets[-1] or self._refused:
@@ -208,7 +208,7 @@ class _HostInputs:
         self.table = torch.zeros(rows, max_chunks, dtype=torch.int32, pin_memory=pinned)
         self.hca_table = torch.zeros(rows, max_pages, dtype=torch.int32, pin_memory=pinned)
 
-    def fill(self, rows: Seq[FixedRow], bucket: int) -> None:
+    def fill(self, rows: Sequence[FixedRow], bucket: int) -> None:
         """Rows that are missing in ``bucket`` repeat the first."""
         rows = [*rows, *[rows[0]] * (bucket - len(rows))]
         values = [

@@ -1,6 +1,6 @@
 """From a plan to a packed DeepSeek-V4 step: where every token, entry and state lies. Host work alone."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from forecache.workers.core.sequence import Chunk, Sequence
+from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.core.step_plan import StreamPart
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.models.cold_reads import ColdReads
@@ -23,7 +23,7 @@ def put(values: npt.ArrayLike, device: torch.device, dtype: npt.DTypeLike = np.i
     return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device, non_blocking=True)
 
 
-def padded(tables: Seq[Seq[int] | npt.NDArray[np.int32]], device: torch.device) -> Tensor:
+def padded(tables: Sequence[Sequence[int] | npt.NDArray[np.int32]], device: torch.device) -> Tensor:
     """Rows of different lengths, behind which zeros stand: int32 [rows, at least 1]."""
     table = np.zeros((len(tables), max(1, max(len(row) for row in tables))), dtype=np.int32)
     for i, row in enumerate(tables):
@@ -46,7 +46,7 @@ class FixedRow:
     page: int
     entries: int
     table: npt.NDArray[np.int32]
-    pages: Seq[int]
+    pages: Sequence[int]
     history: int
 
 
@@ -60,7 +60,7 @@ class StepLayout:
         self._chunk_tokens = chunk_tokens
         self._device = pool.memory.device
 
-    def rows(self, sequences: Seq[Sequence]) -> V4Rows:
+    def rows(self, sequences: Sequence[TokenSequence]) -> V4Rows:
         """Decode rows, one of each of ``sequences``, over their resident sets."""
         shape, device = self._shape, self._device
         lines = [self._states.line(seq, seq.num_computed + 1) for seq in sequences]
@@ -79,7 +79,7 @@ class StepLayout:
             hca_lens=put([(at + 1) // shape.hca_rate for at in positions], device, np.int32),
         )
 
-    def fixed_row(self, seq: Sequence, source: int | None, history: int) -> FixedRow:
+    def fixed_row(self, seq: TokenSequence, source: int | None, history: int) -> FixedRow:
         """The decode row of ``seq``, whose token is the one of row ``source`` of the step before, or known."""
         at, size, shape = seq.num_computed, self._chunk_tokens, self._shape
         # with a page for the HCA entry that is being filled
@@ -98,30 +98,30 @@ class StepLayout:
             history=history,
         )
 
-    def _entries(self, table: Seq[int] | npt.NDArray[np.int32], at: int) -> int:
+    def _entries(self, table: Sequence[int] | npt.NDArray[np.int32], at: int) -> int:
         """Entries of a CSA layer in the slots ``table``, the last one filled up to position ``at``."""
         return (len(table) - 1) * (self._chunk_tokens // self._shape.csa_rate) + (
             at % self._chunk_tokens + 1
         ) // self._shape.csa_rate
 
-    def _closed_by_rows(self, sequences: Seq[Sequence], lines: Seq[Line], rate: int) -> Places:
+    def _closed_by_rows(self, sequences: Sequence[TokenSequence], lines: Sequence[Line], rate: int) -> Places:
         entries = []
         for row, (seq, line) in enumerate(zip(sequences, lines, strict=True)):
             if (seq.num_computed + 1) % rate == 0:
                 entries.append((row, *self._entry(seq, line, seq.num_computed // rate, rate)))
         return self._places(entries)
 
-    def _entry(self, seq: Sequence, line: Line, number: int, rate: int) -> tuple[int, int, int, int, int]:
+    def _entry(self, seq: TokenSequence, line: Line, number: int, rate: int) -> tuple[int, int, int, int, int]:
         """First token, slot, place in it, page and place in it, of entry ``number`` of ``seq``, which is new."""
         chunk, place = divmod(number * rate, self._chunk_tokens)
         page = line.pages[number // PAGE_ENTRIES] if rate == self._shape.hca_rate and self._shape.hca else 0
         return number * rate, seq.open_slots[chunk], place // rate, page, number % PAGE_ENTRIES
 
-    def _places(self, entries: Seq[tuple[int, ...]]) -> Places:
+    def _places(self, entries: Sequence[tuple[int, ...]]) -> Places:
         columns = np.array(entries, dtype=np.int64).reshape(-1, 6).T
         return Places(*put(columns, self._device).unbind(0))
 
-    def stream(self, part: StreamPart, start: int, keep: Seq[int], probe: EntryProbe | None) -> V4Stream:
+    def stream(self, part: StreamPart, start: int, keep: Sequence[int], probe: EntryProbe | None) -> V4Stream:
         """``part`` as packed tokens from ``start``; snapshots are wanted behind the positions ``keep``."""
         seq, first, stop = part.sequence, part.sequence.num_computed, part.sequence.num_computed + part.tokens
         line, shape = self._states.line(seq, stop), self._shape
@@ -138,11 +138,11 @@ class StepLayout:
             probe=probe,
         )
 
-    def _closed_by_stream(self, seq: Sequence, line: Line, first: int, stop: int, rate: int) -> Places:
+    def _closed_by_stream(self, seq: TokenSequence, line: Line, first: int, stop: int, rate: int) -> Places:
         numbers = range(first // rate, stop // rate)
         return self._places([(0, *self._entry(seq, line, number, rate)) for number in numbers])
 
-    def past(self, seq: Sequence, stop: int) -> StreamPast:
+    def past(self, seq: TokenSequence, stop: int) -> StreamPast:
         """Where the chunks of ``seq`` are now, up to the one of token ``stop - 1``."""
         hot: list[tuple[int, int]] = []
         cold: list[Chunk] = []

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from forecache.indexer.flashmemory.checkpoint import FlashMemoryIndexer, LayerWeights, RetrieverShape
 from forecache.indexer.records.entry_scores import BLOCK_PRODUCTS, chunk_scores, largest_logits
 from forecache.indexer.records.index_spec import IndexSpec
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 from forecache.workers.models.hidden_history import HiddenHistory
 
@@ -39,14 +39,14 @@ class RetrieverQueries:
             model, tuple(layers[number] for number in self.targets), self._retriever.steps, max_rows
         )
 
-    def ask(self, seq: Sequence, position: int) -> tuple[Tensor, Tensor]:
+    def ask(self, seq: TokenSequence, position: int) -> tuple[Tensor, Tensor]:
         """Queries, float32 [steps · query heads, index dim], and their weights, float32 [steps · query heads], at the
         last steps up to ``position``, which was computed."""
         asked = [self.of_layer(seq, position, number) for number in self.targets]
         queries = torch.cat([q for q, _ in asked], 1).flatten(0, 1)
         return queries, torch.cat([w for _, w in asked], 1).flatten()
 
-    def of_layer(self, seq: Sequence, position: int, number: int) -> tuple[Tensor, Tensor]:
+    def of_layer(self, seq: TokenSequence, position: int, number: int) -> tuple[Tensor, Tensor]:
         """Of CSA layer ``number``: float32 [steps, heads, index dim] and [steps, heads]."""
         steps = self.histories.length(seq, position)
         hidden = self.histories.last(seq, position, steps)[:, self.targets.index(number)]
@@ -54,7 +54,7 @@ class RetrieverQueries:
         q, w = self._retriever.plain_queries(number, hidden, positions)
         return q.float(), w.float()
 
-    def probe(self, seq: Sequence, stop: int, chunks: int) -> "EntryProbe":
+    def probe(self, seq: TokenSequence, stop: int, chunks: int) -> "EntryProbe":
         """For the step that computes the prompt's last token, ``stop - 1``."""
         return EntryProbe(self, self._spec, seq, stop, chunks)
 
@@ -63,7 +63,7 @@ class EntryProbe:
     """Scores chunks by what the last steps of a prompt ask for, while its layers have all index keys at hand: the
     first resident set is chosen by it (design §5.2)."""
 
-    def __init__(self, queries: RetrieverQueries, spec: IndexSpec, seq: Sequence, stop: int, chunks: int) -> None:
+    def __init__(self, queries: RetrieverQueries, spec: IndexSpec, seq: TokenSequence, stop: int, chunks: int) -> None:
         self._queries, self._spec = queries, spec
         self._seq, self._stop, self._chunks = seq, stop, chunks
         self._logits: Tensor | None = None

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from forecache.indexer.flashmemory.checkpoint import FlashMemoryIndexer
 from forecache.indexer.records.index_spec import IndexSpec, encode_chunk
 from forecache.workers.core.prompt_logprobs import score, targets_of
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture, Plan
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
@@ -128,7 +127,7 @@ class DeepseekV4Runner:
         logger.info("%d CUDA graphs after %.1f s", self._fixed.count, time.perf_counter() - start)
 
     @torch.inference_mode()
-    def fixed_steps(self, buckets: Seq[int], max_chunks: int) -> FixedSteps:
+    def fixed_steps(self, buckets: Sequence[int], max_chunks: int) -> FixedSteps:
         """Decode steps of as many rows as ``buckets`` say; captured now, so no sequence may be known yet."""
         nothing = torch.zeros(0, dtype=torch.int64, device=self._device)
         return FixedSteps(
@@ -142,12 +141,12 @@ class DeepseekV4Runner:
             max_tokens=self._max_tokens,
         )
 
-    def wipe(self, seq: Sequence) -> None:
+    def wipe(self, seq: TokenSequence) -> None:
         """What the last step computed of ``seq`` is not finite: whoever gets the place of its state next must not find
         that there."""
         self._states.wipe(seq)
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` left, or starts over."""
         self._adjuster.forget(seq.request_id)
         self._states.forget(seq)
@@ -165,12 +164,12 @@ class DeepseekV4Runner:
         with torch.inference_mode():
             return encode_chunk(self._spec, self._hot["index"][slot, self._target_rows])
 
-    def snapshot(self, seq: Sequence, stop: int) -> Tensor | None:
+    def snapshot(self, seq: TokenSequence, stop: int) -> Tensor | None:
         """The state of ``seq`` behind its token ``stop - 1``, uint8 [snapshot_nbytes], if it was kept."""
         return self._snapshots.get(seq.request_id, {}).get(stop)
 
     @torch.inference_mode()
-    def resume(self, seq: Sequence, snapshot: Tensor) -> None:
+    def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:
         """``seq``, whose chunks are known, goes on behind them with ``snapshot``."""
         stop = len(seq.chunks) * self._chunk_tokens
         hca = None
@@ -179,7 +178,7 @@ class DeepseekV4Runner:
         self._states.restore(seq, stop, snapshot.to(self._device), hca)
         self._snapshots[seq.request_id] = {stop: snapshot}
 
-    def _lay_out(self, plan: Plan, aborted: Callable[[], bool]) -> tuple[V4Batch, list[Sequence]]:
+    def _lay_out(self, plan: Plan, aborted: Callable[[], bool]) -> tuple[V4Batch, list[TokenSequence]]:
         owners = [*plan.decode, *(part.sequence for part in plan.streams)]
         counts = [*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)]
         tokens: list[int] = []
@@ -252,7 +251,7 @@ class DeepseekV4Runner:
             for seq in plan.decode
         ]
 
-    def _wanted(self, seq: Sequence, first: int, stop: int) -> list[int]:
+    def _wanted(self, seq: TokenSequence, first: int, stop: int) -> list[int]:
         """Positions behind which a step over ``first`` to ``stop`` of ``seq`` is to keep a snapshot: every so many
         tokens for everybody, and the last end of a chunk for its session."""
         size = self._chunk_tokens
@@ -263,7 +262,7 @@ class DeepseekV4Runner:
             wanted.add(last)
         return sorted(wanted)
 
-    def _keep_snapshots(self, plan: Plan, streams: Seq[V4Stream]) -> None:
+    def _keep_snapshots(self, plan: Plan, streams: Sequence[V4Stream]) -> None:
         """Of each sequence those of its newest step that took any. A decode step may come to nothing, since the token
         before it turns out to be the last: until the next one the newest older snapshot stays too."""
         for seq in plan.decode:
@@ -287,7 +286,7 @@ class DeepseekV4Runner:
         return CapturedTensors(queries, torch.zeros_like(weights), records, weights=weights)
 
 
-def _tokens(plan: Plan, sequences: Seq[Sequence]) -> list[int]:
+def _tokens(plan: Plan, sequences: Sequence[TokenSequence]) -> list[int]:
     """Of each of ``sequences``, how many tokens ``plan`` computes."""
     counts = {part.sequence.request_id: part.tokens for part in plan.streams}
     return [counts.get(seq.request_id, 1) for seq in sequences]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 
 PAGE_ENTRIES = 32
@@ -51,7 +51,7 @@ class SequenceStates:
         self._free = list(range(sequences - 1, -1, -1))
         self._free_pages = list(range(FIRST_PAGES - 1, -1, -1))
 
-    def line(self, seq: Sequence, stop: int) -> Line:
+    def line(self, seq: TokenSequence, stop: int) -> Line:
         """The line of ``seq``, whose tokens before ``stop`` are about to be computed. A sequence that is not known yet
         starts from nothing."""
         line = self._lines.get(seq.request_id)
@@ -71,7 +71,7 @@ class SequenceStates:
             self._free_pages = list(range(2 * have - 1, have - 1, -1))
         return self._free_pages.pop()
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` left, or starts over; a step of it may still be under way."""
         line = self._lines.pop(seq.request_id, None)
         if line is not None:
@@ -79,7 +79,7 @@ class SequenceStates:
             self._free.append(line.number)
             self._free_pages += line.pages
 
-    def wipe(self, seq: Sequence) -> None:
+    def wipe(self, seq: TokenSequence) -> None:
         """Zeros for all that is kept of ``seq``."""
         line = self._lines.get(seq.request_id)
         if line is not None:
@@ -105,7 +105,7 @@ class SequenceStates:
             parts.append(ring[line.number].index_select(1, places))
         return pack(parts)
 
-    def restore(self, seq: Sequence, stop: int, snapshot: Tensor, hca: Tensor | None) -> None:
+    def restore(self, seq: TokenSequence, stop: int, snapshot: Tensor, hca: Tensor | None) -> None:
         """``seq`` goes on at ``stop``: ``snapshot`` uint8 [at least n] as of :meth:`snapshot`, ``hca`` [HCA layers,
         entries before ``stop``, head_dim]."""
         assert seq.request_id not in self._lines, f"{seq.request_id} has a state already"

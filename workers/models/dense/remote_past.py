@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from forecache.kernels.attention import reference
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.client.protocol import ColdMemory, OtherNodes, PendingLayer
 from forecache.workers.memory.format.keys import ChunkKey
@@ -56,7 +56,7 @@ class FarPast:
         """Where ``memory`` has other nodes."""
         return None if memory.others is None else cls(memory.others, layout)
 
-    def chunks(self, seq: Sequence, keys: tuple[ChunkKey, ...]) -> RemoteChunks:
+    def chunks(self, seq: TokenSequence, keys: tuple[ChunkKey, ...]) -> RemoteChunks:
         """Those chunks of ``seq``."""
         return RemoteChunks(seq.request_id, seq.holder, keys, self._layout, self._others)
 

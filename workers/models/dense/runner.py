@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from forecache.indexer.records.index_spec import IndexSpec, encode_chunk
 from forecache.indexer.serving.lookahead import LookaheadScorer
 from forecache.workers.core.prompt_logprobs import Scored, score, targets_of
-from forecache.workers.core.sequence import Sequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
@@ -164,7 +163,7 @@ class ModelRunner(Stateless):
             check_compiled_once(first[0], compiled_graphs())
         logger.info("warmed up in %.1f s", time.perf_counter() - start)
 
-    def forget(self, seq: Sequence) -> None:
+    def forget(self, seq: TokenSequence) -> None:
         """``seq`` left, or starts over: nothing more is asked of its last steps, and its weights on logits can go."""
         self._adjuster.forget(seq.request_id)
         if self._histories is not None:
@@ -229,7 +228,7 @@ class ModelRunner(Stateless):
         logits: Tensor = output.logits[0].float()
         return logits
 
-    def _decode_row(self, seq: Sequence) -> DecodeRow:
+    def _decode_row(self, seq: TokenSequence) -> DecodeRow:
         awaited = seq.num_computed >= len(seq.token_ids)
         offset = seq.num_computed % seq.chunk_tokens
         table = seq.block_row()
@@ -245,13 +244,13 @@ class ModelRunner(Stateless):
             line=self._line(seq),
         )
 
-    def _line(self, seq: Sequence) -> int:
+    def _line(self, seq: TokenSequence) -> int:
         at, histories = seq.num_computed, self._histories
         return NOBODYS_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
 
     def _lay_out(
         self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
-    ) -> tuple[StepBatch, list[Sequence], tuple[ArenaPast, ...], dict[str, MassProbe]]:
+    ) -> tuple[StepBatch, list[TokenSequence], tuple[ArenaPast, ...], dict[str, MassProbe]]:
         tokens = [row.token for row in rows]
         places = [(row.position, row.slot, row.offset) for row in rows]
         sampled, logits_rows = list(plan.decode), list(range(len(rows)))
@@ -322,7 +321,7 @@ class ModelRunner(Stateless):
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
 
-    def _table_of(self, rows: Seq[DecodeRow]) -> DecodeRows:
+    def _table_of(self, rows: Sequence[DecodeRow]) -> DecodeRows:
         table = np.zeros((len(rows), max(len(row.table) for row in rows)), dtype=np.int32)
         for i, row in enumerate(rows):
             table[i, : len(row.table)] = row.table
