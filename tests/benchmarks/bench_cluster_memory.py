@@ -36,7 +36,7 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.tier.actor import TierSettings, start_tier
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
-from forecache.workers.memory.tier.placement import rendezvous
+from forecache.workers.memory.tier.fetch import rendezvous
 
 BUDGET = 128
 REPEAT = 50

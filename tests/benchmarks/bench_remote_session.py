@@ -39,7 +39,7 @@ from forecache.workers.core.config import EngineConfig
 from forecache.workers.engine.engine import Engine
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.client.memory import RemoteMemory
-from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.format.keys import prefix_keys, root_key
 from forecache.workers.memory.format.layout import chunk_fingerprint

@@ -27,7 +27,7 @@ from forecache.workers.engine.engine import Engine
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.client.memory import RemoteMemory
-from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.tier.actor import TierSettings, start_tier
 from forecache.workers.memory.tier.catalog import Catalog

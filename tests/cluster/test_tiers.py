@@ -25,7 +25,7 @@ from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.tiers import Tiers
 from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena.arena import remove_abandoned
-from forecache.workers.memory.client import remote_peers
+from forecache.workers.memory.client import peers
 from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.format.layout import attention_layout
@@ -421,14 +421,14 @@ def note_waits(tier: Any) -> None:
     """In a tier's process: note whom it waits for, and how long at most. Who did not answer is left alone for long, as
     on a machine that is never busy with something else for longer than the pause."""
     tier.waits = waits = []
-    ask = remote_peers.get_answer
+    ask = peers.get_answer
 
     def get_answer(ref: Any, whom: str, deadline_s: float) -> object:
         waits.append((whom, deadline_s))
         return ask(ref, whom, deadline_s)
 
-    remote_peers.get_answer = get_answer
-    remote_peers.FIRST_BACKOFF_S = 60.0
+    peers.get_answer = get_answer
+    peers.FIRST_BACKOFF_S = 60.0
 
 
 def test_a_tier_that_does_not_answer_costs_its_chunks_and_no_more_than_a_deadline(nodes: Nodes) -> None:

@@ -34,7 +34,7 @@ from forecache.workers.memory.tier.catalog import (
     TierRecord,
 )
 from forecache.workers.memory.tier.exchange import ChunkExchange
-from forecache.workers.memory.tier.placement import rendezvous
+from forecache.workers.memory.tier.fetch import rendezvous
 from forecache.workers.memory.tier.publisher import CatalogPublisher
 from forecache.workers.memory.tier.session_pins import Sessions
 from forecache.workers.memory.tier.transfer import take_in

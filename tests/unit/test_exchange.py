@@ -19,8 +19,8 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
 from forecache.workers.memory.tier.exchange import ChunkExchange
-from forecache.workers.memory.tier.hosting import HostedSequences
 from forecache.workers.memory.tier.publisher import CatalogPublisher
+from forecache.workers.memory.tier.spread import HostedSequences
 from forecache.workers.memory.tier.transfer import read, take_in
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -57,7 +57,7 @@ def catalog(redis_server: Any) -> Iterator[Catalog]:
 
 
 class Nodes:
-    """Tiers of this process, each with threads for the calls of the others, as the actors have: `Peers`.
+    """Tiers of this process, each with threads for the calls of the others, as the actors have: `RemotePeers`.
 
     ``gate`` is passed by each call of `take_in` before it is put into the other tier's line, ``within`` by each after
     it was done there.
@@ -80,7 +80,7 @@ class Nodes:
         self.hosted[name] = HostedSequences(store, LAYOUT, exchange.from_disk_alone)
         self.lanes[name] = ThreadPoolExecutor(self.threads, thread_name_prefix=f"peers-of-{name}")
 
-    def hold_for(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> "Future[RecordBatch]":
+    def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> "Future[RecordBatch]":
         return self.lanes[tier_id].submit(self.hosted[tier_id].hold, holder, keys)
 
     def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
@@ -134,7 +134,7 @@ def test_tiers_that_hold_chunks_of_their_disks_for_each_other_do_not_wait_in_a_c
         for name in "ab"
         for number in range(nodes.threads)
     }
-    calls = {place: nodes.hold_for(place[0], f"w/{place}", keys) for place, keys in wanted.items()}
+    calls = {place: nodes.hold_hosted(place[0], f"w/{place}", keys) for place, keys in wanted.items()}
     for place, call in calls.items():
         assert list(call.result(60).keys) == wanted[place]
     assert nodes.refused == []

@@ -718,7 +718,7 @@ def test_a_search_that_asks_many_times_is_no_hang(monkeypatch: pytest.MonkeyPatc
     clock = Clock()
     pulse = Pulse(clock)
     away: Any = Away(clock, pulse)
-    away.others = None
+    away.spread = None
     told: list[PrefixHeld] = []
     failures: list[BaseException] = []
     copies: Any = SimpleNamespace(sound_prefix=lambda keys, refs: len(refs))

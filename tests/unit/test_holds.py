@@ -24,8 +24,7 @@ from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.spread_quota import share_of
 from forecache.workers.memory.tier.catalog import TierRecord
 from forecache.workers.memory.tier.fetch import ChunkFetcher
-from forecache.workers.memory.tier.hosting import HostedSequences
-from forecache.workers.memory.tier.spread import SpreadSequences
+from forecache.workers.memory.tier.spread import HostedSequences, SpreadSequences
 from forecache.workers.memory.tier.transfer import read
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -116,22 +115,22 @@ class Nodes:
     def result(self, timeout_s: float) -> ChunkBatch:
         return self.batch
 
-    def promise_for(self, tier_id: str, holder: str, chunks: int) -> int:
+    def promise_hosted(self, tier_id: str, holder: str, chunks: int) -> int:
         return int(self._do("promise", lambda: self.hosting.promise(holder, chunks)))
 
-    def hold_for(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+    def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
         batch = self._do("hold", lambda: self.hosting.hold(holder, keys))
         assert isinstance(batch, RecordBatch)
         return batch
 
-    def take_in_for(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+    def take_in_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
         return list(self._do("take_in", lambda: self.hosting.take_in(holder, batch)))
 
-    def release_for(self, tier_id: str, holders: Sequence[str]) -> None:
+    def release_hosted(self, tier_id: str, holders: Sequence[str]) -> None:
         self._do("release", lambda: self.hosting.release(holders))
 
-    def hosted(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
-        return list(self._do("hosted", lambda: self.hosting.hosted(floors)))
+    def hosted_holders(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
+        return list(self._do("hosted", lambda: self.hosting.holders(floors)))
 
     def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         raise NotImplementedError

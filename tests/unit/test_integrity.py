@@ -35,7 +35,7 @@ from forecache.workers.memory.hot.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import Prefetcher
 from forecache.workers.memory.hot.snapshot_store import StateLayout
-from forecache.workers.memory.tier.hosting import HostedSequences
+from forecache.workers.memory.tier.spread import HostedSequences
 from forecache.workers.memory.tier.transfer import read, take_in
 from forecache.workers.models.backbone import expected_layout, load_config
 from forecache.workers.models.cold_reads import ColdReads
@@ -357,7 +357,7 @@ def test_layer_for_another_node(tmp_path: Path, first: bool) -> None:
 
 def test_layer_that_is_damaged_on_its_way() -> None:
     pytest.importorskip("ray", reason="layers come from other nodes through Ray")
-    from forecache.workers.memory.client.remote_peers import PendingRows
+    from forecache.workers.memory.client.peers import PendingRows
 
     sent = LayerBatch.sealed((KEYS[0],), np.full((1, LAYOUT.layer_nbytes), 7, np.uint8))
     sent.rows[0, 9] ^= 1

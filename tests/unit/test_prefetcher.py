@@ -14,7 +14,6 @@ import torch
 from forecache.workers.errors import ChunkLostError, ForecacheError, OverloadedError
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.store import ArenaStore
-from forecache.workers.memory.client.protocol import OtherNodes, PendingLayer
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout, attention_layout, cold_layout
 from forecache.workers.memory.format.slots import Reservation, SlotRef
@@ -40,7 +39,7 @@ def key_of(number: int) -> ChunkKey:
 class RoomElsewhere:
     """Other nodes that promise room, and need not give any: what is spread here has its chunks in the arena."""
 
-    def spread(self, holder: str, chunks: int) -> None:
+    def begin(self, holder: str, chunks: int) -> None:
         pass
 
     def promise_rest(self, holder: str) -> Share:
@@ -52,7 +51,7 @@ class RoomElsewhere:
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         raise AssertionError("nothing lies elsewhere")
 
-    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> PendingLayer:
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> object:
         raise AssertionError("nothing lies elsewhere")
 
 
@@ -69,7 +68,7 @@ class WatchedStore(ArenaStore):
         self.nodes: RoomElsewhere | None = None
 
     @property
-    def others(self) -> OtherNodes | None:  # type: ignore[override]
+    def spread(self) -> Any:  # type: ignore[override]
         return self.nodes
 
     def release(self, holder: str) -> None:

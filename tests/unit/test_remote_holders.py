@@ -13,7 +13,7 @@ from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.client import memory as remote
 from forecache.workers.memory.client.memory import RemoteMemory
-from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.format.hold_id import Holder
 from forecache.workers.memory.format.layout import attention_layout
 
@@ -66,11 +66,10 @@ class Tier:
         self.store.forget_released(worker_id, floor)
         return [holder for holder in self.store.holders() if holder.startswith(f"{worker_id}/")]
 
-    def do_spread_call(self, method: str, *args: Any) -> None:
-        if method == "begin":
-            self.store.promise(args[0], args[1])
+    def do_spread_begin(self, holder: str, chunks: int) -> None:
+        self.store.promise(holder, chunks)
 
-    def do_far_call(self, method: str, holder: str, reader: str, keys: list[bytes]) -> object:
+    def do_spread_fetch(self, holder: str, reader: str, keys: list[bytes]) -> object:
         return self.store.hold(reader, keys)
 
 
@@ -99,10 +98,10 @@ ASKS: dict[str, Callable[[RemoteMemory, str], object]] = {
     "hold": lambda memory, holder: memory.hold(holder, KEYS),
     "reserve": lambda memory, holder: memory.reserve(holder, KEYS),
     "promise": lambda memory, holder: memory.promise(holder, 1),
-    "spread": lambda memory, holder: memory.others.spread(holder, 1) if memory.others else None,
-    "fetch": lambda memory, holder: memory.others.fetch(HOLDER, holder, KEYS) if memory.others else None,
+    "begin": lambda memory, holder: memory.spread.begin(holder, 1) if memory.spread else None,
+    "fetch": lambda memory, holder: memory.spread.fetch(HOLDER, holder, KEYS) if memory.spread else None,
 }
-NOT_ASKING = {"commit", "release", "start_over", "move_out", "promise_rest", "read_layer", "note", "forget"}
+NOT_ASKING = {"commit", "release", "start_over", "move_out", "promise_rest", "read_layer", "note_places", "forget"}
 """What needs a hold already, or makes none."""
 
 

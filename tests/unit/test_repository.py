@@ -19,7 +19,7 @@ RAY_ALLOWED = {
     "indexer/serving/actor.py",
     "workers/memory/tier/actor.py",
     "workers/memory/client/memory.py",
-    "workers/memory/client/remote_peers.py",
+    "workers/memory/client/peers.py",
     "workers/engine/worker.py",
 }
 MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))

@@ -186,7 +186,7 @@ def test_what_is_found_and_held(store: ArenaStore) -> None:
     assert store.hold_prefix("d", KEYS[4:]) == [] and store.hold("d", KEYS[4:6]) == [None, None]
     assert store.stored([KEYS[2], KEYS[3]]) == [True, False]
     assert sorted(store.holders()) == ["b", "c"] and sorted(store.keys()) == KEYS[:3]
-    assert store.arena.path.exists() and store.others is None
+    assert store.arena.path.exists() and store.spread is None
 
 
 def test_the_coldest_are_listed_as_they_would_go(store: ArenaStore) -> None:

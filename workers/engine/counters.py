@@ -56,7 +56,7 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
 def most_chunks(memory: ColdMemory, *, spreads: bool) -> int:
     """The most chunks that a request of this node can have, were all of its memory free: more than its arena holds,
     where sequences of the model are spread (``spreads``) and there are other nodes to spread them over."""
-    return memory.arena.slots + (memory.arena.record_slots if spreads and memory.others is not None else 0)
+    return memory.arena.slots + (memory.arena.record_slots if spreads and memory.spread is not None else 0)
 
 
 def _check_sampling(sampling: SamplingParams, vocabulary: int, *, text: bool) -> None:

@@ -39,7 +39,7 @@ from forecache.workers.errors import ArenaError, ChunkLostError, InvalidRequestE
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.client.memory import RemoteMemory
-from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.format.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 from forecache.workers.memory.tier.actor import TierSettings, gives_memory, start_tier

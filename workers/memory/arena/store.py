@@ -85,8 +85,8 @@ class ArenaStore:
         return self._arena
 
     @property
-    def others(self) -> None:
-        """There is but this arena."""
+    def spread(self) -> None:
+        """A single arena has no other nodes."""
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored; return its places."""

@@ -14,11 +14,11 @@ from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostErr
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.writers import OpenWrites
-from forecache.workers.memory.client.remote_peers import RemotePeers, TierAwayError, get_answer
-from forecache.workers.memory.client.remote_spread import RemoteSpread
+from forecache.workers.memory.client.peers import PendingRows, RemotePeers, TierAwayError, get_answer
 from forecache.workers.memory.format.hold_id import Released, worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.format.spread_quota import Share
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,7 @@ class RemoteMemory:
         self._arena = self._attach(time.monotonic() + start_deadline_s)
         self._writes = OpenWrites(self._arena)
         self._life = self._arena.life
-        self._others = (
-            RemoteSpread(self._call, self._begin, self._moved_out, peers)
-            if peers is not None and self._arena.record_slots
-            else None
-        )
+        self._spread = RemoteSpread(self, peers) if peers is not None and self._arena.record_slots else None
         self._closing = threading.Event()
         threading.Thread(target=self._sweep_again, name="forecache-holds", daemon=True).start()
 
@@ -84,9 +80,9 @@ class RemoteMemory:
         return self._arena
 
     @property
-    def others(self) -> RemoteSpread | None:
-        """Where sequences are spread; ``None``: every sequence must fit this node."""
-        return self._others
+    def spread(self) -> "RemoteSpread | None":
+        """Sequences that keep chunks on other nodes; ``None``: every sequence must fit this node."""
+        return self._spread
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys``, from the first, that is stored on any node; return its places here."""
@@ -95,8 +91,8 @@ class RemoteMemory:
         refs = cast(list[SlotRef], self._call("hold_prefix", holder, keys, deadline_s=deadline_s))
         held = dict(zip(keys, refs, strict=False))
         self._note(holder, [key for key, ref in held.items() if not ref.remote])
-        if self._others is not None:
-            self._others.note(holder, [key for key, ref in held.items() if ref.remote])
+        if self._spread is not None:
+            self._spread.note_places(holder, [key for key, ref in held.items() if ref.remote])
         return refs
 
     def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
@@ -157,7 +153,7 @@ class RemoteMemory:
             self._living.pop(holder, None)
             self._held.pop(holder, None)
             self._promised.pop(holder, None)
-        was_spread = self._others is not None and self._others.forget(holder)
+        was_spread = self._spread is not None and self._spread.forget(holder)
         self._writes.released(holder)
         self._call("release", holder, was_spread, tells=True)
 
@@ -241,7 +237,7 @@ class RemoteMemory:
             if holder in self._living:  # else it was released meanwhile
                 self._held.setdefault(holder, {}).update(dict.fromkeys(keys))
 
-    def _moved_out(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+    def _forget_held(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         with self._lock:
             for key in keys:
                 self._held.get(holder, {}).pop(key, None)
@@ -249,8 +245,11 @@ class RemoteMemory:
     def _call(
         self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False, tells: bool = False
     ) -> object:
-        """``waits``: for other tiers, as long as for this one. ``tells``: the last argument is what this worker writes,
-        as it is at each try."""
+        """The answer of `MemoryTier.<method>`, in `tier/actor.py`; repeated while the tier is being restarted.
+
+        ``waits``: the call waits for other tiers, so its deadline is longer. ``tells``: pass the current
+        :class:`WriterNews` as the last argument, made anew for each try.
+        """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         deadline_s += self._deadline_s if waits else 0.0
         whom = f"the memory tier, asked to {method},"
@@ -259,6 +258,7 @@ class RemoteMemory:
             try:
                 self._hold_again()
                 told = (self._writes.news(),) if tells else ()
+                # Process boundary: the tier is a Ray actor, and a new handle follows a restart.
                 return get_answer(getattr(self._tier, method).remote(*args, *told), whom, deadline_s)
             except TierAwayError as error:
                 if time.monotonic() > end_s:
@@ -276,14 +276,14 @@ class RemoteMemory:
         with self._lock:
             held = {holder: list(keys) for holder, keys in self._held.items()}
             promised = dict(self._promised)
-        spread = {} if self._others is None else self._others.held()
+        spread = {} if self._spread is None else self._spread.held()
         whom = "the memory tier, restarted,"
         for holder, (chunks, places) in spread.items():
             tier: Any = self._tier
-            again = tier.spread_call.remote("hold_again", holder, chunks, held.pop(holder, []), places)
+            again = tier.spread_hold_again.remote(holder, chunks, held.pop(holder, []), places)
             with suppress(ReleasedError):
                 get_answer(again, whom, self._deadline_s)
-            if self._others is not None and holder not in self._others.held():
+            if self._spread is not None and holder not in self._spread.held():
                 self._tier.release.remote(holder, True)
         for holder in {**held, **promised}:
             with suppress(OverloadedError, ReleasedError):  # new work came first; what runs goes on
@@ -295,3 +295,84 @@ class RemoteMemory:
             if released:
                 self._tier.release.remote(holder)
         self._life = life
+
+
+class RemoteSpread:
+    """A worker's *spread* sequences: those whose chunks do not fit into this node's arena.
+
+    The first chunks of a spread sequence stay here, other nodes hold the rest for it, and only the index records of
+    these lie here. The node's tier decides where chunks go (`SpreadSequences`); a layer is read straight from the tier
+    that holds it. Every method but :meth:`read_layer` blocks like those of :class:`RemoteMemory`, and raises the same.
+    """
+
+    def __init__(self, memory: RemoteMemory, peers: RemotePeers) -> None:
+        self._memory = memory
+        self._peers = peers
+        self._held: dict[str, tuple[int, dict[ChunkKey, str]]] = {}  # holder -> chunks, tiers of the remote ones
+        self._lock = threading.Lock()
+
+    def begin(self, holder: str, chunks: int) -> None:
+        """Make ``holder`` a spread sequence of at most ``chunks`` chunks, and reserve its quota on this node.
+
+        Prefixes that are found for it from now on stay on their nodes.
+        """
+        self._memory._begin(holder, again=True)
+        with self._lock:
+            self._held[holder] = chunks, {}
+        try:
+            self._memory._call("spread_begin", holder, chunks)
+        except OverloadedError:
+            self.forget(holder)
+            raise
+
+    def promise_rest(self, holder: str) -> Share:
+        """Reserve quotas on other nodes for all that may follow the held prefix, and here if they have too little.
+        Returns the quota of ``holder`` on this node."""
+        return cast(Share, self._memory._call("spread_promise_rest", holder, waits=True))
+
+    def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Move these chunks, stored and held here, to other nodes, and release them here.
+
+        Returns the slots of their index records; ``None`` for a chunk that no node took, which is released too.
+        """
+        refs = cast(list[SlotRef | None], self._memory._call("spread_move_out", holder, list(keys), waits=True))
+        self._memory._forget_held(holder, keys)
+        self.note_places(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
+        return refs
+
+    def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        """Copy remote chunks of ``holder`` into this arena, and hold them for ``reader``; ``None`` for a lost one.
+
+        At most :attr:`Share.at_once` chunks; release ``reader`` before asking for others.
+        """
+        self._memory._begin(reader)
+        return cast(list[SlotRef | None], self._memory._call("spread_fetch", holder, reader, list(keys), waits=True))
+
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> PendingRows:
+        """Ask the nodes that hold remote chunks of ``holder`` for one layer of them; does not wait. Any thread may
+        call."""
+        with self._lock:
+            _, places = self._held[holder]
+            by_tier: dict[str, list[ChunkKey]] = {}
+            for key in keys:
+                by_tier.setdefault(places[key], []).append(key)
+        asked = [(tier_id, self._peers.read_layer(tier_id, holder, part, layer)) for tier_id, part in by_tier.items()]
+        return PendingRows(self._peers, list(keys), asked)
+
+    def note_places(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+        """Other nodes hold ``keys`` for ``holder`` now: ask the tier which."""
+        if keys:
+            places = cast(list[str], self._memory._call("spread_places", holder, list(keys)))
+            with self._lock:
+                if holder in self._held:
+                    self._held[holder][1].update(zip(keys, places, strict=True))
+
+    def forget(self, holder: str) -> bool:
+        """``holder`` is released. Returns whether it was spread."""
+        with self._lock:
+            return self._held.pop(holder, None) is not None
+
+    def held(self) -> dict[str, tuple[int, dict[ChunkKey, str]]]:
+        """For each holder, the most chunks it may have, and the tier of each remote one."""
+        with self._lock:
+            return {holder: (chunks, dict(places)) for holder, (chunks, places) in self._held.items()}

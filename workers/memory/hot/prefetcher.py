@@ -93,8 +93,8 @@ class Prefetcher:
         self._heard: BaseException | None = None
         self._news = threading.Event()
         self._locator = Locator(memory, self._copies, self._located, self._fail, states, progress)
-        others = memory.others
-        self._far = None if others is None else FarChunks(memory, others, self._settle, self._fail, progress)
+        spread = memory.spread
+        self._far = None if spread is None else FarChunks(memory, spread, self._settle, self._fail, progress)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
         # torch keeps a number of threads for each thread, and one more that threads started later begin with

@@ -98,7 +98,7 @@ class Locator:
         self._states = states
         self._progress = progress
         # what goes on elsewhere needs its state there too
-        self._nodes = memory.others if states is None else None
+        self._nodes = memory.spread if states is None else None
         self._near = ThreadPoolExecutor(NEAR_SEARCHES, thread_name_prefix="forecache-near")
         self._fetch = ThreadPoolExecutor(FETCHING_SEARCHES, thread_name_prefix="forecache-fetch")
         # one at a time: several would share what room comes, and none would have enough
@@ -242,7 +242,7 @@ class Locator:
         assert nodes is not None
         try:
             end_s = time.monotonic() + PROMISE_WAIT_S
-            self._wait_for_room(lambda: nodes.spread(search.holder, search.chunks), SPREAD_POLL_S, end_s)
+            self._wait_for_room(lambda: nodes.begin(search.holder, search.chunks), SPREAD_POLL_S, end_s)
             found = self._find_all(self._memory, search)
             end_s = time.monotonic() + PROMISE_WAIT_S
             share = self._wait_for_room(lambda: nodes.promise_rest(search.holder), SPREAD_POLL_S, end_s)

@@ -9,14 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from forecache.workers.errors import ChunkLostError
-from forecache.workers.memory.client.protocol import ColdMemory, OtherNodes
+from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.format.hold_id import reader_of
 from forecache.workers.memory.format.spread_quota import Share
 from forecache.workers.memory.hot.completions import Completion, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.hot.copies import Copied
 from forecache.workers.memory.hot.prefix_search import release
+
+if TYPE_CHECKING:  # it imports Ray, which an engine in one process does without
+    from forecache.workers.memory.client.memory import RemoteSpread
 
 TRIES = 2
 """A chunk that was fetched and did not survive until it was copied, or not unharmed, is fetched once more."""
@@ -48,13 +52,13 @@ class FarChunks:
     def __init__(
         self,
         memory: ColdMemory,
-        others: OtherNodes,
+        spread: "RemoteSpread",
         settle: Callable[[Completion], None],
         failed: Callable[[BaseException], None],
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._memory = memory
-        self._others = others
+        self._spread = spread
         self._settle = settle
         self._failed = failed
         self._progress = progress
@@ -156,7 +160,7 @@ class FarChunks:
         for _ in range(TRIES):
             name = reader_of(holder, next(self._readers))
             try:
-                refs = self._others.fetch(holder, name, [item.key for item in left.values()])
+                refs = self._spread.fetch(holder, name, [item.key for item in left.values()])
                 here = tuple(replace(i, ref=ref) for i, ref in zip(left.values(), refs, strict=True) if ref is not None)
                 copied = copy(here) if here else Copied((), 0.0)
                 for item in copied.lost:
@@ -175,7 +179,7 @@ class FarChunks:
 
     def _move_out(self, holder: str, seq: _Sequence, news: Sequence[WrittenBack]) -> None:
         try:
-            refs = self._others.move_out(holder, [done.key for done in news])
+            refs = self._spread.move_out(holder, [done.key for done in news])
             said = "a chunk could not be stored: no node has room for it"
         except ChunkLostError as error:
             refs, said = [None] * len(news), f"a chunk could not be stored: {error}"

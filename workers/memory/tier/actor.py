@@ -20,18 +20,19 @@ from forecache.workers.memory.arena.ledger import PinShare, tenant_of
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.arena.writers import WriterNews
-from forecache.workers.memory.client.remote_peers import RemotePeers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.format.hold_id import request_of, worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.format.slots import Reservation, SlotRef
+from forecache.workers.memory.format.spread_quota import Share
 from forecache.workers.memory.tier.catalog import Catalog, SessionRecord
 from forecache.workers.memory.tier.exchange import ChunkExchange, wanted_room
-from forecache.workers.memory.tier.hosting import HostedSequences
 from forecache.workers.memory.tier.publisher import CatalogPublisher
 from forecache.workers.memory.tier.session_pins import Sessions
+from forecache.workers.memory.tier.spread import HostedSequences, SpreadSequences
 from forecache.workers.memory.tier.transfer import read, take_in
 
 logger = logging.getLogger(__name__)
@@ -54,11 +55,11 @@ class TierSettings:
     telemetry: Telemetry = SILENCE
 
 
-LANES = {"catalog": 16, "lookups": 16, "far": 16, "peers": 8, "peers_at_once": 4}
-"""Threads by what their calls wait for. `catalog`: Redis; `lookups`: Redis, the disk and other tiers; `far`: other
-tiers; `peers`, calls of other tiers: the disk and Redis; `peers_at_once`, of other tiers: nothing. The actor's own
-threads are for calls of workers that wait for nothing: reserve, commit and release are done in time whatever others
-take."""
+LANES = {"catalog": 16, "lookups": 16, "remote": 16, "peers": 8, "peers_at_once": 4}
+"""Thread pools (Ray concurrency groups) by what their calls may wait for. `catalog`: Redis. `lookups`: Redis, the disk
+and other tiers. `remote`: other tiers. `peers`: calls of other tiers, which may wait for the disk and Redis.
+`peers_at_once`: calls of other tiers that wait for nothing. The actor's default threads serve calls of workers that
+wait for nothing, so that reserve, commit and release stay fast."""
 
 
 # Ray's annotations do not know max_concurrency and the groups.
@@ -170,27 +171,57 @@ class MemoryTier:
             self._exchange.spread.release(holder, was_spread=was_spread)
         self._store.release(holder)
 
-    def spread_call(self, method: str, *args: object) -> object:
-        """One of :class:`SpreadSequences`' methods that wait for no other tier, for a worker of this node."""
-        assert self._exchange is not None, "sequences are spread over tiers that know each other"
-        return getattr(self._exchange.spread, method)(*args)
+    # Sequences of this node's workers that are spread over several nodes: called by `client/memory.py:RemoteSpread`.
 
-    @ray.method(concurrency_group="far")
-    def far_call(self, method: str, *args: object) -> object:
-        """One of :class:`SpreadSequences`' methods that wait for other tiers, for a worker of this node."""
-        return self.spread_call(method, *args)
+    def spread_begin(self, holder: str, chunks: int) -> None:
+        self._spread.begin(holder, chunks)
+
+    def spread_places(self, holder: str, keys: Sequence[ChunkKey]) -> list[str]:
+        return self._spread.places(holder, keys)
+
+    def spread_hold_again(
+        self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
+    ) -> list[ChunkKey]:
+        return self._spread.hold_again(holder, chunks, own, places)
+
+    @ray.method(concurrency_group="remote")
+    def spread_promise_rest(self, holder: str) -> Share:
+        return self._spread.promise_rest(holder)
+
+    @ray.method(concurrency_group="remote")
+    def spread_move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        return self._spread.move_out(holder, keys)
+
+    @ray.method(concurrency_group="remote")
+    def spread_fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
+        return self._spread.fetch(holder, reader, keys)
+
+    # Sequences of other nodes: called by `client/peers.py:RemotePeers` of their tiers, and for layers of their workers.
 
     @ray.method(concurrency_group="peers_at_once")
-    def hosted_call(self, method: str, *args: object) -> object:
-        """One of :class:`HostedSequences`' methods but `hold`, for the tier of another node, or a worker there."""
-        assert self._hosted is not None, "sequences are spread over tiers that know each other"
-        return getattr(self._hosted, method)(*args)
+    def promise_hosted(self, holder: str, chunks: int) -> int:
+        return self._host.promise(holder, chunks)
 
     @ray.method(concurrency_group="peers")
-    def hosted_hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
-        """:meth:`HostedSequences.hold`, for the tier of another node: it may have to wait for the disk."""
-        assert self._hosted is not None, "sequences are spread over tiers that know each other"
-        return self._hosted.hold(holder, keys)
+    def hold_hosted(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+        """In the lane `peers`, since it may wait for the disk."""
+        return self._host.hold(holder, keys)
+
+    @ray.method(concurrency_group="peers_at_once")
+    def take_in_hosted(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+        return self._host.take_in(holder, batch)
+
+    @ray.method(concurrency_group="peers_at_once")
+    def read_hosted_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
+        return self._host.read_layer(holder, keys, layer)
+
+    @ray.method(concurrency_group="peers_at_once")
+    def hosted_holders(self, floors: Mapping[str, int]) -> list[str]:
+        return self._host.holders(floors)
+
+    @ray.method(concurrency_group="peers_at_once")
+    def release_hosted(self, holders: Sequence[str]) -> None:
+        self._host.release(holders)
 
     @ray.method(concurrency_group="catalog")
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
@@ -311,6 +342,16 @@ class MemoryTier:
         for arena in (self._arena, *([self._disk.arena] if self._disk is not None else [])):
             arena.unlink()
             arena.close()
+
+    @property
+    def _spread(self) -> SpreadSequences:
+        assert self._exchange is not None, "sequences are spread over tiers that know each other"
+        return self._exchange.spread
+
+    @property
+    def _host(self) -> HostedSequences:
+        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        return self._hosted
 
     def _publish_sessions(self) -> None:
         """The catalog does not know this tier: it is new, or the catalog is."""

@@ -10,13 +10,12 @@ from random import uniform
 from forecache.workers.errors import CatalogUnavailableError, ChunkLostError
 from forecache.workers.memory.arena.records import RecordSlots
 from forecache.workers.memory.arena.store import ArenaStore
-from forecache.workers.memory.client.peers import Peers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.format.keys import ChunkKey, batches
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
-from forecache.workers.memory.tier.fetch import ChunkFetcher
-from forecache.workers.memory.tier.placement import rendezvous
+from forecache.workers.memory.tier.fetch import ChunkFetcher, rendezvous
 from forecache.workers.memory.tier.spread import SpreadSequences
 from forecache.workers.memory.tier.transfer import read, take_in
 
@@ -46,7 +45,7 @@ class ChunkExchange:
         tier_id: str,
         store: ArenaStore,
         catalog: Catalog,
-        peers: Peers,
+        peers: RemotePeers,
         config: MemoryConfig,
         publish: Callable[[Sequence[ChunkKey]], None],
         disk: ArenaStore | None = None,

@@ -3,15 +3,16 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import xxhash
+
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena.store import ArenaStore
-from forecache.workers.memory.client.peers import Peers, PendingBatch
+from forecache.workers.memory.client.peers import PendingRead, RemotePeers
 from forecache.workers.memory.format.keys import ChunkKey
-from forecache.workers.memory.tier.placement import rendezvous
 from forecache.workers.memory.tier.transfer import take_in
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,14 @@ READS_AT_ONCE = 3
 
 Places = tuple[ChunkKey, set[str]]
 """A chunk, and the tiers that have it."""
+
+
+def rendezvous(key: ChunkKey, tier_ids: Iterable[str]) -> list[str]:
+    """``tier_ids`` in the order in which they should hold ``key``: highest random weight first.
+
+    Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", 1996.
+    """
+    return sorted(tier_ids, key=lambda tier_id: xxhash.xxh3_64_intdigest(tier_id.encode() + key), reverse=True)
 
 
 @dataclass
@@ -43,7 +52,7 @@ class ChunkFetcher:
     def __init__(
         self,
         store: ArenaStore,
-        peers: Peers,
+        peers: RemotePeers,
         publish: Callable[[Sequence[ChunkKey]], None],
         make_room: Callable[[int], None],
     ) -> None:
@@ -64,7 +73,7 @@ class ChunkFetcher:
         start_s = time.monotonic()
         others = dict(wanted)
         calls = self.calls(sorted(wanted, key=lambda place: min(place[1])) if cached else wanted)
-        under_way: deque[tuple[str, list[ChunkKey], PendingBatch]] = deque()
+        under_way: deque[tuple[str, list[ChunkKey], PendingRead]] = deque()
 
         def ask() -> None:
             for tier_id, keys in islice(calls, READS_AT_ONCE - len(under_way)):
@@ -94,7 +103,7 @@ class ChunkFetcher:
         holder: str,
         tier_id: str,
         keys: Sequence[ChunkKey],
-        pending: PendingBatch,
+        pending: PendingRead,
         deadline_s: float,
         *,
         cached: bool,

@@ -1,4 +1,8 @@
-"""Sequences that are more than their node's arena: where each of their chunks is held, on the side of the tier."""
+"""Sequences that do not fit into their node's arena, and so keep chunks on several nodes.
+
+:class:`SpreadSequences` is the side of a sequence's own node; :class:`HostedSequences` is the side of a node that holds
+chunks for sequences of others.
+"""
 
 import logging
 import threading
@@ -16,19 +20,20 @@ from forecache.workers.errors import (
     OverloadedError,
     ReleasedError,
 )
+from forecache.workers.memory.arena.layer_digests import LayerDigests
 from forecache.workers.memory.arena.records import RecordSlots
 from forecache.workers.memory.arena.store import ArenaStore
-from forecache.workers.memory.client.peers import Peers
+from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
+from forecache.workers.memory.format.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.format.hold_id import Released, worker_of
 from forecache.workers.memory.format.keys import ChunkKey, batches
+from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.format.spread_quota import Share, share_of
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
-from forecache.workers.memory.tier.fetch import ChunkFetcher
-from forecache.workers.memory.tier.placement import rendezvous
-from forecache.workers.memory.tier.transfer import read
+from forecache.workers.memory.tier.fetch import ChunkFetcher, rendezvous
+from forecache.workers.memory.tier.transfer import read, take_in
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,7 @@ class SpreadSequences:
         store: ArenaStore,
         records: RecordSlots,
         catalog: Catalog,
-        peers: Peers,
+        peers: RemotePeers,
         fetcher: ChunkFetcher,
         config: MemoryConfig,
         wake: Callable[[], None],
@@ -102,7 +107,7 @@ class SpreadSequences:
         return holder in self._spread
 
     def begin(self, holder: str, chunks: int) -> None:
-        """See :meth:`.protocol.OtherNodes.spread`."""
+        """See :meth:`.memory.RemoteSpread.begin`."""
         share = share_of(self._store.arena.slots)
         spread = _Spread(chunks, share)
         with self._lock:
@@ -123,7 +128,7 @@ class SpreadSequences:
             raise
 
     def promise_rest(self, holder: str) -> Share:
-        """See :meth:`.protocol.OtherNodes`."""
+        """See :meth:`.memory.RemoteSpread.promise_rest`."""
         spread = self._of(holder)
         missing = spread.chunks - spread.share.stays - sum(spread.promised.values())
         for tier in sorted(self._others(), key=lambda tier: tier.used_slots - tier.slots):
@@ -191,7 +196,7 @@ class SpreadSequences:
         return refs
 
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """See :meth:`.protocol.OtherNodes.fetch`. A tier that does not answer may be starting again: it is waited for,
+        """See :meth:`.memory.RemoteSpread.fetch`. A tier that does not answer may be starting again: it is waited for,
         as long as for any call."""
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs = self._store.hold(reader, keys)
@@ -215,7 +220,7 @@ class SpreadSequences:
         return ["" if spread is None else spread.places.get(key, "") for key in keys]
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """See :meth:`.protocol.OtherNodes.move_out`. It takes as long as a call may: a tier may be starting again."""
+        """See :meth:`.memory.RemoteSpread.move_out`. It takes as long as a call may: a tier may be starting again."""
         spread = self._of(holder)
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs: dict[ChunkKey, SlotRef | None] = {}
@@ -253,7 +258,7 @@ class SpreadSequences:
             return {}
         try:
             with self._asking(tier_id, holder, spread):
-                taken = set(self._peers.take_in_for(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
+                taken = set(self._peers.take_in_hosted(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%d chunks were not taken: %s", min(room, len(batch)), error)
@@ -335,7 +340,7 @@ class SpreadSequences:
             if tier_id not in tiers:
                 continue  # what it may still hold when it is there again is found by a sweep
             try:
-                self._peers.release_for(tier_id, sorted(holders))
+                self._peers.release_hosted(tier_id, sorted(holders))
             except ChunkLostError as error:
                 logger.debug("%s will be told again to let go: %s", tier_id, error)
                 with self._lock:
@@ -359,7 +364,7 @@ class SpreadSequences:
             with self._lock:
                 self._unclean.discard(tier_id)
             try:
-                held = self._peers.hosted(tier_id, floors)
+                held = self._peers.hosted_holders(tier_id, floors)
             except ChunkLostError as error:
                 logger.debug("%s does not say what it holds: %s", tier_id, error)
                 held = None
@@ -420,8 +425,8 @@ class SpreadSequences:
             try:
                 if promised or keys:
                     with self._asking(tier_id, holder, spread):
-                        self._peers.promise_for(tier_id, holder, max(promised, len(keys)))
-                        self._peers.hold_for(tier_id, holder, keys)
+                        self._peers.promise_hosted(tier_id, holder, max(promised, len(keys)))
+                        self._peers.hold_hosted(tier_id, holder, keys)
             except ReleasedError:
                 continue
             except ChunkLostError as error:
@@ -451,8 +456,8 @@ class SpreadSequences:
         refs: list[SlotRef] = []
         try:
             with self._asking(tier_id, holder, spread):
-                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, held + len(keys))
-                batch = self._peers.hold_for(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
+                spread.promised[tier_id] = self._peers.promise_hosted(tier_id, holder, held + len(keys))
+                batch = self._peers.hold_hosted(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%d chunks are not held: %s", len(keys), error)
@@ -471,7 +476,7 @@ class SpreadSequences:
         before = spread.promised.get(tier_id, 0)
         try:
             with self._asking(tier_id, holder, spread):
-                spread.promised[tier_id] = self._peers.promise_for(tier_id, holder, before + more)
+                spread.promised[tier_id] = self._peers.promise_hosted(tier_id, holder, before + more)
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%s promises nothing: %s", tier_id, error)
@@ -507,3 +512,66 @@ def _runs(places: Sequence[tuple[ChunkKey, str]]) -> Iterator[tuple[str, list[Ch
         if number + 1 == len(places) or places[number + 1][1] != tier_id:
             yield tier_id, run
             run = []
+
+
+class HostedSequences:
+    """Over the ``store`` of one tier. Holders have the names that they have on their own node.
+
+    A call for a holder that was released raises :class:`ReleasedError`: it was on its way while the release overtook
+    it, and nobody would release what it gets.
+    """
+
+    def __init__(
+        self, store: ArenaStore, layout: ChunkLayout, from_disk: Callable[[str, Sequence[ChunkKey]], int]
+    ) -> None:
+        """``from_disk`` brings the first of some chunks, as far as they lie on disk, into the store, and holds them."""
+        self._store = store
+        self._layout = layout
+        self._from_disk = from_disk
+        self._digests = LayerDigests(store.arena, layout)
+
+    def promise(self, holder: str, chunks: int) -> int:
+        """Room for ``chunks`` in all, as far as there is; returns for how many."""
+        return self._store.promise_up_to(holder, chunks)
+
+    def hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
+        """Hold those of ``keys`` that are here and sound; returns their records, in order."""
+        self._from_disk(holder, keys)
+        held = [(key, ref) for key, ref in zip(keys, self._store.hold(holder, keys), strict=True) if ref is not None]
+        batch = self._store.arena.read([ref for _, ref in held], [key for key, _ in held])
+        sound = set(batch.keys)
+        for key, ref in held:
+            if key not in sound:
+                self._store.drop(key, ref)
+        return RecordBatch.of(batch)
+
+    def take_in(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+        """Store and hold ``batch`` as far as there is room; returns the keys that are held now."""
+        return take_in(self._store, batch, holder)
+
+    def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
+        """One layer of those of ``keys`` that are here and sound; ``holder`` holds them, unless it was released
+        meanwhile. Nothing is held by this."""
+        found = [(key, ref) for key, ref in zip(keys, self._store.find(keys), strict=True) if ref is not None]
+        arena, slots = self._store.arena, np.array([ref.slot for _, ref in found], np.int64)
+        chunks = arena.chunks.numpy()
+        rows = np.concatenate([chunks[slots, part] for part in self._layout.layer_parts(layer)], axis=1)
+        sound = self._digests.sound([key for key, _ in found], [ref for _, ref in found], layer, rows)
+        # a slot that was given away while it was read holds another chunk
+        same = arena.generation(slots) == np.array([ref.generation for _, ref in found], np.uint64)
+        for number in np.flatnonzero(~sound).tolist():
+            self._store.drop(*found[number])
+        kept = np.flatnonzero(sound & same)
+        return LayerBatch.sealed(tuple(found[number][0] for number in kept.tolist()), rows[kept])
+
+    def holders(self, floors: Mapping[str, int]) -> list[str]:
+        """Names of all holders of these workers of another node that hold something here; all serials of a worker
+        below its floor are released."""
+        for worker_id, floor in floors.items():
+            self._store.forget_released(worker_id, floor)
+        return [holder for holder in self._store.holders() if worker_of(holder) in floors]
+
+    def release(self, holders: Sequence[str]) -> None:
+        """Let go of all that these hold."""
+        for holder in holders:
+            self._store.release(holder)

@@ -6,6 +6,7 @@ Whole chunks would each have to come once for every layer, or all of them to lie
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +14,13 @@ from torch import Tensor
 from forecache.kernels.attention import reference
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.errors import ChunkLostError
-from forecache.workers.memory.client.protocol import ColdMemory, OtherNodes, PendingLayer
+from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout
+
+if TYPE_CHECKING:  # they import Ray, which an engine in one process does without
+    from forecache.workers.memory.client.memory import RemoteSpread
+    from forecache.workers.memory.client.peers import PendingRows
 
 READS_AHEAD = 3
 """Pieces that are on their way while one is attended to."""
@@ -37,9 +42,9 @@ class RemoteChunks:
     holder: str
     keys: tuple[ChunkKey, ...]
     layout: ChunkLayout
-    others: OtherNodes
+    others: "RemoteSpread"
 
-    def ask(self, part: slice, layer: int) -> PendingLayer:
+    def ask(self, part: slice, layer: int) -> "PendingRows":
         """For one layer of some of them."""
         return self.others.read_layer(self.holder, self.keys[part], layer)
 
@@ -47,14 +52,14 @@ class RemoteChunks:
 class FarPast:
     """Pasts on ``others``, in the layout of cold memory."""
 
-    def __init__(self, others: OtherNodes, layout: ChunkLayout) -> None:
+    def __init__(self, others: "RemoteSpread", layout: ChunkLayout) -> None:
         self._others = others
         self._layout = layout
 
     @classmethod
     def of(cls, memory: ColdMemory, layout: ChunkLayout) -> "FarPast | None":
         """Where ``memory`` has other nodes."""
-        return None if memory.others is None else cls(memory.others, layout)
+        return None if memory.spread is None else cls(memory.spread, layout)
 
     def chunks(self, seq: TokenSequence, keys: tuple[ChunkKey, ...]) -> RemoteChunks:
         """Those chunks of ``seq``."""
@@ -66,7 +71,7 @@ class RemoteReads:
 
     def __init__(self, order: Iterable[tuple[RemoteChunks, slice, int]]) -> None:
         self._order = iter(order)
-        self._under_way: deque[tuple[RemoteChunks, PendingLayer]] = deque()
+        self._under_way: deque[tuple[RemoteChunks, PendingRows]] = deque()
         self._ask()
 
     def take(self, dtype: torch.dtype, out: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
