@@ -1,6 +1,7 @@
 """`forecache bench`: measure this machine."""
 
 import argparse
+import asyncio
 import csv
 import importlib.metadata
 import json
@@ -11,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from forecache.cluster.cli import bench_serve
-from forecache.cluster.cli.arguments import Parser, output_folder, positive, ratio
-from forecache.workers.evaluation.bench_decode import Measured, PairResult, Settings, Timings, measure
-from forecache.workers.evaluation.bench_turns import BASELINE
+from forecache.cluster.cli import load_test
+from forecache.cluster.cli.command_line import Parser, above_zero, output_folder, positive, ratio
+from forecache.cluster.http.tenants import read_key
+from forecache.workers.evaluation.bench_decode import BASELINE, Measured, PairResult, Settings, Timings, measure
 
 MIB = 2**20
 GOAL_CONTEXT = 8192
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     """Run one benchmark; returns the exit status."""
     args = _parser().parse_args(argv)
     if args.benchmark == "serve":
-        return bench_serve.run(args)
+        return bench_serve(args)
     settings = Settings(
         model=args.model,
         context=args.context,
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Asks a running server as many clients would, and tells what they see: throughput, time to first "
         "token, gaps between tokens, goodput under an SLO, keep ratio, and how much of the prompts was in the cache.",
     )
-    bench_serve.add_arguments(serve, positive, ratio)
+    _add_serve_flags(serve)
     decode = benchmarks.add_parser(
         "decode",
         help="prefill and decode beside transformers' own generate",
@@ -257,3 +258,67 @@ def _summary(rows: list[Row], path: Path | None) -> dict[str, Any]:
         for row in rows
     }
     return {"csv": None if path is None else str(path), "results": results}
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    workload = load_test.WorkloadSettings()
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="(default: http://127.0.0.1:8000/v1)")
+    parser.add_argument("--model", required=True, help="the name that the server serves it by")
+    parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
+    parser.add_argument("--allow-remote", action="store_true", help="make load on a server that is not this machine's")
+    loop = parser.add_mutually_exclusive_group()
+    loop.add_argument(
+        "--rate",
+        type=above_zero,
+        help="open loop: conversations begin so often a second, as a Poisson process",
+    )
+    loop.add_argument("--concurrency", type=positive, help="closed loop: so many clients at once (default: 4)")
+    parser.add_argument("--conversations", type=positive, default=32, help="how many in all (default: 32)")
+    parser.add_argument(
+        "--workload", choices=get_args(load_test.Workload), default=workload.workload, help="(default: unique)"
+    )
+    parser.add_argument("--input-tokens", type=positive, default=workload.input_tokens, help="of a document (1024)")
+    parser.add_argument("--question-tokens", type=positive, default=workload.question_tokens, help="of a question (64)")
+    parser.add_argument("--output-tokens", type=positive, default=64, help="of each answer (64)")
+    parser.add_argument("--prefixes", type=positive, default=workload.prefixes, help="documents of shared-prefix (4)")
+    parser.add_argument("--turns", type=positive, default=workload.turns, help="of a multi-turn conversation (4)")
+    parser.add_argument("--keep-ratio", type=ratio, help="resident / all chunks; default: the server's")
+    parser.add_argument("--slo-first-token-s", type=above_zero, default=2.0, help="of a good answer (2)")
+    parser.add_argument("--slo-inter-token-s", type=above_zero, default=0.1, help="mean of a good answer (0.1)")
+    parser.add_argument("--timeout-s", type=above_zero, default=600.0, help="longest wait for a piece (600)")
+    parser.add_argument("--seed", type=int, default=workload.seed, help="of texts and arrivals (0)")
+    parser.add_argument("--out", type=output_folder, help="folder for serve.json and serve.png (default: none)")
+
+
+def bench_serve(args: argparse.Namespace) -> int:
+    """Make the load, print a table, write the files; 1 when a request failed that was not refused."""
+    if not args.allow_remote:
+        load_test.check_loopback(args.url)
+    key = read_key(args.api_key_file)
+    target = load_test.Target(
+        args.url.rstrip("/"), args.model, key, args.output_tokens, args.keep_ratio, args.timeout_s
+    )
+    workload = load_test.WorkloadSettings(
+        args.workload, args.input_tokens, args.question_tokens, args.prefixes, args.turns, args.seed
+    )
+    concurrency = None if args.rate is not None else args.concurrency or 4
+    answers = asyncio.run(load_test.make_load(target, workload, args.conversations, args.rate, concurrency))
+    slo = load_test.Slo(args.slo_first_token_s, args.slo_inter_token_s)
+    summary = load_test.summarize(answers, slo)
+    console = Console()
+    loop = f"{args.rate:g} a second" if concurrency is None else f"{concurrency} at once"
+    console.print(load_test.table(summary, f"{args.model}: {args.workload}, {loop}"))
+    for answer in [answer for answer in answers if answer.error and answer.status not in (429, 503)][:3]:
+        console.print(f"failed: {answer.error}", markup=False)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            **asdict(workload), "rate": args.rate, "concurrency": concurrency, "slo": asdict(slo),
+            **{name: value for name, value in asdict(target).items() if name != "api_key"},
+        }  # fmt: skip
+        (args.out / "serve.json").write_text(
+            json.dumps(load_test.as_json(summary, settings, answers)), encoding="utf-8"
+        )
+        load_test.plot(args.out / "serve.png", answers, slo)
+    return 1 if summary.failed else 0

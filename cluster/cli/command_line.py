@@ -1,11 +1,65 @@
-"""What other processes see of this one's command line."""
+"""The command line: the parser, the types of arguments, and passwords hidden from other processes."""
 
+import argparse
 import ctypes
+import math
+import os
 import re
 from pathlib import Path
+from typing import NoReturn
 
 _PASSWORD = re.compile(rb"(?<=://)[^\0]*(?=@)")
 _ARG_START, _ARG_END = 45, 46  # fields 48 and 49 of /proc/PID/stat, counted behind the name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line; ``--help`` has the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see `{self.prog} --help`\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def ratio(text: str) -> float:
+    """Above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], not {value}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written; its folder must be there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a directory, not a file to write")
+    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} can't be written: {path.parent} is not a directory of yours")
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that is there, or can be made, and written to."""
+    path = Path(text)
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{path} is no folder to write to: {above} is not a directory of yours")
+    return path
 
 
 def hide_passwords() -> None:

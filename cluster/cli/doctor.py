@@ -1,13 +1,12 @@
 """What this machine has, and what will not work on it."""
 
 import importlib.metadata
-import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,10 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from forecache.cluster.config import ServeConfig
-from forecache.cluster.launch.machine import check_ray
 from forecache.cluster.launch.redis_server import find_redis_server
 from forecache.workers.errors import ForecacheError
-from forecache.workers.memory.arena.stats import TierStats
 
 Verdict = Literal["ok", "note", "will not work"]
 
@@ -192,52 +189,3 @@ def run() -> int:
             table.add_row("", "", f"→ {escape(finding.remedy)}")
     console.print(table)
     return int(any(finding.verdict == "will not work" for finding in found))
-
-
-def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
-    """A sentence for each tier, by its name, whose memory or disk was found to be bad."""
-    return [
-        f"bad {kind} on the node of {name}: {slots} slots were found to hold wrong bytes twice and are not used any "
-        f"more. Take the node out and test its {kind}."
-        for name, tier in stats.items()
-        for kind, slots in (("memory", tier.bad_slots), ("disk", tier.disk_bad_slots))
-        if slots
-    ]
-
-
-def run_cluster(address: str) -> int:
-    """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
-
-    Raises:
-        ForecacheError: there is none.
-    """
-    import ray
-
-    from forecache.cluster.cli.integrity import check_integrity
-    from forecache.cluster.launch.cluster import NAMESPACE
-    from forecache.cluster.tiers import find_tiers
-
-    check_ray(address)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
-    except (ConnectionError, ValueError) as error:
-        raise ForecacheError(f"no Ray cluster at {address}: {error}") from error
-    try:
-        tiers = find_tiers(NAMESPACE)
-        stats = tiers.ask("stats")
-        table = Table(box=None, pad_edge=False)
-        for column in ("tier", "slots", "used", "held", "pinned", "chunks"):
-            table.add_column(column, justify="left" if column == "tier" else "right")
-        for name, tier in stats.items():
-            numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
-            table.add_row(escape(name), *map(str, numbers))
-        wrong = [*bad_memory(stats), *check_integrity(tiers)]
-    finally:
-        ray.shutdown()
-    console = Console()
-    console.print(table)
-    for sentence in wrong:
-        console.print(f"[red]wrong[/] {escape(sentence)}")
-    if not wrong:
-        console.print("catalog, memory tiers and workers [green]agree[/]")
-    return int(bool(wrong))

@@ -1,28 +1,47 @@
 """`forecache eval`: accuracy on long-context tasks, of lookahead beside full attention and blind choices."""
 
 import argparse
+import csv
 import importlib.metadata
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
+from rich.table import Table
 
-from forecache.cluster.cli.arguments import Parser, output_folder, positive, seconds
 from forecache.cluster.cli.bench import processor
-from forecache.cluster.cli.eval_http import HttpBackend
-from forecache.cluster.cli.eval_report import show, write
+from forecache.cluster.cli.command_line import Parser, above_zero, output_folder, positive
 from forecache.cluster.config import ServeConfig, config_from_args
-from forecache.cluster.http.tenants import read_key
-from forecache.workers.errors import InvalidRequestError
+from forecache.cluster.http.tenants import authorization, read_key
+from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.evaluation.backend import LATE_POLICY, EngineBackend, open_engine
 from forecache.workers.evaluation.corpus import Kind
-from forecache.workers.evaluation.eval_summary import summarize
-from forecache.workers.evaluation.evaluate import COLUMNS, Backend, Clock, Column, Plan, Records, evaluate
-from forecache.workers.evaluation.ruler import VERSION, Generator, Task
+from forecache.workers.evaluation.evaluate import (
+    COLUMNS,
+    LEAST_ACCURACY,
+    Answer,
+    Backend,
+    CellResult,
+    Clock,
+    Column,
+    ColumnResult,
+    Plan,
+    Records,
+    Summary,
+    evaluate,
+    summarize,
+)
+from forecache.workers.evaluation.ruler import VERSION, Generator, Sample, Task
 from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
 from forecache.workers.models.deepseek_v4.shape import MODEL_TYPE
 from forecache.workers.models.dense.scorer import find_before_load, retrievers_digest
@@ -39,6 +58,78 @@ NOT_IN_ANSWERS = {
 TRAINED_COLUMN = "lookahead"
 """Its answers alone depend on the weights of the trained indexer."""
 DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
+LONGEST_WAIT_S = 1800.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Takes no proxy that the environment names, as ``top`` and ``bench serve`` take none."""
+TABLE_FILE, SUMMARY_FILE = "accuracy.csv", "accuracy.json"
+FILE_WIDTH = 160
+"""Characters of a line where the output is no terminal."""
+
+
+class HttpBackend:
+    """Answers of a forecache server. Prompts go as token ids, so that they are those of an engine in process.
+
+    ``url``: of the server, with or without `/v1`; ``api_key``: where it asks for one; ``concurrency``: requests at a
+    time.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None, keep_ratio: float, concurrency: int) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json", **authorization(api_key)}
+        self._keep_ratio = keep_ratio
+        self._concurrency = concurrency
+        self.model = str(self._ask("/v1/models")["data"][0]["id"])
+
+    def group_size(self, tokens: int) -> int:
+        """What the server keeps is not known here; what it is asked at once fits its cold memory."""
+        return self._concurrency
+
+    def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
+        if column.indexer:
+            raise InvalidRequestError(f"the column {column.name} needs an engine of its own: leave out --url")
+        with ThreadPoolExecutor(self._concurrency) as threads:
+            return list(threads.map(lambda sample: self._answer(sample, column), samples))
+
+    def _answer(self, sample: Sample, column: Column) -> Answer:
+        body = {
+            "model": self.model,
+            "prompt": sample.prompt_token_ids,
+            "max_tokens": sample.max_tokens,
+            "temperature": 0,
+            "seed": 0,
+            "forecache": {"policy": column.policy, "keep_ratio": self._keep_ratio},
+        }
+        found = self._ask("/v1/completions", body)
+        usage = found["usage"]
+        return Answer(
+            text=found["choices"][0]["text"],
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            keep_ratio=usage["forecache"]["keep_ratio"],
+            coverage=usage["forecache"]["coverage"],
+        )
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON answer to a GET, or a POST of ``body``. Raises :class:`ForecacheError` with the server's reason."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, self._headers)
+        try:
+            with _DIRECT.open(request, timeout=LONGEST_WAIT_S) as response:
+                answer: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise ForecacheError(f"{self._url} refused: {_reason(error)}") from error
+        except (OSError, ValueError) as error:
+            raise ForecacheError(f"no forecache server answers at {self._url}: {error}") from error
+        return answer
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The message of an OpenAI error object, else the status."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return str(error)
 
 
 def main(argv: list[str]) -> int:
@@ -97,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--skip-hopeless", action="store_true",
                         help="ask full attention alone where it is right in fewer than 20 %% of cases")  # fmt: skip
-    parser.add_argument("--time-limit-s", type=seconds, help="stop before this many seconds are over (default: none)")
+    parser.add_argument(
+        "--time-limit-s", type=above_zero, help="stop before this many seconds are over (default: none)"
+    )
     parser.add_argument("--batch", type=positive, default=16, help="sequences, or requests, at a time (default: 16)")
     _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
     _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
@@ -244,3 +337,86 @@ def _trained_digest(config: ServeConfig, path: Path) -> str | None:
         return retrievers_digest(Path(config.indexer.checkpoint))
     trained = find_before_load(config.indexer, name, model_config, chunk_tokens)
     return None if trained is None else trained.digest
+
+
+def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str, complete: bool) -> None:
+    """A CSV line for every cell, and all figures as JSON. ``complete``: nothing is left to be asked."""
+    with (out / TABLE_FILE).open("w", newline="", encoding="utf-8") as file:
+        common = {name: identity[name] for name in ("model", "prose", "over", "transformers")}
+        names = [field.name for field in fields(CellResult)]
+        writer = csv.DictWriter(file, [*names, *common], extrasaction="raise")
+        writer.writeheader()
+        writer.writerows({**asdict(cell), **common} for cell in summary.cells)
+    found = {
+        "complete": complete,
+        "machine": machine,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "settings": identity,
+        "cells": [asdict(cell) for cell in summary.cells],
+        "columns": [asdict(column) for column in summary.columns],
+        "model_cannot": [f"{cell.task} at {cell.tokens}" for cell in summary.not_counted],
+    }
+    (out / SUMMARY_FILE).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def show(summary: Summary, identity: dict[str, Any]) -> None:
+    """The table on the terminal, what the model can't do, and each column against full attention."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    console.print(_table(summary, f"{identity['model']}, keep ratio {identity['keep_ratio']:g}, {identity['prose']}"))
+    for cell in summary.not_counted:
+        console.print(f"model can't: {cell.task} at {cell.tokens} (full attention {cell.accuracy:.0%})")
+    for column in summary.columns:
+        if column.difference is not None:
+            console.print(_verdict(column), highlight=False)
+
+
+def _table(summary: Summary, title: str) -> Table:
+    table = Table(
+        title=title,
+        caption="accuracy in % [95 % interval]; keep ratio, coverage; samples better (+) and worse (-) than with full "
+        "attention, p of McNemar's test",
+    )
+    names = list(dict.fromkeys(cell.column for cell in summary.cells))
+    table.add_column("task")
+    table.add_column("tokens", justify="right")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    places = dict.fromkeys((cell.task, cell.tokens) for cell in summary.cells)
+    by_place = {(cell.task, cell.tokens, cell.column): cell for cell in summary.cells}
+    for task, tokens in places:
+        cells = [by_place.get((task, tokens, name)) for name in names]
+        note = "" if all(cell is None or cell.counted for cell in cells) else "\nmodel can't"
+        table.add_row(f"{task}{note}", f"{tokens}", *("" if cell is None else _cell(cell) for cell in cells))
+    if summary.columns:
+        table.add_section()
+        by_name = {column.column: column for column in summary.columns}
+        table.add_row("mean", f"{summary.columns[0].cells} cells", *(_mean(by_name[name]) for name in names))
+    return table
+
+
+def _cell(cell: CellResult) -> str:
+    first = f"{cell.accuracy:.1%} [{cell.low:.0%}, {cell.high:.0%}]".replace("%", "")
+    second = f"{cell.keep_ratio:.3f} {_coverage(cell.coverage)}"
+    if cell.p_value is not None:
+        second += f"\n+{cell.better} -{cell.worse} p={cell.p_value:.2g}"
+    return f"{first}\n{second}"
+
+
+def _mean(column: ColumnResult) -> str:
+    return f"{100 * column.accuracy:.1f}\n{column.keep_ratio:.3f} {_coverage(column.coverage)}"
+
+
+def _coverage(coverage: float | None) -> str:
+    return "-" if coverage is None else f"{coverage:.2f}"
+
+
+def _verdict(column: ColumnResult) -> str:
+    assert column.difference is not None
+    points = [100 * value for value in (column.difference.value, column.difference.low, column.difference.high)]
+    worse = ", ".join(column.significantly_worse) or "nowhere"
+    return (
+        f"{column.column}: {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}] against full attention over "
+        f"{column.cells} cells (those of {LEAST_ACCURACY:.0%} and more); significantly worse: {worse}"
+    )

@@ -3,15 +3,20 @@
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from forecache.cluster.cli import retriever as retriever_commands
-from forecache.cluster.cli.arguments import output_file, output_folder, positive, ratio, seconds
+from forecache.cluster.cli.command_line import above_zero, output_file, output_folder, positive, ratio
 from forecache.workers.errors import ForecacheError
+
+NOT_RECORDED_WITH = ("data", "eval_data", "documents_per_shard", "manifest", "dtype")
+NOT_TRAINED_WITH = ("patience", "leads", "query_learning_rate", "label_heads", "retrieval", "answer", "history",
+                    "context", "units", "dropout", "reach", "time_limit_s", "bf16")  # fmt: skip
+NOT_EVALUATED_WITH = ("lead", "budget")
+"""Arguments of the commands that mean nothing for retrievers."""
 
 
 class IndexerCommandError(ForecacheError):
@@ -74,7 +79,7 @@ def register(commands: Any) -> None:
     train.add_argument("--reach", type=int, default=None, help="chunks to either side that a score may depend on")
     train.add_argument("--rows", type=positive, default=None, help="predictions of a document in one step")
     train.add_argument(
-        "--time-limit-s", type=seconds, default=None, help="seconds to train at most (default: no limit)"
+        "--time-limit-s", type=above_zero, default=None, help="seconds to train at most (default: no limit)"
     )
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
@@ -99,7 +104,7 @@ def _record(args: argparse.Namespace) -> int:
     from forecache.workers.recording.record import record
 
     if is_deepseek_v4(resolve_model(args.model)):
-        return retriever_commands.record(args, _progress, _plain_errors)
+        return _record_entries(args)
     recipe = Recipe(
         texts=tuple(args.data.split(",")),
         eval_texts=tuple(args.eval_data.split(",")),
@@ -123,8 +128,8 @@ def _record(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
-    if retriever_commands.are_entries(args.data):
-        return retriever_commands.train(args, _plain_errors)
+    if _are_entries(args.data):
+        return _train_retrievers(args)
     from forecache.indexer.records.encoder import EncoderShape
     from forecache.indexer.records.shards import ShardManifest
     from forecache.indexer.training.labels import LabelRule
@@ -163,8 +168,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.out == args.indexer.with_suffix(".json"):
         raise IndexerCommandError(f"{args.out} is the indexer's manifest: choose another name for the figures")
     _use_threads(args.threads)
-    if retriever_commands.are_entries(args.data):
-        return retriever_commands.evaluate(args, _plain_errors)
+    if _are_entries(args.data):
+        return _evaluate_retrievers(args)
     from rich.console import Console
     from rich.table import Table
 
@@ -200,6 +205,89 @@ def _evaluate(args: argparse.Namespace) -> int:
             plot_figures(args.out.with_suffix(".png"), figures, lead=args.lead)
         except PlotError as error:
             console.print(f"note: {error}")
+    return 0
+
+
+def _are_entries(data: Path) -> bool:
+    """Whether a directory of recorded data is one of compressed entries."""
+    from forecache.indexer.flashmemory.entry_shards import MANIFEST_FILE
+
+    return (data / MANIFEST_FILE).exists()
+
+
+def _refuse(args: argparse.Namespace, unused: Sequence[str]) -> None:
+    defaults: argparse.ArgumentParser = args.parser
+    given = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != defaults.get_default(name)]
+    if given:
+        raise IndexerCommandError(
+            f"{', '.join(given)}: not for the retrievers of DeepSeek-V4, whose recipe has no such setting: leave it out"
+        )
+
+
+def _record_entries(args: argparse.Namespace) -> int:
+    from forecache.workers.models.backbone import pick_device
+    from forecache.workers.models.loader import model_name, resolve_model
+    from forecache.workers.models.tokenizer import load_tokenizer
+    from forecache.workers.recording.deepseek_v4.record import EntryRecipe, record_entries
+
+    _refuse(args, NOT_RECORDED_WITH)
+    named = [field.name for field in fields(EntryRecipe) if field.name in args]
+    recipe = EntryRecipe(**{name: getattr(args, name) for name in named})
+    path = resolve_model(args.model)
+    with _progress("recording") as show, _plain_errors():
+        manifest = record_entries(
+            path,
+            args.out,
+            recipe,
+            load_tokenizer(path),
+            model_name=model_name(args.model),
+            device=str(pick_device(args.device)),
+            part=args.part,
+            progress=show,
+        )
+    print(f"{args.out}: {manifest.documents} documents to train on, {manifest.eval_documents} to evaluate on")
+    return 0
+
+
+def _train_retrievers(args: argparse.Namespace) -> int:
+    from forecache.indexer.flashmemory.train import RetrieverEpoch, RetrieverTrainConfig, train_retrievers
+    from forecache.workers.models.backbone import pick_device
+
+    _refuse(args, NOT_TRAINED_WITH)
+    given = {field.name: getattr(args, field.name, None) for field in fields(RetrieverTrainConfig)}
+    config = RetrieverTrainConfig(**{name: value for name, value in given.items() if value is not None})
+
+    def show(epoch: RetrieverEpoch) -> None:
+        print(f"epoch {epoch.epoch}: loss {epoch.loss:.3f}, held out recall {epoch.recall:.3f}", flush=True)
+
+    with _plain_errors():
+        train_retrievers(args.data, args.out, config=config, device=str(pick_device(args.device)), progress=show)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _evaluate_retrievers(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from forecache.indexer.flashmemory.entry_shards import OWN_FILE, EntryManifest, read_retrievers
+    from forecache.indexer.flashmemory.retrievers import Retrievers
+    from forecache.indexer.flashmemory.train import BUDGETS, recall_at
+
+    _refuse(args, NOT_EVALUATED_WITH)
+    with _plain_errors():
+        manifest = EntryManifest.load(args.data)
+        files = {"trained": args.indexer, "training-free": args.data / OWN_FILE}
+        device = torch.device(args.device)
+        retrievers = {name: Retrievers(manifest, read_retrievers(at)).to(device) for name, at in files.items()}
+        found = recall_at(args.data, retrievers, device=device)
+    drawn = Table("", *(f"{budget:.1%}" for budget in BUDGETS), title="recall of golden entries by share of the chunks")
+    for name, recalls in found.items():
+        drawn.add_row(name, *(f"{recall:.3f}" for recall in recalls))
+    Console().print(drawn)
+    if args.out is not None:
+        args.out.write_text(json.dumps({"budgets": BUDGETS, "recall": found}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,20 +1,71 @@
 """Do catalog, tiers and workers of a running cluster agree? For `forecache doctor --cluster`, and after every fault."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names
-from forecache.workers.errors import CatalogUnavailableError
+from forecache.cluster.launch.cluster import NAMESPACE
+from forecache.cluster.launch.machine import check_ray
+from forecache.cluster.tiers import INTERNAL_HOLDERS, Tiers, actor_names, find_tiers
+from forecache.workers.errors import CatalogUnavailableError, ForecacheError
+from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.format.hold_id import worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.tier.catalog import Catalog
 
 SETTLE_S = 3.0
 """So long something may differ that is on its way: a chunk that moves is where it was, or where it goes, or both."""
+
+
+def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
+    """A sentence for each tier, by its name, whose memory or disk was found to be bad."""
+    return [
+        f"bad {kind} on the node of {name}: {slots} slots were found to hold wrong bytes twice and are not used any "
+        f"more. Take the node out and test its {kind}."
+        for name, tier in stats.items()
+        for kind, slots in (("memory", tier.bad_slots), ("disk", tier.disk_bad_slots))
+        if slots
+    ]
+
+
+def run(address: str) -> int:
+    """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
+
+    Raises:
+        ForecacheError: there is none.
+    """
+    check_ray(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace=NAMESPACE)
+    except (ConnectionError, ValueError) as error:
+        raise ForecacheError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        tiers = find_tiers(NAMESPACE)
+        stats = tiers.ask("stats")
+        table = Table(box=None, pad_edge=False)
+        for column in ("tier", "slots", "used", "held", "pinned", "chunks"):
+            table.add_column(column, justify="left" if column == "tier" else "right")
+        for name, tier in stats.items():
+            numbers = (tier.slots, tier.used_slots, tier.held_slots, tier.pinned_slots, tier.stored_chunks)
+            table.add_row(escape(name), *map(str, numbers))
+        wrong = [*bad_memory(stats), *check_integrity(tiers)]
+    finally:
+        ray.shutdown()
+    console = Console()
+    console.print(table)
+    for sentence in wrong:
+        console.print(f"[red]wrong[/] {escape(sentence)}")
+    if not wrong:
+        console.print("catalog, memory tiers and workers [green]agree[/]")
+    return int(bool(wrong))
 
 
 def check_integrity(tiers: Tiers, *, settle_s: float = SETTLE_S) -> list[str]:

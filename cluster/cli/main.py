@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from forecache.cluster.cli import indexer as indexer_commands
-from forecache.cluster.cli.arguments import Parser, output_file, positive, ratio, seconds
-from forecache.cluster.cli.command_line import hide_passwords
+from forecache.cluster.cli.command_line import Parser, above_zero, hide_passwords, output_file, positive, ratio
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.launch.process_group import run_in_own_session
 from forecache.workers.errors import ForecacheError
@@ -69,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     top = commands.add_parser("top", help="watch a running cluster: workers, tiers, hits, throughput")
     top.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
-    top.add_argument("--interval-s", type=seconds, default=2.0, help="seconds between two readings (default: 2)")
+    top.add_argument("--interval-s", type=above_zero, default=2.0, help="seconds between two readings (default: 2)")
     top.add_argument("--once", action="store_true", help="print one table of two readings and end")
     top.set_defaults(command=_top)
 
@@ -124,9 +123,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.cluster:
+        from forecache.cluster.cli import integrity
+
+        return integrity.run(args.address)
     from forecache.cluster.cli import doctor
 
-    return doctor.run_cluster(args.address) if args.cluster else doctor.run()
+    return doctor.run()
 
 
 def _top(args: argparse.Namespace) -> int:

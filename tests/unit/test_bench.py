@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from forecache.cluster.cli import bench
 from forecache.cluster.cli import main as cli
 from forecache.workers.errors import InvalidRequestError
-from forecache.workers.evaluation.bench_decode import WARMUP_STEPS, Settings, measure
-from forecache.workers.evaluation.bench_turns import TURN_STEPS
+from forecache.workers.evaluation.bench_decode import TURN_STEPS, WARMUP_STEPS, Settings, measure
 
 Reference = Callable[[list[int], int], list[int]]
 CONTEXT = 1000

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forecache.cluster.cli import doctor
+from forecache.cluster.cli import doctor, integrity
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.launch import redis_server
 from forecache.workers.memory.arena.stats import TierStats
@@ -76,6 +76,6 @@ def test_redis_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_bad_memory_is_named_with_its_tier() -> None:
     good, bad = TierStats(9, 0, 0, 0, 0, 0), TierStats(9, 0, 0, 0, 0, 0, bad_slots=2, disk_bad_slots=1)
-    memory, disk = doctor.bad_memory({"tier-a": good, "tier-b": bad})
+    memory, disk = integrity.bad_memory({"tier-a": good, "tier-b": bad})
     assert memory.startswith("bad memory on the node of tier-b: 2 slots")
     assert disk.startswith("bad disk on the node of tier-b: 1 slots")

@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forecache.cluster.cli import main as cli
 from forecache.workers.errors import ForecacheError
-from forecache.workers.evaluation.eval_summary import summarize
-from forecache.workers.evaluation.evaluate import COLUMNS, Answer, Clock, Column, Plan, Records, evaluate
+from forecache.workers.evaluation.evaluate import COLUMNS, Answer, Clock, Column, Plan, Records, evaluate, summarize
 from forecache.workers.evaluation.ruler import Generator, Sample
 
 VOCABULARY = 800

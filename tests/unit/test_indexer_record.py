@@ -19,8 +19,7 @@ from forecache.workers.errors import ForecacheError, UnsupportedModelError
 from forecache.workers.models.tokenizer import load_tokenizer
 from forecache.workers.recording.documents import Recipe, SourceDocument, make_document, text_source
 from forecache.workers.recording.events import bounds_lse, chunk_lse
-from forecache.workers.recording.record import _kept_positions, record
-from forecache.workers.recording.record_model import query_projection
+from forecache.workers.recording.record import _kept_positions, query_projection, record
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 3, 6, 2, 8
 RECIPE = Recipe(

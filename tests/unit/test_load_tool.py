@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 
 from forecache.cluster.cli import main as cli
-from forecache.cluster.cli.load_report import Slo, as_json, plot, summarize
-from forecache.cluster.cli.load_test import Answered, LoadError, check_loopback
-from forecache.cluster.cli.load_workloads import WorkloadSettings, conversations
+from forecache.cluster.cli.load_test import (
+    Answered,
+    LoadError,
+    Slo,
+    WorkloadSettings,
+    as_json,
+    check_loopback,
+    conversations,
+    plot,
+    summarize,
+)
 
 SLO = Slo(first_token_s=1.0, inter_token_s=0.1)
 

@@ -32,7 +32,7 @@ from forecache.workers.core.requests import CacheOptions, GenerateRequest, Sampl
 from forecache.workers.llm import LLM
 from forecache.workers.models.backbone import load_backbone
 from forecache.workers.recording.documents import Recipe
-from forecache.workers.recording.record_model import describe, make_seed_weights, query_projection
+from forecache.workers.recording.record import describe, make_seed_weights, query_projection
 from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK_TOKENS = 16

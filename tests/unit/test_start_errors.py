@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forecache.cluster.cli import main as cli
-from forecache.cluster.cli.arguments import output_file, output_folder
+from forecache.cluster.cli.command_line import output_file, output_folder
 from forecache.cluster.config import ConfigError, read_yaml
 from forecache.cluster.errors import StartError
 from forecache.cluster.http.tenants import Tenants
