@@ -22,8 +22,6 @@ def sparse_decode(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    chunk_mass: Tensor | None = None,
-    counters: Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_decode`. ``config`` replaces the tuned launch settings, for sweeps and tests."""
@@ -41,12 +39,6 @@ def sparse_decode(
         assert k_scale.shape == v_scale.shape == (kv.shape[0], layers, kv_heads)
         assert k_scale.stride() == v_scale.stride(), "scales of keys and values lie alike"
         assert k_scale.dtype == v_scale.dtype == torch.float32
-    if chunk_mass is not None:
-        assert chunk_mass.shape == (batch, heads, max_chunks) and chunk_mass.is_contiguous()
-        assert chunk_mass.dtype == torch.float32
-    if counters is not None:
-        assert counters.dtype == torch.int32 and counters.is_contiguous()
-        assert counters.numel() >= batch * kv_heads, f"{counters.numel()} counters for {batch * kv_heads} rows"
 
     group, family = heads // kv_heads, tuning.gpu_family(q.device)
     config = config or tuning.decode_config(kv.dtype, head_dim, group, family)
@@ -66,15 +58,12 @@ def sparse_decode(
         "PAIRS": pairs,
         "NATIVE": family == "hopper",
         "HAS_SCALES": k_scale is not None,
-        "HAS_MASS": chunk_mass is not None,
     }
     arguments = (q, units, layer, block_table, context_lens, k_scale, v_scale, scale / math.log(2))
     scale_strides = k_scale.stride() if k_scale is not None else (0, 0, 0)
     strides = (*q.stride()[:2], *units.stride()[:4], *scale_strides, block_table.stride(0))
     out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads), dtype=torch.float32, device=q.device)
-    if config.stream:
-        stream_decode.launch(arguments, constants, strides, out, lse, chunk_mass, max_chunks, config, counters)
-    else:
-        split_decode.launch(arguments, constants, strides, out, lse, chunk_mass, max_chunks, config)
+    launch = stream_decode.launch if config.stream else split_decode.launch
+    launch(arguments, constants, strides, out, lse, max_chunks, config)
     return out, lse

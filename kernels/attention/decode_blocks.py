@@ -4,10 +4,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803, N806
 
+import math
+
 import triton
 import triton.language as tl
 
 from forecache.kernels.common.powers import power_of_two
+
+LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -52,11 +56,9 @@ def attend_blocks(
     block_table,  # [batch, max_chunks]
     k_scale,  # [slots, layers, kv_heads]
     v_scale,  # [slots, layers, kv_heads]
-    block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     scale_log2e,
     i_seq,
     i_head,
-    heads,
     context_len,
     first_block,
     last_block,
@@ -70,7 +72,6 @@ def attend_blocks(
     scale_layer_stride,
     scale_head_stride,
     table_stride,
-    block_lse_stride,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -81,7 +82,6 @@ def attend_blocks(
     PAIRS: tl.constexpr,
     NATIVE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    HAS_MASS: tl.constexpr,
 ):
     """Attention of a row's queries over its blocks from first to last: max and sum of the softmax (base 2), and output
     times the sum; ``[GROUP_PAD]``, ``[GROUP_PAD]``, ``[GROUP_PAD, HEAD_PAD]``.
@@ -119,7 +119,6 @@ def attend_blocks(
     p_kv = kv + layer * kv_layer_stride + i_head * kv_head_stride
     p_table = block_table + i_seq.to(tl.int64) * table_stride
     o_scale = layer * scale_layer_stride + i_head * scale_head_stride
-    p_block_lse = block_lse + (i_seq * heads + o_query).to(tl.int64) * block_lse_stride
 
     b_max = tl.full([GROUP_PAD], -float("inf"), tl.float32)
     b_sum = tl.zeros([GROUP_PAD], tl.float32)
@@ -174,8 +173,6 @@ def attend_blocks(
             b_p *= v_factor
             b_out = tl.dot(b_p.to(b_q.dtype), b_v.to(b_q.dtype), b_out, input_precision="ieee")
         b_max = b_new_max
-        if HAS_MASS:
-            tl.store(p_block_lse + i_block, b_new_max + tl.log2(b_block_sum), mask=m_group)
     if PAIRS:
         b_out = tl.reshape(tl.join(b_out, b_out_odd), [GROUP_PAD, HEAD_PAD])
     return b_max, b_sum, b_out

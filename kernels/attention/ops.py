@@ -19,36 +19,15 @@ def sparse_decode(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    chunk_mass: Tensor | None = None,
-    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.sparse_decode`."""
     if q.is_cuda:
         from forecache.kernels.attention import decode as triton_kernel
 
         return triton_kernel.sparse_decode(
-            q,
-            kv,
-            layer,
-            block_table,
-            context_lens,
-            scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            chunk_mass=chunk_mass,
-            counters=counters,
+            q, kv, layer, block_table, context_lens, scale, k_scale=k_scale, v_scale=v_scale
         )
-    return reference.sparse_decode(
-        q,
-        kv,
-        layer,
-        block_table,
-        context_lens,
-        scale,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        chunk_mass=chunk_mass,
-    )
+    return reference.sparse_decode(q, kv, layer, block_table, context_lens, scale, k_scale=k_scale, v_scale=v_scale)
 
 
 def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,6 @@ def sparse_decode(
     *,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
-    chunk_mass: Tensor | None = None,
-    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one token per sequence over the chunks in its row of the block table.
 
@@ -41,10 +39,6 @@ def sparse_decode(
             of the row, all full but the last, which holds the remainder.
         scale: factor of the logits.
         k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, what fp8 keys and values are multiplied by.
-        chunk_mass: float32 ``[batch, heads, max_chunks]``, filled with the softmax mass of each chunk, 0
-        past the end.
-        counters: int32, at least ``batch * kv_heads`` zeros, which the call leaves zeros: scratch of the Triton
-            kernels, which do with one launch where they have it. Calls that share it must not overlap.
 
     Returns:
         out like ``q`` and lse float32 ``[batch, heads]``, the natural log of the sum of exp(scaled logits). A
@@ -54,8 +48,6 @@ def sparse_decode(
     kv_heads, chunk_tokens = kv.shape[3:5]
     out = torch.zeros_like(q)
     lse = torch.full((batch, heads), -math.inf, dtype=torch.float32, device=q.device)
-    if chunk_mass is not None:
-        chunk_mass.zero_()
     for i, length in enumerate(context_lens.tolist()):
         if length == 0:
             continue
@@ -69,9 +61,6 @@ def sparse_decode(
         grouped_out, grouped_lse = attend_grouped(row.reshape(kv_heads, -1, head_dim), k, v, scale)
         out[i] = grouped_out.reshape(heads, head_dim)
         lse[i] = grouped_lse.reshape(heads)
-        if chunk_mass is not None:
-            mass = chunk_attention_mass(row, k, lse[i : i + 1], scale, chunk_tokens)
-            chunk_mass[i, :, : len(slots)] = mass[:, 0]
     return out, lse
 
 

@@ -11,7 +11,6 @@ a compile-time constant.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # ruff: noqa: N803
 
-import math
 from typing import Any
 
 import torch
@@ -19,14 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forecache.kernels.attention.decode_blocks import attend_blocks, count_blocks
+from forecache.kernels.attention.decode_blocks import LN_2, attend_blocks, count_blocks
 from forecache.kernels.common import tuning
 from forecache.kernels.common.tuning import DecodeConfig
 
-LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
-
-@triton.jit(do_not_specialize=["layer", "max_splits", "table_stride", "block_lse_stride"])
+@triton.jit(do_not_specialize=["layer", "max_splits", "table_stride"])
 def _split_kernel(
     q,  # [batch, heads, HEAD_DIM]
     kv,  # [slots, layers, 2, kv_heads, CHUNK_TOKENS, HEAD_DIM], or uint16 [..., HEAD_DIM / 2] with PAIRS
@@ -37,7 +34,6 @@ def _split_kernel(
     v_scale,  # [slots, layers, kv_heads]
     part_out,  # [batch, heads, max_splits, HEAD_DIM] float32
     part_lse,  # [batch, heads, max_splits] float32, base 2
-    block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     scale_log2e,
     q_batch_stride,
     q_head_stride,
@@ -50,7 +46,6 @@ def _split_kernel(
     scale_head_stride,
     max_splits,
     table_stride,
-    block_lse_stride,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -62,7 +57,6 @@ def _split_kernel(
     PAIRS: tl.constexpr,
     NATIVE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    HAS_MASS: tl.constexpr,
 ):
     i_split, i_head, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1) * GROUP
@@ -74,12 +68,12 @@ def _split_kernel(
     if i_split >= splits:
         return
     b_max, b_sum, b_out = attend_blocks(
-        q, kv, layer.to(tl.int64), block_table, k_scale, v_scale, block_lse, scale_log2e, i_seq, i_head, heads,
-        context_len, (i_split * blocks) // splits, ((i_split + 1) * blocks) // splits,
+        q, kv, layer.to(tl.int64), block_table, k_scale, v_scale, scale_log2e, i_seq, i_head, context_len,
+        (i_split * blocks) // splits, ((i_split + 1) * blocks) // splits,
         q_batch_stride, q_head_stride, kv_slot_stride, kv_layer_stride, kv_part_stride, kv_head_stride,
-        scale_slot_stride, scale_layer_stride, scale_head_stride, table_stride, block_lse_stride,
+        scale_slot_stride, scale_layer_stride, scale_head_stride, table_stride,
         GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, CHUNK_TOKENS, BLOCK, BLOCKS_PER_CHUNK, PAIRS, NATIVE,
-        HAS_SCALES, HAS_MASS,
+        HAS_SCALES,
     )  # fmt: skip
     o_group = tl.arange(0, GROUP_PAD)
     o_dim = tl.arange(0, HEAD_PAD)
@@ -90,25 +84,20 @@ def _split_kernel(
     tl.store(p_out, b_out / b_sum[:, None], mask=m_group[:, None] & (o_dim < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["max_splits", "max_chunks"])
+@triton.jit(do_not_specialize=["max_splits"])
 def _merge_kernel(
     part_out,  # [batch, heads, max_splits, HEAD_DIM] float32
     part_lse,  # [batch, heads, max_splits] float32, base 2
-    block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     context_lens,  # [batch]
     out,  # [batch, heads, HEAD_DIM]
     lse,  # [batch, heads] float32
-    chunk_mass,  # [batch, heads, max_chunks] float32
     max_splits,
-    max_chunks,
     HEAD_DIM: tl.constexpr,
     DIM_SLICE: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_CHUNK: tl.constexpr,
-    HAS_MASS: tl.constexpr,
 ):
     i_slice, i_head, i_seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = i_seq.to(tl.int64) * tl.num_programs(1) + i_head
@@ -141,18 +130,8 @@ def _merge_kernel(
     b_out = b_out / b_sum
     tl.store(out + i_row * HEAD_DIM + o_dim, b_out.to(out.dtype.element_ty), mask=m_dim)
     if i_slice == 0:
-        # No keys at all: out 0, lse -inf, mass 0.
+        # a sequence of length 0: out 0, lse -inf
         tl.store(lse + i_row, tl.where(splits > 0, b_norm * LN_2, -float("inf")))
-        if HAS_MASS:
-            for first in range(0, max_chunks, CHUNK_BLOCK):
-                o_chunk = first + tl.arange(0, CHUNK_BLOCK)
-                b_mass = tl.zeros([CHUNK_BLOCK], tl.float32)
-                for part in tl.static_range(BLOCKS_PER_CHUNK):
-                    i_block = o_chunk * BLOCKS_PER_CHUNK + part
-                    p_block = block_lse + i_row * max_chunks * BLOCKS_PER_CHUNK + i_block
-                    b_block = tl.load(p_block, mask=i_block < blocks, other=-float("inf"))
-                    b_mass += tl.exp2(b_block - b_norm)
-                tl.store(chunk_mass + i_row * max_chunks + o_chunk, b_mass, mask=o_chunk < max_chunks)
 
 
 def launch(
@@ -161,32 +140,26 @@ def launch(
     strides: tuple[int, ...],
     out: Tensor,
     lse: Tensor,
-    chunk_mass: Tensor | None,
     max_chunks: int,
     config: DecodeConfig,
 ) -> None:
-    """Fill ``out``, ``lse`` and ``chunk_mass``; the rest comes from `sparse_decode.sparse_decode`."""
+    """Fill ``out`` and ``lse``; `decode.sparse_decode` prepares the other arguments."""
     (batch, heads, head_dim), device = out.shape, out.device
     kv_heads = heads // constants["GROUP"]
     max_blocks = max_chunks * constants["BLOCKS_PER_CHUNK"]
     splits = tuning.decode_splits(batch * kv_heads, max_blocks, config.programs_per_sm * tuning.multiprocessors(device))
     part_out = torch.empty((batch, heads, splits, head_dim), dtype=torch.float32, device=device)
     part_lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=device)
-    block_lse = part_lse  # not touched unless the mass is wanted
-    if chunk_mass is not None:
-        block_lse = torch.empty((batch, heads, max_blocks), dtype=torch.float32, device=device)
     *tensors, scale_log2e = arguments
     *kv_strides, table_stride = strides
     _split_kernel[(splits, kv_heads, batch)](
         *tensors,
         part_out,
         part_lse,
-        block_lse,
         scale_log2e,
         *kv_strides,
         splits,
         table_stride,
-        max_blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **constants,
@@ -196,16 +169,12 @@ def launch(
     _merge_kernel[(triton.cdiv(head_dim, dim_slice), heads, batch)](
         part_out,
         part_lse,
-        block_lse,
         context_lens,
         out,
         lse,
-        chunk_mass,
         splits,
-        max_chunks,
         DIM_SLICE=dim_slice,
         SPLIT_BLOCK=64,
-        CHUNK_BLOCK=128,
         num_warps=4,
-        **{name: constants[name] for name in ("HEAD_DIM", "CHUNK_TOKENS", "BLOCK", "BLOCKS_PER_CHUNK", "HAS_MASS")},
+        **{name: constants[name] for name in ("HEAD_DIM", "CHUNK_TOKENS", "BLOCK", "BLOCKS_PER_CHUNK")},
     )

@@ -1,16 +1,16 @@
-"""Decode attention in one wave of programs in Triton: all blocks of all rows in one stream, cut into equal shares.
+"""Decode attention in Triton, in one wave of programs with equal shares of the work.
 
-A row is a sequence and a KV head. A program walks over the rows of its share, from the middle of one to the middle of
-another; so lengths may differ as they like, and every multiprocessor has the same number of blocks to read (stream-K,
-arXiv 2301.03598, for attention: LeanAttention, arXiv 2405.10480). Rows within one share are final at once. Of the
-others every share leaves a partial result, and the one that arrives last merges them, in the order of the shares;
-without counters to tell who that is, a second kernel does. The grid depends on shapes only, and lengths, slots and the
-layer are read on the GPU: the launch can be captured in a CUDA graph.
+A row is one sequence and one KV head. The blocks of all rows form one stream, which is cut into equal shares, one per
+program. A share may begin and end in the middle of a row, so every multiprocessor reads the same number of blocks
+however much the sequences' lengths differ (stream-K, arXiv 2301.03598; for attention: LeanAttention, arXiv
+2405.10480). The stream kernel writes the final output of rows that lie within one share. For other rows each share
+writes a partial result, and the merge kernel combines them in the order of the shares. The grids depend on shapes only;
+lengths, slots and the layer are read on the GPU, so a CUDA graph can capture the launch.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM102
 
 from typing import Any
 
@@ -18,17 +18,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from forecache.kernels.attention.decode_blocks import attend_blocks, count_blocks
-from forecache.kernels.attention.merge_shares import LN_2, merge_kernel, merge_shares, share_of, share_start
+from forecache.kernels.attention.decode_blocks import LN_2, attend_blocks, count_blocks
 from forecache.kernels.common import tuning
 from forecache.kernels.common.tuning import DecodeConfig
 
-_MERGE_ELEMENTS = 8192  # read at once by the second kernel; the first has fewer registers left
+_MERGE_ELEMENTS = 8192  # of partial outputs that the merge kernel reads at once
 
 
-@triton.jit(do_not_specialize=["layer", "batch", "kv_heads", "table_stride", "block_lse_stride"])
+@triton.jit
+def share_start(i_share, total, shares):
+    """First block of a share. Each of the first ``total % shares`` shares has one block more than the others."""
+    return i_share * (total // shares) + tl.minimum(i_share, total % shares)
+
+
+@triton.jit
+def share_of(i_block, total, shares):
+    """The share that contains a block."""
+    size, larger = total // shares, total % shares
+    after = i_block - larger * (size + 1)
+    return tl.where(after < 0, i_block // (size + 1), larger + after // size)
+
+
+@triton.jit(do_not_specialize=["layer", "batch", "kv_heads", "table_stride"])
 def _stream_kernel(
     q,  # [batch, heads, HEAD_DIM]
     kv,  # [slots, layers, 2, kv_heads, CHUNK_TOKENS, HEAD_DIM], or uint16 [..., HEAD_DIM / 2] with PAIRS
@@ -37,10 +50,8 @@ def _stream_kernel(
     context_lens,  # [batch]
     k_scale,  # [slots, layers, kv_heads]
     v_scale,  # [slots, layers, kv_heads]
-    counters,  # [batch * kv_heads] int32, zeros before and after
     part_out,  # [2 * shares, GROUP, HEAD_DIM] float32
     part_lse,  # [2 * shares, GROUP] float32, base 2
-    block_lse,  # [batch, heads, max_chunks * BLOCKS_PER_CHUNK] float32, base 2
     out,  # [batch, heads, HEAD_DIM]
     lse,  # [batch, heads] float32
     scale_log2e,
@@ -56,23 +67,18 @@ def _stream_kernel(
     scale_layer_stride,
     scale_head_stride,
     table_stride,
-    block_lse_stride,
     BATCH_PAD: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
-    GROUP_TIGHT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
     LAYER_IS_POINTER: tl.constexpr,
     PAIRS: tl.constexpr,
     NATIVE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    HAS_MASS: tl.constexpr,
-    HAS_COUNTERS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -109,12 +115,12 @@ def _stream_kernel(
         row_end = row_start + blocks
         stop = tl.minimum(share_end, row_end)
         b_max, b_sum, b_out = attend_blocks(
-            q, kv, layer, block_table, k_scale, v_scale, block_lse, scale_log2e, i_seq, i_head, heads,
+            q, kv, layer, block_table, k_scale, v_scale, scale_log2e, i_seq, i_head,
             tl.load(context_lens + i_seq), position - row_start, stop - row_start,
             q_batch_stride, q_head_stride, kv_slot_stride, kv_layer_stride, kv_part_stride, kv_head_stride,
-            scale_slot_stride, scale_layer_stride, scale_head_stride, table_stride, block_lse_stride,
+            scale_slot_stride, scale_layer_stride, scale_head_stride, table_stride,
             GROUP, GROUP_PAD, HEAD_DIM, HEAD_PAD, CHUNK_TOKENS, BLOCK, BLOCKS_PER_CHUNK, PAIRS, NATIVE,
-            HAS_SCALES, HAS_MASS,
+            HAS_SCALES,
         )  # fmt: skip
         b_lse = b_max + tl.log2(b_sum)
         b_out = b_out / b_sum[:, None]
@@ -126,22 +132,6 @@ def _stream_kernel(
         else:
             tl.store(part_lse + part * GROUP + o_group, b_lse, mask=m_group)
             tl.store(part_out + (part * GROUP + o_group)[:, None] * HEAD_DIM + o_dim[None, :], b_out, mask=m_tile)
-            if HAS_COUNTERS:
-                p_counter = counters + i_seq * kv_heads + i_head
-                tl.debug_barrier()  # all threads have stored before one of them counts
-                arrived = tl.atomic_add(p_counter, 1, sem="acq_rel") + 1
-                if arrived == share_of(row_end - 1, total, shares) - share_of(row_start, total, shares) + 1:
-                    tl.store(p_counter, 0)
-                    o_head = tl.arange(0, GROUP_TIGHT)
-                    m_head = o_head < GROUP
-                    b_merged, b_merged_lse = merge_shares(
-                        part_out, part_lse, row_start, row_end, total, shares, o_head, m_head, o_dim, m_dim,
-                        GROUP, HEAD_DIM, PARTS,
-                    )  # fmt: skip
-                    tl.store(lse + o_row + o_head, b_merged_lse * LN_2, mask=m_head)
-                    p_out = out + (o_row + o_head)[:, None] * HEAD_DIM + o_dim[None, :]
-                    m_out = m_head[:, None] & m_dim[None, :]
-                    tl.store(p_out, b_merged.to(out.dtype.element_ty), mask=m_out)
         part = 2 * i_share + 1
         position = stop
 
@@ -153,18 +143,87 @@ def _stream_kernel(
                 tl.store(out + o_row * HEAD_DIM + o_dim, tl.zeros([HEAD_PAD], out.dtype.element_ty), mask=m_dim)
 
 
+@triton.jit(do_not_specialize=["batch", "shares"])
+def _merge_kernel(
+    context_lens,  # [batch]
+    part_out,  # [2 * shares, GROUP, HEAD_DIM] float32
+    part_lse,  # [2 * shares, GROUP] float32, base 2
+    out,  # [batch, heads, HEAD_DIM]
+    lse,  # [batch, heads] float32
+    batch,
+    shares,
+    BATCH_PAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    CHUNK_TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS_PER_CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    i_query, i_seq = tl.program_id(0), tl.program_id(1)
+    i_head = i_query // GROUP
+    kv_heads = tl.num_programs(0) // GROUP
+    o_seq = tl.arange(0, BATCH_PAD)
+    b_lens = tl.load(context_lens + o_seq, mask=o_seq < batch, other=0)
+    b_blocks = count_blocks(b_lens, CHUNK_TOKENS, BLOCK, BLOCKS_PER_CHUNK).to(tl.int32)
+    blocks = tl.sum(tl.where(o_seq == i_seq, b_blocks, 0), 0)
+    total = tl.sum(b_blocks, 0) * kv_heads
+    row_start = tl.sum(tl.where(o_seq < i_seq, b_blocks, 0), 0) * kv_heads + i_head * blocks
+    shares = tl.minimum(shares, total)
+    o_row = i_seq.to(tl.int64) * tl.num_programs(0) + i_query
+    if DEPENDENT:
+        gdc_wait()
+    if blocks > 0:
+        if share_of(row_start, total, shares) != share_of(row_start + blocks - 1, total, shares):
+            o_dim = tl.arange(0, HEAD_PAD)
+            m_dim = o_dim < HEAD_DIM
+            o_head = i_query % GROUP + tl.arange(0, 1)
+            m_head = o_head < GROUP
+            first = share_of(row_start, total, shares)
+            count = share_of(row_start + blocks - 1, total, shares) - first + 1
+            # a share's first row is its part 0, its last one part 1: only the row's first share may have begun before
+            begun = (share_start(first, total, shares) < row_start).to(tl.int32)
+            b_max = tl.full(o_head.shape, -float("inf"), tl.float32)
+            b_sum = tl.zeros(o_head.shape, tl.float32)
+            b_out = tl.zeros([o_head.shape[0], o_dim.shape[0]], tl.float32)
+            for start in range(0, count, PARTS):
+                o_share = start + tl.arange(0, PARTS)
+                m_share = o_share < count
+                o_part = 2 * (first + o_share) + tl.where(o_share == 0, begun, 0)
+                # [PARTS, 1]
+                o_lse = o_part[:, None] * GROUP + o_head[None, :]
+                m_lse = m_share[:, None] & m_head[None, :]
+                b_lse = tl.load(part_lse + o_lse, mask=m_lse, other=0.0, cache_modifier=".cg")
+                b_lse = tl.where(m_share[:, None], b_lse, -float("inf"))
+                # [PARTS, 1, HEAD_PAD]
+                p_part = part_out + o_lse[:, :, None] * HEAD_DIM + o_dim[None, None, :]
+                m_part = m_lse[:, :, None] & m_dim[None, None, :]
+                b_part = tl.load(p_part, mask=m_part, other=0.0, cache_modifier=".cg")
+                b_new_max = tl.maximum(b_max, tl.max(b_lse, 0))
+                b_weight = tl.exp2(b_lse - b_new_max[None, :])
+                b_keep = tl.exp2(b_max - b_new_max)
+                b_sum = b_sum * b_keep + tl.sum(b_weight, 0)
+                b_out = b_out * b_keep[:, None] + tl.sum(b_part * b_weight[:, :, None], 0)
+                b_max = b_new_max
+            b_out = b_out / b_sum[:, None]
+            b_lse = b_max + tl.log2(b_sum)
+            tl.store(lse + o_row + tl.arange(0, 1), b_lse * LN_2)
+            p_out = out + o_row * HEAD_DIM + o_dim[None, :]
+            tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_dim[None, :])
+
+
 def launch(
     arguments: tuple[Any, ...],
     constants: dict[str, Any],
     strides: tuple[int, ...],
     out: Tensor,
     lse: Tensor,
-    chunk_mass: Tensor | None,
     max_chunks: int,
     config: DecodeConfig,
-    counters: Tensor | None,
 ) -> None:
-    """Fill ``out``, ``lse`` and ``chunk_mass``; the rest comes from `sparse_decode.sparse_decode`."""
+    """Fill ``out`` and ``lse``; `decode.sparse_decode` prepares the other arguments."""
     (batch, heads, head_dim), device = out.shape, out.device
     group = constants["GROUP"]
     kv_heads = heads // group
@@ -172,30 +231,20 @@ def launch(
     shares = min(config.programs_per_sm * tuning.multiprocessors(device), batch * kv_heads * max_blocks)
     part_out = torch.empty((2 * shares, group, head_dim), dtype=torch.float32, device=device)
     part_lse = torch.empty((2 * shares, group), dtype=torch.float32, device=device)
-    block_lse = part_lse  # not touched unless the mass is wanted
-    if chunk_mass is not None:
-        block_lse, counters = torch.empty((batch, heads, max_blocks), dtype=torch.float32, device=device), None
-    dependent = counters is None and tuning.gpu_family(device) == "hopper"
+    dependent = tuning.gpu_family(device) == "hopper"
     batch_pad, head_pad = max(16, triton.next_power_of_2(batch)), constants["HEAD_PAD"]
-    group_tight = triton.next_power_of_2(group)
     *tensors, scale_log2e = arguments
     _stream_kernel[(shares,)](
         *tensors,
-        counters,
         part_out,
         part_lse,
-        block_lse,
         out,
         lse,
         scale_log2e,
         batch,
         kv_heads,
         *strides,
-        max_blocks,
         BATCH_PAD=batch_pad,
-        GROUP_TIGHT=group_tight,
-        PARTS=max(1, _MERGE_ELEMENTS // 2 // (group_tight * head_pad)),
-        HAS_COUNTERS=counters is not None,
         DEPENDENT=dependent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -203,24 +252,18 @@ def launch(
         maxnreg=max(32, min(255, 65536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)),
         **constants,
     )
-    if counters is not None:
-        return
     options = {"launch_pdl": True} if dependent else {}
-    names = ("GROUP", "HEAD_DIM", "HEAD_PAD", "CHUNK_TOKENS", "BLOCK", "BLOCKS_PER_CHUNK", "HAS_MASS")
-    merge_kernel[(heads, batch)](
+    names = ("GROUP", "HEAD_DIM", "HEAD_PAD", "CHUNK_TOKENS", "BLOCK", "BLOCKS_PER_CHUNK")
+    _merge_kernel[(heads, batch)](
         tensors[4],
         part_out,
         part_lse,
-        block_lse,
         out,
         lse,
-        chunk_mass,
         batch,
         shares,
-        max_chunks,
         BATCH_PAD=batch_pad,
         PARTS=max(1, _MERGE_ELEMENTS // head_pad),
-        CHUNK_BLOCK=128,
         DEPENDENT=dependent,
         num_warps=4,
         **{name: constants[name] for name in names},

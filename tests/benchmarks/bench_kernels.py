@@ -65,15 +65,13 @@ def decode_shapes(bench: Bench) -> Iterator[DecodeShape]:
 
 
 def bench_decode(bench: Bench) -> None:
-    """With the settings of tuning.py; where those use them, also with counters."""
+    """With the settings of tuning.py."""
     for shape in decode_shapes(bench):
         inputs = DecodeInputs.make(shape, bench.device, CACHE_BYTES if bench.on_gpu else 1)
         calls, group = len(inputs.layers), shape.heads // shape.kv_heads
         config = tuning.decode_config(shape.dtype, shape.head_dim, group, tuning.gpu_family(bench.device))
-        for counters in (False, True) if config.stream else (False,):
-            times = bench.times_s(partial(inputs.call, ops.sparse_decode, counters), calls, graph=True)
-            name = "sparse_decode, counters" if counters else "sparse_decode"
-            bench.add(name, shape, shape.dtype, times, nbytes=shape.layer_bytes, settings=config)
+        times = bench.times_s(partial(inputs.call, ops.sparse_decode), calls, graph=True)
+        bench.add("sparse_decode", shape, shape.dtype, times, nbytes=shape.layer_bytes, settings=config)
         del inputs
 
 

@@ -1,11 +1,11 @@
-"""Search decode settings for `kernels/common/tuning.py`: the table's, their neighbours, and every way to merge."""
+"""Search decode settings for `kernels/common/tuning.py`: the table's and their neighbours."""
 
 import itertools
 import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -27,16 +27,11 @@ CANDIDATES = {
 }
 
 
-@dataclass(frozen=True)
-class Candidate:
-    config: DecodeConfig
-    counters: bool = False
-
-    def __str__(self) -> str:
-        c = self.config
-        numbers = f"{c.block_tokens}, {c.num_warps}, {c.num_stages}, {c.programs_per_sm}"
-        flags = "".join(f", {name}=True" for name in ("stream", "pairs") if getattr(c, name))
-        return f"DecodeConfig({numbers}{flags})"
+def as_code(c: DecodeConfig) -> str:
+    """The settings as a line of the table in tuning.py."""
+    numbers = f"{c.block_tokens}, {c.num_warps}, {c.num_stages}, {c.programs_per_sm}"
+    flags = "".join(f", {name}=True" for name in ("stream", "pairs") if getattr(c, name))
+    return f"DecodeConfig({numbers}{flags})"
 
 
 def kinds() -> dict[str, list[DecodeShape]]:
@@ -59,26 +54,23 @@ def sized(kind: DecodeShape, quick: bool) -> Iterator[DecodeShape]:
         yield replace(kind, batch=batch, context_tokens=max(CHUNK_TOKENS, tokens), ragged=ragged)
 
 
-def candidates(kind: DecodeShape, quick: bool) -> list[Candidate]:
+def candidates(kind: DecodeShape, quick: bool) -> list[DecodeConfig]:
     """The table's settings first."""
     tuned = tuning.decode_config(kind.dtype, kind.head_dim, kind.heads // kind.kv_heads, "hopper")
-    found = [Candidate(tuned)]
+    found = [tuned]
     numbers = CANDIDATES[2 * 64 * kind.head_dim * kind.dtype.itemsize]
-    for (stream, counters), four in itertools.product(
-        ((False, False), (True, False), (True, True)), numbers[: 2 if quick else None]
-    ):
+    for stream, four in itertools.product((False, True), numbers[: 2 if quick else None]):
         config = DecodeConfig(*four, stream=stream, pairs=kind.dtype == FP8)
-        if (candidate := Candidate(config, counters)) not in found:
-            found.append(candidate)
+        if config not in found:
+            found.append(config)
     return found
 
 
-def compile_one(kind: DecodeShape, candidate: Candidate) -> None:
+def compile_one(kind: DecodeShape, config: DecodeConfig) -> None:
     """Leave a candidate's kernels in Triton's cache on disk; run in processes of their own."""
     inputs = DecodeInputs.make(replace(kind, batch=1, context_tokens=2 * CHUNK_TOKENS), torch.device("cuda"), 1 << 20)
-    decode = partial(sparse_decode, config=candidate.config)
     try:
-        inputs.call(decode, candidate.counters, 0)
+        inputs.call(partial(sparse_decode, config=config), 0)
         torch.cuda.synchronize()
     except OutOfResources:
         return  # compiled all the same; the sweep says so
@@ -94,48 +86,43 @@ def compile_all(quick: bool) -> None:
 
 
 def sweep(bench: Bench) -> dict[str, DecodeConfig]:
-    """The best settings for each line of the table, with and without counters: smallest geometric mean of the times
-    over groups and sizes."""
+    """The best settings for each line of the table: smallest geometric mean of the times over groups and sizes."""
     compile_all(bench.quick)
     best = {}
     for line, groups in kinds().items():
         shapes = [shape for group in groups for shape in sized(group, bench.quick)]
-        times_s: dict[Candidate, list[float]] = {c: [] for c in candidates(groups[0], bench.quick)}
+        times_s: dict[DecodeConfig, list[float]] = {c: [] for c in candidates(groups[0], bench.quick)}
         for shape in shapes:
             inputs = DecodeInputs.make(shape, bench.device, CACHE_BYTES)
-            for candidate in list(times_s):
-                call = partial(inputs.call, partial(sparse_decode, config=candidate.config), candidate.counters)
+            for config in list(times_s):
+                call = partial(inputs.call, partial(sparse_decode, config=config))
                 try:
                     times = bench.times_s(call, len(inputs.layers), graph=True)
                 except OutOfResources as error:
-                    print(f"{line} {candidate}: {error}")
-                    del times_s[candidate]
+                    print(f"{line} {as_code(config)}: {error}")
+                    del times_s[config]
                     continue
-                times_s[candidate].append(statistics.median(times))
-                name = "sweep, counters" if candidate.counters else "sweep"
-                bench.add(name, shape, shape.dtype, times, nbytes=shape.layer_bytes, settings=candidate, quiet=True)
+                times_s[config].append(statistics.median(times))
+                settings = as_code(config)
+                bench.add("sweep", shape, shape.dtype, times, nbytes=shape.layer_bytes, settings=settings, quiet=True)
             del inputs
-        best |= report(bench, line, shapes, times_s)
+        best[line] = report(bench, line, shapes, times_s)
     return best
 
 
 def report(
-    bench: Bench, line: str, shapes: list[DecodeShape], times_s: dict[Candidate, list[float]]
-) -> dict[str, DecodeConfig]:
-    """Print the ranking of one line's candidates and the lines to paste."""
+    bench: Bench, line: str, shapes: list[DecodeShape], times_s: dict[DecodeConfig, list[float]]
+) -> DecodeConfig:
+    """Print the ranking of one line's candidates and the line to paste; return the best."""
     print(f"\n{line}, % of copy bandwidth: {'; '.join(map(str, shapes))}")
     ranked = sorted(times_s, key=lambda c: statistics.geometric_mean(times_s[c]))
     table = next(iter(times_s))
-    for i, candidate in enumerate(ranked):
-        if i >= 8 and candidate != table:
+    for i, config in enumerate(ranked):
+        if i >= 8 and config != table:
             continue
-        shares = [s.layer_bytes / t / bench.copy_bytes_per_s for s, t in zip(shapes, times_s[candidate], strict=True)]
-        marks = ("  counters" if candidate.counters else "") + ("  <- tuning.py" if candidate == table else "")
-        mean_us = statistics.geometric_mean(times_s[candidate]) * 1e6
-        print(f"  {mean_us:7.1f} us  {' '.join(f'{share:5.1%}' for share in shares)}  {candidate}{marks}")
-    winners = {}
-    for counters in (False, True):
-        winner = next(c for c in ranked if c.counters == counters)
-        print(f"    {line}: {winner},{'  # with counters' if counters else ''}")
-        winners[line + (" counters" if counters else "")] = winner.config
-    return winners
+        shares = [s.layer_bytes / t / bench.copy_bytes_per_s for s, t in zip(shapes, times_s[config], strict=True)]
+        mark = "  <- tuning.py" if config == table else ""
+        mean_us = statistics.geometric_mean(times_s[config]) * 1e6
+        print(f"  {mean_us:7.1f} us  {' '.join(f'{share:5.1%}' for share in shares)}  {as_code(config)}{mark}")
+    print(f"    {line}: {as_code(ranked[0])},")
+    return ranked[0]

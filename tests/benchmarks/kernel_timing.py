@@ -163,7 +163,6 @@ class DecodeInputs:
     table: Tensor
     lens: Tensor
     scales: Tensor | None
-    counters: Tensor
 
     @staticmethod
     def make(shape: DecodeShape, device: torch.device, cache_bytes: int) -> "DecodeInputs":
@@ -188,11 +187,10 @@ class DecodeInputs:
             table=table,
             lens=torch.tensor(shape.lens(), dtype=torch.int32, device=device),
             scales=torch.rand(slots, layers, 2, shape.kv_heads, device=device) if scaled else None,
-            counters=torch.zeros(shape.batch * shape.kv_heads, dtype=torch.int32, device=device),
         )
 
-    def call(self, decode: Decode, counters: bool, i: int) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"counters": self.counters} if counters else {}
+    def call(self, decode: Decode, i: int) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {}
         if self.scales is not None:
-            options |= {"k_scale": self.scales[:, :, 0], "v_scale": self.scales[:, :, 1]}
+            options = {"k_scale": self.scales[:, :, 0], "v_scale": self.scales[:, :, 1]}
         return decode(self.q, self.kv, self.layers[i], self.table, self.lens, self.q.shape[-1] ** -0.5, **options)

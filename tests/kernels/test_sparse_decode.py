@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -50,22 +51,13 @@ def ragged(shape: Shape) -> list[int]:
     return [0, 1, shape.chunk_tokens - 1, shape.max_chunks * shape.chunk_tokens]
 
 
-@pytest.fixture(params=["reference", "split-small", "split-large", "stream", "stream-last"])
+@pytest.fixture(params=["reference", "split-small", "split-large", "stream"])
 def decode(request: pytest.FixtureRequest) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`sparse_decode` in all its forms; ``stream-last`` merges in the program that comes last."""
+    """`sparse_decode` in all its forms."""
     if request.param == "reference":
         return reference.sparse_decode
-    config = {"split-small": SMALL, "split-large": LARGE}.get(request.param, STREAM)
-
-    def run(q: Tensor, kv: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        counters = None
-        if request.param == "stream-last":
-            counters = torch.zeros(q.shape[0] * kv.shape[3], dtype=torch.int32, device=q.device)
-        result = triton_kernel.sparse_decode(q, kv, *args, **kwargs, counters=counters, config=config)
-        assert counters is None or not counters.any(), "counters are left as they were found"
-        return result
-
-    return run
+    config = {"split-small": SMALL, "split-large": LARGE, "stream": STREAM}[request.param]
+    return partial(triton_kernel.sparse_decode, config=config)
 
 
 def skip_if_not_interpretable(decode: Callable[..., Any], dtype: torch.dtype) -> None:
@@ -86,16 +78,13 @@ def test_decode_equals_float64(
 ) -> None:
     skip_if_not_interpretable(decode, dtype)
     case = make_case(shape, dtype, ragged(shape), device)
-    mass = torch.full((4, shape.heads, shape.max_chunks), math.nan, device=device)
     with poisoned():
-        out, lse = decode(*case.arguments(), chunk_mass=mass)
-    expected_out, expected_lse, expected_mass = case.expected()
+        out, lse = decode(*case.arguments())
+    expected_out, expected_lse = case.expected()
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert (out[0] == 0).all() and (lse[0] == -math.inf).all() and (mass[0] == 0).all()
+    assert (out[0] == 0).all() and (lse[0] == -math.inf).all()
     assert relative_error(out[1:], expected_out[1:]) < TOLERANCE[dtype]
     assert relative_error(lse[1:], expected_lse[1:]) < TOLERANCE[dtype]
-    assert relative_error(mass[1:], expected_mass[1:]) < TOLERANCE[dtype]
-    assert (mass[expected_mass.to(device) == 0] == 0).all()
 
 
 @pytest.mark.parametrize("index", [torch.tensor(1), torch.tensor([1]), torch.tensor(1, dtype=torch.int32)], ids=str)
@@ -145,7 +134,7 @@ def test_large_logits_do_not_overflow(
     case = make_case(SHAPES[0], torch.float32, [192, 70], device)
     case.scale = 100.0
     out, lse = decode(*case.arguments())
-    expected_out, expected_lse, _ = case.expected()
+    expected_out, expected_lse = case.expected()
     assert relative_error(out, expected_out) < 1e-4
     assert relative_error(lse, expected_lse) < 1e-5
 
@@ -165,14 +154,12 @@ def test_fp8_pool_with_scales(
     memory = torch.rand(slots, layers * 2 * shape.kv_heads + 8, device=device) + 0.5
     scale = memory[:, :-8].unflatten(1, (layers, 2, shape.kv_heads))  # as the hot pool has them
     k_scale, v_scale = scale[:, :, 0], scale[:, :, 1]
-    mass = torch.full((3, shape.heads, shape.max_chunks), math.nan, device=device)
-    out, lse = decode(*case.arguments(), k_scale=k_scale, v_scale=v_scale, chunk_mass=mass)
+    out, lse = decode(*case.arguments(), k_scale=k_scale, v_scale=v_scale)
     scales = scale[..., None, None]
     scaled = replace(case, kv=case.kv.float() * scales)
-    expected_out, expected_lse, expected_mass = scaled.expected()
+    expected_out, expected_lse = scaled.expected()
     assert relative_error(out, expected_out) < TOLERANCE[q_dtype]
     assert relative_error(lse, expected_lse) < TOLERANCE[q_dtype]
-    assert relative_error(mass, expected_mass) < TOLERANCE[q_dtype]
 
 
 def test_pool_of_more_than_two_billion_elements(
@@ -217,13 +204,11 @@ def test_tuned_settings_at_gpu_sizes(
 ) -> None:
     shape = Shape(2 * group, 2, head_dim, chunk_tokens=64, max_chunks=64)
     case = make_case(shape, dtype, [4096, 0, 4095, 65, 2000], device)
-    mass = torch.full((5, 2 * group, 64), math.nan, device=device)
-    out, lse = triton_kernel.sparse_decode(*case.arguments(), chunk_mass=mass)
-    expected_out, expected_lse, expected_mass = case.expected()
+    out, lse = triton_kernel.sparse_decode(*case.arguments())
+    expected_out, expected_lse = case.expected()
     live = torch.tensor([0, 2, 3, 4])
     assert relative_error(out, expected_out) < TOLERANCE[dtype]
     assert relative_error(lse[live.to(device)], expected_lse[live]) < TOLERANCE[dtype]
-    assert relative_error(mass, expected_mass) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -245,7 +230,7 @@ def test_captured_graph_follows_its_inputs(device: torch.device, relative_error:
         table.copy_(torch.randperm(kv.shape[0])[: table.numel()].view_as(table))
         graph.replay()
         case.layer = new_layer
-        expected_out, expected_lse, _ = case.expected()
+        expected_out, expected_lse = case.expected()
         assert relative_error(out, expected_out) < 1e-2
         assert relative_error(lse, expected_lse) < 1e-2
 

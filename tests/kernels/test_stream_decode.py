@@ -53,11 +53,9 @@ def test_fp8_read_as_pairs(
 
 
 @pytest.mark.parametrize("shares", [1, 7, 64])
-@pytest.mark.parametrize("last_merges", [False, True])
 @pytest.mark.parametrize("lens", [[0, 0], [1, 0, 40, 111, 0, 16, 112], [0, 5]], ids=str)
 def test_shares_of_ragged_rows(
     lens: list[int],
-    last_merges: bool,
     shares: int,
     device: torch.device,
     poisoned: Poison,
@@ -68,15 +66,14 @@ def test_shares_of_ragged_rows(
     if not INTERPRETED:
         shares = -(-shares // 16)  # there it is a number for each multiprocessor
     case = make_case((4, 2, 80, 16, 7), torch.float32, lens, device)
-    counters = torch.zeros(len(lens) * 2, dtype=torch.int32, device=device) if last_merges else None
     config = DecodeConfig(16, 4, 2, shares, stream=True)
     results = []
     for _ in range(2):
         with poisoned():
-            results.append(triton_kernel.sparse_decode(*case.arguments(), counters=counters, config=config))
+            results.append(triton_kernel.sparse_decode(*case.arguments(), config=config))
     (out, lse), again = results
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), "the order of merging is fixed"
-    expected_out, expected_lse, _ = case.expected()
+    expected_out, expected_lse = case.expected()
     live = [i for i, length in enumerate(lens) if length]
     assert all((out[i] == 0).all() and (lse[i] == -math.inf).all() for i in set(range(len(lens))) - set(live))
     if live:
@@ -84,16 +81,9 @@ def test_shares_of_ragged_rows(
         assert relative_error(lse[live], expected_lse[live]) < 1e-5
 
 
-def test_too_few_counters_are_refused(device: torch.device, make_case: MakeCase) -> None:
-    case = make_case((4, 2, 64, 16, 2), torch.float32, [5, 6], device)
-    with pytest.raises(AssertionError, match="3 counters for 4 rows"):
-        triton_kernel.sparse_decode(*case.arguments(), counters=torch.zeros(3, dtype=torch.int32, device=device))
-
-
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("last_merges", [False, True])
 @pytest.mark.parametrize(
     "config",
     [
@@ -109,22 +99,20 @@ def test_stream_at_gpu_sizes(
     group: int,
     head_dim: int,
     config: DecodeConfig,
-    last_merges: bool,
     kv_dtype: torch.dtype,
     device: torch.device,
     relative_error: Error,
     make_case: MakeCase,
 ) -> None:
-    """Replays of a captured launch whose lengths and slots change are right, alike, and leave the counters zero."""
+    """Replays of a captured launch whose lengths and slots change are right and alike."""
     if head_dim * group > 128 * 7 or head_dim > 128:  # registers for one program where the accumulator is large
         config = replace(config, programs_per_sm=1, num_stages=2)
     case = make_case((2 * group, 2, head_dim, 64, 64), torch.bfloat16, [4096, 0, 4095, 65, 2000], device, kv_dtype)
     case.kv.copy_(torch.randn(case.kv.shape))
-    counters = torch.zeros(10, dtype=torch.int32, device=device) if last_merges else None
-    triton_kernel.sparse_decode(*case.arguments(), counters=counters, config=config)
+    triton_kernel.sparse_decode(*case.arguments(), config=config)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = triton_kernel.sparse_decode(*case.arguments(), counters=counters, config=config)
+        out, lse = triton_kernel.sparse_decode(*case.arguments(), config=config)
     for lens in ([4096, 0, 4095, 65, 2000], [1, 2, 3, 4, 5], [4096] * 5, [0, 0, 0, 0, 77]):
         case.context_lens.copy_(torch.tensor(lens))
         case.block_table.copy_(torch.randperm(case.kv.shape[0])[: 5 * 64].view(5, 64))
@@ -134,8 +122,7 @@ def test_stream_at_gpu_sizes(
             out.fill_(math.nan)
             graph.replay()
             assert torch.equal(out, first), "the order of merging is fixed"
-        expected_out, expected_lse, _ = case.expected()
+        expected_out, expected_lse = case.expected()
         live = [i for i, length in enumerate(lens) if length]
         assert relative_error(out, expected_out) < 1e-2
         assert relative_error(lse[live], expected_lse[live]) < 1e-2
-        assert counters is None or not counters.any()
