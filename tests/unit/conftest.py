@@ -12,8 +12,9 @@ Reference = Callable[[list[int], int], list[int]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _threads(pytestconfig: pytest.Config) -> None:
+    """Two; one in each process of pytest-xdist, which has a core."""
+    torch.set_num_threads(1 if hasattr(pytestconfig, "workerinput") else 2)
 
 
 @pytest.fixture
