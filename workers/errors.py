@@ -1,5 +1,12 @@
 """Errors of the floors below `cluster/`: each says what, why and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MESSAGE_CHARACTERS = 400
+"""Most characters of a library's message that are shown."""
+
 
 class ForecacheError(Exception):
     """Base of every error raised on purpose."""
@@ -55,3 +62,27 @@ class EngineDeadError(ForecacheError):
 
 class EngineHungError(EngineDeadError):
     """The engine's thread does not get on, though there is work; the process should be replaced."""
+
+
+@contextmanager
+def explained(path: Path | str, what: str, advice: str = "") -> Iterator[None]:
+    """Raise whatever a library raises as :class:`UnsupportedModelError`: "PATH WHAT: ERROR. ADVICE".
+
+    transformers, its quantisers and its tokenizers raise errors of any type, ImportError and bare Exception among them.
+    """
+    try:
+        yield
+    except ForecacheError:
+        raise
+    except Exception as error:
+        text = f"{path} {what}: {one_line(error)}".removesuffix(".")
+        raise UnsupportedModelError(f"{text}. {advice}".strip()) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the first paragraph of an error's message, without line breaks: Serve hands over lines."""
+    paragraph = str(error).strip().split("\n\n", 1)[0]
+    text = " ".join(paragraph.split())
+    if len(text) > MESSAGE_CHARACTERS:
+        text = f"{text[:MESSAGE_CHARACTERS]}…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -34,9 +34,9 @@ from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.format.layout import cold_layout
 from forecache.workers.memory.hot.cuda_host import RegisteredMemory
-from forecache.workers.models.backbone import default_chunk_tokens, load_backbone, load_config
-from forecache.workers.models.dense.scorer import choose_scorer, refuse_fallback
+from forecache.workers.models.backbone import load_backbone, load_config
 from forecache.workers.models.loader import model_name, resolve_model
+from forecache.workers.models.registry import architecture_of
 from forecache.workers.models.tokenizer import load_tokenizer
 from forecache.workers.models.verify import verify_backbone
 
@@ -82,9 +82,9 @@ class LLM:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if not skip_tokenizer:
             self.tokenizer = load_tokenizer(self.model_path)
-        model_config = load_config(self.model_path)
-        refuse_fallback(self.config, model_config, model)
-        self.config = self.config.for_model(default_chunk_tokens(model_config))
+        architecture = architecture_of(load_config(self.model_path).model_type)
+        architecture.refuse_settings(self.config, model)
+        self.config = self.config.for_model(architecture.chunk_tokens)
         self.backbone = backbone = load_backbone(
             self.model_path,
             dtype=self.config.dtype,
@@ -96,7 +96,7 @@ class LLM:
             kv_dtype=self.config.kv_dtype,
         )
         self.cold_layout = cold_layout(backbone.layout, memory.cold_dtype)
-        self.scorer = chosen = choose_scorer(indexer, model_name(model), backbone)
+        self.scorer = chosen = architecture.choose_scorer(indexer, model_name(model), backbone)
         self.index_spec = spec = chosen.spec
         verify_backbone(backbone, spec)
         remove_abandoned(memory.arena_dir)
@@ -137,7 +137,7 @@ class LLM:
                 self._indexer,
                 spec,
                 cold_layout=self.cold_layout,
-                beside=chosen.beside,
+                query_encoder=chosen.query_encoder,
             )
             cleanup.callback(self.engine.close)
             self._cleanup = cleanup.pop_all()

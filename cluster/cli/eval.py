@@ -43,9 +43,8 @@ from forecache.workers.evaluation.evaluate import (
 )
 from forecache.workers.evaluation.ruler import VERSION, Generator, Sample, Task
 from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
-from forecache.workers.models.deepseek_v4.shape import MODEL_TYPE
-from forecache.workers.models.dense.scorer import find_before_load, retrievers_digest
 from forecache.workers.models.loader import model_name, resolve_model
+from forecache.workers.models.registry import architecture_of
 from forecache.workers.models.tokenizer import load_tokenizer
 
 KI = 1024
@@ -333,10 +332,8 @@ def _identity(
 def _trained_digest(config: ServeConfig, path: Path) -> str | None:
     """Names the weights of the trained indexer that the column `lookahead` uses."""
     name, chunk_tokens, model_config = model_name(config.engine.model), config.engine.chunk_tokens, load_config(path)
-    if model_config.model_type == MODEL_TYPE and Path(config.indexer.checkpoint).is_file():
-        return retrievers_digest(Path(config.indexer.checkpoint))
-    trained = find_before_load(config.indexer, name, model_config, chunk_tokens)
-    return None if trained is None else trained.digest
+    architecture = architecture_of(model_config.model_type)
+    return architecture.trained_digest(config.indexer, name, model_config, chunk_tokens=chunk_tokens)
 
 
 def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str, complete: bool) -> None:

@@ -98,12 +98,13 @@ def register(commands: Any) -> None:
 
 def _record(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
+    from forecache.workers.models.backbone import load_config
     from forecache.workers.models.loader import model_name, resolve_model
-    from forecache.workers.recording.deepseek_v4.record import is_deepseek_v4
+    from forecache.workers.models.registry import architecture_of
     from forecache.workers.recording.documents import Recipe
     from forecache.workers.recording.record import record
 
-    if is_deepseek_v4(resolve_model(args.model)):
+    if architecture_of(load_config(resolve_model(args.model)).model_type).recording == "entries":
         return _record_entries(args)
     recipe = Recipe(
         texts=tuple(args.data.split(",")),

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.launch import machine
-from forecache.indexer.records.checkpoint import CheckpointManifest
-from forecache.indexer.records.manifest import ManifestError, RetrievalManifest, find_manifest
+from forecache.indexer.records.manifest import ManifestError
 from forecache.workers.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from forecache.indexer.records.index_spec import IndexSpec
     from forecache.workers.memory.format.layout import ChunkLayout
+    from forecache.workers.models.step.architecture import ExpectedScorer
 
 NO_MANIFEST = (
     "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
@@ -65,8 +66,8 @@ class ModelFacts:
     max_model_len: int
     has_manifest: bool
     chunk_bytes: int
-    trained: CheckpointManifest | None = None
-    """The trained indexer that will serve."""
+    trained_digest: str | None = None
+    """Names the weights of the trained indexer that will serve."""
     cold_limit: int | None = None
     """``max_model_len``, where cold memory and not the model sets it."""
 
@@ -82,12 +83,12 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     """
     from forecache.workers.models.backbone import load_config  # imports transformers: seconds
     from forecache.workers.models.checkpoint import check_files
-    from forecache.workers.models.dense.scorer import entries_spec, refuse_fallback
+    from forecache.workers.models.registry import architecture_of
 
     model = load_config(path)
     if config.engine.load_format != "dummy":
         check_files(path, model)
-    refuse_fallback(config.engine, model, config.engine.model)
+    architecture_of(model.model_type).refuse_settings(config.engine, config.engine.model)
     architectures = getattr(model, "architectures", None) or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise UnsupportedModelError(
@@ -100,13 +101,11 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
             f"--max-model-len {wanted} is more than the {own_limit} positions that {path} was made for."
         )
     limit = wanted or own_limit
-    manifest = _manifest(model, config) if entries_spec(model, config.engine.chunk_tokens) is None else None
-    chunk_bytes = _layout(model, config).nbytes
+    scorer, layout = _expected_scorer(model, config), _layout(model, config)
     # other machines may have other devices, so other dtypes: there a worker's own check must do
-    trained = _trained(model, config)
-    cold = _cold_tokens(model, manifest, trained, config) if config.address is None else limit
-    has_manifest = manifest is not None or entries_spec(model, config.engine.chunk_tokens) is not None
-    return ModelFacts(min(cold, limit), has_manifest, chunk_bytes, trained, cold_limit=cold if cold < limit else None)
+    cold = _cold_tokens(layout, scorer.spec, config) if config.address is None else limit
+    cold_limit = cold if cold < limit else None
+    return ModelFacts(min(cold, limit), scorer.informed, layout.nbytes, scorer.digest, cold_limit)
 
 
 def check_tokenizer(path: Path) -> None:
@@ -119,9 +118,9 @@ def check_tokenizer(path: Path) -> None:
 def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:
     """Sentences that an operator of this model, with these settings, should read."""
     said = []
-    if model.trained is None and config.indexer.checkpoint not in ("auto", "none"):
+    if model.trained_digest is None and config.indexer.checkpoint not in ("auto", "none"):
         said.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
-    if model.trained is None and not model.has_manifest and config.indexer.manifest != "none":
+    if model.trained_digest is None and not model.has_manifest and config.indexer.manifest != "none":
         said.append(NO_MANIFEST.format(config.engine.model))
     if model.cold_limit is not None:
         said.append(COLD_LIMIT.format(model.cold_limit))
@@ -134,39 +133,20 @@ def settle(path: Path, config: ServeConfig) -> ServeConfig:
     Raises:
         UnsupportedModelError: there is no decoder.
     """
-    from forecache.workers.models.backbone import default_chunk_tokens, load_config  # imports transformers: seconds
+    from forecache.workers.models.backbone import load_config  # imports transformers: seconds
+    from forecache.workers.models.registry import architecture_of
 
-    engine = config.engine.for_model(default_chunk_tokens(load_config(path)))
+    engine = config.engine.for_model(architecture_of(load_config(path).model_type).chunk_tokens)
     return config.model_copy(update={"engine": engine})
 
 
-def _trained(model: Any, config: ServeConfig) -> CheckpointManifest | None:
-    from forecache.workers.models.dense.scorer import find_before_load
+def _expected_scorer(model: Any, config: ServeConfig) -> "ExpectedScorer":
     from forecache.workers.models.loader import model_name
+    from forecache.workers.models.registry import architecture_of
 
-    return find_before_load(config.indexer, model_name(config.engine.model), model, config.engine.chunk_tokens)
-
-
-def _shape(model: Any) -> tuple[int, int, int, int]:
-    """Layers, attention heads, KV heads, head dimension."""
-    heads = int(model.num_attention_heads)
-    kv_heads = getattr(model, "num_key_value_heads", None) or heads
-    return model.num_hidden_layers, heads, kv_heads, getattr(model, "head_dim", None) or model.hidden_size // heads
-
-
-def _manifest(model: Any, config: ServeConfig) -> RetrievalManifest | None:
-    from forecache.workers.models.loader import model_name
-
-    layers, heads, kv_heads, head_dim = _shape(model)
     try:
-        return find_manifest(
-            config.indexer.manifest,
-            model_name(config.engine.model),
-            model_type=model.model_type,
-            layers=layers,
-            attention_heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
+        return architecture_of(model.model_type).expected_scorer(
+            config.indexer, model_name(config.engine.model), model, chunk_tokens=config.engine.chunk_tokens
         )
     except ManifestError as error:
         raise StartError(f"--indexer-manifest {config.indexer.manifest}: {error}") from error
@@ -180,24 +160,10 @@ def _layout(model: Any, config: ServeConfig) -> "ChunkLayout":
     return expected_layout(model, chunk_tokens=config.engine.chunk_tokens, dtype=dtype)
 
 
-def _cold_tokens(
-    model: Any, manifest: RetrievalManifest | None, trained: CheckpointManifest | None, config: ServeConfig
-) -> int:
+def _cold_tokens(layout: "ChunkLayout", spec: "IndexSpec", config: ServeConfig) -> int:
     """Tokens that the arena of one node holds: no request can have more."""
-    from forecache.indexer.records.index_spec import IndexSpec
     from forecache.workers.memory.arena.arena import describe
     from forecache.workers.memory.format.layout import cold_layout
-    from forecache.workers.models.dense.scorer import entries_spec
 
-    layers, heads, kv_heads, head_dim = _shape(model)
-    chunk_tokens = config.engine.chunk_tokens
-    if (entries := entries_spec(model, chunk_tokens)) is not None:
-        spec = entries
-    elif trained is not None:
-        spec = trained.index_spec
-    elif manifest is not None:
-        spec = IndexSpec.from_manifest(manifest, chunk_tokens=chunk_tokens)
-    else:
-        spec = IndexSpec.bounds(layers, heads, kv_heads, head_dim, chunk_tokens=chunk_tokens)
-    cold = cold_layout(_layout(model, config), config.memory.cold_dtype)
-    return describe(cold, spec.nbytes, "", config.memory.cold_bytes).slots * chunk_tokens
+    cold = cold_layout(layout, config.memory.cold_dtype)
+    return describe(cold, spec.nbytes, "", config.memory.cold_bytes).slots * layout.chunk_tokens

@@ -24,8 +24,9 @@ from forecache.workers.core.sequence import Chunk, State, TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.backbone import load_backbone
 from forecache.workers.models.dense.runner import ModelRunner
+from forecache.workers.models.step.architecture import Backbone
 
 CHUNK_TOKENS = 64
 SHAPE = "llama-3.1-8b"

@@ -28,10 +28,11 @@ from forecache.workers.core.sequence import Chunk, State, TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.backbone import load_backbone
 from forecache.workers.models.deepseek_v4.runner import DeepseekV4Runner
-from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS
-from forecache.workers.models.dense.scorer import entries_spec
+from forecache.workers.models.deepseek_v4.scorer import entries_spec
+from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS, DeepseekV4Shape
+from forecache.workers.models.step.architecture import Backbone
 
 WARM_UPS = 3
 POSITIONS = 1_100_000
@@ -157,9 +158,9 @@ def graphed(runner: DeepseekV4Runner, plan: Plan) -> tuple[Callable[[], object] 
 @torch.inference_mode()
 def measure(backbone: Backbone, context: int, mode: str, batch: int, args: argparse.Namespace) -> Row:
     """Times of a decode step of ``batch`` sequences of ``context`` tokens."""
-    device, shape = backbone.device, backbone.v4
+    device, shape = backbone.device, DeepseekV4Shape.of(backbone.config)
     spec = entries_spec(backbone.config, CHUNK_TOKENS)
-    assert shape is not None and spec is not None
+    assert spec is not None
     chunks = context // CHUNK_TOKENS
     resident = chunks if mode == "full" else budget_chunks(chunks, args.keep_ratio, SelectionConfig())
     pool = HotPool(backbone.layout, batch * (resident + 1), device)
@@ -220,8 +221,7 @@ def measure(backbone: Backbone, context: int, mode: str, batch: int, args: argpa
 
 def fitting(backbone: Backbone, context: int, resident: int, kv_bytes: float) -> int:
     """Sequences of ``context`` tokens, ``resident`` chunks each, that fit ``kv_bytes``, :data:`MOST_ROWS` at most."""
-    shape, number = backbone.v4, backbone.dtype.itemsize
-    assert shape is not None
+    shape, number = DeepseekV4Shape.of(backbone.config), backbone.dtype.itemsize
     hca = len(shape.hca) * (context // shape.hca_rate) * shape.head_dim * number
     window = len(shape.kinds) * shape.window * shape.head_dim * number
     return max(1, min(MOST_ROWS, int(kv_bytes // ((resident + 1) * backbone.layout.nbytes + hca + window))))

@@ -46,8 +46,8 @@ from forecache.workers.memory.format.layout import chunk_fingerprint
 from forecache.workers.memory.tier.actor import TierSettings, start_tier
 from forecache.workers.memory.tier.catalog import Catalog
 from forecache.workers.memory.tier.fetch import BATCH_BYTES
-from forecache.workers.models.backbone import Backbone, load_backbone
-from forecache.workers.models.dense.scorer import choose_scorer
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.models.step.architecture import Backbone
 
 NAMESPACE = "bench"
 CHUNK_TOKENS = 64
@@ -84,7 +84,7 @@ def load(directory: Path, threads: int) -> tuple[Backbone, IndexSpec]:
         directory, dtype="float32", device="cpu", chunk_tokens=CHUNK_TOKENS, load_format="dummy", seed=0
     )
     indexer = IndexerConfig(manifest=str(directory / "heads.json"), checkpoint="none")
-    return backbone, choose_scorer(indexer, "bench", backbone).spec
+    return backbone, backbone.architecture.choose_scorer(indexer, "bench", backbone).spec
 
 
 class Worker:

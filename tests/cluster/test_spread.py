@@ -31,8 +31,8 @@ from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.tier.actor import TierSettings, start_tier
 from forecache.workers.memory.tier.catalog import Catalog
-from forecache.workers.models.backbone import Backbone, load_backbone
-from forecache.workers.models.dense.scorer import choose_scorer
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.residency.window import PROBE_TOKENS
 
 pytestmark = pytest.mark.cluster
@@ -53,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 
 def load(model: Path) -> tuple[Backbone, IndexSpec]:
     backbone = load_backbone(model, dtype="float32", device="cpu", chunk_tokens=CHUNK_TOKENS)
-    return backbone, choose_scorer(IndexerConfig(manifest="none"), "tiny", backbone).spec
+    return backbone, backbone.architecture.choose_scorer(IndexerConfig(manifest="none"), "tiny", backbone).spec
 
 
 class Worker:

@@ -20,10 +20,11 @@ from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.evaluation import corpus
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.backbone import load_backbone
 from forecache.workers.models.dense.runner import ModelRunner
 from forecache.workers.models.dense.scorer import choose_index_spec
 from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.models.tokenizer import load_tokenizer
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -20,8 +20,8 @@ from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import prefix_keys, root_key
 from forecache.workers.models.backbone import expected_layout, load_config
-from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS
-from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS, DeepseekV4Shape
+from forecache.workers.models.step.in_flight_step import RunningStep
 from forecache.workers.recording.deepseek_v4.documents import DocumentMaker
 
 MakeDeepseekV4 = Callable[..., DeepseekV4ForCausalLM]
@@ -364,8 +364,7 @@ def test_cold_memory_without_room_for_states_serves_without_them(
 
 
 def test_what_is_known_of_a_state_before_the_weights_are_read(llm: LLM) -> None:
-    shape = llm.backbone.v4
-    assert shape is not None
+    shape = DeepseekV4Shape.of(llm.backbone.config)
     assert shape.snapshot_nbytes(torch.float32) == llm.engine._runner.snapshot_nbytes
 
 

@@ -12,7 +12,7 @@ from forecache.indexer.serving.config import SelectionConfig
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
 from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
-from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.models.step.in_flight_step import RunningStep
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS, CHUNKS = 4, 12

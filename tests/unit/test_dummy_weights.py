@@ -10,9 +10,10 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 from forecache.cluster.config import add_flags, config_from_args
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.llm import LLM
-from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.backbone import load_backbone
 from forecache.workers.models.dense.scorer import choose_index_spec
 from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.models.tokenizer import load_tokenizer
 from forecache.workers.models.verify import verify_backbone
 

@@ -21,7 +21,7 @@ from forecache.workers.core.requests import CacheOptions, GenerateRequest, Sampl
 from forecache.workers.core.step_plan import Captured, Plan
 from forecache.workers.engine.engine import Engine
 from forecache.workers.llm import LLM
-from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.models.step.in_flight_step import RunningStep
 from forecache.workers.residency.budgets import measure
 from forecache.workers.residency.window import WindowCycle
 

@@ -10,7 +10,7 @@ from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.models.deepseek_v4.layout import StepLayout
-from forecache.workers.models.in_flight_step import ArenaPast
+from forecache.workers.models.dense.streamed_past import StreamedPast
 
 CHUNK = 16
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CHUNK, dtype=torch.float32)
@@ -33,7 +33,7 @@ def held_back() -> tuple[TokenSequence, HotPool, int]:
 def test_in_a_stream_of_a_llama() -> None:
     seq, pool, slot = held_back()
     hot: Any = None  # of no use to where chunks are
-    past = ArenaPast.of(seq, pool, None, hot, None, DEVICE)
+    past = StreamedPast.of(seq, pool, None, hot, None, DEVICE)
     [segment] = past.segments
     assert (segment.slots.tolist(), segment.chunks.tolist()) == ([slot], [0])
 

@@ -38,8 +38,8 @@ from forecache.workers.memory.hot.snapshot_store import StateLayout
 from forecache.workers.memory.tier.spread import HostedSequences
 from forecache.workers.memory.tier.transfer import read, take_in
 from forecache.workers.models.backbone import expected_layout, load_config
-from forecache.workers.models.cold_reads import ColdReads
 from forecache.workers.models.deepseek_v4.step import StreamPast
+from forecache.workers.models.step.cold_reads import ColdReads
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICES = [

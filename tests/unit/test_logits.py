@@ -12,7 +12,7 @@ from forecache.workers.core.requests import GenerateRequest, SamplingParams
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.llm import LLM
-from forecache.workers.models.logits import LogitAdjuster, logprobs_of
+from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
 
 VOCAB = 70  # no multiple of 32: the last word of a mask is part used
 CPU = torch.device("cpu")

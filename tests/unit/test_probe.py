@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.models.backbone import Backbone, load_backbone, load_config
+from forecache.workers.models.backbone import load_backbone, load_config
+from forecache.workers.models.dense.probe import inspect_attention
 from forecache.workers.models.dense.scorer import choose_index_spec
-from forecache.workers.models.probe import Geometry, inspect_attention
+from forecache.workers.models.step.architecture import Backbone, Geometry
 from forecache.workers.models.verify import verify_backbone
 
 DIMENSIONS: dict[str, Any] = {

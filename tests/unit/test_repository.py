@@ -102,6 +102,47 @@ def test_sub_packages_import_in_the_documented_order() -> None:
                 assert places[ours] <= places[theirs], f"{module} imports {imported}, which lies above it"
 
 
+ARCHITECTURES = {path.name for path in (ROOT / "workers" / "models").iterdir() if path.is_dir()} - {
+    "step",
+    "__pycache__",
+}
+OWN_TO_ARCHITECTURES = ("workers/models/", "workers/recording/deepseek_v4/", "kernels/")
+
+
+def test_architectures_do_not_know_each_other() -> None:
+    assert {"deepseek_v4", "dense"} == ARCHITECTURES
+    for name in ARCHITECTURES:
+        for module in (ROOT / "workers" / "models" / name).rglob("*.py"):
+            others = {_place(file) for file in _imported_files(module)}
+            assert not others & {f"workers/models/{other}" for other in ARCHITECTURES - {name}}, module
+
+
+def _asks_for_the_model(tree: ast.AST) -> Iterator[str]:
+    """Code that depends on which model it serves: names of an architecture, and comparisons of model types."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(getattr(side, "attr", getattr(side, "id", "")) in ("model_type", "MODEL_TYPE") for side in sides):
+                yield ast.unparse(node)
+        names = [getattr(node, field, None) for field in ("id", "attr", "name", "arg", "module")]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value.strip():
+            names.append(node.value)
+        for name in names:
+            if isinstance(name, str) and re.search(r"deepseek|dsv4|(\b|_)v4", name, re.IGNORECASE):
+                yield name
+
+
+def test_only_architectures_ask_which_model_it_is() -> None:
+    for module in MODULES:
+        name = str(module.relative_to(ROOT))
+        if name.startswith(OWN_TO_ARCHITECTURES):
+            continue
+        asked = set(_asks_for_the_model(ast.parse(module.read_text(encoding="utf-8"))))
+        if name == "cluster/cli/retriever.py":  # the command for what an architecture with `recording` "entries" needs
+            asked -= {"forecache.workers.recording.deepseek_v4.record"}
+        assert not asked, f"{name}: ask the architecture (workers/models/registry.py) instead of {asked}"
+
+
 def test_no_files_import_each_other_in_a_circle() -> None:
     graph = {module: _imported_files(module) for module in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError

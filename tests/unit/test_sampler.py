@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forecache.workers.core.requests import SamplingParams
-from forecache.workers.models.sampler import sample, uniform
+from forecache.workers.models.step.sampler import sample, uniform
 
 INF = math.inf
 DRAWS = 4000

@@ -360,7 +360,7 @@ def test_before_anything_is_loaded_it_is_known_who_will_serve(
             {"engine": engine, "memory": {"cold_bytes": 3 << 20}, "indexer": {"checkpoint": str(checkpoint), **indexer}}
         )
         facts = check_model(tiny_model, config)
-        named = None if facts.trained is None else facts.trained.digest
+        named = facts.trained_digest
         assert _trained_digest(config, tiny_model) == named
         if named is not None:
             with opened(tiny_model, checkpoint, arena_dir, cold_bytes=3 << 20) as (llm, _):

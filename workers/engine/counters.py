@@ -14,7 +14,7 @@ from forecache.workers.errors import InvalidRequestError
 from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.hot.completions import Recalled
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone
+from forecache.workers.models.step.architecture import Backbone
 
 
 def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:

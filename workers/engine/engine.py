@@ -32,12 +32,9 @@ from forecache.workers.memory.hot.completions import Recalled, Released
 from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import Prefetcher
-from forecache.workers.models.backbone import Backbone
-from forecache.workers.models.dense.attention import StepAbortedError
-from forecache.workers.models.dense.remote_past import FarPast, PastLostError
-from forecache.workers.models.dense.scorer import BesideModel
-from forecache.workers.models.in_flight_step import RunningStep
-from forecache.workers.models.runner import make_runner
+from forecache.workers.models.step.architecture import Backbone, QueryEncoder
+from forecache.workers.models.step.in_flight_step import RunningStep
+from forecache.workers.models.step.runner import PastLostError, StepAbortedError
 from forecache.workers.models.tokenizer import eos_token_ids
 from forecache.workers.residency.window import WindowCycle
 
@@ -52,7 +49,7 @@ class Engine:
     """Continuous batching over one backbone.
 
     All methods belong to one thread, but for :meth:`cancel`, which any calls. ``name`` makes its holds in cold memory
-    its own; ``cold_layout``: that memory's, where not the pool's; ``beside``: the indexer's scorer, where trained.
+    its own; ``cold_layout``: that memory's, where not the pool's; ``query_encoder``: of the trained indexer.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Engine:
         spec: IndexSpec,
         name: str = "local",
         cold_layout: ChunkLayout | None = None,
-        beside: BesideModel | None = None,
+        query_encoder: QueryEncoder | None = None,
     ) -> None:
         self.config = config = config.for_device(backbone.device.type)
         self._backbone = backbone
@@ -80,13 +77,23 @@ class Engine:
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
         cold, rows, arena = cold_layout or backbone.layout, config.max_batch_size, memory.arena
         self._fingerprint, each = chunk_fingerprint(backbone.layout, cold), config.snapshot_tokens
-        self._runner = make_runner(backbone, pool, arena, spec, rows, cold, beside, each, FarPast.of(memory, cold))
+        self._runner = backbone.architecture.make_runner(
+            backbone,
+            pool,
+            arena,
+            spec,
+            max_rows=rows,
+            cold_layout=cold,
+            query_encoder=query_encoder,
+            snapshot_tokens=each,
+            spread=memory.spread,
+        )
         states = state_layout(self._runner, cold.nbytes, each // config.chunk_tokens)
         self.pulse = Pulse()
         record, progress = self._runner.index_record, self.pulse.progress
         self._prefetcher = Prefetcher(self.pool, memory, record, cold, states, progress)
         self._snapshots = Snapshots(self._runner, states, self._prefetcher, arena)
-        steps = 1 if beside is None else beside.steps
+        steps = 1 if query_encoder is None else query_encoder.steps
         cycle = self.windows = WindowCycle(
             config, selection, pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
         )

@@ -9,7 +9,7 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.hot.prefetcher import Prefetcher
 from forecache.workers.memory.hot.snapshot_store import StateLayout
-from forecache.workers.models.runner import Runner
+from forecache.workers.models.step.runner import Runner
 
 logger = logging.getLogger(__name__)
 

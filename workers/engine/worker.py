@@ -43,9 +43,10 @@ from forecache.workers.memory.client.peers import RemotePeers
 from forecache.workers.memory.format.layout import chunk_fingerprint, cold_layout
 from forecache.workers.memory.hot.cuda_host import RegisteredMemory
 from forecache.workers.memory.tier.actor import TierSettings, gives_memory, start_tier
-from forecache.workers.models.backbone import default_chunk_tokens, load_backbone, load_config
-from forecache.workers.models.dense.scorer import ChosenScorer, choose_scorer, refuse_fallback
+from forecache.workers.models.backbone import load_backbone, load_config
 from forecache.workers.models.loader import model_name, resolve_model
+from forecache.workers.models.registry import architecture_of
+from forecache.workers.models.step.architecture import ChosenScorer
 from forecache.workers.models.tokenizer import load_tokenizer
 from forecache.workers.models.verify import verify_backbone
 
@@ -69,9 +70,9 @@ class DecodeWorker:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._worker_id = serve.get_replica_context().replica_id.unique_id
         path = resolve_model(config.model, load_format=config.load_format)
-        model_config = load_config(path)
-        refuse_fallback(config, model_config, config.model)
-        config = config.for_model(default_chunk_tokens(model_config))
+        architecture = architecture_of(load_config(path).model_type)
+        architecture.refuse_settings(config, config.model)
+        config = config.for_model(architecture.chunk_tokens)
         backbone = load_backbone(
             path,
             dtype=config.dtype,
@@ -83,7 +84,7 @@ class DecodeWorker:
             kv_dtype=config.kv_dtype,
         )
         cold = cold_layout(backbone.layout, settings.memory.cold_dtype)
-        self._scorer = chosen = choose_scorer(settings.indexer, model_name(config.model), backbone)
+        self._scorer = chosen = architecture.choose_scorer(settings.indexer, model_name(config.model), backbone)
         spec = chosen.spec
         verify_backbone(backbone, spec)
         self._tier_id = settings.actor_name("tier", self._node_id)
@@ -115,7 +116,7 @@ class DecodeWorker:
             spec,
             self._worker_id,
             cold,
-            chosen.beside,
+            chosen.query_encoder,
         )
         self._channels = Channels(self._worker_id)
         self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)

@@ -13,15 +13,9 @@ from forecache.workers.evaluation.evaluate import Answer, Column
 from forecache.workers.evaluation.ruler import Sample
 from forecache.workers.llm import LLM
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.models.backbone import (
-    default_chunk_tokens,
-    expected_layout,
-    expected_state_nbytes,
-    load_config,
-    pick_device,
-    pick_dtype,
-)
+from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
 from forecache.workers.models.loader import resolve_model
+from forecache.workers.models.registry import architecture_of
 
 SPARE_CHUNKS = 64
 """Slots beyond those of the contexts: for chunks that are being filled, written back or recalled."""
@@ -85,7 +79,7 @@ def open_engine(
     late predictions are waited for; prefill steps are long.
     """
     path = resolve_model(config.model)
-    config = config.for_model(default_chunk_tokens(load_config(path)))
+    config = config.for_model(architecture_of(load_config(path).model_type).chunk_tokens)
     device = pick_device(config.device)
     context_bytes = _context_bytes(path, config, longest)
     group_bytes = min(samples, _group_size(config, device)) * context_bytes
@@ -122,6 +116,7 @@ def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
     """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     model = load_config(path)
-    layout = expected_layout(model, chunk_tokens=config.chunk_tokens, dtype=dtype)
-    pieces = -(-expected_state_nbytes(model, dtype) // layout.nbytes) * (tokens // config.snapshot_tokens + 2)
+    architecture = architecture_of(model.model_type)
+    layout = architecture.chunk_layout(model, chunk_tokens=config.chunk_tokens, dtype=dtype)
+    pieces = -(-architecture.state_nbytes(model, dtype) // layout.nbytes) * (tokens // config.snapshot_tokens + 2)
     return (-(-tokens // config.chunk_tokens) + SPARE_CHUNKS + pieces) * layout.nbytes

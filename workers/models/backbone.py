@@ -1,7 +1,6 @@
 """A loaded model and what the engine needs to know of it."""
 
 import json
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -10,66 +9,27 @@ import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from forecache.workers.core.config import EngineConfig, KvDtype, LoadFormat
-from forecache.workers.errors import InvalidModelError, UnsupportedModelError
-from forecache.workers.memory.format.layout import ChunkLayout, attention_layout
+from forecache.workers.core.config import KvDtype, LoadFormat
+from forecache.workers.errors import InvalidModelError, UnsupportedModelError, explained
+from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.models.checkpoint import (
     WEIGHT_FILES,
     check_files,
-    explained,
     quant_method,
     read_json,
     refuse_unread,
     some,
 )
-from forecache.workers.models.deepseek_v4.attention import serve_attention
-from forecache.workers.models.deepseek_v4.shape import CHUNK_TOKENS, MODEL_TYPE, DeepseekV4Shape, refuse_mtp
-from forecache.workers.models.dense.attention import ATTENTION_NAME
-from forecache.workers.models.dense.fused_linears import fuse_checked
-from forecache.workers.models.probe import Geometry, inspect_attention, refuse_config
+from forecache.workers.models.registry import architecture_of
+from forecache.workers.models.step.architecture import Backbone
 
 HASH_BLOCK_BYTES = 1 << 20
+ROPE_OF_THE_BATCH = ("longrope", "dynamic")
+"""RoPE kinds whose frequencies depend on the longest position of the forward pass: K in the cache would change."""
 DUMMY_GAIN = 0.5
 """Size of a dummy linear layer's output to its input."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """``model`` runs with forecache's attention; ``geometry`` are its attention shapes, ``fingerprint`` its weights.
-
-    ``v4``: what else there is of a DeepSeek-V4 model; None: all layers attend to all K/V.
-    """
-
-    model: PreTrainedModel
-    path: Path
-    fingerprint: str
-    geometry: Geometry
-    layout: ChunkLayout
-    max_model_len: int
-    device: torch.device
-    dtype: torch.dtype
-    v4: DeepseekV4Shape | None = None
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def linear_equal(self) -> float:
-        """Past tokens over which attention costs a token as much as all weights do."""
-        geometry = self.geometry
-        if (v4 := self.v4) is not None:  # of what is past, only index keys are read in proportion
-            past = len(v4.csa) * v4.index_heads * v4.index_dim / v4.csa_rate + len(v4.hca) * v4.heads * v4.head_dim / 64
-            return self.body_parameters / past
-        # 2 FLOP per weight against 4 per (head, dim, past token) of each layer
-        return self.body_parameters / (2 * geometry.layers * geometry.heads * geometry.head_dim)
-
-    @property
-    def body_parameters(self) -> int:
-        """Weights that every token passes through: all but the embeddings of tokens and the output layer."""
-        vocabulary = int(self.config.vocab_size)
-        return sum(weight.numel() for weight in self.model.parameters() if vocabulary not in weight.shape)
 
 
 def pick_device(device: str) -> torch.device:
@@ -91,29 +51,9 @@ def kv_number(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
     return torch.float8_e4m3fn if kv_dtype == "fp8" else dtype
 
 
-def default_chunk_tokens(config: Any) -> int:
-    """Tokens of a chunk of a model with this configuration, where nobody sets them."""
-    default: int = EngineConfig.model_fields["chunk_tokens"].default
-    return CHUNK_TOKENS if config.model_type == MODEL_TYPE else default
-
-
 def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> ChunkLayout:
-    """The chunks of a model with this configuration, before it is loaded; they are nobody's in particular."""
-    if config.model_type == MODEL_TYPE:
-        return DeepseekV4Shape.of(config).layout("", chunk_tokens=chunk_tokens, dtype=dtype)
-    return attention_layout(
-        "",
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        chunk_tokens=chunk_tokens,
-        dtype=dtype,
-    )
-
-
-def expected_state_nbytes(config: Any, dtype: torch.dtype) -> int:
-    """Bytes of a snapshot of what a sequence of such a model keeps beside its chunks."""
-    return DeepseekV4Shape.of(config).snapshot_nbytes(dtype) if config.model_type == MODEL_TYPE else 0
+    """The chunks of a model with this configuration, before its weights are known; K/V are stored in ``dtype``."""
+    return architecture_of(config.model_type).chunk_layout(config, chunk_tokens=chunk_tokens, dtype=dtype)
 
 
 def load_config(path: Path) -> Any:
@@ -138,6 +78,35 @@ def load_config(path: Path) -> Any:
     return config
 
 
+def refuse_config(config: Any, name: str) -> None:
+    """Raise :class:`UnsupportedModelError` for what the configuration alone tells."""
+    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not a decoder language model.")
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not for text alone.")
+    for kind in _rope_types(getattr(config, "rope_parameters", None)):
+        if kind in ROPE_OF_THE_BATCH:
+            raise UnsupportedModelError(
+                f"{name} uses '{kind}' RoPE, whose frequencies change with the length of the batch, so that cached "
+                "keys would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
+            )
+    architecture_of(config.model_type).refuse(config, name)
+    if not isinstance(getattr(config, "max_position_embeddings", None), int):
+        raise UnsupportedModelError(
+            f"{name} is of type '{config.model_type}', whose configuration gives no max_position_embeddings: forecache "
+            "must know how long a context it was made for."
+        )
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    """``rope_type`` of a flat dict, or of each entry of a dict per layer kind."""
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [entry["rope_type"] for entry in parameters.values() if isinstance(entry, dict) and "rope_type" in entry]
+
+
 def load_backbone(
     path: Path,
     *,
@@ -149,7 +118,7 @@ def load_backbone(
     seed: int = 0,
     kv_dtype: KvDtype = "auto",
 ) -> Backbone:
-    """Load the model at ``path`` and check that its attention can be replaced; see :mod:`.probe`.
+    """Load the model at ``path`` and check that its attention can be replaced; see :mod:`.dense.probe`.
 
     ``load_format`` "dummy" reads only the configuration there and draws the weights from ``seed``. Chunks hold K/V in
     ``dtype``, or with ``kv_dtype`` "fp8" in float8_e4m3fn.
@@ -176,35 +145,23 @@ def load_backbone(
     else:
         fingerprint = weights_fingerprint(path, config)
     limit = max_model_len or own_limit
-    if config.model_type == MODEL_TYPE:
-        if kv_dtype != "auto":
-            raise UnsupportedModelError(f"--kv-dtype {kv_dtype} is for plain K/V, and {path} keeps none; use auto.")
-        v4 = serve_attention(model)
-        geometry = Geometry(len(v4.kinds), v4.heads, 1, v4.head_dim, v4.head_dim**-0.5)
-        layout = v4.layout(fingerprint, chunk_tokens=chunk_tokens, dtype=number)
-        return Backbone(model, path, fingerprint, geometry, layout, limit, place, number, v4)
-    if place.type == "cuda":
-        with explained(path, "can't be run"):
-            fuse_checked(model)
-    geometry = inspect_attention(model)
-    model.set_attn_implementation(ATTENTION_NAME)
-    layout = attention_layout(
-        fingerprint,
-        layers=geometry.layers,
-        kv_heads=geometry.kv_heads,
-        head_dim=geometry.head_dim,
-        chunk_tokens=chunk_tokens,
-        dtype=kv_number(kv_dtype, number),
+    architecture = architecture_of(config.model_type)
+    if kv_dtype != "auto" and not architecture.plain_kv:
+        raise UnsupportedModelError(f"--kv-dtype {kv_dtype} is for plain K/V, and {path} keeps none; use auto.")
+    geometry = architecture.replace_attention(model, path)
+    stored = kv_number(kv_dtype, number)
+    layers = architecture.layers(config, chunk_tokens=chunk_tokens, dtype=stored, geometry=geometry)
+    layout = architecture.chunk_layout(
+        config, chunk_tokens=chunk_tokens, dtype=stored, fingerprint=fingerprint, geometry=geometry
     )
-    return Backbone(model, path, fingerprint, geometry, layout, limit, place, number)
+    return Backbone(architecture, model, path, fingerprint, geometry, layers, layout, limit, place, number)
 
 
 def _load_model(path: Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model on CPU. transformers makes up weights that it does not find in the files and drops those that it does
     not know; here both are errors."""
     tensors = check_files(path, config)
-    if config.model_type == MODEL_TYPE:
-        refuse_mtp(path, {name: stored.file for name, stored in tensors.items()})
+    architecture_of(config.model_type).refuse_tensors(path, {name: stored.file for name, stored in tensors.items()})
     method = quant_method(config)
     advice = (
         "Check its files and download them again."

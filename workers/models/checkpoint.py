@@ -7,8 +7,7 @@ wrongly.
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from forecache.workers.errors import ForecacheError, InvalidModelError, UnsupportedModelError
+from forecache.workers.errors import InvalidModelError, UnsupportedModelError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _MTP_PARTS = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|mtp_block|mtp_layers)\b")
 NAMED = 3
 """Tensors and files that a message names; it counts the others."""
-MESSAGE_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -48,30 +46,6 @@ class StoredTensor:
     file: str
     dtype: str
     shape: tuple[int, ...]
-
-
-@contextmanager
-def explained(path: Path | str, what: str, advice: str = "") -> Iterator[None]:
-    """Raise whatever a library raises as :class:`UnsupportedModelError`: "PATH WHAT: ERROR. ADVICE".
-
-    transformers, its quantisers and its tokenizers raise errors of any type, ImportError and bare Exception among them.
-    """
-    try:
-        yield
-    except ForecacheError:
-        raise
-    except Exception as error:
-        text = f"{path} {what}: {one_line(error)}".removesuffix(".")
-        raise UnsupportedModelError(f"{text}. {advice}".strip()) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The type and the first paragraph of an error's message, without line breaks: Serve hands over lines."""
-    paragraph = str(error).strip().split("\n\n", 1)[0]
-    text = " ".join(paragraph.split())
-    if len(text) > MESSAGE_CHARACTERS:
-        text = f"{text[:MESSAGE_CHARACTERS]}…"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def some(names: Collection[str]) -> str:

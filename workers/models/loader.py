@@ -15,8 +15,8 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forecache.workers.core.config import LoadFormat
-from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.models.checkpoint import WEIGHT_FILES, one_line, refuse_adapters, some
+from forecache.workers.errors import UnsupportedModelError, one_line
+from forecache.workers.models.checkpoint import WEIGHT_FILES, refuse_adapters, some
 
 Progress = Callable[[str], None]
 

@@ -5,8 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from forecache.workers.errors import InvalidModelError
-from forecache.workers.models.checkpoint import explained
+from forecache.workers.errors import InvalidModelError, explained
 
 INCOMPLETE = "�"
 NEEDED_FILES = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) in that directory."

@@ -14,14 +14,11 @@ from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.core.requests import GenerateRequest
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
-from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.errors import UnsupportedModelError, explained
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.format.layout import with_dtype
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone
-from forecache.workers.models.checkpoint import explained
-from forecache.workers.models.dense.attention import ATTENTION_NAME
-from forecache.workers.models.runner import make_runner
+from forecache.workers.models.step.architecture import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +43,11 @@ def verify_backbone(backbone: Backbone, spec: IndexSpec) -> None:
     than attention does. Where logits differ, the comparison is made again with the experts that eager attention chose.
     """
     generator = torch.Generator().manual_seed(0)
-    if backbone.v4 is None and backbone.layout.field("kv").dtype != backbone.dtype:
+    if backbone.architecture.plain_kv and backbone.layout.field("kv").dtype != backbone.dtype:
         # what is checked is the attention, not what a smaller format of K/V costs
         backbone = replace(backbone, layout=with_dtype(backbone.layout, backbone.dtype))
-    count = VERIFY_TOKENS
-    if backbone.v4 is not None and backbone.dtype != torch.float32:
-        # where not all entries are selected, roundings of half precision decide which
-        count = min(count, backbone.v4.topk * backbone.v4.csa_rate)
+    limit = backbone.architecture.exact_tokens(backbone.config, backbone.dtype)
+    count = VERIFY_TOKENS if limit is None else min(VERIFY_TOKENS, limit)
     tokens = torch.randint(0, backbone.config.vocab_size, (count,), generator=generator).tolist()
     allowed = TOLERANCE[backbone.dtype]
     with routes(backbone.model) as chosen:
@@ -74,7 +69,7 @@ def verify_backbone(backbone: Backbone, spec: IndexSpec) -> None:
                 chosen.tokens,
                 error,
             )
-        if backbone.v4 is None and not error <= allowed:
+        if not error <= allowed:
             allowed = max(allowed, min(MOST_NOISE, NOISE_FACTOR * _noise(backbone, tokens, expected, chosen)))
     if not error <= allowed:
         raise UnsupportedModelError(
@@ -171,16 +166,11 @@ def _compared_rows(tokens: list[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def _logits(backbone: Backbone, tokens: list[int], attention: str) -> torch.Tensor:
+def _logits(backbone: Backbone, tokens: list[int], backend: Literal["eager", "sdpa"]) -> torch.Tensor:
     """transformers' own: float32 [tokens, vocab]."""
     model = backbone.model
-    try:
-        if backbone.v4 is None:  # else it is its own attention that serves, until it is given our steps
-            model.set_attn_implementation(attention)
+    with backbone.architecture.reference_attention(model, backend):
         output = model(input_ids=torch.tensor([tokens], device=backbone.device), use_cache=False)
-    finally:
-        if backbone.v4 is None:
-            model.set_attn_implementation(ATTENTION_NAME)
     logits: torch.Tensor = output.logits[0].float()
     return logits
 
@@ -194,7 +184,7 @@ def _our_logits(backbone: Backbone, spec: IndexSpec, tokens: list[int], chosen: 
     chunk_tokens = backbone.layout.chunk_tokens
     slots = -(-len(tokens) // chunk_tokens)
     pool = HotPool(backbone.layout, slots, backbone.device)
-    runner = make_runner(backbone, pool, None, spec)
+    runner = backbone.architecture.make_runner(backbone, pool, None, spec)
     seq = TokenSequence(
         GenerateRequest("verify", tuple(tokens)),
         holder="verify",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from forecache.workers.models.attention_modules import attention_modules
+from forecache.workers.models.step.attention_modules import attention_modules
 
 CAPTURE = "forecache_capture"
 

@@ -27,8 +27,9 @@ from forecache.indexer.records.shards import (
     write_shard,
 )
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
-from forecache.workers.models.attention_modules import attention_modules
-from forecache.workers.models.backbone import Backbone, load_backbone
+from forecache.workers.models.backbone import load_backbone
+from forecache.workers.models.step.architecture import Backbone
+from forecache.workers.models.step.attention_modules import attention_modules
 from forecache.workers.models.tokenizer import load_tokenizer
 from forecache.workers.recording.capture import Capture, CaptureShape, install
 from forecache.workers.recording.documents import Recipe, SourceDocument, make_document, plan

@@ -16,7 +16,7 @@ from forecache.kernels.csa import ops as csa
 from forecache.kernels.csa.prefill import attend_prefill, score_entries_of_one
 from forecache.workers.models.deepseek_v4.shape import CSA, HCA, DeepseekV4Shape
 from forecache.workers.models.deepseek_v4.step import Places, V4Batch, V4Rows, V4Stream
-from forecache.workers.models.dense.attention import StepAbortedError
+from forecache.workers.models.step.runner import StepAbortedError
 
 SCORES = 1 << 26
 """Scores of a stream's tokens held at a time: 256 MiB."""
@@ -41,7 +41,7 @@ class ServedAttention(DeepseekV4Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """``hidden_states`` [1, tokens, hidden] of the packed step ``forecache``.
 
-        Raises :class:`.attention.StepAbortedError` between two layers when the step is no longer wanted.
+        Raises :class:`.runner.StepAbortedError` between two layers when the step is no longer wanted.
         """
         if forecache is None:
             output, weights = super().forward(

@@ -16,8 +16,8 @@ from torch import Tensor
 from forecache.workers.models.deepseek_v4.layout import FixedRow
 from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES
 from forecache.workers.models.deepseek_v4.step import Places, V4Batch, V4Rows
-from forecache.workers.models.dense.graph import WARM_UPS
-from forecache.workers.models.hidden_history import HiddenHistory, HiddenRows
+from forecache.workers.models.step.graphs import WARM_UPS
+from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 logger = logging.getLogger(__name__)
 

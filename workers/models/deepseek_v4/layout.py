@@ -11,11 +11,11 @@ from torch import Tensor
 from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.core.step_plan import StreamPart
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.cold_reads import ColdReads
 from forecache.workers.models.deepseek_v4.queries import EntryProbe
 from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES, Line, SequenceStates
 from forecache.workers.models.deepseek_v4.step import Places, StreamPast, V4Rows, V4Stream
+from forecache.workers.models.step.cold_reads import ColdReads
 
 
 def put(values: npt.ArrayLike, device: torch.device, dtype: npt.DTypeLike = np.int64) -> Tensor:

@@ -11,7 +11,7 @@ from forecache.indexer.records.entry_scores import BLOCK_PRODUCTS, chunk_scores,
 from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
-from forecache.workers.models.hidden_history import HiddenHistory
+from forecache.workers.models.step.hidden_history import HiddenHistory
 
 OWN_STEPS = 24
 """Steps that ask together where no trained retrievers say how many."""

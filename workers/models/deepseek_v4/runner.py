@@ -16,16 +16,17 @@ from forecache.workers.core.step_plan import Capture, Plan
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone
 from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
 from forecache.workers.models.deepseek_v4.layout import FixedRow, StepLayout, put
 from forecache.workers.models.deepseek_v4.queries import RetrieverQueries
+from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 from forecache.workers.models.deepseek_v4.state import SequenceStates
 from forecache.workers.models.deepseek_v4.step import V4Batch, V4Stream
-from forecache.workers.models.dense.graph import batch_buckets
-from forecache.workers.models.in_flight_step import CapturedTensors, RunningStep, Written
-from forecache.workers.models.logits import LogitAdjuster, logprobs_of
-from forecache.workers.models.sampler import sample
+from forecache.workers.models.step.architecture import Backbone
+from forecache.workers.models.step.graphs import batch_buckets
+from forecache.workers.models.step.in_flight_step import CapturedTensors, RunningStep, Written
+from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
+from forecache.workers.models.step.sampler import sample
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +49,11 @@ class DeepseekV4Runner:
         retriever: FlashMemoryIndexer | None = None,
         snapshot_tokens: int = 4096,
     ) -> None:
-        assert backbone.v4 is not None, "not a DeepSeek-V4 backbone"
+        shape = DeepseekV4Shape.of(backbone.config)
         self._model = backbone.model
         self._device = backbone.device
         self._spec = spec
-        self._queries = RetrieverQueries(backbone.model, backbone.v4, spec, retriever, max_rows)
+        self._queries = RetrieverQueries(backbone.model, shape, spec, retriever, max_rows)
         self._target_rows = torch.tensor(self._queries.targets, device=self._device)
         self._chunk_tokens = backbone.layout.chunk_tokens
         self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
@@ -60,10 +61,10 @@ class DeepseekV4Runner:
         self._arena = arena
         if arena is not None:
             self._cold = _views(backbone.layout, arena.chunks)
-        self._states = SequenceStates(backbone.v4, max_rows, backbone.dtype, backbone.device)
+        self._states = SequenceStates(shape, max_rows, backbone.dtype, backbone.device)
         self._max_tokens = backbone.max_model_len
         self._fixed: FixedSteps | None = None
-        self._layout = StepLayout(backbone.v4, self._states, pool, self._chunk_tokens)
+        self._layout = StepLayout(shape, self._states, pool, self._chunk_tokens)
         self._snapshots: dict[str, dict[int, Tensor]] = {}
         self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
         self._last_rows: dict[str, int] = {}

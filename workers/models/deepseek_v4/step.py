@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from forecache.kernels.chunks import ops
-from forecache.workers.models.cold_reads import ColdReads
 from forecache.workers.models.deepseek_v4.queries import EntryProbe
 from forecache.workers.models.deepseek_v4.state import SequenceStates, pack
-from forecache.workers.models.hidden_history import HiddenRows
+from forecache.workers.models.step.cold_reads import ColdReads
+from forecache.workers.models.step.hidden_history import HiddenRows
 
 
 @dataclass(frozen=True)

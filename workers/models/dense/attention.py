@@ -17,13 +17,10 @@ from forecache.kernels.attention.prefill import prefill_attention
 from forecache.workers.core.step_plan import DecodeRows
 from forecache.workers.models.dense.prompt_probe import MassProbe
 from forecache.workers.models.dense.streamed_past import PastReader, Store
-from forecache.workers.models.hidden_history import HiddenRows
+from forecache.workers.models.step.hidden_history import HiddenRows
+from forecache.workers.models.step.runner import StepAbortedError
 
 ATTENTION_NAME = "forecache"
-
-
-class StepAbortedError(Exception):
-    """A sequence of the running step was cancelled; what the step computed so far is void."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from forecache.workers.errors import ForecacheError, UnsupportedModelError
-from forecache.workers.models.probe import Geometry
+from forecache.workers.models.step.architecture import Geometry
 
 MIN_TOKENS = 2
 """A compiled step has at least this many tokens."""

@@ -16,10 +16,8 @@ from torch import Tensor
 from forecache.workers.core.step_plan import DecodeRow, DecodeRows
 from forecache.workers.models.dense.attention import QueryCapture, StepBatch
 from forecache.workers.models.dense.streamed_past import Store
-from forecache.workers.models.hidden_history import HiddenHistory, HiddenRows
-
-WARM_UPS = 2
-"""Eager runs before a capture: lazy initialisation (cuBLAS handles, Triton compilation) must be over by then."""
+from forecache.workers.models.step.graphs import WARM_UPS, batch_buckets
+from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
 """Rows of the input buffer."""
@@ -42,11 +40,6 @@ class Replayed:
 class _Graph:
     graph: torch.cuda.CUDAGraph
     output: Replayed
-
-
-def batch_buckets(max_batch_size: int) -> list[int]:
-    """Batch sizes to capture: 2, 4, 8, then every 8, up to ``max_batch_size`` rounded up."""
-    return [size for size in (2, 4) if size < max_batch_size] + list(range(8, max_batch_size + 8, 8))
 
 
 class DecodeGraphs:

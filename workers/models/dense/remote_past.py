@@ -14,9 +14,9 @@ from torch import Tensor
 from forecache.kernels.attention import reference
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.errors import ChunkLostError
-from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout
+from forecache.workers.models.step.runner import PastLostError
 
 if TYPE_CHECKING:  # they import Ray, which an engine in one process does without
     from forecache.workers.memory.client.memory import RemoteSpread
@@ -24,14 +24,6 @@ if TYPE_CHECKING:  # they import Ray, which an engine in one process does withou
 
 READS_AHEAD = 3
 """Pieces that are on their way while one is attended to."""
-
-
-class PastLostError(ChunkLostError):
-    """Chunks of the past of ``request_id`` can't be read any more: the step is void, and that request starts over."""
-
-    def __init__(self, message: str, request_id: str) -> None:
-        super().__init__(message)
-        self.request_id = request_id
 
 
 @dataclass(frozen=True)
@@ -49,17 +41,12 @@ class RemoteChunks:
         return self.others.read_layer(self.holder, self.keys[part], layer)
 
 
-class FarPast:
+class RemotePast:
     """Pasts on ``others``, in the layout of cold memory."""
 
     def __init__(self, others: "RemoteSpread", layout: ChunkLayout) -> None:
         self._others = others
         self._layout = layout
-
-    @classmethod
-    def of(cls, memory: ColdMemory, layout: ChunkLayout) -> "FarPast | None":
-        """Where ``memory`` has other nodes."""
-        return None if memory.spread is None else cls(memory.spread, layout)
 
     def chunks(self, seq: TokenSequence, keys: tuple[ChunkKey, ...]) -> RemoteChunks:
         """Those chunks of ``seq``."""

@@ -16,7 +16,6 @@ from forecache.workers.core.step_plan import Capture, DecodeRow, DecodeRows, Pla
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone
 from forecache.workers.models.dense.attention import QueryCapture, StepBatch, StreamRows
 from forecache.workers.models.dense.compiled_layers import (
     MIN_TOKENS,
@@ -26,13 +25,14 @@ from forecache.workers.models.dense.compiled_layers import (
 )
 from forecache.workers.models.dense.graph import DecodeGraphs
 from forecache.workers.models.dense.prompt_probe import MassProbe
-from forecache.workers.models.dense.remote_past import FarPast
-from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store
-from forecache.workers.models.hidden_history import NOBODYS_LINE, HiddenHistory
-from forecache.workers.models.in_flight_step import ArenaPast, CapturedTensors, RunningStep, Written
-from forecache.workers.models.logits import LogitAdjuster, logprobs_of
-from forecache.workers.models.sampler import draw_rows, sample
-from forecache.workers.models.stateless import Stateless
+from forecache.workers.models.dense.remote_past import RemotePast
+from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
+from forecache.workers.models.step.architecture import Backbone
+from forecache.workers.models.step.hidden_history import NOBODYS_LINE, HiddenHistory
+from forecache.workers.models.step.in_flight_step import CapturedTensors, RunningStep, Written
+from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
+from forecache.workers.models.step.runner import Stateless
+from forecache.workers.models.step.sampler import draw_rows, sample
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ModelRunner(Stateless):
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
     ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's;
-    ``far`` reads chunks of other nodes.
+    ``remote`` reads chunks of other nodes.
     ``spec``: the model's own retrieval heads; ``lookahead``: the trained indexer that scores beside them.
     """
 
@@ -57,14 +57,14 @@ class ModelRunner(Stateless):
         max_rows: int = 1,
         cold_layout: ChunkLayout | None = None,
         lookahead: LookaheadScorer | None = None,
-        far: FarPast | None = None,
+        remote: RemotePast | None = None,
     ) -> None:
         self._backbone = backbone
         self._model = backbone.model
         self._device = backbone.device
         self._pool = pool
         self._arena = arena
-        self._far = far
+        self._remote = remote
         self._hot = _store(backbone.layout, pool.memory)
         self._cold = None if arena is None else _store(cold_layout or backbone.layout, arena.chunks)
         self._spec = spec
@@ -93,7 +93,7 @@ class ModelRunner(Stateless):
         true on the way.
         """
         rows = [self._decode_row(seq) for seq in plan.decode]
-        pasts: tuple[ArenaPast, ...] = ()
+        pasts: tuple[StreamedPast, ...] = ()
         probes, scored = dict[str, MassProbe](), tuple[Scored, ...]()
         if self._graphs is not None and not plan.streams and self._graphs.takes(rows):
             replayed = self._graphs.replay(rows)
@@ -250,12 +250,12 @@ class ModelRunner(Stateless):
 
     def _lay_out(
         self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
-    ) -> tuple[StepBatch, list[TokenSequence], tuple[ArenaPast, ...], dict[str, MassProbe]]:
+    ) -> tuple[StepBatch, list[TokenSequence], tuple[StreamedPast, ...], dict[str, MassProbe]]:
         tokens = [row.token for row in rows]
         places = [(row.position, row.slot, row.offset) for row in rows]
         sampled, logits_rows = list(plan.decode), list(range(len(rows)))
         streams: list[StreamRows] = []
-        pasts: list[ArenaPast] = []
+        pasts: list[StreamedPast] = []
         probes: dict[str, MassProbe] = {}
         kept = [(number, row.line, row.position) for number, row in enumerate(rows)]
         scored_rows: list[int] = []
@@ -274,7 +274,9 @@ class ModelRunner(Stateless):
             if part.probe:
                 probes[seq.request_id] = self._probe(part)
             streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
-            pasts.append(ArenaPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._far))
+            pasts.append(
+                StreamedPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._remote)
+            )
         padding = max(self._min_tokens - len(tokens), 0)
         tokens += [0] * padding
         places += [(0, -1, 0)] * padding

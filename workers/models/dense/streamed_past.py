@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from forecache.kernels.attention import ops
-from forecache.workers.models.dense.remote_past import RemoteChunks, RemoteReads
+from forecache.workers.core.sequence import Chunk, TokenSequence
+from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.models.dense.remote_past import RemoteChunks, RemotePast, RemoteReads
+from forecache.workers.models.step.cold_reads import ColdReads
 
 PIECE_CHUNKS = 256
 """Chunks gathered at once on a CPU."""
@@ -40,6 +44,61 @@ class Segment:
     chunks: Tensor
     sums: Tensor | None = None
     remote: RemoteChunks | None = None
+
+
+@dataclass(frozen=True)
+class StreamedPast:
+    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, which
+    are ``cold``, and those on other nodes."""
+
+    segments: tuple[Segment, ...]
+    cold: ColdReads
+
+    @classmethod
+    def of(
+        cls,
+        seq: TokenSequence,
+        pool: HotPool,
+        arena: Arena | None,
+        hot: Store,
+        cold: Store | None,
+        device: torch.device,
+        remote: RemotePast | None = None,
+    ) -> "StreamedPast":
+        """Where the past of ``seq`` is now; ``remote`` reads what is on other nodes."""
+        in_pool: list[tuple[int, int]] = []
+        in_arena: list[Chunk] = []
+        on_others: list[Chunk] = []
+        for chunk in seq.chunks:
+            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
+            if slot is None:
+                slot = pool.lookup(chunk.key)
+            if slot is not None:
+                in_pool.append((slot, chunk.number))
+            else:
+                assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
+                (on_others if chunk.ref.remote else in_arena).append(chunk)
+        segments = []
+        if in_pool:
+            segments.append(Segment(hot, *_columns(in_pool, device)))
+        sums = None
+        if in_arena:
+            assert cold is not None and arena is not None, "chunks are cold but there is no arena"
+            places = [(chunk.ref.slot, chunk.number) for chunk in in_arena if chunk.ref is not None]
+            if device.type == "cuda":
+                sums = torch.zeros(len(places), dtype=torch.int64, device=device)
+            segments.append(Segment(cold, *_columns(places, device), sums))
+        if on_others:
+            assert remote is not None, "chunks are on other nodes, and nothing reads them"
+            places = [(-1, chunk.number) for chunk in on_others]
+            there = remote.chunks(seq, tuple(chunk.key for chunk in on_others))
+            segments.append(Segment(hot, *_columns(places, device), remote=there))
+        return cls(tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
+
+
+def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    first, second = torch.tensor(entries, dtype=torch.int64).T.contiguous().to(device, non_blocking=True).unbind(0)
+    return first, second
 
 
 @dataclass(frozen=True)

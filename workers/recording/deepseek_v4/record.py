@@ -6,7 +6,6 @@ attention averaged over its heads (arXiv 2606.09079), is mostly noise of heads t
 choice of 10 % of the chunks held a quarter of it.
 """
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ from forecache.workers.recording.deepseek_v4.documents import REPLY, Document, D
 from forecache.workers.recording.deepseek_v4.forward import TrainingForward
 
 CHUNK_TOKENS = 256
-MODEL_TYPE = "deepseek_v4"
 TOKENS = 64
 """Tokens whose attention on all entries is in memory at a time."""
 
@@ -202,11 +200,3 @@ def _events(capture: CsaCapture, at: Tensor, manifest: EntryManifest, forward: T
     total = torch.logaddexp(logits.logsumexp(2), capture.near_lse[0, at])
     happened: Tensor = (logits - total.unsqueeze(2)).exp() >= manifest.event_share
     return happened.any(1)
-
-
-def is_deepseek_v4(path: Path) -> bool:
-    """Whether the model in ``path`` is one."""
-    try:
-        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
-    except (OSError, json.JSONDecodeError):
-        return False  # whoever loads it will say what is wrong

@@ -5,17 +5,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.models.checkpoint import explained
-from forecache.workers.models.deepseek_v4.shape import MODEL_TYPE, refuse_variants
+from forecache.workers.errors import UnsupportedModelError, explained
+from forecache.workers.models.step.architecture import Geometry
 
 PROBE_NAME = "forecache_probe"
 PROBE_TOKENS = 8
-ROPE_OF_THE_BATCH = ("longrope", "dynamic")
-"""RoPE kinds whose frequencies depend on the longest position of the forward pass: K in the cache would change."""
-
 KNOWN_ARGUMENTS = frozenset(
     {
         "dropout",  # none outside training
@@ -49,17 +44,6 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Shapes of a model's attention; ``scale`` multiplies its logits."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-
-
-@dataclass(frozen=True)
 class _Call:
     layer: int | None
     query: tuple[int, ...]
@@ -71,42 +55,6 @@ class _Call:
     masked: bool
     reached: bool
     refused: tuple[str, ...]
-
-
-def refuse_config(config: Any, name: str) -> None:
-    """Raise :class:`UnsupportedModelError` for what the configuration alone tells."""
-    if config.is_encoder_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not a decoder language model.")
-    if config.get_text_config() is not config:
-        raise UnsupportedModelError(f"{name} is of type '{config.model_type}', which is not for text alone.")
-    for kind in _rope_types(getattr(config, "rope_parameters", None)):
-        if kind in ROPE_OF_THE_BATCH:
-            raise UnsupportedModelError(
-                f"{name} uses '{kind}' RoPE, whose frequencies change with the length of the batch, so that cached "
-                "keys would not be those of a later step. Set a fixed kind (for example yarn) in its config.json."
-            )
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config.model_type == MODEL_TYPE:
-        refuse_variants(config, name)
-    elif kinds != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"{name} has layers of kind {', '.join(sorted(kinds - {'full_attention'}))}; only models whose layers "
-            "all use full attention can be served."
-        )
-    if not isinstance(getattr(config, "max_position_embeddings", None), int):
-        raise UnsupportedModelError(
-            f"{name} is of type '{config.model_type}', whose configuration gives no max_position_embeddings: forecache "
-            "must know how long a context it was made for."
-        )
-
-
-def _rope_types(parameters: Any) -> list[str]:
-    """``rope_type`` of a flat dict, or of each entry of a dict per layer kind."""
-    if not isinstance(parameters, dict):
-        return []
-    if "rope_type" in parameters:
-        return [parameters["rope_type"]]
-    return [entry["rope_type"] for entry in parameters.values() if isinstance(entry, dict) and "rope_type" in entry]
 
 
 @torch.inference_mode()

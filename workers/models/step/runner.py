@@ -1,26 +1,26 @@
-"""What the engine asks of whoever runs a model's steps, and who that is for a given model.
-
-A new architecture brings a runner of its own; see "A new architecture" in CONTRIBUTING.md.
-"""
+"""What the engine asks of the code that runs a model's steps."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from forecache.indexer.flashmemory.checkpoint import FlashMemoryIndexer
-from forecache.indexer.records.index_spec import IndexSpec
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan
-from forecache.workers.memory.arena.arena import Arena
-from forecache.workers.memory.format.layout import ChunkLayout
-from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.backbone import Backbone
-from forecache.workers.models.deepseek_v4.runner import DeepseekV4Runner
-from forecache.workers.models.dense.remote_past import FarPast
-from forecache.workers.models.dense.runner import ModelRunner
-from forecache.workers.models.dense.scorer import BesideModel
-from forecache.workers.models.in_flight_step import RunningStep
+from forecache.workers.errors import ChunkLostError
+from forecache.workers.models.step.in_flight_step import RunningStep
+
+
+class StepAbortedError(Exception):
+    """A sequence of the running step was cancelled; what the step has computed so far is void."""
+
+
+class PastLostError(ChunkLostError):
+    """Chunks of the past of ``request_id`` can't be read any more: the step is void, and that request restarts."""
+
+    def __init__(self, message: str, request_id: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
 
 
 class Runner(Protocol):
@@ -33,7 +33,7 @@ class Runner(Protocol):
         ...
 
     def launch(self, plan: Plan, aborted: Callable[[], bool] = ...) -> RunningStep:
-        """Compute ``plan``, or raise :class:`.attention.StepAbortedError`; what is computed twice is written twice."""
+        """Compute ``plan``, or raise :class:`StepAbortedError`; what is computed twice is written twice."""
         ...
 
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
@@ -66,22 +66,17 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(
-    backbone: Backbone,
-    pool: HotPool,
-    arena: Arena | None,
-    spec: IndexSpec,
-    max_rows: int = 1,
-    cold_layout: ChunkLayout | None = None,
-    beside: BesideModel | None = None,
-    snapshot_tokens: int = 4096,
-    far: FarPast | None = None,
-) -> Runner:
-    """The runner of ``backbone``; for what the arguments mean see :class:`.model_runner.ModelRunner`."""
-    if backbone.v4 is not None:
-        assert beside is None or isinstance(beside, FlashMemoryIndexer), "retrievers of another architecture"
-        return DeepseekV4Runner(
-            backbone, pool, arena, spec, max_rows=max_rows, retriever=beside, snapshot_tokens=snapshot_tokens
-        )
-    assert not isinstance(beside, FlashMemoryIndexer), "retrievers of another architecture"
-    return ModelRunner(backbone, pool, arena, spec, max_rows, cold_layout, beside, far)
+class Stateless:
+    """The methods of :class:`Runner` for models whose sequences store everything in chunks."""
+
+    snapshot_nbytes = 0
+
+    def snapshot(self, seq: TokenSequence, stop: int) -> Tensor | None:
+        """There is no state to save."""
+        return None
+
+    def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:
+        """Chunks are enough to continue."""
+
+    def wipe(self, seq: TokenSequence) -> None:
+        """Chunks are wiped by the engine."""

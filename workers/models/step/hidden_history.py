@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from forecache.workers.core.sequence import TokenSequence
-from forecache.workers.models.attention_modules import attention_modules
+from forecache.workers.models.step.attention_modules import attention_modules
 
 NOBODYS_LINE = 0
 """Ring line for rows that are padding, or whose history nobody asks for."""

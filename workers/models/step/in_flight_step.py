@@ -11,75 +11,18 @@ from torch import Tensor
 
 from forecache.indexer.serving.protocol import StepState
 from forecache.workers.core.prompt_logprobs import Scored
-from forecache.workers.core.sequence import Chunk, TokenSequence
+from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture, Captured, NonFinite, Plan, Sampled, StepOutput
 from forecache.workers.memory.arena.arena import Arena
-from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.cold_reads import ColdReads
-from forecache.workers.models.dense.remote_past import FarPast
-from forecache.workers.models.dense.streamed_past import Segment, Store
-from forecache.workers.models.logits import Logprobs
-
-
-@dataclass(frozen=True)
-class ArenaPast:
-    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, which
-    are ``cold``, and those on other nodes."""
-
-    segments: tuple[Segment, ...]
-    cold: ColdReads
-
-    @classmethod
-    def of(
-        cls,
-        seq: TokenSequence,
-        pool: HotPool,
-        arena: Arena | None,
-        hot: Store,
-        cold: Store | None,
-        device: torch.device,
-        far: FarPast | None = None,
-    ) -> "ArenaPast":
-        """Where the past of ``seq`` is now; ``far`` reads what is on other nodes."""
-        in_pool: list[tuple[int, int]] = []
-        in_arena: list[Chunk] = []
-        elsewhere: list[Chunk] = []
-        for chunk in seq.chunks:
-            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
-            if slot is None:
-                slot = pool.lookup(chunk.key)
-            if slot is not None:
-                in_pool.append((slot, chunk.number))
-            else:
-                assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
-                (elsewhere if chunk.ref.remote else in_arena).append(chunk)
-        segments = []
-        if in_pool:
-            segments.append(Segment(hot, *_columns(in_pool, device)))
-        sums = None
-        if in_arena:
-            assert cold is not None and arena is not None, "chunks are cold but there is no arena"
-            places = [(chunk.ref.slot, chunk.number) for chunk in in_arena if chunk.ref is not None]
-            if device.type == "cuda":
-                sums = torch.zeros(len(places), dtype=torch.int64, device=device)
-            segments.append(Segment(cold, *_columns(places, device), sums))
-        if elsewhere:
-            assert far is not None, "chunks are on other nodes and there is nobody to read them"
-            places = [(-1, chunk.number) for chunk in elsewhere]
-            remote = far.chunks(seq, tuple(chunk.key for chunk in elsewhere))
-            segments.append(Segment(hot, *_columns(places, device), remote=remote))
-        return cls(tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
-
-
-def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(entries, dtype=torch.int64).T.contiguous().to(device, non_blocking=True).unbind(0)
-    return first, second
+from forecache.workers.models.step.cold_reads import ColdReads
+from forecache.workers.models.step.logits import Logprobs
 
 
 @dataclass(frozen=True)
 class CapturedTensors:
-    """What a :class:`.step.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and ``steps``
-    of a trained indexer's history; ``weights`` float32 [query heads] where index keys are those of entries."""
+    """What a :class:`.step_plan.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and
+    ``steps`` of a trained indexer's history; ``weights`` float32 [query heads] where index keys are those of entries.
+    """
 
     queries: Tensor
     tail_lse: Tensor
@@ -133,7 +76,7 @@ class Written:
 
 
 class RunningStep:
-    """What :meth:`.model_runner.ModelRunner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
+    """What :meth:`.runner.Runner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
     until the next launch."""
 
     def __init__(
