@@ -73,11 +73,6 @@ class DeepseekV4Shape:
         places = (layer * last / (PUBLISHED_CSA_LAYERS - 1) for layer in PUBLISHED_TARGETS)
         return tuple(sorted({round(place) for place in places}))
 
-    def snapshot_nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of what a sequence keeps beside its chunks at the end of one; see :mod:`.dsv4_state`."""
-        recent = len(self.csa) * self.csa_rate * 4 * (self.head_dim + self.index_dim)
-        return (len(self.kinds) * self.window * self.head_dim + recent) * dtype.itemsize
-
     def layout(self, model: str, *, chunk_tokens: int, dtype: torch.dtype) -> ChunkLayout:
         """``entries`` and ``index`` (their index keys): [CSA layers, chunk_tokens / csa_rate, dim], and ``hca``:
         [HCA layers, chunk_tokens / hca_rate, head_dim], of the tokens of one chunk.
