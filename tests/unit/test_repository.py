@@ -138,7 +138,7 @@ def test_only_architectures_ask_which_model_it_is() -> None:
         if name.startswith(OWN_TO_ARCHITECTURES):
             continue
         asked = set(_asks_for_the_model(ast.parse(module.read_text(encoding="utf-8"))))
-        if name == "cluster/cli/retriever.py":  # the command for what an architecture with `recording` "entries" needs
+        if name == "cluster/cli/indexer.py":  # runs it for every architecture whose `recording` is "entries"
             asked -= {"forecache.workers.recording.deepseek_v4.record"}
         assert not asked, f"{name}: ask the architecture (workers/models/registry.py) instead of {asked}"
 
