@@ -1,4 +1,4 @@
-"""A stream of tokens that outlives its worker (design §5.9)."""
+"""A stream of tokens that outlives its worker (docs/architecture.md)."""
 
 import asyncio
 import logging

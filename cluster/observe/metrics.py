@@ -1,6 +1,6 @@
 """Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them.
 
-Every process serves its own: its counters begin at 0 with it and never fall, and Prometheus adds up (design §3).
+Each process serves its own series, whose counters start at 0 and never fall. Prometheus adds them up.
 """
 
 import importlib.metadata

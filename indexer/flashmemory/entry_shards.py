@@ -26,7 +26,7 @@ class EntryManifest(RecordingManifest):
     ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: angles per position of the
     rotated pairs, which are the last dims of queries and keys. An entry is golden for a step if
     that token, or one of the next ``horizon`` that the model writes itself, has a head with at least ``event_share`` of
-    its attention on it: a retrieval event (design §1). ``steps``: up to so many ask together, the last ones.
+    its attention on it: a retrieval event (docs/architecture.md). ``steps``: up to so many ask together, the last ones.
     """
 
     FILE: ClassVar[str] = MANIFEST_FILE

@@ -1,4 +1,4 @@
-"""Train FlashMemory's retrievers from recorded entries: torch and the recording, no model (design §6).
+"""Train FlashMemory's retrievers from recorded entries: torch and the recording, no model (docs/indexer.md).
 
 They start as the model's own Lightning Indexers, which find what a token attends to now, and learn what the next tokens
 will attend to. Recipe as published: focal loss with γ = 2, AdamW, cosine, gradients clipped at 1.

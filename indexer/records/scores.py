@@ -10,7 +10,7 @@ BLOCK_HEAD_ELEMENTS = 1 << 18
 BLOCK_BYTES = 32 << 20
 """most bytes of records gathered at a time."""
 EVENT_SHARE = 0.3
-"""Least share of a head's attention on one chunk that is a retrieval event (design §1)."""
+"""Least share of a head's attention on one chunk that is a retrieval event (docs/architecture.md)."""
 
 
 def score_chunks(

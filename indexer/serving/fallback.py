@@ -1,4 +1,4 @@
-"""Indexers of other processes, and what is done while one of them does not answer (design §5.8)."""
+"""Indexers of other processes, and what is done while one of them does not answer (docs/architecture.md)."""
 
 import logging
 import threading

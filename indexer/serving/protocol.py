@@ -53,7 +53,7 @@ class Prediction:
     Those score least.
 
     ``event_mass``: float32 [chunks], retrieval events of the model's own retrieval heads at the step of the queries,
-    summed (design §1); ``None`` where nobody knows these heads.
+    summed (docs/architecture.md); ``None`` where nobody knows these heads.
     """
 
     sequence_id: str

@@ -1,4 +1,4 @@
-"""From scores to a resident set. Pure functions of numpy arrays (design §5.5)."""
+"""From scores to a resident set. Pure functions of numpy arrays (docs/architecture.md)."""
 
 import math
 from typing import Literal

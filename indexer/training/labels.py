@@ -16,7 +16,7 @@ class LabelRule:
 
     The window of a prediction made at row r with lead ``l`` is the ``window_steps`` steps from r + l on, as far as
     they were recorded. A chunk is golden if in the window at least ``min_heads`` different heads put ``event_share``
-    of their attention on it in one step (design §6). Chunks that were not complete when the prediction was made, the
+    of their attention on it in one step. Chunks that were not complete when the prediction was made, the
     first ``sink_chunks`` and the last ``recency_chunks`` of the completed ones are no candidates: they are resident
     anyway. ``heads``: numbers (layer · heads + head) of those whose events count; None: all.
     """

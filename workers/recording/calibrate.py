@@ -18,7 +18,7 @@ from forecache.workers.evaluation.tasks import RetrievalTask, TaskKind, make_tas
 
 ATTENTION = "forecache_calibrate"
 RETRIEVAL_EVENT_MASS = 0.3
-"""Share of one head's attention that one chunk must get to count as a retrieval event (design §1)."""
+"""Share of one head's attention that one chunk must get to count as a retrieval event (docs/architecture.md)."""
 SHALLOWEST, DEEPEST = 0.05, 0.9
 """Answers lie between these depths: neither sink nor recency."""
 

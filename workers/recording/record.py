@@ -1,4 +1,4 @@
-"""Record what a model's heads attend to, for training the Memory Indexer without the model (design §6).
+"""Record what a model's heads attend to, for training the Memory Indexer without the model (docs/indexer.md).
 
 A document is read in one pass and goes on with its right reply, then greedily; the steps of its reply and of a few
 windows of its text are kept. The keys that attention saw give the exact share of every head on every chunk.

@@ -1,7 +1,6 @@
 """How many chunks of a sequence may be resident, and how that follows what its retrieval heads look for.
 
-Design §5.5 and §5.7. A budget doubles when much of what the heads look for is not resident, and halves again when half
-of it would have done for some time.
+A budget doubles when coverage is low, and halves again when half of it was enough for some time (docs/architecture.md).
 """
 
 from collections.abc import Callable
@@ -36,7 +35,7 @@ class Coverage:
 
     @property
     def share(self) -> float | None:
-        """Coverage as of design §1, 0 to 1; ``None`` where there was no event."""
+        """Coverage (docs/architecture.md), 0 to 1; ``None`` where there was no event."""
         return min(self.covered / self.mass, 1.0) if self.mass > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""The window cycle of design §5: when a sequence's resident set is predicted, recalled and swapped.
+"""The window cycle (docs/architecture.md): when a sequence's resident set is predicted, recalled and swapped.
 
 A turn belongs to a boundary. Its prediction is asked some steps ahead; its copies run while decoding goes on over the
 old set; at the boundary, between two steps, the new set takes over. What comes late takes over when it is there.
@@ -240,7 +240,7 @@ class WindowCycle:
         return prediction.missing
 
     def _follow(self, seq: TokenSequence, turn: Turn, event_mass: npt.NDArray[np.float32]) -> None:
-        """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after (design §5.7)."""
+        """Let the budget of ``seq`` follow its coverage at the step that ``turn`` was asked after."""
         assert turn.resident is not None, "only what was asked for is answered"
         if not self.budgets.too_low(self.budgets.observe(seq, event_mass, turn.resident)):
             self.budgets.narrow(seq, event_mass)

@@ -30,7 +30,7 @@ class Field:
 class ChunkLayout:
     """Fields of a chunk, laid one after another, each aligned to 256 bytes.
 
-    ``model`` is the model's fingerprint (design §3): it makes chunks of different weights different.
+    ``model`` is the model's fingerprint (docs/architecture.md): it makes chunks of different weights different.
     """
 
     model: str

@@ -61,7 +61,7 @@ class RetrieverQueries:
 
 class EntryProbe:
     """Scores chunks by what the last steps of a prompt ask for, while its layers have all index keys at hand: the
-    first resident set is chosen by it (design §5.2)."""
+    first resident set is chosen by it (docs/architecture.md)."""
 
     def __init__(self, queries: RetrieverQueries, spec: IndexSpec, seq: TokenSequence, stop: int, chunks: int) -> None:
         self._queries, self._spec = queries, spec

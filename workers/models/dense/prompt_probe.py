@@ -1,4 +1,4 @@
-"""Which chunks the last tokens of a prompt attend to: the first resident set is chosen by it (design §5.2)."""
+"""Which chunks the last tokens of a prompt attend to: the first resident set is chosen by it (docs/architecture.md)."""
 
 import torch
 from torch import Tensor

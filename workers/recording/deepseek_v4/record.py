@@ -1,6 +1,6 @@
 """Records what a DeepSeek-V4 model attends to among its compressed entries: training data of FlashMemory's retrievers.
 
-The forward is the training one, over whole documents. An entry's label is a retrieval event (design §1) of any head
+The forward is the training one, over whole documents. An entry's label is a retrieval event of any head
 within the model's own text that follows: what decoding will need. The published label, the nucleus of a layer's
 attention averaged over its heads (arXiv 2606.09079), is mostly noise of heads that retrieve nothing: the best possible
 choice of 10 % of the chunks held a quarter of it.
