@@ -130,9 +130,9 @@ class Client:
 
     def write(self, keys: list[ChunkKey]) -> None:
         for key in keys:
-            [place] = self._memory.reserve("w/write", [key])
+            [place] = self._memory.reserve_slots("w/write", [key])
             self._memory.arena.chunks[place.ref.slot].random_(256)
-            self._memory.arena.seal(place.ref, key)
+            self._memory.arena.seal(place.ref, key, self._memory.arena.digests(place.ref.slot))
             self._memory.commit("w/write", [(key, place.ref)])
         self._memory.release("w/write")
 

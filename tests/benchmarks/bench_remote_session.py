@@ -110,11 +110,11 @@ class Worker:
         root = root_key(chunk_fingerprint(self._layout, self._layout))
         keys = list(prefix_keys(root, prompt[:-1], CHUNK_TOKENS))
         for start in range(0, len(keys), 16):
-            places = self._memory.reserve("w/store", keys[start : start + 16])
+            places = self._memory.reserve_slots("w/store", keys[start : start + 16])
             for place in places:
                 arena.chunks[place.ref.slot] = torch.from_numpy(template.chunk)
                 arena.index[place.ref.slot] = torch.from_numpy(template.record)
-                arena.seal(place.ref, place.key, template.device_checksum)
+                arena.seal(place.ref, place.key, arena.digests(place.ref.slot), template.device_checksum)
             self._memory.commit("w/store", [(place.key, place.ref) for place in places])
         self._memory.release("w/store")
         return len(keys)

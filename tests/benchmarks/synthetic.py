@@ -180,7 +180,7 @@ def store_prompts(llm: LLM, prompts: Sequence[Sequence[int]], template: Template
     def write(place: Reservation) -> None:
         np.copyto(chunks[place.ref.slot], template.chunk)
         np.copyto(index[place.ref.slot], template.record)
-        arena.seal(place.ref, place.key, template.device_checksum)
+        arena.seal(place.ref, place.key, arena.digests(place.ref.slot), template.device_checksum)
 
     holders = [f"synthetic/{number}" for number in range(len(prompts))]
     try:
@@ -188,7 +188,7 @@ def store_prompts(llm: LLM, prompts: Sequence[Sequence[int]], template: Template
             for holder, prompt in zip(holders, prompts, strict=True):
                 keys = stored_keys(llm, prompt)
                 for first in range(0, len(keys), BATCH_CHUNKS):
-                    places = store.reserve(holder, keys[first : first + BATCH_CHUNKS])
+                    places = store.reserve_slots(holder, keys[first : first + BATCH_CHUNKS])
                     fresh = [place for place in places if not place.stored]
                     for _ in pool.map(write, fresh):
                         pass

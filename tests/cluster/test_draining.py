@@ -135,7 +135,7 @@ def test_a_worker_that_drains_keeps_what_its_answer_holds(
         # a hold that nobody owns is named, and then let go of
         [living] = both - {ended.name}
         [tier] = tiers.actors().values()
-        ray.get(tier.promise.remote(f"{living}/ghost#{10**9}", 3))
+        ray.get(tier.reserve_quota.remote(f"{living}/ghost#{10**9}", 3))
         [said] = [sentence for sentence in check_integrity(tiers, settle_s=0) if "ghost" in sentence]
         assert said.endswith("is over, and something is held for it")
         wait_until(lambda: not holding(), "the orphan is swept")

@@ -49,12 +49,12 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
 def request_of_stored_chunks(arena: Arena) -> PredictRequest:
     """Chunks with random index keys, stored as a worker stores them; the third one is hot only."""
     store = ArenaStore(arena)
-    reservations = store.reserve("worker/s", [bytes([number]) * 16 for number in range(1, CHUNKS + 1)])
+    reservations = store.reserve_slots("worker/s", [bytes([number]) * 16 for number in range(1, CHUNKS + 1)])
     generator = torch.Generator().manual_seed(0)
     records = encode_chunks(SPEC, torch.randn(CHUNKS, 2, 16, 16, generator=generator))
     for reservation, record in zip(reservations, records, strict=True):
         arena.index[reservation.ref.slot] = record
-        arena.seal(reservation.ref, reservation.key)
+        arena.seal(reservation.ref, reservation.key, arena.digests(reservation.ref.slot))
     store.commit("worker/s", [(reservation.key, reservation.ref) for reservation in reservations])
     slots = np.array([reservation.ref.slot for reservation in reservations], dtype=np.int64)
     slots[2] = -1  # not in the arena yet: its record comes along

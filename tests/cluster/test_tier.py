@@ -44,13 +44,13 @@ class Worker:
     def write(self, sequence: str, keys: list[bytes], *, commit: bool = True) -> list[bool]:
         """Reserve and write ``keys``, and keep them held. True for each that was stored already."""
         holder = f"{self.name}/{sequence}"
-        reservations = self.memory.reserve(holder, keys)
+        reservations = self.memory.reserve_slots(holder, keys)
         arena = self.memory.arena
         fresh = [(r.key, r.ref) for r in reservations if not r.stored]
         for key, ref in fresh:
             arena.chunks[ref.slot] = key[0]
             arena.index[ref.slot] = key[0]
-            arena.seal(ref, key)
+            arena.seal(ref, key, arena.digests(ref.slot))
         if commit:
             self.memory.commit(holder, fresh)
         return [r.stored for r in reservations]
@@ -151,7 +151,7 @@ def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier,
     assert get(a.write.remote("1", KEYS[4:8])) == [False] * 4
     memory = RemoteMemory(lambda: tier, deadline_s=20)
     with pytest.raises(OverloadedError, match="0 can be evicted"):
-        memory.reserve("driver/0", KEYS[8:9])
+        memory.reserve_slots("driver/0", KEYS[8:9])
     memory.close()
 
 
@@ -221,7 +221,7 @@ def test_what_is_held_is_held_by_the_restarted_tier_too(start_tier: StartTier) -
     refs = memory.hold_prefix("driver/0", KEYS[:2])
     memory.hold("driver/1", KEYS[2:3])
     memory.release("driver/1")
-    [place] = memory.reserve("driver/0", KEYS[3:4])
+    [place] = memory.reserve_slots("driver/0", KEYS[3:4])
     for _ in range(2):
         pid = process_of(tier)
         os.kill(pid, signal.SIGKILL)

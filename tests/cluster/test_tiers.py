@@ -58,11 +58,11 @@ class Client:
     def write(self, sequence: str, keys: list[bytes], *, keep: bool = False) -> None:
         holder, arena = f"{self.name}/{sequence}", self.memory.arena
         for start in range(0, len(keys), 4):
-            fresh = [(r.key, r.ref) for r in self.memory.reserve(holder, keys[start : start + 4]) if not r.stored]
+            fresh = [(r.key, r.ref) for r in self.memory.reserve_slots(holder, keys[start : start + 4]) if not r.stored]
             for key, ref in fresh:
                 arena.chunks[ref.slot] = key[0]
                 arena.index[ref.slot] = key[1]
-                arena.seal(ref, key)
+                arena.seal(ref, key, arena.digests(ref.slot))
             self.memory.commit(holder, fresh)
             if not keep:
                 self.memory.release(holder)
@@ -360,7 +360,7 @@ def test_a_pin_that_promises_leave_no_room_for_is_refused(nodes: Nodes) -> None:
     get(a.write.remote("0", KEYS[:4]))
     get(a.record_session.remote("s", KEYS[:4]))
     nodes.wait_until_found(KEYS[:4])
-    get(tier.promise.remote("w0/answer", nodes.stats(0).slots - 2))
+    get(tier.reserve_quota.remote("w0/answer", nodes.stats(0).slots - 2))
     directory = SessionDirectory(nodes.all, chunk_tokens=16)
     with pytest.raises(OverloadedError, match="2 can't be pinned now"):
         directory.pin("s", ttl_s=600)
@@ -470,7 +470,7 @@ def test_calls_that_wait_for_a_slow_tier_keep_no_others_from_being_done(nodes: N
     with stopped(nodes.tiers[0]):
         # three of each of three workers: more than the actor has threads of its own
         lookups = [nodes.tiers[1].hold_prefix.remote(f"w1/look-{number}", KEYS[:2]) for number in range(9)]
-        [place] = ray.get(nodes.tiers[1].reserve.remote("w1/reserve", KEYS[8:9]), timeout=30)
+        [place] = ray.get(nodes.tiers[1].reserve_slots.remote("w1/reserve", KEYS[8:9]), timeout=30)
         assert not place.stored
         ray.get(b.write.remote("1", KEYS[10:13]), timeout=30)
         nodes.wait_until_found(KEYS[10:13])
@@ -491,15 +491,15 @@ def test_a_worker_whose_tier_is_slow_has_its_answers_in_time_and_keeps_nothing(n
     get(a.write.remote("0", KEYS[:2]))
     nodes.wait_until_found(KEYS[:2])
     memory = RemoteMemory(lambda: nodes.tiers[0], deadline_s=0.5, fetch_deadline_s=0.5)
-    [place] = memory.reserve("w0/slow", KEYS[4:5])
-    memory.arena.seal(place.ref, place.key)
+    [place] = memory.reserve_slots("w0/slow", KEYS[4:5])
+    memory.arena.seal(place.ref, place.key, memory.arena.digests(place.ref.slot))
     with stopped(nodes.tiers[0]):
         for call in (
             lambda: memory.hold_prefix("w0/slow", KEYS[:2]),
             lambda: memory.hold("w0/slow", KEYS[:2]),
-            lambda: memory.reserve("w0/slow", KEYS[5:7]),
+            lambda: memory.reserve_slots("w0/slow", KEYS[5:7]),
             lambda: memory.commit("w0/slow", [(place.key, place.ref)]),
-            lambda: memory.promise("w0/slow", 3),
+            lambda: memory.reserve_quota("w0/slow", 3),
             lambda: memory.drop(KEYS[0], SlotRef(0, 0)),
             lambda: memory.record_session("s", KEYS[:2]),
         ):
@@ -509,11 +509,11 @@ def test_a_worker_whose_tier_is_slow_has_its_answers_in_time_and_keeps_nothing(n
         get(b.write.remote("1", KEYS[10:13]))
         assert get(b.read.remote(KEYS[10:13])) == heads(KEYS[10:13])
     # what was asked for is done late; what is let go of then stays let go of
-    wait_until(lambda: nodes.stats(0).stored_chunks == 3 and nodes.stats(0).promised_slots == 3)
+    wait_until(lambda: nodes.stats(0).stored_chunks == 3 and nodes.stats(0).quota_slots == 3)
     get(nodes.tiers[0].hold_prefix.remote("w0/last", KEYS[:1]))
     for holder in ("w0/slow", "w0/last"):
         get(nodes.tiers[0].release.remote(holder))
-    wait_until(lambda: nodes.stats(0).held_slots == nodes.stats(0).promised_slots == 0)
+    wait_until(lambda: nodes.stats(0).held_slots == nodes.stats(0).quota_slots == 0)
     memory.close()
     nodes.check()
 

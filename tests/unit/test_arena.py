@@ -36,7 +36,7 @@ arena = Arena.create(
 ref = SlotRef(1, arena.renew(1))
 arena.chunks[1] = 7
 arena.index[1] = 9
-arena.seal(ref, bytes(range(16)))
+arena.seal(ref, bytes(range(16)), arena.digests(ref.slot))
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -60,7 +60,7 @@ def write(arena: Arena, slot: int, key: bytes, seed: int = 0) -> SlotRef:
     ref = SlotRef(slot, arena.renew(slot))
     arena.chunks[slot] = torch.randint(256, (LAYOUT.nbytes,), dtype=torch.uint8, generator=generator)
     arena.index[slot] = torch.randint(256, (INDEX_NBYTES,), dtype=torch.uint8, generator=generator)
-    arena.seal(ref, key)
+    arena.seal(ref, key, arena.digests(ref.slot))
     return ref
 
 
@@ -100,7 +100,7 @@ def test_another_mapping_sees_the_same_bytes(arena: Arena) -> None:
     ref = SlotRef(2, arena.renew(2))
     other.chunks[2] = 5
     other.index[2] = 6
-    other.seal(ref, KEY)
+    other.seal(ref, KEY, other.digests(ref.slot))
     assert arena.check(ref, KEY)
     assert (arena.chunks[2] == 5).all()
     assert (arena.index[2] == 6).all()
@@ -156,7 +156,7 @@ def test_stale_references_are_refused(arena: Arena) -> None:
     arena.renew(1)
     assert not arena.check(stale, KEY)
     with pytest.raises(ChunkLostError, match="given away"):
-        arena.seal(stale, KEY)
+        arena.seal(stale, KEY, arena.digests(stale.slot))
     ref = write(arena, 1, KEY)
     assert ref.generation == stale.generation + 2
     assert arena.check(ref, KEY)
@@ -168,13 +168,13 @@ def test_stale_references_are_refused(arena: Arena) -> None:
 
 def test_device_checksums_are_kept_in_the_header(arena: Arena) -> None:
     ref, other = write(arena, 1, KEY), SlotRef(0, 0)
-    assert arena.device_checksums([ref, other, ref]).tolist() == [0, 0, 0]
+    assert arena.sealed_device_checksums([ref, other], [KEY, KEY])[1].tolist() == [0, 0]
     largest = 2**64 - 3
-    arena.seal(ref, KEY, largest)
-    assert Arena.attach(arena.path).device_checksums([ref, other, ref]).tolist() == [largest, 0, largest]
+    arena.seal(ref, KEY, arena.digests(ref.slot), largest)
+    assert Arena.attach(arena.path).sealed_device_checksums([ref, other], [KEY, KEY])[1].tolist() == [largest, 0]
     assert arena.check(ref, KEY), "the xxh3 of CPU readers stays"
-    arena.seal(ref, KEY)
-    assert arena.device_checksums([ref]).tolist() == [0], "another writer's checksum is gone"
+    arena.seal(ref, KEY, arena.digests(ref.slot))
+    assert arena.sealed_device_checksums([ref], [KEY])[1].tolist() == [0], "another writer's checksum is gone"
 
 
 def test_many_headers_at_once_say_what_each_says(arena: Arena) -> None:
@@ -314,7 +314,7 @@ def test_a_late_writer_can_not_seal(arena: Arena) -> None:
 @pytest.mark.parametrize("field", ["key", "generation", "checksum", "index_checksum", "device_checksum", "seal"])
 def test_a_header_of_two_writers_is_not_sealed(arena: Arena, field: str) -> None:
     first, second = write(arena, 1, KEY, seed=1), write(arena, 2, bytes(16), seed=2)
-    arena.seal(second, bytes(16), 7)
+    arena.seal(second, bytes(16), arena.digests(second.slot), 7)
     headers = arena._headers._array
     own = headers[1].copy()
     if field == "generation":

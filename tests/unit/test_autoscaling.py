@@ -41,7 +41,7 @@ def test_without_workers_serve_decides() -> None:
 
 
 def tier(promised: int, pinned: int = 0, held: int = 0) -> TierStats:
-    return TierStats(100, 100, held, 100, 0, 0, pinned_slots=pinned, promised_slots=promised)
+    return TierStats(100, 100, held, 100, 0, 0, pinned_slots=pinned, quota_slots=promised)
 
 
 def test_memory_nodes_by_what_is_promised_and_pinned() -> None:

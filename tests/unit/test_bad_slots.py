@@ -16,8 +16,8 @@ from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.hot.snapshot_store import StateLayout
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
+from forecache.workers.memory.tier.transfer import read, store_batch
 from forecache.workers.models.backbone import expected_layout, load_config
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -43,7 +43,7 @@ def store(tmp_path: Path) -> ArenaStore:
 
 
 def put(store: ArenaStore, holder: str, key: bytes) -> SlotRef:
-    [place] = store.reserve(holder, [key])
+    [place] = store.reserve_slots(holder, [key])
     chunk, index = np.full(LAYOUT.nbytes, key[0], np.uint8), np.full(INDEX_NBYTES, key[0], np.uint8)
     store.arena.put(place.ref, key, chunk, index)
     store.commit(holder, [(key, place.ref)])
@@ -79,10 +79,10 @@ def test_a_slot_that_has_failed_twice_is_never_used_again(store: ArenaStore, cap
     stats = store.stats()
     assert (stats.bad_slots, stats.used_slots, stats.held_slots) == (1, SLOTS, SLOTS - 1)
     with pytest.raises(OverloadedError, match="1 have bad memory"):
-        store.reserve("w", [KEYS[5]])
+        store.reserve_slots("w", [KEYS[5]])
     with pytest.raises(OverloadedError, match="1 are out of use"):
-        store.promise("w", SLOTS)
-    store.promise("w", SLOTS - 1)
+        store.reserve_quota("w", SLOTS)
+    store.reserve_quota("w", SLOTS - 1)
     store.release("w")
     store.release("others")
     for number in range(3 * SLOTS):
@@ -92,14 +92,14 @@ def test_a_slot_that_has_failed_twice_is_never_used_again(store: ArenaStore, cap
     store.arena.close()
     successor = ArenaStore(Arena.adopt(store.arena.path))
     assert successor.stats().bad_slots == 1, "a new tier gets the same memory"
-    assert len(successor.reserve("w", KEYS[: SLOTS - 1])) == SLOTS - 1
+    assert len(successor.reserve_slots("w", KEYS[: SLOTS - 1])) == SLOTS - 1
     with pytest.raises(OverloadedError):
-        successor.reserve("w", [KEYS[8]])
+        successor.reserve_slots("w", [KEYS[8]])
     successor.check_integrity()
 
 
 def test_slots_may_turn_out_bad_after_they_were_promised(store: ArenaStore) -> None:
-    store.promise("a", SLOTS)
+    store.reserve_quota("a", SLOTS)
     fail(store, KEYS[0])
     for key in KEYS[1:SLOTS]:
         put(store, "b", key)
@@ -107,11 +107,11 @@ def test_slots_may_turn_out_bad_after_they_were_promised(store: ArenaStore) -> N
     assert store.stats().bad_slots == 1
     store.check_integrity()
     with pytest.raises(OverloadedError):
-        store.promise("c", 1)
-    assert store.promise_up_to("c", 1) == 0
-    store.promise("a", SLOTS - 1)  # what it has, it may make less
+        store.reserve_quota("c", 1)
+    assert store.reserve_quota_up_to("c", 1) == 0
+    store.reserve_quota("a", SLOTS - 1)  # what it has, it may make less
     store.release("a")
-    store.promise("c", SLOTS - 1)
+    store.reserve_quota("c", SLOTS - 1)
 
 
 def test_a_reader_that_reads_wrongly_retires_no_slot(store: ArenaStore, caplog: pytest.LogCaptureFixture) -> None:
@@ -126,7 +126,7 @@ def test_a_reader_that_reads_wrongly_retires_no_slot(store: ArenaStore, caplog: 
         store.release("r")
         store.release("w")
         store.check_integrity()
-    [first, second] = [store.reserve(holder, [KEYS[3]])[0].ref for holder in ("v", "w")]
+    [first, second] = [store.reserve_slots(holder, [KEYS[3]])[0].ref for holder in ("v", "w")]
     for holder, place in (("v", first), ("w", second)):
         store.arena.put(place, KEYS[3], np.zeros(LAYOUT.nbytes, np.uint8), np.zeros(INDEX_NBYTES, np.uint8))
         store.commit(holder, [(KEYS[3], place)])
@@ -170,14 +170,14 @@ def test_what_a_tier_takes_in_goes_to_another_slot(tmp_path: Path, stuck: set[in
     store.release("w")
     store.drop(KEYS[0], ref)
     stuck.add(store._free[-1])
-    assert take_in(store, batch) == KEYS[:1]
+    assert store_batch(store, batch) == KEYS[:1]
     assert (read(store, KEYS[:1]).chunks == 1).all()
     store.check_integrity()
     for number in range(3):  # until it is found bad again
         others = [put(store, "o", bytes([60 + number, other]) * 8) for other in range(SLOTS - 2)]
         assert {one.slot for one in others}.isdisjoint(stuck)
         renamed = type(batch)((bytes([90 + number]) * 16,), batch.chunks, batch.index, batch.checksums)
-        take_in(store, renamed)
+        store_batch(store, renamed)
         store.release("o")
     store.check_integrity()
     assert store.stats().bad_slots <= 1
@@ -185,7 +185,7 @@ def test_what_a_tier_takes_in_goes_to_another_slot(tmp_path: Path, stuck: set[in
 
 def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck: set[int]) -> None:
     """Each snapshot that it was to be a piece of is left out; after two the slot is used no more."""
-    store, states = ArenaStore(small_arena(tmp_path)), StateLayout(pieces=SLOTS, every_chunks=1)
+    store, states = ArenaStore(small_arena(tmp_path)), SnapshotStore(pieces=SLOTS, every_chunks=1)
     stuck.add(1)
     snapshot = torch.arange(SLOTS * LAYOUT.nbytes, dtype=torch.int32).to(torch.uint8)
     for number in range(2):
@@ -194,7 +194,7 @@ def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck
         store.release("w")
         assert store._failed(1) == number + 1 and store.keys() == []
     assert store.stats().bad_slots == 1
-    states = StateLayout(pieces=SLOTS - 1, every_chunks=1)
+    states = SnapshotStore(pieces=SLOTS - 1, every_chunks=1)
     states.store(store, "w", KEYS[2], snapshot[: (SLOTS - 1) * LAYOUT.nbytes])
     count, refs = states.find(store, "r", KEYS[2:3])
     assert count == 1 and states.load(store.arena, KEYS[2], refs) is not None

@@ -36,8 +36,8 @@ from forecache.workers.memory.tier.catalog import (
 from forecache.workers.memory.tier.exchange import ChunkExchange
 from forecache.workers.memory.tier.fetch import rendezvous
 from forecache.workers.memory.tier.publisher import CatalogPublisher
-from forecache.workers.memory.tier.session_pins import Sessions
-from forecache.workers.memory.tier.transfer import take_in
+from forecache.workers.memory.tier.session_pins import SessionPins
+from forecache.workers.memory.tier.transfer import store_batch
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEYS = [bytes([i]) * 16 for i in range(8)]
@@ -62,9 +62,9 @@ def catalog(redis_server: Any) -> Iterator[Catalog]:
 
 
 def put(store: ArenaStore, keys: list[bytes]) -> None:
-    reservations = store.reserve("writer", keys)
+    reservations = store.reserve_slots("writer", keys)
     for reservation in reservations:
-        store.arena.seal(reservation.ref, reservation.key)
+        store.arena.seal(reservation.ref, reservation.key, store.arena.digests(reservation.ref.slot))
     store.commit("writer", [(r.key, r.ref) for r in reservations])
     store.release("writer")
 
@@ -283,7 +283,7 @@ def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_p
     now_s = time.time()
     old = SessionRecord("s", tuple(KEYS[:2]), now_s + 600, changed_unix_s=now_s - 20)
     new = SessionRecord("s", tuple(KEYS[2:4]), changed_unix_s=now_s - 10)
-    tiers = [Sessions(ArenaStore(small_arena(tmp_path, name)), catalog, 1 << 20) for name in ("one", "two")]
+    tiers = [SessionPins(ArenaStore(small_arena(tmp_path, name)), catalog, 1 << 20) for name in ("one", "two")]
     for sessions, record in zip(tiers, (new, old), strict=True):
         sessions.set(record)
     redis_server.kill()
@@ -297,7 +297,7 @@ def test_of_two_records_of_a_session_the_newer_one_stays(catalog: Catalog, tmp_p
     stores = [ArenaStore(small_arena(tmp_path, name)) for name in ("three", "four")]
     for store, records in zip(stores, ((old, new), (new, old)), strict=True):
         put(store, KEYS[:4])
-        sessions = Sessions(store, catalog, 1 << 20)
+        sessions = SessionPins(store, catalog, 1 << 20)
         for record in records:
             sessions.set(record)
         assert store.stats().pinned_slots == 0
@@ -307,14 +307,14 @@ def test_a_request_s_record_is_the_newest_though_a_clock_is_ahead(catalog: Catal
     until = time.time() + 6000
     ahead = SessionRecord("s", tuple(KEYS[:1]), until, changed_unix_s=time.time() + 300)
     catalog.set_session(ahead)
-    Sessions(store, catalog, 1 << 20).record("s", KEYS[:3])
+    SessionPins(store, catalog, 1 << 20).record("s", KEYS[:3])
     newer = math.nextafter(ahead.changed_unix_s, math.inf)
     assert catalog.session("s") == SessionRecord("s", tuple(KEYS[:3]), until, changed_unix_s=newer)
 
 
 def test_records_that_nobody_can_ask_for_are_dropped(catalog: Catalog, store: ArenaStore, redis_server: Any) -> None:
     put(store, KEYS[:3])
-    sessions, now_s = Sessions(store, catalog, 1 << 20), time.time()
+    sessions, now_s = SessionPins(store, catalog, 1 << 20), time.time()
     long_ago_s = now_s - RECORD_EXPIRY_S - 1
     for record in (
         SessionRecord("over", tuple(KEYS[:1]), changed_unix_s=long_ago_s),
@@ -351,7 +351,7 @@ def test_sessions_take_no_more_than_they_may_and_pinned_ones_stay(
 ) -> None:
     now_s = time.time()
     one = SessionRecord("0", session_keys(0)).nbytes
-    sessions = Sessions(store, catalog, 4 * one)
+    sessions = SessionPins(store, catalog, 4 * one)
     for number in range(10):
         pinned_until_s = now_s + 600 if number in (0, 3) else 0.0
         record = SessionRecord(str(number), session_keys(number), pinned_until_s, changed_unix_s=now_s - 100 + number)
@@ -407,10 +407,10 @@ class OtherTiers:
         self.stores = stores
         self.away: set[str] = set()
 
-    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+    def store_batch(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         if tier_id in self.away:
             raise ChunkLostError(f"{tier_id} is away")
-        taken = take_in(self.stores[tier_id], batch, copied_only=copied_only)
+        taken = store_batch(self.stores[tier_id], batch, copied_only=copied_only)
         self.catalog.publish(tier_id, "1", taken)
         return taken
 
@@ -512,7 +512,7 @@ def test_a_pin_that_comes_after_the_session_was_changed_or_deleted_pins_nothing(
 ) -> None:
     """The call that told the tier was given up, and comes all the same."""
     put(store, KEYS[:2])
-    sessions = Sessions(store, catalog, 1 << 20)
+    sessions = SessionPins(store, catalog, 1 << 20)
     pinned = SessionRecord("s", tuple(KEYS[:2]), time.time() + 6000)
     catalog.set_session(pinned)
     assert sessions.told(pinned) == 0 and store.stats().pinned_slots == 2

@@ -21,7 +21,7 @@ from forecache.workers.memory.tier.catalog import Catalog, TierRecord
 from forecache.workers.memory.tier.exchange import ChunkExchange
 from forecache.workers.memory.tier.publisher import CatalogPublisher
 from forecache.workers.memory.tier.spread import HostedSequences
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 KEY = b"k" * 16
@@ -44,8 +44,8 @@ def arena(directory: Path, name: str, slots: int = 8) -> Arena:
 
 def put(store: ArenaStore, keys: Sequence[ChunkKey]) -> None:
     for key in keys:
-        [place] = store.reserve("writer", [key])
-        store.arena.seal(place.ref, key)
+        [place] = store.reserve_slots("writer", [key])
+        store.arena.seal(place.ref, key, store.arena.digests(place.ref.slot))
         store.commit("writer", [(key, place.ref)])
         store.release("writer")
 
@@ -59,8 +59,8 @@ def catalog(redis_server: Any) -> Iterator[Catalog]:
 class Nodes:
     """Tiers of this process, each with threads for the calls of the others, as the actors have: `RemotePeers`.
 
-    ``gate`` is passed by each call of `take_in` before it is put into the other tier's line, ``within`` by each after
-    it was done there.
+    ``gate`` is passed by each call of `store_batch` before it is put into the other tier's line, ``within`` by each
+    after it was done there.
     """
 
     deadline_s = 3.0
@@ -83,11 +83,11 @@ class Nodes:
     def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> "Future[RecordBatch]":
         return self.lanes[tier_id].submit(self.hosted[tier_id].hold, holder, keys)
 
-    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+    def store_batch(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         self.gate()
         store = self.stores[tier_id]
         try:
-            call = self.lanes[tier_id].submit(take_in, store, batch, copied_only=copied_only)
+            call = self.lanes[tier_id].submit(store_batch, store, batch, copied_only=copied_only)
             taken = call.result(self.deadline_s)
         except TimeoutError as error:
             self.refused.append(tier_id)
@@ -178,7 +178,7 @@ def sending(source: ArenaStore, target: ArenaStore) -> list[Step]:
 
     return [
         note,
-        lambda: passed.update(taken=take_in(target, passed["batch"])),
+        lambda: passed.update(taken=store_batch(target, passed["batch"])),
         lambda: source.set_copied(passed["taken"], True, passed["since"]),
     ]
 
@@ -188,7 +188,7 @@ def fetching(source: ArenaStore, target: ArenaStore) -> list[Step]:
     passed: dict[str, Any] = {}
     return [
         lambda: passed.update(batch=read(source, [KEY])),
-        lambda: passed.update(taken=take_in(target, passed["batch"])),
+        lambda: passed.update(taken=store_batch(target, passed["batch"])),
         lambda: source.set_copied(passed["taken"], True, passed["batch"].mark),
     ]
 
@@ -198,7 +198,7 @@ def caching(source: ArenaStore, target: ArenaStore) -> list[Step]:
     passed: dict[str, Any] = {}
     return [
         lambda: passed.update(batch=read(source, [KEY])),
-        lambda: passed.update(taken=take_in(target, passed["batch"], cached=True)),
+        lambda: passed.update(taken=store_batch(target, passed["batch"], cached=True)),
     ]
 
 
@@ -270,7 +270,7 @@ def test_a_chunk_that_is_evicted_before_it_is_published_has_no_entry(catalog: Ca
     put(store, [KEY])
     publisher._publish(store)
     assert catalog.locate([KEY]) == [{"a"}]
-    put(store, keys_of("x", store.arena.slots))  # it is gone, between take_in's release and publish_now
+    put(store, keys_of("x", store.arena.slots))  # it is gone, between store_batch's release and publish_now
     publisher._publish(store)
     assert catalog.locate([KEY]) == [set()]
     publisher.publish_now([KEY])

@@ -42,11 +42,11 @@ from forecache.workers.llm import LLM
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.hot import prefix_search as locator
 from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Recalled
 from forecache.workers.memory.hot.copies import Copied, CopyItem
-from forecache.workers.memory.hot.remote_chunks import FarChunks
+from forecache.workers.memory.hot.remote_chunks import RemoteTransfers
 from forecache.workers.models.dense import attention
 
 T = TypeVar("T")
@@ -683,11 +683,11 @@ class Away:
         self._call()
         raise ChunkLostError("no answer")
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         self._call()
         raise ChunkLostError("no answer")
 
-    def promise(self, holder: str, chunks: int) -> None:
+    def reserve_quota(self, holder: str, chunks: int) -> None:
         self._call()
         if len(self.silences) < 10:
             raise OverloadedError("full")
@@ -703,8 +703,8 @@ def test_a_node_that_is_away_is_no_hang_of_those_who_ask_it() -> None:
     away: Any = Away(clock, pulse)
     told: list[Completion] = []
     failures: list[BaseException] = []
-    far = FarChunks(away, away, told.append, failures.append, pulse.progress)
-    far.begin("s", Share(stays=0, at_once=2), 0)
+    far = RemoteTransfers(away, away, told.append, failures.append, pulse.progress)
+    far.begin("s", SpreadQuota(local_chunks=0, max_in_flight=2), 0)
     items = tuple(CopyItem(bytes([number]) * 16, SlotRef(number, 0, remote=True), number) for number in range(20))
     far.recall(1, "s", items, lambda _: Copied((), 0.0), 1)
     far.close()
@@ -713,8 +713,8 @@ def test_a_node_that_is_away_is_no_hang_of_those_who_ask_it() -> None:
 
 
 def test_a_search_that_asks_many_times_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locator, "PROMISE_POLL_S", 0.0)
-    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 1000.0)
+    monkeypatch.setattr(locator, "QUOTA_POLL_S", 0.0)
+    monkeypatch.setattr(locator, "QUOTA_WAIT_S", 1000.0)
     clock = Clock()
     pulse = Pulse(clock)
     away: Any = Away(clock, pulse)
@@ -722,7 +722,7 @@ def test_a_search_that_asks_many_times_is_no_hang(monkeypatch: pytest.MonkeyPatc
     told: list[PrefixHeld] = []
     failures: list[BaseException] = []
     copies: Any = SimpleNamespace(sound_prefix=lambda keys, refs: len(refs))
-    found = locator.Locator(away, copies, told.append, failures.append, progress=pulse.progress)
+    found = locator.PrefixSearch(away, copies, told.append, failures.append, progress=pulse.progress)
     found.hold_prefix("s", (bytes(16),), lambda _: (bytes(16),), 3)
     for search in found.unfinished():
         search.result(60)

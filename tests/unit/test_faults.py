@@ -83,7 +83,7 @@ def test_a_set_that_turns_over_leaves_room_for_the_tail(tiny_model: Path, prompt
 def test_a_full_cold_memory_ends_who_could_not_store_and_not_who_shares_the_prefix(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reserve, gates, stored = ArenaStore.reserve, [threading.Event() for _ in range(3)], []
+    reserve, gates, stored = ArenaStore.reserve_slots, [threading.Event() for _ in range(3)], []
 
     def full_for_the_first(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         assert gates[0].wait(30)
@@ -96,7 +96,7 @@ def test_a_full_cold_memory_ends_who_could_not_store_and_not_who_shares_the_pref
             assert gates[2].wait(30)
         return reserve(self, holder, keys)
 
-    monkeypatch.setattr(ArenaStore, "reserve", full_for_the_first)
+    monkeypatch.setattr(ArenaStore, "reserve_slots", full_for_the_first)
     with open_llm(tiny_model, prefill_chunk_tokens=32) as llm:
         add(llm, "first", prompts[2], 8)
         while llm.engine.pool.dirty < 5:
@@ -119,7 +119,7 @@ def test_news_of_a_request_that_has_left_is_no_news(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is cancelled while chunks are copied in for it; only then it turns out that one could not be stored."""
-    reserve, entered, gate = ArenaStore.reserve, threading.Event(), threading.Event()
+    reserve, entered, gate = ArenaStore.reserve_slots, threading.Event(), threading.Event()
 
     def fails_late(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         if "late" not in holder:
@@ -134,7 +134,7 @@ def test_news_of_a_request_that_has_left_is_no_news(
         assert entered.wait(30)
         return recall(self, items, holder)
 
-    monkeypatch.setattr(ArenaStore, "reserve", fails_late)
+    monkeypatch.setattr(ArenaStore, "reserve_slots", fails_late)
     monkeypatch.setattr(Prefetcher, "recall", recalls_once_it_stores)
     with open_llm(tiny_model) as llm:
         add(llm, "before", prompts[2], 1)
@@ -229,7 +229,7 @@ def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
                 llm.engine.flush()
                 holder = llm.memory.holders()[0]
                 llm.memory.release(holder)
-                places = llm.memory.reserve("thief", [bytes([n]) * 16 for n in range(llm.memory.arena.slots)])
+                places = llm.memory.reserve_slots("thief", [bytes([n]) * 16 for n in range(llm.memory.arena.slots)])
                 for place in places:
                     llm.memory.arena.chunks[place.ref.slot] = 1
                 llm.memory.release("thief")
@@ -259,12 +259,12 @@ def test_a_request_that_the_memory_of_its_node_has_no_room_for_is_refused_and_sa
         add(llm, "runs", prompts[1], 40)
         while not any(event.token_ids for event in llm.engine.step()):
             pass
-        llm.memory.promise("another worker/0", llm.memory.stats().slots - 20)
+        llm.memory.reserve_quota("another worker/0", llm.memory.stats().slots - 20)
         add(llm, "new", prompts[2], 40)
         ends = finish(llm, {"runs", "new"})
         assert ends["runs"].finish_reason == "length"
         assert ends["new"].finish_reason == "error" and ends["new"].overloaded
-        assert "promised to others" in str(ends["new"].error)
+        assert "reserved for others" in str(ends["new"].error)
         llm.memory.release("another worker/0")
         add(llm, "again", prompts[2], 4)
         assert finish(llm, {"again"})["again"].finish_reason == "length"
@@ -282,7 +282,7 @@ def test_a_request_waits_for_the_memory_of_one_that_has_left(
         released.append(holder)
         release(self, holder)
 
-    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 0.0)
+    monkeypatch.setattr(locator, "QUOTA_WAIT_S", 0.0)
     monkeypatch.setattr(ArenaStore, "release", late)
     longest = max(prompts, key=len)
     with open_llm(tiny_model, cold_bytes=(2 << 20) + 35 * CHUNK_BYTES) as llm:

@@ -12,7 +12,7 @@ from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.hot.completions import PrefixHeld, Recalled, RecallItem
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import Prefetcher
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 CHUNKS = 1000
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
@@ -33,11 +33,11 @@ def store(tmp_path: Path) -> ArenaStore:
     )
     store = ArenaStore(arena)
     generator = torch.Generator().manual_seed(1)
-    places = store.reserve("writer", KEYS)
+    places = store.reserve_slots("writer", KEYS)
     for place in places:
         arena.chunks[place.ref.slot] = torch.randint(256, (LAYOUT.nbytes,), generator=generator, dtype=torch.uint8)
         arena.index[place.ref.slot] = torch.randint(256, (INDEX_NBYTES,), generator=generator, dtype=torch.uint8)
-        arena.seal(place.ref, place.key)
+        arena.seal(place.ref, place.key, arena.digests(place.ref.slot))
     store.commit("writer", [(place.key, place.ref) for place in places])
     store.release("writer")
     return store
@@ -89,7 +89,7 @@ def test_none_is_found(store: ArenaStore) -> None:
     prefetcher = Prefetcher(HotPool(LAYOUT, 1, torch.device("cpu")), store, None)
     flip_a_bit_of_each(store)
     for number, key in enumerate(KEYS):
-        prefetcher.hold_prefix(f"sequence {number}", [key])
+        prefetcher.find_prefix(f"sequence {number}", [key])
     found = drained(prefetcher, PrefixHeld)
     assert [done.refs for done in found if isinstance(done, PrefixHeld)] == [()] * CHUNKS
     assert store.stats().dropped_chunks == CHUNKS
@@ -105,6 +105,6 @@ def test_none_is_sent_to_another_tier_and_none_is_taken_in(store: ArenaStore, tm
     # on the way it happens too
     for row, (chunk, index) in enumerate(zip(sound.chunks, sound.index, strict=True)):
         (index if row % 7 == 0 else chunk)[row % INDEX_NBYTES] ^= 1 << row % 8
-    assert take_in(store, sound) == []
+    assert store_batch(store, sound) == []
     assert store.keys() == []
     store.check_integrity()

@@ -18,10 +18,10 @@ from forecache.workers.memory.arena.records import RecordSlots
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.memory.format.chunk_batch import ChunkBatch, RecordBatch
-from forecache.workers.memory.format.hold_id import MOST_WORKERS, Holder, Released, reader_of
+from forecache.workers.memory.format.hold_id import MOST_WORKERS, HoldId, Released, reader_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
-from forecache.workers.memory.format.spread_quota import share_of
+from forecache.workers.memory.format.spread_quota import spread_quota
 from forecache.workers.memory.tier.catalog import TierRecord
 from forecache.workers.memory.tier.fetch import ChunkFetcher
 from forecache.workers.memory.tier.spread import HostedSequences, SpreadSequences
@@ -33,7 +33,7 @@ HERE_SLOTS, THERE_SLOTS, RECORDS = 24, 40, 200
 
 
 def name(serial: int, worker: str = "w") -> str:
-    return Holder(worker, f"req-{serial}", serial).name
+    return HoldId(worker, f"req-{serial}", serial).name
 
 
 def keys_of(serial: int, count: int = 2) -> list[ChunkKey]:
@@ -55,11 +55,11 @@ def make_store(directory: Path, tier_id: str, slots: int, records: int = 0) -> A
 
 
 def write(store: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> None:
-    for place in store.reserve(holder, keys):
+    for place in store.reserve_slots(holder, keys):
         if not place.stored:
             store.arena.chunks[place.ref.slot] = place.key[0]
             store.arena.index[place.ref.slot] = place.key[1]
-            store.arena.seal(place.ref, place.key)
+            store.arena.seal(place.ref, place.key, store.arena.digests(place.ref.slot))
             store.commit(holder, [(place.key, place.ref)])
 
 
@@ -115,24 +115,24 @@ class Nodes:
     def result(self, timeout_s: float) -> ChunkBatch:
         return self.batch
 
-    def promise_hosted(self, tier_id: str, holder: str, chunks: int) -> int:
-        return int(self._do("promise", lambda: self.hosting.promise(holder, chunks)))
+    def reserve_hosted_quota(self, tier_id: str, holder: str, chunks: int) -> int:
+        return int(self._do("reserve_quota", lambda: self.hosting.reserve_quota(holder, chunks)))
 
     def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
         batch = self._do("hold", lambda: self.hosting.hold(holder, keys))
         assert isinstance(batch, RecordBatch)
         return batch
 
-    def take_in_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
-        return list(self._do("take_in", lambda: self.hosting.take_in(holder, batch)))
+    def store_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+        return list(self._do("store_batch", lambda: self.hosting.store_batch(holder, batch)))
 
     def release_hosted(self, tier_id: str, holders: Sequence[str]) -> None:
-        self._do("release", lambda: self.hosting.release(holders))
+        self._do("release", lambda: self.hosting.release_all(holders))
 
     def hosted_holders(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
         return list(self._do("hosted", lambda: self.hosting.holders(floors)))
 
-    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+    def store_batch(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         raise NotImplementedError
 
     def set_copied(self, tier_id: str, keys: Sequence[ChunkKey]) -> None:
@@ -147,10 +147,10 @@ class Nodes:
 
     def begin(self, holder: str, chunks: int = 60) -> None:
         self.spread.begin(holder, chunks)
-        self.spread.promise_rest(holder)
+        self.spread.reserve_remote_quota(holder)
 
     def release(self, holder: str, *, was_spread: bool = True) -> None:
-        self.spread.release(holder, was_spread=was_spread)
+        self.spread.end(holder, was_spread=was_spread)
         self.store.release(holder)
 
     def rounds(self, count: int = 3) -> None:
@@ -167,7 +167,7 @@ class Nodes:
             "here": self.store.holders(),
             "there": self.there.holders(),
             "slots": self.store.stats().held_slots + self.there.stats().held_slots,
-            "promised": self.store.stats().promised_slots + self.there.stats().promised_slots,
+            "promised": self.store.stats().quota_slots + self.there.stats().quota_slots,
             "records": self.records.holders(),
             "spread": self.spread.holders(),
         }
@@ -243,7 +243,7 @@ def test_what_is_remembered_of_released_names_does_not_grow() -> None:
 @given(st.text(), st.text(alphabet="@#/0123456789ab-"))
 def test_a_client_can_t_make_another_name_of_its_request(request_id: str, traceparent: str) -> None:
     released = Released()
-    released.add(Holder("w", request_id, 7, traceparent).name)
+    released.add(HoldId("w", request_id, 7, traceparent).name)
     assert [serial for serial in range(20) if name(serial) in released] == [7]
 
 
@@ -257,7 +257,7 @@ def test_names_of_another_kind_may_be_used_again() -> None:
         released.check(name(0))
 
 
-LATE = ("promise", "hold", "take_in")
+LATE = ("reserve_quota", "hold", "store_batch")
 
 
 @pytest.mark.parametrize("method", LATE)
@@ -286,12 +286,12 @@ def test_what_comes_after_a_release_leaves_nothing_held(nodes: Nodes, method: st
     nodes.around = around
     if method == "hold":
         with pytest.raises(ChunkLostError):
-            nodes.spread.hold_prefix(holder, keys)
-    elif method == "promise":
+            nodes.spread.hold_in_place(holder, keys)
+    elif method == "reserve_quota":
         with pytest.raises(ReleasedError):
-            nodes.spread.promise_rest(holder)
+            nodes.spread.reserve_remote_quota(holder)
     else:
-        nodes.spread.promise_rest(holder)
+        nodes.spread.reserve_remote_quota(holder)
         write(nodes.store, holder, keys_of(1))
         assert nodes.spread.move_out(holder, keys_of(1)) == [None, None]
     nodes.rounds()
@@ -304,14 +304,14 @@ def test_a_tier_that_did_not_answer_in_time_is_told_of_the_release(nodes: Nodes)
 
     def around(called: str, call: Callable[[], object]) -> object:
         answer = call()
-        if called == "promise":
+        if called == "reserve_quota":
             raise ChunkLostError("no answer in time")
         return answer
 
     nodes.spread.begin(holder, 60)
     nodes.around = around
     with pytest.raises(OverloadedError):
-        nodes.spread.promise_rest(holder)
+        nodes.spread.reserve_remote_quota(holder)
     assert nodes.there.holders() == [holder]
     nodes.release(holder)
     nodes.rounds(1)
@@ -341,7 +341,7 @@ def test_calls_of_this_node_that_come_after_a_release_are_refused(nodes: Nodes) 
     store.release(reader)
     for late in (
         lambda: store.hold(reader, keys),
-        lambda: store.reserve(reader, keys_of(1)),
+        lambda: store.reserve_slots(reader, keys_of(1)),
     ):
         with pytest.raises(ReleasedError):
             late()
@@ -353,10 +353,10 @@ def test_calls_of_this_node_that_come_after_a_release_are_refused(nodes: Nodes) 
         lambda: store.hold_prefix(holder, keys),
         lambda: store.hold(holder, keys),
         lambda: store.hold(reader_of(holder, 2), keys),
-        lambda: store.reserve(holder, keys_of(1)),
-        lambda: store.promise(holder, 1),
-        lambda: store.promise_up_to(holder, 1),
-        lambda: records.promise(holder, 1),
+        lambda: store.reserve_slots(holder, keys_of(1)),
+        lambda: store.reserve_quota(holder, 1),
+        lambda: store.reserve_quota_up_to(holder, 1),
+        lambda: records.reserve_quota(holder, 1),
         lambda: records.hold(holder, keys),
         lambda: records.put(holder, records_of),
         lambda: nodes.spread.begin(holder, 60),
@@ -376,7 +376,7 @@ def test_one_that_does_not_fit_its_node_begins_again_with_nothing_held(nodes: No
     nodes.store.hold_prefix(holder, keys)
     nodes.begin(holder)
     assert nodes.store.stats().held_slots == 0
-    assert len(nodes.spread.hold_prefix(holder, keys)) == 2
+    assert len(nodes.spread.hold_in_place(holder, keys)) == 2
     nodes.release(holder)
     nodes.rounds(1)
     assert not nodes.held()
@@ -400,7 +400,7 @@ def test_a_release_that_was_lost_is_made_up_for(nodes: Nodes) -> None:
     nodes.rounds()
     assert nodes.there.holders() == [living]
     with pytest.raises(ReleasedError):
-        nodes.hosting.promise(gone, 1)
+        nodes.hosting.reserve_quota(gone, 1)
     nodes.release(living)
     nodes.rounds()
     assert not nodes.held()
@@ -508,7 +508,7 @@ class TwoTiers(RuleBasedStateMachine):
     def hold_prefix(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(sorted(self.living)))
         try:
-            self.nodes.spread.hold_prefix(holder, keys_of(self.living[holder]))
+            self.nodes.spread.hold_in_place(holder, keys_of(self.living[holder]))
         except ChunkLostError:
             return
 
@@ -595,20 +595,20 @@ def test_an_orphan_is_what_its_living_worker_does_not_know() -> None:
 
 def test_what_all_tiers_together_can_t_hold_is_not_told_to_try_again(nodes: Nodes) -> None:
     here, there = nodes.store.arena.slots, nodes.there.arena.slots
-    most = here - 2 * share_of(here).at_once + there
+    most = here - 2 * spread_quota(here).max_in_flight + there
     nodes.begin(name(0), most)
     nodes.release(name(0))
     nodes.rounds()
     nodes.spread.begin(name(1), most + 1)
     with pytest.raises(InvalidRequestError, match=f"need {most + 1} chunks, but the memory of all nodes holds {most}"):
-        nodes.spread.promise_rest(name(1))
+        nodes.spread.reserve_remote_quota(name(1))
     nodes.release(name(1))
     nodes.rounds()
     # another node that is away may come back
     nodes.reachable = False
     nodes.spread.begin(name(2), most)
     with pytest.raises(OverloadedError, match="Try again later"):
-        nodes.spread.promise_rest(name(2))
+        nodes.spread.reserve_remote_quota(name(2))
     nodes.release(name(2))
     nodes.reachable = True
     nodes.rounds()

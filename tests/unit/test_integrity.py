@@ -34,9 +34,9 @@ from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.hot.completions import PrefixHeld, WrittenBack
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import Prefetcher
-from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 from forecache.workers.memory.tier.spread import HostedSequences
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 from forecache.workers.models.backbone import expected_layout, load_config
 from forecache.workers.models.deepseek_v4.step import StreamPast
 from forecache.workers.models.step.cold_reads import ColdReads
@@ -262,10 +262,10 @@ def store_of(directory: Path, name: str) -> ArenaStore:
 
 def batch_of(keys: list[ChunkKey], store: ArenaStore) -> ChunkBatch:
     """Chunks of ``keys`` as ``store`` sends them, after it stored them."""
-    places = store.reserve("writer", keys)
+    places = store.reserve_slots("writer", keys)
     for place in places:
         store.arena.chunks[place.ref.slot] = place.key[0]
-        store.arena.seal(place.ref, place.key)
+        store.arena.seal(place.ref, place.key, store.arena.digests(place.ref.slot))
     store.commit("writer", [(place.key, place.ref) for place in places])
     store.release("writer")
     return read(store, keys)
@@ -303,13 +303,13 @@ def test_a_tier_keeps_what_it_is_sent_instead_of_a_damaged_chunk(tmp_path: Path)
     sent = batch_of(KEYS, other)
     batch_of(KEYS, store)
     damage(store, KEYS[3])
-    assert take_in(store, sent) == KEYS
+    assert store_batch(store, sent) == KEYS
     assert read(store, KEYS).keys == tuple(KEYS) and store.stats().dropped_chunks == 1
     store.check_integrity()
 
 
 def test_a_snapshot_is_stored_instead_of_a_damaged_one(tmp_path: Path) -> None:
-    store, states = store_of(tmp_path, "store"), StateLayout(pieces=2, every_chunks=1)
+    store, states = store_of(tmp_path, "store"), SnapshotStore(pieces=2, every_chunks=1)
     snapshot = torch.arange(2 * LAYOUT.nbytes, dtype=torch.int32).to(torch.uint8)
     states.store(store, "first", KEYS[0], snapshot)
     store.release("first")
@@ -328,7 +328,7 @@ def test_held_for_another_node(tmp_path: Path) -> None:
     damage(store, KEYS[1])
     assert hosted.hold("far", KEYS[:3]).keys == (KEYS[0], KEYS[2])
     assert store.stats().dropped_chunks == 1
-    hosted.release(["far"])
+    hosted.release_all(["far"])
     store.check_integrity()
 
 
@@ -348,7 +348,7 @@ def test_layer_for_another_node(tmp_path: Path, first: bool) -> None:
     assert store.stats().dropped_chunks == 1
     assert hosted.read_layer("far", KEYS[:3], 1).keys == (KEYS[0], KEYS[2])
     # the place is given to another chunk
-    hosted.release(["far"])
+    hosted.release_all(["far"])
     for number in range(store.arena.slots):
         batch_of([bytes([200, number % 256, number // 256]) + bytes(13)], store)
     batch_of(KEYS[:1], store)

@@ -19,7 +19,7 @@ from forecache.workers.memory.hot import prefix_search as locator_module
 from forecache.workers.memory.hot.completions import PrefixHeld
 from forecache.workers.memory.hot.copies import CpuCopies
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.memory.hot.prefix_search import FETCHING_SEARCHES, Locator
+from forecache.workers.memory.hot.prefix_search import FETCHING_SEARCHES, PrefixSearch
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 WAIT_S = 30.0
@@ -41,7 +41,7 @@ class TwoNodes(ArenaStore):
         self.at_once = self.most_at_once = 0
         self._counting = threading.Lock()
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         return super().hold_prefix(holder, keys), holder.startswith("far")
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
@@ -74,14 +74,14 @@ class Bench:
         self.failures: list[BaseException] = []
         self._told: list[PrefixHeld] = []
         self._news = threading.Semaphore(0)
-        self.locator = Locator(self.store, copies, self._settle, self.failures.append)
+        self.locator = PrefixSearch(self.store, copies, self._settle, self.failures.append)
 
     def _settle(self, held: PrefixHeld) -> None:
         self._told.append(held)
         self._news.release()
 
     def search(self, holder: str, keys: Sequence[ChunkKey] = (), chunks: int = 0) -> None:
-        self.locator.hold_prefix(holder, tuple(keys), None, chunks)
+        self.locator.start(holder, tuple(keys), None, chunks)
 
     def next(self) -> PrefixHeld:
         """What is told next."""
@@ -89,10 +89,10 @@ class Bench:
         return self._told.pop(0)
 
     def store_chunk(self, number: int) -> SlotRef:
-        [place] = self.store.reserve("writer", [key_of(number)])
+        [place] = self.store.reserve_slots("writer", [key_of(number)])
         assert isinstance(place, Reservation)
         self.store.arena.chunks[place.ref.slot].fill_(number)
-        self.store.arena.seal(place.ref, key_of(number))
+        self.store.arena.seal(place.ref, key_of(number), self.store.arena.digests(place.ref.slot))
         self.store.commit("writer", [(key_of(number), place.ref)])
         return place.ref
 
@@ -158,13 +158,13 @@ def test_what_was_dropped_is_not_found_by_any_later_search(bench: Bench) -> None
 
 def test_a_long_line_for_room_waits_no_longer_than_a_short_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that wait for room have waited since they asked, not since those before them gave up."""
-    monkeypatch.setattr(locator_module, "PROMISE_WAIT_S", 0.0)
+    monkeypatch.setattr(locator_module, "QUOTA_WAIT_S", 0.0)
     for number in range(3):
         bench.search(f"near {number}", chunks=PLACES + 1)
     told = [bench.next() for _ in range(3)]
     assert {held.holder for held in told} == {f"near {number}" for number in range(3)}
     assert all(held.failure and not held.refs for held in told)
-    assert bench.store.stats().promised_slots == 0
+    assert bench.store.stats().quota_slots == 0
 
 
 def test_who_leaves_while_it_is_fetched_for_holds_nothing_afterwards(bench: Bench) -> None:
@@ -172,18 +172,18 @@ def test_who_leaves_while_it_is_fetched_for_holds_nothing_afterwards(bench: Benc
     bench.store.release("writer")
     bench.search("far", [key_of(1)], chunks=2)
     assert bench.store.fetching.acquire(timeout=WAIT_S)
-    assert bench.locator.release_later("far")
+    assert bench.locator.release_after_search("far")
     bench.store.arrive.set()
     assert bench.next().holder == "far"
-    assert not bench.locator.release_later("far")
-    assert bench.store.stats().held_slots == bench.store.stats().promised_slots == 0
+    assert not bench.locator.release_after_search("far")
+    assert bench.store.stats().held_slots == bench.store.stats().quota_slots == 0
 
 
 def test_what_breaks_a_search_is_told_and_ends_it(bench: Bench) -> None:
     def broken(holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         raise RuntimeError("broken")
 
-    bench.store.hold_here = broken  # type: ignore[method-assign]
+    bench.store.hold_local_prefix = broken  # type: ignore[method-assign]
     bench.search("near", [key_of(1)])
     for search in bench.locator.unfinished():
         search.result(WAIT_S)

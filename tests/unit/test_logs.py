@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forecache.cluster.config import TelemetryConfig
 from forecache.cluster.observe import logs
-from forecache.workers.memory.format.hold_id import Holder, request_of
+from forecache.workers.memory.format.hold_id import HoldId, request_of
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_second_configuration_replaces_the_first(logger: logging.Logger) -> No
     traceparent=st.sampled_from(["", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"]),
 )
 def test_a_holders_name_tells_its_request(request_id: str, serial: int, traceparent: str) -> None:
-    assert request_of(Holder("w", request_id, serial, traceparent).name) == (request_id, traceparent)
+    assert request_of(HoldId("w", request_id, serial, traceparent).name) == (request_id, traceparent)
 
 
 @pytest.mark.parametrize("name", ["", "transfer", "w/x", "bench"])

@@ -18,7 +18,7 @@ from forecache.workers.memory.hot.completions import Recalled
 
 TIER = TierStats(
     10, used_slots=4, held_slots=1, stored_chunks=4, evicted_chunks=0, dropped_chunks=0, moved_chunks=3, pinned_slots=1,
-    promised_slots=6, quarantined_slots=2, bad_slots=5, disk_bad_slots=7,
+    quota_slots=6, quarantined_slots=2, bad_slots=5, disk_bad_slots=7,
 )  # fmt: skip
 
 NAMES: dict[Component, set[str]] = {

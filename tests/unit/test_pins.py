@@ -35,11 +35,11 @@ def make_store(directory: Path, limits: PinLimits | None = None) -> ArenaStore:
 
 
 def write(store: ArenaStore, some: list[bytes]) -> None:
-    for place in store.reserve("w/past", some):
+    for place in store.reserve_slots("w/past", some):
         if not place.stored:
             store.arena.chunks[place.ref.slot] = 1
             store.arena.index[place.ref.slot] = 1
-            store.arena.seal(place.ref, place.key)
+            store.arena.seal(place.ref, place.key, store.arena.digests(place.ref.slot))
             store.commit("w/past", [(place.key, place.ref)])
     store.release("w/past")
 
@@ -52,7 +52,7 @@ def store(tmp_path: Path) -> ArenaStore:
 def test_one_tenants_pins_leave_room_for_requests_and_for_other_tenants(store: ArenaStore) -> None:
     assert store.pin(ALICE.own("all"), keys(0, SLOTS)) == SLOTS - SLOTS // 4
     assert store.stats().pinned_slots == SLOTS // 4
-    store.promise("w/bobs", SLOTS - SLOTS // 4)
+    store.reserve_quota("w/bobs", SLOTS - SLOTS // 4)
     store.release("w/bobs")
     assert store.pin(BOB.own("b"), keys(0, 0)) == 0
     store.check_integrity()
@@ -64,13 +64,13 @@ def test_pins_of_all_tenants_leave_half_of_memory_to_requests(store: ArenaStore)
         assert store.pin(tenant.own("s"), keys(number * quarter, quarter)) == 0
     assert store.pin(Tenant(name="carol").own("s"), keys(2 * quarter, 1)) == 1
     assert store.stats().pinned_slots == 2 * quarter
-    store.promise("w/a", SLOTS // 2)
+    store.reserve_quota("w/a", SLOTS // 2)
     with pytest.raises(OverloadedError, match="Try again later"):
-        store.promise("w/b", 1)
+        store.reserve_quota("w/b", 1)
     store.release("w/a")
     # what only unpinning makes room for is not told to wait
     with pytest.raises(OverloadedError, match=r"20 are pinned\. Let go of pinned sessions"):
-        store.promise("w/c", SLOTS // 2 + 1)
+        store.reserve_quota("w/c", SLOTS // 2 + 1)
     store.check_integrity()
 
 
@@ -89,7 +89,7 @@ def test_the_share_holds_for_chunks_that_come_later_and_for_sessions_that_grow(s
     assert store.pin(ALICE.own("s"), keys(100, few)) == 0
     assert store.pin(ALICE.own("s"), keys(100, few + 5)) == 5
     assert store.stats().pinned_slots == few
-    store.promise("w/rest", SLOTS - few)
+    store.reserve_quota("w/rest", SLOTS - few)
 
 
 def test_what_a_sequence_holds_counts(store: ArenaStore) -> None:

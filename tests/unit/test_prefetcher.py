@@ -17,7 +17,7 @@ from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout, attention_layout, cold_layout
 from forecache.workers.memory.format.slots import Reservation, SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.hot import prefetcher as prefetcher_module
 from forecache.workers.memory.hot import prefix_search as locator
 from forecache.workers.memory.hot import remote_chunks as far_chunks
@@ -25,7 +25,7 @@ from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Rec
 from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copied, Mark
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import LOSSES, Prefetcher
-from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 
 HOT = attention_layout("m", layers=1, kv_heads=2, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 WAIT_S = 30.0
@@ -42,8 +42,8 @@ class RoomElsewhere:
     def begin(self, holder: str, chunks: int) -> None:
         pass
 
-    def promise_rest(self, holder: str) -> Share:
-        return Share(stays=1000, at_once=4)
+    def reserve_remote_quota(self, holder: str) -> SpreadQuota:
+        return SpreadQuota(local_chunks=1000, max_in_flight=4)
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         raise AssertionError("nothing is too much for the arena")
@@ -77,11 +77,11 @@ class WatchedStore(ArenaStore):
             assert self.gate.wait(WAIT_S)
         super().release(holder)
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+    def reserve_slots(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         self.reserved.append((holder, len(keys)))
         if self.refusals:
             raise self.refusals.pop(0)
-        return super().reserve(holder, keys)
+        return super().reserve_slots(holder, keys)
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
         self.committed.append(len(refs))
@@ -115,7 +115,7 @@ class Bench:
         """What is posted inside waits in the queue."""
         self.store.entered.clear()
         self.store.gate.clear()
-        self.prefetcher.release(GATE)
+        self.prefetcher.release_holder(GATE)
         assert self.store.entered.wait(WAIT_S)
         yield
         self.store.gate.set()
@@ -185,7 +185,7 @@ def test_a_batch_is_of_one_holder_and_ends_at_other_jobs() -> None:
             bench.write_back("a", [0, 1])
             bench.write_back("b", [2])
             bench.write_back("a", [3, 4])
-            bench.prefetcher.release("a")
+            bench.prefetcher.release_holder("a")
             bench.write_back("a", [5, 6])
         assert numbers_of(bench.done()) == list(range(7))
         assert bench.store.reserved == [("a", 2), ("b", 1), ("a", 2), ("a", 2)]
@@ -222,14 +222,14 @@ def test_a_recall_waits_for_one_batch_at_most() -> None:
         bench.write_back("a", [0])
         bench.done()
         entered, go = threading.Event(), threading.Event()
-        reserve = bench.store.reserve
+        reserve = bench.store.reserve_slots
 
         def hold_up(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
             entered.set()
             assert go.wait(WAIT_S)
             return reserve(holder, keys)
 
-        bench.store.reserve = hold_up  # type: ignore[method-assign]
+        bench.store.reserve_slots = hold_up  # type: ignore[method-assign]
         with bench.held_up():
             bench.write_back("b", range(1, 2 * BATCH_CHUNKS + 1))
         assert entered.wait(WAIT_S)
@@ -244,14 +244,14 @@ def test_a_refused_batch_lets_recalls_through() -> None:
     with open_bench(places=3) as bench:
         bench.write_back("a", [0, 1])
         bench.done()
-        reserve, first = bench.store.reserve, []
+        reserve, first = bench.store.reserve_slots, []
 
         def recall_after_the_first(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
             if not first:
                 first.append(bench.prefetcher.recall([RecallItem(key_of(0), bench.ref(0), 39)]))
             return reserve(holder, keys)
 
-        bench.store.reserve = recall_after_the_first  # type: ignore[method-assign]
+        bench.store.reserve_slots = recall_after_the_first  # type: ignore[method-assign]
         with bench.held_up():
             bench.write_back("b", [2, 3])
         kinds = [type(done) for done in bench.done()]
@@ -281,7 +281,7 @@ def test_a_damaged_prefix_ends_before_the_damage() -> None:
         bench.write_back("a", range(5))
         bench.done()
         bench.store.arena.chunks[bench.ref(3).slot, 7] ^= 1
-        bench.prefetcher.hold_prefix("b", [key_of(number) for number in range(5)])
+        bench.prefetcher.find_prefix("b", [key_of(number) for number in range(5)])
         assert bench.done() == [PrefixHeld("b", tuple(bench.ref(number) for number in range(3)))]
         assert not bench.stored(3)
 
@@ -291,7 +291,7 @@ def test_what_is_dropped_is_not_held_afterwards() -> None:
         bench.write_back("a", range(3))
         bench.done()
         bench.prefetcher.drop(key_of(1), bench.ref(1))
-        bench.prefetcher.hold_prefix("b", [key_of(number) for number in range(3)])
+        bench.prefetcher.find_prefix("b", [key_of(number) for number in range(3)])
         assert bench.done() == [PrefixHeld("b", (bench.ref(0),))]
 
 
@@ -336,7 +336,7 @@ def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:
         def away(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
             raise ChunkLostError("no answer")
 
-        bench.store.reserve = away  # type: ignore[method-assign]
+        bench.store.reserve_slots = away  # type: ignore[method-assign]
         with bench.held_up():
             bench.write_back("a", range(4))
         news = bench.done()
@@ -347,9 +347,9 @@ def test_a_memory_out_of_reach_answers_every_job_of_the_batch() -> None:
 
 def test_a_chunk_that_has_waited_for_room_is_written_again_when_its_place_is_lost() -> None:
     with open_bench(spread=True) as bench:
-        bench.prefetcher.hold_prefix("a", [], chunks=bench.store.arena.slots + 1)
+        bench.prefetcher.find_prefix("a", [], chunks=bench.store.arena.slots + 1)
         [held] = bench.done()
-        assert isinstance(held, PrefixHeld) and held.share is not None
+        assert isinstance(held, PrefixHeld) and held.quota is not None
         bench.store.refusals = [*[OverloadedError("others are leaving")] * 5, *[ChunkLostError("no answer")] * 3]
         bench.write_back("a", [0])
         news: list[Completion] = []
@@ -363,7 +363,7 @@ def break_the_thread(bench: Bench) -> None:
     def broken(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         raise RuntimeError("a bug")
 
-    bench.store.reserve = broken  # type: ignore[method-assign]
+    bench.store.reserve_slots = broken  # type: ignore[method-assign]
     bench.write_back("a", [0])
 
 
@@ -380,7 +380,7 @@ def test_closing_finishes_what_was_posted() -> None:
     with open_bench() as bench:
         with bench.held_up():
             bench.write_back("a", range(20))
-            bench.prefetcher.release("a")
+            bench.prefetcher.release_holder("a")
             threading.Timer(0, bench.store.gate.set).start()
             bench.prefetcher.close()
         assert len(numbers_of(bench.prefetcher.drain())) == 20
@@ -390,12 +390,12 @@ def test_closing_finishes_what_was_posted() -> None:
 def test_closing_searches_for_those_that_wait_for_what_is_stored_before_them() -> None:
     """A sequence that starts over while write-backs are under way: it has left when they are done."""
     with open_bench() as bench:
-        bench.store.promise("leaving", 3)
+        bench.store.reserve_quota("leaving", 3)
         with bench.held_up():
             bench.write_back("leaving", range(20))
-            bench.prefetcher.hold_prefix("starts over", [key_of(0), key_of(1)], chunks=2, after_stores=True)
-            bench.prefetcher.release("starts over")
-            bench.prefetcher.release("leaving")
+            bench.prefetcher.find_prefix("starts over", [key_of(0), key_of(1)], chunks=2, after_stores=True)
+            bench.prefetcher.release_holder("starts over")
+            bench.prefetcher.release_holder("leaving")
             threading.Timer(0, bench.store.gate.set).start()
             bench.prefetcher.close()
         news = bench.prefetcher.drain()
@@ -405,12 +405,12 @@ def test_closing_searches_for_those_that_wait_for_what_is_stored_before_them() -
 
 def test_closing_finishes_what_waits_for_promised_room() -> None:
     with open_bench(spread=True) as bench:
-        bench.prefetcher.hold_prefix("a", [], chunks=bench.store.arena.slots + 1)
+        bench.prefetcher.find_prefix("a", [], chunks=bench.store.arena.slots + 1)
         bench.done()
         with bench.held_up():
             bench.store.refusals = [OverloadedError("others are leaving") for _ in range(5)]
             bench.write_back("a", range(3))
-            bench.prefetcher.release("a")
+            bench.prefetcher.release_holder("a")
             threading.Timer(0, bench.store.gate.set).start()
             bench.prefetcher.close()
         assert sorted(numbers_of(bench.prefetcher.drain())) == [0, 1, 2]
@@ -436,22 +436,22 @@ def news_of(bench: Bench, kind: type[Completion], count: int = 1) -> list[Comple
 
 def spread(bench: Bench, holder: str, numbers: Sequence[int] = ()) -> None:
     """``holder`` gets room on other nodes, and the stored chunks ``numbers``."""
-    bench.prefetcher.hold_prefix(holder, [key_of(n) for n in numbers], chunks=bench.store.arena.slots + 1)
+    bench.prefetcher.find_prefix(holder, [key_of(n) for n in numbers], chunks=bench.store.arena.slots + 1)
     [held] = bench.done()
-    assert isinstance(held, PrefixHeld) and held.share is not None and len(held.refs) == len(numbers)
+    assert isinstance(held, PrefixHeld) and held.quota is not None and len(held.refs) == len(numbers)
 
 
 class OtherNode(RoomElsewhere):
     """Takes chunks and gives back those of ``found``, once ``gate`` is open."""
 
     def __init__(self, stays: int) -> None:
-        self.stays = stays
+        self.local_chunks = stays
         self.moved: list[ChunkKey] = []
         self.found: dict[ChunkKey, SlotRef] = {}
         self.entered, self.gate = threading.Event(), threading.Event()
 
-    def promise_rest(self, holder: str) -> Share:
-        return Share(stays=self.stays, at_once=4)
+    def reserve_remote_quota(self, holder: str) -> SpreadQuota:
+        return SpreadQuota(local_chunks=self.local_chunks, max_in_flight=4)
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         self.entered.set()
@@ -481,13 +481,13 @@ def test_the_copy_thread_and_no_other_has_one_thread_for_its_operators() -> None
     torch.set_num_threads(3)
     try:
         with open_bench() as bench:
-            reserve = bench.store.reserve
+            reserve = bench.store.reserve_slots
 
             def look(holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
                 seen.append(torch.get_num_threads())
                 return reserve(holder, keys)
 
-            bench.store.reserve = look  # type: ignore[method-assign]
+            bench.store.reserve_slots = look  # type: ignore[method-assign]
             bench.write_back("a", [0])
             bench.done()
             later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -526,10 +526,10 @@ def test_a_prefix_waits_for_stores_only_where_it_is_asked_to() -> None:
         bench.write_back("a", [0])
         bench.done()
         with bench.held_up():
-            bench.prefetcher.hold_prefix("later", [key_of(0)], after_stores=True)
-            bench.prefetcher.hold_prefix("now", [key_of(0)])
+            bench.prefetcher.find_prefix("later", [key_of(0)], after_stores=True)
+            bench.prefetcher.find_prefix("now", [key_of(0)])
             assert news_of(bench, PrefixHeld) == [PrefixHeld("now", (bench.ref(0),))]
-            assert bench.store.stats().promised_slots == 0, "no room was asked for"
+            assert bench.store.stats().quota_slots == 0, "no room was asked for"
             assert bench.store.holders() == ["a", "now"]
         assert bench.done() == [PrefixHeld("later", (bench.ref(0),))]
 
@@ -607,7 +607,7 @@ def test_sessions_and_states_are_stored_after_what_was_asked_for_before() -> Non
     with open_bench() as bench:
         recorded: list[tuple[str, Sequence[ChunkKey], Sequence[ChunkKey]]] = []
         bench.store.record_session = lambda *given: recorded.append(given)  # type: ignore[method-assign]
-        layout = StateLayout(pieces=1, every_chunks=1)
+        layout = SnapshotStore(pieces=1, every_chunks=1)
         snapshot = torch.arange(HOT.nbytes // 4, dtype=torch.int32).view(torch.uint8)
         with bench.held_up():
             bench.write_back("a", [0])
@@ -625,15 +625,15 @@ def test_sessions_and_states_are_stored_after_what_was_asked_for_before() -> Non
 def test_nothing_is_left_once_everything_is_done() -> None:
     with open_bench() as bench:
         go, entered = threading.Event(), threading.Event()
-        hold_here = bench.store.hold_here
+        hold_local_prefix = bench.store.hold_local_prefix
 
         def hold_up(holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
             entered.set()
             assert go.wait(WAIT_S)
-            return hold_here(holder, keys)
+            return hold_local_prefix(holder, keys)
 
-        bench.store.hold_here = hold_up  # type: ignore[method-assign]
-        bench.prefetcher.hold_prefix("a", [key_of(0)])
+        bench.store.hold_local_prefix = hold_up  # type: ignore[method-assign]
+        bench.prefetcher.find_prefix("a", [key_of(0)])
         assert entered.wait(WAIT_S)
         with pytest.raises(AssertionError, match="searches are left"):
             bench.prefetcher.check_idle()
@@ -654,8 +654,8 @@ def test_a_broken_thread_is_told_though_a_search_goes_on() -> None:
             assert go.wait(WAIT_S)
             return [], False
 
-        bench.store.hold_here = hold_up  # type: ignore[method-assign]
-        bench.prefetcher.hold_prefix("a", [key_of(0)])
+        bench.store.hold_local_prefix = hold_up  # type: ignore[method-assign]
+        bench.prefetcher.find_prefix("a", [key_of(0)])
         assert entered.wait(WAIT_S)
         break_the_thread(bench)
         with pytest.raises(RuntimeError, match="a bug"):
@@ -664,10 +664,10 @@ def test_a_broken_thread_is_told_though_a_search_goes_on() -> None:
 
 
 def test_closing_waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locator, "PROMISE_WAIT_S", 10 * WAIT_S)
+    monkeypatch.setattr(locator, "QUOTA_WAIT_S", 10 * WAIT_S)
     with open_bench() as bench:
-        bench.store.promise("other", bench.store.arena.slots)
-        bench.prefetcher.hold_prefix("a", [], chunks=1)
+        bench.store.reserve_quota("other", bench.store.arena.slots)
+        bench.prefetcher.find_prefix("a", [], chunks=1)
         bench.prefetcher.close()
         [held] = bench.prefetcher.drain()
         assert isinstance(held, PrefixHeld) and "no room" in held.failure
@@ -677,7 +677,7 @@ def test_closing_waits_for_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_end_with_the_prefetcher_or_with_the_process(is_spread: bool) -> None:
     before = set(threading.enumerate())
     with open_bench(spread=is_spread) as bench:
-        bench.prefetcher.hold_prefix("a", [])
+        bench.prefetcher.find_prefix("a", [])
         bench.done()
         threads = set(threading.enumerate()) - before
         [copying] = [thread for thread in threads if thread.name == "forecache-prefetcher"]
@@ -687,7 +687,7 @@ def test_threads_end_with_the_prefetcher_or_with_the_process(is_spread: bool) ->
 
 
 def test_local_recalls_do_not_wait_for_other_nodes() -> None:
-    with open_spread_bench(stays=10) as (bench, node):
+    with open_spread_bench(local_chunks=10) as (bench, node):
         bench.write_back("b", [0, 1])
         bench.done()
         node.found = {key_of(1): bench.ref(1)}
@@ -710,7 +710,7 @@ def test_local_recalls_do_not_wait_for_other_nodes() -> None:
 
 
 def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
-    with open_spread_bench(stays=10) as (bench, node):
+    with open_spread_bench(local_chunks=10) as (bench, node):
         bench.write_back("b", [0])
         bench.done()
         node.found = {key_of(0): bench.ref(0)}
@@ -722,7 +722,7 @@ def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
             assert go.wait(WAIT_S)
             raise RuntimeError("a bug")
 
-        bench.store.reserve = broken  # type: ignore[method-assign]
+        bench.store.reserve_slots = broken  # type: ignore[method-assign]
         bench.write_back("b", [1])
         assert entered.wait(WAIT_S)
         bench.prefetcher.recall([RecallItem(key_of(0), SlotRef(0, 1, remote=True), 31)], "a")
@@ -733,7 +733,7 @@ def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
 
 
 def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
-    with open_spread_bench(stays=3) as (bench, node):
+    with open_spread_bench(local_chunks=3) as (bench, node):
         bench.write_back("b", [0, 1])
         bench.done()
         spread(bench, "a", [0, 1])
@@ -741,7 +741,7 @@ def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
             bench.write_back("a", [2, 3])  # the third stays
         assert node.entered.wait(WAIT_S)
         bench.write_back("a", [4])
-        bench.prefetcher.release("a")
+        bench.prefetcher.release_holder("a")
         bench.write_back("c", [5])
         assert numbers_of(news_of(bench, WrittenBack, 2)) == [2, 5], "others go on"
         node.gate.set()
@@ -758,7 +758,7 @@ def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
 
 
 def test_of_a_spread_sequence_few_chunks_are_written_at_once() -> None:
-    with open_spread_bench(stays=30) as (bench, _):
+    with open_spread_bench(local_chunks=30) as (bench, _):
         spread(bench, "a")
         with bench.held_up():
             bench.write_back("a", range(9))
@@ -768,7 +768,7 @@ def test_of_a_spread_sequence_few_chunks_are_written_at_once() -> None:
 
 
 def test_flushing_waits_for_what_moves_out() -> None:
-    with open_spread_bench(stays=0) as (bench, node):
+    with open_spread_bench(local_chunks=0) as (bench, node):
         spread(bench, "a")
         bench.write_back("a", [0])
         threading.Timer(0.1, node.gate.set).start()

@@ -96,7 +96,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
     @rule(holder=HOLDERS, last=st.integers(1, CHUNKS))
     def find(self, holder: str, last: int) -> None:
         keys = [key_of(number) for number in range(last)]
-        self.prefetcher.hold_prefix(holder, keys)
+        self.prefetcher.find_prefix(holder, keys)
         [held] = self.done()
         assert isinstance(held, PrefixHeld) and not any(map(self.is_damaged, held.refs))
         assert self.arena.sealed(held.refs, keys[: len(held.refs)]).all()
@@ -134,7 +134,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
 
     @rule(holder=HOLDERS)
     def release(self, holder: str) -> None:
-        self.prefetcher.release(holder)
+        self.prefetcher.release_holder(holder)
         assert self.done() == []
         self.places = {place: ref for place, ref in self.places.items() if place[0] != holder}
 

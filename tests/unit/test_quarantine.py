@@ -19,7 +19,7 @@ from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.hot.copies import CopyItem, CpuCopies
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 INDEX_NBYTES = 64
@@ -54,10 +54,10 @@ class Worker:
         self.arena = Arena.attach(arena.path)
         self.writes = OpenWrites(self.arena)
 
-    def reserve(self, store: ArenaStore, holder: str, keys: list[bytes]) -> list[SlotRef]:
+    def reserve_slots(self, store: ArenaStore, holder: str, keys: list[bytes]) -> list[SlotRef]:
         number, news = self.writes.begin(), self.writes.news()
         store.hear(news)
-        places = store.reserve(holder, keys, writer=news.writer, begun=news.begun)
+        places = store.reserve_slots(holder, keys, writer=news.writer, begun=news.begun)
         refs = [place.ref for place in places]
         self.writes.answered(number, holder, refs)
         return refs
@@ -86,14 +86,14 @@ def test_a_late_copy_never_reaches_the_slot_of_another(arena: Arena, is_restarte
     pools = [HotPool(LAYOUT, 1, torch.device("cpu")) for _ in range(3)]
     pools[0].memory[:], pools[1].memory[:] = 0x11, 0x22
     if is_numbered:
-        [late] = first.reserve(store, "w1/a", [KEYS[0]])
+        [late] = first.reserve_slots(store, "w1/a", [KEYS[0]])
     else:
-        late = store.reserve("w1/a", [KEYS[0]])[0].ref
+        late = store.reserve_slots("w1/a", [KEYS[0]])[0].ref
     if is_restarted:
         store = restarted(store)
     else:
         store.release_prefix("w1/")
-    [ref] = second.reserve(store, "w2/b", [KEYS[1]])
+    [ref] = second.reserve_slots(store, "w2/b", [KEYS[1]])
     assert ref.slot != late.slot and waiting(store) == 1
 
     def record(_: int) -> torch.Tensor:
@@ -119,16 +119,16 @@ def test_the_end_of_a_process_frees_what_it_wrote(arena: Arena) -> None:
         assert process.stdout is not None
         writer = int(process.stdout.readline())
         assert arena.writers() == {writer} and writer >= FIRST_WRITER
-        store.reserve("w/a", KEYS[:2], writer=writer, begun=1)
+        store.reserve_slots("w/a", KEYS[:2], writer=writer, begun=1)
         store.release_prefix("w/")
         assert waiting(store) == 2
         store = restarted(store)
         assert waiting(store) == 2
         with pytest.raises(OverloadedError, match="2 wait for a worker's end"):
-            store.reserve("x", KEYS[:3], writer=OWNER)
+            store.reserve_slots("x", KEYS[:3], writer=OWNER)
         process.send_signal(signal.SIGKILL)
     assert store.arena.writers() == set() and waiting(store) == 0
-    assert len(store.reserve("x", KEYS[:SLOTS], writer=OWNER)) == SLOTS
+    assert len(store.reserve_slots("x", KEYS[:SLOTS], writer=OWNER)) == SLOTS
 
 
 def test_writers_are_told_apart_and_live_as_long_as_their_mappings(arena: Arena) -> None:
@@ -147,7 +147,7 @@ def test_writers_are_told_apart_and_live_as_long_as_their_mappings(arena: Arena)
 @pytest.mark.parametrize("how", ["commit", "release", "drop", "news"])
 def test_a_writer_that_lives_says_when_it_has_ended(arena: Arena, how: str) -> None:
     store, worker = ArenaStore(arena), Worker(arena)
-    [ref] = worker.reserve(store, "w/a", [KEYS[0]])
+    [ref] = worker.reserve_slots(store, "w/a", [KEYS[0]])
     store.release_prefix("w/")
     store.hear(worker.writes.news())
     assert waiting(store) == 1, "it was told of before it was over"
@@ -170,7 +170,7 @@ def test_news_from_before_an_answer_came_free_nothing(arena: Arena) -> None:
     """The tier has given a slot away, and the answer is on its way; the worker tells of its writes meanwhile."""
     store, worker = ArenaStore(arena), Worker(arena)
     number, news = worker.writes.begin(), worker.writes.news()
-    [place] = store.reserve("w/a", [KEYS[0]], writer=news.writer, begun=news.begun)
+    [place] = store.reserve_slots("w/a", [KEYS[0]], writer=news.writer, begun=news.begun)
     store.release_prefix("w/")
     store.hear(worker.writes.news())
     assert waiting(store) == 1
@@ -179,7 +179,7 @@ def test_news_from_before_an_answer_came_free_nothing(arena: Arena) -> None:
     worker.writes.released("w/a")
     store.hear(worker.writes.news())
     assert waiting(store) == 0
-    worker.reserve(store, "w/b", [KEYS[1]])
+    worker.reserve_slots(store, "w/b", [KEYS[1]])
     store.release_prefix("w/")
     store.hear(late_news)
     assert waiting(store) == 1, "news that were overtaken free nothing"
@@ -187,8 +187,8 @@ def test_news_from_before_an_answer_came_free_nothing(arena: Arena) -> None:
 
 def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None:
     store, worker, other = ArenaStore(arena), Worker(arena), Worker(arena)
-    sealed, unsealed = worker.reserve(store, "w/a", KEYS[:2])
-    store.reserve("transfer/x", [KEYS[2]], writer=OWNER)
+    sealed, unsealed = worker.reserve_slots(store, "w/a", KEYS[:2])
+    store.reserve_slots("transfer/x", [KEYS[2]], writer=OWNER)
     worker.write(sealed, KEYS[0])
     news_of_the_former_life = worker.writes.news()
     store = restarted(store)
@@ -198,7 +198,7 @@ def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None
     store.hear(news_of_the_former_life)
     store.hear(other.writes.news())
     assert waiting(store) == 1
-    [ref] = worker.reserve(store, "w/b", [KEYS[3]])  # tells that the one before has ended
+    [ref] = worker.reserve_slots(store, "w/b", [KEYS[3]])  # tells that the one before has ended
     assert ref.slot != unsealed.slot and waiting(store) == 1
     worker.writes.ended([ref])
     store.hear(worker.writes.news())
@@ -214,7 +214,7 @@ def test_a_release_in_another_thread_does_not_free_what_the_tier_writes(
     """Chunks of another node come for a sequence that ends meanwhile."""
     store, reader = ArenaStore(arena), Worker(arena)
     for key in KEYS[:2]:
-        [ref] = reader.reserve(store, "w/a", [key])
+        [ref] = reader.reserve_slots(store, "w/a", [key])
         reader.write(ref, key)
         store.commit("w/a", [(key, ref)])
     batch = read(store, KEYS[:2])
@@ -227,13 +227,13 @@ def test_a_release_in_another_thread_does_not_free_what_the_tier_writes(
     def released_meanwhile(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
         store.release("w/host")
         store.release_prefix("w/")
-        taken = {place.ref.slot for place in store.reserve("w2", [KEYS[5]], writer=OWNER)}
+        taken = {place.ref.slot for place in store.reserve_slots("w2", [KEYS[5]], writer=OWNER)}
         assert all(store.arena.chunks[slot].data_ptr() != target.ctypes.data for slot in taken)
         store.release("w2")
         copy(target, source)
 
     monkeypatch.setattr(Arena, "_copy", staticmethod(released_meanwhile))
-    assert take_in(store, batch, "w/host") == KEYS[:2]
+    assert store_batch(store, batch, "w/host") == KEYS[:2]
     monkeypatch.undo()
     assert store.holders() == ["w/host"]
     store.release("w/host")

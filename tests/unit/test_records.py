@@ -20,7 +20,7 @@ from forecache.workers.memory.format.chunk_batch import LayerBatch, RecordBatch
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import share_of
+from forecache.workers.memory.format.spread_quota import spread_quota
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float8_e4m3fn)
 INDEX_NBYTES, SLOTS, RECORDS = 8, 4, 5
@@ -119,12 +119,12 @@ TestRecords.settings = settings(max_examples=30, stateful_step_count=20, deadlin
 
 def test_no_more_records_are_promised_than_there_is_room_for(tmp_path: Path) -> None:
     records = RecordSlots(small_arena(tmp_path))
-    records.promise("a/0", 3)
+    records.reserve_quota("a/0", 3)
     with pytest.raises(OverloadedError, match="index records of 3 chunks"):
-        records.promise("a/1", 3)
-    records.promise("a/0", 5)
+        records.reserve_quota("a/1", 3)
+    records.reserve_quota("a/0", 5)
     records.release("a/0")
-    records.promise("a/1", 3)
+    records.reserve_quota("a/1", 3)
 
 
 def test_a_damaged_record_may_be_dropped_and_is_written_anew(tmp_path: Path) -> None:
@@ -177,27 +177,27 @@ def test_a_record_whose_slot_does_not_keep_it_gets_another(tmp_path: Path, monke
 def test_a_store_promises_what_it_has_and_lets_go_of_single_chunks(tmp_path: Path) -> None:
     arena = small_arena(tmp_path)
     store = ArenaStore(arena)
-    store.promise("a/0", 1)
-    assert store.promise_up_to("b/0", 10) == SLOTS - 1
-    assert store.promise_up_to("a/0", 3) == 1
-    assert store.promise_up_to("b/0", 1) == SLOTS - 1  # what was promised stays
-    places = store.reserve("b/0", KEYS[:3])
+    store.reserve_quota("a/0", 1)
+    assert store.reserve_quota_up_to("b/0", 10) == SLOTS - 1
+    assert store.reserve_quota_up_to("a/0", 3) == 1
+    assert store.reserve_quota_up_to("b/0", 1) == SLOTS - 1  # what was promised stays
+    places = store.reserve_slots("b/0", KEYS[:3])
     for place in places:
-        arena.seal(place.ref, place.key)
+        arena.seal(place.ref, place.key, arena.digests(place.ref.slot))
     store.commit("b/0", [(place.key, place.ref) for place in places])
-    store.let_go("b/0", [KEYS[1], KEYS[8]])
+    store.release_chunks("b/0", [KEYS[1], KEYS[8]])
     store.check_integrity()
     assert store.stats().held_slots == 2
-    store.let_go("b/0", KEYS[:3])
+    store.release_chunks("b/0", KEYS[:3])
     store.check_integrity()
     assert store.stats().held_slots == 0 and store.stats().stored_chunks == 3
 
 
 def test_a_share_is_never_more_than_the_arena() -> None:
     for slots in (*range(3, 40), 1000):
-        share = share_of(slots)
-        assert share.at_once >= 1 and share.slots <= slots
-    assert share_of(1000).slots == 250 and share_of(1000).stays == 126
+        share = spread_quota(slots)
+        assert share.max_in_flight >= 1 and share.slots <= slots
+    assert spread_quota(1000).slots == 250 and spread_quota(1000).local_chunks == 126
 
 
 def test_a_layer_of_a_chunk_is_what_its_fields_say() -> None:

@@ -14,11 +14,11 @@ from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.client import memory as remote
 from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.client.peers import RemotePeers
-from forecache.workers.memory.format.hold_id import Holder
+from forecache.workers.memory.format.hold_id import HoldId
 from forecache.workers.memory.format.layout import attention_layout
 
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
-HOLDER = Holder("w", "request", 0).name
+HOLDER = HoldId("w", "request", 0).name
 
 
 class Tier:
@@ -47,14 +47,14 @@ class Tier:
     def do_hold(self, holder: str, keys: list[bytes]) -> object:
         return self.store.hold(holder, keys)
 
-    def do_reserve(self, holder: str, keys: list[bytes], *news: object) -> object:
-        return self.store.reserve(holder, keys)
+    def do_reserve_slots(self, holder: str, keys: list[bytes], *news: object) -> object:
+        return self.store.reserve_slots(holder, keys)
 
     def do_commit(self, holder: str, refs: Any, *news: object) -> None:
         self.store.commit(holder, refs)
 
-    def do_promise(self, holder: str, chunks: int) -> None:
-        self.store.promise(holder, chunks)
+    def do_reserve_quota(self, holder: str, chunks: int) -> None:
+        self.store.reserve_quota(holder, chunks)
 
     def do_start_over(self, holder: str) -> None:
         self.store.start_over(holder)
@@ -67,7 +67,7 @@ class Tier:
         return [holder for holder in self.store.holders() if holder.startswith(f"{worker_id}/")]
 
     def do_spread_begin(self, holder: str, chunks: int) -> None:
-        self.store.promise(holder, chunks)
+        self.store.reserve_quota(holder, chunks)
 
     def do_spread_fetch(self, holder: str, reader: str, keys: list[bytes]) -> object:
         return self.store.hold(reader, keys)
@@ -94,14 +94,23 @@ def memory(store: ArenaStore, monkeypatch: pytest.MonkeyPatch) -> RemoteMemory:
 KEYS = [bytes([number]) * 16 for number in range(2)]
 ASKS: dict[str, Callable[[RemoteMemory, str], object]] = {
     "hold_prefix": lambda memory, holder: memory.hold_prefix(holder, KEYS),
-    "hold_here": lambda memory, holder: memory.hold_here(holder, KEYS),
+    "hold_local_prefix": lambda memory, holder: memory.hold_local_prefix(holder, KEYS),
     "hold": lambda memory, holder: memory.hold(holder, KEYS),
-    "reserve": lambda memory, holder: memory.reserve(holder, KEYS),
-    "promise": lambda memory, holder: memory.promise(holder, 1),
+    "reserve_slots": lambda memory, holder: memory.reserve_slots(holder, KEYS),
+    "reserve_quota": lambda memory, holder: memory.reserve_quota(holder, 1),
     "begin": lambda memory, holder: memory.spread.begin(holder, 1) if memory.spread else None,
     "fetch": lambda memory, holder: memory.spread.fetch(HOLDER, holder, KEYS) if memory.spread else None,
 }
-NOT_ASKING = {"commit", "release", "start_over", "move_out", "promise_rest", "read_layer", "note_places", "forget"}
+NOT_ASKING = {
+    "commit",
+    "release",
+    "start_over",
+    "move_out",
+    "reserve_remote_quota",
+    "read_layer",
+    "note_places",
+    "forget",
+}
 """What needs a hold already, or makes none."""
 
 
@@ -119,11 +128,11 @@ def test_all_calls_that_may_make_a_hold_are_tried() -> None:
 def test_who_asks_for_something_is_not_swept_until_it_is_released(
     memory: RemoteMemory, store: ArenaStore, method: str
 ) -> None:
-    past = store.reserve("w2/past", KEYS)
+    past = store.reserve_slots("w2/past", KEYS)
     for place in past:
         store.arena.chunks[place.ref.slot] = 1
         store.arena.index[place.ref.slot] = 1
-        store.arena.seal(place.ref, place.key)
+        store.arena.seal(place.ref, place.key, store.arena.digests(place.ref.slot))
     store.commit("w2/past", [(place.key, place.ref) for place in past])
     store.release("w2/past")
 
@@ -140,19 +149,19 @@ def test_who_asks_for_something_is_not_swept_until_it_is_released(
 
 
 def test_a_release_that_did_not_get_to_the_tier_is_made_up_for(memory: RemoteMemory, store: ArenaStore) -> None:
-    memory.promise(HOLDER, 2)
-    memory.promise(Holder("w", "other", 1).name, 1)
-    store.promise(Holder("w2", "another", 0).name, 1)
+    memory.reserve_quota(HOLDER, 2)
+    memory.reserve_quota(HoldId("w", "other", 1).name, 1)
+    store.reserve_quota(HoldId("w2", "another", 0).name, 1)
     memory._living.pop(HOLDER)  # what a release does here, before its call gets lost
     memory.sweep()
     assert len(store.holders()) == 3  # its release may be on its way
     memory.sweep()
-    assert store.holders() == [Holder("w", "other", 1).name, Holder("w2", "another", 0).name]
+    assert store.holders() == [HoldId("w", "other", 1).name, HoldId("w2", "another", 0).name]
 
 
 def test_who_begins_again_holds_nothing_and_goes_on(memory: RemoteMemory, store: ArenaStore) -> None:
-    memory.promise(HOLDER, 2)
+    memory.reserve_quota(HOLDER, 2)
     memory.start_over(HOLDER)
     assert store.holders() == [] and memory.holders() == [HOLDER]
-    memory.promise(HOLDER, 3)
-    assert store.stats().promised_slots == 3
+    memory.reserve_quota(HOLDER, 3)
+    assert store.stats().quota_slots == 3

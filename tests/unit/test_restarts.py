@@ -119,7 +119,7 @@ def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back
 ) -> None:
     """The first one's copies are in cold memory and it has left; the slots must not go to others before the second
     holds them there: until then it has no other place to read them from."""
-    reserve, second_may = ArenaStore.reserve, threading.Event()
+    reserve, second_may = ArenaStore.reserve_slots, threading.Event()
 
     def second_later(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         if "second" in holder:
@@ -133,7 +133,7 @@ def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back
             assert first_may.wait(30)
         hold(self, holder, written)
 
-    monkeypatch.setattr(ArenaStore, "reserve", second_later)
+    monkeypatch.setattr(ArenaStore, "reserve_slots", second_later)
     monkeypatch.setattr(ArenaStore, "commit", first_later)
     prompt = prompts[1]
     with open_llm(tiny_model, prefill_chunk_tokens=512) as llm:

@@ -223,7 +223,7 @@ class Run:
         try:
             news = writes.news()
             self._call(actor, "hear", news)
-            places = self._call(actor, "reserve", holder, [key], writer=news.writer, begun=news.begun)
+            places = self._call(actor, "reserve_slots", holder, [key], writer=news.writer, begun=news.begun)
         except (ChunkLostError, OverloadedError):
             return False
         finally:
@@ -293,7 +293,7 @@ class Run:
         assert (stats.held_slots, stats.quarantined_slots, stats.bad_slots) == (0, 0, 0), stats
         assert stats.used_slots == stats.stored_chunks, stats
         new = [bytes([100 + number]) * 16 for number in range(stats.slots)]
-        assert len(self._store.reserve("last", new, writer=OWNER)) == stats.slots, "a slot is lost"
+        assert len(self._store.reserve_slots("last", new, writer=OWNER)) == stats.slots, "a slot is lost"
         self._store.release("last")
         self._store.check_integrity()
 
@@ -427,7 +427,7 @@ def seal_what_is_there(arena: Arena, ref: SlotRef, key: bytes, chunk: Bytes, ind
     arena._check_is_ours(ref)
     arena._copy(arena._chunks[ref.slot], chunk)
     arena._copy(arena._index[ref.slot], index)
-    arena.seal(ref, key)
+    arena.seal(ref, key, arena.digests(ref.slot))
 
 
 def test_slots_that_wait_for_good_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,12 @@ def small_arena(directory: Path, slots: int = SLOTS) -> Arena:
 def write(arena: Arena, key: ChunkKey, ref: SlotRef) -> None:
     arena.chunks[ref.slot] = key[0]
     arena.index[ref.slot] = key[0]
-    arena.seal(ref, key)
+    arena.seal(ref, key, arena.digests(ref.slot))
 
 
 def store_chunks(store: ColdMemory, holder: str, keys: list[ChunkKey]) -> list[SlotRef]:
     """Reserve, write and commit; the slots stay held."""
-    reservations = store.reserve(holder, keys)
+    reservations = store.reserve_slots(holder, keys)
     fresh = [(r.key, r.ref) for r in reservations if not r.stored]
     for key, ref in fresh:
         write(store.arena, key, ref)
@@ -99,7 +99,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.held.setdefault(holder, set()).add(ref)
 
     @rule(holder=st.sampled_from(HOLDERS), keys=st.lists(st.sampled_from(KEYS), max_size=6))
-    def reserve(self, holder: str, keys: list[ChunkKey]) -> None:
+    def reserve_slots(self, holder: str, keys: list[ChunkKey]) -> None:
         needed = sum(key not in self.stored for key in keys)
         kept = {self.stored[key].slot for key in keys if key in self.stored}
         held_slots = {ref.slot for ref in self.all_held()}
@@ -112,10 +112,10 @@ class StoreMachine(RuleBasedStateMachine):
             assert not (within and len(after[holder]) + needed <= self.promised.get(holder, 0)), "a promise is not kept"
             before = self.store.stats()
             with pytest.raises(OverloadedError, match="--cold-bytes"):
-                self.store.reserve(holder, keys)
+                self.store.reserve_slots(holder, keys)
             assert self.store.stats() == before
             return
-        reservations = self.store.reserve(holder, keys)
+        reservations = self.store.reserve_slots(holder, keys)
         assert [r.key for r in reservations] == keys
         assert [r.stored for r in reservations] == [key in self.stored for key in keys]
         for reservation in reservations:
@@ -184,21 +184,21 @@ class StoreMachine(RuleBasedStateMachine):
             self.unwritten[holder] = []
 
     @rule(holder=st.sampled_from(HOLDERS), chunks=st.integers(1, SLOTS))
-    def promise(self, holder: str, chunks: int) -> None:
+    def reserve_quota(self, holder: str, chunks: int) -> None:
         others = sum(self.promised.values()) - self.promised.get(holder, 0)
         if chunks + others + self.store.stats().pinned_slots > SLOTS:
-            with pytest.raises(OverloadedError, match=f"{others} are promised to others"):
-                self.store.promise(holder, chunks)
+            with pytest.raises(OverloadedError, match=f"{others} are reserved for others"):
+                self.store.reserve_quota(holder, chunks)
         else:
-            self.store.promise(holder, chunks)
+            self.store.reserve_quota(holder, chunks)
             self.promised[holder] = chunks
 
     @rule(holder=st.sampled_from(HOLDERS), chunks=st.integers(1, SLOTS))
-    def promise_up_to(self, holder: str, chunks: int) -> None:
+    def reserve_quota_up_to(self, holder: str, chunks: int) -> None:
         before = self.promised.get(holder, 0)
         room = SLOTS - sum(self.promised.values()) + before - self.store.stats().pinned_slots
         self.promised[holder] = max(before, min(chunks, room))
-        assert self.store.promise_up_to(holder, chunks) == self.promised[holder]
+        assert self.store.reserve_quota_up_to(holder, chunks) == self.promised[holder]
 
     @rule(name=st.sampled_from(NAMES), keys=st.lists(st.sampled_from(KEYS), max_size=3))
     def pin(self, name: str, keys: list[ChunkKey]) -> None:
@@ -265,7 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert sum(self.promised.values()) + stats.pinned_slots <= SLOTS
         assert stats.slots == SLOTS
         assert stats.held_slots == len(held_slots)
-        assert stats.promised_slots == sum(self.promised.values())
+        assert stats.quota_slots == sum(self.promised.values())
         assert stats.used_slots == len(held_slots | stored_slots)
         assert stats.stored_chunks == len(self.stored)
 
@@ -278,18 +278,18 @@ def test_no_more_is_promised_than_there_is(store: ArenaStore) -> None:
     store_chunks(store, "past", KEYS[:2])
     store.release("past")
     store.pin("session", KEYS[:1])
-    store.promise("a/0", 3)
-    with pytest.raises(OverloadedError, match="3 are promised to others and 1 are pinned"):
-        store.promise("b/0", 2)
-    store.promise("b/0", 1)
-    store.promise("a/0", 2)  # changes its mind
+    store.reserve_quota("a/0", 3)
+    with pytest.raises(OverloadedError, match="3 are reserved for others and 1 are pinned"):
+        store.reserve_quota("b/0", 2)
+    store.reserve_quota("b/0", 1)
+    store.reserve_quota("a/0", 2)  # changes its mind
     store.release("b/0")
-    store.promise("b/1", 2)
+    store.reserve_quota("b/1", 2)
     # what is pinned and held is a part of what its holder was promised
     store.hold("b/1", KEYS[:1])
-    store.promise("b/2", 1)
+    store.reserve_quota("b/2", 1)
     assert store.release_prefix("b/") == 2
-    store.promise("b/3", 2)
+    store.reserve_quota("b/3", 2)
     store.release("b/3")
     store.release("a/0")
     store.check_integrity()
@@ -298,31 +298,31 @@ def test_no_more_is_promised_than_there_is(store: ArenaStore) -> None:
 def test_what_is_promised_goes_before_pins(store: ArenaStore) -> None:
     store_chunks(store, "past", KEYS[:SLOTS])
     store.release("past")
-    store.promise("a/0", 3)
+    store.reserve_quota("a/0", 3)
     assert store.pin("session", KEYS[:SLOTS]) == 3
     assert store.stats().pinned_slots == SLOTS - 3
-    with pytest.raises(OverloadedError, match="3 are promised to others and 2 are pinned"):
-        store.promise("b/0", 1)
+    with pytest.raises(OverloadedError, match="3 are reserved for others and 2 are pinned"):
+        store.reserve_quota("b/0", 1)
     store_chunks(store, "a/0", KEYS[5:8])
     with pytest.raises(OverloadedError, match="0 can be evicted, 2 are pinned"):
-        store.reserve("a/0", KEYS[8:9])
+        store.reserve_slots("a/0", KEYS[8:9])
     store.check_integrity()
 
 
 def test_pins_that_had_to_yield_are_kept_once_there_is_room(store: ArenaStore) -> None:
     store_chunks(store, "past", KEYS[:4])
     store.release("past")
-    store.promise("a/0", 4)
+    store.reserve_quota("a/0", 4)
     assert store.pin("session", KEYS[:4]) == 3
     assert store.coldest(9) == store.coldest(3) != []
-    store.promise("a/0", 2)
+    store.reserve_quota("a/0", 2)
     assert store.stats().pinned_slots == 3
     store.release("a/0")
     assert store.stats().pinned_slots == 4
     assert store.pin("session", KEYS[:4]) == 0
     # held by who is promised too little for them, they may be promised to another meanwhile
     store.hold("b/0", KEYS[:4])
-    store.promise("c/0", 3)
+    store.reserve_quota("c/0", 3)
     store.release("b/0")
     assert store.stats().pinned_slots == 2
     store_chunks(store, "c/0", KEYS[5:8])
@@ -344,7 +344,7 @@ def test_chunks_with_a_copy_elsewhere_go_first(store: ArenaStore) -> None:
         gone += before - set(store.keys())
     assert gone == [KEYS[0], KEYS[3], KEYS[1]]
     with pytest.raises(OverloadedError, match="2 are pinned"):
-        store.reserve("next", KEYS[8:9])
+        store.reserve_slots("next", KEYS[8:9])
     store.unpin("session")
     store_chunks(store, "next", KEYS[8:9])
     assert store.stored([KEYS[2]]) == [False]
@@ -379,24 +379,24 @@ def test_chunks_that_are_copied_elsewhere_count_as_used_no_more_recently(store: 
 def test_chunks_of_a_call_do_not_evict_each_other(store: ArenaStore) -> None:
     store_chunks(store, "writer", KEYS[:SLOTS])
     store.release("writer")
-    reservations = store.reserve("reader", [KEYS[5], *KEYS[: SLOTS - 1]])
+    reservations = store.reserve_slots("reader", [KEYS[5], *KEYS[: SLOTS - 1]])
     assert [r.stored for r in reservations] == [False] + [True] * (SLOTS - 1)
     assert set(store.keys()) == set(KEYS[: SLOTS - 1])
     with pytest.raises(OverloadedError, match="of 5 slots 0 are free, 0 can be evicted"):
-        store.reserve("late", [KEYS[6]])
+        store.reserve_slots("late", [KEYS[6]])
 
 
 def test_refused_reservation_changes_nothing(store: ArenaStore) -> None:
     store_chunks(store, "writer", KEYS[:SLOTS])
     store.release("writer")
     with pytest.raises(OverloadedError, match="0 can be evicted"):
-        store.reserve("reader", KEYS[: SLOTS + 1])
+        store.reserve_slots("reader", KEYS[: SLOTS + 1])
     assert store.stats().held_slots == 0
     assert set(store.keys()) == set(KEYS[:SLOTS])
 
 
 def test_commit_of_what_another_holds_is_refused(store: ArenaStore) -> None:
-    [reservation] = store.reserve("a", KEYS[:1])
+    [reservation] = store.reserve_slots("a", KEYS[:1])
     write(store.arena, KEYS[0], reservation.ref)
     with pytest.raises(ChunkLostError, match="not reserved by b"):
         store.commit("b", [(KEYS[0], reservation.ref)])
@@ -404,7 +404,7 @@ def test_commit_of_what_another_holds_is_refused(store: ArenaStore) -> None:
 
 
 def test_second_writer_of_a_chunk_keeps_a_private_slot(store: ArenaStore) -> None:
-    [first], [second] = store.reserve("a", KEYS[:1]), store.reserve("b", KEYS[:1])
+    [first], [second] = store.reserve_slots("a", KEYS[:1]), store.reserve_slots("b", KEYS[:1])
     assert first.ref.slot != second.ref.slot
     assert not (first.stored or second.stored)
     for reservation, holder in ((second, "b"), (first, "a")):
@@ -419,7 +419,7 @@ def test_second_writer_of_a_chunk_keeps_a_private_slot(store: ArenaStore) -> Non
 
 
 def test_reserved_and_never_committed_is_freed(store: ArenaStore) -> None:
-    [reservation] = store.reserve("a", KEYS[:1])
+    [reservation] = store.reserve_slots("a", KEYS[:1])
     write(store.arena, KEYS[0], reservation.ref)
     store.release("a")
     assert store.stats().used_slots == 0
@@ -429,7 +429,7 @@ def test_reserved_and_never_committed_is_freed(store: ArenaStore) -> None:
 
 
 def test_commit_is_of_all_or_nothing_and_wants_a_seal(store: ArenaStore) -> None:
-    one, two = store.reserve("a", KEYS[:2])
+    one, two = store.reserve_slots("a", KEYS[:2])
     write(store.arena, KEYS[0], one.ref)
     with pytest.raises(ChunkLostError, match="without a seal"):
         store.commit("a", [(KEYS[0], one.ref), (KEYS[1], two.ref)])
@@ -455,7 +455,7 @@ def test_dropped_chunk_stays_with_its_holders_and_can_be_written_anew(store: Are
 
 def test_adopted_arena_keeps_its_sealed_chunks(store: ArenaStore) -> None:
     refs = store_chunks(store, "a", KEYS[:2])
-    store.reserve("b", KEYS[2:4])
+    store.reserve_slots("b", KEYS[2:4])
     store.drop(KEYS[1], refs[1])
     store.arena.close()
     heard: list[tuple[ChunkKey, bool]] = []

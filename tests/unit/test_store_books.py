@@ -15,7 +15,7 @@ from forecache.workers.memory.arena.ledger import TENANT_MARK, PinLimits
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.arena.writers import WriterNews
-from forecache.workers.memory.format.hold_id import Holder
+from forecache.workers.memory.format.hold_id import HoldId
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.slots import SlotRef
@@ -48,12 +48,12 @@ def store(arena: Arena) -> ArenaStore:
 def seal(store: ArenaStore, key: ChunkKey, ref: SlotRef) -> None:
     store.arena.chunks[ref.slot] = key[0]
     store.arena.index[ref.slot] = key[0]
-    store.arena.seal(ref, key)
+    store.arena.seal(ref, key, store.arena.digests(ref.slot))
 
 
 def hold_new(store: ArenaStore, holder: str, keys: list[ChunkKey], *, copied: bool = False) -> list[SlotRef]:
     """Store ``keys``; they stay held."""
-    places = store.reserve(holder, keys, writer=OWNER)
+    places = store.reserve_slots(holder, keys, writer=OWNER)
     for place in places:
         seal(store, place.key, place.ref)
     store.commit(holder, [(place.key, place.ref) for place in places], copied=copied)
@@ -76,14 +76,14 @@ def adopted(store: ArenaStore, listener: Callable[[ChunkKey, bool], None] | None
 
 def quarantine(store: ArenaStore, worker: Arena, keys: list[ChunkKey], begun: int | None = 1) -> list[SlotRef]:
     """Places that a worker may still write, taken back from it."""
-    places = store.reserve("w/lost", keys, writer=worker.writer, begun=begun)
+    places = store.reserve_slots("w/lost", keys, writer=worker.writer, begun=begun)
     store.release_prefix("w/")
     return [place.ref for place in places]
 
 
 def make_bad(store: ArenaStore, key: ChunkKey) -> int:
     """Have two chunks of one slot found wrong, with all other slots in use. Returns the slot."""
-    others = store.reserve("others", [bytes([200 + n]) * 16 for n in range(store.room - 1)], writer=OWNER)
+    others = store.reserve_slots("others", [bytes([200 + n]) * 16 for n in range(store.room - 1)], writer=OWNER)
     slots = set()
     for _ in range(2):
         [ref] = hold_new(store, "bad", [key])
@@ -107,20 +107,20 @@ def test_every_count_of_the_statistics(store: ArenaStore, arena: Arena) -> None:
     hold_new(store, "w2/a", [KEYS[5]])
     store.hold("w2/b", [KEYS[5]])
     assert store.stats() == TierStats(
-        slots=6, used_slots=6, held_slots=1, pinned_slots=0, promised_slots=0, copied_slots=0, stored_chunks=4,
+        slots=6, used_slots=6, held_slots=1, pinned_slots=0, quota_slots=0, copied_slots=0, stored_chunks=4,
         evicted_chunks=0, dropped_chunks=2, quarantined_slots=1, bad_slots=1,
     )  # fmt: skip
-    store.promise("w2/a", 2)
+    store.reserve_quota("w2/a", 2)
     store.pin("session", [KEYS[2]])
     store.set_copied([KEYS[3]], True)
-    store.reserve("w2/a", [KEYS[6]], writer=OWNER)
+    store.reserve_slots("w2/a", [KEYS[6]], writer=OWNER)
     assert store.stats() == TierStats(
-        slots=6, used_slots=6, held_slots=2, pinned_slots=1, promised_slots=2, copied_slots=0, stored_chunks=3,
+        slots=6, used_slots=6, held_slots=2, pinned_slots=1, quota_slots=2, copied_slots=0, stored_chunks=3,
         evicted_chunks=1, dropped_chunks=2, quarantined_slots=1, bad_slots=1,
     )  # fmt: skip
     store.release("w2/a")
     assert store.stats() == TierStats(
-        slots=6, used_slots=5, held_slots=1, pinned_slots=1, promised_slots=0, copied_slots=0, stored_chunks=3,
+        slots=6, used_slots=5, held_slots=1, pinned_slots=1, quota_slots=0, copied_slots=0, stored_chunks=3,
         evicted_chunks=1, dropped_chunks=2, quarantined_slots=1, bad_slots=1,
     )  # fmt: skip
     del worker
@@ -137,12 +137,12 @@ def test_a_refusal_counts_where_the_slots_are(store: ArenaStore, arena: Arena) -
     store.pin("session", [KEYS[2]])
     said = r"no room for 3 chunks .* of 6 slots 2 are free, 0 can be evicted, 1 are pinned, 1 wait .*, 1 have bad"
     with pytest.raises(OverloadedError, match=said):
-        store.reserve("w2/a", [KEYS[3], *KEYS[5:8]], writer=OWNER)
-    assert len(store.reserve("w2/a", KEYS[5:8], writer=OWNER)) == 3
+        store.reserve_slots("w2/a", [KEYS[3], *KEYS[5:8]], writer=OWNER)
+    assert len(store.reserve_slots("w2/a", KEYS[5:8], writer=OWNER)) == 3
     assert store.stored([KEYS[3], KEYS[2]]) == [False, True]
     with pytest.raises(OverloadedError, match=r"of 6 slots .* 1 are pinned, 2 are out of use"):
-        store.promise("w2/b", 4)
-    store.promise("w2/b", 3)
+        store.reserve_quota("w2/b", 4)
+    store.reserve_quota("w2/b", 3)
 
 
 def test_free_slots_and_idle_ones_make_room_together(store: ArenaStore) -> None:
@@ -151,25 +151,25 @@ def test_free_slots_and_idle_ones_make_room_together(store: ArenaStore) -> None:
     store.set_copied([KEYS[0]], True)
     assert store.room == 5
     with pytest.raises(OverloadedError, match="4 are free, 2 can be evicted"):
-        store.reserve("a", KEYS[2:9])
+        store.reserve_slots("a", KEYS[2:9])
     with pytest.raises(OverloadedError, match="4 are free, 1 can be evicted"):
-        store.reserve("a", KEYS[2:8], copied_only=True)
-    assert len(store.reserve("a", KEYS[2:7], copied_only=True)) == 5
+        store.reserve_slots("a", KEYS[2:8], copied_only=True)
+    assert len(store.reserve_slots("a", KEYS[2:7], copied_only=True)) == 5
     assert store.keys() == [KEYS[1]]
-    assert len(store.reserve("b", [KEYS[8]])) == 1
+    assert len(store.reserve_slots("b", [KEYS[8]])) == 1
     assert store.keys() == [] and store.stats().evicted_chunks == 2 and store.room == 0
 
 
 def test_holders_are_those_that_hold_or_were_promised_something(store: ArenaStore) -> None:
-    store.promise("a", 1)
-    store.promise("b", 2)
+    store.reserve_quota("a", 1)
+    store.reserve_quota("b", 2)
     hold_new(store, "b", [KEYS[0]])
     assert store.hold("c", [KEYS[1], KEYS[0]]) == [None, store.find([KEYS[0]])[0]]
     assert sorted(store.holders()) == ["a", "b", "c"]
     assert store.release_prefix("b") == 1 and store.release_prefix("b") == 0
-    assert sorted(store.holders()) == ["a", "c"] and store.stats().promised_slots == 1
-    assert store.promise_up_to("d", 9) == SLOTS - 1
-    store.let_go("c", [KEYS[5], KEYS[0]])
+    assert sorted(store.holders()) == ["a", "c"] and store.stats().quota_slots == 1
+    assert store.reserve_quota_up_to("d", 9) == SLOTS - 1
+    store.release_chunks("c", [KEYS[5], KEYS[0]])
     assert sorted(store.holders()) == ["a", "d"] and store.stats().held_slots == 0
 
 
@@ -182,7 +182,7 @@ def test_what_is_found_and_held(store: ArenaStore) -> None:
     assert store.find([KEYS[1], KEYS[5], KEYS[0]]) == [refs[1], None, refs[0]]
     assert store.stats().held_slots == 0
     assert store.hold_prefix("b", [KEYS[0], KEYS[1], KEYS[5], KEYS[2]]) == refs[:2]
-    assert store.hold_here("c", KEYS[:5]) == (refs, False)
+    assert store.hold_local_prefix("c", KEYS[:5]) == (refs, False)
     assert store.hold_prefix("d", KEYS[4:]) == [] and store.hold("d", KEYS[4:6]) == [None, None]
     assert store.stored([KEYS[2], KEYS[3]]) == [True, False]
     assert sorted(store.holders()) == ["b", "c"] and sorted(store.keys()) == KEYS[:3]
@@ -201,18 +201,20 @@ def test_the_coldest_are_listed_as_they_would_go(store: ArenaStore) -> None:
     assert store.coldest(9, copied=True) == [KEYS[2]] == store.copied()
 
 
-@pytest.mark.parametrize("ask", ["hold_prefix", "hold_here", "hold", "reserve", "promise", "promise_up_to"])
+@pytest.mark.parametrize(
+    "ask", ["hold_prefix", "hold_local_prefix", "hold", "reserve_slots", "reserve_quota", "reserve_quota_up_to"]
+)
 def test_what_is_asked_for_a_released_holder_comes_too_late(store: ArenaStore, ask: str) -> None:
     keep(store, KEYS[:1])
-    name = Holder("w", "req", 0).name
-    asked = 1 if ask.startswith("promise") else KEYS[:1]
+    name = HoldId("w", "req", 0).name
+    asked = 1 if ask.startswith("reserve_quota") else KEYS[:1]
     getattr(store, ask)(name, asked)
     store.start_over(name)
     getattr(store, ask)(name, asked)
     store.release(name)
     with pytest.raises(ReleasedError):
         getattr(store, ask)(name, asked)
-    assert store.holders() == [] and store.stats().promised_slots == 0
+    assert store.holders() == [] and store.stats().quota_slots == 0
     assert store.released_below("w") == 1
     store.release_prefix("w/")
     assert store.released_below("w") == 0, "a worker that is gone is forgotten"
@@ -220,7 +222,7 @@ def test_what_is_asked_for_a_released_holder_comes_too_late(store: ArenaStore, a
     store.forget_released("w", 5)
     assert store.released_below("w") == 5
     with pytest.raises(ReleasedError):
-        getattr(store, ask)(Holder("w", "req", 4).name, asked)
+        getattr(store, ask)(HoldId("w", "req", 4).name, asked)
 
 
 # what is stored
@@ -240,7 +242,7 @@ def test_listeners_hear_of_what_comes_and_goes(arena: Arena) -> None:
 
 
 def test_a_slot_has_its_writer_until_it_is_committed_or_free(store: ArenaStore, arena: Arena) -> None:
-    [first], [second] = store.reserve("a", [KEYS[0]], writer=77), store.reserve("a", [KEYS[1]])
+    [first], [second] = store.reserve_slots("a", [KEYS[0]], writer=77), store.reserve_slots("a", [KEYS[1]])
     assert arena.writer_of(first.ref.slot) == 77 and arena.writer_of(second.ref.slot) == UNKNOWN
     assert (first.stored, second.stored, first.key) == (False, False, KEYS[0])
     seal(store, KEYS[0], first.ref)
@@ -248,11 +250,11 @@ def test_a_slot_has_its_writer_until_it_is_committed_or_free(store: ArenaStore, 
     assert arena.writer_of(first.ref.slot) == NOBODY and store.copied() == []
     store.release("a")
     assert arena.writer_of(second.ref.slot) == NOBODY
-    assert store.reserve("b", [KEYS[0]])[0].stored
+    assert store.reserve_slots("b", [KEYS[0]])[0].stored
 
 
 def test_what_was_sealed_and_never_committed_is_not_found_by_a_new_owner(store: ArenaStore) -> None:
-    [place] = store.reserve("a", [KEYS[0]], writer=OWNER)
+    [place] = store.reserve_slots("a", [KEYS[0]], writer=OWNER)
     seal(store, KEYS[0], place.ref)
     store.release("a")
     assert store.arena.sealed_key(place.ref.slot) is None
@@ -264,24 +266,24 @@ def test_what_was_sealed_and_never_committed_is_not_found_by_a_new_owner(store: 
 def test_a_new_owner_keeps_one_of_two_equal_chunks(store: ArenaStore, arena: Arena) -> None:
     worker = Arena.attach(arena.path)
     for holder in ("a", "b"):
-        [place] = store.reserve(holder, [KEYS[0]], writer=worker.writer, begun=1)
+        [place] = store.reserve_slots(holder, [KEYS[0]], writer=worker.writer, begun=1)
         seal(store, KEYS[0], place.ref)
     heard: list[tuple[ChunkKey, bool]] = []
     successor = adopted(store, lambda key, is_stored: heard.append((key, is_stored)))
     assert successor.keys() == [KEYS[0]] and heard == [(KEYS[0], True)]
     stats = successor.stats()
     assert (stats.used_slots, stats.quarantined_slots) == (1, 0), "who seals has written"
-    assert len(successor.reserve("c", KEYS[1:SLOTS])) == SLOTS - 1
+    assert len(successor.reserve_slots("c", KEYS[1:SLOTS])) == SLOTS - 1
     assert (stats.evicted_chunks, stats.dropped_chunks) == (0, 0)
 
 
 def test_a_new_owner_waits_for_the_writers_of_what_was_not_sealed(store: ArenaStore, arena: Arena) -> None:
     worker = Arena.attach(arena.path)
-    store.reserve("w/a", [KEYS[0]], writer=worker.writer, begun=1)
-    store.reserve("w/b", [KEYS[1]], writer=OWNER)
-    store.reserve("w/c", [KEYS[2]])
+    store.reserve_slots("w/a", [KEYS[0]], writer=worker.writer, begun=1)
+    store.reserve_slots("w/b", [KEYS[1]], writer=OWNER)
+    store.reserve_slots("w/c", [KEYS[2]])
     hold_new(store, "w/d", [KEYS[3]])
-    freed = store.reserve("w/e", [KEYS[4]], writer=worker.writer, begun=2)
+    freed = store.reserve_slots("w/e", [KEYS[4]], writer=worker.writer, begun=2)
     store.release("w/e")
     successor = adopted(store)
     assert successor.stats().quarantined_slots == 2, "of the one, and of any that lives"
@@ -291,11 +293,11 @@ def test_a_new_owner_waits_for_the_writers_of_what_was_not_sealed(store: ArenaSt
     successor.hear(WriterNews(writer, 2, begun=2, ended_before=3))
     assert successor.stats().quarantined_slots == 1
     del worker
-    assert len(successor.reserve("x", KEYS[4 : 4 + SLOTS], writer=OWNER)) == SLOTS, "nobody lives that writes"
+    assert len(successor.reserve_slots("x", KEYS[4 : 4 + SLOTS], writer=OWNER)) == SLOTS, "nobody lives that writes"
 
 
 def test_a_call_of_another_holder_commits_nothing(store: ArenaStore) -> None:
-    [place] = store.reserve("a", [KEYS[0]])
+    [place] = store.reserve_slots("a", [KEYS[0]])
     seal(store, KEYS[0], place.ref)
     for holder, key in [("b", KEYS[0]), ("a", KEYS[1])]:
         with pytest.raises(ChunkLostError, match=rf"slot {place.ref.slot} is not reserved by {holder} any more"):
@@ -313,7 +315,7 @@ def test_a_call_of_another_holder_commits_nothing(store: ArenaStore) -> None:
 def test_only_what_a_living_process_may_write_waits(store: ArenaStore, arena: Arena) -> None:
     worker = Arena.attach(arena.path)
     for writer, waits in [(OWNER, 0), (worker.writer + 1, 0), (worker.writer, 1), (UNKNOWN, 2)]:
-        store.reserve("w/lost", [KEYS[0]], writer=writer, begun=1)
+        store.reserve_slots("w/lost", [KEYS[0]], writer=writer, begun=1)
         store.release_prefix("w/")
         assert store.stats().quarantined_slots == waits
         store.check_integrity()
@@ -336,9 +338,9 @@ def test_room_that_a_dead_writer_leaves_is_given_at_once(store: ArenaStore, aren
     worker = Arena.attach(arena.path)
     quarantine(store, worker, KEYS[:2])
     with pytest.raises(OverloadedError, match="2 wait for a worker's end"):
-        store.reserve("x", KEYS[2 : 2 + SLOTS], writer=OWNER)
+        store.reserve_slots("x", KEYS[2 : 2 + SLOTS], writer=OWNER)
     del worker
-    assert len(store.reserve("x", KEYS[2 : 2 + SLOTS], writer=OWNER)) == SLOTS
+    assert len(store.reserve_slots("x", KEYS[2 : 2 + SLOTS], writer=OWNER)) == SLOTS
 
 
 @pytest.mark.parametrize("how", ["commit", "drop", "release", "start over", "news"])
@@ -374,12 +376,12 @@ def test_a_writer_that_has_ended_frees_its_slot(store: ArenaStore, arena: Arena,
 
 
 def test_one_that_starts_over_lets_go_of_everything(store: ArenaStore) -> None:
-    store.promise("a", 3)
+    store.reserve_quota("a", 3)
     hold_new(store, "a", KEYS[:2])
-    store.reserve("a", [KEYS[2]], writer=OWNER)
+    store.reserve_slots("a", [KEYS[2]], writer=OWNER)
     store.start_over("a")
     stats = store.stats()
-    assert (stats.held_slots, stats.promised_slots, stats.used_slots) == (0, 0, 2) and store.holders() == []
+    assert (stats.held_slots, stats.quota_slots, stats.used_slots) == (0, 0, 2) and store.holders() == []
 
 
 def test_a_slot_fails_once_for_each_chunk_whatever_number_of_readers_finds_it(
@@ -399,7 +401,7 @@ def test_a_slot_fails_once_for_each_chunk_whatever_number_of_readers_finds_it(
     store.release("b")
     assert store.stats().used_slots == 0 and caplog.text == ""
     # of the free ones it is taken last
-    places = store.reserve("c", KEYS[1 : SLOTS + 1], writer=OWNER)
+    places = store.reserve_slots("c", KEYS[1 : SLOTS + 1], writer=OWNER)
     assert [place.ref.slot for place in places].index(ref.slot) == SLOTS - 1
     last = places[-1]
     with caplog.at_level(logging.ERROR):
@@ -504,23 +506,23 @@ def test_pins_of_two_tenants_are_counted_apart(arena: Arena) -> None:
 
 def test_a_pin_takes_the_last_slot_that_is_not_promised(store: ArenaStore) -> None:
     keep(store, KEYS[:3])
-    store.promise("a", SLOTS - 1)
+    store.reserve_quota("a", SLOTS - 1)
     assert store.pin(ALICE, KEYS[:2]) == 1
     assert store.stats().pinned_slots == 1
-    store.promise("a", SLOTS - 2)
+    store.reserve_quota("a", SLOTS - 2)
     assert store.stats().pinned_slots == 2
     assert store.pin(BOB, [KEYS[2]]) == 1
     store.unpin(ALICE)
     assert store.stats().pinned_slots == 1, "what had to yield is kept"
-    store.promise("a", SLOTS - 1)
+    store.reserve_quota("a", SLOTS - 1)
     with pytest.raises(OverloadedError):
-        store.promise("a", SLOTS)
+        store.reserve_quota("a", SLOTS)
     store.check_integrity()
 
 
 def test_what_yields_goes_last(store: ArenaStore) -> None:
     keep(store, KEYS[:3])
-    store.promise("a", SLOTS)
+    store.reserve_quota("a", SLOTS)
     assert store.pin(ALICE, [KEYS[0]]) == 1
     assert store.coldest(9) == [KEYS[1], KEYS[2], KEYS[0]]
     hold_new(store, "a", KEYS[5:10])

@@ -14,7 +14,7 @@ from forecache.workers.core.grammar import Matcher
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenLogprobs
 from forecache.workers.memory.format.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import Share, share_of
+from forecache.workers.memory.format.spread_quota import SpreadQuota, spread_quota
 
 PRIVATE_MARK = -2
 """No token id, and not ``STATE_MARK`` of `snapshot_store.py`: no chunk has the key that private chunks follow."""
@@ -130,7 +130,7 @@ class TokenSequence:
         self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
         self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
         self.remote_chunks = 0
-        self.share: Share | None = None
+        self.quota: SpreadQuota | None = None
         self.state_slots = 0
         self.streamed = False
         self.reserved_slots = 0
@@ -180,9 +180,9 @@ class TokenSequence:
 
     def slots_here(self, node_slots: int) -> int:
         """Those of an arena of ``node_slots``: all, or its share where it is, or has to be, spread over nodes."""
-        if self.share is None and self.cold_slots <= node_slots:
+        if self.quota is None and self.cold_slots <= node_slots:
             return self.cold_slots
-        return (self.share or share_of(node_slots)).slots
+        return (self.quota or spread_quota(node_slots)).slots
 
     @property
     def tail_tokens(self) -> int:
@@ -308,7 +308,7 @@ class TokenSequence:
         self.drop_chunks()
         self.prompt_logprobs.clear()
         self.prompt_mass = None
-        self.share = None
+        self.quota = None
         self.table_version += 1
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)

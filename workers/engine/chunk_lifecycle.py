@@ -54,7 +54,7 @@ class ChunkKeeper:
         self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
         behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
         # one that starts over had room, which is its own again once that is released
-        self._prefetcher.hold_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
+        self._prefetcher.find_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
 
     @property
     def releasing_slots(self) -> int:
@@ -77,7 +77,7 @@ class ChunkKeeper:
             return None  # it left meanwhile, and what it was given is released already
         if held.failure:
             return seq
-        seq.share = held.share
+        seq.quota = held.quota
         own = len(held.refs) - len(held.others)
         refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
         only_held = bool(held.others) or self._snapshots.layout is not None
@@ -211,4 +211,4 @@ class ChunkKeeper:
                 self._pool.discard(chunk.key)
         if self._holders.pop(seq.holder, None) is not None:
             self._releasing[seq.holder] = seq.slots_here(self._arena.slots)
-        self._prefetcher.release(seq.holder)
+        self._prefetcher.release_holder(seq.holder)

@@ -25,7 +25,7 @@ from forecache.workers.engine.scheduler import Scheduler
 from forecache.workers.engine.snapshots import Snapshots, state_layout
 from forecache.workers.errors import InvalidRequestError, NonFiniteError
 from forecache.workers.memory.client.protocol import ColdMemory
-from forecache.workers.memory.format.hold_id import Holder
+from forecache.workers.memory.format.hold_id import HoldId
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.format.layout import ChunkLayout, chunk_fingerprint
 from forecache.workers.memory.hot.completions import Recalled, Released
@@ -133,7 +133,7 @@ class Engine:
             raise InvalidRequestError(f"request id '{request.request_id}' is running already", param="request_id")
         with ExitStack() as undo:  # each step may fail: what the ones before it have left is taken back
             holder = self._new_holder(request)
-            undo.callback(self._prefetcher.release, holder)
+            undo.callback(self._prefetcher.release_holder, holder)
             seq = TokenSequence(
                 request,
                 holder=holder,
@@ -160,7 +160,7 @@ class Engine:
         return most_chunks(self._memory, spreads=self._snapshots.layout is None)
 
     def _new_holder(self, request: GenerateRequest) -> str:
-        name = Holder(self._name, request.request_id, self._serial, request.traceparent).name
+        name = HoldId(self._name, request.request_id, self._serial, request.traceparent).name
         self._serial += 1  # last: each serial that is given is released, or the ones after it are kept one by one
         return name
 

@@ -8,23 +8,23 @@ from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.hot.prefetcher import Prefetcher
-from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 from forecache.workers.models.step.runner import Runner
 
 logger = logging.getLogger(__name__)
 
 
-def state_layout(runner: Runner, piece_nbytes: int, snapshot_chunks: int) -> StateLayout | None:
+def state_layout(runner: Runner, piece_nbytes: int, snapshot_chunks: int) -> SnapshotStore | None:
     """How snapshots of the runner's states lie in slots of ``piece_nbytes``; None: it has no states."""
     if not runner.snapshot_nbytes:
         return None
-    return StateLayout(-(-runner.snapshot_nbytes // piece_nbytes), max(snapshot_chunks, 1))
+    return SnapshotStore(-(-runner.snapshot_nbytes // piece_nbytes), max(snapshot_chunks, 1))
 
 
 class Snapshots:
     """``layout`` is that of the runner's snapshots; None: it has none."""
 
-    def __init__(self, runner: Runner, layout: StateLayout | None, prefetcher: Prefetcher, arena: Arena) -> None:
+    def __init__(self, runner: Runner, layout: SnapshotStore | None, prefetcher: Prefetcher, arena: Arena) -> None:
         self._runner = runner
         self.layout = layout
         self._prefetcher = prefetcher

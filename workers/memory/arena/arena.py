@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,7 @@ from forecache.workers.memory.arena.owned_file import (
 from forecache.workers.memory.format.chunk_batch import ChunkBatch
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout
-
-if TYPE_CHECKING:  # protocol.py names Arena in its annotations
-    from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.format.slots import SlotRef
 
 FILE_PREFIX = "forecache-"
 MAGIC = b"forecach"
@@ -235,13 +233,9 @@ class Arena:
         """Generations of ``slots``, both ``[n]``, as they are now."""
         return self._headers.generations(slots)
 
-    def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
-        """Device checksums of the slots of ``refs`` as they are now, uint64 ``[n]``; 0 where the writer had no GPU."""
-        return self._headers.device_checksums(refs)
-
     def put(
         self,
-        ref: "SlotRef",
+        ref: SlotRef,
         key: ChunkKey,
         chunk: npt.NDArray[np.uint8],
         index: npt.NDArray[np.uint8],
@@ -255,9 +249,7 @@ class Arena:
         """
         self._write(ref, key, chunk, index, _digests(chunk, index), device_checksum)
 
-    def seal(
-        self, ref: "SlotRef", key: ChunkKey, device_checksum: int = 0, *, checksums: tuple[int, int] | None = None
-    ) -> None:
+    def seal(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0) -> None:
         """Write the slot's header: its chunk and index bytes, which are in place, are those of ``key``.
 
         ``checksums``: xxh3_64 of chunk and index bytes where they were copied from. The slot must have them, else there
@@ -269,16 +261,14 @@ class Arena:
         """
         self._check_is_ours(ref)
         found = self.digests(ref.slot)
-        if checksums is not None and found != checksums:
+        if found != checksums:
             raise ChunkLostError(
                 f"slot {ref.slot} of {self.path} does not hold what was just written to it, because its memory is bad "
                 "or another process wrote there: reserve again"
             )
         self.seal_verified(ref, key, found, device_checksum)
 
-    def seal_verified(
-        self, ref: "SlotRef", key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0
-    ) -> None:
+    def seal_verified(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0) -> None:
         """As :meth:`seal`, of a slot that the caller has found to hold bytes of these checksums."""
         self._headers.seal(ref, key, checksums, device_checksum)
         self._check_is_ours(ref)
@@ -287,42 +277,42 @@ class Arena:
         """xxh3_64 of the chunk and of the index bytes of ``slot`` as they are now; 0 for the chunk of a record slot."""
         return _digests(self._chunks[slot] if slot < self.slots else None, self._index[slot])
 
-    def read(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> ChunkBatch:
+    def read(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> ChunkBatch:
         """A copy of those of the chunks ``keys``, at ``refs`` (n of each), whose bytes are what was sealed."""
         slots = np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
         chunks, index = self._chunks[slots], self._index[slots]
         sealed, sums = self._headers.all_sealed(refs, keys)  # after the copy
         return ChunkBatch(tuple(keys), chunks, index, sums).only(sealed).sound()
 
-    def write(self, ref: "SlotRef", batch: ChunkBatch, row: int) -> None:
+    def write(self, ref: SlotRef, batch: ChunkBatch, row: int) -> None:
         """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, to its reserved place, and seal it with
         the checksums that it came with. Raises what :meth:`seal` raises."""
         chunk, index, device = batch.checksums[row].tolist()
         self._write(ref, batch.keys[row], batch.chunks[row], batch.index[row], (chunk, index), device)
 
-    def write_record(self, ref: "SlotRef", key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int) -> None:
+    def write_record(self, ref: SlotRef, key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int) -> None:
         """Copy ``record``, of xxh3_64 ``checksum``, to its place (owner only), and seal it as that of ``key``. Raises
         what :meth:`seal` raises."""
         self._index[ref.slot] = record
-        self.seal(ref, key, checksums=(0, checksum))
+        self.seal(ref, key, (0, checksum))
 
-    def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
+    def is_sealed(self, ref: SlotRef, key: ChunkKey) -> bool:
         """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
         return self._headers.is_sealed(ref, key)
 
-    def sealed(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
+    def sealed(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
         """:meth:`is_sealed` of each pair of ``refs`` and ``keys``, both of length n: bool ``[n]``."""
         return self._headers.sealed(refs, keys)
 
     def sealed_device_checksums(
-        self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]
+        self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
         """:meth:`sealed`, bool ``[n]``, and the device checksums that were sealed with it, uint64 ``[n]``; 0 where the
         writer had no GPU."""
         sealed, sums = self._headers.all_sealed(refs, keys)
         return sealed, sums[:, 2]
 
-    def check(self, ref: "SlotRef", key: ChunkKey) -> bool:
+    def check(self, ref: SlotRef, key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and are its bytes (remote: its record's) those that were sealed as ``key``?
 
         A reader that copies, then finds True here, has copied the right bytes: the generation is compared
@@ -346,7 +336,7 @@ class Arena:
 
     def _write(
         self,
-        ref: "SlotRef",
+        ref: SlotRef,
         key: ChunkKey,
         chunk: npt.NDArray[np.uint8],
         index: npt.NDArray[np.uint8],
@@ -356,14 +346,14 @@ class Arena:
         self._check_is_ours(ref)
         self._copy(self._chunks[ref.slot], chunk)
         self._copy(self._index[ref.slot], index)
-        self.seal(ref, key, device_checksum, checksums=checksums)
+        self.seal(ref, key, checksums, device_checksum)
 
     @staticmethod
     def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
         """Other processes may see any part of it done."""
         np.copyto(target, source)
 
-    def _check_is_ours(self, ref: "SlotRef") -> None:
+    def _check_is_ours(self, ref: SlotRef) -> None:
         if self._headers.generation(ref.slot) != ref.generation:
             raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
 

@@ -7,16 +7,13 @@ earlier generation, are no seal.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from forecache.workers.memory.format.keys import KEY_BYTES, ChunkKey
-
-if TYPE_CHECKING:  # protocol.py names Arena in its annotations
-    from forecache.workers.memory.format.slots import SlotRef
+from forecache.workers.memory.format.slots import SlotRef
 
 OPEN = 0
 """Seal of a header whose slot holds no chunk, or whose writer is not done."""
@@ -57,7 +54,6 @@ class Headers:
         self._generations: npt.NDArray[np.uint64] = array["generation"]
         self._seals: npt.NDArray[np.uint64] = array["seal"]
         self._writers: npt.NDArray[np.uint64] = array["writer"]
-        self._device_checksums: npt.NDArray[np.uint64] = array["device_checksum"]
 
     def read_only(self) -> npt.NDArray[np.void]:
         """A view that can't be written."""
@@ -72,16 +68,12 @@ class Headers:
         """Of ``slots``, both ``[n]``, as they are now."""
         return self._generations[slots]
 
-    def device_checksums(self, refs: Sequence["SlotRef"]) -> npt.NDArray[np.uint64]:
-        """Of the slots of ``refs``, uint64 ``[n]``; 0 where there is none."""
-        return self._device_checksums[_slots(refs)]
-
     def sealed_key(self, slot: int) -> ChunkKey | None:
         """The key that the slot is sealed as; ``None`` where it is not sealed."""
         header = self._snapshot(slot)
         return header[:KEY_BYTES] if _is_sound(slot, header) else None
 
-    def sealed_checksums(self, ref: "SlotRef", key: ChunkKey) -> tuple[int, int] | None:
+    def sealed_checksums(self, ref: SlotRef, key: ChunkKey) -> tuple[int, int] | None:
         """xxh3_64 of the chunk and of the index bytes, as they were sealed; ``None`` unless the slot is still ``ref``
         and sealed as ``key``."""
         header = self._snapshot(ref.slot)
@@ -89,16 +81,16 @@ class Headers:
             return None
         return _number(header, 24), _number(header, 32)
 
-    def is_sealed(self, ref: "SlotRef", key: ChunkKey) -> bool:
+    def is_sealed(self, ref: SlotRef, key: ChunkKey) -> bool:
         """Is the slot still ``ref``, and is it sealed as ``key``?"""
         return self.sealed_checksums(ref, key) is not None
 
-    def sealed(self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
+    def sealed(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
         """:meth:`is_sealed` of each pair: bool ``[n]``."""
         return self.all_sealed(refs, keys)[0]
 
     def all_sealed(
-        self, refs: Sequence["SlotRef"], keys: Sequence[ChunkKey]
+        self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
         """:meth:`is_sealed` of each pair, bool ``[n]``, and the chunk, index and device checksums that were sealed with
         it, uint64 ``[n, 3]``, from one copy of the headers."""
@@ -128,7 +120,7 @@ class Headers:
             same[row] = _is_sound(int(slots[row]), raw[row * size : (row + 1) * size])
         return same, headers["index_checksum"]
 
-    def seal(self, ref: "SlotRef", key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
+    def seal(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
         """Write the header of ``ref``. It is no seal if the slot was given away, before or meanwhile: the generation is
         the owner's to write, and the seal counts for that of ``ref`` alone."""
         sums = (*checksums, device_checksum)
@@ -173,5 +165,5 @@ def _number(header: bytes, offset: int) -> int:
     return int.from_bytes(header[offset : offset + 8], "little")
 
 
-def _slots(refs: Sequence["SlotRef"]) -> npt.NDArray[np.int64]:
+def _slots(refs: Sequence[SlotRef]) -> npt.NDArray[np.int64]:
     return np.fromiter((ref.slot for ref in refs), np.int64, len(refs))

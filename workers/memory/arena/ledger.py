@@ -160,13 +160,13 @@ class Holds:
     def remove(self, holder: str, slots: Sequence[int]) -> list[int]:
         """``holder`` holds ``slots`` no longer, if it did; returns those that nobody does now."""
         held = self._held.get(holder, {})
-        let_go = [slot for slot in dict.fromkeys(slots) if slot in held]
-        for slot in let_go:
+        dropped = [slot for slot in dict.fromkeys(slots) if slot in held]
+        for slot in dropped:
             del held[slot]
             self._counts[slot] -= 1
         if not held:
             self._held.pop(holder, None)
-        return [slot for slot in let_go if not self._counts[slot]]
+        return [slot for slot in dropped if not self._counts[slot]]
 
     def check_integrity(self) -> None:
         """Raise :class:`AssertionError` when counts are not those of the holders."""
@@ -175,7 +175,7 @@ class Holds:
         assert self._counts == [counts[slot] for slot in range(len(self._counts))], "holds are miscounted"
 
 
-class Promises:
+class Quotas:
     """Holders and how many of ``slots`` each may need in all. What is promised and pinned is never more than there is:
     ``pinned`` tells how many slots that nobody holds are; ``unusable``, how many slots are out of use. These may become
     more after they were promised: then nothing more is."""
@@ -195,7 +195,7 @@ class Promises:
         """Slots that may still be promised, or pinned."""
         return max(0, self._slots - self.total - self._pinned() - self._unusable())
 
-    def make(self, holder: str, chunks: int) -> None:
+    def reserve(self, holder: str, chunks: int) -> None:
         """Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
         before = self._chunks.get(holder, 0)
         if chunks > self.room + before:
@@ -205,7 +205,7 @@ class Promises:
             help_ = "Let go of pinned sessions" if only_pins else "Try again later"
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
-                f"{self.total - before} are promised to others and {pinned} are pinned{self._out_of_use()}. {help_}, "
+                f"{self.total - before} are reserved for others and {pinned} are pinned{self._out_of_use()}. {help_}, "
                 "lower max_tokens, or raise --cold-bytes."
             )
         self._chunks[holder] = chunks
@@ -214,10 +214,10 @@ class Promises:
     def _out_of_use(self) -> str:
         return f", {self._unusable()} are out of use" if self._unusable() else ""
 
-    def make_up_to(self, holder: str, chunks: int) -> int:
+    def reserve_up_to(self, holder: str, chunks: int) -> int:
         """As many of ``chunks`` as there is room for, and no fewer than before; returns how many."""
         before = self._chunks.get(holder, 0)
-        self.make(holder, max(before, min(chunks, self.room + before)))
+        self.reserve(holder, max(before, min(chunks, self.room + before)))
         return self._chunks[holder]
 
     def end(self, holder: str) -> None:

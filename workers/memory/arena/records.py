@@ -29,7 +29,7 @@ class RecordSlots:
         self._idle: OrderedDict[ChunkKey, None] = OrderedDict()
         self._held: dict[str, set[ChunkKey]] = {}
         self._counts: Counter[ChunkKey] = Counter()
-        self._promised: dict[str, int] = {}
+        self._quotas: dict[str, int] = {}
         self._released = Released()
         self._free: list[int] = []
         for slot in range(arena.slots + arena.record_slots - 1, arena.slots - 1, -1):
@@ -41,18 +41,18 @@ class RecordSlots:
                 arena.clear(slot)
                 self._free.append(slot)
 
-    def promise(self, holder: str, records: int) -> None:
+    def reserve_quota(self, holder: str, records: int) -> None:
         """``holder`` may need so many in all. Raises :class:`OverloadedError` when others were promised too much."""
         with self._lock:
             self._released.check(holder)
-            others = sum(self._promised.values()) - self._promised.get(holder, 0)
+            others = sum(self._quotas.values()) - self._quotas.get(holder, 0)
             if records + others > self._arena.record_slots:
                 raise OverloadedError(
                     f"no room for the index records of {records} chunks on other nodes: of {self._arena.record_slots} "
-                    f"{others} are promised to others. Try again later, lower max_tokens, or raise "
+                    f"{others} are reserved for others. Try again later, lower max_tokens, or raise "
                     "--remote-index-bytes."
                 )
-            self._promised[holder] = records
+            self._quotas[holder] = records
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Hold those of ``keys`` that are here; ``None`` for each that is not."""
@@ -111,7 +111,7 @@ class RecordSlots:
     def holders(self) -> list[str]:
         """Names of all that hold something, or were promised it."""
         with self._lock:
-            return list({**self._held, **self._promised})
+            return list({**self._held, **self._quotas})
 
     @property
     def held(self) -> int:
@@ -136,7 +136,7 @@ class RecordSlots:
     # Below: called with the lock held.
 
     def _release(self, holder: str) -> None:
-        self._promised.pop(holder, None)
+        self._quotas.pop(holder, None)
         for key in self._held.pop(holder, ()):
             self._counts[key] -= 1
             if not self._counts[key]:

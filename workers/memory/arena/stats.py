@@ -8,7 +8,7 @@ class TierStats:
     """Slots are of now, chunks and bytes since start, but for ``stored_chunks``.
 
     ``pinned_slots`` and ``copied_slots``: of those that nobody holds, which may not be evicted, and which go first.
-    ``promised_slots``: that sequences may need in all, held by them already or not; with those that are pinned never
+    ``quota_slots``: that sequences may need in all, held by them already or not; with those that are pinned never
     more than there are.
     """
 
@@ -19,7 +19,7 @@ class TierStats:
     evicted_chunks: int
     dropped_chunks: int
     pinned_slots: int = 0
-    promised_slots: int = 0
+    quota_slots: int = 0
     copied_slots: int = 0
     fetched_chunks: int = 0
     fetched_bytes: int = 0
@@ -42,4 +42,4 @@ class TierStats:
     @property
     def committed_slots(self) -> int:
         """Promised or pinned, so that no other sequence is promised them."""
-        return self.promised_slots + self.pinned_slots
+        return self.quota_slots + self.pinned_slots

@@ -12,7 +12,7 @@ from forecache.workers.errors import ChunkLostError, OverloadedError
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.eviction import Idle, IdleSlots
 from forecache.workers.memory.arena.headers import FIRST_WRITER, RETIRED, UNKNOWN
-from forecache.workers.memory.arena.ledger import Claims, Holds, PinLimits, Pins, PinShare, Promises, tenant_of
+from forecache.workers.memory.arena.ledger import Claims, Holds, PinLimits, Pins, PinShare, Quotas, tenant_of
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.writers import Quarantine, Reserved, WriterNews
 from forecache.workers.memory.format.hold_id import Released, worker_of
@@ -63,7 +63,7 @@ class ArenaStore:
         self._retired: set[int] = set()
         self._failures: dict[int, set[int]] = {}  # slots → the generations whose bytes were found wrong
         self._misread: dict[int, int] = {}  # slots → the last generation whose bytes a reader alone found wrong
-        self._promises = Promises(
+        self._quotas = Quotas(
             arena.slots,
             lambda: self._idle.count(Idle.PINNED),
             lambda: len(self._retired) + len(self._quarantine),
@@ -100,7 +100,7 @@ class ArenaStore:
                 slots.append(slot)
             return self._hold_all(holder, slots)
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """As :meth:`hold_prefix`: there is no other place."""
         return self.hold_prefix(holder, keys), False
 
@@ -119,7 +119,7 @@ class ArenaStore:
             slots = [self._stored.get(key) for key in keys]
             return [None if slot is None else SlotRef(slot, self._arena.generation_of(slot)) for slot in slots]
 
-    def reserve(
+    def reserve_slots(
         self,
         holder: str,
         keys: Sequence[ChunkKey],
@@ -223,27 +223,27 @@ class ArenaStore:
                 self._found_wrong(ref, is_sound and is_written)
                 self._written(ref)
 
-    def promise(self, holder: str, chunks: int) -> None:
+    def reserve_quota(self, holder: str, chunks: int) -> None:
         """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
         nobody holds can't be promised. Raises :class:`OverloadedError`."""
         with self._lock:
             self._released.check(holder)
-            self._promises.make(holder, chunks)
+            self._quotas.reserve(holder, chunks)
             self._keep_yielding()
 
-    def promise_up_to(self, holder: str, chunks: int) -> int:
+    def reserve_quota_up_to(self, holder: str, chunks: int) -> int:
         """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
         with self._lock:
             self._released.check(holder)
-            return self._promises.make_up_to(holder, chunks)
+            return self._quotas.reserve_up_to(holder, chunks)
 
-    def let_go(self, holder: str, keys: Sequence[ChunkKey]) -> None:
+    def release_chunks(self, holder: str, keys: Sequence[ChunkKey]) -> None:
         """``holder`` needs those of ``keys`` no longer that are stored here."""
         with self._lock:
-            self._let_go(holder, [self._stored.get(key, -1) for key in keys])
+            self._release_slots(holder, [self._stored.get(key, -1) for key in keys])
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds, for good: what is asked for a :class:`.holders.Holder` from now on comes
+        """Let go of all that ``holder`` holds, for good: what is asked for a :class:`.holders.HoldId` from now on comes
         too late, and raises :class:`ReleasedError`. Unknown holders are fine. Its process writes to none of it any
         more."""
         with self._lock:
@@ -376,7 +376,7 @@ class ArenaStore:
                 used_slots=used,
                 held_slots=used - len(self._idle) - unusable,
                 pinned_slots=self._idle.count(Idle.PINNED),
-                promised_slots=self._promises.total,
+                quota_slots=self._quotas.total,
                 copied_slots=self._idle.count(Idle.COPIED),
                 stored_chunks=len(self._stored),
                 evicted_chunks=self._evicted,
@@ -406,7 +406,7 @@ class ArenaStore:
                     # who yields is not asked again when a pinned slot becomes a held one
                     known = (kind, Idle.PINNED) if kind is Idle.YIELDING else (kind,)
                     assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
-            self._promises.check_integrity()
+            self._quotas.check_integrity()
             assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
             assert self._answers.keys() == self._stored.keys(), "stored chunks and their marks differ"
             self._pins.check_integrity()
@@ -427,7 +427,7 @@ class ArenaStore:
     # Below: called with the lock held.
 
     def _all_holders(self) -> list[str]:
-        return list(dict.fromkeys([*self._holds.holders(), *self._promises.holders()]))
+        return list(dict.fromkeys([*self._holds.holders(), *self._quotas.holders()]))
 
     def _hold_all(self, holder: str, slots: list[int]) -> list[SlotRef]:
         # thousands in one call, when a long prompt is found
@@ -499,12 +499,12 @@ class ArenaStore:
         return len(self._failures.get(slot, ()))
 
     def _release(self, holder: str, *, may_write: bool = False) -> None:
-        self._promises.end(holder)
+        self._quotas.end(holder)
         # Last chunks first: a prefix is of use without its continuation, not the other way round.
-        self._let_go(holder, list(self._holds.of(holder))[::-1], may_write=may_write)
+        self._release_slots(holder, list(self._holds.of(holder))[::-1], may_write=may_write)
         self._keep_yielding()
 
-    def _let_go(self, holder: str, slots: Sequence[int], *, may_write: bool = False) -> None:
+    def _release_slots(self, holder: str, slots: Sequence[int], *, may_write: bool = False) -> None:
         for slot in self._holds.remove(holder, slots):
             key = self._keys[slot]
             reserved = self._reserved.pop(slot, None)
@@ -550,7 +550,7 @@ class ArenaStore:
         """Whether one more slot may be kept for a pin of the tenant's."""
         slots, limits = self._arena.slots, self._pin_limits
         return (
-            self._promises.room > 0
+            self._quotas.room > 0
             and self._idle.count(Idle.PINNED) < limits.of_all(slots)
             and self._idle.count_of(Idle.PINNED, tenant) < limits.of(tenant, slots)
         )

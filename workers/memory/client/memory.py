@@ -18,7 +18,7 @@ from forecache.workers.memory.client.peers import PendingRows, RemotePeers, Tier
 from forecache.workers.memory.format.hold_id import Released, worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import Reservation, SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SWEEP_PERIOD_S = 2.0
 class RemoteMemory:
     """`ColdMemory` over a `MemoryTier` actor of the same node.
 
-    Name holders as :class:`.holders.Holder` does: by their worker the tier reclaims them when the worker has died.
+    Name holders as :class:`.holders.HoldId` does: by their worker the tier reclaims them when the worker has died.
     A tier that has died is waited for, ``restart_deadline_s`` at most, and what was held in its former life is held
     again. Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even
     so), and :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
@@ -61,7 +61,7 @@ class RemoteMemory:
         self._restart_deadline_s = restart_deadline_s
         # in the order of the chunks; who lets go of something may do so in another thread than who gets it
         self._held: dict[str, dict[ChunkKey, None]] = {}
-        self._promised: dict[str, int] = {}
+        self._quotas: dict[str, int] = {}
         self._living: dict[str, None] = {}  # all that may hold something, since they asked for it
         self._released = Released()
         self._worker_ids: set[str] = set()
@@ -95,10 +95,10 @@ class RemoteMemory:
             self._spread.note_places(holder, [key for key, ref in held.items() if ref.remote])
         return refs
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """As :meth:`hold_prefix`, of this node's memory, and whether more of the run is elsewhere."""
         self._begin(holder)
-        refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_here", holder, keys))
+        refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_local_prefix", holder, keys))
         self._note(holder, keys[: len(refs)])
         return refs, elsewhere
 
@@ -109,12 +109,12 @@ class RemoteMemory:
         self._note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
         return refs
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-        """Places to write ``keys`` into, as :meth:`ArenaStore.reserve` gives them."""
+    def reserve_slots(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+        """Places to write ``keys`` into, as :meth:`ArenaStore.reserve_slots` gives them."""
         self._begin(holder)
         number, places = self._writes.begin(), list[Reservation]()
         try:
-            places = cast(list[Reservation], self._call("reserve", holder, keys, tells=True))
+            places = cast(list[Reservation], self._call("reserve_slots", holder, keys, tells=True))
         finally:
             # if no answer came, none that comes later is used
             self._writes.answered(number, holder, [place.ref for place in places if not place.stored])
@@ -132,13 +132,13 @@ class RemoteMemory:
         self._writes.ended([ref])
         self._call("drop", key, ref)
 
-    def promise(self, holder: str, chunks: int) -> None:
-        """``holder`` may need so many slots in all, as :meth:`ArenaStore.promise` says."""
+    def reserve_quota(self, holder: str, chunks: int) -> None:
+        """``holder`` may need so many slots in all, as :meth:`ArenaStore.reserve_quota` says."""
         self._begin(holder)
-        self._call("promise", holder, chunks)
+        self._call("reserve_quota", holder, chunks)
         with self._lock:
             if holder in self._living:
-                self._promised[holder] = chunks
+                self._quotas[holder] = chunks
 
     def start_over(self, holder: str) -> None:
         """Let go of all that ``holder`` holds and was promised; it goes on."""
@@ -152,7 +152,7 @@ class RemoteMemory:
             self._released.add(holder)
             self._living.pop(holder, None)
             self._held.pop(holder, None)
-            self._promised.pop(holder, None)
+            self._quotas.pop(holder, None)
         was_spread = self._spread is not None and self._spread.forget(holder)
         self._writes.released(holder)
         self._call("release", holder, was_spread, tells=True)
@@ -218,7 +218,7 @@ class RemoteMemory:
             self._worker_ids.add(worker_of(holder))
             if again:
                 self._held.pop(holder, None)
-                self._promised.pop(holder, None)
+                self._quotas.pop(holder, None)
 
     def _attach(self, end_s: float) -> Arena:
         while True:
@@ -275,7 +275,7 @@ class RemoteMemory:
             return
         with self._lock:
             held = {holder: list(keys) for holder, keys in self._held.items()}
-            promised = dict(self._promised)
+            quotas = dict(self._quotas)
         spread = {} if self._spread is None else self._spread.held()
         whom = "the memory tier, restarted,"
         for holder, (chunks, places) in spread.items():
@@ -285,13 +285,13 @@ class RemoteMemory:
                 get_answer(again, whom, self._deadline_s)
             if self._spread is not None and holder not in self._spread.held():
                 self._tier.release.remote(holder, True)
-        for holder in {**held, **promised}:
+        for holder in {**held, **quotas}:
             with suppress(OverloadedError, ReleasedError):  # new work came first; what runs goes on
                 get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
-                if holder in promised:
-                    get_answer(self._tier.promise.remote(holder, promised[holder]), whom, self._deadline_s)
+                if holder in quotas:
+                    get_answer(self._tier.reserve_quota.remote(holder, quotas[holder]), whom, self._deadline_s)
             with self._lock:
-                released = holder not in self._held and holder not in self._promised
+                released = holder not in self._held and holder not in self._quotas
             if released:
                 self._tier.release.remote(holder)
         self._life = life
@@ -325,10 +325,10 @@ class RemoteSpread:
             self.forget(holder)
             raise
 
-    def promise_rest(self, holder: str) -> Share:
+    def reserve_remote_quota(self, holder: str) -> SpreadQuota:
         """Reserve quotas on other nodes for all that may follow the held prefix, and here if they have too little.
         Returns the quota of ``holder`` on this node."""
-        return cast(Share, self._memory._call("spread_promise_rest", holder, waits=True))
+        return cast(SpreadQuota, self._memory._call("spread_reserve_remote_quota", holder, waits=True))
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Move these chunks, stored and held here, to other nodes, and release them here.
@@ -343,7 +343,7 @@ class RemoteSpread:
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         """Copy remote chunks of ``holder`` into this arena, and hold them for ``reader``; ``None`` for a lost one.
 
-        At most :attr:`Share.at_once` chunks; release ``reader`` before asking for others.
+        At most :attr:`SpreadQuota.max_in_flight` chunks; release ``reader`` before asking for others.
         """
         self._memory._begin(reader)
         return cast(list[SlotRef | None], self._memory._call("spread_fetch", holder, reader, list(keys), waits=True))

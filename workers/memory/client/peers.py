@@ -56,9 +56,9 @@ class RemotePeers:
         """Copies of those of ``keys`` that the tier stores; does not wait."""
         return PendingRead(self, tier_id, self._ask(tier_id, "read_chunks", list(keys)))
 
-    def take_in(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
+    def store_batch(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         """Have the tier store ``batch`` and answer for it; returns the keys that it stores now."""
-        ref = self._ask(tier_id, "take_in", batch, copied_only)
+        ref = self._ask(tier_id, "store_batch", batch, copied_only)
         return cast(list[ChunkKey], self.wait(tier_id, ref, self._deadline_s))
 
     def set_copied(self, tier_id: str, keys: Sequence[ChunkKey], since: int) -> None:
@@ -66,9 +66,9 @@ class RemotePeers:
         wait."""
         self._ask(tier_id, "set_copied", list(keys), since)
 
-    def promise_hosted(self, tier_id: str, holder: str, chunks: int) -> int:
+    def reserve_hosted_quota(self, tier_id: str, holder: str, chunks: int) -> int:
         """Have the tier reserve a quota for a sequence of this node; returns for how many chunks it does."""
-        ref = self._ask(tier_id, "promise_hosted", holder, chunks)
+        ref = self._ask(tier_id, "reserve_hosted_quota", holder, chunks)
         return cast(int, self.wait(tier_id, ref, self._deadline_s))
 
     def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
@@ -76,9 +76,9 @@ class RemotePeers:
         ref = self._ask(tier_id, "hold_hosted", holder, list(keys))
         return cast(RecordBatch, self.wait(tier_id, ref, self._deadline_s))
 
-    def take_in_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+    def store_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
         """Have the tier store and hold ``batch``; returns the keys that it holds now."""
-        ref = self._ask(tier_id, "take_in_hosted", holder, batch)
+        ref = self._ask(tier_id, "store_hosted", holder, batch)
         return cast(list[ChunkKey], self.wait(tier_id, ref, self._deadline_s))
 
     def release_hosted(self, tier_id: str, holders: Sequence[str]) -> None:

@@ -41,12 +41,12 @@ class ColdMemory(HoldsChunks, Protocol):
         """Sequences that keep chunks on other nodes; ``None``: every sequence must fit into this arena."""
         ...
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """As :meth:`hold_prefix`, limited to this node's memory; never waits for another node. Also returns whether
         the run continues on disk or on other nodes."""
         ...
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
+    def reserve_slots(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
         """Reserve slots to write ``keys`` into, held for ``holder`` at once; evicts chunks that have no holder.
 
         Raises :class:`forecache.workers.errors.OverloadedError`, and reserves nothing, when too few slots are left.
@@ -61,7 +61,7 @@ class ColdMemory(HoldsChunks, Protocol):
         """The bytes read from ``ref`` were wrong: forget the chunk. Holders keep the slot until they release it."""
         ...
 
-    def promise(self, holder: str, chunks: int) -> None:
+    def reserve_quota(self, holder: str, chunks: int) -> None:
         """Reserve a quota of ``chunks`` slots in all for ``holder``, until it is released.
 
         Raises :class:`forecache.workers.errors.OverloadedError`, and reserves nothing, when the quotas of all holders

@@ -15,7 +15,7 @@ _NAME = re.compile(rf"(?P<worker>[^/]*)/.*#(?P<serial>\d+)(?:@{_TRACE.pattern})?
 
 
 @dataclass(frozen=True)
-class Holder:
+class HoldId:
     """One sequence of a worker. ``serial``: a name is never used again, since an older holder's release may still be on
     its way; ``traceparent``: of the request's trace (W3C), empty without one. A worker id has no slash."""
 
@@ -69,7 +69,7 @@ class Released:
 
     Serials of a worker grow, and each is released in the end, so all that is below a floor needs no entry of its own: a
     worker has as many entries as it has released names that are younger than its oldest holder. Names of another kind
-    than :class:`Holder` and :func:`reader_of` make are not remembered, and may be used again. Not safe to call from
+    than :class:`HoldId` and :func:`reader_of` make are not remembered, and may be used again. Not safe to call from
     several threads at once.
     """
 

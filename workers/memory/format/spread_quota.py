@@ -1,25 +1,29 @@
-"""What a sequence that is more than its node's arena gets of that arena."""
+"""The slots of its own node's arena that a spread sequence gets: one that does not fit into that arena as a whole."""
 
 from dataclasses import dataclass
 
-LEAST_SLOTS, PART = 8, 4
-"""At least so many slots, and this part of all."""
+MIN_SLOTS = 8
+"""Least slots of a quota, if the arena has so many."""
+ARENA_PARTS = 4
+"""A quota is at most this part of the arena: 4 means a quarter."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """``stays``: chunks that stay in the arena; ``at_once``: how many may be on their way, in each direction."""
+class SpreadQuota:
+    """``local_chunks``: the sequence's first chunks, which stay in the arena. ``max_in_flight``: most chunks that may
+    be on their way at once, in each direction."""
 
-    stays: int
-    at_once: int
+    local_chunks: int
+    max_in_flight: int
 
     @property
     def slots(self) -> int:
-        return self.stays + 2 * self.at_once
+        """Slots in all."""
+        return self.local_chunks + 2 * self.max_in_flight
 
 
-def share_of(slots: int) -> Share:
-    """A sequence's share of an arena of so many ``slots``: one half is for its first chunks."""
-    whole = min(slots, max(LEAST_SLOTS, slots // PART))
-    at_once = max(1, whole // 4)
-    return Share(max(whole - 2 * at_once, 0), at_once)
+def spread_quota(slots: int) -> SpreadQuota:
+    """The quota of one sequence in an arena of so many ``slots``; about half of it is for its first chunks."""
+    whole = min(slots, max(MIN_SLOTS, slots // ARENA_PARTS))
+    in_flight = max(1, whole // 4)
+    return SpreadQuota(max(whole - 2 * in_flight, 0), in_flight)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.hot.copies import CopyItem
 
 RecallItem = CopyItem
@@ -16,7 +16,7 @@ class PrefixHeld:
 
     The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
     no room for what ``holder`` may need, so that it holds nothing; ``too_large``: nor would it were all of it free.
-    ``share``: it has room on other nodes, and so much
+    ``quota``: it has room on other nodes, and so much
     here. ``state``: places of the pieces of a snapshot behind them, where sequences have a state.
     """
 
@@ -26,7 +26,7 @@ class PrefixHeld:
     failure: str = ""
     overloaded: bool = True
     too_large: bool = False
-    share: Share | None = None
+    quota: SpreadQuota | None = None
     state: tuple[SlotRef, ...] = ()
 
 
@@ -48,7 +48,7 @@ class Recalled:
 class WrittenBack:
     """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or was out of reach.
 
-    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's share of the time its
+    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's quota of the time its
     batch took to copy and seal.
     """
 

@@ -26,14 +26,14 @@ from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Rec
 from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.hot.cuda_copies import CudaCopies
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.memory.hot.prefix_search import Behind, Locator, drop, record_session, release
-from forecache.workers.memory.hot.remote_chunks import FarChunks
-from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.hot.prefix_search import Behind, PrefixSearch, try_drop, try_record_session, try_release
+from forecache.workers.memory.hot.remote_chunks import RemoteTransfers
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 
 BATCH_BYTES = 64 << 20
 """Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
 FLUSH_CHECK_S = 0.5
-PROMISED_WAITS = 40
+QUOTA_WAITS = 40
 """So often a chunk waits for room that is promised."""
 LOSSES = 3
 """So often a chunk whose place was lost is written again."""
@@ -71,7 +71,7 @@ class Prefetcher:
         memory: ColdMemory,
         index_record: IndexRecord | None,
         cold: ChunkLayout | None = None,
-        states: StateLayout | None = None,
+        states: SnapshotStore | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
@@ -92,9 +92,9 @@ class Prefetcher:
         self._failure: BaseException | None = None
         self._heard: BaseException | None = None
         self._news = threading.Event()
-        self._locator = Locator(memory, self._copies, self._located, self._fail, states, progress)
+        self._prefix_search = PrefixSearch(memory, self._copies, self._located, self._fail, states, progress)
         spread = memory.spread
-        self._far = None if spread is None else FarChunks(memory, spread, self._settle, self._fail, progress)
+        self._remote = None if spread is None else RemoteTransfers(memory, spread, self._settle, self._fail, progress)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
         # torch keeps a number of threads for each thread, and one more that threads started later begin with
@@ -103,7 +103,7 @@ class Prefetcher:
         self._started.wait()
         torch.set_num_threads(threads)
 
-    def hold_prefix(
+    def find_prefix(
         self,
         holder: str,
         keys: Sequence[ChunkKey],
@@ -115,39 +115,39 @@ class Prefetcher:
         """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
         room for ``chunks`` in all; answered by :class:`PrefixHeld`. ``after_stores``: once what was to be written back
         and released before is."""
-        self._locator.hold_prefix(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
+        self._prefix_search.start(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
 
     def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
         asked for where some lie on other nodes."""
         ticket, mark = next(self._tickets), self._copies.mark()
-        if self._far is not None and any(item.ref.remote for item in items):
-            self._far.recall(ticket, holder, tuple(items), lambda here: self._copied(here, mark), self._cold.nbytes)
+        if self._remote is not None and any(item.ref.remote for item in items):
+            self._remote.recall(ticket, holder, tuple(items), lambda here: self._copied(here, mark), self._cold.nbytes)
         else:
             self._post_urgent(lambda: self._recall(ticket, tuple(items), mark))
         return ticket
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`hold_prefix` on."""
-        self._locator.drop(key, ref)
+        """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`find_prefix` on."""
+        self._prefix_search.drop(key, ref)
 
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
         """Copy a completed slot to cold memory, held there for ``holder``; answered by :class:`WrittenBack`."""
         self._post_store(_WriteBack(holder, key, slot, self._copies.mark()))
 
-    def store_state(self, layout: StateLayout, holder: str, chunk: ChunkKey, snapshot: torch.Tensor) -> None:
+    def store_state(self, layout: SnapshotStore, holder: str, chunk: ChunkKey, snapshot: torch.Tensor) -> None:
         """Store ``snapshot``, uint8 [n], of the state behind ``chunk``, held for ``holder``, if there is room."""
         mark = self._copies.mark()
         self._post_store(lambda: layout.store(self._memory, holder, chunk, snapshot, mark))
 
-    def release(self, holder: str) -> None:
+    def release_holder(self, holder: str) -> None:
         """Let go of all that ``holder`` holds, after what was asked for it before."""
         self._post_store(lambda: self._release(holder))
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with the chunks ``keys`` and the state behind them, once they are
         stored."""
-        self._post_store(lambda: record_session(self._memory, session_id, keys, state_keys))
+        self._post_store(lambda: try_record_session(self._memory, session_id, keys, state_keys))
 
     def drain(self) -> list[Completion]:
         """What has completed since the last call. Raises what broke a thread, if something did."""
@@ -170,28 +170,28 @@ class Prefetcher:
 
     def flush(self) -> None:
         """Wait until the jobs posted so far are done."""
-        for search in self._locator.unfinished():
+        for search in self._prefix_search.unfinished():
             while not wait([search], FLUSH_CHECK_S).done:
                 self._raise_failure()
         done = threading.Event()
         self._post_store(done.set)
         while not done.wait(FLUSH_CHECK_S):
             self._raise_failure()
-        if self._far is not None:
-            self._far.flush()
+        if self._remote is not None:
+            self._remote.flush()
 
     def check_idle(self) -> None:
         """Raise ``AssertionError`` when a job or its news is left. For after :meth:`flush` and :meth:`drain`."""
         with self._posted:
             assert not self._urgent and not self._stores, "jobs are left"
         assert self._completions.empty(), "news of jobs is left"
-        self._locator.check_idle()
+        self._prefix_search.check_idle()
 
     def close(self) -> None:
         """Finish the jobs posted so far and end the threads. Raises what broke one, if nobody has heard of it."""
         if self._closing:
             return
-        self._locator.hurry()
+        self._prefix_search.hurry()
         try:
             # stores begin searches, and those that waited while chunks moved out are posted again
             posted = -1
@@ -199,9 +199,9 @@ class Prefetcher:
                 posted = self._posted_stores + 1  # with that of the flush
                 self.flush()
         finally:
-            self._locator.close()
-            if self._far is not None:
-                self._far.close()
+            self._prefix_search.close()
+            if self._remote is not None:
+                self._remote.close()
             with self._posted:
                 self._closing = True  # ends the copy thread once it has nothing to do
                 self._posted.notify()
@@ -215,8 +215,8 @@ class Prefetcher:
             raise self._heard
 
     def _located(self, held: PrefixHeld) -> None:
-        if held.share is not None and self._far is not None:
-            self._far.begin(held.holder, held.share, sum(not ref.remote for ref in held.refs))
+        if held.quota is not None and self._remote is not None:
+            self._remote.begin(held.holder, held.quota, sum(not ref.remote for ref in held.refs))
         self._settle(held)
 
     def _settle(self, done: Completion) -> None:
@@ -250,8 +250,8 @@ class Prefetcher:
             if not isinstance(first, _WriteBack):
                 return first
             batch, most = [first], 1 if first.alone else self._batch_chunks
-            if self._far is not None:
-                most = self._far.most_at_once(first.holder, most)
+            if self._remote is not None:
+                most = self._remote.most_at_once(first.holder, most)
             while self._stores and len(batch) < most:
                 following = self._stores[0]
                 if not isinstance(following, _WriteBack) or following.alone or following.holder != first.holder:
@@ -287,30 +287,30 @@ class Prefetcher:
     def _recall(self, ticket: int, items: tuple[RecallItem, ...], after: Mark) -> None:
         copied = self._copies.recall(items, [after])
         for item in copied.lost:
-            drop(self._memory, item.key, item.ref)
+            try_drop(self._memory, item.key, item.ref)
         chunks = len(items) - len(copied.lost)
         self._completions.put(Recalled(ticket, copied.lost, chunks * self._cold.nbytes, copied.duration_s, chunks))
 
     def _write_back(self, jobs: list[_WriteBack]) -> None:
         holder = jobs[0].holder
-        if self._far is not None and self._far.defer(holder, lambda: self._post_first(jobs)):
+        if self._remote is not None and self._remote.defer(holder, lambda: self._post_first(jobs)):
             return  # of those before it some are on their way to other nodes
         try:
             keys = [job.key for job in jobs]
-            places = reserve_sound(self._memory, lambda keys: self._memory.reserve(holder, keys), keys)
+            places = reserve_sound(self._memory, lambda keys: self._memory.reserve_slots(holder, keys), keys)
             news = self._store(jobs, places)
         except OverloadedError as error:
             self._no_room(jobs, error)
         except ChunkLostError as error:
             self._places_lost(jobs, error)
         else:
-            for done in news if self._far is None else self._far.keep(holder, news):
+            for done in news if self._remote is None else self._remote.keep(holder, news):
                 self._completions.put(done)
 
     def _no_room(self, jobs: list[_WriteBack], error: OverloadedError) -> None:
-        if self._far is not None and jobs[0].waits < PROMISED_WAITS:
+        if self._remote is not None and jobs[0].waits < QUOTA_WAITS:
             later = [replace(job, alone=True, waits=job.waits + 1) for job in jobs]
-            if self._far.pause(jobs[0].holder, lambda: self._post_first(later)):
+            if self._remote.pause(jobs[0].holder, lambda: self._post_first(later)):
                 return  # the room is promised: whoever is in it will leave
         if len(jobs) > 1:  # there may be some for a few of them
             self._post_first([replace(job, alone=True) for job in jobs])
@@ -341,7 +341,7 @@ class Prefetcher:
         ]
         copied = self._copies.store(items, [job.after for job in jobs])
         for item in copied.lost:
-            drop(self._memory, item.key, item.ref)  # its owner hands the slot out last of all, if it still does
+            try_drop(self._memory, item.key, item.ref)  # its owner hands the slot out last of all, if it still does
         written = {item.ref for item in items if item not in copied.lost}
         if written:
             self._memory.commit(jobs[0].holder, [(item.key, item.ref) for item in items if item.ref in written])
@@ -359,11 +359,11 @@ class Prefetcher:
         return news
 
     def _release(self, holder: str) -> None:
-        if self._locator.release_later(holder):
+        if self._prefix_search.release_after_search(holder):
             return  # what it asked for has to come first
-        if self._far is not None and self._far.defer(holder, lambda: self.release(holder)):
+        if self._remote is not None and self._remote.defer(holder, lambda: self.release_holder(holder)):
             return
-        release(self._memory, holder)
-        if self._far is not None:
-            self._far.end(holder)
+        try_release(self._memory, holder)
+        if self._remote is not None:
+            self._remote.end(holder)
         self._settle(Released(holder))

@@ -17,14 +17,14 @@ from forecache.workers.errors import ChunkLostError, InvalidRequestError, Overlo
 from forecache.workers.memory.client.protocol import ColdMemory, HoldsChunks
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.hot.completions import PrefixHeld
 from forecache.workers.memory.hot.copies import Copies
-from forecache.workers.memory.hot.snapshot_store import StateLayout
+from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 
 logger = logging.getLogger(__name__)
 
-PROMISE_WAIT_S, PROMISE_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
+QUOTA_WAIT_S, QUOTA_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
 NEAR_SEARCHES, FETCHING_SEARCHES = 4, 2
 """Searches of one worker at once. Those that fetch take a thread of the memory tier for as long as that lasts."""
 T = TypeVar("T")
@@ -33,20 +33,20 @@ Behind = Callable[[int], Sequence[ChunkKey]]
 """Length of a run of keys → other keys for the chunks that follow it."""
 
 
-class _ElsewhereError(Exception):
+class _MoreElsewhereError(Exception):
     """The search can't be ended here: another place has more of the prefix."""
 
 
-class _Here:
-    """This node's memory. Raises :class:`_ElsewhereError` where it has a part of what is stored."""
+class _LocalMemory:
+    """This node's memory. Raises :class:`_MoreElsewhereError` where it has a part of what is stored."""
 
     def __init__(self, memory: ColdMemory) -> None:
         self._memory = memory
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        refs, elsewhere = self._memory.hold_here(holder, keys)
+        refs, elsewhere = self._memory.hold_local_prefix(holder, keys)
         if elsewhere:
-            raise _ElsewhereError
+            raise _MoreElsewhereError
         return refs
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
@@ -73,7 +73,7 @@ class _Search:
     done: "Future[None]" = field(default_factory=Future)
 
 
-class Locator:
+class PrefixSearch:
     """``settle`` is told what was found, ``failed`` what went wrong that should not. ``states``: a prefix is of use
     only with a snapshot behind it. ``progress`` is called after each part of a search that may wait for other nodes:
     the next one is another wait.
@@ -87,11 +87,11 @@ class Locator:
         copies: Copies,
         settle: Callable[[PrefixHeld], None],
         failed: Callable[[BaseException], None],
-        states: StateLayout | None = None,
+        states: SnapshotStore | None = None,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._memory = memory
-        self._here = _Here(memory)
+        self._local = _LocalMemory(memory)
         self._copies = copies
         self._settle = settle
         self._failed = failed
@@ -101,7 +101,7 @@ class Locator:
         self._nodes = memory.spread if states is None else None
         self._near = ThreadPoolExecutor(NEAR_SEARCHES, thread_name_prefix="forecache-near")
         self._fetch = ThreadPoolExecutor(FETCHING_SEARCHES, thread_name_prefix="forecache-fetch")
-        # one at a time: several would share what room comes, and none would have enough
+        # one at a time: several would quota what room comes, and none would have enough
         self._room = ThreadPoolExecutor(1, thread_name_prefix="forecache-room")
         self._spread = ThreadPoolExecutor(1, thread_name_prefix="forecache-spread")
         self._drops = ThreadPoolExecutor(1, thread_name_prefix="forecache-drop")
@@ -123,7 +123,7 @@ class Locator:
             assert not self._locating, f"searches are left: {self._locating}"
             assert not self._released, f"releases wait for searches: {self._released}"
 
-    def hold_prefix(
+    def start(
         self,
         holder: str,
         keys: tuple[ChunkKey, ...],
@@ -156,7 +156,7 @@ class Locator:
 
         def run() -> None:
             try:
-                drop(self._memory, key, ref)
+                try_drop(self._memory, key, ref)
             except BaseException as error:  # noqa: BLE001 - handed to the engine's thread, which raises it
                 self._failed(error)
             finally:
@@ -164,7 +164,7 @@ class Locator:
 
         self._drops.submit(run)
 
-    def release_later(self, holder: str) -> bool:
+    def release_after_search(self, holder: str) -> bool:
         """Whether ``holder`` is being located: then it is released at once after that."""
         with self._lock:
             if holder in self._locating:
@@ -205,23 +205,23 @@ class Locator:
             self._post(self._spread, search, lambda: self._search_spread(search))
             return
         try:
-            found = self._find_all(self._here, search)
-        except _ElsewhereError:
+            found = self._find_all(self._local, search)
+        except _MoreElsewhereError:
             self._post(self._fetch, search, lambda: self._ask_for_room(search, self._find_all(self._memory, search)))
         else:
             self._ask_for_room(search, found)
 
     def _ask_for_room(self, search: _Search, found: _Found) -> None:
         if search.chunks:
-            end_s = time.monotonic() + PROMISE_WAIT_S  # from now on: who waits in line must not wait the longer for it
-            self._post(self._room, search, lambda: self._promise(search, found, end_s))
+            end_s = time.monotonic() + QUOTA_WAIT_S  # from now on: who waits in line must not wait the longer for it
+            self._post(self._room, search, lambda: self._reserve_quota(search, found, end_s))
         else:
             self._tell(search, found)
 
-    def _promise(self, search: _Search, found: _Found, end_s: float) -> None:
+    def _reserve_quota(self, search: _Search, found: _Found, end_s: float) -> None:
         failure = ""
         try:
-            self._wait_for_room(lambda: self._memory.promise(search.holder, search.chunks), PROMISE_POLL_S, end_s)
+            self._wait_for_room(lambda: self._memory.reserve_quota(search.holder, search.chunks), QUOTA_POLL_S, end_s)
         except ChunkLostError:
             pass  # a memory tier that is gone promises nothing; it will be seen when it is written to
         except OverloadedError as error:
@@ -238,28 +238,28 @@ class Locator:
 
     def _search_spread(self, search: _Search) -> None:
         """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
-        nodes, found, share, failure, too_large = self._nodes, _Found(), None, "", False
+        nodes, found, quota, failure, too_large = self._nodes, _Found(), None, "", False
         assert nodes is not None
         try:
-            end_s = time.monotonic() + PROMISE_WAIT_S
+            end_s = time.monotonic() + QUOTA_WAIT_S
             self._wait_for_room(lambda: nodes.begin(search.holder, search.chunks), SPREAD_POLL_S, end_s)
             found = self._find_all(self._memory, search)
-            end_s = time.monotonic() + PROMISE_WAIT_S
-            share = self._wait_for_room(lambda: nodes.promise_rest(search.holder), SPREAD_POLL_S, end_s)
+            end_s = time.monotonic() + QUOTA_WAIT_S
+            quota = self._wait_for_room(lambda: nodes.reserve_remote_quota(search.holder), SPREAD_POLL_S, end_s)
         except OverloadedError as error:
             failure = str(error)
         except InvalidRequestError as error:
             failure, too_large = str(error), True
         except ChunkLostError as error:
             failure = f"the memory tier of this node is away: {error}"
-        self._tell(search, found, failure, share, too_large=too_large)
+        self._tell(search, found, failure, quota, too_large=too_large)
 
     def _tell(
         self,
         search: _Search,
         found: _Found,
         failure: str = "",
-        share: Share | None = None,
+        quota: SpreadQuota | None = None,
         *,
         too_large: bool = False,
     ) -> None:
@@ -269,13 +269,13 @@ class Locator:
             released = holder in self._released
             self._released.discard(holder)
         if released or failure:
-            release(self._memory, holder)
-            share = None
+            try_release(self._memory, holder)
+            quota = None
         if failure:
             found = _Found()
         self._settle(
             PrefixHeld(
-                holder, tuple(found.refs), found.others, failure, not too_large, too_large, share, tuple(found.state)
+                holder, tuple(found.refs), found.others, failure, not too_large, too_large, quota, tuple(found.state)
             )
         )
         self._finish(search.done)
@@ -289,7 +289,7 @@ class Locator:
             refs, others = [*refs, *more], others[: len(more)]
         if self._states is None:
             return _Found(refs, others)
-        return _Found(*self._states.cut(places, search.holder, search.keys, refs, others))
+        return _Found(*self._states.cut_prefix(places, search.holder, search.keys, refs, others))
 
     def _wait_for_room(self, ask: Callable[[], T], poll_s: float, end_s: float) -> T:
         """``ask``, again for a little while if there is no room: somebody may be leaving."""
@@ -313,13 +313,13 @@ class Locator:
         sound = damaged = self._copies.sound_prefix(keys, refs)
         while damaged < len(refs):
             # all of them, not the first alone: what is computed instead of the others would give way to them
-            drop(self._memory, keys[damaged], refs[damaged])
+            try_drop(self._memory, keys[damaged], refs[damaged])
             damaged += 1
             damaged += self._copies.sound_prefix(keys[damaged:], refs[damaged:])
         return refs[:sound]
 
 
-def drop(memory: ColdMemory, key: ChunkKey, ref: SlotRef) -> None:
+def try_drop(memory: ColdMemory, key: ChunkKey, ref: SlotRef) -> None:
     """Forget a chunk whose bytes are wrong."""
     try:
         memory.drop(key, ref)
@@ -327,7 +327,7 @@ def drop(memory: ColdMemory, key: ChunkKey, ref: SlotRef) -> None:
         return  # the owner is gone, and with it what was to be forgotten
 
 
-def release(memory: ColdMemory, holder: str) -> None:
+def try_release(memory: ColdMemory, holder: str) -> None:
     """Let go of all that ``holder`` holds."""
     try:
         memory.release(holder)
@@ -335,7 +335,7 @@ def release(memory: ColdMemory, holder: str) -> None:
         return  # the owner is gone, and its holds with it
 
 
-def record_session(
+def try_record_session(
     memory: ColdMemory, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]
 ) -> None:
     """A request of the session has ended with these chunks and pieces of a state."""

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.format.hold_id import reader_of
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.hot.completions import Completion, Recalled, RecallItem, WrittenBack
 from forecache.workers.memory.hot.copies import Copied
-from forecache.workers.memory.hot.prefix_search import release
+from forecache.workers.memory.hot.prefix_search import try_release
 
 if TYPE_CHECKING:  # it imports Ray, which an engine in one process does without
     from forecache.workers.memory.client.memory import RemoteSpread
@@ -35,13 +35,13 @@ Copy = Callable[[tuple[RecallItem, ...]], Copied]
 class _Sequence:
     """``here``: chunks that stay in the arena. What comes while some are ``moving`` out waits in ``deferred``."""
 
-    share: Share
+    quota: SpreadQuota
     here: int
     moving: bool = False
     deferred: list[Callable[[], None]] = field(default_factory=list)
 
 
-class FarChunks:
+class RemoteTransfers:
     """``settle`` is told what became of recalls and write-backs, ``failed`` what went wrong that should not.
     ``progress`` is called after each group of chunks and each try, which may wait for other nodes: the next one is
     another wait.
@@ -68,10 +68,10 @@ class FarChunks:
         self._fetching = ThreadPoolExecutor(1, thread_name_prefix="forecache-fetch")
         self._moving = ThreadPoolExecutor(1, thread_name_prefix="forecache-move-out")
 
-    def begin(self, holder: str, share: Share, here: int) -> None:
+    def begin(self, holder: str, quota: SpreadQuota, here: int) -> None:
         """``holder`` is spread, and ``here`` of its chunks were found in the arena."""
         with self._lock:
-            self._sequences[holder] = _Sequence(share, here)
+            self._sequences[holder] = _Sequence(quota, here)
 
     def end(self, holder: str) -> None:
         """``holder`` is released."""
@@ -82,7 +82,7 @@ class FarChunks:
         """Of ``chunks``, how many may be written at once."""
         with self._lock:
             seq = self._sequences.get(holder)
-            return chunks if seq is None else min(chunks, seq.share.at_once)
+            return chunks if seq is None else min(chunks, seq.quota.max_in_flight)
 
     def defer(self, holder: str, job: Callable[[], None]) -> bool:
         """Whether chunks of ``holder`` are moving out: then ``job`` is done after that."""
@@ -111,7 +111,7 @@ class FarChunks:
             if seq is None:
                 return news
             written = [done for done in news if done.ref is not None]
-            staying = written[: max(seq.share.stays - seq.here, 0)]
+            staying = written[: max(seq.quota.local_chunks - seq.here, 0)]
             seq.here += len(staying)
             leaving = written[len(staying) :]
             seq.moving = bool(leaving)
@@ -147,7 +147,7 @@ class FarChunks:
         far = [item for item in items if item.ref.remote]
         with self._lock:
             seq = self._sequences.get(holder)
-        size = 1 if seq is None else seq.share.at_once
+        size = 1 if seq is None else seq.quota.max_in_flight
         for number in range(0, len(far), size):
             lost += self._bring(holder, far[number : number + size], copy)
         chunks = len(items) - len(lost)
@@ -172,7 +172,7 @@ class FarChunks:
                 continue  # this node's tier is away, and all it had found
             finally:
                 self._progress()
-                release(self._memory, name)
+                try_release(self._memory, name)
             if not left:
                 break
         return list(left.values())

@@ -26,7 +26,7 @@ STATE_MARK = -1
 
 
 @dataclass(frozen=True)
-class StateLayout:
+class SnapshotStore:
     """A snapshot has ``pieces`` pieces; there is one for everybody behind every ``every_chunks`` chunks."""
 
     pieces: int
@@ -40,7 +40,7 @@ class StateLayout:
         """Most slots that the snapshots of a sequence of ``chunks`` chunks take."""
         return self.pieces * (chunks // self.every_chunks + 1)
 
-    def cut(
+    def cut_prefix(
         self,
         memory: HoldsChunks,
         holder: str,
@@ -90,7 +90,7 @@ class StateLayout:
         padded[: len(snapshot)] = snapshot.cpu()
         try:
             written = []
-            places = reserve_sound(memory, lambda keys: memory.reserve(holder, keys), keys)
+            places = reserve_sound(memory, lambda keys: memory.reserve_slots(holder, keys), keys)
             for key, place, piece in zip(keys, places, padded.chunk(self.pieces), strict=True):
                 if not place.stored:
                     try:

@@ -27,13 +27,13 @@ from forecache.workers.memory.format.hold_id import request_of, worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.format.slots import Reservation, SlotRef
-from forecache.workers.memory.format.spread_quota import Share
+from forecache.workers.memory.format.spread_quota import SpreadQuota
 from forecache.workers.memory.tier.catalog import Catalog, SessionRecord
 from forecache.workers.memory.tier.exchange import ChunkExchange, wanted_room
 from forecache.workers.memory.tier.publisher import CatalogPublisher
-from forecache.workers.memory.tier.session_pins import Sessions
+from forecache.workers.memory.tier.session_pins import SessionPins
 from forecache.workers.memory.tier.spread import HostedSequences, SpreadSequences
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class MemoryTier:
         self._disk: ArenaStore | None = None
         self._publisher: CatalogPublisher | None = None
         self._exchange: ChunkExchange | None = None
-        self._sessions: Sessions | None = None
+        self._sessions: SessionPins | None = None
         self._hosted: HostedSequences | None = None
         if settings.redis_url is None:
             self._store = ArenaStore(self._arena, pin_limits=config.pin_limits)
@@ -93,7 +93,7 @@ class MemoryTier:
             catalog = Catalog(settings.redis_url, timeout_s=config.heartbeat_s)
             self._publisher = CatalogPublisher(catalog, tier_id, node_id, config.heartbeat_s, self._publish_sessions)
             self._store = ArenaStore(self._arena, self._changed, config.pin_limits)
-            self._sessions = Sessions(self._store, catalog, config.session_bytes)
+            self._sessions = SessionPins(self._store, catalog, config.session_bytes)
             if config.disk_bytes:
                 on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
                 self._disk = ArenaStore(on_disk, listener=self._disk_changed)
@@ -124,17 +124,21 @@ class MemoryTier:
         """Of what is stored on any node."""
         request_id, traceparent = request_of(holder)
         with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
-            found = (self._exchange or self._store).hold_prefix(holder, keys)
+            found = (
+                self._store.hold_prefix(holder, keys)
+                if self._exchange is None
+                else self._exchange.fetch_prefix(holder, keys)
+            )
             span.set(held=len(found))
         _log_found(request_id, keys, found)
         return found
 
     @ray.method(concurrency_group="catalog")
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """Of what is stored here; and whether more of it is elsewhere, for :meth:`hold_prefix` to bring."""
         request_id, traceparent = request_of(holder)
         with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
-            found, elsewhere = (self._exchange or self._store).hold_here(holder, keys)
+            found, elsewhere = (self._exchange or self._store).hold_local_prefix(holder, keys)
             span.set(held=len(found), elsewhere=elsewhere)
         if not elsewhere:
             _log_found(request_id, keys, found)
@@ -143,12 +147,12 @@ class MemoryTier:
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
         return self._store.hold(holder, keys)
 
-    def reserve(self, holder: str, keys: Sequence[ChunkKey], news: WriterNews | None = None) -> list[Reservation]:
+    def reserve_slots(self, holder: str, keys: Sequence[ChunkKey], news: WriterNews | None = None) -> list[Reservation]:
         """``news`` are those of the worker that will write there."""
         if news is None:
-            return self._store.reserve(holder, keys)
+            return self._store.reserve_slots(holder, keys)
         self._store.hear(news)
-        return self._store.reserve(holder, keys, writer=news.writer, begun=news.begun)
+        return self._store.reserve_slots(holder, keys, writer=news.writer, begun=news.begun)
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], news: WriterNews | None = None) -> None:
         if news is not None:
@@ -158,8 +162,8 @@ class MemoryTier:
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
         self._store.drop(key, ref)
 
-    def promise(self, holder: str, chunks: int) -> None:
-        self._store.promise(holder, chunks)
+    def reserve_quota(self, holder: str, chunks: int) -> None:
+        self._store.reserve_quota(holder, chunks)
 
     def start_over(self, holder: str) -> None:
         self._store.start_over(holder)
@@ -168,7 +172,7 @@ class MemoryTier:
         if news is not None:
             self._store.hear(news)
         if self._exchange is not None:
-            self._exchange.spread.release(holder, was_spread=was_spread)
+            self._exchange.spread.end(holder, was_spread=was_spread)
         self._store.release(holder)
 
     # Sequences of this node's workers that are spread over several nodes: called by `client/memory.py:RemoteSpread`.
@@ -185,8 +189,8 @@ class MemoryTier:
         return self._spread.hold_again(holder, chunks, own, places)
 
     @ray.method(concurrency_group="remote")
-    def spread_promise_rest(self, holder: str) -> Share:
-        return self._spread.promise_rest(holder)
+    def spread_reserve_remote_quota(self, holder: str) -> SpreadQuota:
+        return self._spread.reserve_remote_quota(holder)
 
     @ray.method(concurrency_group="remote")
     def spread_move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
@@ -199,8 +203,8 @@ class MemoryTier:
     # Sequences of other nodes: called by `client/peers.py:RemotePeers` of their tiers, and for layers of their workers.
 
     @ray.method(concurrency_group="peers_at_once")
-    def promise_hosted(self, holder: str, chunks: int) -> int:
-        return self._host.promise(holder, chunks)
+    def reserve_hosted_quota(self, holder: str, chunks: int) -> int:
+        return self._host.reserve_quota(holder, chunks)
 
     @ray.method(concurrency_group="peers")
     def hold_hosted(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
@@ -208,8 +212,8 @@ class MemoryTier:
         return self._host.hold(holder, keys)
 
     @ray.method(concurrency_group="peers_at_once")
-    def take_in_hosted(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
-        return self._host.take_in(holder, batch)
+    def store_hosted(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+        return self._host.store_batch(holder, batch)
 
     @ray.method(concurrency_group="peers_at_once")
     def read_hosted_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
@@ -221,7 +225,7 @@ class MemoryTier:
 
     @ray.method(concurrency_group="peers_at_once")
     def release_hosted(self, holders: Sequence[str]) -> None:
-        self._host.release(holders)
+        self._host.release_all(holders)
 
     @ray.method(concurrency_group="catalog")
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
@@ -319,10 +323,10 @@ class MemoryTier:
         return batch
 
     @ray.method(concurrency_group="peers")
-    def take_in(self, batch: ChunkBatch, copied_only: bool) -> list[ChunkKey]:
+    def store_batch(self, batch: ChunkBatch, copied_only: bool) -> list[ChunkKey]:
         """Store ``batch`` as far as there is room; returns the keys that are stored now."""
         keep = wanted_room(self._arena.slots)
-        taken = take_in(self._store, batch, copied_only=copied_only, keep_room=keep)
+        taken = store_batch(self._store, batch, copied_only=copied_only, keep_room=keep)
         if self._publisher is not None:
             self._publisher.publish_now(taken)  # whoever sent them may let them go now
         return taken

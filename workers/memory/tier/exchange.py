@@ -17,7 +17,7 @@ from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
 from forecache.workers.memory.tier.fetch import ChunkFetcher, rendezvous
 from forecache.workers.memory.tier.spread import SpreadSequences
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +92,13 @@ class ChunkExchange:
         if not stored:
             self._store.set_copied([key], False)
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+    def fetch_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers.
 
         Of a sequence that is spread it stays where it is.
         """
         if holder in self.spread:
-            return self.spread.hold_prefix(holder, keys)
+            return self.spread.hold_in_place(holder, keys)
         refs = self._store.hold_prefix(holder, keys)
         deadline_s = time.monotonic() + self._config.fetch_deadline_s
         for _ in range(FETCHES):
@@ -112,7 +112,7 @@ class ChunkExchange:
             refs = self._store.hold_prefix(holder, keys)
         return refs
 
-    def hold_here(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
+    def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
         """As :meth:`ArenaStore.hold_prefix`, and whether the next chunk lies on disk or at another tier."""
         refs = self._store.hold_prefix(holder, keys)
         following = keys[len(refs) : len(refs) + 1]
@@ -150,7 +150,7 @@ class ChunkExchange:
         for part in batches(wanted, self.fetcher.batch_chunks):
             make_room(len(part))
             batch = read(self._disk, part)
-            taken = take_in(self._store, batch, holder)
+            taken = store_batch(self._store, batch, holder)
             self._disk.set_copied(taken, True, batch.mark)
             count += len(taken)
             if len(taken) < len(part):
@@ -221,12 +221,12 @@ class ChunkExchange:
         if self._config.replicas > 1:
             self._uncopied.extend(self._store.keys())
 
-    def _recheck(self, store: ArenaStore, keys: Sequence[ChunkKey], beside: ArenaStore | None) -> None:
+    def _recheck(self, store: ArenaStore, keys: Sequence[ChunkKey], other: ArenaStore | None) -> None:
         """Copies are evicted without a word. Those of ``keys``, which go first in ``store``, that are neither at
-        another tier nor ``beside`` it go first no longer."""
+        another tier nor ``other`` it go first no longer."""
         if not keys:
             return
-        here = beside.stored(keys) if beside is not None else [False] * len(keys)
+        here = other.stored(keys) if other is not None else [False] * len(keys)
         places = zip(keys, self._catalog.locate(keys), here, strict=True)
         store.set_copied([key for key, tiers, is_here in places if not is_here and not tiers - {self._tier_id}], False)
 
@@ -284,7 +284,7 @@ class ChunkExchange:
             return
         for part in batches(keys, self.fetcher.batch_chunks):
             batch = read(self._store, part)
-            taken = take_in(self._disk, batch)
+            taken = store_batch(self._disk, batch)
             self._store.set_copied(taken, True, batch.mark)
             # what has gone from the disk meanwhile was told of before it was marked
             still = self._disk.stored(taken)
@@ -299,7 +299,7 @@ class ChunkExchange:
         batch = read(self._store, keys)
         gone = set(keys) - set(batch.keys)
         try:
-            taken = self._peers.take_in(tier_id, batch, copied_only=copied_only) if len(batch) else []
+            taken = self._peers.store_batch(tier_id, batch, copied_only=copied_only) if len(batch) else []
             return [*gone, *taken]
         except ChunkLostError as error:
             logger.warning("%d chunks were not sent: %s", len(keys), error)

@@ -13,7 +13,7 @@ from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.client.peers import PendingRead, RemotePeers
 from forecache.workers.memory.format.keys import ChunkKey
-from forecache.workers.memory.tier.transfer import take_in
+from forecache.workers.memory.tier.transfer import store_batch
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class ChunkFetcher:
             logger.warning("%d chunks did not come: %s", len(keys), error)
             return set()
         self._make_room(len(batch))
-        taken = take_in(self._store, batch, holder, cached=cached)
+        taken = store_batch(self._store, batch, holder, cached=cached)
         if not cached:
             self._publish(taken)
             self._peers.set_copied(tier_id, taken, batch.mark)

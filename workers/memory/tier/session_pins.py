@@ -12,7 +12,7 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.tier.catalog import Catalog, SessionRecord
 
 
-class Sessions:
+class SessionPins:
     """The records that came through this tier, and all pins, in its store and for the catalog.
 
     The catalog has all records; it gets them again from the tiers when it comes back empty, and a tier that was

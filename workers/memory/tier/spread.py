@@ -30,10 +30,10 @@ from forecache.workers.memory.format.hold_id import Released, worker_of
 from forecache.workers.memory.format.keys import ChunkKey, batches
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.format.slots import SlotRef
-from forecache.workers.memory.format.spread_quota import Share, share_of
+from forecache.workers.memory.format.spread_quota import SpreadQuota, spread_quota
 from forecache.workers.memory.tier.catalog import Catalog, TierRecord
 from forecache.workers.memory.tier.fetch import ChunkFetcher, rendezvous
-from forecache.workers.memory.tier.transfer import read, take_in
+from forecache.workers.memory.tier.transfer import read, store_batch
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,16 @@ class _Spread:
     since a tier that did not answer may do what it was asked later. ``ended``: it was released."""
 
     chunks: int
-    share: Share
+    quota: SpreadQuota
     own: set[ChunkKey] = field(default_factory=set)
     places: dict[ChunkKey, str] = field(default_factory=dict)
-    promised: dict[str, int] = field(default_factory=dict)
+    quotas: dict[str, int] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     ended: bool = False
 
     def room_at(self, tier_id: str) -> int:
         """Chunks that the tier will still hold."""
-        return self.promised.get(tier_id, 0) - sum(place == tier_id for place in self.places.values())
+        return self.quotas.get(tier_id, 0) - sum(place == tier_id for place in self.places.values())
 
 
 class SpreadSequences:
@@ -108,8 +108,8 @@ class SpreadSequences:
 
     def begin(self, holder: str, chunks: int) -> None:
         """See :meth:`.memory.RemoteSpread.begin`."""
-        share = share_of(self._store.arena.slots)
-        spread = _Spread(chunks, share)
+        quota = spread_quota(self._store.arena.slots)
+        spread = _Spread(chunks, quota)
         with self._lock:
             self._released.check(holder)
             if holder in self._spread:  # asked twice, since the first answer did not come
@@ -117,8 +117,8 @@ class SpreadSequences:
             self._spread[holder] = spread
         try:
             self._store.start_over(holder)  # it was tried whether it fits this node
-            self._store.promise(holder, share.slots)
-            self._records.promise(holder, max(chunks - share.stays, 0))
+            self._store.reserve_quota(holder, quota.slots)
+            self._records.reserve_quota(holder, max(chunks - quota.local_chunks, 0))
         except (OverloadedError, ReleasedError):
             with self._lock:
                 if self._spread.get(holder) is spread:
@@ -127,26 +127,26 @@ class SpreadSequences:
             self._records.start_over(holder)
             raise
 
-    def promise_rest(self, holder: str) -> Share:
-        """See :meth:`.memory.RemoteSpread.promise_rest`."""
+    def reserve_remote_quota(self, holder: str) -> SpreadQuota:
+        """See :meth:`.memory.RemoteSpread.reserve_remote_quota`."""
         spread = self._of(holder)
-        missing = spread.chunks - spread.share.stays - sum(spread.promised.values())
-        for tier in sorted(self._others(), key=lambda tier: tier.used_slots - tier.slots):
+        missing = spread.chunks - spread.quota.local_chunks - sum(spread.quotas.values())
+        for tier in sorted(self._other_tiers(), key=lambda tier: tier.used_slots - tier.slots):
             if missing <= 0:
                 break
-            missing -= self._promise_at(tier.tier_id, holder, spread, missing)
+            missing -= self._reserve_quota_at(tier.tier_id, holder, spread, missing)
         if missing > 0:
-            granted = self._store.promise_up_to(holder, spread.share.slots + missing) - spread.share.slots
-            spread.share = replace(spread.share, stays=spread.share.stays + granted)
+            granted = self._store.reserve_quota_up_to(holder, spread.quota.slots + missing) - spread.quota.slots
+            spread.quota = replace(spread.quota, local_chunks=spread.quota.local_chunks + granted)
             missing -= granted
         if missing > 0:
             self._refuse_too_large(spread)
             raise OverloadedError(
-                f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.share.slots} "
+                f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.quota.slots} "
                 f"slots for it, and with those of other nodes {missing} are missing. Try again later, lower "
                 "max_tokens, or raise --cold-bytes."
             )
-        return spread.share
+        return spread.quota
 
     def _refuse_too_large(self, spread: _Spread) -> None:
         """Raise :class:`InvalidRequestError` for a sequence that all tiers together could not hold, were they empty. A
@@ -159,7 +159,7 @@ class SpreadSequences:
             return  # who knows what there is
         self._slots_of.update({tier.tier_id: tier.slots for tier in tiers if tier.tier_id != self._tier_id})
         here = self._store.arena.slots
-        most = here - 2 * share_of(here).at_once + sum(self._slots_of.values())
+        most = here - 2 * spread_quota(here).max_in_flight + sum(self._slots_of.values())
         if spread.chunks > most:
             raise InvalidRequestError(
                 f"prompt and answer may need {spread.chunks} chunks, but the memory of all nodes holds {most} of one "
@@ -167,7 +167,7 @@ class SpreadSequences:
                 param="messages",
             )
 
-    def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
+    def hold_in_place(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """Hold the longest run of ``keys`` that is stored in memory anywhere, each chunk where it lies."""
         spread = self._of(holder)
         try:
@@ -179,7 +179,7 @@ class SpreadSequences:
         own = len(spread.own)
         for key, tier_ids, is_here in zip(keys, places, here, strict=True):
             others = tier_ids - {self._tier_id}
-            if is_here and (own < spread.share.stays or not others):
+            if is_here and (own < spread.quota.local_chunks or not others):
                 own += 1
                 run.append((key, ""))
             elif others:
@@ -229,7 +229,7 @@ class SpreadSequences:
                 refs |= self._move(holder, spread, read(self._store, part), deadline_s)
         except ReleasedError as error:
             logger.debug("what is moved out is not needed any more: %s", error)
-        self._store.let_go(holder, keys)
+        self._store.release_chunks(holder, keys)
         return [refs.get(key) for key in keys]
 
     def _move(
@@ -258,7 +258,7 @@ class SpreadSequences:
             return {}
         try:
             with self._asking(tier_id, holder, spread):
-                taken = set(self._peers.take_in_hosted(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
+                taken = set(self._peers.store_hosted(tier_id, holder, batch.only(np.arange(len(batch)) < room)))
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%d chunks were not taken: %s", min(room, len(batch)), error)
@@ -275,9 +275,9 @@ class SpreadSequences:
         """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
         with self._lock:
             self._released.check(holder)
-            spread = self._spread.setdefault(holder, _Spread(chunks, share_of(self._store.arena.slots)))
+            spread = self._spread.setdefault(holder, _Spread(chunks, spread_quota(self._store.arena.slots)))
         # as far as there is room: new work may have come first, and what runs goes on
-        self._store.promise_up_to(holder, max(spread.share.slots, len(own) + 2 * spread.share.at_once))
+        self._store.reserve_quota_up_to(holder, max(spread.quota.slots, len(own) + 2 * spread.quota.max_in_flight))
         held = self._store.hold(holder, own)
         records = self._records.hold(holder, list(places))
         with self._lock:
@@ -285,13 +285,13 @@ class SpreadSequences:
             spread.places.update(places)
             spread.asked.update(places.values())
         for tier_id in set(places.values()):
-            spread.promised[tier_id] = sum(place == tier_id for place in places.values())
+            spread.quotas[tier_id] = sum(place == tier_id for place in places.values())
         lost = [key for key, ref in zip([*own, *places], [*held, *records], strict=True) if ref is None]
         if lost:
             logger.warning("%d chunks of %s are gone", len(lost), holder)
         return lost
 
-    def release(self, holder: str, *, was_spread: bool = False) -> None:
+    def end(self, holder: str, *, was_spread: bool = False) -> None:
         """Let go of what ``holder`` holds on other tiers, and of its records, for good; unknown holders are fine.
         ``was_spread``: this tier may have forgotten it when it was restarted."""
         self._records.release(holder)
@@ -421,11 +421,11 @@ class SpreadSequences:
     def _renew_holds(self, tier_id: str) -> bool:
         for holder, spread in list(self._spread.items()):
             keys = [key for key, place in list(spread.places.items()) if place == tier_id]
-            promised = spread.promised.get(tier_id, 0)
+            quota = spread.quotas.get(tier_id, 0)
             try:
-                if promised or keys:
+                if quota or keys:
                     with self._asking(tier_id, holder, spread):
-                        self._peers.promise_hosted(tier_id, holder, max(promised, len(keys)))
+                        self._peers.reserve_hosted_quota(tier_id, holder, max(quota, len(keys)))
                         self._peers.hold_hosted(tier_id, holder, keys)
             except ReleasedError:
                 continue
@@ -441,11 +441,11 @@ class SpreadSequences:
         return spread
 
     def _hold_here(self, holder: str, spread: _Spread, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        more = len(spread.own) + len(keys) - spread.share.stays
+        more = len(spread.own) + len(keys) - spread.quota.local_chunks
         if more > 0:
             # only here: they stay, if there is room for so many
-            granted = self._store.promise_up_to(holder, spread.share.slots + more)
-            keys = keys[: len(keys) - max(spread.share.slots + more - granted, 0)]
+            granted = self._store.reserve_quota_up_to(holder, spread.quota.slots + more)
+            keys = keys[: len(keys) - max(spread.quota.slots + more - granted, 0)]
         refs = self._store.hold_prefix(holder, keys)
         spread.own.update(keys[: len(refs)])
         return refs
@@ -456,8 +456,8 @@ class SpreadSequences:
         refs: list[SlotRef] = []
         try:
             with self._asking(tier_id, holder, spread):
-                spread.promised[tier_id] = self._peers.promise_hosted(tier_id, holder, held + len(keys))
-                batch = self._peers.hold_hosted(tier_id, holder, keys[: spread.promised[tier_id] - held]).sound()
+                spread.quotas[tier_id] = self._peers.reserve_hosted_quota(tier_id, holder, held + len(keys))
+                batch = self._peers.hold_hosted(tier_id, holder, keys[: spread.quotas[tier_id] - held]).sound()
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%d chunks are not held: %s", len(keys), error)
@@ -471,26 +471,26 @@ class SpreadSequences:
             refs.append(ref)
         return refs
 
-    def _promise_at(self, tier_id: str, holder: str, spread: _Spread, more: int) -> int:
+    def _reserve_quota_at(self, tier_id: str, holder: str, spread: _Spread, more: int) -> int:
         """Have a tier promise ``more`` slots than it has; returns how many it adds."""
-        before = spread.promised.get(tier_id, 0)
+        before = spread.quotas.get(tier_id, 0)
         try:
             with self._asking(tier_id, holder, spread):
-                spread.promised[tier_id] = self._peers.promise_hosted(tier_id, holder, before + more)
+                spread.quotas[tier_id] = self._peers.reserve_hosted_quota(tier_id, holder, before + more)
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
             logger.warning("%s promises nothing: %s", tier_id, error)
-        return spread.promised.get(tier_id, 0) - before
+        return spread.quotas.get(tier_id, 0) - before
 
     def _takers(self, holder: str, spread: _Spread) -> Iterator[str]:
         """Tiers that have promised more than they hold; then all, which are asked for more."""
-        yield from [tier_id for tier_id in spread.promised if spread.room_at(tier_id) > 0]
-        for tier in self._others():
+        yield from [tier_id for tier_id in spread.quotas if spread.room_at(tier_id) > 0]
+        for tier in self._other_tiers():
             if spread.room_at(tier.tier_id) <= 0:
-                self._promise_at(tier.tier_id, holder, spread, spread.share.at_once)
+                self._reserve_quota_at(tier.tier_id, holder, spread, spread.quota.max_in_flight)
                 yield tier.tier_id
 
-    def _others(self) -> list[TierRecord]:
+    def _other_tiers(self) -> list[TierRecord]:
         try:
             return [tier for tier in self._catalog.tiers() if tier.tier_id != self._tier_id]
         except CatalogUnavailableError:
@@ -530,9 +530,9 @@ class HostedSequences:
         self._from_disk = from_disk
         self._digests = LayerDigests(store.arena, layout)
 
-    def promise(self, holder: str, chunks: int) -> int:
+    def reserve_quota(self, holder: str, chunks: int) -> int:
         """Room for ``chunks`` in all, as far as there is; returns for how many."""
-        return self._store.promise_up_to(holder, chunks)
+        return self._store.reserve_quota_up_to(holder, chunks)
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
         """Hold those of ``keys`` that are here and sound; returns their records, in order."""
@@ -545,9 +545,9 @@ class HostedSequences:
                 self._store.drop(key, ref)
         return RecordBatch.of(batch)
 
-    def take_in(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
+    def store_batch(self, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
         """Store and hold ``batch`` as far as there is room; returns the keys that are held now."""
-        return take_in(self._store, batch, holder)
+        return store_batch(self._store, batch, holder)
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
         """One layer of those of ``keys`` that are here and sound; ``holder`` holds them, unless it was released
@@ -571,7 +571,7 @@ class HostedSequences:
             self._store.forget_released(worker_id, floor)
         return [holder for holder in self._store.holders() if worker_of(holder) in floors]
 
-    def release(self, holders: Sequence[str]) -> None:
+    def release_all(self, holders: Sequence[str]) -> None:
         """Let go of all that these hold."""
         for holder in holders:
             self._store.release(holder)

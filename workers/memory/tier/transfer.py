@@ -34,7 +34,7 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
     return replace(batch, mark=mark)
 
 
-def take_in(
+def store_batch(
     store: ArenaStore,
     batch: ChunkBatch,
     holder: str | None = None,
@@ -81,7 +81,7 @@ def _put(store: ArenaStore, name: str, batch: ChunkBatch, row: int, *, copied_on
     key = batch.keys[row]
     for _ in range(PLACES):
         [place] = reserve_sound(
-            store, lambda keys: store.reserve(name, keys, copied_only=copied_only, writer=OWNER), [key]
+            store, lambda keys: store.reserve_slots(name, keys, copied_only=copied_only, writer=OWNER), [key]
         )
         if place.stored:
             return
