@@ -43,9 +43,10 @@ def _align(nbytes: int, alignment: int) -> int:
 
 @dataclass(frozen=True)
 class ArenaDescription:
-    """What the first page of the file says; the places of its three arrays follow from it. Sizes in bytes.
+    """The first page of the file, from which the offsets of its three arrays follow. Sizes in bytes.
 
-    ``record_slots`` slots behind those of chunks have a header and an index record, and no chunk: see `records.py`.
+    The last ``record_slots`` slots, behind those of chunks, have a header and an index record but no chunk: see
+    `records.py`.
     """
 
     layout_fingerprint: str
@@ -76,10 +77,10 @@ class Arena:
     """Slots of ``nbytes`` chunk bytes and ``index_nbytes`` index bytes, each with a 64-byte header.
 
     ``chunks`` (uint8 ``[slots, nbytes]``) and ``index`` (uint8 ``[slots + record slots, index_nbytes]``) are tensors
-    over the mapping itself, which lives as long as any of them, also after :meth:`close` and :meth:`unlink`.
+    over the mapping, which lives as long as any of them, even after :meth:`close` and :meth:`unlink`.
 
-    Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It has a lock on
-    the file, which the kernel lets go when the owner dies.
+    Only the owner (:meth:`create`, :meth:`adopt`) may call :meth:`renew` and :meth:`clear`. It holds a lock on the
+    file, which the kernel releases when the owner dies.
     """
 
     chunks: torch.Tensor
@@ -93,7 +94,7 @@ class Arena:
         """The number of this process as a writer of the file; no other process has the same."""
         self.description = description
         self._fd = fd
-        # Never closed by hand: the numpy arrays pin it, and the last of them unmaps it.
+        # Not closed explicitly: the numpy arrays pin it, and the last of them unmaps it.
         mapping = mmap.mmap(fd, description.file_bytes)
         slots, headers = description.slots, description.slots + description.record_slots
         self._life = np.ndarray(1, np.uint64, mapping, LIFE_START)
@@ -119,8 +120,8 @@ class Arena:
         capacity_bytes: int,
         record_bytes: int = 0,
     ) -> "Arena":
-        """A new file ``directory/forecache-<name>`` of ``capacity_bytes``, as many slots as fit; beside them as many
-        record slots as fit in ``record_bytes``.
+        """Create the file ``directory/forecache-<name>`` of ``capacity_bytes`` with as many slots as fit, and in
+        addition as many record slots as fit into ``record_bytes``.
 
         Raises :class:`ArenaError` when not one slot fits, the name is taken, or the memory can't be reserved.
         """
@@ -129,10 +130,10 @@ class Arena:
         fd = create_owned(path)
         try:
             try:
-                # A sparse file would be killed by SIGBUS at the first write that finds no memory.
+                # With a sparse file, the first write that finds no memory would kill the process (SIGBUS).
                 os.posix_fallocate(fd, 0, description.file_bytes)
             except OSError as error:
-                os.ftruncate(fd, 0)  # what was reserved before it failed is free again, and told as such
+                os.ftruncate(fd, 0)  # free what was reserved before it failed, so that the message counts it as free
                 raise ArenaError(
                     f"can't reserve the arena {path}: {description.file_bytes} bytes needed, "
                     f"{_free_bytes(directory)} bytes free in {directory} ({error.strerror}). "
@@ -160,8 +161,8 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
-        # The mapping has its own duplicate, and with it the lock on this writer's byte, which lasts as long as any
-        # tensor over the mapping.
+        # The mapping has a duplicate of the descriptor, and with it the lock on this writer's byte: both last as long
+        # as any tensor over the mapping.
         arena.close()
         return arena
 
@@ -179,26 +180,27 @@ class Arena:
 
     @property
     def life(self) -> int:
-        """How many owners this file has had. A new one knows nothing of what the one before has handed out."""
+        """How many owners this file has had. A new owner does not know which slots the last one handed out."""
         return int(self._life[0])
 
     def writers(self) -> Set[int]:
-        """Of all processes that have the file mapped and are not its owner (owner only)."""
+        """Numbers of all processes that have the file mapped, except its owner (owner only)."""
         return locked_bytes(self._fd)
 
     def living(self, writers: Set[int]) -> Set[int]:
-        """Those of ``writers`` that may still write (owner only): their process, or a child that it has forked, has the
+        """Those of ``writers`` that may still write (owner only): their process, or a child that it forked, has the
         file mapped."""
         if self._fd < 0:
-            return writers  # closed: nothing can be told
+            return writers  # closed: the locks can't be read
         return {writer for writer in writers if writer == OWNER or is_byte_locked(self._fd, writer)}
 
     def writer_of(self, slot: int) -> int:
-        """Who may be writing ``slot``, as its owner noted it."""
+        """The process that may be writing ``slot``, as its owner noted it."""
         return self._headers.writer(slot)
 
     def is_intact(self) -> bool:
-        """Is what is mapped here still all of the file at :attr:`path`? Of one that was cut, reading would kill."""
+        """Whether the mapping still is the whole file at :attr:`path`. Reading from a truncated file would kill the
+        process."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -226,11 +228,11 @@ class Arena:
         return self._headers.read_only()
 
     def generation_of(self, slot: int) -> int:
-        """Generation of one slot, as it is now."""
+        """Current generation of one slot."""
         return self._headers.generation(slot)
 
     def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Generations of ``slots``, both ``[n]``, as they are now."""
+        """Current generations of ``slots``, both ``[n]``."""
         return self._headers.generations(slots)
 
     def put(
@@ -241,21 +243,20 @@ class Arena:
         index: npt.NDArray[np.uint8],
         device_checksum: int = 0,
     ) -> None:
-        """Copy ``chunk``, uint8 ``[nbytes]``, and ``index``, uint8 ``[index_nbytes]``, to their reserved place,
-        and seal them as ``key``.
+        """Copy ``chunk``, uint8 ``[nbytes]``, and ``index``, uint8 ``[index_nbytes]``, into their reserved slot, and
+        seal them as ``key``.
 
-        No other process may write to either: the checksums are of them, not of what the slot holds after the copy.
-        Raises what :meth:`seal` raises.
+        No other process may write to the sources: the checksums are of them, not of what the slot holds after the copy.
+        Raises the same as :meth:`seal`.
         """
         self._write(ref, key, chunk, index, _digests(chunk, index), device_checksum)
 
     def seal(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0) -> None:
-        """Write the slot's header: its chunk and index bytes, which are in place, are those of ``key``.
+        """Seal the slot as ``key``, if its bytes have ``checksums``.
 
-        ``checksums``: xxh3_64 of chunk and index bytes where they were copied from. The slot must have them, else there
-        is another writer, or bad memory. Without them the slot's bytes are believed as they are: that is for a writer
-        that verifies the slot after this call, or that has no other bytes. ``device_checksum``: unsigned, the chunk's
-        `ops.slot_checksums`, if there was a GPU to compute it; 0 means none.
+        ``checksums``: xxh3_64 of the chunk and index bytes that the writer copied into the slot. A slot with other
+        bytes has another writer, or bad memory. ``device_checksum``: unsigned, the chunk's `ops.slot_checksums`; 0: the
+        writer had no GPU.
 
         Raises :class:`ChunkLostError` if the slot was given away, or holds other bytes.
         """
@@ -263,41 +264,41 @@ class Arena:
         found = self.digests(ref.slot)
         if found != checksums:
             raise ChunkLostError(
-                f"slot {ref.slot} of {self.path} does not hold what was just written to it, because its memory is bad "
-                "or another process wrote there: reserve again"
+                f"slot {ref.slot} of {self.path} does not hold what was just written to it: its memory is bad, or "
+                "another process wrote there. Reserve another slot."
             )
         self.seal_verified(ref, key, found, device_checksum)
 
     def seal_verified(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int = 0) -> None:
-        """As :meth:`seal`, of a slot that the caller has found to hold bytes of these checksums."""
+        """As :meth:`seal`, for a slot whose bytes the caller has verified to have these checksums."""
         self._headers.seal(ref, key, checksums, device_checksum)
         self._check_is_ours(ref)
 
     def digests(self, slot: int) -> tuple[int, int]:
-        """xxh3_64 of the chunk and of the index bytes of ``slot`` as they are now; 0 for the chunk of a record slot."""
+        """Current xxh3_64 of the chunk and of the index bytes of ``slot``; 0 for the chunk of a record slot."""
         return _digests(self._chunks[slot] if slot < self.slots else None, self._index[slot])
 
     def read(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> ChunkBatch:
-        """A copy of those of the chunks ``keys``, at ``refs`` (n of each), whose bytes are what was sealed."""
+        """Copy the chunks ``keys`` from ``refs`` (n of each); leaves out those whose bytes are not what was sealed."""
         slots = np.fromiter((ref.slot for ref in refs), np.int64, len(refs))
         chunks, index = self._chunks[slots], self._index[slots]
         sealed, sums = self._headers.all_sealed(refs, keys)  # after the copy
         return ChunkBatch(tuple(keys), chunks, index, sums).only(sealed).sound()
 
     def write(self, ref: SlotRef, batch: ChunkBatch, row: int) -> None:
-        """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, to its reserved place, and seal it with
-        the checksums that it came with. Raises what :meth:`seal` raises."""
+        """Copy chunk ``row`` of ``batch``, which is :meth:`ChunkBatch.sound`, into its reserved slot, and seal it with
+        the checksums that it came with. Raises the same as :meth:`seal`."""
         chunk, index, device = batch.checksums[row].tolist()
         self._write(ref, batch.keys[row], batch.chunks[row], batch.index[row], (chunk, index), device)
 
     def write_record(self, ref: SlotRef, key: ChunkKey, record: npt.NDArray[np.uint8], checksum: int) -> None:
-        """Copy ``record``, of xxh3_64 ``checksum``, to its place (owner only), and seal it as that of ``key``. Raises
-        what :meth:`seal` raises."""
+        """Copy ``record``, of xxh3_64 ``checksum``, into its slot (owner only), and seal it as that of ``key``. Raises
+        the same as :meth:`seal`."""
         self._index[ref.slot] = record
         self.seal(ref, key, (0, checksum))
 
     def is_sealed(self, ref: SlotRef, key: ChunkKey) -> bool:
-        """Does the header say that the slot is still ``ref`` and holds ``key``? Reads no chunk bytes."""
+        """Whether the header says that the slot is still ``ref`` and holds ``key``. Reads no chunk bytes."""
         return self._headers.is_sealed(ref, key)
 
     def sealed(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
@@ -307,23 +308,23 @@ class Arena:
     def sealed_device_checksums(
         self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """:meth:`sealed`, bool ``[n]``, and the device checksums that were sealed with it, uint64 ``[n]``; 0 where the
-        writer had no GPU."""
+        """:meth:`sealed`, bool ``[n]``, and the sealed device checksums, uint64 ``[n]``; 0 where the writer had no
+        GPU."""
         sealed, sums = self._headers.all_sealed(refs, keys)
         return sealed, sums[:, 2]
 
     def check(self, ref: SlotRef, key: ChunkKey) -> bool:
-        """Is the slot still ``ref``, and are its bytes (remote: its record's) those that were sealed as ``key``?
+        """Whether the slot is still ``ref``, and its bytes (remote: its record's) are those sealed as ``key``.
 
-        A reader that copies, then finds True here, has copied the right bytes: the generation is compared
-        again after the checksums.
+        Copy first, then check: this compares the generation again after the checksums, so a reader that finds True has
+        copied the right bytes.
         """
         sealed = self._headers.sealed_checksums(ref, key)
         return sealed is not None and sealed == self.digests(ref.slot) and self.is_sealed(ref, key)
 
     def sound_records(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of ``slots`` still have these ``generations``, and index bytes that are those that were sealed: bool
-        ``[n]``. As with :meth:`check`, a reader asks after it has read."""
+        """Which of ``slots`` still have these ``generations`` and the index bytes that were sealed: bool ``[n]``. As
+        with :meth:`check`, read first, then ask."""
         sound, expected = self._headers.sealed_records(slots, generations)
         for row in np.flatnonzero(sound).tolist():
             sound[row] = xxhash.xxh3_64_intdigest(self._index[slots[row]]) == expected[row]
@@ -331,7 +332,7 @@ class Arena:
         return sound
 
     def sealed_key(self, slot: int) -> ChunkKey | None:
-        """The key that ``slot`` is sealed as; ``None`` where it is not sealed. Reads no chunk bytes."""
+        """The key that ``slot`` is sealed as; ``None`` if it is not sealed. Reads no chunk bytes."""
         return self._headers.sealed_key(slot)
 
     def _write(
@@ -350,7 +351,7 @@ class Arena:
 
     @staticmethod
     def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
-        """Other processes may see any part of it done."""
+        """A step of its own for tests: other processes may see any part of it done."""
         np.copyto(target, source)
 
     def _check_is_ours(self, ref: SlotRef) -> None:
@@ -358,26 +359,26 @@ class Arena:
             raise ChunkLostError(f"slot {ref.slot} of {self.path} was given away before it was written: reserve again")
 
     def renew(self, slot: int, writer: int = OWNER) -> int:
-        """Give ``slot`` away, to be written by ``writer`` (owner only): every reference to it goes stale. Returns the
+        """Give ``slot`` away, to be written by ``writer`` (owner only): all references to it become stale. Returns the
         new generation."""
         self._headers.set_writer(slot, writer)
         return self._headers.renew(slot)
 
     def forget_writer(self, slot: int) -> None:
-        """``slot`` is written by nobody from now on (owner only)."""
+        """No process writes ``slot`` from now on (owner only)."""
         self._headers.set_writer(slot, NOBODY)
 
     def retire(self, slot: int) -> None:
-        """``slot`` is of no use any more (owner only), also for the owners after this one."""
+        """Take ``slot`` out of use (owner only), also for later owners."""
         self._headers.clear(slot)
         self._headers.set_writer(slot, RETIRED)
 
     def clear(self, slot: int) -> None:
-        """The bytes of ``slot`` are no chunk any more (owner only); its generation stays."""
+        """The bytes of ``slot`` stop being a chunk (owner only); its generation stays."""
         self._headers.clear(slot)
 
     def close(self) -> None:
-        """Let go of the file and the owner's lock. Tensors over the mapping stay valid."""
+        """Close the file and release the owner's lock. Tensors over the mapping stay valid."""
         if self._fd >= 0:
             if self.owner:
                 disown(self._fd)
@@ -390,7 +391,7 @@ class Arena:
 
 
 def remove_abandoned(directory: Path) -> list[Path]:
-    """Delete the arena files in ``directory`` whose owner is gone; return which."""
+    """Delete the arena files in ``directory`` whose owner is gone; returns them."""
     files = [path for path in sorted(directory.glob(f"{FILE_PREFIX}*")) if path.is_file() and not path.is_symlink()]
     return [path for path in files if _remove_if_abandoned(path)]
 
@@ -399,11 +400,11 @@ def _remove_if_abandoned(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except (FileNotFoundError, PermissionError):
-        return False  # gone meanwhile, or another user's
+        return False  # deleted meanwhile, or owned by another user
     try:
         if not own(fd, path):
             return False
-        # An unfinished file has no magic yet; all else without it is not ours to delete.
+        # An unfinished file has no magic yet; any other file without it is not an arena.
         if os.fstat(fd).st_size and os.pread(fd, len(MAGIC), 0) not in (MAGIC, bytes(len(MAGIC))):
             return False
         path.unlink(missing_ok=True)
@@ -415,7 +416,7 @@ def _remove_if_abandoned(path: Path) -> bool:
 def describe(
     layout: ChunkLayout, index_nbytes: int, index_fingerprint: str, capacity_bytes: int, record_bytes: int = 0
 ) -> ArenaDescription:
-    """The arena of as many slots as fit in ``capacity_bytes``. Raises :class:`ArenaError` if none does."""
+    """The arena with as many slots as fit into ``capacity_bytes``. Raises :class:`ArenaError` if none does."""
     slot_bytes = layout.nbytes + index_nbytes + HEADER.itemsize
 
     def with_slots(slots: int) -> ArenaDescription:
@@ -453,5 +454,5 @@ def _free_bytes(directory: Path) -> int:
 
 
 def _digests(chunk: npt.NDArray[np.uint8] | None, index: npt.NDArray[np.uint8]) -> tuple[int, int]:
-    """xxh3_64 of chunk and index bytes; 0 for a chunk that is not there."""
+    """xxh3_64 of chunk and index bytes; 0 for a missing chunk."""
     return (0 if chunk is None else xxhash.xxh3_64_intdigest(chunk.data)), xxhash.xxh3_64_intdigest(index.data)

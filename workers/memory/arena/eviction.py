@@ -1,4 +1,4 @@
-"""Slots that nobody holds, in the order in which they should be evicted."""
+"""Slots without a holder, in the order of their eviction."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from enum import Enum, auto
 
 
 class Idle(Enum):
-    """Why a chunk that nobody holds is kept."""
+    """Why a chunk without a holder is kept."""
 
     COPIED = auto()
     """Another tier, or a disk, answers for it: evicted first."""
     SOLE = auto()
     YIELDING = auto()
-    """Pinned, and promises or what may be pinned leave no room for it: evicted last."""
+    """Pinned, but quotas or pin limits leave no room for it: evicted last."""
     PINNED = auto()
     """Never evicted."""
 
@@ -21,7 +21,7 @@ _PINNED = (Idle.YIELDING, Idle.PINNED)
 
 
 class IdleSlots:
-    """Slots by :class:`Idle` kind, the least recently used of each first; of those that are pinned, whose they are."""
+    """Slots by :class:`Idle` kind, least recently used first, with the tenant of each pinned one."""
 
     def __init__(self) -> None:
         self._slots: dict[Idle, OrderedDict[int, None]] = {kind: OrderedDict() for kind in Idle}
@@ -42,22 +42,22 @@ class IdleSlots:
         return len(self._slots[kind])
 
     def count_of(self, kind: Idle, tenant: str) -> int:
-        """Slots of a kind that is pinned, and of a tenant."""
+        """Slots of a pinned kind that belong to a tenant."""
         return self._counts[kind][tenant]
 
     def tenants(self, kind: Idle) -> list[str]:
-        """Whose slots of a kind that is pinned there are."""
+        """Tenants that have slots of a pinned kind."""
         return [tenant for tenant, count in self._counts[kind].items() if count]
 
     def tenant(self, slot: int) -> str:
-        """Whose pinned slot it is."""
+        """The tenant of a pinned slot."""
         return self._tenants[slot]
 
     def is_any_of(self, slot: int, kinds: Sequence[Idle]) -> bool:
         return any(slot in self._slots[kind] for kind in kinds)
 
     def add(self, slot: int, kind: Idle, tenant: str = "") -> None:
-        """``slot`` was used last of all. ``tenant``: whose it is, if it is pinned."""
+        """Insert ``slot`` as the most recently used. ``tenant``: its owner, if it is pinned."""
         self._slots[kind][slot] = None
         if kind in self._counts:
             self._tenants[slot] = tenant
@@ -70,20 +70,20 @@ class IdleSlots:
                 self._forget(slot, kind)
 
     def pop(self) -> int:
-        """The slot to evict next. Raises KeyError when there is none."""
+        """Remove and return the slot to evict next. Raises :class:`KeyError` when there is none."""
         kind = next((kind for kind in (Idle.COPIED, Idle.SOLE) if self._slots[kind]), Idle.YIELDING)
         slot, _ = self._slots[kind].popitem(last=False)
         self._forget(slot, kind)
         return slot
 
     def change(self, slot: int, kind: Idle, tenant: str = "") -> None:
-        """``slot``, if it is idle, is of another kind from now on."""
+        """Move ``slot``, if it is idle, to another kind."""
         if slot in self and slot not in self._slots[kind]:
             self.discard(slot)
             self.add(slot, kind, tenant)
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError` when counts are not those of the slots."""
+        """Raise :class:`AssertionError` when the counts differ from the slots."""
         for kind, counts in self._counts.items():
             found = Counter(self._tenants[slot] for slot in self._slots[kind])
             assert found == +counts, f"slots of the {kind.name} are miscounted"

@@ -1,9 +1,9 @@
-"""Headers of an arena's slots: whose bytes lie there, since when, and their checksums.
+"""Headers of an arena's slots: key, generation and checksums of the bytes there, under a seal.
 
-Several processes write one header: the owner of the arena, and the worker to which it gave the slot. A worker that lost
-the slot may still write, at any moment. So a header is sealed only if its ``seal`` is the checksum of its other fields,
-the generation among them, and of the slot's number: fields of two writers side by side, or those of a writer of an
-earlier generation, are no seal.
+The owner of the arena and the worker that writes a slot both write its header, and a worker that lost the slot may
+still write at any moment. So a header counts as sealed only if its ``seal`` is the checksum of its other fields (the
+generation among them) and of the slot's number. Mixed fields of two writers, or those of an earlier generation, are not
+sealed.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from forecache.workers.memory.format.keys import KEY_BYTES, ChunkKey
 from forecache.workers.memory.format.slots import SlotRef
 
 OPEN = 0
-"""Seal of a header whose slot holds no chunk, or whose writer is not done."""
+"""Seal of a header whose slot holds no chunk, or whose writer has not finished."""
 
 NOBODY = 0
 """Writer of a slot: none."""
 OWNER = 1
-"""Writer of a slot: the process that owns the arena. A new owner knows that it is gone."""
+"""Writer of a slot: the process that owns the arena. A new owner knows that the old one is gone."""
 UNKNOWN = 2
 """Writer of a slot: any process that has the arena mapped."""
 RETIRED = 3
-"""Instead of a writer: the slot's memory is bad, and it is not used any more."""
+"""In place of a writer: the slot's memory is bad, and it is not used any more."""
 FIRST_WRITER = 16
-"""Writers of slots from this number on are processes that have the arena mapped, see :attr:`Arena.writer`."""
+"""Numbers from this one on are processes that have the arena mapped, see :attr:`Arena.writer`."""
 
 HEADER = np.dtype(
     {
@@ -37,16 +37,16 @@ HEADER = np.dtype(
         "itemsize": 64,
     }
 )
-"""``checksum`` and ``index_checksum``: xxh3_64 of chunk and index bytes; ``device_checksum``: the chunk's
-`ops.slot_checksums`, 0 when its writer had no GPU; ``seal``: xxh3_64 of all before it, with the slot's number as seed;
-``writer``: who may be writing the slot, or else wrote it; the owner alone writes that."""
+"""``checksum`` and ``index_checksum``: xxh3_64 of chunk and index bytes. ``device_checksum``: the chunk's
+`ops.slot_checksums`, 0 when its writer had no GPU. ``seal``: xxh3_64 of all fields before it, with the slot's number as
+seed. ``writer``: the process that may be writing the slot, or that wrote it; only the owner sets it."""
 
 SEALED_BYTES = 48
-"""The part of a header, from its first byte, that the seal is a checksum of."""
+"""The seal covers this many bytes from the start of a header."""
 
 
 class Headers:
-    """``HEADER [slots]`` over shared memory: other processes read and write it too."""
+    """``HEADER [slots]`` over shared memory that other processes read and write too."""
 
     def __init__(self, array: npt.NDArray[np.void]) -> None:
         self._array = array
@@ -56,7 +56,7 @@ class Headers:
         self._writers: npt.NDArray[np.uint64] = array["writer"]
 
     def read_only(self) -> npt.NDArray[np.void]:
-        """A view that can't be written."""
+        """A read-only view of all headers."""
         view = self._array.view()
         view.flags.writeable = False
         return view
@@ -65,24 +65,24 @@ class Headers:
         return int(self._generations[slot])
 
     def generations(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Of ``slots``, both ``[n]``, as they are now."""
+        """Current generations of ``slots``, both ``[n]``."""
         return self._generations[slots]
 
     def sealed_key(self, slot: int) -> ChunkKey | None:
-        """The key that the slot is sealed as; ``None`` where it is not sealed."""
+        """The key that the slot is sealed as; ``None`` if it is not sealed."""
         header = self._snapshot(slot)
         return header[:KEY_BYTES] if _is_sound(slot, header) else None
 
     def sealed_checksums(self, ref: SlotRef, key: ChunkKey) -> tuple[int, int] | None:
-        """xxh3_64 of the chunk and of the index bytes, as they were sealed; ``None`` unless the slot is still ``ref``
-        and sealed as ``key``."""
+        """Sealed xxh3_64 of the chunk and of the index bytes; ``None`` unless the slot is still ``ref`` and sealed as
+        ``key``."""
         header = self._snapshot(ref.slot)
         if header[:KEY_BYTES] != key or _number(header, 16) != ref.generation or not _is_sound(ref.slot, header):
             return None
         return _number(header, 24), _number(header, 32)
 
     def is_sealed(self, ref: SlotRef, key: ChunkKey) -> bool:
-        """Is the slot still ``ref``, and is it sealed as ``key``?"""
+        """Whether the slot is still ``ref`` and sealed as ``key``."""
         return self.sealed_checksums(ref, key) is not None
 
     def sealed(self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]) -> npt.NDArray[np.bool_]:
@@ -92,8 +92,8 @@ class Headers:
     def all_sealed(
         self, refs: Sequence[SlotRef], keys: Sequence[ChunkKey]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """:meth:`is_sealed` of each pair, bool ``[n]``, and the chunk, index and device checksums that were sealed with
-        it, uint64 ``[n, 3]``, from one copy of the headers."""
+        """:meth:`is_sealed` of each pair, bool ``[n]``, and the sealed chunk, index and device checksums, uint64 ``[n,
+        3]``. Both come from one copy of the headers."""
         slots = _slots(refs)
         headers = self._array[slots]
         generations = np.fromiter((ref.generation for ref in refs), np.uint64, len(refs))
@@ -111,7 +111,7 @@ class Headers:
     def sealed_records(
         self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
-        """Which of ``slots`` are sealed in these ``generations``, bool ``[n]``, whatever their keys; and the checksums
+        """Which of ``slots`` are sealed in these ``generations``, under any key, bool ``[n]``; and the sealed checksums
         of their index bytes, uint64 ``[n]``."""
         headers = self._array[slots]
         same: npt.NDArray[np.bool_] = headers["generation"] == generations.astype(np.uint64)
@@ -121,8 +121,8 @@ class Headers:
         return same, headers["index_checksum"]
 
     def seal(self, ref: SlotRef, key: ChunkKey, checksums: tuple[int, int], device_checksum: int) -> None:
-        """Write the header of ``ref``. It is no seal if the slot was given away, before or meanwhile: the generation is
-        the owner's to write, and the seal counts for that of ``ref`` alone."""
+        """Write the header of ``ref``. If the slot is given away before or meanwhile, the header is not sealed: only
+        the owner writes the generation, and the seal is valid for that of ``ref`` alone."""
         sums = (*checksums, device_checksum)
         sealed = key + b"".join(number.to_bytes(8, "little") for number in (ref.generation, *sums))
         header = self._array[ref.slot]
@@ -132,17 +132,17 @@ class Headers:
         header["seal"] = _digest(ref.slot, sealed)
 
     def renew(self, slot: int) -> int:
-        """Open the slot under a new generation, which is returned."""
+        """Open the slot under a new generation; returns that."""
         self._seals[slot] = OPEN
         self._generations[slot] += np.uint64(1)
         return int(self._generations[slot])
 
     def clear(self, slot: int) -> None:
-        """Open the slot; its generation stays."""
+        """Open the slot under its old generation."""
         self._seals[slot] = OPEN
 
     def writer(self, slot: int) -> int:
-        """Who may be writing the slot, as the owner noted it last."""
+        """The process that may be writing the slot, as the owner noted it last."""
         return int(self._writers[slot])
 
     def set_writer(self, slot: int, writer: int) -> None:

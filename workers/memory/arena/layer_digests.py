@@ -1,6 +1,6 @@
-"""Checksums of single layers of stored chunks, so that a layer that is sent to another node is verified as it is read.
+"""Checksums of single layers of stored chunks: they verify a layer that is read alone, for another node.
 
-A header has the checksum of a whole chunk. To compare that for each layer would read all layers for each.
+A header has one checksum for the whole chunk. Comparing that one would read all layers for each layer.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,15 @@ from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.format.slots import SlotRef
 
 BATCH_BYTES = 16 << 20
-"""Most bytes of whole chunks copied at a time, unless one has more."""
+"""Most bytes of whole chunks copied at a time, unless one chunk is larger."""
 
 
 class LayerDigests:
-    """Of the chunks of ``arena``, whose layout is ``layout``: made of a chunk's bytes when it is first asked for, once
-    these have the checksum of the whole. 8 bytes for each layer of each slot. Any thread may call."""
+    """Checksums of the layers of chunks in ``arena``, whose layout is ``layout``. Any thread may call.
+
+    They are computed when a chunk is first asked for, once its bytes have the checksum of the whole. Takes 8 bytes for
+    each layer of each slot.
+    """
 
     def __init__(self, arena: Arena, layout: ChunkLayout) -> None:
         self._arena = arena
@@ -30,8 +33,8 @@ class LayerDigests:
     def sound(
         self, keys: Sequence[ChunkKey], refs: Sequence[SlotRef], layer: int, rows: npt.NDArray[np.uint8]
     ) -> npt.NDArray[np.bool_]:
-        """Which of ``rows``, uint8 ``[n, ChunkLayout.layer_nbytes]``, are those of ``layer`` of the chunks ``keys``, as
-        they were stored at ``refs``: bool ``[n]``."""
+        """Which of ``rows``, uint8 ``[n, ChunkLayout.layer_nbytes]``, equal ``layer`` of the chunks ``keys`` as stored
+        at ``refs``: bool ``[n]``."""
         unknown = [number for number, ref in enumerate(refs) if self._digests(ref) is None]
         size = max(1, BATCH_BYTES // self._layout.nbytes)
         for start in range(0, len(unknown), size):
@@ -49,7 +52,7 @@ class LayerDigests:
         return digests if generation == ref.generation else None
 
     def _learn(self, keys: Sequence[ChunkKey], refs: Sequence[SlotRef]) -> None:
-        batch = self._arena.read(refs, keys)  # verified, and left out where damaged
+        batch = self._arena.read(refs, keys)  # verified; leaves out damaged ones
         places = dict(zip(keys, refs, strict=True))
         for key, chunk in zip(batch.keys, batch.chunks, strict=True):
             digests = []

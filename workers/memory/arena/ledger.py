@@ -1,4 +1,4 @@
-"""What must stay, and in whose name: chunks that are pinned, slots that are held or promised."""
+"""Accounts of an arena: which chunks are pinned, which slots are held, and how many each holder may need."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -8,21 +8,21 @@ from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.format.keys import ChunkKey
 
 TENANT_MARK = "\x1f"
-"""Between a tenant's name, which can't hold it, and its own name of a session."""
+"""Separates a tenant's name, which can't contain it, from the tenant's own name of a session."""
 MOST_NAMED = 5
-"""Sessions that a refusal names."""
+"""Sessions that an error message names."""
 
 
 def tenant_of(name: str) -> str:
-    """Whose session has this name; empty where no API keys are asked for."""
+    """The tenant of a session; empty where the server uses no API keys."""
     tenant, mark, _ = name.partition(TENANT_MARK)
     return tenant if mark else ""
 
 
 @dataclass(frozen=True)
 class PinLimits:
-    """Largest parts of an arena's slots that pins may keep: those of all tenants together, and those of one. Where no
-    API keys are asked for there are no tenants, and all may pin what is for all."""
+    """Largest fractions of an arena's slots that pins may keep: of all tenants together, and of each one. Without API
+    keys there are no tenants, and only the first limit counts."""
 
     fraction: float = 0.5
     tenant_fraction: float = 0.25
@@ -31,14 +31,14 @@ class PinLimits:
         return int(self.fraction * slots)
 
     def of(self, tenant: str, slots: int) -> int:
-        """Slots that the tenant may have pinned of so many."""
+        """Slots that the tenant may pin of so many."""
         return min(self.of_all(slots), int(self.tenant_fraction * slots)) if tenant else self.of_all(slots)
 
 
 @dataclass(frozen=True)
 class PinShare:
-    """What a tenant has pinned at one tier, and may, in slots; the same of all tenants, none of which counts for more
-    than it may have; the tenant's sessions with most slots."""
+    """What a tenant has pinned at one tier, and its limit, in slots; the same for all tenants together, each counted up
+    to its own limit; and the tenant's sessions with most slots."""
 
     pinned: int
     limit: int
@@ -48,12 +48,12 @@ class PinShare:
 
     @property
     def over(self) -> int:
-        """Slots that are more than may be pinned."""
+        """Pinned slots beyond the limits."""
         return max(0, self.pinned - self.limit) + max(0, self.pinned_by_all - self.limit_of_all)
 
 
 class Pins:
-    """Names and the keys that each pins; a key may be pinned by several names of one tenant: tenants share no chunk."""
+    """The keys that each name pins. Several names of one tenant may pin the same key; tenants share no chunk."""
 
     def __init__(self) -> None:
         self._keys: dict[str, tuple[ChunkKey, ...]] = {}
@@ -64,7 +64,7 @@ class Pins:
         return self._counts[key] > 0
 
     def set(self, name: str, keys: Sequence[ChunkKey]) -> tuple[ChunkKey, ...]:
-        """``name`` pins ``keys`` and nothing else; returns those whose state may have changed."""
+        """``name`` pins ``keys`` and nothing else; returns the keys whose state may have changed."""
         before = self._keys.pop(name, ())
         self._counts.subtract(before)
         if keys:
@@ -78,23 +78,23 @@ class Pins:
         return (*before, *self._keys.get(name, ()))
 
     def tenant(self, key: ChunkKey) -> str | None:
-        """Whose sessions pin ``key``; ``None``: nobody's."""
+        """The tenant that pins ``key``; ``None``: it is not pinned."""
         return self._tenants.get(key)
 
     def of_tenant(self, tenant: str) -> dict[str, tuple[ChunkKey, ...]]:
-        """Names of a tenant's sessions that pin something, and what."""
+        """A tenant's sessions that pin something, and their keys."""
         return {name: keys for name, keys in self._keys.items() if tenant_of(name) == tenant}
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError` when counts are not those of the names."""
+        """Raise :class:`AssertionError` when the counts differ from the names."""
         counts = Counter(key for keys in self._keys.values() for key in keys)
         assert counts == self._counts, "pins are miscounted"
-        assert self._tenants.keys() == counts.keys(), "a pin is nobody's, or somebody's is no pin"
+        assert self._tenants.keys() == counts.keys(), "a pin has no tenant, or a tenant's pin is not counted"
 
 
 class Claims:
-    """Pinned chunks that an arena of so many ``slots`` stores and answers for alone: they claim a slot each, also while
-    a sequence holds them."""
+    """Pinned chunks that only this arena of so many ``slots`` answers for. Each claims a slot, also while it is
+    held."""
 
     def __init__(self, slots: int, limits: PinLimits) -> None:
         self._slots = slots
@@ -109,7 +109,7 @@ class Claims:
         return len(self._tenants)
 
     def set(self, key: ChunkKey, tenant: str | None) -> None:
-        """``key`` claims a slot for ``tenant``; ``None``: for nobody."""
+        """``key`` claims a slot for ``tenant``; ``None``: for no tenant."""
         before = self._tenants.pop(key, None)
         if before is not None:
             self._counts[before] -= 1
@@ -133,7 +133,7 @@ class Claims:
 
 
 class Holds:
-    """Holders and the slots that each holds; a slot may be held by several."""
+    """The slots that each holder holds; several may hold the same slot."""
 
     def __init__(self, slots: int) -> None:
         self._held: dict[str, dict[int, None]] = {}  # dict as ordered set: the order of a sequence's chunks
@@ -143,7 +143,7 @@ class Holds:
         return list(self._held)
 
     def of(self, holder: str) -> Collection[int]:
-        """In the order in which they were held."""
+        """Slots in the order in which ``holder`` got them."""
         return self._held.get(holder, {})
 
     def count(self, slot: int) -> int:
@@ -158,7 +158,7 @@ class Holds:
                 self._counts[slot] += 1
 
     def remove(self, holder: str, slots: Sequence[int]) -> list[int]:
-        """``holder`` holds ``slots`` no longer, if it did; returns those that nobody does now."""
+        """``holder`` stops holding ``slots``; returns those that have no holder left."""
         held = self._held.get(holder, {})
         dropped = [slot for slot in dict.fromkeys(slots) if slot in held]
         for slot in dropped:
@@ -169,16 +169,19 @@ class Holds:
         return [slot for slot in dropped if not self._counts[slot]]
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError` when counts are not those of the holders."""
+        """Raise :class:`AssertionError` when the counts differ from the holders."""
         counts = Counter(slot for held in self._held.values() for slot in held)
         assert all(self._held.values()), "a holder is listed and holds nothing"
         assert self._counts == [counts[slot] for slot in range(len(self._counts))], "holds are miscounted"
 
 
 class Quotas:
-    """Holders and how many of ``slots`` each may need in all. What is promised and pinned is never more than there is:
-    ``pinned`` tells how many slots that nobody holds are; ``unusable``, how many slots are out of use. These may become
-    more after they were promised: then nothing more is."""
+    """How many of ``slots`` each holder may need in all. All quotas and the pinned slots together never exceed the
+    arena.
+
+    ``pinned`` returns the number of pinned slots without a holder, ``unusable`` the number of slots out of use. Slots
+    may go out of use after their quota was reserved; then no further quota is granted.
+    """
 
     def __init__(self, slots: int, pinned: Callable[[], int], unusable: Callable[[], int] = int) -> None:
         self._slots = slots
@@ -192,17 +195,17 @@ class Quotas:
 
     @property
     def room(self) -> int:
-        """Slots that may still be promised, or pinned."""
+        """Slots that are left for quotas, or pins."""
         return max(0, self._slots - self.total - self._pinned() - self._unusable())
 
     def reserve(self, holder: str, chunks: int) -> None:
-        """Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
+        """Set the quota of ``holder``. Raises :class:`OverloadedError`, and changes nothing, when there is no room."""
         before = self._chunks.get(holder, 0)
         if chunks > self.room + before:
             pinned = self._pinned()
-            # answers that end make no room for it: only what is unpinned does
+            # requests that end can't make enough room: only unpinning can
             only_pins = pinned > 0 and chunks > self._slots - self._unusable() - pinned
-            help_ = "Let go of pinned sessions" if only_pins else "Try again later"
+            help_ = "Unpin sessions" if only_pins else "Try again later"
             raise OverloadedError(
                 f"no room for the {chunks} chunks that the request may need: of {self._slots} slots of the memory tier "
                 f"{self.total - before} are reserved for others and {pinned} are pinned{self._out_of_use()}. {help_}, "
@@ -215,7 +218,7 @@ class Quotas:
         return f", {self._unusable()} are out of use" if self._unusable() else ""
 
     def reserve_up_to(self, holder: str, chunks: int) -> int:
-        """As many of ``chunks`` as there is room for, and no fewer than before; returns how many."""
+        """As many of ``chunks`` as there is room for, but never fewer than before; returns the quota."""
         before = self._chunks.get(holder, 0)
         self.reserve(holder, max(before, min(chunks, self.room + before)))
         return self._chunks[holder]
@@ -225,6 +228,6 @@ class Quotas:
         self.total -= self._chunks.pop(holder, 0)
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError` when more is promised and pinned than there is."""
-        assert self.total == sum(self._chunks.values()), "promises are miscounted"
-        assert self.total + self._pinned() <= self._slots, "more is promised and pinned than there is"
+        """Raise :class:`AssertionError` when quotas and pins exceed the arena."""
+        assert self.total == sum(self._chunks.values()), "quotas are miscounted"
+        assert self.total + self._pinned() <= self._slots, "quotas and pins exceed the arena"

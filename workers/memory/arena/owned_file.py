@@ -1,5 +1,8 @@
-"""A file that one living process owns: by its lock, which the kernel lets go when the process dies. Others that have it
-open prove that they live by a lock on a byte each, far behind its end."""
+"""A file with one living owner, and the processes that have it open.
+
+The owner has a lock on the file, which the kernel releases when it dies. Every other process shows that it lives by a
+lock on one byte, far behind the end of the file.
+"""
 
 import fcntl
 import os
@@ -12,20 +15,21 @@ from forecache.workers.errors import ArenaError, ArenaMissingError
 
 
 def create_owned(path: Path) -> int:
-    """A new, empty file of ours, open. Raises :class:`ArenaError` when it can't be made or the name is taken."""
+    """Create an empty file and own it; returns its descriptor. Raises :class:`ArenaError` when it can't be made or the
+    name is taken."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise ArenaError(f"can't create the arena {path} ({error.strerror}): see --arena-dir") from error
-        # Someone's remove_abandoned may have come before the lock: then the name is free again.
+        # remove_abandoned of another process may have deleted it before the lock: then the name is free again.
         if own(fd, path):
             return fd
         os.close(fd)
 
 
 def open_existing(path: Path) -> int:
-    """Open, and not owned. Raises :class:`ArenaError` when there is none."""
+    """Open without owning it. Raises :class:`ArenaMissingError` when there is none."""
     try:
         return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError as error:
@@ -33,7 +37,7 @@ def open_existing(path: Path) -> int:
 
 
 def own(fd: int, path: Path) -> bool:
-    """Whether the open file ``fd`` could be made ours, and is still what lies at ``path``."""
+    """Try to own the open file ``fd``. Returns whether it did, and the file still lies at ``path``."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(fd), path.stat())
@@ -42,7 +46,7 @@ def own(fd: int, path: Path) -> bool:
 
 
 def disown(fd: int) -> None:
-    """Let go of the lock; to close ``fd`` would not do while a mapping has a duplicate of it."""
+    """Release the owner's lock. Closing ``fd`` is not enough while a mapping has a duplicate of it."""
     fcntl.flock(fd, fcntl.LOCK_UN)
 
 
@@ -53,18 +57,18 @@ _LARGEST_NUMBER = 1 << 61
 
 
 def lock_own_byte(fd: int, path: Path, *, first: int) -> int:
-    """Lock a byte of the file for the open file ``fd``; returns its number, ``first`` at least.
+    """Lock a random byte of the file for the open file ``fd``; returns its number, ``first`` at least.
 
-    No other open file has the same number. The lock lasts as long as ``fd`` or a duplicate of it, like that of a
-    mapping, is open anywhere. It also shows whether a process in another container lives. Raises :class:`ArenaError`
-    where the file system has no such locks.
+    No other open file has the same number. The lock lasts as long as ``fd`` or a duplicate of it (a mapping has one) is
+    open anywhere, so it also shows whether a process in another container lives. Raises :class:`ArenaError` where the
+    file system has no such locks.
     """
     while True:
         number = secrets.randbelow(_LARGEST_NUMBER - first) + first
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(fcntl.F_WRLCK, _BYTES_START + number, 1))
         except BlockingIOError:
-            continue  # a coincidence
+            continue  # another process has this number
         except OSError as error:
             raise ArenaError(
                 f"can't lock a byte of {path} ({error.strerror}): the file system of --arena-dir needs open file "
@@ -74,7 +78,7 @@ def lock_own_byte(fd: int, path: Path, *, first: int) -> int:
 
 
 def locked_bytes(fd: int) -> Set[int]:
-    """Numbers of all bytes that other open files have locked by :func:`lock_own_byte`."""
+    """Numbers of all bytes that other open files have locked with :func:`lock_own_byte`."""
     found, ranges = set(), [(_BYTES_START, _BYTES_START + _LARGEST_NUMBER)]
     while ranges:
         start, end = ranges.pop()

@@ -1,4 +1,4 @@
-"""Index records of chunks that are held on other nodes: the indexer scores them here, beside those of local chunks."""
+"""Index records of chunks that other nodes hold: the indexer scores them here, with those of local chunks."""
 
 import logging
 import threading
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class RecordSlots:
-    """The record slots of an arena, on the owner's side; safe to call from any thread.
+    """The record slots of an arena, on the owner's side. Any thread may call.
 
-    A slot is free, holds the record of a key that nobody needs now (and goes, least recently used first, when another
-    needs room), or of one that at least one holder needs. A new owner of the arena finds the records of the old one.
+    A slot is free, or holds the record of a key. Records without a holder are evicted, least recently used first, when
+    another record needs room. A new owner of the arena keeps the records of the old one.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -42,7 +42,8 @@ class RecordSlots:
                 self._free.append(slot)
 
     def reserve_quota(self, holder: str, records: int) -> None:
-        """``holder`` may need so many in all. Raises :class:`OverloadedError` when others were promised too much."""
+        """Set how many records ``holder`` may need in all. Raises :class:`OverloadedError` when the quotas of others
+        leave too little."""
         with self._lock:
             self._released.check(holder)
             others = sum(self._quotas.values()) - self._quotas.get(holder, 0)
@@ -61,9 +62,11 @@ class RecordSlots:
             return [self._hold(holder, key) if key in self._slots else None for key in keys]
 
     def put(self, holder: str, batch: RecordBatch) -> list[SlotRef | None]:
-        """Hold the records of ``batch``; ``None`` for each that there is no room for, or whose slot does not keep what
-        is written to it. A damaged record is written anew; if that fails, it is forgotten, and those that hold it find
-        its place given away."""
+        """Store and hold the records of ``batch``; ``None`` for each without room, or whose slot does not keep what is
+        written to it.
+
+        A damaged record is written again. If that fails it is forgotten, and its holders find its slot given away.
+        """
         with self._lock:
             self._released.check(holder)
             refs: list[SlotRef | None] = []
@@ -84,7 +87,7 @@ class RecordSlots:
                     logger.warning("the index record of chunk %s was not stored: %s", key.hex(), error)
                     if known:
                         self._forget(key)
-                    self._free.insert(0, slot)  # bad memory, perhaps: others are taken first
+                    self._free.insert(0, slot)  # perhaps bad memory: reuse it last
                     refs.append(None)
                     continue
                 self._slots[key] = slot
@@ -92,14 +95,13 @@ class RecordSlots:
             return refs
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds, for good, as :meth:`ArenaStore.release` does; unknown holders are
-        fine."""
+        """Release all that ``holder`` holds, for good, as :meth:`ArenaStore.release` does; unknown holders are fine."""
         with self._lock:
             self._released.add(holder)
             self._release(holder)
 
     def start_over(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        """Release the records and the quota of ``holder``, which stays alive."""
         with self._lock:
             self._release(holder)
 
@@ -109,18 +111,18 @@ class RecordSlots:
             self._released.raise_floor(worker_id, floor)
 
     def holders(self) -> list[str]:
-        """Names of all that hold something, or were promised it."""
+        """Names of all that hold records or a quota."""
         with self._lock:
             return list({**self._held, **self._quotas})
 
     @property
     def held(self) -> int:
-        """Records that somebody holds."""
+        """Records with a holder."""
         with self._lock:
             return len(self._counts)
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError`, saying what is wrong, unless every record slot is in exactly one place."""
+        """Raise :class:`AssertionError`, with the reason, unless every record slot is in exactly one place."""
         with self._lock:
             counts = Counter(key for keys in self._held.values() for key in keys)
             assert counts == self._counts, "record holds are miscounted"
@@ -131,9 +133,11 @@ class RecordSlots:
                 "a record slot is lost, or there twice"
             )
             for key, slot in self._slots.items():
-                assert self._arena.is_sealed(self._ref(slot), key), f"record slot {slot} holds another key than is said"
+                assert self._arena.is_sealed(self._ref(slot), key), (
+                    f"record slot {slot} is sealed as another key than the books say"
+                )
 
-    # Below: called with the lock held.
+    # Call the methods below with the lock held.
 
     def _release(self, holder: str) -> None:
         self._quotas.pop(holder, None)
@@ -152,7 +156,7 @@ class RecordSlots:
         return self._slots.pop(key)
 
     def _forget(self, key: ChunkKey) -> None:
-        """The record of ``key`` is not found any more, and those that hold it hold nothing."""
+        """Remove the record of ``key`` from the books; its holders hold nothing."""
         self._arena.renew(self._slots.pop(key))
         self._idle.pop(key, None)
         self._counts.pop(key, None)

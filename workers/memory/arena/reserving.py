@@ -1,6 +1,6 @@
-"""Places for chunks that are about to be stored, where what is stored already counts only if its bytes are right.
+"""Reserve slots for chunks, and replace stored chunks whose bytes are wrong.
 
-A correct copy must not give way to a damaged one: nobody would have the chunk any more.
+A correct copy at hand must not give way to a damaged stored one: the chunk would be lost.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import Reservation, SlotRef
 
 TRIES = 3
-"""So often a place is asked for while others store damaged chunks of the same key."""
+"""Attempts while others store damaged chunks of the same key again."""
 
 Reserve = Callable[[Sequence[ChunkKey]], list[Reservation]]
 
 
 class Dropping(Protocol):
-    """What is needed of `ColdMemory`, or of an `ArenaStore`."""
+    """The part of `ColdMemory`, or of an `ArenaStore`, that is needed here."""
 
     @property
     def arena(self) -> Arena: ...
@@ -27,10 +27,10 @@ class Dropping(Protocol):
 
 
 def reserve_sound(memory: Dropping, reserve: Reserve, keys: Sequence[ChunkKey]) -> list[Reservation]:
-    """What ``reserve`` gives for ``keys``; a stored chunk whose bytes are wrong is dropped, and its place asked for
-    again. Reads the bytes of stored chunks, so call it in no thread that others wait for.
+    """What ``reserve`` returns for ``keys``, except that stored chunks with wrong bytes are dropped and reserved again.
 
-    Raises :class:`ChunkLostError` where that does not end, and what ``reserve`` raises.
+    Reads the bytes of stored chunks, so call it in a thread on which no others wait. Raises :class:`ChunkLostError`
+    when stored chunks are damaged :data:`TRIES` times, and what ``reserve`` raises.
     """
     places = reserve(keys)
     for _ in range(TRIES):
@@ -39,12 +39,12 @@ def reserve_sound(memory: Dropping, reserve: Reserve, keys: Sequence[ChunkKey]) 
             return places
         again = {place.key: place for place in reserve(damaged)}
         places = [again.get(place.key, place) for place in places]
-    raise ChunkLostError(f"what is stored of {len(damaged)} chunks was damaged {TRIES} times: write them again")
+    raise ChunkLostError(f"{len(damaged)} stored chunks were damaged {TRIES} times in a row: write them again")
 
 
 def _kept(memory: Dropping, key: ChunkKey, ref: SlotRef) -> bool:
-    """Whether the chunk ``key`` at ``ref`` stays stored: it is sound, or its owner is not there to drop it. Whoever
-    reads that one finds it damaged."""
+    """Whether the chunk ``key`` at ``ref`` stays stored: it is sound, or its owner is away and can't drop it. Its
+    readers find a damaged one themselves."""
     if memory.arena.check(ref, key):
         return True
     try:

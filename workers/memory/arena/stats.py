@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TierStats:
-    """Slots are of now, chunks and bytes since start, but for ``stored_chunks``.
+    """Slots are the current numbers; chunks and bytes count since start, except ``stored_chunks``.
 
-    ``pinned_slots`` and ``copied_slots``: of those that nobody holds, which may not be evicted, and which go first.
-    ``quota_slots``: that sequences may need in all, held by them already or not; with those that are pinned never
-    more than there are.
+    ``pinned_slots`` and ``copied_slots`` have no holder: the first are never evicted, the second are evicted first.
+    ``quota_slots``: what sequences may need in all, whether they hold it already or not. Quotas and pins together never
+    exceed ``slots``.
     """
 
     slots: int
@@ -31,15 +31,15 @@ class TierStats:
     spilled_chunks: int = 0
     disk_recalled_chunks: int = 0
     quarantined_slots: int = 0
-    """Taken back from a worker that may still write there."""
+    """Taken back from a worker that may still write to them."""
     bad_slots: int = 0
-    """Not used any more, since their bytes were found wrong twice: the node's memory is bad."""
+    """Retired, since their bytes were found wrong twice: the node's memory is bad."""
     disk_bad_slots: int = 0
-    """The same of the slots on disk."""
+    """The same on disk."""
     remote_records: int = 0
-    """Of chunks that lie on other nodes, held by sequences of this one."""
+    """Index records of chunks on other nodes, held by sequences of this one."""
 
     @property
     def committed_slots(self) -> int:
-        """Promised or pinned, so that no other sequence is promised them."""
+        """Reserved as quotas or pinned: not available to another sequence."""
         return self.quota_slots + self.pinned_slots

@@ -1,4 +1,4 @@
-"""Which chunk lies where in an arena, who holds it, and what may be evicted."""
+"""The books of an arena: which chunk lies in which slot, who holds it, and what may be evicted."""
 
 import logging
 import threading
@@ -22,26 +22,26 @@ from forecache.workers.memory.format.slots import Reservation, SlotRef
 logger = logging.getLogger(__name__)
 
 FAILURES = 2
-"""A slot whose bytes were found wrong so often is not used any more."""
+"""A slot is retired once its bytes were found wrong this many times."""
 
 Listener = Callable[[ChunkKey, bool], None]
-"""Called with (key, True) when a chunk is stored, (key, False) when it is gone. Under the lock: be quick."""
+"""Called with (key, True) when a chunk is stored, (key, False) when it is gone. It runs under the store's lock, so it
+must be quick."""
 
 
 class ArenaStore:
-    """The owner's side of an arena: `ColdMemory` in-process, safe to call from any thread.
+    """The owner's side of an arena. It is the in-process `ColdMemory`; any thread may call.
 
-    A slot is in one of five places: ``_free``; ``_idle`` (stored, held by nobody); held by at least one holder;
-    ``_quarantine``, where it waits for the end of a writer that it was taken from; or ``_retired``, since its memory is
-    bad. A held slot is *stored* when ``_stored`` leads to it; else it is private to its holder (reserved and not
-    committed, committed second, or dropped) and freed by it.
+    A slot is in exactly one of five places: ``_free``; ``_idle`` (stored, without a holder); held by at least one
+    holder; ``_quarantine`` (taken back from a process that may still write to it); or ``_retired`` (bad memory). A held
+    slot is *stored* when ``_stored`` maps a key to it. Otherwise it is private to its holder (not committed yet,
+    committed second, or dropped) and becomes free on release.
 
     An arena that was adopted from a dead owner keeps its sealed chunks.
     """
 
     def __init__(self, arena: Arena, listener: Listener | None = None, pin_limits: PinLimits | None = None) -> None:
-        """``pin_limits``: what pins may keep at most, by default those of :class:`PinLimits`; the rest serves
-        requests."""
+        """``pin_limits``: how much pins may keep, by default :class:`PinLimits`; the rest serves requests."""
         self._arena = arena
         self._listener = listener
         self._lock = threading.Lock()
@@ -49,10 +49,12 @@ class ArenaStore:
         self._keys: list[ChunkKey | None] = [None] * arena.slots
         self._free: deque[int] = deque()  # taken from the right
         self._idle = IdleSlots()
-        self._copied: set[ChunkKey] = set()  # stored here, and somebody else answers for them
-        # begins above the marks of an earlier owner, which calls that are still on their way may name
+        self._copied: set[ChunkKey] = set()  # stored here; another store answers for them too
+        # starts above the marks of an earlier owner, since late calls may still name those
         self._mark = time.time_ns()
-        self._answers: dict[ChunkKey, int] = {}  # stored chunk -> mark at which this store last came to answer for it
+        self._answers: dict[
+            ChunkKey, int
+        ] = {}  # stored chunk -> mark at which this store last started to answer for it
         self._pins = Pins()
         self._pin_limits = pin_limits or PinLimits()
         self._claims = Claims(arena.slots, self._pin_limits)
@@ -61,8 +63,8 @@ class ArenaStore:
         self._reserved: dict[int, Reserved] = {}  # not committed yet
         self._quarantine = Quarantine(arena.living)
         self._retired: set[int] = set()
-        self._failures: dict[int, set[int]] = {}  # slots → the generations whose bytes were found wrong
-        self._misread: dict[int, int] = {}  # slots → the last generation whose bytes a reader alone found wrong
+        self._failures: dict[int, set[int]] = {}  # slot -> generations whose bytes were found wrong
+        self._misread: dict[int, int] = {}  # slot -> last generation that a reader found wrong and this store did not
         self._quotas = Quotas(
             arena.slots,
             lambda: self._idle.count(Idle.PINNED),
@@ -86,10 +88,10 @@ class ArenaStore:
 
     @property
     def spread(self) -> None:
-        """A single arena has no other nodes."""
+        """Always ``None``: a single arena has no other nodes."""
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """Hold the longest run of ``keys``, from the first, that is stored; return its places."""
+        """Hold the longest stored run of ``keys``, from the first; return its slots."""
         with self._lock:
             self._released.check(holder)
             slots = []
@@ -101,11 +103,11 @@ class ArenaStore:
             return self._hold_all(holder, slots)
 
     def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
-        """As :meth:`hold_prefix`: there is no other place."""
+        """As :meth:`hold_prefix`; the run never continues elsewhere."""
         return self.hold_prefix(holder, keys), False
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+        """Hold the stored ones of ``keys``; ``None`` for each that is not stored."""
         with self._lock:
             self._released.check(holder)
             slots = [self._stored.get(key) for key in keys]
@@ -113,8 +115,10 @@ class ArenaStore:
             return [None if slot is None else next(refs) for slot in slots]
 
     def find(self, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """Places of those of ``keys`` that are stored; ``None`` for each that is not. Nobody holds them: whoever reads
-        there compares generations afterwards, and has not used them, as far as the order of eviction goes."""
+        """Slots of the stored ones of ``keys``, without a hold; ``None`` for each that is not stored.
+
+        A reader must compare generations after it has read. A lookup does not count as a use for the order of eviction.
+        """
         with self._lock:
             slots = [self._stored.get(key) for key in keys]
             return [None if slot is None else SlotRef(slot, self._arena.generation_of(slot)) for slot in slots]
@@ -128,14 +132,14 @@ class ArenaStore:
         writer: int = UNKNOWN,
         begun: int | None = None,
     ) -> list[Reservation]:
-        """Places to write ``keys`` into, held for ``holder`` at once; evicts idle chunks to make room, or only those
-        that somebody else answers for.
+        """Reserve slots to write ``keys`` into, held for ``holder`` at once. Evicts idle chunks to make room; with
+        ``copied_only`` only chunks that another store answers for.
 
-        ``writer`` is the :attr:`Arena.writer` of the process that will write there, and ``begun`` the last number that
-        it has given to a reservation.
+        ``writer`` is the :attr:`Arena.writer` of the process that will write there, and ``begun`` the last number it
+        has given to a reservation.
 
-        A key that someone has reserved but not committed gets a place of its own: the first commit wins.
-        Raises :class:`OverloadedError`, and changes nothing, when too few slots are free or idle.
+        A key that another holder has reserved but not committed gets a second slot: the first commit wins. Raises
+        :class:`OverloadedError`, and changes nothing, when too few slots are free or idle.
         """
         with self._lock:
             self._released.check(holder)
@@ -149,7 +153,7 @@ class ArenaStore:
                 raise OverloadedError(
                     f"no room for {needed} chunks in the memory tier: of {self._arena.slots} slots "
                     f"{len(self._free)} are free, {evictable} can be evicted, "
-                    f"{self._idle.count(Idle.PINNED)} are pinned, {len(self._quarantine)} wait for a worker's end, "
+                    f"{self._idle.count(Idle.PINNED)} are pinned, {len(self._quarantine)} in quarantine until a worker ends, "
                     f"{len(self._retired)} have bad memory, the rest is in use. "
                     "Try again later, or raise --cold-bytes."
                 )
@@ -164,9 +168,10 @@ class ArenaStore:
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], *, copied: bool = False) -> None:
         """The bytes of these reserved slots are in place and sealed: from now on others find them.
 
-        ``copied``: another store answers for those that are new here, and goes on to do so.
-        Where an equal chunk was stored meanwhile, that one stays and the slot remains private to ``holder``. Slots that
-        were taken back from it are free now, since it writes there no more.
+        ``copied``: another store answers for those that are new here, and continues to. Where an equal chunk was stored
+        meanwhile, that one stays, and the slot remains private to ``holder``. A slot that was taken back from
+        ``holder`` becomes free, since a commit means that its writer is done.
+
         Raises :class:`ChunkLostError`, and stores nothing, if a slot is not the holder's or not sealed.
         """
         with self._lock:
@@ -177,7 +182,7 @@ class ArenaStore:
                 if ref.slot not in held or self._keys[ref.slot] != key:
                     raise ChunkLostError(f"slot {ref.slot} is not reserved by {holder} any more: reserve again")
                 if not self._arena.is_sealed(ref, key):
-                    raise ChunkLostError(f"slot {ref.slot} was committed by {holder} without a seal: write again")
+                    raise ChunkLostError(f"{holder} committed slot {ref.slot} without a seal: write it again")
             for key, ref in refs:
                 self._reserved.pop(ref.slot, None)
                 self._arena.forget_writer(ref.slot)
@@ -188,24 +193,24 @@ class ArenaStore:
                         self._claims.set(key, None)
 
     def hear(self, news: WriterNews) -> None:
-        """What a process that writes into the arena tells of its writes."""
+        """Note which writes a process that maps the arena has finished; frees its quarantined slots."""
         with self._lock:
             for slot in self._quarantine.hear(news, self._arena.life):
                 self._make_free(slot)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        """The chunk read from ``ref`` was wrong, or its writer found other bytes there than it wrote: forget it.
+        """Forget a chunk: its reader found wrong bytes at ``ref``, or its writer found other bytes than it wrote.
 
-        Holders keep the slot until they release. A slot whose bytes were wrong :data:`FAILURES` times is not used any
-        more: its memory is bad. If a stored chunk has the bytes that were sealed, its reader read them wrongly, and
-        the slot is as good as it was. The chunk is forgotten then too, so that its reader does not find it again.
+        Holders keep the slot until they release it. A slot whose bytes were wrong :data:`FAILURES` times is retired as
+        bad memory. If the slot of a stored chunk has the sealed checksums here, the reader read wrongly, and the slot
+        does not count as failed. The chunk is forgotten even so, to keep its reader from finding it again.
 
-        A remote ``ref`` changes nothing here: only an index record lies there, and :meth:`RecordSlots.put` writes a
-        damaged one anew.
+        Ignores a remote ``ref``: only an index record lies there, and :meth:`RecordSlots.put` writes a damaged one
+        again.
         """
         if ref.slot >= self._arena.slots:
             return
-        is_sound = self._arena.check(ref, key)  # before the lock: it reads the whole chunk
+        is_sound = self._arena.check(ref, key)  # before taking the lock: it reads the whole chunk
         with self._lock:
             if self._arena.generation_of(ref.slot) != ref.generation:
                 return  # gone already
@@ -218,34 +223,34 @@ class ArenaStore:
                     self._idle.discard(ref.slot)
                     self._make_free(ref.slot)
             elif ref.slot in self._quarantine or self._keys[ref.slot] == key:
-                # a writer knows what it wrote, and may have sealed what came of it
+                # Trust a writer that reports wrong bytes: it may have sealed the wrong bytes itself.
                 is_written = ref.slot not in self._quarantine and ref.slot not in self._reserved
                 self._found_wrong(ref, is_sound and is_written)
                 self._written(ref)
 
     def reserve_quota(self, holder: str, chunks: int) -> None:
-        """``holder`` may need so many slots in all. Ask it after what is stored of them is held: pinned slots that
-        nobody holds can't be promised. Raises :class:`OverloadedError`."""
+        """Reserve a quota of ``chunks`` slots in all for ``holder``. Call it after the stored ones of them are held:
+        pinned slots without a holder can't be part of a quota. Raises :class:`OverloadedError`."""
         with self._lock:
             self._released.check(holder)
             self._quotas.reserve(holder, chunks)
             self._keep_yielding()
 
     def reserve_quota_up_to(self, holder: str, chunks: int) -> int:
-        """As :meth:`promise`, of as many of ``chunks`` as there is room for, and no fewer than before."""
+        """As :meth:`reserve_quota`, for as many of ``chunks`` as there is room for, but never fewer than before.
+        Returns the quota."""
         with self._lock:
             self._released.check(holder)
             return self._quotas.reserve_up_to(holder, chunks)
 
     def release_chunks(self, holder: str, keys: Sequence[ChunkKey]) -> None:
-        """``holder`` needs those of ``keys`` no longer that are stored here."""
+        """``holder`` stops holding those of ``keys`` that are stored here."""
         with self._lock:
             self._release_slots(holder, [self._stored.get(key, -1) for key in keys])
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds, for good: what is asked for a :class:`.holders.HoldId` from now on comes
-        too late, and raises :class:`ReleasedError`. Unknown holders are fine. Its process writes to none of it any
-        more."""
+        """Release all that ``holder`` holds, for good: a later call for this :class:`.hold_id.HoldId` raises
+        :class:`ReleasedError`. Unknown holders are fine. The holder's process must have finished its writes."""
         with self._lock:
             self._released.add(holder)
             self._release(holder)
@@ -253,17 +258,20 @@ class ArenaStore:
                 self._make_free(slot)
 
     def start_over(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds and was promised; it goes on. Its process writes to none of it any
-        more."""
+        """Release the slots and the quota of ``holder``, which stays alive. Its process must have finished its
+        writes."""
         with self._lock:
             self._release(holder)
             for slot in self._quarantine.released(holder):
                 self._make_free(slot)
 
     def release_prefix(self, prefix: str) -> int:
-        """Release every holder whose name starts with ``prefix``, that of a worker that is gone; return how many there
-        were. If its process is not quite gone, it may still write what it has reserved: no other gets such slots before
-        it is, or has told that it does not."""
+        """Release every holder whose name starts with ``prefix``, the name of a dead worker. Returns how many there
+        were.
+
+        The process may still be alive and write to slots that it has reserved. These wait in quarantine until it is
+        gone, or says that it has finished.
+        """
         with self._lock:
             holders = [holder for holder in self._all_holders() if holder.startswith(prefix)]
             for holder in holders:
@@ -277,15 +285,16 @@ class ArenaStore:
             return self._released.floor(worker_id)
 
     def forget_released(self, worker_id: str, floor: int) -> None:
-        """All serials of the worker's holders below ``floor`` are released, and need not be remembered one by one."""
+        """All serials of the worker's holders below ``floor`` are released, so they need not be remembered one by
+        one."""
         with self._lock:
             self._released.raise_floor(worker_id, floor)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
-        """Chunks of a session are found by their keys; there is nobody here who would pin it."""
+        """Does nothing: a single arena pins no sessions, and finds their chunks by key."""
 
     def holders(self) -> list[str]:
-        """Names of all that hold something."""
+        """Names of all that hold slots or a quota."""
         with self._lock:
             return self._all_holders()
 
@@ -301,35 +310,35 @@ class ArenaStore:
 
     @property
     def room(self) -> int:
-        """Slots that can be had without loss: free, or of chunks that somebody else answers for."""
+        """Slots available without loss: free, or of idle chunks that another store answers for."""
         with self._lock:
             return len(self._free) + self._idle.count(Idle.COPIED)
 
     def coldest(self, count: int, *, copied: bool = False) -> list[ChunkKey]:
-        """At most ``count`` chunks that only this store answers for, or (``copied``) that somebody else does: those
-        that would be evicted first."""
+        """At most ``count`` idle chunks in the order of their eviction: those that only this store answers for, or
+        (``copied``) those that another store answers for."""
         kinds = [Idle.COPIED] if copied else [Idle.SOLE, Idle.YIELDING]
         with self._lock:
             slots = [slot for kind in kinds for slot in self._idle.of(kind)][: max(count, 0)]
             return [key for slot in slots if (key := self._keys[slot]) is not None]
 
     def copied(self) -> list[ChunkKey]:
-        """Chunks that somebody else answers for."""
+        """Chunks that another store answers for."""
         with self._lock:
             return list(self._copied)
 
     @property
     def mark(self) -> int:
-        """Grows each time that this store comes to answer for a chunk: see :meth:`set_copied`."""
+        """Grows each time that this store starts to answer for a chunk: see :meth:`set_copied`."""
         with self._lock:
             return self._mark
 
     def set_copied(self, keys: Iterable[ChunkKey], copied: bool, since: int | None = None) -> None:
-        """Another store answers for ``keys`` too (or does no longer): such chunks are evicted first.
+        """Another store answers for ``keys`` too (or no longer does). Copied chunks are evicted first.
 
-        ``since``: the :attr:`mark` before the other store was given its copies. A chunk that this store has come to
-        answer for after that stays as it is. Else two stores that send each other a chunk at once would each count on
-        the other, and both evict it first.
+        ``since``: the :attr:`mark` before the other store was given its copies. A chunk that this store has started to
+        answer for after that keeps its state. Otherwise two stores that send each other the same chunk at once would
+        each rely on the other, and both would evict it first.
         """
         with self._lock:
             known = [key for key in keys if key in self._stored and (since is None or self._answers[key] <= since)]
@@ -343,11 +352,11 @@ class ArenaStore:
             self._settle(known)
 
     def pin(self, name: str, keys: Sequence[ChunkKey]) -> int:
-        """``keys`` are not evicted until :meth:`unpin`, whether they are stored already or come later.
+        """Keep ``keys`` from eviction until :meth:`unpin`, both those stored already and those that come later.
 
-        Slots that are promised go before, and no more is kept than :class:`PinLimits` say: pinned chunks that this
-        leaves no room for are evicted last, and kept once there is room. Returns how many of ``keys`` are such now, or
-        would be, were they held by nobody.
+        Quotas take precedence, and pins keep no more than :class:`PinLimits` allow. Pinned chunks without room *yield*:
+        they are evicted last, and become pinned again once there is room. Returns how many of ``keys`` yield now, or
+        would if they had no holder.
         """
         with self._lock:
             changed = self._pins.set(name, keys)
@@ -362,7 +371,7 @@ class ArenaStore:
         self.pin(name, ())
 
     def pin_share(self, tenant: str) -> PinShare:
-        """What a tenant has pinned here, and may."""
+        """What a tenant has pinned here, and its limits."""
         with self._lock:
             return self._claims.share(tenant, self._pins.of_tenant(tenant))
 
@@ -386,7 +395,7 @@ class ArenaStore:
             )
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError`, saying what is wrong, unless every slot is in exactly one place."""
+        """Raise :class:`AssertionError`, with the reason, unless every slot is in exactly one place."""
         with self._lock:
             self._holds.check_integrity()
             free = set(self._free)
@@ -394,7 +403,7 @@ class ArenaStore:
             for slot in range(self._arena.slots):
                 no_key = [slot in free, slot in self._quarantine, slot in self._retired]
                 places = [*no_key, slot in self._idle, self._holds.count(slot) > 0]
-                assert sum(places) == 1, f"slot {slot} is in {sum(places)} of free, quarantine, retired, idle, held"
+                assert sum(places) == 1, f"slot {slot} is in {sum(places)} of: free, quarantine, retired, idle, held"
                 assert (self._keys[slot] is None) == any(no_key), f"slot {slot}: a key and not in use, or neither"
                 if slot in self._reserved:
                     assert self._holds.count(slot) == 1, f"slot {slot} is reserved, and not held by its writer alone"
@@ -403,34 +412,34 @@ class ArenaStore:
                 for slot in self._idle.of(kind):
                     key = self._keys[slot] or b""
                     assert self._stored.get(key) == slot, f"slot {slot} is idle and not stored"
-                    # who yields is not asked again when a pinned slot becomes a held one
+                    # a yielding chunk is not reconsidered when a pinned slot gets a holder
                     known = (kind, Idle.PINNED) if kind is Idle.YIELDING else (kind,)
-                    assert self._kind(slot, key) in known, f"slot {slot} is among the {kind.name} and is not"
+                    assert self._kind(slot, key) in known, f"slot {slot} is wrongly counted as {kind.name}"
             self._quotas.check_integrity()
-            assert self._copied <= self._stored.keys(), "a chunk has copies and is not stored"
+            assert self._copied <= self._stored.keys(), "a chunk is marked as copied and is not stored"
             assert self._answers.keys() == self._stored.keys(), "stored chunks and their marks differ"
             self._pins.check_integrity()
             self._idle.check_integrity()
             claiming = {key for key in self._stored if key in self._pins and key not in self._copied}
             assert claiming == {key for key in self._stored if key in self._claims}, "a pinned chunk claims no slot"
-            assert len(self._claims) == len(claiming), "what is not stored claims a slot"
+            assert len(self._claims) == len(claiming), "a chunk that is not stored claims a slot"
             pinned, limits, slots = self._idle.count(Idle.PINNED), self._pin_limits, self._arena.slots
-            assert pinned <= limits.of_all(slots), "more is pinned than may be"
+            assert pinned <= limits.of_all(slots), "more is pinned than the limit allows"
             for tenant in self._idle.tenants(Idle.PINNED):
                 few = self._idle.count_of(Idle.PINNED, tenant) <= limits.of(tenant, slots)
-                assert few, f"more is pinned for tenant {tenant!r} than may be"
+                assert few, f"more is pinned for tenant {tenant!r} than its limit allows"
             for key, slot in self._stored.items():
                 assert self._keys[slot] == key, f"slot {slot} is stored under another key"
                 ref = SlotRef(slot, self._arena.generation_of(slot))
-                assert self._arena.is_sealed(ref, key), f"slot {slot} is stored and its header does not say so"
+                assert self._arena.is_sealed(ref, key), f"slot {slot} is stored and its header is not sealed so"
 
-    # Below: called with the lock held.
+    # Call the methods below with the lock held.
 
     def _all_holders(self) -> list[str]:
         return list(dict.fromkeys([*self._holds.holders(), *self._quotas.holders()]))
 
     def _hold_all(self, holder: str, slots: list[int]) -> list[SlotRef]:
-        # thousands in one call, when a long prompt is found
+        # one call for all: a long prompt has thousands
         if not slots:
             return []
         self._holds.add(holder, slots)
@@ -454,7 +463,7 @@ class ArenaStore:
         return self._hold_all(reserved.holder, [slot])[0]
 
     def _writers(self, writer: int) -> Set[int]:
-        """The processes that ``writer`` may be."""
+        """The processes that ``writer`` may stand for."""
         if writer == UNKNOWN:
             return self._arena.writers()
         return {writer} if writer >= FIRST_WRITER else frozenset()
@@ -465,42 +474,42 @@ class ArenaStore:
                 self._make_free(slot)
 
     def _written(self, ref: SlotRef) -> None:
-        """The writer of ``ref`` writes there no more."""
+        """The writer of ``ref`` has finished there."""
         if self._arena.generation_of(ref.slot) == ref.generation and self._quarantine.written(ref.slot):
             self._make_free(ref.slot)
 
     def _found_wrong(self, ref: SlotRef, is_sound: bool) -> None:
-        """Somebody has found wrong bytes at ``ref``; ``is_sound``: this store finds those that were sealed."""
+        """A reader or writer found wrong bytes at ``ref``; ``is_sound``: this store finds the sealed ones."""
         if self._misread.get(ref.slot) == ref.generation:
-            return  # another reader of the same bytes
+            return  # a second reader of the same bytes
         if not is_sound:
             self._count_failure(ref.slot)
             return
         self._misread[ref.slot] = ref.generation
         logger.warning(
-            "slot %d of %s holds the bytes that were written there, and a reader found others: it read wrongly. The "
-            "slot stays in use. If this repeats, check the devices of this node's workers.",
+            "a reader found wrong bytes in slot %d of %s, which holds the right ones: it read wrongly. The slot stays "
+            "in use. If this repeats, check the devices of this node's workers.",
             ref.slot, self._arena.path,
         )  # fmt: skip
 
     def _count_failure(self, slot: int) -> None:
         generations = self._failures.setdefault(slot, set())
         if (generation := self._arena.generation_of(slot)) in generations:
-            return  # another reader of the same bytes
+            return  # a second reader of the same bytes
         generations.add(generation)
         if len(generations) == FAILURES:
             logger.error(
-                "bad memory: slot %d of %s was found to hold wrong bytes %d times and is not used any more",
+                "bad memory: slot %d of %s held wrong bytes %d times and is not used any more",
                 slot, self._arena.path, FAILURES,
             )  # fmt: skip
 
     def _failed(self, slot: int) -> int:
-        """How often wrong bytes were found in ``slot``."""
+        """How many generations of ``slot`` had wrong bytes."""
         return len(self._failures.get(slot, ()))
 
     def _release(self, holder: str, *, may_write: bool = False) -> None:
         self._quotas.end(holder)
-        # Last chunks first: a prefix is of use without its continuation, not the other way round.
+        # Last chunks first, so that they are evicted first: a prefix is useful without its continuation.
         self._release_slots(holder, list(self._holds.of(holder))[::-1], may_write=may_write)
         self._keep_yielding()
 
@@ -527,7 +536,7 @@ class ArenaStore:
             return
         self._arena.clear(slot)
         self._arena.forget_writer(slot)
-        # one that has failed is taken last of all
+        # a slot that has failed is reused last
         (self._free.appendleft if self._failed(slot) else self._free.append)(slot)
 
     def _insert(self, key: ChunkKey, slot: int) -> None:
@@ -540,14 +549,14 @@ class ArenaStore:
 
     def _kind(self, slot: int, key: ChunkKey) -> Idle:
         if key in self._copied:
-            return Idle.COPIED  # pinned or not: it is where it is answered for
+            return Idle.COPIED  # pinned or not: the store that answers for it keeps it
         tenant = self._pins.tenant(key)
         if tenant is None:
             return Idle.SOLE
         return Idle.PINNED if self._idle.is_any_of(slot, [Idle.PINNED]) or self._may_pin(tenant) else Idle.YIELDING
 
     def _may_pin(self, tenant: str) -> bool:
-        """Whether one more slot may be kept for a pin of the tenant's."""
+        """Whether one more slot may be pinned for the tenant."""
         slots, limits = self._arena.slots, self._pin_limits
         return (
             self._quotas.room > 0
@@ -556,22 +565,22 @@ class ArenaStore:
         )
 
     def _keep_yielding(self) -> None:
-        """Room there may be that there was not before: pinned chunks that had to yield are kept, as many as can."""
+        """Pin as many yielding chunks as there is room for now."""
         if not any(map(self._may_pin, self._idle.tenants(Idle.YIELDING))):
-            return  # asked with every release: chunks that are more than may be pinned can be many
+            return  # runs at every release, and the chunks above the limits can be many
         for slot in reversed(self._idle.of(Idle.YIELDING)):
             tenant = self._idle.tenant(slot)
             if self._may_pin(tenant):
                 self._idle.change(slot, Idle.PINNED, tenant)
 
     def _claim(self, keys: Iterable[ChunkKey]) -> None:
-        """Pins or copies of ``keys`` have changed."""
+        """Update the claims of ``keys`` after their pins or copies have changed."""
         for key in keys:
             answers = key in self._stored and key not in self._copied
             self._claims.set(key, self._pins.tenant(key) if answers else None)
 
     def _settle(self, keys: Iterable[ChunkKey]) -> None:
-        """Pins or copies of ``keys`` have changed."""
+        """Update the eviction order of ``keys`` after their pins or copies have changed."""
         for key in keys:
             slot = self._stored.get(key)
             if slot is not None:

@@ -1,4 +1,4 @@
-"""Who writes into an arena: what a worker tells its tier of its writes, and slots that wait for a foreign writer's end.
+"""Processes that write into an arena: what a worker reports of its writes, and the quarantine of its slots.
 
 Docs: docs/integrity.md, "Writers".
 """
@@ -13,11 +13,11 @@ from forecache.workers.memory.format.slots import SlotRef
 
 @dataclass(frozen=True)
 class WriterNews:
-    """What a process tells the owner of the arena that it writes into, with the calls that it makes anyway.
+    """What a process reports about its writes, with the calls that it makes to the arena's owner anyway.
 
-    ``writer`` is its :attr:`Arena.writer`. It numbers its reservations; ``begun`` is the last number, and all
-    reservations of lower numbers than ``ended_before`` are written, or won't be. It read ``life``, :attr:`Arena.life`,
-    before the numbers: whatever an earlier owner gave it has a number up to ``begun``.
+    ``writer`` is its :attr:`Arena.writer`. It numbers its reservations: ``begun`` is the last number, and all
+    reservations below ``ended_before`` are written or abandoned. It reads ``life``, :attr:`Arena.life`, before the
+    numbers, so every reservation that an earlier owner gave it has a number up to ``begun``.
     """
 
     writer: int
@@ -27,7 +27,7 @@ class WriterNews:
 
 
 class OpenWrites:
-    """A worker's side: which of its reservations it may still write. Any thread may call."""
+    """A worker's side: the reservations that it may still write. Any thread may call."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -37,31 +37,31 @@ class OpenWrites:
         self._places: dict[SlotRef, tuple[int, str]] = {}
 
     def begin(self) -> int:
-        """A reservation will be asked for; returns its number."""
+        """Call before asking for a reservation; returns its number."""
         with self._lock:
             self._begun += 1
             self._asked.add(self._begun)
             return self._begun
 
     def answered(self, number: int, holder: str, refs: Sequence[SlotRef]) -> None:
-        """Reservation ``number`` gave these places to write, or was given up: then there are none."""
+        """Reservation ``number`` gave these slots to write, or none if it was given up."""
         with self._lock:
             self._asked.discard(number)
             self._places.update(dict.fromkeys(refs, (number, holder)))
 
     def ended(self, refs: Iterable[SlotRef]) -> None:
-        """These are not written any more."""
+        """The worker has finished writing these."""
         with self._lock:
             for ref in refs:
                 self._places.pop(ref, None)
 
     def released(self, holder: str) -> None:
-        """What ``holder`` reserved is not written any more."""
+        """The worker has finished writing what ``holder`` reserved."""
         with self._lock:
             self._places = {ref: place for ref, place in self._places.items() if place[1] != holder}
 
     def news(self) -> WriterNews:
-        """To be made anew for each call."""
+        """The report for one call; make a new one for each."""
         life = self._arena.life  # first, see WriterNews
         with self._lock:
             numbers = [*self._asked, *(number for number, _ in self._places.values())]
@@ -70,8 +70,8 @@ class OpenWrites:
 
 @dataclass(frozen=True)
 class Reserved:
-    """A slot that is reserved and not committed: for whom, which process writes it, and the last number that this had
-    given to a reservation by then (``None``: it does not number them)."""
+    """A slot that is reserved and not committed: its holder, the process that writes it, and the last number which that
+    process had given to a reservation by then (``None``: it does not number them)."""
 
     holder: str
     writer: int
@@ -80,9 +80,9 @@ class Reserved:
 
 @dataclass
 class _Waiting:
-    """``writers``: the processes that may write the slot. ``begun``: the one writer has ended when it has ended its
-    reservations up to this number; ``None``: that is not known. ``begun_at_news``: the number is that of its first
-    news, since an owner before this one gave it the slot."""
+    """``writers``: the processes that may write the slot. ``begun``: the slot is free once its only writer has ended
+    all reservations up to this number; ``None``: not known. ``begun_at_news``: take the number from the first report of
+    that writer, since an earlier owner gave it the slot."""
 
     holder: str | None
     writers: Set[int]
@@ -91,10 +91,10 @@ class _Waiting:
 
 
 class Quarantine:
-    """Slots that were taken back from a holder whose process may still write into them.
+    """Slots that were taken back from a holder whose process may still write to them.
 
-    A slot leaves it when every process that may write it is gone, or when its writer has told that it writes it no
-    longer. ``living`` says which of some writers are still there. Called with the store's lock held.
+    A slot leaves when every process that may write it is gone, or when its writer has reported that it has finished.
+    ``living`` returns which of some writers still live. Call with the store's lock held.
     """
 
     def __init__(self, living: Callable[[Set[int]], Set[int]]) -> None:
@@ -108,18 +108,17 @@ class Quarantine:
         return slot in self._waiting
 
     def add(self, slot: int, writer: int, writers: Set[int], reserved: Reserved | None) -> bool:
-        """Keep ``slot``, given to ``writer``, if one of the ``writers`` that this may be lives; returns whether it is
-        kept. ``reserved``: how it was given away;
-        ``None``: by an owner before this one."""
+        """Quarantine ``slot``, given to ``writer``, if one of the ``writers`` that this number may stand for lives.
+        Returns whether it did. ``reserved``: the reservation; ``None``: an earlier owner made it."""
         living = self._living(writers)
         if living:
             holder, begun = (None, None) if reserved is None else (reserved.holder, reserved.begun)
-            # of an unknown one even its news don't tell whether they are of the reservation of this slot
+            # reports of an unknown writer can't be matched to the reservation of this slot
             self._waiting[slot] = _Waiting(holder, living, begun, reserved is None and living == {writer})
         return bool(living)
 
     def hear(self, news: WriterNews, life: int) -> list[int]:
-        """A writer has told of its writes, in the ``life`` of this owner or before; returns the slots it has freed."""
+        """Apply a writer's report; ``life`` is that of this owner. Returns the slots it has freed."""
         for waiting in self._waiting.values():
             if (
                 waiting.begun_at_news
@@ -134,15 +133,15 @@ class Quarantine:
         )
 
     def released(self, holder: str) -> list[int]:
-        """``holder``'s own process has released it, which it does once it writes no more; returns the slots freed."""
+        """The process of ``holder`` has released it, so its writes have ended; returns the slots freed."""
         return self._pop(waiting.holder == holder for waiting in self._waiting.values())
 
     def written(self, slot: int) -> bool:
-        """The writer of ``slot`` has told that it is done with it; returns whether it was kept here."""
+        """The writer of ``slot`` has finished there; returns whether the slot was in quarantine."""
         return self._waiting.pop(slot, None) is not None
 
     def sweep(self) -> list[int]:
-        """Returns the slots whose writers are gone."""
+        """Remove and return the slots whose writers are gone."""
         living = self._living({writer for waiting in self._waiting.values() for writer in waiting.writers})
         return self._pop(not waiting.writers & living for waiting in self._waiting.values())
 
