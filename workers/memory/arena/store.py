@@ -153,8 +153,8 @@ class ArenaStore:
                 raise OverloadedError(
                     f"no room for {needed} chunks in the memory tier: of {self._arena.slots} slots "
                     f"{len(self._free)} are free, {evictable} can be evicted, "
-                    f"{self._idle.count(Idle.PINNED)} are pinned, {len(self._quarantine)} in quarantine until a worker ends, "
-                    f"{len(self._retired)} have bad memory, the rest is in use. "
+                    f"{self._idle.count(Idle.PINNED)} are pinned, {len(self._quarantine)} are in quarantine until a "
+                    f"worker ends, {len(self._retired)} have bad memory, the rest is in use. "
                     "Try again later, or raise --cold-bytes."
                 )
             refs = dict(zip(stored, self._hold_all(holder, list(stored.values())), strict=True))
