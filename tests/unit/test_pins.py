@@ -69,7 +69,7 @@ def test_pins_of_all_tenants_leave_half_of_memory_to_requests(store: ArenaStore)
         store.reserve_quota("w/b", 1)
     store.release("w/a")
     # what only unpinning makes room for is not told to wait
-    with pytest.raises(OverloadedError, match=r"20 are pinned\. Let go of pinned sessions"):
+    with pytest.raises(OverloadedError, match=r"20 are pinned\. Unpin sessions"):
         store.reserve_quota("w/c", SLOTS // 2 + 1)
     store.check_integrity()
 

@@ -124,7 +124,7 @@ def test_the_end_of_a_process_frees_what_it_wrote(arena: Arena) -> None:
         assert waiting(store) == 2
         store = restarted(store)
         assert waiting(store) == 2
-        with pytest.raises(OverloadedError, match="2 wait for a worker's end"):
+        with pytest.raises(OverloadedError, match="2 are in quarantine until a worker ends"):
             store.reserve_slots("x", KEYS[:3], writer=OWNER)
         process.send_signal(signal.SIGKILL)
     assert store.arena.writers() == set() and waiting(store) == 0

@@ -41,7 +41,7 @@ class Tier:
     def do_hold_prefix(self, holder: str, keys: list[bytes]) -> object:
         return self.store.hold_prefix(holder, keys)
 
-    def do_hold_here(self, holder: str, keys: list[bytes]) -> object:
+    def do_hold_local_prefix(self, holder: str, keys: list[bytes]) -> object:
         return self.store.hold_prefix(holder, keys), False
 
     def do_hold(self, holder: str, keys: list[bytes]) -> object:

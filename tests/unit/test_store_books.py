@@ -135,7 +135,7 @@ def test_a_refusal_counts_where_the_slots_are(store: ArenaStore, arena: Arena) -
     quarantine(store, worker, [KEYS[1]])
     keep(store, KEYS[2:4])
     store.pin("session", [KEYS[2]])
-    said = r"no room for 3 chunks .* of 6 slots 2 are free, 0 can be evicted, 1 are pinned, 1 wait .*, 1 have bad"
+    said = r"no room for 3 chunks .* of 6 slots 2 are free, 0 can be evicted, 1 are pinned, 1 are in quarantine .*, 1 have bad"
     with pytest.raises(OverloadedError, match=said):
         store.reserve_slots("w2/a", [KEYS[3], *KEYS[5:8]], writer=OWNER)
     assert len(store.reserve_slots("w2/a", KEYS[5:8], writer=OWNER)) == 3
@@ -303,7 +303,7 @@ def test_a_call_of_another_holder_commits_nothing(store: ArenaStore) -> None:
         with pytest.raises(ChunkLostError, match=rf"slot {place.ref.slot} is not reserved by {holder} any more"):
             store.commit(holder, [(key, place.ref)])
     store.arena.clear(place.ref.slot)
-    with pytest.raises(ChunkLostError, match=rf"slot {place.ref.slot} was committed by a without a seal"):
+    with pytest.raises(ChunkLostError, match=rf"a committed slot {place.ref.slot} without a seal"):
         store.commit("a", [(KEYS[0], place.ref)])
     assert store.keys() == []
     store.check_integrity()
@@ -337,7 +337,7 @@ def test_the_lowest_number_is_that_of_a_process_too(
 def test_room_that_a_dead_writer_leaves_is_given_at_once(store: ArenaStore, arena: Arena) -> None:
     worker = Arena.attach(arena.path)
     quarantine(store, worker, KEYS[:2])
-    with pytest.raises(OverloadedError, match="2 wait for a worker's end"):
+    with pytest.raises(OverloadedError, match="2 are in quarantine until a worker ends"):
         store.reserve_slots("x", KEYS[2 : 2 + SLOTS], writer=OWNER)
     del worker
     assert len(store.reserve_slots("x", KEYS[2 : 2 + SLOTS], writer=OWNER)) == SLOTS
@@ -408,7 +408,7 @@ def test_a_slot_fails_once_for_each_chunk_whatever_number_of_readers_finds_it(
         store.drop(last.key, last.ref)  # its writer found other bytes there than it wrote
         store.drop(last.key, last.ref)
     assert caplog.text.count("bad memory: slot") == 1
-    assert f"slot {ref.slot} of {store.arena.path} was found to hold wrong bytes 2 times" in caplog.text
+    assert f"slot {ref.slot} of {store.arena.path} held wrong bytes 2 times" in caplog.text
     assert store.stats().bad_slots == 0 and store.stats().dropped_chunks == 1
     store.release("c")
     stats = store.stats()
