@@ -1,4 +1,4 @@
-"""The memory tier: a Ray actor that owns its node's arena, tells the catalog of it, and deals with the other tiers."""
+"""The memory tier: a Ray actor that owns its node's arena, publishes it in the catalog, and talks to other tiers."""
 
 import atexit
 import logging
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TierSettings:
-    """What all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
+    """Settings that all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
 
-    Tiers meet through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids; without either
-    each is alone. ``telemetry``: how each tells what it does.
+    Tiers find each other through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids.
+    Without either, each tier is alone.
     """
 
     config: MemoryConfig
@@ -65,12 +65,12 @@ wait for nothing, so that reserve, commit and release stay fast."""
 # Ray's annotations do not know max_concurrency and the groups.
 @ray.remote(num_cpus=0, max_concurrency=8, concurrency_groups=LANES)  # type: ignore[call-overload]
 class MemoryTier:
-    """`ColdMemory` of a node for its workers, which reach it through `RemoteMemory`. Runs on that node.
+    """A node's cold memory for its workers, which call it through `RemoteMemory`. Runs on that node.
 
-    Restarted under the same ``tier_id`` it adopts the file of its former life, if that fits, with all sealed
-    chunks; what was held then is held no more. Arena files of others that are gone are deleted first.
+    A tier that is restarted under the same ``tier_id`` adopts the file of its former life, if that fits, with all
+    sealed chunks but without holds. Before that it deletes the arena files of owners that are gone.
 
-    Calls of other tiers have threads of their own and never ask a tier: tiers that ask each other don't wait in a
+    Calls of other tiers run in threads of their own and never call a tier, so that tiers can't wait for each other in a
     circle. See :data:`LANES`.
     """
 
@@ -108,20 +108,20 @@ class MemoryTier:
         self._telemetry = settings.telemetry.start("tier", tier_id, node_id, self.stats)
         self._ended = threading.Event()
         threading.Thread(target=self._watch, args=(config.heartbeat_s,), name="tier-watch", daemon=True).start()
-        # Ray runs it when the actor ends by itself; ray.kill and ray.shutdown leave the file to the next tier.
+        # Runs when the actor exits by itself. After ray.kill and ray.shutdown the next tier adopts the file.
         atexit.register(self.shutdown)
 
     def settings(self) -> TierSettings:
-        """What a tier of another node needs to be one of this cluster."""
+        """Settings for the tier of another node of this cluster."""
         return self._settings
 
     def arena_path(self) -> str:
-        """Where the workers of this node find the arena."""
+        """Path of the arena, for the workers of this node."""
         return str(self._arena.path)
 
     @ray.method(concurrency_group="lookups")
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """Of what is stored on any node."""
+        """Hold the longest run of ``keys`` that any node stores."""
         request_id, traceparent = request_of(holder)
         with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
             found = (
@@ -135,7 +135,8 @@ class MemoryTier:
 
     @ray.method(concurrency_group="catalog")
     def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
-        """Of what is stored here; and whether more of it is elsewhere, for :meth:`hold_prefix` to bring."""
+        """Hold the longest run of ``keys`` that is stored here; also returns whether :meth:`hold_prefix` would bring
+        more."""
         request_id, traceparent = request_of(holder)
         with self._telemetry.span("tier.hold_prefix", traceparent, request_id=request_id, asked=len(keys)) as span:
             found, elsewhere = (self._exchange or self._store).hold_local_prefix(holder, keys)
@@ -148,7 +149,7 @@ class MemoryTier:
         return self._store.hold(holder, keys)
 
     def reserve_slots(self, holder: str, keys: Sequence[ChunkKey], news: WriterNews | None = None) -> list[Reservation]:
-        """``news`` are those of the worker that will write there."""
+        """``news``: the report of the worker that will write there."""
         if news is None:
             return self._store.reserve_slots(holder, keys)
         self._store.hear(news)
@@ -229,19 +230,19 @@ class MemoryTier:
 
     @ray.method(concurrency_group="catalog")
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
-        """A request of the session has ended with these chunks, and the state behind them in these pieces."""
+        """A request of the session has ended with these chunks, and a snapshot of its state in these pieces."""
         if self._sessions is not None:
             self._sessions.record(session_id, keys, state_keys)
 
     @ray.method(concurrency_group="catalog")
     def set_session(self, record: SessionRecord) -> int:
-        """The session is as ``record`` says: pinned, or no longer. Returns how many of its chunks here can't be kept
-        now, since their slots are promised."""
+        """Take over ``record`` of a session, with its pin. Returns how many of its chunks here can't be kept now, since
+        their slots are reserved for running requests."""
         return self._sessions.told(record) if self._sessions is not None else 0
 
     @ray.method(concurrency_group="peers_at_once")
     def pin_share(self, session_id: str) -> PinShare:
-        """What the tenant of the session has pinned here, and may."""
+        """What the tenant of the session has pinned here, and its limits."""
         return self._store.pin_share(tenant_of(session_id))
 
     @ray.method(concurrency_group="peers_at_once")
@@ -250,14 +251,14 @@ class MemoryTier:
             self._sessions.forget(session_id)
 
     def holders(self) -> list[str]:
-        """Names of all that hold something here or, sequences of this node's workers, on other nodes."""
+        """Names of all that hold something here, and of this node's sequences that hold something on other nodes."""
         holders = self._store.holders()
         if self._exchange is not None:
             holders += [*self._exchange.records.holders(), *self._exchange.spread.holders()]
         return list(dict.fromkeys(holders))
 
     def holders_of(self, worker_id: str, floor: int, life: int) -> list[str]:
-        """:meth:`holders` of a worker of this node, which has told this ``life`` of the tier of all that it holds. All
+        """:meth:`holders` of a worker of this node, which has told this ``life`` of the tier all that it holds. All
         serials of its holders below ``floor`` are released."""
         self._store.forget_released(worker_id, floor)
         if self._exchange is not None and life == self._arena.life:
@@ -269,14 +270,14 @@ class MemoryTier:
         return sorted({worker_of(holder) for holder in self.holders()})
 
     def release_worker(self, worker_id: str) -> int:
-        """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were. If it is not
-        quite dead, it may still write what it has reserved: see :meth:`ArenaStore.release_prefix`."""
+        """Reclaim what a dead worker held: all holders ``<worker id>/…``. Returns how many there were. Its process may
+        still be writing to reserved slots: see :meth:`ArenaStore.release_prefix`."""
         if self._exchange is not None:
             self._exchange.spread.release_prefix(f"{worker_id}/")
         return self._store.release_prefix(f"{worker_id}/")
 
     def stats(self, news: WriterNews | None = None) -> TierStats:
-        """``news`` are those of the worker that asks."""
+        """``news``: the report of the worker that asks."""
         if news is not None:
             self._store.hear(news)
         stats = self._store.stats()
@@ -296,7 +297,7 @@ class MemoryTier:
         self._store.check_integrity()
 
     def integrity(self) -> str:
-        """What :meth:`check_integrity` says; empty if all is well."""
+        """The error of an integrity check of all books; empty if there is none."""
         try:
             self._store.check_integrity()
             if self._exchange is not None:
@@ -328,16 +329,17 @@ class MemoryTier:
         keep = wanted_room(self._arena.slots)
         taken = store_batch(self._store, batch, copied_only=copied_only, keep_room=keep)
         if self._publisher is not None:
-            self._publisher.publish_now(taken)  # whoever sent them may let them go now
+            self._publisher.publish_now(taken)  # the sender may evict them from now on
         return taken
 
     @ray.method(concurrency_group="peers_at_once")
     def set_copied(self, keys: Sequence[ChunkKey], since: int) -> None:
-        """Another tier answers for ``keys``, which it read here at the mark ``since``: they may go first."""
+        """Another tier, which read ``keys`` here at the mark ``since``, answers for them now: they may be evicted
+        first."""
         self._store.set_copied(keys, True, since)
 
     def shutdown(self) -> None:
-        """Leave the catalog and free the arena's file; workers keep what they have mapped."""
+        """Leave the catalog and delete the arena's file; workers keep their mapping."""
         self._ended.set()
         if self._exchange is not None:
             self._exchange.stop()
@@ -349,27 +351,27 @@ class MemoryTier:
 
     @property
     def _spread(self) -> SpreadSequences:
-        assert self._exchange is not None, "sequences are spread over tiers that know each other"
+        assert self._exchange is not None, "only tiers with a catalog and a namespace spread sequences"
         return self._exchange.spread
 
     @property
     def _host(self) -> HostedSequences:
-        assert self._hosted is not None, "sequences are spread over tiers that know each other"
+        assert self._hosted is not None, "only tiers with a catalog and a namespace spread sequences"
         return self._hosted
 
     def _publish_sessions(self) -> None:
-        """The catalog does not know this tier: it is new, or the catalog is."""
+        """The catalog did not know this tier: the tier is new, or the catalog is."""
         if self._sessions is not None:
             self._sessions.load()
             self._sessions.publish()
 
     def _watch(self, period_s: float) -> None:
-        """A file that somebody has cut or replaced is none to work with: end, and Ray begins again with a new one."""
+        """End when another process truncates or replaces the file: Ray restarts the tier with a new one."""
         while not self._ended.wait(period_s):
             if self._sessions is not None:
                 self._sessions.tick()
             if not self._arena.is_intact():
-                logger.error("the arena %s was changed from outside: the memory tier starts again", self._arena.path)
+                logger.error("another process changed the arena %s: the memory tier restarts", self._arena.path)
                 os._exit(1)
 
     def _changed(self, key: ChunkKey, stored: bool) -> None:
@@ -397,7 +399,7 @@ def gives_memory(node: Mapping[str, Any], config: MemoryConfig) -> bool:
 
 
 def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHandle[Any]":
-    """The tier ``tier_id`` of a node, made unless it is there. It outlives who asks, and is restarted by Ray."""
+    """Get the tier ``tier_id`` of a node, or start it. It outlives its starter, and Ray restarts it."""
     tier: ActorHandle[Any] = MemoryTier.options(  # type: ignore[attr-defined]
         name=tier_id,
         namespace=settings.namespace,
@@ -418,7 +420,7 @@ def _open_arena(
         try:
             arena = Arena.adopt(path)
         except ArenaError as error:
-            # Unfinished or damaged: deleted below. Alive: create says so.
+            # An unfinished or damaged file is deleted below. If its owner lives, create raises.
             logger.warning("%s is not adopted: %s", path, error)
         else:
             if arena.description == wanted:

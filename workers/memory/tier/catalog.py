@@ -1,8 +1,8 @@
-"""Which memory tier holds which chunk, in Redis: tiers write it, all read it, and it is only a hint.
+"""The catalog, in Redis: which memory tier stores which chunk. Tiers write it, all read it; entries are hints.
 
 Schema, under the prefix ``forecache:``
 
-- ``chunk:<16 bytes of key>``: hash of tier id -> incarnation in which it said so; expires unless said again.
+- ``chunk:<16 bytes of key>``: hash of tier id -> incarnation that published it; expires unless published again.
 - ``tier:<id>``: hash of ``incarnation``, ``node_id``, ``slots``, ``used_slots``, ``heartbeat_unix_s``,
   ``expires_unix_ms``; void after that time, by the clock of Redis.
 - ``tiers``: set of tier ids, some of them perhaps void.
@@ -10,11 +10,10 @@ Schema, under the prefix ``forecache:``
   ``changed_unix_s``; ``sessions_by_use``: sorted set of their ids by the later of these two times; ``session_sizes``:
   hash of id -> bytes; ``session_bytes``: their sum.
 
-Only entries of chunks have an expiry in Redis. So under ``maxmemory-policy volatile-lru`` a Redis that is full forgets
-entries of chunks, which are hints and are said again, and never a tier or a pinned session.
+Only entries of chunks have an expiry in Redis. So under ``maxmemory-policy volatile-lru`` a full Redis evicts entries
+of chunks, which are hints and are published again, and never a tier or a pinned session.
 
-An entry counts only while the tier lives in the incarnation it names, so nothing has to be cleaned up
-after a tier has died.
+An entry counts only while the tier lives in the incarnation it names, so a dead tier needs no cleanup.
 """
 
 import math
@@ -39,12 +38,12 @@ TIERS_KEY = b"forecache:tiers"
 SESSION_PREFIX = b"forecache:session:"
 SESSION_KEYS = (b"forecache:sessions_by_use", b"forecache:session_sizes", b"forecache:session_bytes")
 SESSION_OVERHEAD_BYTES = 512
-"""What a session's record takes in Redis beside its keys and its id, which it has three times."""
+"""Bytes of a session's record in Redis in addition to its keys and three times its id."""
 
 CHUNK_EXPIRY_S = 3600
-"""Entries of chunks are gone after this time; tiers publish again well before."""
+"""Entries of chunks expire after this time; tiers publish again well before."""
 BATCH_KEYS = 1000
-"""Keys of one pipelined write, so that no single one keeps Redis long from answering others."""
+"""Keys of one pipelined write, so that no single one blocks Redis for long."""
 
 _LIVING = """
 local now, incarnations = redis.call('TIME'), {}
@@ -57,9 +56,9 @@ local function incarnation(tier)
   return incarnations[tier]
 end
 """
-"""The incarnation in which a tier lives; false for one that does not. ARGV[1]: prefix of tier records."""
+"""The incarnation in which a tier lives; false for a dead tier. ARGV[1]: prefix of tier records."""
 
-# KEYS: chunks in order. How many are held in a row, each by any tier; then, for each tier, how many of these it holds.
+# KEYS: chunks in order. Returns the length of the run that tiers store together; then, per tier, its chunks of the run.
 RUN = (
     _LIVING
     + """
@@ -82,7 +81,7 @@ return reply
 """
 )
 
-# KEYS: chunks. For each chunk the tiers that hold it.
+# KEYS: chunks. Returns for each chunk the tiers that store it.
 LOCATE = (
     _LIVING
     + """
@@ -99,7 +98,7 @@ return reply
 """
 )
 
-# KEYS: all tiers. The living ones with the fields of their records; the others are removed.
+# KEYS: all tiers. Returns the living ones with the fields of their records, and removes the others.
 TIERS = (
     _LIVING
     + """
@@ -116,8 +115,8 @@ return reply
 """
 )
 
-# KEYS: all tiers; ARGV[2]: a tier's id, ARGV[3]: expiry in ms, then fields and values. The incarnation in which it was
-# known and had published all its chunks. A reply may get lost, so it says again what it said until that is done.
+# KEYS: all tiers; ARGV[2]: a tier's id, ARGV[3]: expiry in ms, then fields and values. Returns the incarnation in which
+# the tier was known and had published all its chunks. A lost reply does no harm: the next heartbeat returns the same.
 HEARTBEAT = (
     _LIVING
     + """
@@ -148,9 +147,9 @@ end
 # ARGV[2]: a session.
 REMOVE_SESSION = _FORGET_SESSION + "forget(ARGV[2])"
 
-# ARGV[2]: a session, its changed_unix_s, when it was or will be of use last, its bytes, seconds after which a session
-# is forgotten, most bytes of all or -1, then fields and values. Nothing where a newer record is known. Of sessions that
-# are not pinned those that were of use longest ago go, until the rest is no more than may be.
+# ARGV from 2: a session, its changed_unix_s, the last time of its use or pin, its bytes, seconds after which a session
+# is forgotten, limit for the bytes of all or -1, then fields and values. Does nothing where a newer record is known.
+# Then forgets the least recently used sessions without a pin until the rest is within the limit.
 SET_SESSION = (
     _FORGET_SESSION
     + """
@@ -177,8 +176,8 @@ end
 
 @dataclass(frozen=True)
 class TierRecord:
-    """What a tier says of itself with each heartbeat. ``incarnation`` differs in each life of the tier; ``used_slots``
-    are those that can't be had without loss."""
+    """What a tier publishes with each heartbeat. ``incarnation`` differs in each life of the tier; ``used_slots`` can't
+    be freed without loss."""
 
     tier_id: str
     incarnation: str
@@ -190,22 +189,22 @@ class TierRecord:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """The longest run of chunks, from the first, that living tiers hold between them; and how many of its chunks each
-    holds, wherever in it."""
+    """The longest run of chunks, from the first, that living tiers store together; and how many of its chunks each of
+    them stores, anywhere in it."""
 
     chunks: int
     by_tier: Mapping[str, int]
 
 
 RECORD_EXPIRY_S = 24 * 3600.0
-"""So long after its last request, or the last change of its pin, a session that is not pinned is remembered."""
+"""A session without a pin is remembered this long after its last request or pin change."""
 
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """``keys``: the chunks of the session's last request, in order. Pinned until ``pinned_until_unix_s``, if not 0.
-    ``state_keys``: pieces of the state behind the last one, of models that have one. ``changed_unix_s``: since when
-    the session is so; of two records the later one holds."""
+    """``keys``: the chunks of the session's last request, in order. ``state_keys``: pieces of the snapshot behind the
+    last one, for models with a state. Pinned until ``pinned_until_unix_s``, if not 0. ``changed_unix_s``: time of this
+    record; the later of two records wins."""
 
     session_id: str
     keys: tuple[ChunkKey, ...]
@@ -218,40 +217,42 @@ class SessionRecord:
         return self.pinned_until_unix_s > time.time()
 
     def after(self, known: "SessionRecord") -> "SessionRecord":
-        """This record, as one that is newer than ``known``, whatever the clocks of two nodes say."""
+        """This record, dated later than ``known`` even if the clocks of two nodes differ."""
         return replace(self, changed_unix_s=max(self.changed_unix_s, math.nextafter(known.changed_unix_s, math.inf)))
 
     @property
     def nbytes(self) -> int:
-        """What it takes in Redis, nearly."""
+        """Approximate bytes in Redis."""
         keys = KEY_BYTES * (len(self.keys) + len(self.state_keys))
         return keys + 3 * len(self.session_id.encode()) + SESSION_OVERHEAD_BYTES
 
     @property
     def expiry_s(self) -> float:
-        """From now on; not above 0 when its time is over."""
+        """Seconds from now; not above 0 once it has expired."""
         return max(self.changed_unix_s + RECORD_EXPIRY_S, self.pinned_until_unix_s) - time.time()
 
 
 class Catalog:
-    """A client of the catalog, safe to call from any thread.
+    """A client of the catalog. Any thread may call.
 
     Every method raises :class:`CatalogUnavailableError` when Redis does not answer within ``timeout_s``.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 1.0) -> None:
-        """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects when first used."""
+        """``url``: ``redis://host:port/db``, ``rediss://…`` or ``unix:///path``. Connects at first use."""
         self._shown_url = mask_secrets(url)
         try:
             self._redis = redis.Redis.from_url(
                 url,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
-                # Once more, at once: a pooled connection may be of a server that has restarted since.
+                # One retry at once: a pooled connection may belong to a server that has restarted since.
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
-            raise CatalogUnavailableError(f"{mask_secrets(url)!r} is no Redis URL") from error
+            raise CatalogUnavailableError(
+                f"{mask_secrets(url)!r} is no Redis URL: use redis://host:port/db, rediss://… or unix:///path"
+            ) from error
         self._run = self._redis.register_script(RUN)
         self._locate = self._redis.register_script(LOCATE)
         self._tiers = self._redis.register_script(TIERS)
@@ -261,8 +262,8 @@ class Catalog:
         self._remove_session = self._redis.register_script(REMOVE_SESSION)
 
     def heartbeat(self, record: TierRecord, *, expiry_s: float) -> bool:
-        """The tier lives, for ``expiry_s`` more. False until :meth:`set_published` was called for its incarnation, and
-        again once the catalog has forgotten it: publish everything."""
+        """Publish that the tier lives, for ``expiry_s`` more. Returns False until :meth:`set_published` was called for
+        its incarnation, and again after the catalog has lost it: the caller then publishes all its chunks."""
         fields: dict[str, Any] = {
             "incarnation": record.incarnation,
             "node_id": record.node_id,
@@ -278,7 +279,7 @@ class Catalog:
         return bool(known == record.incarnation.encode())
 
     def set_published(self, tier_id: str, incarnation: str) -> None:
-        """The tier has published all its chunks: from now on :meth:`heartbeat` says that it is known.
+        """The tier has published all its chunks: from now on :meth:`heartbeat` returns True.
 
         Does nothing where the catalog does not know this incarnation.
         """
@@ -286,7 +287,7 @@ class Catalog:
             self._published(keys=[TIER_PREFIX + tier_id.encode()], args=[incarnation])
 
     def publish(self, tier_id: str, incarnation: str, keys: Iterable[ChunkKey]) -> None:
-        """The tier holds these chunks."""
+        """The tier stores these chunks."""
         for batch in batches(keys, BATCH_KEYS):
             with self._errors():
                 pipeline = self._redis.pipeline(transaction=False)
@@ -296,7 +297,7 @@ class Catalog:
                 pipeline.execute()
 
     def withdraw(self, tier_id: str, keys: Iterable[ChunkKey]) -> None:
-        """The tier holds these chunks no longer."""
+        """The tier no longer stores these chunks."""
         for batch in batches(keys, BATCH_KEYS):
             with self._errors():
                 pipeline = self._redis.pipeline(transaction=False)
@@ -305,7 +306,7 @@ class Catalog:
                 pipeline.execute()
 
     def remove_tier(self, tier_id: str) -> None:
-        """The tier ends: all it has published is void."""
+        """The tier ends: everything it has published is void."""
         with self._errors():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.delete(TIER_PREFIX + tier_id.encode())
@@ -313,7 +314,7 @@ class Catalog:
             pipeline.execute()
 
     def stored_run(self, keys: Sequence[ChunkKey]) -> StoredRun:
-        """What of ``keys`` is stored anywhere, until the first that is not.
+        """The longest run of ``keys``, from the first, that is stored anywhere.
 
         One round trip (three, the first time a Redis server meets the script).
         """
@@ -325,7 +326,7 @@ class Catalog:
         return StoredRun(int(run), by_tier)
 
     def locate(self, keys: Sequence[ChunkKey]) -> list[set[str]]:
-        """For each of ``keys`` the ids of the living tiers that say they hold it. One round trip per batch."""
+        """For each of ``keys`` the ids of the living tiers that store it. One round trip per batch."""
         places: list[set[str]] = []
         for batch in batches(keys, BATCH_KEYS):
             with self._errors():
@@ -334,7 +335,7 @@ class Catalog:
         return places
 
     def entries(self) -> Iterator[tuple[ChunkKey, set[str]]]:
-        """Every chunk that has an entry, and the living tiers that say they hold it. Reads all there is."""
+        """Every chunk that has an entry, and the living tiers that store it. Reads the whole catalog."""
         with self._errors():
             names = cast(Iterator[bytes], self._redis.scan_iter(CHUNK_PREFIX + b"*", count=BATCH_KEYS))
             for batch in batches((name.removeprefix(CHUNK_PREFIX) for name in names), BATCH_KEYS):
@@ -358,9 +359,9 @@ class Catalog:
         ]
 
     def set_session(self, record: SessionRecord, most_bytes: int | None = None) -> None:
-        """The session is as ``record`` says, unless a newer one is known.
+        """Store ``record``, unless a newer one is known.
 
-        ``most_bytes``: of all sessions; those that are not pinned and were of use longest ago are forgotten for it.
+        ``most_bytes``: limit for all sessions; beyond it the least recently used ones without a pin are forgotten.
         """
         fields: dict[str, Any] = {
             "keys": b"".join(record.keys),
@@ -382,7 +383,7 @@ class Catalog:
             self._set_session(keys=SESSION_KEYS, args=args)
 
     def session(self, session_id: str) -> SessionRecord | None:
-        """``None`` for one that is not known, or no longer."""
+        """``None`` for an unknown or expired session."""
         with self._errors():
             fields = cast(dict[bytes, bytes], self._redis.hgetall(SESSION_PREFIX + session_id.encode()))
         return _session(session_id, fields)
@@ -392,7 +393,7 @@ class Catalog:
             self._remove_session(keys=SESSION_KEYS, args=[SESSION_PREFIX, session_id])
 
     def sessions(self) -> list[SessionRecord]:
-        """All that are known."""
+        """All known sessions."""
         with self._errors():
             session_ids = sorted(cast(list[bytes], self._redis.zrange(SESSION_KEYS[0], 0, -1)))
             pipeline = self._redis.pipeline(transaction=False)
@@ -423,14 +424,14 @@ class Catalog:
 
 
 def _session(session_id: str, fields: dict[bytes, bytes]) -> SessionRecord | None:
-    """``None`` for one without fields, and one whose time is over."""
+    """``None`` for a record without fields, or an expired one."""
     if not fields:
         return None
     record = SessionRecord(
         session_id,
         _split(fields[b"keys"]),
         float(fields[b"pinned_until_unix_s"]),
-        _split(fields.get(b"state_keys", b"")),  # not there in a record of an older version, as what is below
+        _split(fields.get(b"state_keys", b"")),  # missing in records of older versions, like the next field
         float(fields.get(b"changed_unix_s", 0)),
     )
     return record if record.expiry_s > 0 else None

@@ -1,4 +1,4 @@
-"""What a tier does with the others: brings chunks here, copies them, and moves them where there is room."""
+"""A tier's work with the other tiers and its disk: fetch chunks, replicate them, and move them to free room."""
 
 import logging
 import threading
@@ -22,22 +22,21 @@ from forecache.workers.memory.tier.transfer import read, store_batch
 logger = logging.getLogger(__name__)
 
 FETCHES = 3
-"""Times that a prefix is looked for while it is on the move."""
+"""Attempts to find a prefix that moves between tiers meanwhile."""
 FREE_SHARE = 16
-"""A tier moves chunks away while fewer than this part of its slots could be had without loss, and takes none in then:
-full tiers would send their chunks round and round."""
+"""A tier moves chunks away while less than this part of its slots (a sixteenth) is available without loss, and then
+takes none in: full tiers would send their chunks in circles."""
 VERIFY_CHUNKS = 4096
 RECHECKED_CHUNKS = 128
-"""Of the chunks that go first, since others answer for them: so many are asked for in each round."""
+"""Copied chunks, first in the order of eviction, whose other copies are looked up in each round."""
 MAX_PENDING = 100_000
 
 
 class ChunkExchange:
-    """One tier's dealings with its peers: :meth:`fetch` for those who ask, the rest in a thread of its own.
+    """One tier's work with its peers: :meth:`fetch_prefix` for callers, the rest in its own thread.
 
-    Whoever a chunk came to last answers for it; the copy that is left where it came from goes first when room is
-    needed. So a chunk that is fetched into a full arena changes places with a cold one, and nothing is lost while any
-    tier has room.
+    The tier that received a chunk last answers for it; the copy where it came from is evicted first. So a chunk that is
+    fetched into a full arena trades places with a cold one, and nothing is lost while any tier has room.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ChunkExchange:
         publish: Callable[[Sequence[ChunkKey]], None],
         disk: ArenaStore | None = None,
     ) -> None:
-        """``publish`` tells the catalog of chunks at once; ``disk`` takes what no tier has room for."""
+        """``publish`` tells the catalog of chunks at once; ``disk`` stores chunks that no tier has room for."""
         self.records = RecordSlots(store.arena)
         self._tier_id = tier_id
         self._store = store
@@ -88,15 +87,13 @@ class ChunkExchange:
             self._wake.set()
 
     def disk_changed(self, key: ChunkKey, stored: bool) -> None:
-        """The disk's listener: what has gone there goes first here no longer."""
+        """The disk's listener: a chunk that is gone from there is not copied any more."""
         if not stored:
             self._store.set_copied([key], False)
 
     def fetch_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """As :meth:`ArenaStore.hold_prefix`, after what is missing was brought here from disk and from other tiers.
-
-        Of a sequence that is spread it stays where it is.
-        """
+        """As :meth:`ArenaStore.hold_prefix`, after copying missing chunks here from disk and from other tiers. Chunks
+        of a spread sequence stay where they are."""
         if holder in self.spread:
             return self.spread.hold_in_place(holder, keys)
         refs = self._store.hold_prefix(holder, keys)
@@ -123,20 +120,21 @@ class ChunkExchange:
         try:
             places = self._catalog.locate(following)
         except CatalogUnavailableError:
-            return refs, False  # as if nobody had it
+            return refs, False  # as if no other tier had it
         return refs, bool(places[0] - {self._tier_id})
 
     def from_disk(self, holder: str, keys: Sequence[ChunkKey]) -> int:
-        """Bring the longest run of ``keys`` that lies here on disk, and hold it; returns how many chunks came."""
+        """Copy the longest run of ``keys`` that lies on this node's disk, and hold it; returns how many chunks came."""
         return self._from_disk(holder, keys, self._make_room_for)
 
     def from_disk_alone(self, holder: str, keys: Sequence[ChunkKey]) -> int:
-        """As :meth:`from_disk`, asking no other tier: for calls of these. What must make room goes to the disk.
+        """As :meth:`from_disk`, without calling another tier: for calls of other tiers. Makes room by spilling to the
+        disk.
 
-        A tier that asked another one while it answers such a call would wait in a circle once two do so with all their
-        threads for each other's calls.
+        Two tiers that called each other while they answer such calls could block all their threads and wait in a
+        circle.
         """
-        # one at a time: what one has made room for another would take
+        # one at a time: a second call would take the room that the first one made
         with self._hosting:
             return self._from_disk(holder, keys, self._spill_for)
 
@@ -165,16 +163,16 @@ class ChunkExchange:
             self._spill_for(chunks)
 
     def _spill_for(self, chunks: int) -> None:
-        """See to it that so many slots can be had without loss, as far as the disk can."""
+        """Make so many slots available without loss, as far as the disk has room."""
         self._spill(self._store.coldest(chunks - self._store.room))
 
     def _fetch(self, holder: str, keys: Sequence[ChunkKey], deadline_s: float) -> bool:
-        """Bring the longest run of ``keys`` that somebody has, and hold what came. Returns whether it is worth another
-        try: chunks are moved while they are looked for."""
+        """Copy the longest run of ``keys`` that any tier has, and hold what came. Returns whether to try again, since
+        chunks move while they are looked for."""
         try:
             places = self._catalog.locate(keys)
         except CatalogUnavailableError:
-            return False  # as if nobody had them
+            return False  # as if no other tier had them
         here = self._store.stored(keys)
         wanted = []
         for key, tier_ids, is_here in zip(keys, places, here, strict=True):
@@ -194,11 +192,11 @@ class ChunkExchange:
                 self._round()
                 backoff_s = 0.0
             except CatalogUnavailableError:
-                # the publisher says so; without the catalog nobody is known here
+                # the publisher logs it; without the catalog no other tier is known
                 backoff_s = min(10.0, max(0.2, 2 * backoff_s))
                 self._stopping.wait(backoff_s * uniform(0.5, 1))
                 continue
-            # a little later: what is published and asked for comes in bursts
+            # a short pause, since changes come in bursts
             self._stopping.wait(min(0.2, self._config.heartbeat_s))
             self._wake.wait(self._config.heartbeat_s)
 
@@ -215,15 +213,15 @@ class ChunkExchange:
         self._make_room(tiers)
 
     def _lost_tiers(self) -> None:
-        """Tiers have gone, and copies with them."""
+        """Tiers are gone, and their copies with them."""
         for keys in batches(self._store.copied(), VERIFY_CHUNKS):
             self._recheck(self._store, keys, self._disk)
         if self._config.replicas > 1:
             self._uncopied.extend(self._store.keys())
 
     def _recheck(self, store: ArenaStore, keys: Sequence[ChunkKey], other: ArenaStore | None) -> None:
-        """Copies are evicted without a word. Those of ``keys``, which go first in ``store``, that are neither at
-        another tier nor ``other`` it go first no longer."""
+        """Unmark those of ``keys`` that have no other copy, at another tier or in ``other``, so that they are not
+        evicted first. Copies vanish silently."""
         if not keys:
             return
         here = other.stored(keys) if other is not None else [False] * len(keys)
@@ -231,7 +229,7 @@ class ChunkExchange:
         store.set_copied([key for key, tiers, is_here in places if not is_here and not tiers - {self._tier_id}], False)
 
     def _replicate(self, tiers: Mapping[str, TierRecord]) -> None:
-        """Copy chunks that have too few copies to those next in their order."""
+        """Copy chunks that have too few copies to the next tiers in their rendezvous order."""
         while self._uncopied and tiers and not self._stopping.is_set():
             keys = [self._uncopied.popleft() for _ in range(min(len(self._uncopied), VERIFY_CHUNKS))]
             try:
@@ -255,18 +253,18 @@ class ChunkExchange:
                     unsent |= dict.fromkeys(key for key in batch if key not in sent)
             if unsent:
                 self._uncopied.extend(unsent)
-                return  # no room, or no answer: again later
+                return  # no room, or no answer: try again later
 
     def _make_room(self, tiers: Mapping[str, TierRecord]) -> None:
-        """Before chunks have to go for good, others may have room for the coldest."""
+        """Move the coldest chunks to tiers with room before they would be evicted for good."""
         coldest = self._store.coldest(self._wanted_room - self._store.room)
         if coldest:
-            # also to those that have copies: whether they will keep them they alone know
+            # also tiers that have copies already: only they know whether they will keep them
             self._move_away(coldest, {tier_id for tier_id, tier in tiers.items() if has_room(tier)})
             self._spill(self._store.coldest(self._wanted_room - self._store.room))
 
     def _move_away(self, keys: Sequence[ChunkKey], tier_ids: Collection[str]) -> None:
-        """Have others of ``tier_ids`` answer for ``keys``, as far as they have room."""
+        """Have tiers of ``tier_ids`` answer for ``keys``, as far as they have room."""
         untried = {key: rendezvous(key, tier_ids) for key in keys}
         while any(untried.values()) and not self._stopping.is_set():
             targets = [(key, {order.pop(0)}) for key, order in untried.items() if order]
@@ -279,14 +277,14 @@ class ChunkExchange:
                     del untried[key]
 
     def _spill(self, keys: Sequence[ChunkKey]) -> None:
-        """Have the disk answer for ``keys``; what is oldest there goes."""
+        """Have the disk answer for ``keys``; it evicts its oldest chunks."""
         if self._disk is None:
             return
         for part in batches(keys, self.fetcher.batch_chunks):
             batch = read(self._store, part)
             taken = store_batch(self._disk, batch)
             self._store.set_copied(taken, True, batch.mark)
-            # what has gone from the disk meanwhile was told of before it was marked
+            # a chunk that the disk evicted meanwhile was reported before it was marked
             still = self._disk.stored(taken)
             self._store.set_copied([key for key, is_there in zip(taken, still, strict=True) if not is_there], False)
             self.counters.spilled_chunks += len(taken)
@@ -295,7 +293,7 @@ class ChunkExchange:
         return self.fetcher.calls(sorted(targets, key=lambda target: min(target[1])))
 
     def _send(self, tier_id: str, keys: list[ChunkKey], *, copied_only: bool) -> list[ChunkKey]:
-        """Returns what ``tier_id`` has now, and what is stored here no longer."""
+        """Returns the keys that ``tier_id`` stores now, and those that are not stored here any more."""
         batch = read(self._store, keys)
         gone = set(keys) - set(batch.keys)
         try:
@@ -307,7 +305,7 @@ class ChunkExchange:
 
 
 def wanted_room(slots: int) -> int:
-    """Slots that a tier of so many wants to have without loss."""
+    """Slots that a tier of so many wants to have available without loss."""
     return -(-slots // FREE_SHARE)
 
 

@@ -1,4 +1,4 @@
-"""How chunks of other tiers come here: in batches of one tier, several under way at once, verified when they come."""
+"""Copies chunks of other tiers into this one: in batches, several at a time, verified on arrival."""
 
 import logging
 import time
@@ -18,15 +18,16 @@ from forecache.workers.memory.tier.transfer import store_batch
 logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 16 << 20
-"""Most bytes of one call between tiers, unless one chunk has more: several are on their way at once."""
+"""Most bytes of one call between tiers, unless one chunk is larger; several calls run at once."""
 READS_AT_ONCE = 3
 
 Places = tuple[ChunkKey, set[str]]
-"""A chunk, and the tiers that have it."""
+"""A chunk, and the tiers that store it."""
 
 
 def rendezvous(key: ChunkKey, tier_ids: Iterable[str]) -> list[str]:
-    """``tier_ids`` in the order in which they should hold ``key``: highest random weight first.
+    """``tier_ids`` in the order in which they should hold ``key``: highest random weight first. All tiers agree on it
+    without talking, and few chunks move when tiers come and go.
 
     Thaler and Ravishankar, "A Name-Based Mapping Scheme for Rendezvous", 1996.
     """
@@ -35,7 +36,7 @@ def rendezvous(key: ChunkKey, tier_ids: Iterable[str]) -> list[str]:
 
 @dataclass
 class ExchangeCounters:
-    """Since start; named as in :class:`TierStats`."""
+    """Since start; the names are those of :class:`TierStats`."""
 
     fetched_chunks: int = 0
     fetched_bytes: int = 0
@@ -47,7 +48,7 @@ class ExchangeCounters:
 
 
 class ChunkFetcher:
-    """Brings chunks into ``store``. ``make_room`` sees to it that so many slots can be had without loss."""
+    """Copies chunks into ``store``. ``make_room`` makes so many slots available without loss."""
 
     def __init__(
         self,
@@ -65,10 +66,11 @@ class ChunkFetcher:
         self.counters = ExchangeCounters()
 
     def bring(self, holder: str, wanted: Sequence[Places], deadline_s: float, *, cached: bool = False) -> set[ChunkKey]:
-        """Bring ``wanted`` here, held for ``holder``; returns what came.
+        """Copy ``wanted`` here, held for ``holder``; returns the chunks that came.
 
-        This tier answers for it from now on, and the other's copy goes first; the run ends where a chunk does not
-        come. ``cached``: the others go on to answer for it, the copies here go first, and each chunk is for itself.
+        By default this tier then answers for them, the other tier may evict its copy first, and the run ends at the
+        first chunk that does not come. ``cached``: the other tiers keep answering for them, the copies here are evicted
+        first, and a missing chunk does not end the run.
         """
         start_s = time.monotonic()
         others = dict(wanted)
@@ -84,7 +86,7 @@ class ChunkFetcher:
         while under_way:
             tier_id, keys, pending = under_way.popleft()
             taken = self._take(holder, tier_id, keys, pending, deadline_s, cached=cached)
-            # whom else to ask: a replica
+            # ask the replicas for what is missing
             missing = [key for key in keys if key not in taken]
             for other in rendezvous(missing[0], others[missing[0]] - {tier_id}) if missing else []:
                 taken |= self._take(holder, other, missing, self._peers.read(other, missing), deadline_s, cached=cached)
@@ -111,7 +113,7 @@ class ChunkFetcher:
         try:
             batch = pending.result(max(0.0, deadline_s - time.monotonic()))
         except ChunkLostError as error:
-            logger.warning("%d chunks did not come: %s", len(keys), error)
+            logger.warning("%d chunks were not fetched: %s", len(keys), error)
             return set()
         self._make_room(len(batch))
         taken = store_batch(self._store, batch, holder, cached=cached)
@@ -123,7 +125,7 @@ class ChunkFetcher:
         return set(taken)
 
     def calls(self, wanted: Sequence[Places]) -> Iterator[tuple[str, list[ChunkKey]]]:
-        """Whom to ask for what: runs of at most a batch from one tier, in the order of the chunks."""
+        """Split ``wanted``, in order, into runs of at most one batch from one tier."""
         tier_id, keys = "", list[ChunkKey]()
         for key, tier_ids in wanted:
             if tier_id not in tier_ids or len(keys) == self.batch_chunks:

@@ -1,4 +1,4 @@
-"""Tells the catalog what a tier holds, in a thread of its own."""
+"""Publishes in the catalog what a tier stores, from a thread of its own."""
 
 import logging
 import threading
@@ -17,17 +17,17 @@ from forecache.workers.memory.tier.catalog import CHUNK_EXPIRY_S, Catalog, TierR
 logger = logging.getLogger(__name__)
 
 MISSED_HEARTBEATS = 4
-"""A tier that is silent for so many heartbeats is no longer in the catalog."""
+"""A tier leaves the catalog after this many missed heartbeats."""
 MAX_BACKOFF_S = 10.0
 MAX_PENDING = 100_000
-"""Changes kept for a Redis that is away; after more the tier takes a new incarnation and publishes all."""
+"""Most changes that are kept while Redis is away; beyond it the tier takes a new incarnation and publishes all."""
 
 
 class CatalogPublisher:
-    """Tells the catalog what a store holds, from a thread of its own: the store never waits for Redis.
+    """Publishes the contents of stores from its own thread, so that a store never waits for Redis.
 
-    With Redis away it tries again, less and less often. When Redis does not know the tier (the first time, or
-    because it came back empty), all chunks are published.
+    While Redis is away it retries with backoff. It publishes all chunks when Redis does not know the tier: at the
+    start, or because Redis came back empty.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CatalogPublisher:
         heartbeat_s: float,
         unknown: Callable[[], None] = lambda: None,
     ) -> None:
-        """``unknown`` is called when the catalog did not know the tier, in the publisher's thread."""
+        """``unknown`` is called in the publisher's thread when the catalog did not know the tier."""
         self._catalog = catalog
         self._tier_id = tier_id
         self._node_id = node_id
@@ -46,10 +46,10 @@ class CatalogPublisher:
         self._unknown = unknown
         self._incarnation = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._copies: Counter[ChunkKey] = Counter()  # of each chunk here: in memory, on disk
-        self._pending: dict[ChunkKey, bool] = {}  # the last word on each chunk: stored or gone
+        self._copies: Counter[ChunkKey] = Counter()  # copies of each chunk here: in memory, on disk
+        self._pending: dict[ChunkKey, bool] = {}  # last state of each chunk: stored or gone
         self._overflowed = False
-        self._away = False  # Redis, when the publisher's thread last asked
+        self._away = False  # Redis did not answer the publisher's thread last time
         self._next_heartbeat_s = self._next_publish_all_s = 0.0  # of time.monotonic
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -72,9 +72,9 @@ class CatalogPublisher:
         self._wake.set()
 
     def publish_now(self, keys: Sequence[ChunkKey]) -> None:
-        """The store has had ``keys`` a moment ago: say so before anything is done that counts on others knowing it.
+        """Publish ``keys``, just stored, before anything that relies on other tiers knowing them.
 
-        Does not wait for a Redis that is away: what is stored is pending.
+        Does not wait for a Redis that is away: the changes are pending anyway.
         """
         if self._away:
             return
@@ -87,8 +87,8 @@ class CatalogPublisher:
             self._correct(keys, incarnation)
 
     def _correct(self, keys: Sequence[ChunkKey], incarnation: str) -> None:
-        """Entries of ``keys`` were written by another thread than the publisher's, which may have withdrawn one of a
-        chunk that was evicted meanwhile, or published all in a new incarnation, before that."""
+        """Requeue ``keys`` that another thread has published, if the publisher's thread has since withdrawn one (the
+        chunk was evicted), or changed the incarnation."""
         with self._lock:
             gone = {key: False for key in keys if not self._copies[key]}
             old = {key: True for key in keys if self._copies[key] and incarnation != self._incarnation}
@@ -101,7 +101,7 @@ class CatalogPublisher:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and take the tier out of the catalog, if Redis is there."""
+        """End the thread and remove the tier from the catalog, if Redis answers."""
         if self._stopping.is_set() or self._thread is None:
             return
         self._stopping.set()
@@ -110,7 +110,7 @@ class CatalogPublisher:
         try:
             self._catalog.remove_tier(self._tier_id)
         except CatalogUnavailableError as error:
-            logger.warning("the tier's catalog entry is left to expire: %s", error)
+            logger.warning("the tier's catalog entry stays until it expires: %s", error)
         self._catalog.close()
 
     def _run(self, store: ArenaStore) -> None:
@@ -120,7 +120,7 @@ class CatalogPublisher:
                 self._publish(store)
             except CatalogUnavailableError as error:
                 if not backoff_s:
-                    logger.warning("chunks of %s are not published until it is back: %s", self._tier_id, error)
+                    logger.warning("chunks of %s are not published until Redis is back: %s", self._tier_id, error)
                 self._away = True
                 backoff_s = min(MAX_BACKOFF_S, max(0.1, 2 * backoff_s))
                 self._next_heartbeat_s = 0.0
@@ -144,7 +144,7 @@ class CatalogPublisher:
             with self._lock:
                 self._pending = {**changes, **self._pending}
             raise
-        # After the changes: one that comes while these keys are written is pending, and written later.
+        # After the changes: a change during this write stays pending and is written later.
         if now_s >= self._next_publish_all_s:
             with self._lock:
                 keys = list(self._copies)
@@ -155,7 +155,7 @@ class CatalogPublisher:
     def _heartbeat(self, stats: TierStats) -> None:
         with self._lock:
             if self._overflowed:
-                # Withdrawals were forgotten: a new incarnation voids all that was published.
+                # Withdrawals got lost: a new incarnation voids all that was published.
                 self._overflowed, self._pending, self._incarnation = False, {}, uuid.uuid4().hex
         used_slots = stats.used_slots - stats.copied_slots
         record = TierRecord(self._tier_id, self._incarnation, self._node_id, stats.slots, used_slots)

@@ -42,9 +42,9 @@ RETRY_S = 0.5
 
 @dataclass
 class _Spread:
-    """One sequence of at most ``chunks``. ``own``: those that were found here, and stay; ``places``: the tiers that
-    hold others; ``promised``: what the tiers have promised it; ``asked``: all that may hold or have promised something,
-    since a tier that did not answer may do what it was asked later. ``ended``: it was released."""
+    """One spread sequence of at most ``chunks`` chunks. ``own``: chunks that stay here. ``places``: the tier of each
+    other one. ``quotas``: the slots that each tier has reserved for it. ``asked``: all tiers that may hold something
+    for it; a tier that did not answer may still do later what it was asked. ``ended``: it was released."""
 
     chunks: int
     quota: SpreadQuota
@@ -55,21 +55,21 @@ class _Spread:
     ended: bool = False
 
     def room_at(self, tier_id: str) -> int:
-        """Chunks that the tier will still hold."""
+        """Chunks that the tier still has a quota for."""
         return self.quotas.get(tier_id, 0) - sum(place == tier_id for place in self.places.values())
 
 
 class SpreadSequences:
-    """Keeps chunks of this node's sequences on other tiers, which hold them in the sequences' names.
+    """Keeps chunks of this node's sequences on other tiers, which hold them under the sequences' names.
 
     A tier that was restarted is asked to hold them again.
 
-    What another tier holds has an owner here, or is let go of there: a release goes to each tier that was asked for
-    something, and once more when a call comes back after the release. A tier refuses calls for holders that were
-    released. What gets lost all the same (a tier that is out of reach, this one restarted between a release and its
-    :meth:`tick`) :meth:`sweep` finds: other tiers say whom of this node's workers they hold something for. Only
-    workers that have said in this life of the tier who holds what count (:meth:`vouch`): before that a tier that was
-    restarted would take every holder for one that is released.
+    Every hold on another tier ends when its sequence does. A release goes to each tier that was asked for something,
+    and once more when a call returns after the release. A tier refuses calls for released holders. Some releases still
+    get lost: the tier is out of reach, or this one restarts between a release and its :meth:`tick`. :meth:`sweep` finds
+    those: it asks other tiers which of this node's holders they know. It covers only workers that have reported all
+    their holders to this life of the tier (:meth:`vouch`): without that, a restarted tier would take every holder for a
+    released one.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SpreadSequences:
         config: MemoryConfig,
         wake: Callable[[], None],
     ) -> None:
-        """``wake`` has somebody call :meth:`tick` soon."""
+        """``wake`` makes the exchange's thread call :meth:`tick` soon."""
         self._tier_id = tier_id
         self._store = store
         self._records = records
@@ -96,11 +96,11 @@ class SpreadSequences:
         self._spread: dict[str, _Spread] = {}
         self._released = Released()
         self._incarnations: dict[str, str] = {}
-        self._slots_of: dict[str, int] = {}  # of all tiers that were seen in this life
+        self._slots_of: dict[str, int] = {}  # of all tiers seen in this life
         self._to_release: dict[str, set[str]] = {}  # tier id -> holders
-        self._ended: set[str] = set()  # all tiers are to let go of what these hold
+        self._ended: set[str] = set()  # holders to be released at all tiers
         self._vouched: set[str] = set()  # worker ids
-        self._unclean: set[str] = set()  # tiers that may hold something for them
+        self._unclean: set[str] = set()  # tiers that may hold something for vouched workers
         self._sweep_again_s = 0.0
 
     def __contains__(self, holder: str) -> bool:
@@ -112,11 +112,11 @@ class SpreadSequences:
         spread = _Spread(chunks, quota)
         with self._lock:
             self._released.check(holder)
-            if holder in self._spread:  # asked twice, since the first answer did not come
+            if holder in self._spread:  # asked twice: the first answer got lost
                 spread.asked |= self._spread[holder].asked
             self._spread[holder] = spread
         try:
-            self._store.start_over(holder)  # it was tried whether it fits this node
+            self._store.start_over(holder)  # a search on this node alone may have held something
             self._store.reserve_quota(holder, quota.slots)
             self._records.reserve_quota(holder, max(chunks - quota.local_chunks, 0))
         except (OverloadedError, ReleasedError):
@@ -143,20 +143,20 @@ class SpreadSequences:
             self._refuse_too_large(spread)
             raise OverloadedError(
                 f"no room for the {spread.chunks} chunks that the request may need: this node has {spread.quota.slots} "
-                f"slots for it, and with those of other nodes {missing} are missing. Try again later, lower "
+                f"slots for it, and even with other nodes {missing} are missing. Try again later, lower "
                 "max_tokens, or raise --cold-bytes."
             )
         return spread.quota
 
     def _refuse_too_large(self, spread: _Spread) -> None:
-        """Raise :class:`InvalidRequestError` for a sequence that all tiers together could not hold, were they empty. A
-        tier that is away counts: it may be starting again. So do nodes that may be asked for."""
+        """Raise :class:`InvalidRequestError` for a sequence that would not fit into all tiers together, were they
+        empty. Tiers that are away count, since they may be restarting. Does nothing where more nodes may be added."""
         if self._config.node_resource is not None and self._config.max_memory_nodes:
             return
         try:
             tiers = self._catalog.tiers()
         except CatalogUnavailableError:
-            return  # who knows what there is
+            return  # the size of the cluster is unknown
         self._slots_of.update({tier.tier_id: tier.slots for tier in tiers if tier.tier_id != self._tier_id})
         here = self._store.arena.slots
         most = here - 2 * spread_quota(here).max_in_flight + sum(self._slots_of.values())
@@ -173,7 +173,7 @@ class SpreadSequences:
         try:
             places = self._catalog.locate(keys)
         except CatalogUnavailableError:
-            places = [set[str]() for _ in keys]  # as if nobody else had them
+            places = [set[str]() for _ in keys]  # as if no other tier had them
         here = self._store.stored(keys)
         run: list[tuple[ChunkKey, str]] = []
         own = len(spread.own)
@@ -196,8 +196,8 @@ class SpreadSequences:
         return refs
 
     def fetch(self, holder: str, reader: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """See :meth:`.memory.RemoteSpread.fetch`. A tier that does not answer may be starting again: it is waited for,
-        as long as for any call."""
+        """See :meth:`.memory.RemoteSpread.fetch`. Waits for a tier that does not answer, as long as for any call: it
+        may be restarting."""
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs = self._store.hold(reader, keys)
         places = self._of(holder).places
@@ -215,12 +215,12 @@ class SpreadSequences:
         return refs
 
     def places(self, holder: str, keys: Sequence[ChunkKey]) -> list[str]:
-        """Ids of the tiers that hold ``keys`` for ``holder``; empty for one that none does."""
+        """Ids of the tiers that hold ``keys`` for ``holder``; empty for a chunk that none holds."""
         spread = self._spread.get(holder)
         return ["" if spread is None else spread.places.get(key, "") for key in keys]
 
     def move_out(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """See :meth:`.memory.RemoteSpread.move_out`. It takes as long as a call may: a tier may be starting again."""
+        """See :meth:`.memory.RemoteSpread.move_out`. Takes as long as a call may: a tier may be restarting."""
         spread = self._of(holder)
         deadline_s = time.monotonic() + self._config.call_deadline_s
         refs: dict[ChunkKey, SlotRef | None] = {}
@@ -228,15 +228,15 @@ class SpreadSequences:
             for part in batches(keys, self._fetcher.batch_chunks):
                 refs |= self._move(holder, spread, read(self._store, part), deadline_s)
         except ReleasedError as error:
-            logger.debug("what is moved out is not needed any more: %s", error)
+            logger.debug("the sequence ended while its chunks moved out: %s", error)
         self._store.release_chunks(holder, keys)
         return [refs.get(key) for key in keys]
 
     def _move(
         self, holder: str, spread: _Spread, batch: ChunkBatch, deadline_s: float
     ) -> dict[ChunkKey, SlotRef | None]:
-        """Have others hold ``batch``, until ``deadline_s`` at the latest; returns where the records are of what they
-        took. Raises :class:`ReleasedError` when ``holder`` is released meanwhile."""
+        """Have other tiers hold ``batch``, until ``deadline_s`` at the latest. Returns the record slots of the chunks
+        that they took. Raises :class:`ReleasedError` when ``holder`` is released meanwhile."""
         refs: dict[ChunkKey, SlotRef | None] = {}
         while len(batch):
             for tier_id in self._takers(holder, spread):
@@ -252,7 +252,7 @@ class SpreadSequences:
         return refs
 
     def _give(self, tier_id: str, holder: str, spread: _Spread, batch: ChunkBatch) -> dict[ChunkKey, SlotRef | None]:
-        """Have a tier hold as much of ``batch`` as it has promised; returns where the records of what it took are."""
+        """Have a tier hold as much of ``batch`` as its quota allows; returns the record slots of what it took."""
         room = spread.room_at(tier_id)
         if room <= 0:
             return {}
@@ -272,11 +272,11 @@ class SpreadSequences:
     def hold_again(
         self, holder: str, chunks: int, own: Sequence[ChunkKey], places: Mapping[ChunkKey, str]
     ) -> list[ChunkKey]:
-        """This tier was restarted: hold what ``holder`` held in its former life. Returns what is lost."""
+        """This tier was restarted: hold what ``holder`` held in its former life. Returns the lost chunks."""
         with self._lock:
             self._released.check(holder)
             spread = self._spread.setdefault(holder, _Spread(chunks, spread_quota(self._store.arena.slots)))
-        # as far as there is room: new work may have come first, and what runs goes on
+        # as far as there is room: new work may have come first, and running sequences must continue
         self._store.reserve_quota_up_to(holder, max(spread.quota.slots, len(own) + 2 * spread.quota.max_in_flight))
         held = self._store.hold(holder, own)
         records = self._records.hold(holder, list(places))
@@ -292,8 +292,8 @@ class SpreadSequences:
         return lost
 
     def end(self, holder: str, *, was_spread: bool = False) -> None:
-        """Let go of what ``holder`` holds on other tiers, and of its records, for good; unknown holders are fine.
-        ``was_spread``: this tier may have forgotten it when it was restarted."""
+        """Release what ``holder`` holds on other tiers, and its records, for good. Unknown holders are fine.
+        ``was_spread``: it was, though this tier may have forgotten it in a restart."""
         self._records.release(holder)
         with self._lock:
             self._released.add(holder)
@@ -302,7 +302,7 @@ class SpreadSequences:
             self._wake()
 
     def release_prefix(self, prefix: str) -> None:
-        """Let go of what the holders of a worker that is gone have: their names start with ``prefix``."""
+        """Release all holders of a dead worker: their names start with ``prefix``."""
         with self._lock:
             for holder in {*self._spread, *self._records.holders()}:
                 if holder.startswith(prefix):
@@ -313,12 +313,12 @@ class SpreadSequences:
         self._wake()
 
     def holders(self) -> list[str]:
-        """Names of all sequences that are spread."""
+        """Names of all spread sequences."""
         with self._lock:
             return list(self._spread)
 
     def vouch(self, worker_id: str, floor: int) -> None:
-        """The worker has told of all that it holds. All serials of its holders below ``floor`` are released."""
+        """The worker has reported all that it holds. All serials of its holders below ``floor`` are released."""
         self._records.forget_released(worker_id, floor)
         with self._lock:
             self._released.raise_floor(worker_id, floor)
@@ -327,27 +327,27 @@ class SpreadSequences:
                 self._unclean.update(self._incarnations)
 
     def tick(self, tiers: Mapping[str, TierRecord]) -> None:
-        """Once in a while, with the other living ``tiers``: tell them what was let go of, and have those that were
-        restarted hold again."""
+        """Called regularly with the other living ``tiers``: send them pending releases, and have restarted ones hold
+        again."""
         with self._lock:
             for tier_id in tiers if self._ended else ():
                 self._to_release.setdefault(tier_id, set()).update(self._ended)
             self._ended.clear()
             due, self._to_release = self._to_release, {}
-            # one that is not there now, or knows nothing of what was let go of while it was away
+            # absent tiers, and new ones, which missed the releases while they were away
             self._unclean |= due.keys() - tiers.keys() | tiers.keys() - self._incarnations.keys()
         for tier_id, holders in due.items():
             if tier_id not in tiers:
-                continue  # what it may still hold when it is there again is found by a sweep
+                continue  # a sweep finds what it still holds when it is back
             try:
                 self._peers.release_hosted(tier_id, sorted(holders))
             except ChunkLostError as error:
-                logger.debug("%s will be told again to let go: %s", tier_id, error)
+                logger.debug("%s gets the releases again later: %s", tier_id, error)
                 with self._lock:
                     self._to_release.setdefault(tier_id, set()).update(holders)
         for tier_id, tier in tiers.items():
             self._slots_of[tier_id] = tier.slots
-            # also one that is seen for the first time: it may have been restarted since it was asked for something
+            # also a tier seen for the first time: it may have been restarted since a call
             if self._incarnations.get(tier_id) != tier.incarnation and self._renew_holds(tier_id):
                 self._incarnations[tier_id] = tier.incarnation
         if time.monotonic() >= self._sweep_again_s:
@@ -355,8 +355,8 @@ class SpreadSequences:
             self.sweep(tiers.keys())
 
     def sweep(self, tier_ids: Collection[str]) -> None:
-        """Have those of the tiers that may hold something for this node's workers say what, and let go of what is no
-        sequence here. One that holds nothing is asked again once it was asked for something."""
+        """Ask those tiers that may hold something for this node's workers for their holders, and release the holders
+        that are no sequence here. A tier that holds nothing is asked again only after another call to it."""
         with self._lock:
             due, workers = self._unclean & set(tier_ids), list(self._vouched)
         floors = {worker_id: self._store.released_below(worker_id) for worker_id in workers}
@@ -366,26 +366,26 @@ class SpreadSequences:
             try:
                 held = self._peers.hosted_holders(tier_id, floors)
             except ChunkLostError as error:
-                logger.debug("%s does not say what it holds: %s", tier_id, error)
+                logger.debug("%s did not return its holders: %s", tier_id, error)
                 held = None
             with self._lock:
                 if held != []:
                     self._unclean.add(tier_id)
                 orphans = {holder for holder in held or () if holder not in self._spread}
                 if orphans:
-                    logger.info("%s holds something for %d sequences that are over", tier_id, len(orphans))
+                    logger.info("%s holds chunks for %d sequences that have ended", tier_id, len(orphans))
                     self._to_release.setdefault(tier_id, set()).update(orphans)
 
     def check_integrity(self) -> None:
-        """Raise :class:`AssertionError` when records are held for what is no sequence here."""
-        # read first: who has records was a sequence before
+        """Raise :class:`AssertionError` when records are held for an unknown sequence."""
+        # read first: a holder of records was a sequence before it got them
         holders = set(self._records.holders())
         with self._lock:
             unknown = holders - self._spread.keys()
         assert not unknown, f"records are held for {sorted(unknown)}, which are not spread"
 
     def _end(self, holder: str, *, was_spread: bool = False) -> bool:
-        """Called with the lock held. Returns whether other tiers have to be told."""
+        """Call with the lock held. Returns whether other tiers have to be told."""
         spread = self._spread.pop(holder, None)
         if was_spread:
             self._ended.add(holder)
@@ -397,8 +397,8 @@ class SpreadSequences:
 
     @contextmanager
     def _asking(self, tier_id: str, holder: str, spread: _Spread) -> Iterator[None]:
-        """Around each call after which the tier may hold or promise something: it is told when ``holder`` is released,
-        also when that was meanwhile. Raises :class:`ReleasedError` when it was before."""
+        """Wrap each call after which the tier may hold something or reserve a quota, so that it gets the release of
+        ``holder``, even one during the call. Raises :class:`ReleasedError` if the release came before."""
         with self._lock:
             if not spread.ended:
                 spread.asked.add(tier_id)
@@ -430,20 +430,20 @@ class SpreadSequences:
             except ReleasedError:
                 continue
             except ChunkLostError as error:
-                logger.warning("%s is to hold %d chunks again, later: %s", tier_id, len(keys), error)
+                logger.warning("%s does not hold %d chunks again yet: %s", tier_id, len(keys), error)
                 return False
         return True
 
     def _of(self, holder: str) -> _Spread:
         spread = self._spread.get(holder)
         if spread is None:
-            raise ChunkLostError(f"{holder} has let go of all its chunks")
+            raise ChunkLostError(f"{holder} is no spread sequence: it was released")
         return spread
 
     def _hold_here(self, holder: str, spread: _Spread, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         more = len(spread.own) + len(keys) - spread.quota.local_chunks
         if more > 0:
-            # only here: they stay, if there is room for so many
+            # chunks beyond the quota that lie only here stay, if there is room
             granted = self._store.reserve_quota_up_to(holder, spread.quota.slots + more)
             keys = keys[: len(keys) - max(spread.quota.slots + more - granted, 0)]
         refs = self._store.hold_prefix(holder, keys)
@@ -472,18 +472,18 @@ class SpreadSequences:
         return refs
 
     def _reserve_quota_at(self, tier_id: str, holder: str, spread: _Spread, more: int) -> int:
-        """Have a tier promise ``more`` slots than it has; returns how many it adds."""
+        """Have a tier reserve ``more`` slots than it has; returns how many it adds."""
         before = spread.quotas.get(tier_id, 0)
         try:
             with self._asking(tier_id, holder, spread):
                 spread.quotas[tier_id] = self._peers.reserve_hosted_quota(tier_id, holder, before + more)
         except ChunkLostError as error:
             self._raise_if_ended(holder, spread)
-            logger.warning("%s promises nothing: %s", tier_id, error)
+            logger.warning("%s reserves no quota: %s", tier_id, error)
         return spread.quotas.get(tier_id, 0) - before
 
     def _takers(self, holder: str, spread: _Spread) -> Iterator[str]:
-        """Tiers that have promised more than they hold; then all, which are asked for more."""
+        """First the tiers with an unused quota, then all others after they were asked for a larger one."""
         yield from [tier_id for tier_id in spread.quotas if spread.room_at(tier_id) > 0]
         for tier in self._other_tiers():
             if spread.room_at(tier.tier_id) <= 0:
@@ -505,7 +505,7 @@ class SpreadSequences:
 
 
 def _runs(places: Sequence[tuple[ChunkKey, str]]) -> Iterator[tuple[str, list[ChunkKey]]]:
-    """Chunks in a row of one tier."""
+    """Consecutive chunks of the same tier."""
     run: list[ChunkKey] = []
     for number, (key, tier_id) in enumerate(places):
         run.append(key)
@@ -515,23 +515,23 @@ def _runs(places: Sequence[tuple[ChunkKey, str]]) -> Iterator[tuple[str, list[Ch
 
 
 class HostedSequences:
-    """Over the ``store`` of one tier. Holders have the names that they have on their own node.
+    """Holds chunks in the ``store`` of one tier for sequences of other nodes, under the names that these have there.
 
-    A call for a holder that was released raises :class:`ReleasedError`: it was on its way while the release overtook
-    it, and nobody would release what it gets.
+    A call for a released holder raises :class:`ReleasedError`: the release has overtaken the call, and no later release
+    would free what it gets.
     """
 
     def __init__(
         self, store: ArenaStore, layout: ChunkLayout, from_disk: Callable[[str, Sequence[ChunkKey]], int]
     ) -> None:
-        """``from_disk`` brings the first of some chunks, as far as they lie on disk, into the store, and holds them."""
+        """``from_disk`` copies the first of some chunks, those that lie on disk, into the store, and holds them."""
         self._store = store
         self._layout = layout
         self._from_disk = from_disk
         self._digests = LayerDigests(store.arena, layout)
 
     def reserve_quota(self, holder: str, chunks: int) -> int:
-        """Room for ``chunks`` in all, as far as there is; returns for how many."""
+        """Reserve as much of a quota of ``chunks`` in all as there is room for; returns the quota."""
         return self._store.reserve_quota_up_to(holder, chunks)
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
@@ -550,14 +550,14 @@ class HostedSequences:
         return store_batch(self._store, batch, holder)
 
     def read_layer(self, holder: str, keys: Sequence[ChunkKey], layer: int) -> LayerBatch:
-        """One layer of those of ``keys`` that are here and sound; ``holder`` holds them, unless it was released
-        meanwhile. Nothing is held by this."""
+        """One layer of those of ``keys`` that are here and sound. ``holder`` holds them, unless it was released
+        meanwhile; this call holds nothing."""
         found = [(key, ref) for key, ref in zip(keys, self._store.find(keys), strict=True) if ref is not None]
         arena, slots = self._store.arena, np.array([ref.slot for _, ref in found], np.int64)
         chunks = arena.chunks.numpy()
         rows = np.concatenate([chunks[slots, part] for part in self._layout.layer_parts(layer)], axis=1)
         sound = self._digests.sound([key for key, _ in found], [ref for _, ref in found], layer, rows)
-        # a slot that was given away while it was read holds another chunk
+        # a slot that was given away during the read holds another chunk
         same = arena.generation(slots) == np.array([ref.generation for _, ref in found], np.uint64)
         for number in np.flatnonzero(~sound).tolist():
             self._store.drop(*found[number])
@@ -565,13 +565,13 @@ class HostedSequences:
         return LayerBatch.sealed(tuple(found[number][0] for number in kept.tolist()), rows[kept])
 
     def holders(self, floors: Mapping[str, int]) -> list[str]:
-        """Names of all holders of these workers of another node that hold something here; all serials of a worker
-        below its floor are released."""
+        """Names of all holders of these workers of another node that hold something here. All serials of a worker below
+        its floor are released."""
         for worker_id, floor in floors.items():
             self._store.forget_released(worker_id, floor)
         return [holder for holder in self._store.holders() if worker_of(holder) in floors]
 
     def release_all(self, holders: Sequence[str]) -> None:
-        """Let go of all that these hold."""
+        """Release all that these hold."""
         for holder in holders:
             self._store.release(holder)

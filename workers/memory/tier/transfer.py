@@ -1,4 +1,4 @@
-"""Chunks out of a store and into one, by value."""
+"""Copies chunks out of a store and into one."""
 
 import logging
 import uuid
@@ -15,13 +15,13 @@ from forecache.workers.memory.format.keys import ChunkKey
 logger = logging.getLogger(__name__)
 
 PLACES = 3
-"""Slots that a chunk is written to, one after another, while their memory proves to be bad."""
+"""Slots that a chunk is written to, one after another, while they turn out to have bad memory."""
 
 
 def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
-    """Copies of those of ``keys`` that are stored. One whose bytes are wrong is dropped from the store.
+    """Copies of those of ``keys`` that are stored. A chunk with wrong bytes is dropped from the store.
 
-    None is held, or counts as used: what is copied since it is the coldest stays the coldest.
+    Nothing is held, and a copy does not count as a use: chunks that move because they are the coldest stay the coldest.
     """
     mark = store.mark
     found = [(key, ref) for key, ref in zip(keys, store.find(keys), strict=True) if ref is not None]
@@ -30,7 +30,7 @@ def read(store: ArenaStore, keys: Sequence[ChunkKey]) -> ChunkBatch:
         sound = set(batch.keys)
         for key, ref in found:
             if key not in sound:
-                store.drop(key, ref)  # nothing is, if it was only evicted meanwhile
+                store.drop(key, ref)  # does nothing if it was only evicted meanwhile
     return replace(batch, mark=mark)
 
 
@@ -43,15 +43,14 @@ def store_batch(
     keep_room: int = 0,
     cached: bool = False,
 ) -> list[ChunkKey]:
-    """Store chunks of ``batch``, in its order, while there is room; returns the keys that are stored now.
+    """Store the chunks of ``batch``, in its order, while there is room; returns the keys that are stored now.
 
-    They are held for ``holder`` if one is named. ``copied_only``: only chunks that others answer for may go for them,
-    and ``keep_room`` slots must be left that can be had so. ``cached``: others go on to answer for those that are new
-    here. Bytes that do not have the checksums they came with are not taken. Raises :class:`ReleasedError`
-    when ``holder`` was released.
+    ``holder``: holds them. ``copied_only``: evict only chunks that other stores answer for, and leave ``keep_room``
+    slots available that way. ``cached``: other stores keep answering for the new ones. A chunk without the checksums
+    that it came with is left out. Raises :class:`ReleasedError` when ``holder`` was released.
     """
     batch = batch.sound()
-    # Not in the holder's name: whoever releases it meanwhile, in another thread, does not free a slot that is written.
+    # A separate holder: a release of `holder` in another thread must not free a slot that is being written.
     name = f"transfer/{uuid.uuid4().hex}"
     taken: list[ChunkKey] = []
     try:
@@ -75,8 +74,8 @@ def store_batch(
 def _put(store: ArenaStore, name: str, batch: ChunkBatch, row: int, *, copied_only: bool, cached: bool) -> None:
     """Store one chunk, held for ``name``, unless it is stored already.
 
-    Raises :class:`OverloadedError` where there is no room, and :class:`ChunkLostError` where :data:`PLACES` slots in
-    turn do not hold what is written to them.
+    Raises :class:`OverloadedError` when there is no room, and :class:`ChunkLostError` when :data:`PLACES` slots in a
+    row do not hold what was written to them.
     """
     key = batch.keys[row]
     for _ in range(PLACES):
@@ -88,7 +87,7 @@ def _put(store: ArenaStore, name: str, batch: ChunkBatch, row: int, *, copied_on
         try:
             store.arena.write(place.ref, batch, row)
         except ChunkLostError as error:
-            logger.warning("chunk %s is written elsewhere: %s", key.hex(), error)
+            logger.warning("chunk %s is written to another slot: %s", key.hex(), error)
             store.drop(key, place.ref)
         else:
             store.commit(name, [(key, place.ref)], copied=cached)
