@@ -687,7 +687,7 @@ def test_threads_end_with_the_prefetcher_or_with_the_process(is_spread: bool) ->
 
 
 def test_local_recalls_do_not_wait_for_other_nodes() -> None:
-    with open_spread_bench(local_chunks=10) as (bench, node):
+    with open_spread_bench(stays=10) as (bench, node):
         bench.write_back("b", [0, 1])
         bench.done()
         node.found = {key_of(1): bench.ref(1)}
@@ -710,7 +710,7 @@ def test_local_recalls_do_not_wait_for_other_nodes() -> None:
 
 
 def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
-    with open_spread_bench(local_chunks=10) as (bench, node):
+    with open_spread_bench(stays=10) as (bench, node):
         bench.write_back("b", [0])
         bench.done()
         node.found = {key_of(0): bench.ref(0)}
@@ -733,7 +733,7 @@ def test_a_fetch_does_not_wait_for_a_copy_thread_that_broke() -> None:
 
 
 def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
-    with open_spread_bench(local_chunks=3) as (bench, node):
+    with open_spread_bench(stays=3) as (bench, node):
         bench.write_back("b", [0, 1])
         bench.done()
         spread(bench, "a", [0, 1])
@@ -758,7 +758,7 @@ def test_what_does_not_stay_moves_out_before_what_comes_after_it() -> None:
 
 
 def test_of_a_spread_sequence_few_chunks_are_written_at_once() -> None:
-    with open_spread_bench(local_chunks=30) as (bench, _):
+    with open_spread_bench(stays=30) as (bench, _):
         spread(bench, "a")
         with bench.held_up():
             bench.write_back("a", range(9))
@@ -768,7 +768,7 @@ def test_of_a_spread_sequence_few_chunks_are_written_at_once() -> None:
 
 
 def test_flushing_waits_for_what_moves_out() -> None:
-    with open_spread_bench(local_chunks=0) as (bench, node):
+    with open_spread_bench(stays=0) as (bench, node):
         spread(bench, "a")
         bench.write_back("a", [0])
         threading.Timer(0.1, node.gate.set).start()

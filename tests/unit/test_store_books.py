@@ -135,7 +135,7 @@ def test_a_refusal_counts_where_the_slots_are(store: ArenaStore, arena: Arena) -
     quarantine(store, worker, [KEYS[1]])
     keep(store, KEYS[2:4])
     store.pin("session", [KEYS[2]])
-    said = "no room for 3 chunks .* of 6 slots 2 are free, 0 can be evicted, 1 are pinned, 1 are in quarantine .* 1 have"
+    said = "no room for 3 chunks .* of 6 slots 2 are free, 0 can be evicted, 1 are pinned, 1 are in quarantine .* 1 "
     with pytest.raises(OverloadedError, match=said):
         store.reserve_slots("w2/a", [KEYS[3], *KEYS[5:8]], writer=OWNER)
     assert len(store.reserve_slots("w2/a", KEYS[5:8], writer=OWNER)) == 3
