@@ -1,4 +1,4 @@
-"""Errors of the floors below `cluster/`: each says what, why and what to do."""
+"""Errors of everything below `cluster/`. A message says what happened, why, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,19 +9,19 @@ MESSAGE_CHARACTERS = 400
 
 
 class ForecacheError(Exception):
-    """Base of every error raised on purpose."""
+    """Base class of all errors that forecache raises itself."""
 
 
 class UnsupportedModelError(ForecacheError):
-    """The model can't be served exactly; the message says what in it and why."""
+    """The model can't be served exactly; the message says which part of it, and why."""
 
 
 class InvalidModelError(UnsupportedModelError):
-    """The model's files are missing, damaged or contradict one another: with sound files it may be served."""
+    """The model's files are missing, damaged or inconsistent; with repaired files it may be supported."""
 
 
 class InvalidRequestError(ForecacheError):
-    """The request itself is wrong; sending it again unchanged can't help. ``param`` names the field."""
+    """The request itself is wrong: sending it again unchanged can't help. ``param`` names the field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -29,27 +29,27 @@ class InvalidRequestError(ForecacheError):
 
 
 class OverloadedError(ForecacheError):
-    """No room now; the same request may be served later."""
+    """There is no room now; the same request may succeed later."""
 
 
 class ArenaError(ForecacheError):
-    """The shared-memory arena can't be made, mapped or trusted."""
+    """The shared-memory arena can't be created, mapped or trusted."""
 
 
 class ArenaMissingError(ArenaError):
-    """There is no arena where one should be, or none that is whole; its tier may be making it."""
+    """There is no complete arena at the expected path; its tier may be creating it."""
 
 
 class ChunkLostError(ForecacheError):
-    """A chunk that was held can't be read back (owner gone, checksum wrong)."""
+    """A chunk can't be read or stored: its owner is gone, its slot was given away, or its bytes are wrong."""
 
 
 class ReleasedError(ChunkLostError):
-    """A call for a holder that was released came too late: it changes nothing."""
+    """A call for a released holder came too late and changed nothing."""
 
 
 class NonFiniteError(ForecacheError):
-    """The model computed infinity or no number for a request, twice."""
+    """The model computed infinity or NaN for a request, twice."""
 
 
 class CatalogUnavailableError(ForecacheError):
@@ -57,18 +57,18 @@ class CatalogUnavailableError(ForecacheError):
 
 
 class EngineDeadError(ForecacheError):
-    """The engine's thread ended on an error; the process should be replaced."""
+    """An error ended the engine's thread; replace the process."""
 
 
 class EngineHungError(EngineDeadError):
-    """The engine's thread does not get on, though there is work; the process should be replaced."""
+    """The engine's thread makes no progress, though there is work; replace the process."""
 
 
 @contextmanager
 def explained(path: Path | str, what: str, advice: str = "") -> Iterator[None]:
-    """Raise whatever a library raises as :class:`UnsupportedModelError`: "PATH WHAT: ERROR. ADVICE".
+    """Turn any error of a library into an :class:`UnsupportedModelError`: "PATH WHAT: ERROR. ADVICE".
 
-    transformers, its quantisers and its tokenizers raise errors of any type, ImportError and bare Exception among them.
+    transformers, its quantizers and its tokenizers raise errors of any type, even ImportError and bare Exception.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def explained(path: Path | str, what: str, advice: str = "") -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The type and the first paragraph of an error's message, without line breaks: Serve hands over lines."""
+    """The type and the first paragraph of an error's message on one line, since Serve passes on single lines."""
     paragraph = str(error).strip().split("\n\n", 1)[0]
     text = " ".join(paragraph.split())
     if len(text) > MESSAGE_CHARACTERS:

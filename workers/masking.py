@@ -1,7 +1,8 @@
-"""Text without secrets: passwords and keys for logs, addresses and paths as well for clients.
+"""Removes passwords and keys from texts for logs and clients, and for clients addresses and paths as well.
 
-Clients choose part of these texts, and event loops mask them, so each pattern takes time linear in its text: it begins
-only where a word begins, or at a mark that its own match consumes, so that no part of a text is read from many starts.
+Clients choose part of these texts, and event loops mask them. So each pattern takes time linear in its text: a match
+starts only at the start of a word, or at a mark that the match itself consumes, and no part of a text is read from many
+starts.
 """
 
 import re
@@ -10,21 +11,22 @@ from collections.abc import Callable
 HIDDEN = "…"
 
 CLIENT_CHARS = 2000
-"""Longest message for a client. Pieces of a longer one never help it, and cost the event loop time."""
+"""Longest message for a client. The rest of a longer one would only cost the event loop time."""
 LOG_CHARS = 16 << 10
-"""Longest text in a log: the first half and the last lines of a longer one stay."""
+"""Longest text in a log: of a longer one the first half and the last lines stay."""
 
 _Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 
 def _without_user(match: re.Match[str]) -> str:
-    """A URL from its ``://``, up to the last @, since a password may hold any other character."""
+    """Remove user and password from a URL: everything from ``://`` up to the last @, since a password may contain any
+    other character."""
     _, at, host = match.group().rpartition("@")
     return f"://{HIDDEN}@{host}" if at else match.group()
 
 
 def _address(match: re.Match[str]) -> str:
-    """Hidden unless it is no host: a number, or one plain word with a number too small for a port of ours."""
+    """Hide it unless it is no host: a number, or a single word with a number too small for one of our ports."""
     host, _, port = match.group().rpartition(":")
     if not _LETTER.search(host):
         return match.group()
@@ -71,7 +73,7 @@ _PLACES: tuple[_Rule, ...] = (
 
 
 def mask_secrets(text: str) -> str:
-    """``text`` without passwords and keys; who reads logs may see where things are."""
+    """``text`` without passwords and keys. Addresses stay: readers of logs may see them."""
     return _replaced(text, _SECRETS)
 
 
@@ -80,22 +82,21 @@ def mask_log(text: str) -> str:
     if len(text) <= LOG_CHARS:
         return mask_secrets(text)
     head = _whole_words(text[: LOG_CHARS // 2])
-    # from the start of a line, since half of a secret is not known as one
+    # from the start of a line, since no pattern recognizes half of a secret
     tail = text[-(LOG_CHARS // 4) :].partition("\n")[2]
     left_out = len(text) - len(head) - len(tail)
     return f"{mask_secrets(head)}… ({left_out} characters left out)" + (f"\n{mask_secrets(tail)}" if tail else "")
 
 
 def mask_places(text: str) -> str:
-    """At most :data:`CLIENT_CHARS` of ``text``, without passwords, keys, addresses and paths of files: what a client
-    may see."""
+    """At most :data:`CLIENT_CHARS` of ``text``, without passwords, keys, addresses and paths of files, for clients."""
     if len(text) > CLIENT_CHARS:
         text = f"{_whole_words(text[:CLIENT_CHARS])} {HIDDEN}"
     return _replaced(mask_secrets(text), _PLACES)
 
 
 def _whole_words(text: str) -> str:
-    """``text`` to its last space: the word there may be half of a secret, which is not known as one."""
+    """``text`` up to its last space: a cut word may be half of a secret, which no pattern would recognize."""
     return text[: max(text.rfind(" "), text.rfind("\n"), 0)]
 
 

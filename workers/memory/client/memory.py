@@ -1,4 +1,4 @@
-"""The memory tier of a worker's own node through Ray: bytes go through the mapped arena."""
+"""Cold memory as a worker sees it: the memory tier of its own node through Ray, and the bytes in the mapped arena."""
 
 import logging
 import threading
@@ -29,14 +29,13 @@ SWEEP_PERIOD_S = 2.0
 class RemoteMemory:
     """`ColdMemory` over a `MemoryTier` actor of the same node.
 
-    Name holders as :class:`.holders.HoldId` does: by their worker the tier reclaims them when the worker has died.
-    A tier that has died is waited for, ``restart_deadline_s`` at most, and what was held in its former life is held
-    again. Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may do what was asked even
-    so), and :class:`ArenaError` when it does not come back, or with another arena than the one mapped here.
+    Name holders like :class:`.hold_id.HoldId` does, since the tier reclaims the holds of a dead worker by its id. When
+    the tier dies, calls wait for its restart, ``restart_deadline_s`` at most, and repeat the holds of its former life.
+    Raises :class:`ChunkLostError` if the tier does not answer in ``deadline_s`` (it may execute the call later), and
+    :class:`ArenaError` when it does not come back, or comes back with another arena than the one mapped here.
 
-    What the tier holds in the name of a worker has a living holder there, or is let go of: the tier refuses what comes
-    after a release, and a release that did not get there is made up for by :meth:`sweep`, which a thread calls every
-    ``SWEEP_PERIOD_S``.
+    Every hold of this worker at the tier ends when its holder does: the tier refuses calls that come after a release,
+    and :meth:`sweep`, which a thread calls every ``SWEEP_PERIOD_S``, repeats releases that got lost.
     """
 
     def __init__(
@@ -49,20 +48,20 @@ class RemoteMemory:
         restart_deadline_s: float = 30.0,
         peers: RemotePeers | None = None,
     ) -> None:
-        """Waits ``start_deadline_s`` for a tier that is just being made: reserving a large arena takes a while.
+        """Waits ``start_deadline_s`` for a tier that is just starting: reserving a large arena takes a while.
 
-        ``fetch_deadline_s``: how long the tier may take to bring a prefix from other nodes; ``peers``: the tiers of
-        these. Raises :class:`ArenaError` when the tier could not make its arena.
+        ``fetch_deadline_s``: time for the tier to fetch a prefix from other nodes; ``peers``: the tiers of these.
+        Raises :class:`ArenaError` when the tier could not create its arena.
         """
         self._find_tier = find_tier
         self._tier = find_tier()
         self._deadline_s = deadline_s
         self._fetch_deadline_s = fetch_deadline_s
         self._restart_deadline_s = restart_deadline_s
-        # in the order of the chunks; who lets go of something may do so in another thread than who gets it
+        # in the order of the chunks; holds and releases may come from different threads
         self._held: dict[str, dict[ChunkKey, None]] = {}
         self._quotas: dict[str, int] = {}
-        self._living: dict[str, None] = {}  # all that may hold something, since they asked for it
+        self._living: dict[str, None] = {}  # all holders that have asked for something
         self._released = Released()
         self._worker_ids: set[str] = set()
         self._orphans: set[str] = set()
@@ -85,7 +84,7 @@ class RemoteMemory:
         return self._spread
 
     def hold_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
-        """Hold the longest run of ``keys``, from the first, that is stored on any node; return its places here."""
+        """Hold the longest run of ``keys``, from the first, that any node stores; return its slots here."""
         self._begin(holder)
         deadline_s = self._deadline_s + self._fetch_deadline_s
         refs = cast(list[SlotRef], self._call("hold_prefix", holder, keys, deadline_s=deadline_s))
@@ -96,33 +95,33 @@ class RemoteMemory:
         return refs
 
     def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
-        """As :meth:`hold_prefix`, of this node's memory, and whether more of the run is elsewhere."""
+        """As :meth:`hold_prefix`, limited to this node's memory; also returns whether the run continues elsewhere."""
         self._begin(holder)
         refs, elsewhere = cast(tuple[list[SlotRef], bool], self._call("hold_local_prefix", holder, keys))
         self._note(holder, keys[: len(refs)])
         return refs, elsewhere
 
     def hold(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef | None]:
-        """Hold those of ``keys`` that are stored; ``None`` for each that is not."""
+        """Hold the stored ones of ``keys``; ``None`` for each that is not stored."""
         self._begin(holder)
         refs = cast(list[SlotRef | None], self._call("hold", holder, keys))
         self._note(holder, [key for key, ref in zip(keys, refs, strict=True) if ref is not None])
         return refs
 
     def reserve_slots(self, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
-        """Places to write ``keys`` into, as :meth:`ArenaStore.reserve_slots` gives them."""
+        """Reserve slots to write ``keys`` into, see :meth:`ArenaStore.reserve_slots`."""
         self._begin(holder)
         number, places = self._writes.begin(), list[Reservation]()
         try:
             places = cast(list[Reservation], self._call("reserve_slots", holder, keys, tells=True))
         finally:
-            # if no answer came, none that comes later is used
+            # a late answer is ignored
             self._writes.answered(number, holder, [place.ref for place in places if not place.stored])
         self._note(holder, [place.key for place in places if place.stored])
         return places
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
-        """These reserved slots are written and sealed: from now on others find them."""
+        """These reserved slots are written and sealed: from now on others find their chunks."""
         self._writes.ended([ref for _, ref in refs])
         self._call("commit", holder, refs, tells=True)
         self._note(holder, [key for key, _ in refs])
@@ -133,7 +132,7 @@ class RemoteMemory:
         self._call("drop", key, ref)
 
     def reserve_quota(self, holder: str, chunks: int) -> None:
-        """``holder`` may need so many slots in all, as :meth:`ArenaStore.reserve_quota` says."""
+        """Reserve a quota of ``chunks`` slots in all, see :meth:`ArenaStore.reserve_quota`."""
         self._begin(holder)
         self._call("reserve_quota", holder, chunks)
         with self._lock:
@@ -141,13 +140,13 @@ class RemoteMemory:
                 self._quotas[holder] = chunks
 
     def start_over(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds and was promised; it goes on."""
+        """Release the slots and the quota of ``holder``, which stays alive."""
         self._begin(holder, again=True)
         self._writes.released(holder)
         self._call("start_over", holder)
 
     def release(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds, for good; unknown holders are fine."""
+        """Release all that ``holder`` holds, for good; unknown holders are fine."""
         with self._lock:
             self._released.add(holder)
             self._living.pop(holder, None)
@@ -158,13 +157,12 @@ class RemoteMemory:
         self._call("release", holder, was_spread, tells=True)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
-        """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of the state behind
-        them."""
+        """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of its snapshot."""
         self._call("record_session", session_id, list(keys), list(state_keys))
 
     def stats(self) -> TierStats:
-        """Asked once: raises :class:`ChunkLostError` while the tier is away. Tells it what this worker writes: also one
-        that has nothing to do lets go of slots that were taken back from it."""
+        """Asks once: raises :class:`ChunkLostError` while the tier is away. Also reports this worker's writes, so that
+        even an idle worker frees slots that were taken back from it."""
         return cast(
             TierStats,
             get_answer(
@@ -178,27 +176,28 @@ class RemoteMemory:
             return list(self._living)
 
     def sweep(self) -> None:
-        """Let go of what the tier holds for holders of this worker that are released here.
+        """Release what the tier holds for holders of this worker that are released here.
 
-        Of two sweeps: a release may be on its way. Raises :class:`ChunkLostError` when the tier does not answer.
+        Only after two sweeps have found a holder, since its release may be on the way. Raises :class:`ChunkLostError`
+        when the tier does not answer.
         """
         with self._lock:
             floors = {worker_id: self._released.floor(worker_id) for worker_id in self._worker_ids}
         orphans: set[str] = set()
         for worker_id, floor in floors.items():
             self._hold_again()
-            # of this life: a tier that was restarted again has still to be told what is held
+            # with this life: a tier that has been restarted since does not know all holds yet
             asked: Any = self._tier.holders_of.remote(worker_id, floor, self._life)
             known = cast(list[str], get_answer(asked, "the memory tier, asked for its holders,", self._deadline_s))
             with self._lock:
                 orphans.update(holder for holder in known if holder not in self._living)
         for holder in sorted(orphans & self._orphans):
-            logger.warning("the memory tier holds something for %s, which is over: it lets go", holder)
+            logger.warning("the memory tier still held chunks for %s, which has ended: released", holder)
             get_answer(self._tier.release.remote(holder, True), "the memory tier, asked to release,", self._deadline_s)
         self._orphans = orphans
 
     def close(self) -> None:
-        """Let go of the arena's file; the mapping ends with the last tensor over it."""
+        """Close the arena's file; the mapping ends with the last tensor over it."""
         self._closing.set()
         self._arena.close()
 
@@ -207,10 +206,10 @@ class RemoteMemory:
             try:
                 self.sweep()
             except (ChunkLostError, ArenaError) as error:
-                logger.debug("what the memory tier holds is looked at later: %s", error)
+                logger.debug("the sweep of holds at the memory tier is retried later: %s", error)
 
     def _begin(self, holder: str, *, again: bool = False) -> None:
-        """``holder`` asks for something. ``again``: it begins again, with nothing held. Raises
+        """Note ``holder`` before a call for it. ``again``: it starts again, without holds. Raises
         :class:`ReleasedError`."""
         with self._lock:
             self._released.check(holder)
@@ -226,7 +225,7 @@ class RemoteMemory:
                 path = get_answer(self._tier.arena_path.remote(), "the memory tier", max(0.0, end_s - time.monotonic()))
                 return Arena.attach(cast(str, path))
             except (ChunkLostError, ArenaMissingError):
-                # it is being restarted, or about to find that its file is not as it was
+                # the tier is restarting, or about to restart since its file was changed
                 if time.monotonic() > end_s:
                     raise
             time.sleep(RETRY_S)
@@ -258,7 +257,7 @@ class RemoteMemory:
             try:
                 self._hold_again()
                 told = (self._writes.news(),) if tells else ()
-                # Process boundary: the tier is a Ray actor, and a new handle follows a restart.
+                # Process boundary: the tier is a Ray actor, and a restart may need a new handle.
                 return get_answer(getattr(self._tier, method).remote(*args, *told), whom, deadline_s)
             except TierAwayError as error:
                 if time.monotonic() > end_s:
@@ -267,9 +266,11 @@ class RemoteMemory:
             self._tier = self._find_tier()
 
     def _hold_again(self) -> None:
-        """After the tier was restarted it does not know who holds what."""
+        """After a restart the tier knows no holds: repeat them."""
         if not self._arena.is_intact():
-            raise ArenaError(f"the arena {self._arena.path} is not the one that is mapped here any more")
+            raise ArenaError(
+                f"the arena {self._arena.path} was replaced or truncated since it was mapped: restart the worker"
+            )
         life = self._arena.life
         if life == self._life:
             return
@@ -286,7 +287,7 @@ class RemoteMemory:
             if self._spread is not None and holder not in self._spread.held():
                 self._tier.release.remote(holder, True)
         for holder in {**held, **quotas}:
-            with suppress(OverloadedError, ReleasedError):  # new work came first; what runs goes on
+            with suppress(OverloadedError, ReleasedError):  # new work may have come first; running sequences continue
                 get_answer(self._tier.hold.remote(holder, held.get(holder, [])), whom, self._deadline_s)
                 if holder in quotas:
                     get_answer(self._tier.reserve_quota.remote(holder, quotas[holder]), whom, self._deadline_s)

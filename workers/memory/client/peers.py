@@ -17,11 +17,12 @@ from forecache.workers.memory.format.keys import ChunkKey
 
 
 class TierAwayError(ChunkLostError):
-    """The tier's process is not there: not yet, or no more."""
+    """The tier's process is not running: not yet, or no longer."""
 
 
 def get_answer(ref: "ray.ObjectRef[Any]", whom: str, deadline_s: float) -> object:
-    """What a tier answers. Raises its own errors, and :class:`ChunkLostError` when it does not answer in time."""
+    """The answer of a tier. Raises the tier's own errors, and :class:`ChunkLostError` when it does not answer in
+    time."""
     try:
         return ray.get(ref, timeout=deadline_s)
     except RayTaskError as error:
@@ -30,7 +31,7 @@ def get_answer(ref: "ray.ObjectRef[Any]", whom: str, deadline_s: float) -> objec
         raise ChunkLostError(f"{whom} did not answer within {deadline_s:g} s") from error
     except RayActorError as error:
         if error.actor_init_failed:
-            # Ray gives the tier's own error as text only; its last line is the type and the sentence.
+            # Ray passes the tier's error on as text only; its last line is the type and the message.
             raise ArenaError(f"no memory tier: {str(error).splitlines()[-1].partition(': ')[2]}") from error
         raise TierAwayError(f"{whom} can't be reached: {error}") from error
     except RayError as error:
@@ -98,9 +99,9 @@ class RemotePeers:
         return self._ask(tier_id, "read_hosted_layer", holder, list(keys), layer)
 
     def wait(self, tier_id: str, ref: "ray.ObjectRef[Any] | None", timeout_s: float) -> object:
-        """What the tier answers, at the latest after the deadline of calls."""
+        """The tier's answer, after the deadline of calls at the latest."""
         if ref is None:
-            raise ChunkLostError(f"{tier_id} is not asked: it did not answer lately")
+            raise ChunkLostError(f"{tier_id} is not called for a while: its last call was not answered")
         try:
             answer = get_answer(ref, tier_id, min(timeout_s, self._deadline_s))
         except ReleasedError:
@@ -157,7 +158,8 @@ class PendingRows:
         self._asked = asked
 
     def result(self) -> npt.NDArray[np.uint8]:
-        """uint8 ``[chunks, ChunkLayout.layer_nbytes]``, in the order asked for. Raises :class:`ChunkLostError`."""
+        """uint8 ``[chunks, ChunkLayout.layer_nbytes]``, in the order asked for. Raises :class:`ChunkLostError` when a
+        chunk is missing or damaged."""
         found: dict[ChunkKey, npt.NDArray[np.uint8]] = {}
         for tier_id, ref in self._asked:
             batch = cast(LayerBatch, self._peers.wait(tier_id, ref, math.inf))
@@ -165,5 +167,7 @@ class PendingRows:
                 raise ChunkLostError(f"a layer of {len(batch.keys)} chunks came damaged from {tier_id}")
             found |= dict(zip(batch.keys, batch.rows, strict=True))
         if len(found) < len(self._keys):
-            raise ChunkLostError(f"{len(self._keys) - len(found)} of {len(self._keys)} chunks are not where they were")
+            raise ChunkLostError(
+                f"{len(self._keys) - len(found)} of {len(self._keys)} chunks are gone from their nodes"
+            )
         return np.stack([found[key] for key in self._keys])

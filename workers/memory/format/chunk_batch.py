@@ -1,4 +1,4 @@
-"""Chunks, and parts of them, on their way between tiers, or to and from a disk."""
+"""Chunks, and parts of them, in transit between tiers, or to and from a disk."""
 
 from dataclasses import dataclass, replace
 
@@ -12,8 +12,8 @@ from forecache.workers.memory.format.keys import ChunkKey
 @dataclass(frozen=True)
 class ChunkBatch:
     """``chunks``: uint8 ``[n, nbytes]``; ``index``: uint8 ``[n, index_nbytes]``; ``checksums``: uint64 ``[n, 3]``,
-    those of a slot's header: xxh3_64 of chunk and index bytes, and the device checksum. ``mark``: that of the store
-    which they were read from, before they were; see :meth:`.store.ArenaStore.set_copied`."""
+    those of a slot's header: xxh3_64 of chunk and index bytes, and the device checksum. ``mark``: that of the source
+    store, taken before they were read; see :meth:`.store.ArenaStore.set_copied`."""
 
     keys: tuple[ChunkKey, ...]
     chunks: npt.NDArray[np.uint8]
@@ -69,7 +69,7 @@ class RecordBatch:
 
     @classmethod
     def of(cls, batch: ChunkBatch) -> "RecordBatch":
-        """Those of ``batch``."""
+        """The index records of ``batch``."""
         return cls(batch.keys, batch.index, batch.checksums[:, 1])
 
     def sound(self) -> "RecordBatch":

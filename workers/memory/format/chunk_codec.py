@@ -1,4 +1,4 @@
-"""Chunks of the hot pool's layout to and from the arena's, where the two differ: plain K/V to fp8 with scales."""
+"""Converts chunks between the hot pool's layout and the arena's, where the two differ: plain K/V to fp8 with scales."""
 
 import torch
 
@@ -7,9 +7,10 @@ from forecache.workers.memory.format.layout import ChunkLayout
 
 
 class ChunkCodec:
-    """Between slots of ``hot_memory`` and rows of ``cold_memory``, both uint8 ``[slots, nbytes]`` on one device.
+    """Converts between slots of ``hot_memory`` and rows of ``cold_memory``, both uint8 ``[slots, nbytes]`` on one
+    device.
 
-    Padding between the fields of a row is left as it is.
+    Leaves padding between the fields of a row as it is.
     """
 
     def __init__(

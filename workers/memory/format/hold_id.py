@@ -1,4 +1,4 @@
-"""Names of those who hold chunks: whose they are, for the tier that reclaims them, logs and traces."""
+"""Names of holders of chunks. A name tells the worker, whose holds the tier reclaims when it dies, and the request."""
 
 import re
 from collections import OrderedDict
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from forecache.workers.errors import ReleasedError
 
 MOST_WORKERS = 4096
-"""Workers whose released names are remembered; of more, those that were heard of longest ago are forgotten."""
+"""Workers whose released names are remembered; beyond it the least recently heard ones are forgotten."""
 
 _TRACE = re.compile(r"[0-9A-Za-z-]{1,128}")
-"""A client chooses its ``traceparent``: one that could be taken for another part of a name is left out."""
+"""Clients choose their ``traceparent``: one that could be confused with another part of a name is left out."""
 _NAME = re.compile(rf"(?P<worker>[^/]*)/.*#(?P<serial>\d+)(?:@{_TRACE.pattern})?(?:/(?P<reader>\d+))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class HoldId:
-    """One sequence of a worker. ``serial``: a name is never used again, since an older holder's release may still be on
-    its way; ``traceparent``: of the request's trace (W3C), empty without one. A worker id has no slash."""
+    """One sequence of a worker. ``serial``: makes names unique, since a release of an older holder may still be on its
+    way. ``traceparent``: of the request's trace (W3C), empty without one. A worker id has no slash."""
 
     worker_id: str
     request_id: str
@@ -32,13 +32,13 @@ class HoldId:
 
 
 def reader_of(holder: str, number: int) -> str:
-    """Name of a reader of ``holder``, which holds what was fetched for it while it is copied. Of one holder's readers
-    each has a larger number than those before, and begins when the one before is released."""
+    """Name of a reader of ``holder``: it holds chunks fetched for it while they are copied. Each reader of a holder has
+    a larger number than the one before, and starts after that was released."""
     return f"{holder}/{number}"
 
 
 def request_of(name: str) -> tuple[str, str]:
-    """(request id, traceparent) of a holder's name; both empty in names of another kind."""
+    """(request id, traceparent) of a holder's name; both empty for other names."""
     request_id, mark, rest = name.partition("/")[2].rpartition("#")
     return (request_id, rest.partition("@")[2]) if mark else ("", "")
 
@@ -50,7 +50,7 @@ def worker_of(name: str) -> str:
 
 @dataclass
 class _OfWorker:
-    """Serials below ``floor`` and those of ``serials`` are released; of each holder's readers those below a number."""
+    """Released are serials below ``floor``, those in ``serials``, and of each holder the readers below a number."""
 
     floor: int = 0
     serials: set[int] = field(default_factory=set)
@@ -65,12 +65,11 @@ class _OfWorker:
 
 
 class Released:
-    """Names that were released. A call for one of them comes too late: nobody would release what it gets.
+    """Names that were released. A call for one of them comes too late: no release would follow it.
 
-    Serials of a worker grow, and each is released in the end, so all that is below a floor needs no entry of its own: a
-    worker has as many entries as it has released names that are younger than its oldest holder. Names of another kind
-    than :class:`HoldId` and :func:`reader_of` make are not remembered, and may be used again. Not safe to call from
-    several threads at once.
+    Serials of a worker grow, and each is released at some point, so serials below a floor need no entry. A worker has
+    one entry for each released name that is younger than its oldest holder. Names of another form than :class:`HoldId`
+    and :func:`reader_of` make are not remembered, and may be used again. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -112,7 +111,7 @@ class Released:
     def check(self, name: str) -> None:
         """Raise :class:`ReleasedError` for a name that was released."""
         if name in self:
-            raise ReleasedError(f"{name} has let go of all that it held: what is asked for it now comes too late")
+            raise ReleasedError(f"{name} was released: a call for it comes too late and changes nothing")
 
     def floor(self, worker_id: str) -> int:
         """All serials of the worker below this one are released."""
@@ -120,7 +119,7 @@ class Released:
         return 0 if known is None else known.floor
 
     def raise_floor(self, worker_id: str, floor: int) -> None:
-        """The worker says that all its serials below ``floor`` are released."""
+        """The worker reports that all its serials below ``floor`` are released."""
         known = self._of(worker_id)
         if floor > known.floor:
             known.floor = floor
@@ -139,7 +138,7 @@ class Released:
 
 
 def _parse(name: str) -> tuple[str, int, int | None] | None:
-    """(worker id, serial, number of the reader), ``None`` for a name of another kind."""
+    """(worker id, serial, number of the reader); ``None`` for other names."""
     match = _NAME.fullmatch(name)
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""Names of chunks: equal prefixes have equal names, whoever computed them."""
+"""Names of chunks: equal prefixes have equal names, on every worker."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -13,7 +13,7 @@ KEY_BYTES = 16
 
 
 def root_key(layout_fingerprint: str, salt: str = "") -> ChunkKey:
-    """The parent of a sequence's first chunk. Different salts and layouts never meet again below it."""
+    """The parent of a sequence's first chunk. Keys below roots of different salts or layouts are never equal."""
     digest = blake2b(digest_size=KEY_BYTES, person=b"forecache-root")
     for part in (layout_fingerprint.encode(), salt.encode()):
         digest.update(len(part).to_bytes(8, "little"))
@@ -38,7 +38,7 @@ def prefix_keys(root: ChunkKey, token_ids: Sequence[int], chunk_tokens: int) -> 
 
 
 def batches(keys: Iterable[ChunkKey], size: int) -> Iterator[list[ChunkKey]]:
-    """``keys`` in lists of ``size``, the last one perhaps shorter."""
+    """``keys`` in lists of ``size``; the last one may be shorter."""
     iterator = iter(keys)
     while batch := list(islice(iterator, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""The bytes of one chunk, described: what a slot of the hot pool and of an arena holds."""
+"""The layout of one chunk's bytes, in a slot of the hot pool and of an arena."""
 
 import math
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class Field:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Fields of a chunk, laid one after another, each aligned to 256 bytes.
+    """Fields of a chunk, one after another, each aligned to 256 bytes.
 
-    ``model`` is the model's fingerprint (docs/architecture.md): it makes chunks of different weights different.
+    ``model`` is the model's fingerprint (docs/architecture.md): chunks of different weights have different fingerprints.
     """
 
     model: str
@@ -39,7 +39,7 @@ class ChunkLayout:
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Field name → byte offset in the chunk."""
+        """Field name -> byte offset in the chunk."""
         offsets, end = {}, 0
         for field in self.fields:
             offsets[field.name] = end
@@ -70,12 +70,13 @@ class ChunkLayout:
         return sum(field.nbytes // field.shape[0] for field in self.fields)
 
     def layer_parts(self, layer: int) -> list[slice]:
-        """Which bytes of a chunk are those of ``layer``, one slice for each field."""
+        """The bytes of ``layer`` in a chunk, one slice for each field."""
         sizes = [(self.offsets[field.name], field.nbytes // field.shape[0]) for field in self.fields]
         return [slice(start + layer * size, start + (layer + 1) * size) for start, size in sizes]
 
     def layer_view(self, rows: torch.Tensor, name: str) -> torch.Tensor:
-        """``[n, 1, *shape of a layer]`` of field ``name`` over rows of :meth:`layer_parts` side by side, uint8."""
+        """``[n, 1, *shape of a layer]`` of field ``name`` over uint8 rows that hold the bytes of :meth:`layer_parts` in
+        order."""
         start = 0
         for field in self.fields:
             size = field.nbytes // field.shape[0]
@@ -99,7 +100,7 @@ def attention_layout(
 ) -> ChunkLayout:
     """Llama-like models: ``kv: [layers, 2, kv_heads, chunk_tokens, head_dim]``.
 
-    In fp8 also ``scale: [layers, 2, kv_heads]`` float32: what the numbers of a chunk's head are to be multiplied by.
+    In fp8 also ``scale: [layers, 2, kv_heads]`` float32, the factor of the numbers of a chunk's head.
     """
     fields = [Field("kv", (layers, 2, kv_heads, chunk_tokens, head_dim), dtype)]
     if dtype == torch.float8_e4m3fn:
@@ -108,7 +109,7 @@ def attention_layout(
 
 
 def cold_layout(hot: ChunkLayout, cold_dtype: Literal["auto", "fp8"]) -> ChunkLayout:
-    """What the arena of a pool of layout ``hot`` holds: the same (``auto``, or a pool that is fp8 itself), or fp8 K/V.
+    """Layout of the arena for a pool of layout ``hot``: the same (``auto``, or a pool in fp8), or fp8 K/V.
 
     Raises :class:`UnsupportedModelError` for fp8 where a chunk is not plain K/V.
     """
@@ -130,7 +131,8 @@ def with_dtype(layout: ChunkLayout, dtype: torch.dtype) -> ChunkLayout:
 
 
 def chunk_fingerprint(hot: ChunkLayout, cold: ChunkLayout) -> str:
-    """The fingerprint that chunk keys are made of: chunks kept in another cold format come back as other numbers."""
+    """The fingerprint for chunk keys. It covers the cold format too, since chunks in another one come back as other
+    numbers."""
     if hot == cold:
         return hot.fingerprint
     return blake2b(f"{hot.fingerprint} {cold.fingerprint}".encode(), digest_size=16).hexdigest()

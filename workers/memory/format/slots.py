@@ -1,4 +1,4 @@
-"""Names for places in an arena."""
+"""References to slots of an arena."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from forecache.workers.memory.format.keys import ChunkKey
 class SlotRef:
     """A slot of an arena as it was when handed out; ``generation`` changes whenever the slot is given away.
 
-    ``remote``: only the chunk's index record lies there, its bytes are held for the same holder on another node.
+    ``remote``: only the chunk's index record lies there; another node holds its bytes for the same holder.
     """
 
     slot: int
@@ -19,7 +19,7 @@ class SlotRef:
 
 @dataclass(frozen=True)
 class Reservation:
-    """``ref`` is where to write ``key``; ``stored`` is True when an equal chunk is there already (nothing to write)."""
+    """``ref`` is where to write ``key``; ``stored``: an equal chunk is there already, so write nothing."""
 
     key: ChunkKey
     ref: SlotRef

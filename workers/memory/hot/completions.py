@@ -1,4 +1,4 @@
-"""What the prefetcher tells the engine of its jobs."""
+"""Results of the prefetcher's jobs, which the engine drains."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ RecallItem = CopyItem
 
 @dataclass(frozen=True)
 class PrefixHeld:
-    """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its places.
+    """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its slots.
 
-    The last of them are those of ``others``, the keys that were asked for behind that run. ``failure``: cold memory has
-    no room for what ``holder`` may need, so that it holds nothing; ``too_large``: nor would it were all of it free.
-    ``quota``: it has room on other nodes, and so much
-    here. ``state``: places of the pieces of a snapshot behind them, where sequences have a state.
+    The last of them are those of ``others``, the keys asked for behind that run. ``state``: slots of the snapshot's
+    pieces, for models with a state. ``failure``: cold memory has no room for what ``holder`` may need, so it holds
+    nothing; ``too_large``: nor would an empty one have. ``quota``: its slots on this node, if it is spread over
+    several.
     """
 
     holder: str
@@ -32,9 +32,9 @@ class PrefixHeld:
 
 @dataclass(frozen=True)
 class Recalled:
-    """A recall is done. ``lost`` names the items whose chunk was gone or damaged; their slots hold nothing.
+    """A recall is done. ``lost``: items whose chunk was gone or damaged; their slots hold nothing.
 
-    ``recalled_bytes`` of cold memory, in ``recalled_chunks`` chunks, took ``duration_s`` to copy and verify.
+    It took ``duration_s`` to copy and verify ``recalled_chunks`` chunks, ``recalled_bytes`` bytes of cold memory.
     """
 
     ticket: int
@@ -46,10 +46,10 @@ class Recalled:
 
 @dataclass(frozen=True)
 class WrittenBack:
-    """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or was out of reach.
+    """Cold memory has the chunk ``key`` of ``slot`` at ``ref``; ``None``: it had no room, or did not answer.
 
-    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's quota of the time its
-    batch took to copy and seal.
+    ``written_bytes`` is 0 where an equal chunk was stored already; ``duration_s`` is this chunk's part of the time that
+    its batch took to copy and seal.
     """
 
     holder: str
@@ -65,7 +65,7 @@ class WrittenBack:
 
 @dataclass(frozen=True)
 class Released:
-    """Cold memory holds nothing for ``holder`` any more, and promises it nothing."""
+    """``holder`` has neither holds nor a quota in cold memory any more."""
 
     holder: str
 

@@ -1,4 +1,4 @@
-"""How the bytes of chunks move between the hot pool and the arena, and how they are verified: on a CPU.
+"""Copies chunks between the hot pool and the arena, and verifies them: on a CPU.
 
 The prefetcher's thread makes all calls but :meth:`Copies.mark`, one after another. For a GPU: `cuda_copies.py`.
 """
@@ -22,9 +22,9 @@ from forecache.workers.memory.hot.pool import HotPool
 logger = logging.getLogger(__name__)
 
 Mark = torch.cuda.Event | None
-"""Where a stream of the GPU was; ``None`` on a CPU, where all that was asked for before is done."""
+"""A point in a GPU stream; ``None`` on a CPU, where everything asked for before is done."""
 IndexRecord = Callable[[int], torch.Tensor]
-"""Slot of the pool → the uint8 index keys of the chunk in it, on the pool's device."""
+"""Slot of the pool -> the uint8 index keys of the chunk in it, on the pool's device."""
 
 BATCH_CHUNKS = 16
 """Most chunks of one :meth:`Copies.store`."""
@@ -32,7 +32,8 @@ BATCH_CHUNKS = 16
 
 @dataclass(frozen=True)
 class CopyItem:
-    """The chunk ``key``, at ``ref`` of the arena and in slot ``slot`` of the pool: one of them is to become so."""
+    """The chunk ``key``, at ``ref`` of the arena and in slot ``slot`` of the pool; one is the source, one the
+    target."""
 
     key: ChunkKey
     ref: SlotRef
@@ -41,7 +42,7 @@ class CopyItem:
 
 @dataclass(frozen=True)
 class Copied:
-    """``lost`` are the items that failed; the copies took ``duration_s``, what they had to wait for not counted."""
+    """``lost``: the items that failed. ``duration_s``: the time of the copies, without what they had to wait for."""
 
     lost: tuple[CopyItem, ...]
     duration_s: float
@@ -49,7 +50,7 @@ class Copied:
 
 class Copies(Protocol):
     def mark(self) -> Mark:
-        """What the calling thread has asked the device to do so far: a copy may have to come after it."""
+        """The work that the calling thread has given to the device so far: a copy may have to come after it."""
         ...
 
     def sound_prefix(self, keys: Sequence[ChunkKey], refs: Sequence[SlotRef]) -> int:
@@ -57,7 +58,7 @@ class Copies(Protocol):
         ...
 
     def recall(self, items: Sequence[CopyItem], after: Sequence[Mark]) -> Copied:
-        """Copy from the arena into the pool, first item first, once ``after`` is reached, and verify what was copied.
+        """Copy from the arena into the pool, first item first, once ``after`` is reached, and verify the copies.
 
         Lost are chunks that were gone or damaged; their slots hold nothing.
         """
@@ -65,13 +66,13 @@ class Copies(Protocol):
 
     def store(self, items: Sequence[CopyItem], after: Sequence[Mark]) -> Copied:
         """Copy at most :data:`BATCH_CHUNKS` chunks from the pool into the arena once ``after`` is reached, with their
-        index records, and seal them. Lost are those whose place was given away meanwhile, or does not hold what was
+        index records, and seal them. Lost are those whose slot was given away meanwhile, or does not hold what was
         copied to it."""
         ...
 
 
 class CpuCopies:
-    """Of a pool in CPU memory. ``cold`` is the arena's layout; ``index_record`` may be missing: then none are kept."""
+    """For a pool in CPU memory. ``cold`` is the arena's layout; without ``index_record``, records are zeros."""
 
     def __init__(self, pool: HotPool, cold: ChunkLayout, arena: Arena, index_record: IndexRecord | None) -> None:
         check_layout(arena, cold)
@@ -83,7 +84,7 @@ class CpuCopies:
         self._encoder: ChunkCodec | None = None
         if cold != pool.layout:
             self._decoder = ChunkCodec(pool.layout, pool.memory, cold, arena.chunks)
-            # private: what is in the arena may change before its checksum is computed. Padding is zero, and stays so
+            # private memory: bytes in the arena could change before their checksum is computed. Padding stays zero
             self._encoded = torch.zeros(BATCH_CHUNKS, cold.nbytes, dtype=torch.uint8)
             self._encoder = ChunkCodec(pool.layout, pool.memory, cold, self._encoded)
 
@@ -105,7 +106,7 @@ class CpuCopies:
             else:
                 slots, rows = _places(part)
                 self._decoder.decode(rows, slots)
-            # checked after the copy: before it, the place could still be given away
+            # check after the copy: after an earlier check the slot could still be given away
             lost += [item for item in part if not self._arena.check(item.ref, item.key)]
         return Copied(tuple(lost), time.perf_counter() - start)
 

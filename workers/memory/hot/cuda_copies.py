@@ -1,8 +1,8 @@
-"""How the bytes of chunks move between a hot pool on a GPU and the arena, and how they are verified there.
+"""Copies chunks between a hot pool on a GPU and the arena, and verifies them there.
 
-Each direction has two streams of its own: one that copies, at link speed when the arena is registered with CUDA, and
-one that computes checksums and converts, so that the two overlap. They wait for the engine's stream up to the marks
-that came with a job, no further, and the prefetcher's thread sleeps until its own streams are done.
+Each direction has two streams: one copies, at link speed if the arena is registered with CUDA; the other computes
+checksums and converts, so that the two overlap. They wait for the engine's stream only up to the marks of a job, and
+the prefetcher's thread sleeps until its streams are done.
 """
 
 import logging
@@ -35,17 +35,17 @@ from forecache.workers.memory.hot.pool import HotPool
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 20
-"""Cold bytes handed from the one stream to the other at a time, and the size of a staging buffer."""
+"""Cold bytes that one stream hands to the other at a time, and the size of a staging buffer."""
 PIECE_CHUNKS = 64
 BUFFERS = 2
 
 
 class CudaCopies:
-    """Of a pool on a GPU, as :class:`.copies.Copies` says. Made in the engine's thread, before it serves.
+    """:class:`.copies.Copies` of a pool on a GPU. Construct it in the engine's thread, before it serves.
 
-    Chunks are sealed with both checksums, once the GPU has read in the arena what it copied there. Recalled ones are
-    verified by the device's; those without one by xxh3 on the CPU. :meth:`sound_prefix` reads headers only: bytes are
-    verified when they are read.
+    A chunk is sealed with both checksums once the GPU has read back from the arena what it copied there. A recalled
+    chunk is verified by its device checksum, or by xxh3 on the CPU if it has none. :meth:`sound_prefix` reads headers
+    only: bytes are verified when they are read.
     """
 
     def __init__(self, pool: HotPool, cold: ChunkLayout, arena: Arena, index_record: IndexRecord | None) -> None:
@@ -54,12 +54,12 @@ class CudaCopies:
         self._arena = arena
         self._index_record = index_record
         self._device = pool.memory.device
-        # even, so that every piece's slots start at 16 bytes: Triton compiles anew for other addresses
+        # even, so that the slots of every piece are aligned to 16 bytes: Triton would recompile for other addresses
         self._piece = max(2, min(PIECE_CHUNKS, PIECE_BYTES // cold.nbytes) // 2 * 2)
         self._rows = torch.arange(self._piece, device=self._device)
         self._inbound = _Lane(pool.num_slots, self._device)
         self._outbound = _Lane(BATCH_CHUNKS, self._device)
-        # private, and zeros where no records are kept
+        # private memory; zeros if no records are stored
         self._records = torch.zeros(BATCH_CHUNKS, arena.index.shape[1], dtype=torch.uint8, pin_memory=True)
         if cold != pool.layout:
             for lane in (self._inbound, self._outbound):
@@ -139,8 +139,8 @@ class CudaCopies:
         """Seal those of ``items`` whose slots hold what was copied to them; returns the others. ``stored``: the device
         checksums of what was copied, taken on the GPU, uint64 ``[n]``.
 
-        xxh3 reads a slot first, then the GPU reads it. A slot that has its source's checksum then held the same bytes
-        when xxh3 read it: what another process writes over it does not become right again.
+        xxh3 reads a slot first, then the GPU reads it. If the GPU finds its source's checksum, the slot held the same
+        bytes when xxh3 read it: bytes that another process writes over it never become right again.
         """
         arena, records = self._arena, self._records.numpy()
         for row, item in enumerate(items):
@@ -160,19 +160,19 @@ class CudaCopies:
         return tuple(lost)
 
     def _checksums_in_arena(self, slots: list[int]) -> npt.NDArray[np.uint64]:
-        """Device checksums of ``slots`` of the arena as they are now: uint64 ``[n]``."""
+        """Current device checksums of ``slots`` of the arena: uint64 ``[n]``."""
         chunks = self._arena.chunks
         if chunks.is_pinned():
             return self._outbound.checksums(chunks, slots)
-        # not registered with CUDA: a hundred times slower, on one core
+        # the arena is not registered with CUDA: compute on one core, a hundred times slower
         return ops.slot_checksums(chunks, torch.tensor(slots)).numpy().view(np.uint64)
 
     def _pool_rows(self, items: Sequence[CopyItem]) -> list[torch.Tensor]:
         return [self._pool.memory[item.slot] for item in items]
 
     def _wrong(self, items: Sequence[CopyItem], sums: npt.NDArray[np.uint64]) -> tuple[CopyItem, ...]:
-        """Those of ``items`` whose copies, of checksums ``sums``, are not what the arena says it holds, now that they
-        are made: before, a place could still be given away."""
+        """Those of ``items`` whose copies, of checksums ``sums``, differ from what the arena has sealed. Call it after
+        the copies: before, a slot could still be given away."""
         keys, refs = [item.key for item in items], [item.ref for item in items]
         sealed, expected = self._arena.sealed_device_checksums(refs, keys)
         sound = sealed & (expected == sums)
@@ -181,7 +181,7 @@ class CudaCopies:
         return tuple(items[number] for number in np.flatnonzero(~sound).tolist())
 
     def _warm_up(self, cold: ChunkLayout) -> None:
-        """Have the kernels compiled now, not while a request waits."""
+        """Compile the kernels now, not while a request waits."""
         slots = self._inbound.slots(0, 1)
         ops.slot_checksums(self._pool.memory, slots)
         if self._inbound.staging:
@@ -191,12 +191,12 @@ class CudaCopies:
             codec.encode(slots, self._rows[:1])
             ops.slot_checksums(staging.memory, self._rows[:1])
             codec.decode(self._rows[:1], slots)
-        # what was made and zeroed here is used in other streams
+        # other streams use what was allocated and zeroed here
         torch.cuda.current_stream(self._device).synchronize()
 
 
 class _Staging:
-    """Cold chunks on the GPU, on their way. Rows' padding is zero, and stays so."""
+    """Cold chunks in transit on the GPU. Padding of rows stays zero."""
 
     def __init__(self, pool: HotPool, cold: ChunkLayout, rows: int) -> None:
         self.memory = torch.zeros(rows, cold.nbytes, dtype=torch.uint8, device=pool.memory.device)
@@ -204,9 +204,9 @@ class _Staging:
 
 
 class _Lane:
-    """One direction: its two streams, and the buffers of the one job that is in it.
+    """One direction: its two streams, and the buffers of its only job.
 
-    A buffer is ``filled`` by one stream and ``emptied`` by the other, in turns.
+    One stream fills a buffer and the other empties it, in turns.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -216,13 +216,14 @@ class _Lane:
         self.emptied = [_event() for _ in range(BUFFERS)]
         self.staging: list[_Staging] = []
         self._begun = _event(enable_timing=True)
-        self._done = _event(enable_timing=True, blocking=True)  # waiting for it leaves the core to others
+        self._done = _event(enable_timing=True, blocking=True)  # waiting sleeps instead of spinning
         self._slots = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._host_slots = torch.zeros(capacity, dtype=torch.int64, pin_memory=True)
         self._host_sums = torch.zeros(capacity, dtype=torch.int64, pin_memory=True)
 
     def begin(self, slots: list[int], after: Sequence[Mark], first: torch.cuda.Stream) -> None:
-        """A job on these ``slots`` of the pool, which ``first`` starts, may begin once ``after`` is reached."""
+        """Begin a job on these ``slots`` of the pool once ``after`` is reached; ``first`` is the stream that starts
+        it."""
         for stream in (self.copying, self.computing):
             for mark in after:
                 if mark is not None:
@@ -237,8 +238,8 @@ class _Lane:
         return self._slots[start : start + count]
 
     def checksums(self, memory: torch.Tensor, slots: list[int]) -> npt.NDArray[np.uint64]:
-        """Checksums of ``slots`` of ``memory``, which the GPU can read, as they are now: uint64 ``[n]``. No job may be
-        in the lane."""
+        """Current checksums of ``slots`` of ``memory``, which the GPU can read: uint64 ``[n]``. No job may be in the
+        lane."""
         with torch.cuda.stream(self.computing):
             self._host_slots[: len(slots)] = torch.tensor(slots)
             self._slots[: len(slots)].copy_(self._host_slots[: len(slots)], non_blocking=True)
@@ -265,8 +266,8 @@ def _event(*, enable_timing: bool = False, blocking: bool = False) -> torch.cuda
 
 
 def _copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-    """Each source to its target in the current stream.
+    """Copy each source to its target in the current stream.
 
-    In one call: the engine's thread would get the interpreter between two, and keep it for long.
+    One call for all: between two calls the engine's thread would take the interpreter, and keep it for long.
     """
     torch._foreach_copy_(targets, sources, non_blocking=True)

@@ -30,7 +30,7 @@ class RegisteredMemory:
             )
 
     def close(self) -> None:
-        """Let the pages go. Nothing may be copying."""
+        """Unregister the pages. No copy may be running."""
         if self._address:
             torch.cuda.synchronize()
             _cudart().cudaHostUnregister(self._address)

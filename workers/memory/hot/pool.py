@@ -7,8 +7,7 @@ A slot is in exactly one of four states:
 - *dirty*: completed and unreferenced, but not yet in cold memory; never reused;
 - *cached*: clean, unreferenced, found by its key; the least recently used one is evicted first.
 
-The pool belongs to one thread, the engine's. Copies into and out of slots are made elsewhere, always on slots that are
-referenced or dirty here.
+Only the engine's thread uses the pool. Other threads copy into and out of slots that are referenced or dirty.
 """
 
 from collections import OrderedDict
@@ -34,7 +33,7 @@ class HotPool:
         self._keys: list[ChunkKey | None] = [None] * slots
         self._dirty = [0] * slots
         self._referenced_slots = self._dirty_slots = 0
-        # more than one while equal chunks, computed side by side, are referenced or on their way to cold memory
+        # several slots while equal chunks, computed at the same time, are referenced or being written back
         self._slots_of: dict[ChunkKey, list[int]] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -45,12 +44,12 @@ class HotPool:
 
     @property
     def available(self) -> int:
-        """Slots that :meth:`allocate` can hand out now."""
+        """Slots that :meth:`allocate` can return now."""
         return len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
-        """Slots that hold something."""
+        """Slots that are not free."""
         return self.num_slots - len(self._free)
 
     @property
@@ -60,20 +59,20 @@ class HotPool:
 
     @property
     def dirty(self) -> int:
-        """Slots whose chunk cold memory does not have yet."""
+        """Slots whose chunk is not in cold memory yet."""
         return self._dirty_slots
 
     def references(self, slot: int) -> int:
-        """How often ``slot`` is referenced."""
+        """Reference count of ``slot``."""
         return self._references[slot]
 
     def lookup(self, key: ChunkKey) -> int | None:
-        """The slot that holds the chunk ``key``, if it is hot."""
+        """The slot that holds the chunk ``key``; ``None`` if it is not hot."""
         slots = self._slots_of.get(key)
         return slots[0] if slots else None
 
     def allocate(self) -> int | None:
-        """A slot with one reference and no content, evicting if needed; ``None`` when none can be had now."""
+        """An empty slot with one reference, evicting if needed; ``None`` when there is none."""
         if self._free:
             slot = self._free.pop()
         elif self._cached:
@@ -87,7 +86,7 @@ class HotPool:
         return slot
 
     def acquire(self, slot: int) -> int:
-        """One more reference to a slot that holds a chunk."""
+        """Add a reference to a slot that holds a chunk."""
         if self._references[slot] == 0:
             self._cached.pop(slot, None)
             self._referenced_slots += 1
@@ -95,7 +94,7 @@ class HotPool:
         return slot
 
     def release(self, slot: int) -> None:
-        """One reference less."""
+        """Remove a reference."""
         assert self._references[slot] > 0, f"slot {slot} is released more often than acquired"
         self._references[slot] -= 1
         if self._references[slot] == 0:
@@ -105,7 +104,7 @@ class HotPool:
     def complete(self, slot: int, key: ChunkKey, *, dirty: bool) -> None:
         """A referenced slot now holds the chunk ``key``; ``dirty`` when cold memory has no copy of it yet.
 
-        If an equal chunk is hot already, that one stays the one to be found, and this slot is not kept once let go.
+        If an equal chunk is hot already, lookups keep finding that one, and this slot is freed once released and clean.
         """
         assert self._references[slot] > 0, f"slot {slot} is completed but not referenced"
         if dirty:
@@ -114,30 +113,30 @@ class HotPool:
         self._slots_of.setdefault(key, []).append(slot)
 
     def hold_back(self, slot: int) -> None:
-        """A referenced slot holds a chunk that is not to be found yet: it is dirty until :meth:`show` and its
+        """A referenced slot holds a chunk that no lookup may find yet: it is dirty until :meth:`show` and its
         write-back, or until :meth:`mark_clean`."""
         assert self._references[slot] > 0, f"slot {slot} is held back but not referenced"
         self._count_dirty(slot)
 
     def show(self, slot: int, key: ChunkKey) -> None:
-        """The slot that was held back holds the chunk ``key``, as of :meth:`complete`; it stays dirty."""
+        """The held-back slot holds the chunk ``key``, as in :meth:`complete`; it stays dirty."""
         assert self._dirty[slot] > 0 and self._keys[slot] is None, f"slot {slot} was not held back"
         self._keys[slot] = key
         self._slots_of.setdefault(key, []).append(slot)
 
     def wipe(self, slots: list[int]) -> None:
-        """Zeros for the bytes of ``slots``, which hold nothing of use."""
+        """Fill the bytes of ``slots``, whose content is void, with zeros."""
         if slots:
             self.memory[torch.tensor(slots, device=self.memory.device)] = 0
 
     def mark_dirty(self, slot: int) -> None:
-        """One more write-back of the chunk in ``slot`` is under way."""
+        """One more write-back of the chunk in ``slot`` has begun."""
         assert self._keys[slot] is not None, f"slot {slot} holds no chunk"
         self._cached.pop(slot, None)
         self._count_dirty(slot)
 
     def mark_clean(self, slot: int) -> None:
-        """A write-back is over: after the last one the slot may be evicted once unreferenced."""
+        """A write-back has ended: after the last one the slot may be evicted once unreferenced."""
         assert self._dirty[slot] > 0, f"slot {slot} is clean already"
         self._dirty[slot] -= 1
         if self._dirty[slot] == 0:
@@ -145,13 +144,13 @@ class HotPool:
             self._settle(slot)
 
     def discard(self, key: ChunkKey) -> None:
-        """Nobody will ask for ``key`` again: do not keep it once it is clean and unreferenced."""
+        """``key`` is not needed again: free its slots once they are clean and unreferenced."""
         for slot in self._slots_of.pop(key, []):
             self._keys[slot] = None
             self._settle(slot)
 
     def evict_all(self) -> int:
-        """Evict every cached slot; returns how many. For tests and for `policy: full` comparisons."""
+        """Evict every cached slot; returns how many. For tests and for comparisons with ``policy: full``."""
         count = len(self._cached)
         while self._cached:
             slot, _ = self._cached.popitem(last=False)
@@ -186,7 +185,7 @@ class HotPool:
         self._keys[slot] = None
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` if a slot is in no state, in two, or findable under a wrong key."""
+        """Raise ``AssertionError`` if a slot is in no state, in two, or found under a wrong key."""
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a slot is free twice"
         assert self._referenced_slots == sum(count > 0 for count in self._references), "referenced slots are miscounted"

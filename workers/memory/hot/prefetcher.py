@@ -1,9 +1,11 @@
-"""Moves chunks between the hot pool and cold memory, in a thread of its own; others look for stored prefixes.
+"""Moves chunks between the hot pool and cold memory, in its own thread.
 
-The engine's thread posts jobs and, at each step's edge, drains what has completed. Jobs only touch slots that the
-engine keeps referenced or dirty until the completion is drained, so the pool itself needs no lock. On a GPU a job
-carries a mark of the engine's stream: steps launched before it may still be reading or writing its slots. A prefix may
-have to come from other nodes, which must not keep the copies of running sequences waiting.
+The engine's thread posts jobs, and drains completions between steps. A job only touches slots that the engine keeps
+referenced or dirty until it has drained the completion, so the pool needs no lock. On a GPU a job carries a mark of the
+engine's stream: steps launched before it may still read or write its slots.
+
+Other threads search for stored prefixes (:class:`PrefixSearch`) and move chunks between nodes
+(:class:`RemoteTransfers`), since both may wait for other nodes.
 """
 
 import itertools
@@ -31,18 +33,18 @@ from forecache.workers.memory.hot.remote_chunks import RemoteTransfers
 from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 
 BATCH_BYTES = 64 << 20
-"""Most bytes of write-backs taken together, unless one chunk has more: a recall may have to wait for them."""
+"""Most bytes of write-backs in one batch, unless one chunk is larger: a recall may have to wait for a batch."""
 FLUSH_CHECK_S = 0.5
 QUOTA_WAITS = 40
-"""So often a chunk waits for room that is promised."""
+"""Times that a chunk waits for room within its sequence's quota."""
 LOSSES = 3
-"""So often a chunk whose place was lost is written again."""
+"""Times that a chunk is written again after its slot was lost."""
 
 
 @dataclass(frozen=True)
 class _WriteBack:
-    """Posted; it has waited ``waits`` times for promised room, and its place got lost ``losses`` times. ``alone``: it
-    was tried in vain with others."""
+    """A posted write-back. ``waits``: times it has waited for room; ``losses``: times its slot was lost; ``alone``: it
+    failed in a batch, and is tried by itself."""
 
     holder: str
     key: ChunkKey
@@ -59,10 +61,10 @@ _Job = Callable[[], None]
 class Prefetcher:
     """The copy thread of one pool.
 
-    ``index_record(slot)`` gives the uint8 index keys to store beside the chunk of a slot (``None``: none are kept);
-    ``cold`` is the layout of the arena's chunks where it is not the pool's; ``states``: a prefix is of use only
-    with a snapshot behind it. ``progress`` is called, in any thread, after each wait for other nodes. Raises
-    :class:`forecache.workers.errors.ArenaError` when the arena's is another.
+    ``index_record(slot)`` returns the uint8 index keys to store with the chunk of a slot (``None``: none are stored).
+    ``cold``: the layout of the arena's chunks if it differs from the pool's. ``states``: stores snapshots, without
+    which a prefix is useless to models with a state. ``progress`` is called, in any thread, after each wait for other
+    nodes. Raises :class:`forecache.workers.errors.ArenaError` when the arena has another layout.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Prefetcher:
         self._copies: Copies = make(pool, self._cold, memory.arena, index_record)
         self._batch_chunks = max(1, min(BATCH_CHUNKS, BATCH_BYTES // self._cold.nbytes))
         self._tickets = itertools.count()
-        # what somebody waits for, and what only has to be done some time; each in the order it was posted
+        # recalls, for which sequences wait, come before stores, which can wait; each in the order of posting
         self._urgent: deque[_Job] = deque()
         self._stores: deque[_Job | _WriteBack] = deque()
         self._posted_stores = 0
@@ -97,7 +99,7 @@ class Prefetcher:
         self._remote = None if spread is None else RemoteTransfers(memory, spread, self._settle, self._fail, progress)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="forecache-prefetcher", daemon=True)
-        # torch keeps a number of threads for each thread, and one more that threads started later begin with
+        # torch has a thread count per thread, and one that new threads start with: keep the latter
         threads = torch.get_num_threads()
         self._thread.start()
         self._started.wait()
@@ -112,14 +114,14 @@ class Prefetcher:
         *,
         after_stores: bool = False,
     ) -> None:
-        """Ask for the longest stored run of ``keys``, then of those that ``behind`` gives for what follows it, and for
-        room for ``chunks`` in all; answered by :class:`PrefixHeld`. ``after_stores``: once what was to be written back
-        and released before is."""
+        """Search for the longest stored run of ``keys``, then of the keys that ``behind`` returns for what follows it,
+        and reserve a quota of ``chunks`` in all. Answered by :class:`PrefixHeld`. ``after_stores``: start once all
+        earlier write-backs and releases are done."""
         self._prefix_search.start(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
 
     def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
-        asked for where some lie on other nodes."""
+        needed if some lie on other nodes."""
         ticket, mark = next(self._tickets), self._copies.mark()
         if self._remote is not None and any(item.ref.remote for item in items):
             self._remote.recall(ticket, holder, tuple(items), lambda here: self._copied(here, mark), self._cold.nbytes)
@@ -128,7 +130,7 @@ class Prefetcher:
         return ticket
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        """The chunk read from ``ref`` was wrong: nobody shall find it, from the next :meth:`find_prefix` on."""
+        """The chunk read from ``ref`` was wrong: no later :meth:`find_prefix` shall find it."""
         self._prefix_search.drop(key, ref)
 
     def write_back(self, holder: str, key: ChunkKey, slot: int) -> None:
@@ -141,16 +143,16 @@ class Prefetcher:
         self._post_store(lambda: layout.store(self._memory, holder, chunk, snapshot, mark))
 
     def release_holder(self, holder: str) -> None:
-        """Let go of all that ``holder`` holds, after what was asked for it before."""
+        """Release all that ``holder`` holds, after its earlier jobs; answered by :class:`Released`."""
         self._post_store(lambda: self._release(holder))
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
-        """A request of the session has ended with the chunks ``keys`` and the state behind them, once they are
-        stored."""
+        """A request of the session has ended with the chunks ``keys`` and the snapshot behind them; recorded once they
+        are stored."""
         self._post_store(lambda: try_record_session(self._memory, session_id, keys, state_keys))
 
     def drain(self) -> list[Completion]:
-        """What has completed since the last call. Raises what broke a thread, if something did."""
+        """Completions since the last call. Raises the error that broke a thread, if there is one."""
         self._raise_failure()
         self._news.clear()
         done = []
@@ -161,7 +163,7 @@ class Prefetcher:
                 return done
 
     def wait(self, timeout_s: float) -> bool:
-        """Sleep until something completes, at most ``timeout_s``."""
+        """Sleep until a job completes, at most ``timeout_s``."""
         return self._news.wait(timeout_s)
 
     def wake(self) -> None:
@@ -181,29 +183,31 @@ class Prefetcher:
             self._remote.flush()
 
     def check_idle(self) -> None:
-        """Raise ``AssertionError`` when a job or its news is left. For after :meth:`flush` and :meth:`drain`."""
+        """Raise ``AssertionError`` when a job or a completion is left. For use after :meth:`flush` and
+        :meth:`drain`."""
         with self._posted:
             assert not self._urgent and not self._stores, "jobs are left"
         assert self._completions.empty(), "news of jobs is left"
         self._prefix_search.check_idle()
 
     def close(self) -> None:
-        """Finish the jobs posted so far and end the threads. Raises what broke one, if nobody has heard of it."""
+        """Finish the jobs posted so far and end the threads. Raises the error that broke one, unless it was raised
+        before."""
         if self._closing:
             return
         self._prefix_search.hurry()
         try:
-            # stores begin searches, and those that waited while chunks moved out are posted again
+            # stores may start searches, and stores that waited for chunks to move out are posted again
             posted = -1
             while self._failure is None and posted != self._posted_stores:
-                posted = self._posted_stores + 1  # with that of the flush
+                posted = self._posted_stores + 1  # flush posts one itself
                 self.flush()
         finally:
             self._prefix_search.close()
             if self._remote is not None:
                 self._remote.close()
             with self._posted:
-                self._closing = True  # ends the copy thread once it has nothing to do
+                self._closing = True  # the copy thread ends once it has no jobs
                 self._posted.notify()
             self._thread.join()
         if self._failure is not self._heard:
@@ -239,7 +243,7 @@ class Prefetcher:
             self._posted.notify()
 
     def _next_job(self) -> _Job | None:
-        """What to do next; ``None`` when the end has come."""
+        """The next job; ``None`` to end the thread."""
         with self._posted:
             self._posted.wait_for(lambda: self._urgent or self._stores or self._closing)
             if self._urgent:
@@ -261,9 +265,9 @@ class Prefetcher:
             return lambda: self._write_back(batch)
 
     def _work(self) -> None:
-        # copies gain nothing from a second team of threads beside the model's, and once there are more threads than
-        # cores OpenMP puts all of them to sleep after every operator
-        torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+        # copies gain nothing from OpenMP threads in addition to the model's, and with more threads than cores OpenMP
+        # puts all of them to sleep after every operator
+        torch.get_num_threads()  # the first call in a thread sets its count, so it must come before set_num_threads
         torch.set_num_threads(1)
         self._started.set()
         try:
@@ -274,7 +278,7 @@ class Prefetcher:
             self._fail(error)
 
     def _copied(self, items: tuple[RecallItem, ...], after: Mark) -> Copied:
-        """What the copy thread makes of ``items``; for another thread, which waits for it."""
+        """Have the copy thread recall ``items``, and wait for it. For other threads."""
         done: Future[Copied] = Future()
         self._post_urgent(lambda: done.set_result(self._copies.recall(items, [after])))
         while True:
@@ -294,7 +298,7 @@ class Prefetcher:
     def _write_back(self, jobs: list[_WriteBack]) -> None:
         holder = jobs[0].holder
         if self._remote is not None and self._remote.defer(holder, lambda: self._post_first(jobs)):
-            return  # of those before it some are on their way to other nodes
+            return  # earlier chunks are still moving to other nodes
         try:
             keys = [job.key for job in jobs]
             places = reserve_sound(self._memory, lambda keys: self._memory.reserve_slots(holder, keys), keys)
@@ -311,14 +315,14 @@ class Prefetcher:
         if self._remote is not None and jobs[0].waits < QUOTA_WAITS:
             later = [replace(job, alone=True, waits=job.waits + 1) for job in jobs]
             if self._remote.pause(jobs[0].holder, lambda: self._post_first(later)):
-                return  # the room is promised: whoever is in it will leave
-        if len(jobs) > 1:  # there may be some for a few of them
+                return  # the quota guarantees the room: chunks of others will leave it
+        if len(jobs) > 1:  # a few of them may fit
             self._post_first([replace(job, alone=True) for job in jobs])
         else:
             self._give_up(jobs, error)
 
     def _places_lost(self, jobs: list[_WriteBack], error: ChunkLostError) -> None:
-        if jobs[0].losses < LOSSES:  # a tier that was restarted does not know what it had reserved
+        if jobs[0].losses < LOSSES:  # a restarted tier has forgotten its reservations
             self._post_first([replace(job, alone=True, losses=job.losses + 1) for job in jobs])
         else:
             self._give_up(jobs, error)
@@ -335,13 +339,13 @@ class Prefetcher:
             self._posted.notify()
 
     def _store(self, jobs: list[_WriteBack], places: list[Reservation]) -> list[WrittenBack]:
-        """Fill the reserved places, and tell what became of each job."""
+        """Fill the reserved slots; returns what became of each job."""
         items = [
             CopyItem(job.key, place.ref, job.slot) for job, place in zip(jobs, places, strict=True) if not place.stored
         ]
         copied = self._copies.store(items, [job.after for job in jobs])
         for item in copied.lost:
-            try_drop(self._memory, item.key, item.ref)  # its owner hands the slot out last of all, if it still does
+            try_drop(self._memory, item.key, item.ref)  # so that the tier reuses the slot last, if at all
         written = {item.ref for item in items if item not in copied.lost}
         if written:
             self._memory.commit(jobs[0].holder, [(item.key, item.ref) for item in items if item.ref in written])
@@ -355,12 +359,12 @@ class Prefetcher:
                 continue
             news.append(done)
         if lost:
-            self._places_lost(lost, ChunkLostError("its place was given away, or did not hold what was written to it"))
+            self._places_lost(lost, ChunkLostError("its slot was given away, or did not hold what was written to it"))
         return news
 
     def _release(self, holder: str) -> None:
         if self._prefix_search.release_after_search(holder):
-            return  # what it asked for has to come first
+            return  # its search has to end first
         if self._remote is not None and self._remote.defer(holder, lambda: self.release_holder(holder)):
             return
         try_release(self._memory, holder)

@@ -1,8 +1,8 @@
-"""Finds stored prefixes and asks for room, in threads of its own: both may wait for other nodes.
+"""Searches for stored prefixes and reserves quotas, in its own threads: both may wait for other nodes.
 
-A search passes lanes, each with its own threads and in order of arrival: ``near`` looks at this node's memory and
-never waits for another node; ``fetch`` brings what lies elsewhere; ``room`` asks for room; ``spread`` is for sequences
-that do not fit this node. So a prefix that is here never waits for one that has to come.
+A search passes through lanes, each with its own threads and in order of arrival. ``near`` looks at this node's memory
+and never waits for another node; ``fetch`` copies chunks from elsewhere; ``room`` reserves the quota; ``spread`` is for
+sequences that do not fit into this node. So a prefix on this node never waits for one that has to be fetched.
 """
 
 import logging
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 QUOTA_WAIT_S, QUOTA_POLL_S, SPREAD_POLL_S = 1.5, 0.02, 0.2
 NEAR_SEARCHES, FETCHING_SEARCHES = 4, 2
-"""Searches of one worker at once. Those that fetch take a thread of the memory tier for as long as that lasts."""
+"""Concurrent searches of one worker. A fetching one occupies a thread of the memory tier meanwhile."""
 T = TypeVar("T")
 
 Behind = Callable[[int], Sequence[ChunkKey]]
-"""Length of a run of keys → other keys for the chunks that follow it."""
+"""Length of a stored run of keys -> other keys for the chunks that follow it."""
 
 
 class _MoreElsewhereError(Exception):
-    """The search can't be ended here: another place has more of the prefix."""
+    """The search can't end in this node's memory: the prefix continues on disk or on other nodes."""
 
 
 class _LocalMemory:
-    """This node's memory. Raises :class:`_MoreElsewhereError` where it has a part of what is stored."""
+    """This node's memory. Raises :class:`_MoreElsewhereError` where a prefix continues elsewhere."""
 
     def __init__(self, memory: ColdMemory) -> None:
         self._memory = memory
@@ -55,7 +55,7 @@ class _LocalMemory:
 
 @dataclass(frozen=True)
 class _Found:
-    """A prefix: its places, the last of them those of ``others``, and the pieces of the state behind it."""
+    """A prefix: its slots (the last of them those of ``others``), and the pieces of the snapshot behind it."""
 
     refs: Sequence[SlotRef] = ()
     others: tuple[ChunkKey, ...] = ()
@@ -64,7 +64,7 @@ class _Found:
 
 @dataclass(frozen=True, eq=False)
 class _Search:
-    """One sequence's way through the lanes; ``done`` once it has been told."""
+    """One sequence's search; ``done`` once its result is settled."""
 
     holder: str
     keys: tuple[ChunkKey, ...]
@@ -74,11 +74,11 @@ class _Search:
 
 
 class PrefixSearch:
-    """``settle`` is told what was found, ``failed`` what went wrong that should not. ``states``: a prefix is of use
-    only with a snapshot behind it. ``progress`` is called after each part of a search that may wait for other nodes:
-    the next one is another wait.
+    """``settle`` gets the result of each search, ``failed`` an unexpected error. ``states``: stores snapshots, without
+    which a prefix is useless to models with a state. ``progress`` is called after each part of a search that may wait
+    for other nodes.
 
-    Searches run beside each other. A chunk that was dropped is not found by a search that was asked for later.
+    Searches run concurrently. A search that starts after a drop does not find the dropped chunk.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class PrefixSearch:
         self._failed = failed
         self._states = states
         self._progress = progress
-        # what goes on elsewhere needs its state there too
+        # a model with a state can't be spread: its snapshots stay on one node
         self._nodes = memory.spread if states is None else None
         self._near = ThreadPoolExecutor(NEAR_SEARCHES, thread_name_prefix="forecache-near")
         self._fetch = ThreadPoolExecutor(FETCHING_SEARCHES, thread_name_prefix="forecache-fetch")
-        # one at a time: several would quota what room comes, and none would have enough
+        # one at a time: several would split the room that becomes free, and none would get enough
         self._room = ThreadPoolExecutor(1, thread_name_prefix="forecache-room")
         self._spread = ThreadPoolExecutor(1, thread_name_prefix="forecache-spread")
         self._drops = ThreadPoolExecutor(1, thread_name_prefix="forecache-drop")
@@ -109,16 +109,16 @@ class PrefixSearch:
         self._unfinished: set[Future[None]] = set()
         self._last_drop: Future[None] | None = None
         self._locating: set[str] = set()
-        self._released: set[str] = set()  # of those that are being located
+        self._released: set[str] = set()  # holders to release when their search ends
         self._closing = False
 
     def unfinished(self) -> "list[Future[None]]":
-        """What was asked for and is not done yet: searches and drops. A search that ``when`` holds up is not begun."""
+        """Searches and drops that are not done. Excludes a search whose ``when`` has not started it yet."""
         with self._lock:
             return list(self._unfinished)
 
     def check_idle(self) -> None:
-        """Raise ``AssertionError`` when a search is left, or that its sequence has left."""
+        """Raise ``AssertionError`` when a search, or a release that waits for one, is left."""
         with self._lock:
             assert not self._locating, f"searches are left: {self._locating}"
             assert not self._released, f"releases wait for searches: {self._released}"
@@ -131,7 +131,7 @@ class PrefixSearch:
         chunks: int,
         when: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
-        """Search, and then tell; ``when``: posts what begins the search, where it must not begin at once."""
+        """Start a search. ``when``: posts the function that starts it, for a search that must not start at once."""
         search = _Search(holder, keys, behind, chunks)
         with self._lock:
             self._locating.add(holder)
@@ -148,7 +148,7 @@ class PrefixSearch:
             when(begin)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
-        """Have nobody find the chunk that was read from ``ref``, from the next search on."""
+        """Drop the chunk that was read from ``ref``: later searches do not find it."""
         done: Future[None] = Future()
         with self._lock:
             self._unfinished.add(done)
@@ -165,24 +165,24 @@ class PrefixSearch:
         self._drops.submit(run)
 
     def release_after_search(self, holder: str) -> bool:
-        """Whether ``holder`` is being located: then it is released at once after that."""
+        """Whether a search for ``holder`` is running; it then ends with a release."""
         with self._lock:
             if holder in self._locating:
                 self._released.add(holder)
             return holder in self._locating
 
     def hurry(self) -> None:
-        """Wait for no room any more."""
+        """Stop waiting for room."""
         self._closing = True
 
     def close(self) -> None:
-        """Search what was asked for, and end. Nothing may be asked for from now on."""
+        """Finish all searches and end the threads. Start no search from now on."""
         self.hurry()
         for lane in (self._near, self._fetch, self._room, self._spread, self._drops):  # each posts to later ones
             lane.shutdown()
 
     def _post(self, lane: ThreadPoolExecutor, search: _Search, job: Callable[[], None]) -> None:
-        """Have ``job`` done in ``lane``; what goes wrong in it ends the search."""
+        """Run ``job`` in ``lane``; an error ends the search."""
 
         def run() -> None:
             try:
@@ -213,7 +213,7 @@ class PrefixSearch:
 
     def _ask_for_room(self, search: _Search, found: _Found) -> None:
         if search.chunks:
-            end_s = time.monotonic() + QUOTA_WAIT_S  # from now on: who waits in line must not wait the longer for it
+            end_s = time.monotonic() + QUOTA_WAIT_S  # from now on: time in the queue counts
             self._post(self._room, search, lambda: self._reserve_quota(search, found, end_s))
         else:
             self._tell(search, found)
@@ -223,7 +223,7 @@ class PrefixSearch:
         try:
             self._wait_for_room(lambda: self._memory.reserve_quota(search.holder, search.chunks), QUOTA_POLL_S, end_s)
         except ChunkLostError:
-            pass  # a memory tier that is gone promises nothing; it will be seen when it is written to
+            pass  # the memory tier is gone; the next write to it reports that
         except OverloadedError as error:
             failure = str(error)
             if self._nodes is not None and not self._closing:
@@ -237,7 +237,7 @@ class PrefixSearch:
         self._tell(search, found, failure)
 
     def _search_spread(self, search: _Search) -> None:
-        """The sequence does not fit this node: find its prefix wherever it is, and have all nodes promise room."""
+        """The sequence does not fit into this node: find its prefix on all nodes, and reserve quotas on them."""
         nodes, found, quota, failure, too_large = self._nodes, _Found(), None, "", False
         assert nodes is not None
         try:
@@ -292,7 +292,7 @@ class PrefixSearch:
         return _Found(*self._states.cut_prefix(places, search.holder, search.keys, refs, others))
 
     def _wait_for_room(self, ask: Callable[[], T], poll_s: float, end_s: float) -> T:
-        """``ask``, again for a little while if there is no room: somebody may be leaving."""
+        """Call ``ask``, and repeat it for a while when there is no room: other sequences may end."""
         while True:
             try:
                 return ask()
@@ -307,12 +307,12 @@ class PrefixSearch:
         try:
             refs = places.hold_prefix(holder, keys)
         except ChunkLostError:
-            return []  # a memory tier that is gone has no prefix; the prompt is prefilled
+            return []  # the memory tier is gone: prefill the prompt
         finally:
             self._progress()
         sound = damaged = self._copies.sound_prefix(keys, refs)
         while damaged < len(refs):
-            # all of them, not the first alone: what is computed instead of the others would give way to them
+            # drop all damaged chunks, not only the first: the others would displace what is computed in their place
             try_drop(self._memory, keys[damaged], refs[damaged])
             damaged += 1
             damaged += self._copies.sound_prefix(keys[damaged:], refs[damaged:])
@@ -320,15 +320,15 @@ class PrefixSearch:
 
 
 def try_drop(memory: ColdMemory, key: ChunkKey, ref: SlotRef) -> None:
-    """Forget a chunk whose bytes are wrong."""
+    """Drop a chunk whose bytes are wrong, unless its owner is gone."""
     try:
         memory.drop(key, ref)
     except ChunkLostError:
-        return  # the owner is gone, and with it what was to be forgotten
+        return  # the owner is gone, and its chunks with it
 
 
 def try_release(memory: ColdMemory, holder: str) -> None:
-    """Let go of all that ``holder`` holds."""
+    """Release all that ``holder`` holds, unless the memory's owner is gone."""
     try:
         memory.release(holder)
     except ChunkLostError:
@@ -338,7 +338,7 @@ def try_release(memory: ColdMemory, holder: str) -> None:
 def try_record_session(
     memory: ColdMemory, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey]
 ) -> None:
-    """A request of the session has ended with these chunks and pieces of a state."""
+    """Record that a request of the session has ended with these chunks and pieces of a snapshot; log a failure."""
     try:
         memory.record_session(session_id, keys, state_keys)
     except ChunkLostError as error:

@@ -1,6 +1,6 @@
-"""Chunks of sequences that are spread over nodes: fetched here before they are recalled, moved out once written.
+"""Chunks of spread sequences: fetched here before they are recalled, moved to other nodes once written.
 
-In threads of their own: other sequences' copies do not wait for other nodes.
+Runs in its own threads, so that copies of other sequences do not wait for other nodes.
 """
 
 import itertools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it imports Ray, which an engine in one process does without
     from forecache.workers.memory.client.memory import RemoteSpread
 
 TRIES = 2
-"""A chunk that was fetched and did not survive until it was copied, or not unharmed, is fetched once more."""
+"""Times that a chunk is fetched, if it is lost or damaged before it was copied into the pool."""
 
 PAUSE_S = 0.05
 
@@ -33,7 +33,8 @@ Copy = Callable[[tuple[RecallItem, ...]], Copied]
 
 @dataclass
 class _Sequence:
-    """``here``: chunks that stay in the arena. What comes while some are ``moving`` out waits in ``deferred``."""
+    """``here``: number of chunks that stay in the arena. While some are ``moving`` out, later jobs wait in
+    ``deferred``."""
 
     quota: SpreadQuota
     here: int
@@ -42,11 +43,11 @@ class _Sequence:
 
 
 class RemoteTransfers:
-    """``settle`` is told what became of recalls and write-backs, ``failed`` what went wrong that should not.
-    ``progress`` is called after each group of chunks and each try, which may wait for other nodes: the next one is
-    another wait.
+    """``settle`` gets the results of recalls and write-backs, ``failed`` an unexpected error. ``progress`` is called
+    after each group of chunks and each try: both may wait for other nodes.
 
-    :meth:`begin` comes from the locator's thread, :meth:`recall` from the engine's, the rest from the copy thread.
+    :meth:`begin` is called by the threads of the prefix search, :meth:`recall` by the engine's, the rest by the copy
+    thread.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class RemoteTransfers:
             self._sequences.pop(holder, None)
 
     def most_at_once(self, holder: str, chunks: int) -> int:
-        """Of ``chunks``, how many may be written at once."""
+        """How many of ``chunks`` may be written in one batch."""
         with self._lock:
             seq = self._sequences.get(holder)
             return chunks if seq is None else min(chunks, seq.quota.max_in_flight)
 
     def defer(self, holder: str, job: Callable[[], None]) -> bool:
-        """Whether chunks of ``holder`` are moving out: then ``job`` is done after that."""
+        """Whether chunks of ``holder`` are moving out; ``job`` then runs after that."""
         with self._lock:
             seq = self._sequences.get(holder)
             if seq is None or not seq.moving:
@@ -94,7 +95,7 @@ class RemoteTransfers:
             return True
 
     def pause(self, holder: str, job: Callable[[], None]) -> bool:
-        """Whether ``holder`` is spread: then ``job`` is done a little later, and what comes meanwhile after it."""
+        """Whether ``holder`` is spread; ``job`` then runs a little later, and its later jobs after that."""
         with self._lock:
             seq = self._sequences.get(holder)
             if seq is None:
@@ -105,7 +106,7 @@ class RemoteTransfers:
         return True
 
     def keep(self, holder: str, news: list[WrittenBack]) -> list[WrittenBack]:
-        """Those of the written chunks that stay; the others are moved out, and told of then."""
+        """Returns the written chunks that stay here; moves the others out, and settles them then."""
         with self._lock:
             seq = self._sequences.get(holder)
             if seq is None:
@@ -120,16 +121,16 @@ class RemoteTransfers:
         return [done for done in news if done not in leaving]
 
     def recall(self, ticket: int, holder: str, items: tuple[RecallItem, ...], copy: Copy, chunk_bytes: int) -> None:
-        """Bring what is far, most wanted first, and have ``copy`` bring all of it into the pool."""
+        """Fetch remote chunks, most wanted first, and have ``copy`` copy all ``items`` into the pool."""
         self._fetching.submit(self._run, lambda: self._recall(ticket, holder, items, copy, chunk_bytes))
 
     def flush(self) -> None:
-        """Wait until what is on its way has arrived, and what was deferred until then is posted again."""
+        """Wait until all transfers are done, and deferred jobs are posted again."""
         self._fetching.submit(lambda: None).result()
         self._moving.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Finish what is on its way."""
+        """Finish all transfers and end the threads."""
         self._fetching.shutdown()
         self._moving.shutdown()
 
@@ -169,7 +170,7 @@ class RemoteTransfers:
                     if item not in copied.lost:
                         del left[item.slot]
             except ChunkLostError:
-                continue  # this node's tier is away, and all it had found
+                continue  # this node's tier is away, and what it fetched with it
             finally:
                 self._progress()
                 try_release(self._memory, name)

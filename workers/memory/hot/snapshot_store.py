@@ -1,7 +1,7 @@
-"""Snapshots of sequences' states in cold memory: cut into pieces of a chunk's size, under keys of their own.
+"""Snapshots of sequences' states in cold memory: cut into pieces of a chunk's size, under their own keys.
 
-A piece is stored, held, evicted, moved and fetched like any chunk; it is found by the key of the chunk that the
-snapshot stands behind. A lost one costs the tokens since the one before, which are computed again.
+A piece is stored, held, evicted, moved and fetched like any chunk. Its key derives from the key of the chunk that the
+snapshot follows. A lost snapshot costs the recomputation of the tokens since the one before.
 """
 
 import logging
@@ -22,12 +22,12 @@ from forecache.workers.memory.hot.copies import Mark
 logger = logging.getLogger(__name__)
 
 STATE_MARK = -1
-"""No token id: a piece's key is that of no chunk."""
+"""Not a token id, so that no chunk has the key of a piece."""
 
 
 @dataclass(frozen=True)
 class SnapshotStore:
-    """A snapshot has ``pieces`` pieces; there is one for everybody behind every ``every_chunks`` chunks."""
+    """A snapshot has ``pieces`` pieces; one follows every ``every_chunks``-th chunk and is shared by all sequences."""
 
     pieces: int
     every_chunks: int
@@ -48,20 +48,20 @@ class SnapshotStore:
         refs: list[SlotRef],
         others: tuple[ChunkKey, ...],
     ) -> tuple[list[SlotRef], tuple[ChunkKey, ...], Sequence[SlotRef]]:
-        """Of a prefix that was found at ``refs``, the last of them those of ``others``, the part with a snapshot behind
-        it, and that one's pieces."""
+        """Shorten a prefix at ``refs``, whose last chunks have the keys ``others``, to the last chunk with a snapshot
+        behind it. Returns the slots, the rest of ``others``, and the slots of the snapshot's pieces."""
         own = len(refs) - len(others)
         try:
             count, state = self.find(memory, holder, [*keys[:own], *others]) if refs else (0, [])
         except ChunkLostError:
-            return [], (), ()  # a memory tier that is gone has no prefix
+            return [], (), ()  # the memory tier is gone, and the prefix with it
         return refs[:count], others[: max(count - own, 0)], state
 
     def find(self, memory: HoldsChunks, holder: str, chunks: Sequence[ChunkKey]) -> tuple[int, list[SlotRef]]:
-        """The longest run of ``chunks``, from the first, with a snapshot behind it, and where its pieces are, which
+        """The longest run of ``chunks``, from the first, with a snapshot behind it, and the slots of its pieces, which
         are held for ``holder`` from now on. ``(0, [])``: there is none.
 
-        First what is near, and in one question; then, one by one, what other nodes may have.
+        Asks for the likely ones in one call; then, one by one, for those that other nodes may have.
         """
         last = len(chunks) // self.every_chunks * self.every_chunks
         aligned = range(last, 0, -self.every_chunks)
@@ -81,7 +81,7 @@ class SnapshotStore:
         self, memory: ColdMemory, holder: str, chunk: ChunkKey, snapshot: torch.Tensor, after: Mark = None
     ) -> None:
         """Store ``snapshot``, uint8 [n], of the state behind ``chunk``, held for ``holder``, once ``after`` is reached.
-        Where there is no room, or no memory, it is left out."""
+        Skips it when there is no room, or the memory is away."""
         if after is not None:
             after.synchronize()
         arena, keys = memory.arena, self.keys(chunk)
@@ -96,16 +96,17 @@ class SnapshotStore:
                     try:
                         arena.put(place.ref, key, piece.numpy(), no_record)
                     except ChunkLostError:
-                        memory.drop(key, place.ref)  # its owner hands the slot out last of all, if it still does
+                        memory.drop(key, place.ref)  # so that the tier reuses the slot last, if at all
                         raise
                     written.append((key, place.ref))
             if written:
                 memory.commit(holder, written)
         except (OverloadedError, ChunkLostError) as error:
-            logger.warning("a snapshot of %s is left out: %s", holder, error)
+            logger.warning("a snapshot of %s was not stored: %s", holder, error)
 
     def load(self, arena: Arena, chunk: ChunkKey, refs: Sequence[SlotRef]) -> torch.Tensor | None:
-        """The snapshot behind ``chunk`` from its pieces at ``refs``, uint8 [n, and padding]; None: it is damaged."""
+        """Read the snapshot behind ``chunk`` from its pieces at ``refs``, uint8 [n, and padding]; None: it is
+        damaged."""
         snapshot = torch.cat([arena.chunks[ref.slot] for ref in refs])
         if not all(arena.check(ref, key) for ref, key in zip(refs, self.keys(chunk), strict=True)):
             return None
