@@ -144,7 +144,7 @@ def test_workers_share_chunks_and_a_killed_one_gives_back(start_tier: StartTier,
     assert get(tier.release_worker.remote("b")) == 2
     stats = get(tier.stats.remote())
     assert (stats.held_slots, stats.used_slots, stats.stored_chunks) == (0, 4, 4)
-    get(tier.check_integrity.remote())
+    assert get(tier.integrity.remote()) == ""
     assert get(a.read.remote("1", KEYS[:5])) == [1, 2, 3, 4]
 
     # All room is had again; what was held by the dead one is evicted in favour of the living.
@@ -168,7 +168,7 @@ def test_wrong_chunk_is_forgotten_everywhere(start_tier: StartTier, catalog: Cat
     assert memory.hold("driver/0", KEYS[:3]) == [refs[0], None, refs[2]]
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(1, {"tier": 1}))
     assert memory.stats().dropped_chunks == 1
-    get(tier.check_integrity.remote())
+    assert get(tier.integrity.remote()) == ""
     memory.close()
 
 
@@ -234,7 +234,7 @@ def test_what_is_held_is_held_by_the_restarted_tier_too(start_tier: StartTier) -
         memory.commit("driver/0", [(KEYS[3], place.ref)])
     assert get(a.write.remote("0", KEYS[4:6])) == [False, False]
     assert memory.stats().held_slots == 5  # two of the other worker's three are the same
-    get(tier.check_integrity.remote())
+    assert get(tier.integrity.remote()) == ""
     memory.close()
 
 

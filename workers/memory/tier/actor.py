@@ -293,9 +293,6 @@ class MemoryTier:
     def metrics_target(self) -> MetricsTarget | None:
         return self._telemetry.target
 
-    def check_integrity(self) -> None:
-        self._store.check_integrity()
-
     def integrity(self) -> str:
         """The error of an integrity check of all books; empty if there is none."""
         try:
