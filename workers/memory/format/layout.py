@@ -30,7 +30,7 @@ class Field:
 class ChunkLayout:
     """Fields of a chunk, one after another, each aligned to 256 bytes.
 
-    ``model`` is the model's fingerprint (docs/architecture.md): chunks of different weights have different fingerprints.
+    ``model`` is the model's fingerprint (docs/architecture.md), so that chunks of different weights differ.
     """
 
     model: str
