@@ -1,77 +1,77 @@
-"""FlashMemory's retrievers as modules: the published formula with gradients, and what their choice of chunks holds."""
+"""FlashMemory's retrievers as trainable modules, and the recall of the chunks that they select."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
+from forecache.indexer.flashmemory.checkpoint import LayerWeights, RetrieverShape, retriever_queries
 from forecache.indexer.flashmemory.entry_shards import EntryDocument, EntryManifest
+from forecache.kernels.csa.reference import index_logits
 
 ROWS = 8
-"""Steps of a document whose logits, of all that ask with them, are in memory at a time."""
+"""Steps of a document whose logits are in memory at a time, with those of their query steps."""
 TENSORS = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
+"""In the order of `LayerWeights`."""
 
 
 class Retrievers(nn.Module):
-    """Of all recorded layers (formula: `flashmemory.py`, over keys as transformers has them: both Walsh-Hadamard
-    transforms left out, which changes no product)."""
+    """Retrievers of all recorded layers, as `checkpoint.retriever_queries` and `index_logits` compute them."""
 
     def __init__(self, manifest: EntryManifest, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.manifest = manifest
         self.weights = nn.ParameterDict(
-            {f"l{layer}_{name.replace('.', '_')}": nn.Parameter(weights[f"retrievers.l{layer}.{name}"].clone())
-             for layer in manifest.layers for name in TENSORS}
-        )  # fmt: skip
+            {
+                _parameter(layer, name): nn.Parameter(weights[f"retrievers.l{layer}.{name}"].clone())
+                for layer in manifest.layers
+                for name in TENSORS
+            }
+        )
 
     def logits(self, document: EntryDocument, rows: Tensor) -> Tensor:
-        """Largest logit over the layers and the steps that ask of every entry, float32 [rows, entries]; an entry that a
-        row's token can't see has one too."""
-        found = []
-        for some in torch.split(rows, ROWS):
-            steps = self.by_layer(document, some)
-            found.append(steps.amax((0, 2)))
-        return torch.cat(found)
+        """Largest logit of every entry over the layers and the query steps: float32 [rows, entries].
+
+        Also entries that a row's token can't see have a logit; :func:`candidates` excludes them.
+        """
+        return torch.cat([self.by_layer(document, some).amax((0, 2)) for some in torch.split(rows, ROWS)])
 
     def by_layer(self, document: EntryDocument, rows: Tensor) -> Tensor:
-        """Logits ``Σ_h w_h relu(q_h · k)``, float32 [layers, rows, steps, entries]."""
+        """Logits, float32 [layers, rows, steps, entries], of steps ``rows`` and of the query steps before each."""
         manifest, asking = self.manifest, document.hidden.shape[1]
         behind = torch.arange(1 - asking, 1, device=rows.device)
         positions = (document.positions[rows].unsqueeze(1) + behind).flatten()
-        turns = torch.tensor(manifest.frequencies, dtype=torch.float64, device=positions.device)
-        angles = positions.double().outer(turns).unsqueeze(1)
-        cos, sin = angles.cos().float(), angles.sin().float()
+        shape = RetrieverShape(
+            manifest.hidden_size, manifest.heads, manifest.head_dim, manifest.rank, manifest.frequencies
+        )
         found = []
         for place, layer in enumerate(manifest.layers):
-            down, norm, up, weigh = (self.weights[f"l{layer}_{name.replace('.', '_')}"] for name in TENSORS)
-            x = document.hidden[rows, :, place].float().flatten(0, 1)
-            low = x @ down.T
-            low = low * torch.rsqrt(low.square().mean(1, keepdim=True) + manifest.norm_eps) * norm
-            q = (low @ up.T).view(len(x), manifest.heads, manifest.head_dim)
-            size = 2 * len(manifest.frequencies)
-            even, odd = q[..., -size::2], q[..., q.shape[2] - size + 1 :: 2]
-            rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(2)
-            q = torch.cat([q[..., :-size], rotated], 2)
-            w = (x @ weigh.T) * (manifest.head_dim * manifest.heads) ** -0.5
-            products = (q.flatten(0, 1) @ document.keys[place].float().T).relu().view(len(x), manifest.heads, -1)
-            found.append(torch.bmm(w.unsqueeze(1), products).view(len(rows), asking, -1))
+            weights = LayerWeights(*(self.weights[_parameter(layer, name)] for name in TENSORS))
+            hidden = document.hidden[rows, :, place].flatten(0, 1)
+            q, w = retriever_queries(weights, shape, hidden, positions, manifest.norm_eps)
+            logits = index_logits(q, w, document.keys[place].float())
+            found.append(logits.view(len(rows), asking, -1))
         return torch.stack(found)
 
     def export(self) -> dict[str, Tensor]:
-        """The published checkpoint format."""
+        """The weights, named as in the published checkpoint."""
         return {
-            f"retrievers.l{layer}.{name}": self.weights[f"l{layer}_{name.replace('.', '_')}"]
-            .detach()
-            .cpu()
-            .contiguous()
+            f"retrievers.l{layer}.{name}": self.weights[_parameter(layer, name)].detach().cpu().contiguous()
             for layer in self.manifest.layers
             for name in TENSORS
         }
 
 
+def _parameter(layer: int, name: str) -> str:
+    """A published tensor's name as a parameter's, which may not contain dots."""
+    return f"l{layer}_{name.replace('.', '_')}"
+
+
 def candidates(manifest: EntryManifest, document: EntryDocument, rows: Tensor) -> Tensor:
-    """Entries that a retriever has to find: complete at the row's token, and in no chunk that is resident anyhow
-    (the first, and the last two), bool [rows, entries]."""
+    """Entries that a retriever has to find: bool [rows, entries].
+
+    They are complete at the row's token and outside the chunks that are always resident: the first and the last two.
+    """
     size = manifest.chunk_tokens // manifest.ratio
     entries = torch.arange(document.keys.shape[1], device=rows.device)
     complete = ((document.positions[rows] + 1) // manifest.ratio).unsqueeze(1)
@@ -79,10 +79,10 @@ def candidates(manifest: EntryManifest, document: EntryDocument, rows: Tensor) -
 
 
 def chunk_recall(manifest: EntryManifest, logits: Tensor, golden: Tensor, candidate: Tensor, budget: float) -> Tensor:
-    """Share of each row's golden entries that lie in the chunks chosen: float32 [rows], NaN without golden entries.
+    """Share of each row's golden entries that lie in the selected chunks: float32 [rows], NaN without golden entries.
 
-    Chunks are ranked as published: by the number of entries above a score of 0.5, equals by their best entry; chosen
-    are ``budget`` of the candidates' chunks, at least one.
+    The ranking is the published one: by the number of entries with a score above 0.5, then by the best entry. Of the
+    chunks with candidates, the share ``budget`` is selected, and at least one.
     """
     size = manifest.chunk_tokens // manifest.ratio
     rows, entries = logits.shape

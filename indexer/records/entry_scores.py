@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forecache.indexer.records.index_spec import IndexSpec
 from forecache.indexer.records.scores import chunk_lse
+from forecache.kernels.csa.reference import index_logits
 
 BLOCK_PRODUCTS = 1 << 24
 """q·k computed at a time: 64 MiB in float32."""
@@ -70,9 +71,7 @@ def entry_logits(
 
 def largest_logits(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """``max_s Σ_h w_sh relu(q_sh · k)`` of each key: float32 [n], of [steps, heads, dim], [steps, heads], [n, dim]."""
-    products = (queries @ keys.T).relu_()
-    # weights may be negative, so the rectified products can't be summed before they are weighted
-    return torch.bmm(weights.unsqueeze(1), products).amax((0, 1))
+    return index_logits(queries, weights, keys).amax(0)
 
 
 def chunk_scores(spec: IndexSpec, logits: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from forecache.kernels.csa.reference import index_logits
+
 BLOCK_ELEMENTS = 1 << 24
 """Products computed at a time: 64 MiB in float32."""
 CUDA_BLOCK_ELEMENTS = 1 << 27
@@ -30,12 +32,11 @@ def score_entries_of_one(q: Tensor, weights: Tensor, keys: Tensor, lens: Tensor)
     """
     tokens, heads, _ = q.shape
     scores = torch.empty(tokens, len(keys), dtype=torch.float32, device=q.device)
-    k = keys.float().T
+    k = keys.float()
     block = max(1, _elements(q) // max(heads * len(keys), 1))
     for start in range(0, tokens, block):
         part = slice(start, start + block)
-        products = (q[part].float() @ k).relu_()
-        scores[part] = torch.einsum("th,thn->tn", weights[part], products)
+        scores[part] = index_logits(q[part].float(), weights[part], k)
     hidden = torch.arange(len(keys), device=q.device) >= lens.unsqueeze(1)
     return scores.masked_fill_(hidden, -math.inf)
 

@@ -36,9 +36,17 @@ def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor,
     work = _work_dtype(q)
     held = _held(keys, block_table, lens)
     k = keys[block_table.long()].flatten(1, 2).to(work).masked_fill(~held.unsqueeze(2), 0)
-    products = (q.to(work) @ k.transpose(1, 2)).relu_()
-    scores = torch.einsum("bh,bhn->bn", weights.to(work), products)
-    return scores.masked_fill(~held, -math.inf).float()
+    return index_logits(q.to(work), weights.to(work), k).masked_fill(~held, -math.inf).float()
+
+
+def index_logits(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
+    """``Σ_h w_h relu(q_h · k)`` (DeepSeek-V4, §2.3.1) of each key, for several steps, differentiable.
+
+    ``q``: ``[steps, heads, dim]``, ``weights``: ``[steps, heads]``, ``keys``: ``[n, dim]`` or ``[steps, n, dim]``, all
+    of one dtype. Returns ``[steps, n]`` of that dtype.
+    """
+    # weights may be negative, so the products are rectified before they are weighted and summed
+    return torch.bmm(weights.unsqueeze(1), (q @ keys.transpose(-1, -2)).relu_()).squeeze(1)
 
 
 def top_entries(scores: Tensor, k: int) -> Tensor:

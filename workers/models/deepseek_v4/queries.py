@@ -51,7 +51,7 @@ class RetrieverQueries:
         steps = self.histories.length(seq, position)
         hidden = self.histories.last(seq, position, steps)[:, self.targets.index(number)]
         positions = torch.arange(position + 1 - steps, position + 1, device=hidden.device)
-        q, w = self._retriever.plain_queries(number, hidden, positions)
+        q, w = self._retriever.queries(number, hidden, positions)
         return q.float(), w.float()
 
     def probe(self, seq: TokenSequence, stop: int, chunks: int) -> "EntryProbe":
@@ -108,7 +108,6 @@ def own_retrievers(model: PreTrainedModel, shape: DeepseekV4Shape, layers: dict[
         heads=shape.index_heads,
         head_dim=shape.index_dim,
         rank=config.q_lora_rank,
-        rope_dims=2 * len(frequencies),
         frequencies=frequencies,
     )
     return FlashMemoryIndexer(weights, sizes, OWN_STEPS)
