@@ -53,9 +53,8 @@ class IndexSpec:
         *,
         chunk_tokens: int,
         scale: float | None = None,
-        dtype: torch.dtype = torch.int8,
     ) -> Self:
-        """Keys of every token of the manifest's retrieval heads; ``scale`` defaults to head_dim ** -0.5."""
+        """int8 keys of every token of the manifest's retrieval heads; ``scale`` defaults to head_dim ** -0.5."""
         return cls._build(
             "tokens",
             [(head.layer, head.head) for head in manifest.heads],
@@ -63,7 +62,7 @@ class IndexSpec:
             manifest.head_dim,
             chunk_tokens,
             scale,
-            dtype,
+            torch.int8,
         )
 
     @classmethod
@@ -90,11 +89,10 @@ class IndexSpec:
         *,
         chunk_tokens: int,
         scale: float | None = None,
-        dtype: torch.dtype = torch.float16,
     ) -> Self:
-        """Per-chunk bounds of every layer and head: what is left to a model without a manifest."""
+        """float16 bounds per chunk of the keys of every layer and KV head, for a model without a manifest."""
         queries = [(layer, head) for layer in range(layers) for head in range(heads)]
-        return cls._build("bounds", queries, heads // kv_heads, head_dim, chunk_tokens, scale, dtype)
+        return cls._build("bounds", queries, heads // kv_heads, head_dim, chunk_tokens, scale, torch.float16)
 
     @classmethod
     def _build(

@@ -94,9 +94,8 @@ class RetrievalManifest(BaseModel):
         kv_heads: int,
         head_dim: int,
         model_name: str | None = None,
-        weights_fingerprint: str | None = None,
     ) -> list[str]:
-        """What tells this model from the given one. Names and weights count where both are known."""
+        """Facts in which this model differs from the given one. Names are compared if both are known."""
         differences = [
             f"{name} is {theirs}, the manifest's {ours}"
             for name, ours, theirs in (
@@ -108,10 +107,7 @@ class RetrievalManifest(BaseModel):
             )
             if ours != theirs
         ]
-        if self.weights_fingerprint and weights_fingerprint:
-            if self.weights_fingerprint != weights_fingerprint:
-                differences.append("the weights differ")
-        elif self.model_name and model_name and not same_family(self.model_name, model_name):
+        if self.model_name and model_name and not same_family(self.model_name, model_name):
             differences.append(f"model_name is {model_name}, the manifest's {self.model_name}")
         return differences
 
@@ -125,7 +121,6 @@ def find_manifest(
     attention_heads: int,
     kv_heads: int,
     head_dim: int,
-    weights_fingerprint: str | None = None,
 ) -> RetrievalManifest | None:
     """The manifest for a model: ``setting`` is "auto" (one that came with the package), "none", or a path.
 
@@ -144,7 +139,6 @@ def find_manifest(
             head_dim=head_dim,
             # who names a file means it: a renamed or fine-tuned copy of the model may use it
             model_name=model_name if packaged else None,
-            weights_fingerprint=weights_fingerprint if packaged else None,
         )
         if not differences:
             return manifest

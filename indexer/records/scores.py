@@ -13,51 +13,30 @@ EVENT_SHARE = 0.3
 """Least share of a head's attention on one chunk that is a retrieval event (docs/architecture.md)."""
 
 
-def score_chunks(
-    spec: IndexSpec,
-    records: torch.Tensor,
-    queries: torch.Tensor,
-    local_lse: torch.Tensor,
-    slots: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """How much of the queries' attention each chunk gets: float32 [chunks], larger is needed sooner.
-
-    ``local_lse``: float32 [query_heads], log-sum-exp of the scaled logits over the tokens that have no record (-inf:
-    none). For the rest see :func:`chunk_lse`, for the scores :func:`attention_share`.
-    """
-    return attention_share(spec, chunk_lse(spec, records, queries, slots), local_lse)
-
-
-def attention_share(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
-    """Scores, float32 [chunks], from ``lse`` [query_heads, chunks] of all chunks and ``local_lse`` [query_heads].
-
-    "tokens": exact softmax over all recorded keys and the local ones, summed per chunk, then the maximum over heads.
-    "bounds": softmax over the chunks' upper bounds, then the mean over heads.
-    """
-    return _pooled(spec, head_shares(lse, local_lse))
-
-
-def _pooled(spec: IndexSpec, shares: torch.Tensor) -> torch.Tensor:
-    return shares.amax(0) if spec.kind == "tokens" else shares.mean(0)
-
-
 def head_shares(lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
-    """Share of each head's attention on each chunk: float32 [query_heads, chunks], from ``lse``, alike, of all chunks
-    and ``local_lse`` [query_heads] of the tokens that have no record."""
+    """Share of each head's attention on each chunk: float32 [query_heads, chunks].
+
+    ``lse``: float32 [query_heads, chunks], from :func:`chunk_lse` for all recorded chunks; ``local_lse``: float32
+    [query_heads], log-sum-exp of the scaled logits over the tokens without a record, -inf if there are none.
+    """
     total = torch.logaddexp(lse.logsumexp(1), local_lse)
     return (lse - total.unsqueeze(1)).exp()
 
 
-def event_mass(shares: torch.Tensor, threshold: float = EVENT_SHARE) -> torch.Tensor:
-    """Mass of the retrieval events on each chunk, float32 [chunks]: those of ``shares`` [heads, chunks] that reach
-    ``threshold``, summed over the heads."""
-    return shares.masked_fill(~(shares >= threshold), 0.0).sum(0)
+def event_mass(shares: torch.Tensor) -> torch.Tensor:
+    """Mass of the retrieval events on each chunk, float32 [chunks]: the sum over the heads of those ``shares`` [heads,
+    chunks] that are at least :data:`EVENT_SHARE`."""
+    return shares.masked_fill(~(shares >= EVENT_SHARE), 0.0).sum(0)
 
 
 def scores_and_events(spec: IndexSpec, lse: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
-    """:func:`attention_share`, and :func:`event_mass` below it: float32 [2, chunks]."""
+    """Scores of chunks and their :func:`event_mass`: float32 [2, chunks].
+
+    ``lse``, ``local_lse``: as for :func:`head_shares`. The score of "tokens" is the largest share of any head, that of
+    "bounds" the mean share over the heads, where a share comes from the chunks' upper bounds.
+    """
     shares = head_shares(lse, local_lse)
-    return torch.stack([_pooled(spec, shares), event_mass(shares)])
+    return torch.stack([shares.amax(0) if spec.kind == "tokens" else shares.mean(0), event_mass(shares)])
 
 
 def chunk_lse(

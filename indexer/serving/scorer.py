@@ -62,25 +62,14 @@ class Read:
     local_lse: Tensor
 
 
-def predict(
-    spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
-) -> Prediction:
-    """Score the chunks of ``request`` whose records can be read, here or in the request; see :func:`score`.
-
-    Raises ValueError if the arena's records are of another kind than ``spec``, or the request contradicts itself.
-    """
-    read = read_records(spec, arena, request, lookahead)
-    return prediction(spec, request, read.chunks.numpy(), score(spec, lookahead, [read])[0].numpy())
-
-
 def read_records(
     spec: IndexSpec, arena: ArenaIndexView, request: PredictRequest, lookahead: LookaheadScorer | None = None
 ) -> Read:
     """Log-sum-exps of the queries over the records that can be read.
 
     A slot's generation is read before its record and again after it, with the record's checksum: one that was given
-    away meanwhile, or already had been, or whose bytes are damaged, is left out. Raises ValueError as :func:`predict`
-    does.
+    away meanwhile, or already had been, or whose bytes are damaged, is left out. Raises ValueError if the
+    arena's records are of another kind than ``spec``, or the request contradicts itself.
     """
     check_kind(spec, arena)
     check_state(request, lookahead)

@@ -7,11 +7,13 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,8 +24,6 @@ from forecache.indexer.records.shards import RecordedDocument, Recording, ShardE
 from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.training.labels import EventSums, LabelRule, WindowLabels, answer_labels, window_labels
 from forecache.indexer.training.metrics import coverage, keep_masks, nan_mean, recall
-from forecache.indexer.training.processes import Group, join
-from forecache.indexer.training.schedule import CosineSchedule
 from forecache.indexer.training.train_state import Epoch, resume, save_state
 from forecache.indexer.training.training_data import Lesson, predict_rows, usable_rows
 
@@ -143,6 +143,72 @@ def focal_loss(logits: Tensor, golden: Tensor) -> Tensor:
     """Binary focal loss, elementwise."""
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, golden, reduction="none")
     return entropy * (1 - (-entropy).exp()) ** FOCAL_GAMMA
+
+
+class CosineSchedule:
+    """Share of the learning rate at each of ``steps`` steps: linear warmup, then a cosine to zero.
+
+    ``time_limit_s``: the cosine ends after this many seconds of training if that comes before the last step; what the
+    indexer learns then depends on the machine's speed. ``spent_s``: seconds of training before this object was created.
+    """
+
+    def __init__(self, steps: int, *, warmup_steps: int, time_limit_s: float | None = None, spent_s: float = 0) -> None:
+        self._steps = max(steps, 1)
+        self._warmup_steps = max(warmup_steps, 1)
+        self._time_limit_s = time_limit_s
+        self._began_s = time.monotonic() - spent_s
+
+    def share(self, step: int) -> float:
+        """Factor of the learning rate at ``step``, counted from 0."""
+        done = min(max(step / self._steps, self._time_share()), 1.0)
+        return min((step + 1) / self._warmup_steps, 0.5 * (1 + math.cos(math.pi * done)))
+
+    @property
+    def time_is_up(self) -> bool:
+        return self._time_share() >= 1
+
+    def _time_share(self) -> float:
+        if self._time_limit_s is None:
+            return 0.0
+        return (time.monotonic() - self._began_s) / self._time_limit_s
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process's place among those that train together: one alone, or those that torchrun started."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def as_first(self, yes: bool) -> bool:
+        """The first process's value of ``yes``, so that all processes stop or continue together."""
+        if self.size == 1:
+            return yes
+        first = torch.tensor(yes, device=self.device)
+        torch.distributed.broadcast(first, 0)
+        return bool(first)
+
+
+@contextmanager
+def join(device: str) -> Iterator[Group]:
+    """Join the processes that torchrun started, if it started this one.
+
+    ``device``: auto, cpu, cuda or cuda:N. With several processes "auto" and "cuda" assign one GPU to each.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if not torch.distributed.is_torchelastic_launched():
+        yield Group(0, 1, torch.device(kind))
+        return
+    torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    rank = torch.distributed.get_rank()
+    if kind == "cuda":
+        kind = f"cuda:{rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(kind)
+    try:
+        yield Group(rank, torch.distributed.get_world_size(), torch.device(kind))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def train(

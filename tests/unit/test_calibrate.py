@@ -16,7 +16,15 @@ from transformers import (
 )
 
 from forecache.indexer.records.manifest import RetrievalManifest, find_manifest
-from forecache.workers.recording.calibrate import ATTENTION, AnswerMass, answer_mass, calibrate, calibration_tasks
+from forecache.workers.recording.calibrate import (
+    ATTENTION,
+    HEADS,
+    SEED,
+    AnswerMass,
+    answer_mass,
+    calibrate,
+    calibration_tasks,
+)
 
 CHUNK_TOKENS = 32
 DOCUMENTS = 4
@@ -55,7 +63,7 @@ def exact_mass(model_path: Path) -> torch.Tensor:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_path)
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
     total = torch.zeros(3, 6)
-    for task in calibration_tasks(tokenizer, documents=DOCUMENTS, seed=5, **LENGTHS):
+    for task in calibration_tasks(tokenizer, documents=DOCUMENTS, seed=SEED, **LENGTHS):
         tokens = [*task.prompt_token_ids, *task.reply_prefix_token_ids, *task.answer_token_ids[:-1]]
         with torch.inference_mode():
             attentions = torch.stack(model(torch.tensor([tokens]), output_attentions=True).attentions)[:, 0]
@@ -67,13 +75,13 @@ def exact_mass(model_path: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def manifest(model_path: Path) -> RetrievalManifest:
-    return calibrate(model_path, documents=DOCUMENTS, heads=5, chunk_tokens=CHUNK_TOKENS, seed=5, **LENGTHS)
+    return calibrate(model_path, documents=DOCUMENTS, chunk_tokens=CHUNK_TOKENS, **LENGTHS)
 
 
 def test_the_best_heads_are_those_of_the_attention_matrices(
     manifest: RetrievalManifest, exact_mass: torch.Tensor
 ) -> None:
-    best = exact_mass.flatten().argsort(descending=True)[:5].tolist()
+    best = exact_mass.flatten().argsort(descending=True)[:HEADS].tolist()
     assert [(head.layer, head.head) for head in manifest.heads] == [divmod(index, 6) for index in best]
     for head in manifest.heads:
         assert head.score == pytest.approx(float(exact_mass[head.layer, head.head]), abs=1e-4)

@@ -26,7 +26,7 @@ from forecache.indexer.records.checkpoint import (
 )
 from forecache.indexer.records.encoder import LEAST_LOG_SHARE, SIBLING_LOG_WEIGHT, EncoderShape, decode_records
 from forecache.indexer.records.index_spec import encode_chunks
-from forecache.indexer.records.scores import chunk_lse, score_chunks
+from forecache.indexer.records.scores import chunk_lse, scores_and_events
 from forecache.indexer.records.shards import (
     SEED_WEIGHTS_FILE,
     RecordedDocument,
@@ -39,8 +39,7 @@ from forecache.indexer.records.shards import (
 from forecache.indexer.training.evaluate import SCORERS, as_records, evaluate, gap_closed, table
 from forecache.indexer.training.labels import LabelRule, complete_chunks, window_labels
 from forecache.indexer.training.plots import plot_curve, plot_figures
-from forecache.indexer.training.schedule import CosineSchedule
-from forecache.indexer.training.train import TrainConfig, train
+from forecache.indexer.training.train import CosineSchedule, TrainConfig, train
 from forecache.indexer.training.training_data import predict_rows, usable_rows
 
 CHUNK_TOKENS, HEAD_DIM, HIDDEN, CHUNKS = 8, 16, 24, 40
@@ -227,7 +226,7 @@ def test_untrained_it_is_the_mean_share_of_the_retrieval_heads_as_served(recordi
         local = torch.stack([(queries[place, head] * spec.scale @ keys[kv].T).logsumexp(0) for head, kv in heads])
         lse = chunk_lse(spec, records, queries[place])
         shares = (lse - torch.logaddexp(lse.logsumexp(1), local).unsqueeze(1)).exp()
-        torch.testing.assert_close(score_chunks(spec, records, queries[place], local), shares.amax(0))
+        torch.testing.assert_close(scores_and_events(spec, lse, local)[0], shares.amax(0))
         # shares below the least one count as that
         expected = (shares.clamp(min=math.exp(LEAST_LOG_SHARE)) * weights.unsqueeze(1)).sum(0)
         torch.testing.assert_close(found.logits[place, :complete].exp(), expected, atol=1e-6, rtol=1e-4)

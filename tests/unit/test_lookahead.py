@@ -14,7 +14,7 @@ from forecache.indexer.records.checkpoint import CheckpointManifest
 from forecache.indexer.records.encoder import EncoderShape, MemoryIndexer, decode_records
 from forecache.indexer.records.index_spec import encode_chunks
 from forecache.indexer.records.queries import QueryProjection
-from forecache.indexer.records.scores import attention_share, chunk_lse, event_mass, head_shares
+from forecache.indexer.records.scores import chunk_lse, event_mass, head_shares, scores_and_events
 from forecache.indexer.records.shards import RecordedDocument
 from forecache.indexer.serving.cuda_scorer import CudaIndexer
 from forecache.indexer.serving.lookahead import LookaheadScorer
@@ -195,7 +195,7 @@ def test_the_models_own_heads_are_the_last_rows() -> None:
     scores = with_own_alone.predict(own).result(60).scores
     with_own_alone.close()
     lse = chunk_lse(SCORER.spec, DOCUMENT.records[:6], torch.tensor(asked.queries))
-    expected = attention_share(SCORER.own, lse[-2:], torch.tensor(asked.local_lse[-2:]))
+    expected = scores_and_events(SCORER.own, lse[-2:], torch.tensor(asked.local_lse[-2:]))[0]
     np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-5)
 
 

@@ -108,11 +108,9 @@ def test_a_path_for_another_shape_says_what_differs(tmp_path: Path) -> None:
         find_manifest(str(tmp_path / "m.json"), None, **{**TINY, "layers": 5, "head_dim": 32})
 
 
-def test_weights_decide_where_both_sides_know_them() -> None:
-    known = manifest(weights_fingerprint="abc")
-    assert known.differences(**TINY, model_name="other", weights_fingerprint="abc") == []
-    assert known.differences(**TINY, model_name="tiny-1b", weights_fingerprint="xyz") == ["the weights differ"]
-    assert known.differences(**TINY, model_name="other") == ["model_name is other, the manifest's tiny-1b"]
+def test_another_name_is_a_difference_where_both_are_known() -> None:
+    assert manifest().differences(**TINY, model_name="other") == ["model_name is other, the manifest's tiny-1b"]
+    assert manifest().differences(**TINY, model_name="tiny-1b") == manifest().differences(**TINY) == []
 
 
 def test_a_spec_follows_its_manifest() -> None:

@@ -12,13 +12,15 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from forecache.indexer.records.manifest import CalibrationRecord, RetrievalHead, RetrievalManifest
+from forecache.indexer.records.scores import EVENT_SHARE
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.evaluation import corpus
 from forecache.workers.evaluation.tasks import RetrievalTask, TaskKind, make_task
 
 ATTENTION = "forecache_calibrate"
-RETRIEVAL_EVENT_MASS = 0.3
-"""Share of one head's attention that one chunk must get to count as a retrieval event (docs/architecture.md)."""
+HEADS = 8
+"""Retrieval heads of a manifest."""
+SEED = 0
 SHALLOWEST, DEEPEST = 0.05, 0.9
 """Answers lie between these depths: neither sink nor recency."""
 
@@ -104,17 +106,13 @@ def calibrate(
     model_path: Path,
     *,
     documents: int = 96,
-    heads: int = 8,
     min_tokens: int = 2048,
     max_tokens: int = 7168,
     chunk_tokens: int = 64,
-    seed: int = 0,
     model_name: str | None = None,
-    weights_fingerprint: str | None = None,
-    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> RetrievalManifest:
-    """Rank a model's heads by the mean attention they put on the answer's chunk; keep the best ``heads``.
+    """Rank a model's heads by the mean attention they put on the answer's chunk; keep the best :data:`HEADS`.
 
     ``model_path``: local Hugging Face directory. ``progress(done, documents)`` is called after every document.
     A document of n tokens costs one forward pass of n tokens. Raises :class:`UnsupportedModelError` for a model whose
@@ -124,21 +122,21 @@ def calibrate(
     recorder = AnswerMass()
     AttentionInterface.register(ATTENTION, recorder)
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", attn_implementation=ATTENTION)
-    model = model.to(torch.device(device)).eval()
+    model.eval()
     config = model.config.get_text_config()
     max_tokens = min(max_tokens, config.max_position_embeddings - 256)
 
     total = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
     events = 0
-    tasks = calibration_tasks(tokenizer, documents=documents, min_tokens=min_tokens, max_tokens=max_tokens, seed=seed)
+    tasks = calibration_tasks(tokenizer, documents=documents, min_tokens=min_tokens, max_tokens=max_tokens, seed=SEED)
     for done, task in enumerate(tasks, start=1):
         mass = answer_mass(model, recorder, task, chunk_tokens)
         total += mass.mean(2)
-        events += int((mass[:, :, 0] >= RETRIEVAL_EVENT_MASS).sum())
+        events += int((mass[:, :, 0] >= EVENT_SHARE).sum())
         if progress is not None:
             progress(done, documents)
     score = total / documents
-    best = score.flatten().argsort(descending=True)[:heads].tolist()
+    best = score.flatten().argsort(descending=True)[:HEADS].tolist()
     return RetrievalManifest(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
@@ -146,7 +144,6 @@ def calibrate(
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         model_name=model_name or model_path.name,
-        weights_fingerprint=weights_fingerprint,
         heads=tuple(
             RetrievalHead(layer=layer, head=head, score=round(float(score[layer, head]), 4))
             for layer, head in (divmod(index, config.num_attention_heads) for index in best)
@@ -157,7 +154,7 @@ def calibrate(
             min_tokens=min_tokens,
             max_tokens=max_tokens,
             chunk_tokens=chunk_tokens,
-            seed=seed,
+            seed=SEED,
             events=round(events / documents, 2),
             torch_version=torch.__version__,
             transformers_version=transformers.__version__,
