@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -65,15 +66,34 @@ def test_the_picture_in_the_readme_names_real_classes_and_their_methods() -> Non
         assert method in classes[target], f"{target} has no method {method}"
 
 
+@cache
 def _classes() -> dict[str, set[str]]:
-    """Names of all product classes, with those of their methods."""
-    return {
-        node.name: {part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
+    """Names of all product classes, with those of their methods and fields, inherited ones too."""
+    nodes = {
+        node.name: node
         for folder in CODE_FOLDERS[:-1]
         for path in (ROOT / folder).rglob("*.py")
         for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }
+
+    def members(name: str) -> set[str]:
+        found = {
+            part.attr
+            for part in ast.walk(nodes[name])
+            if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
+        }
+        for part in nodes[name].body:
+            if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(part.name)
+            elif isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                found.add(part.target.id)
+        for base in nodes[name].bases:
+            if isinstance(base, ast.Name) and base.id in nodes:
+                found |= members(base.id)
+        return found
+
+    return {name: members(name) for name in nodes}
 
 
 def test_pages_name_only_flags_that_exist(generator: ModuleType) -> None:
@@ -89,3 +109,11 @@ def test_pages_name_only_flags_that_exist(generator: ModuleType) -> None:
 def test_pages_name_only_files_that_exist(page: Path) -> None:
     named = re.findall(r"(?:cluster|workers|indexer|kernels|tests)/[\w/-]+\.\w+", page.read_text(encoding="utf-8"))
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_name_only_methods_that_exist(page: Path) -> None:
+    classes = _classes()
+    for name, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", page.read_text(encoding="utf-8")):
+        if name in classes:
+            assert method in classes[name], f"{page.name} names {name}.{method}, which does not exist"
