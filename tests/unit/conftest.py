@@ -1,5 +1,6 @@
 """Tiny random models on disk: quick enough to compare every token of the engine with transformers."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,6 +8,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent))  # modules that tests share
 
 Reference = Callable[[list[int], int], list[int]]
 

@@ -5,9 +5,8 @@ Clocks are the tests' own: event loops jump to their next timer, engines ask a c
 
 import asyncio
 import json
-import selectors
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+from virtual_time import now_s, run
 
 from forecache.cluster.config import ResumeConfig, ServeConfig
 from forecache.cluster.dispatch.channels import ChanneledStream, Channels, Replacement
@@ -55,35 +55,6 @@ CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 DEADLINE_S = 60.0
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=3))
 LAST = SequenceStats(prompt_tokens=2, completion_tokens=3)
-
-
-class _Jumps(selectors.DefaultSelector):
-    """Waits for nothing: where nothing is ready, the time of the next timer is there."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0 if timeout is not None else None)
-        if not ready and timeout:
-            self.now_s += timeout
-        return ready
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """In an event loop whose time is not the machine's."""
-
-    def make_loop() -> asyncio.AbstractEventLoop:
-        jumps = _Jumps()
-        loop = asyncio.SelectorEventLoop(jumps)
-        loop.time = lambda: jumps.now_s  # type: ignore[method-assign]
-        return loop
-
-    with asyncio.Runner(loop_factory=make_loop) as runner:
-        return runner.run(main)
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def token(number: int, **more: Any) -> TokenEvent:

@@ -2,15 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from small_llm import CHUNK_BYTES, open_llm
 
 from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.serving.protocol import Prediction, PredictRequest
@@ -25,30 +24,7 @@ from forecache.workers.memory.hot import prefix_search as locator
 from forecache.workers.memory.hot.completions import RecallItem
 from forecache.workers.memory.hot.prefetcher import Prefetcher
 
-CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 MOST_STEPS = 1500
-
-
-@contextmanager
-def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
-    """An LLM with 16-token chunks; checks at the end that nothing leaked."""
-    defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
-    with (
-        TemporaryDirectory(prefix="faults-test-", dir="/dev/shm") as directory,
-        LLM(
-            str(model),
-            skip_tokenizer=True,
-            hot_bytes=hot_chunks * CHUNK_BYTES,
-            arena_dir=Path(directory),
-            **(defaults | settings),
-        ) as llm,
-    ):
-        yield llm
-        for _ in range(2):
-            llm.engine.flush()
-        llm.engine.check_integrity()
-        llm.memory.check_integrity()
-        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
 
 
 def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int, policy: Policy = "lookahead") -> None:

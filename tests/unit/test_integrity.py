@@ -5,16 +5,16 @@
 
 import ast
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_llm import checked_llm
 from torch import Tensor
 
 from forecache.indexer.serving.config import IndexerConfig
@@ -73,9 +73,7 @@ class Architecture:
     def prompt(self) -> list[int]:
         return torch.randint(3, 256, (self.tokens,), generator=torch.Generator().manual_seed(7)).tolist()
 
-    @contextmanager
-    def open(self, device: str = "cpu", *, hot_chunks: int = 4, **settings: Any) -> Iterator[LLM]:
-        """Checks at the end that nothing leaked."""
+    def open(self, device: str = "cpu", *, hot_chunks: int = 4, **settings: Any) -> AbstractContextManager[LLM]:
         config = load_config(self.path)
         nbytes = expected_layout(config, chunk_tokens=self.chunk_tokens, dtype=torch.float32).nbytes
         defaults: dict[str, Any] = {
@@ -89,21 +87,7 @@ class Architecture:
             "device": device,
             "cuda_graphs": False,
         }
-        with (
-            TemporaryDirectory(prefix="integrity-test-", dir="/dev/shm") as directory,
-            LLM(
-                str(self.path),
-                skip_tokenizer=True,
-                arena_dir=Path(directory),
-                **(defaults | self.settings | settings),
-            ) as llm,
-        ):
-            yield llm
-            for _ in range(2):
-                llm.engine.flush()
-            llm.engine.check_integrity()
-            llm.memory.check_integrity()
-            assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
+        return checked_llm(self.path, **(defaults | self.settings | settings))
 
 
 @pytest.fixture(params=["dense", "dsv4"])

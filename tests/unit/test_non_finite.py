@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from small_llm import checked_llm
 from torch import Tensor
 
 from forecache.cluster.errors import from_exception
@@ -55,17 +55,9 @@ def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
         "cuda_graphs": False,
         "torch_compile": False,  # compiled layers do not call the hooks of `Fault`
     }
-    with (
-        TemporaryDirectory(prefix="non-finite-test-", dir="/dev/shm") as directory,
-        LLM(str(path), skip_tokenizer=True, arena_dir=Path(directory), **(defaults | settings)) as llm,
-    ):
+    with checked_llm(path, **(defaults | settings)) as llm:
         yield llm
         assert_all_is_finite(llm)
-        for _ in range(2):
-            llm.engine.flush()
-        llm.engine.check_integrity()
-        llm.memory.check_integrity()
-        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
 
 
 def assert_all_is_finite(llm: LLM) -> None:

@@ -1,13 +1,12 @@
 """What a sequence was before it started over, and what others hold of its chunks, changes nothing of its answer."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from small_llm import open_llm
 
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.core.sequence import State
@@ -20,30 +19,7 @@ from forecache.workers.residency.pending_set import Turn
 from forecache.workers.residency.window import FIRST_BOUNDARY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 MOST_STEPS = 1500
-
-
-@contextmanager
-def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
-    """16-token chunks; checks at the end that nothing leaked."""
-    defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
-    with (
-        TemporaryDirectory(prefix="restarts-test-", dir="/dev/shm") as directory,
-        LLM(
-            str(model),
-            skip_tokenizer=True,
-            hot_bytes=hot_chunks * CHUNK_BYTES,
-            arena_dir=Path(directory),
-            **(defaults | settings),
-        ) as llm,
-    ):
-        yield llm
-        for _ in range(2):
-            llm.engine.flush()
-        llm.engine.check_integrity()
-        llm.memory.check_integrity()
-        assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
 
 
 def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int, **cache: Any) -> Any:

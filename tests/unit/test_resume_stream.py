@@ -4,12 +4,12 @@ The event loop's clock jumps to its next timer, and pauses have no chance in the
 """
 
 import asyncio
-import selectors
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from virtual_time import run
 
 from forecache.cluster.config import ResumeConfig
 from forecache.cluster.dispatch import failover as resume
@@ -17,34 +17,8 @@ from forecache.cluster.dispatch.failover import ResumingStream, first_try_id, tr
 from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
 
-T = TypeVar("T")
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=9), resume_token_ids=(7,))
 LOST = WorkerLostError("it died")
-
-
-class _Jumps(selectors.DefaultSelector):
-    """Waits for nothing: where nothing is ready, the time of the next timer is there."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0 if timeout is not None else None)
-        if not ready and timeout:
-            self.now_s += timeout
-        return ready
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """In an event loop whose time is not the machine's."""
-
-    def make_loop() -> asyncio.AbstractEventLoop:
-        jumps = _Jumps()
-        loop = asyncio.SelectorEventLoop(jumps)
-        loop.time = lambda: jumps.now_s  # type: ignore[method-assign]
-        return loop
-
-    with asyncio.Runner(loop_factory=make_loop) as runner:
-        return runner.run(main)
 
 
 def token(number: int, position: int | None = None, **more: Any) -> TokenEvent:
