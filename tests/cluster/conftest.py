@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 sys.path.insert(0, str(Path(__file__).parent))  # what tests share with the scripts beside them
 
 from byte_model import write_byte_model
-from processes import processes_below
+from processes import processes_below, still_running
 from ray_nodes import HEAD, NODE
 
 from forecache.cluster.launch.cluster import NAMESPACE
@@ -38,26 +38,64 @@ def by_value(request: pytest.FixtureRequest) -> Iterator[None]:
     cloudpickle.unregister_pickle_by_value(request.module)
 
 
-@pytest.fixture(scope="module")
-def one_node(by_value: None) -> Iterator[None]:
+SHARED = ("one_node", "two_nodes", "cluster", "plain_server")
+"""Fixtures of the session that cost seconds to start. Only one of them runs at a time."""
+_ends: dict[str, Callable[[], None]] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a cluster follow each other, behind those that share none; else the order stays."""
+    items.sort(key=lambda item: [name in _fixtures(item) for name in SHARED])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Iterator[None]:
+    """End what no later test shares: a session's fixtures would last to its end."""
+    yield
+    for name in _ends.keys() - _fixtures(nextitem):
+        _ends.pop(name)()
+
+
+def pytest_sessionfinish() -> None:
+    """A session that is interrupted has tests left that share them."""
+    while _ends:
+        _ends.popitem()[1]()
+
+
+def _fixtures(item: pytest.Item | None) -> set[str]:
+    return set(item.fixturenames) if isinstance(item, pytest.Function) else set()
+
+
+@pytest.fixture(scope="session")
+def one_node() -> None:
     """Ray on this machine alone."""
     ray.init("local", log_to_driver=False, **{**HEAD, "num_cpus": 2})
-    yield
-    ray.shutdown()
+    _ends["one_node"] = ray.shutdown
 
 
-@pytest.fixture(scope="module")
-def cluster(by_value: None) -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def two_nodes() -> Any:
+    """A Ray cluster, not joined, whose second node is too small for a worker."""
+    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
+    _ends["two_nodes"] = cluster.shutdown
+    cluster.add_node(**{**NODE, "num_cpus": 0})
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Any:
     """A Ray cluster of three nodes, joined. Tests that take a node away put another in its place."""
     cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
-    try:
-        for _ in range(2):
-            cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
-        yield cluster
-    finally:
+
+    def end() -> None:
         ray.shutdown()
         cluster.shutdown()
+
+    _ends["cluster"] = end
+    for _ in range(2):
+        cluster.add_node(**NODE)
+    ray.init(address=cluster.address, log_to_driver=False, namespace=NAMESPACE)
+    return cluster
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +174,20 @@ class Server:
         assert len(workers) == of
         os.kill(min(workers), signal.SIGKILL)
 
+    def end(self) -> None:
+        """Stop it as an operator does. Neither a process nor an arena may be left."""
+        try:
+            processes = processes_below(self.process.pid)
+            assert len(processes) >= 5, "Ray's, Redis, the actors"
+            assert list(self.arena_dir.glob("forecache-*"))
+            self.process.terminate()
+            assert self.process.wait(STOP_S) == 0
+            assert not still_running(processes)
+            assert not list(self.arena_dir.glob("forecache-*"))
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+
 
 Command = Callable[..., list[str]]
 Start = Callable[..., Server]
@@ -155,29 +207,46 @@ def serve_command() -> Command:
     return command
 
 
-@pytest.fixture(scope="module")
-def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers of the small model with more flags, and more in their environment; they end with the module."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*flags: str, environment: dict[str, str] | None = None) -> Server:
-        arena_dir = tmp_path_factory.mktemp("arena")
-        command = serve_command(byte_model, arena_dir, *flags)
-        environ = {**os.environ, **(environment or {})}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
-        started.append(process)
-        assert process.stdout is not None
+def launch(command: list[str], arena_dir: Path, environment: dict[str, str] | None = None) -> Server:
+    """Start a server with more in its environment, and wait until it is ready."""
+    environ = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+    assert process.stdout is not None
+    try:
         for line in process.stdout:
             if match := re.search(r"(http://\S+)/v1", line):
                 return Server(process, match[1], arena_dir)
-        raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
+    except BaseException:
+        process.terminate()
+        raise
+    raise AssertionError(f"the server ended with status {process.wait()} before it was ready")
+
+
+@pytest.fixture(scope="module")
+def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts servers of the small model with more flags, and more in their environment; they end with the module."""
+    started: list[Server] = []
+
+    def start(*flags: str, environment: dict[str, str] | None = None) -> Server:
+        arena_dir = tmp_path_factory.mktemp("arena")
+        started.append(launch(serve_command(byte_model, arena_dir, *flags), arena_dir, environment))
+        return started[-1]
 
     yield start
-    for process in started:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-    for process in started:
+    for server in started:
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+    for server in started:
         try:
-            process.wait(STOP_S)
+            server.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            server.process.kill()
+
+
+@pytest.fixture(scope="session")
+def plain_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of the small model with no more flags, for all modules; its end is a test as well."""
+    arena_dir = tmp_path_factory.mktemp("arena")
+    server = launch(serve_command(byte_model, arena_dir), arena_dir)
+    _ends["plain_server"] = server.end
+    return server

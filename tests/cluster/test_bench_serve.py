@@ -12,8 +12,8 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Any) -> Any:
-    return start_server()
+def server(plain_server: Any) -> Any:
+    return plain_server
 
 
 @pytest.mark.parametrize(

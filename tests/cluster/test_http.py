@@ -36,21 +36,8 @@ STOP_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Any) -> Iterator[Any]:
-    """One cluster for the module; its end is a test as well."""
-    running = start_server()
-    try:
-        yield running
-        processes = processes_below(running.process.pid)
-        assert len(processes) >= 5  # Ray's, Redis, the actors
-        assert list(running.arena_dir.glob("forecache-*"))
-        running.process.terminate()
-        assert running.process.wait(STOP_S) == 0
-        assert not still_running(processes)
-        assert not list(running.arena_dir.glob("forecache-*"))
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
+def server(plain_server: Any) -> Any:
+    return plain_server
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.format.layout import attention_layout
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_node")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("by_value", "one_node")]
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=16, chunk_tokens=16, dtype=torch.float32)
 SPEC = IndexSpec("tokens", ((0, 0), (1, 1)), ((0, 0), (1, 0)), (0, 1), 16, 16, 0.25, torch.int8)

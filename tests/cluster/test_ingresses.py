@@ -14,8 +14,6 @@ import httpx
 import pytest
 from processes import processes_below
 from prometheus_client.parser import text_string_to_metric_families
-from ray.cluster_utils import Cluster
-from ray_nodes import HEAD, NODE
 
 from forecache.cluster.http.tenants import new_key
 
@@ -30,16 +28,6 @@ def wait_until(condition: Callable[[], bool], within_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end_s, f"it did not come about in {within_s} s"
         time.sleep(0.05)
-
-
-@pytest.fixture(scope="module")
-def two_nodes() -> Iterator[Any]:
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
-    try:
-        cluster.add_node(**{**NODE, "num_cpus": 0})
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "description": "O
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Any) -> Any:
-    return start_server()
+def server(plain_server: Any) -> Any:
+    return plain_server
 
 
 @pytest.fixture(scope="module")

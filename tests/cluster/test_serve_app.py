@@ -5,15 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import yaml
-from ray.cluster_utils import Cluster
-from ray_nodes import HEAD, NODE
 
 if TYPE_CHECKING:
     from tests.conftest import RedisServer
@@ -30,17 +27,6 @@ def serve_config(settings: Path, port: int) -> dict[str, object]:
     [application] = config["applications"]
     application["args"]["config"] = [str(settings)]
     return dict(config)
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[Any]:
-    """A Ray cluster whose second node is too small for a worker."""
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
-    try:
-        cluster.add_node(**{**NODE, "num_cpus": 0})
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 @pytest.mark.cluster

@@ -35,7 +35,7 @@ from forecache.workers.models.backbone import load_backbone
 from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.residency.window import PROBE_TOKENS
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("by_value")]
 
 CHUNK_TOKENS = 16
 PROMPT_CHUNKS, ANSWER = 60, 100

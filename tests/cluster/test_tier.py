@@ -20,7 +20,7 @@ from forecache.workers.memory.tier.catalog import Catalog, StoredRun
 
 TIER: Any = MemoryTier  # mypy does not see what Ray's decorator makes of the class
 
-pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("one_node")]
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("by_value", "one_node")]
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 8

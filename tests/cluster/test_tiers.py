@@ -33,7 +33,7 @@ from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.tier.actor import TierSettings, start_tier
 from forecache.workers.memory.tier.catalog import Catalog
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("by_value")]
 
 LAYOUT = attention_layout("m", layers=2, kv_heads=1, head_dim=8, chunk_tokens=16, dtype=torch.float32)
 SLOTS = 16
