@@ -2,10 +2,13 @@
 PYTHON ?= python3
 # A plain "torch" may bring gigabytes of CUDA; elsewhere e.g.  make install TORCH="torch --index-url <the CPU index>"
 TORCH ?= torch==2.13.0
+# Processes of `make test`: one a core, each with one thread for torch.
+JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+MAIN_JOB := tests/cluster/test_main_job.py
 
 .PHONY: install install-dev demo test test-cluster test-gpu lint format clean
 
@@ -35,13 +38,14 @@ $(STAMP)-dev: $(STAMP)
 demo: install
 	$(BIN)/forecache demo
 
-# unit tests and kernels
+# unit tests, kernels, and one real cluster that does the main job
 test: $(STAMP)-test
-	$(BIN)/python -m pytest tests/unit tests/kernels
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal tests/unit tests/kernels
+	$(BIN)/python -m pytest $(MAIN_JOB)
 
-# real clusters; their clients, among them lm-eval and langchain, are the extra `clients`
+# all other real clusters; their clients, among them lm-eval and LangChain, are the extra `clients`
 test-cluster: $(STAMP)-clients
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest --ignore=$(MAIN_JOB) tests/cluster
 
 # what needs a GPU, and the kernels once more: here compiled, in `make test` interpreted
 test-gpu: $(STAMP)-test

@@ -313,6 +313,7 @@ def test_paths_that_a_client_asked_for_are_its_own() -> None:
         ("--api-keys-file /etc/keys.yaml next", "--api-keys-file … next"),
         ("read 5 tokens of key 7, http://127.0.0.1:8000/v1", "read 5 tokens of key 7, http://127.0.0.1:8000/v1"),
     ],
+    ids=lambda text: text.replace(KEY, "KEY"),  # the same in each process of pytest-xdist
 )
 def test_logs_keep_all_but_secrets(text: str, masked: str) -> None:
     assert mask_secrets(text) == masked

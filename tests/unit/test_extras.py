@@ -67,7 +67,10 @@ def test_the_runtime_and_the_test_extra_bring_no_heavy_client() -> None:
 
 def test_the_test_extra_brings_all_that_make_test_imports() -> None:
     brought, owners = installed_by("test"), packages_distributions()
-    files = [*(ROOT / "tests").glob("*.py")]
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    [main_job] = re.findall(r"^MAIN_JOB := (\S+)$", make, flags=re.MULTILINE)
+    shared = ("conftest", "byte_model", "processes", "ray_nodes")
+    files = [ROOT / main_job, ROOT / "tests/conftest.py", *(ROOT / f"tests/cluster/{name}.py" for name in shared)]
     files += [path for folder in ("unit", "kernels") for path in (ROOT / "tests" / folder).rglob("*.py")]
     for file in files:
         for module in set(imported(file)) - sys.stdlib_module_names - LOCAL:
