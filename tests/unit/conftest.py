@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # modules that tests share
 Reference = Callable[[list[int], int], list[int]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _threads(pytestconfig: pytest.Config) -> None:
-    """Two; one in each process of pytest-xdist, which has a core."""
+    """Two, one in a process of pytest-xdist, which has a core; whatever an engine of another module has set."""
     torch.set_num_threads(1 if hasattr(pytestconfig, "workerinput") else 2)
 
 

@@ -37,7 +37,7 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(model: Path) -> list[str]:
-    return ["decode", "--model", str(model), "--context", str(CONTEXT), "--tokens", str(TOKENS), "--threads", "2"]
+    return ["decode", "--model", str(model), "--context", str(CONTEXT), "--tokens", str(TOKENS), "--threads", "1"]
 
 
 def test_rows_table_and_json(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,13 +60,13 @@ def test_rows_table_and_json(arguments: list[str], tmp_path: Path, capsys: pytes
         slow, middle, fast = (float(row[f"{p}_tokens_per_s"]) for p in ("p20", "p50", "p80"))
         assert 0 < slow <= middle <= fast
         assert int(row["samples"]) == (2 if row["phase"] == "prefill" else 2 * TOKENS)
-        assert row["threads"] == "2" and row["dtype"] == "float32" and int(row["context"]) == CONTEXT
+        assert row["threads"] == "1" and row["dtype"] == "float32" and int(row["context"]) == CONTEXT
         if row["system"] == "transformers":
             assert float(row["of_transformers"]) == 1.0
 
 
 def test_everything_kept_is_the_same_work_and_half_is_less(model: Path) -> None:
-    settings = Settings(model=str(model), context=CONTEXT, keep_ratio=0.5, tokens=TOKENS, repeat=1, threads=2)
+    settings = Settings(model=str(model), context=CONTEXT, keep_ratio=0.5, tokens=TOKENS, repeat=1, threads=1)
     partial, full = measure(settings).pairs
     assert full.same_tokens == full.new_tokens == 1 + WARMUP_STEPS + TOKENS
     assert full.kept_ratio == 1.0 and full.resident_bytes == full.context_bytes
@@ -89,14 +89,14 @@ def test_an_end_of_sequence_does_not_end_it(model: Path, tmp_path: Path, referen
     for name in ("config.json", "generation_config.json"):
         config = json.loads((path / name).read_text())
         (path / name).write_text(json.dumps(config | {"eos_token_id": end}))
-    full = measure(Settings(model=str(path), tokens=2, repeat=1, threads=2), tuple(prompt)).pairs[1]
+    full = measure(Settings(model=str(path), tokens=2, repeat=1, threads=1), tuple(prompt)).pairs[1]
     assert full.new_tokens == full.same_tokens == 1 + WARMUP_STEPS + 2
     assert len(full.transformers.step_s) == len(full.forecache.step_s) == 2
 
 
 def test_progress_goes_from_nothing_to_all(model: Path) -> None:
     seen: list[tuple[str, float]] = []
-    settings = Settings(model=str(model), context=400, tokens=2, repeat=2, threads=2)
+    settings = Settings(model=str(model), context=400, tokens=2, repeat=2, threads=1)
     measure(settings, progress=lambda text, done: seen.append((text, done)))
     shares = [done for _, done in seen]
     assert shares == sorted(shares) and shares[0] == 0.0 and shares[-1] == pytest.approx(1.0)
@@ -107,7 +107,7 @@ def test_progress_goes_from_nothing_to_all(model: Path) -> None:
 
 def test_longer_than_the_model(model: Path) -> None:
     with pytest.raises(InvalidRequestError, match="2048 tokens, but 2040 in the prompt"):
-        measure(Settings(model=str(model), context=2040, tokens=8, repeat=1, threads=2))
+        measure(Settings(model=str(model), context=2040, tokens=8, repeat=1, threads=1))
 
 
 @pytest.mark.parametrize("wrong", [["--keep-ratio", "0"], ["--tokens", "0"], ["--repeat", "-1"], ["--context", "x"]])

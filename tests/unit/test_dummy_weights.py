@@ -109,7 +109,7 @@ def test_biases_and_tied_embeddings_are_those_of_the_shape(tmp_path: Path) -> No
 def test_the_engine_runs_on_them(shape: Path) -> None:
     """Greedy tokens are those of transformers' `generate` on the very same weights; load verified the logits too."""
     prompt = torch.randint(3, 320, (150,), generator=torch.Generator().manual_seed(5)).tolist()
-    settings = {"load_format": "dummy", "skip_tokenizer": True, "device": "cpu", "keep_ratio": 1.0, "threads": 2}
+    settings = {"load_format": "dummy", "skip_tokenizer": True, "device": "cpu", "keep_ratio": 1.0, "threads": 1}
     with LLM(str(shape), seed=4, hot_bytes=1 << 22, cold_bytes=1 << 22, **settings) as llm:
         answer = llm.generate([prompt], max_tokens=20, ignore_eos=True)[0]
     model = dummy(shape, seed=4).model

@@ -43,7 +43,9 @@ def expected(backbone: PreTrainedModel, prompts: list[list[int]]) -> list[list[i
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM("smollm2-135m", keep_ratio=1.0, dtype="float32", threads=2, hot_bytes=260 * CHUNK_BYTES) as llm:
+    with LLM(
+        "smollm2-135m", keep_ratio=1.0, dtype="float32", threads=torch.get_num_threads(), hot_bytes=260 * CHUNK_BYTES
+    ) as llm:
         yield llm
 
 
@@ -81,5 +83,7 @@ def test_second_turn(llm: LLM, backbone: PreTrainedModel, prompts: list[list[int
 def test_full_attention_with_a_pool_smaller_than_the_prompt(
     prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with LLM("smollm2-135m", keep_ratio=0.135, dtype="float32", threads=2, hot_bytes=14 * CHUNK_BYTES) as llm:
+    with LLM(
+        "smollm2-135m", keep_ratio=0.135, dtype="float32", threads=torch.get_num_threads(), hot_bytes=14 * CHUNK_BYTES
+    ) as llm:
         assert generate(llm, prompts[:1], policy="full") == expected[:1]

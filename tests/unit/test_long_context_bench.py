@@ -36,7 +36,6 @@ def bench(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
         yield opened
         opened.llm.engine.check_integrity()
         opened.llm.memory.check_integrity()
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +150,6 @@ def test_rows_are_written_as_they_come(script: Any, tmp_path: Path, capsys: pyte
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert script.main([*command, "resume", "--set", "lead_steps=2"]) == 0
     second = json.loads(capsys.readouterr().out.splitlines()[-1])
-    torch.set_num_threads(2)
     with (tmp_path / "long-context.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["row"] for row in rows] == ["prefill", "resume"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from forecache.workers.core.requests import Policy
 from forecache.workers.evaluation.tasks import RetrievalTask, make_task
@@ -38,7 +39,7 @@ def found(request: pytest.FixtureRequest, model_path: Path) -> Iterator[dict[str
         late_policy="wait",
         hot_bytes=HOT_CHUNKS[request.param] * 64 * 30 * 2 * 3 * 64 * 4,
         cold_bytes=3 << 30,
-        threads=2,
+        threads=torch.get_num_threads(),
     ) as llm:
         yield {policy: [answers(llm, task, policy) for task in tasks] for policy in get_args(Policy)}
 
