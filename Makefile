@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # A plain "torch" may bring gigabytes of CUDA; elsewhere e.g.  make install TORCH="torch --index-url <the CPU index>"
 TORCH ?= torch==2.13.0
-# Processes of `make test`: one a core, each with one thread for torch.
+# Processes of `make test`: one a core, each with one thread of torch.
 JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,13 +38,14 @@ $(STAMP)-dev: $(STAMP)
 demo: install
 	$(BIN)/forecache demo
 
-# unit tests, kernels, and one real cluster that does the main job
+# unit tests and kernels, each file in one process, but for long ones; and one real cluster that does the main job
 test: $(STAMP)-test
-	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal tests/unit tests/kernels
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile -m "not long" tests/unit tests/kernels
 	$(BIN)/python -m pytest $(MAIN_JOB)
 
-# all other real clusters; their clients, among them lm-eval and LangChain, are the extra `clients`
+# the long unit tests and all other real clusters, whose clients (lm-eval, LangChain, …) are the extra `clients`
 test-cluster: $(STAMP)-clients
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile -m long tests/unit
 	$(BIN)/python -m pytest --ignore=$(MAIN_JOB) tests/cluster
 
 # what needs a GPU, and the kernels once more: here compiled, in `make test` interpreted

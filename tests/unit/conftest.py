@@ -15,9 +15,8 @@ Reference = Callable[[list[int], int], list[int]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _threads(pytestconfig: pytest.Config) -> None:
-    """Two, one in a process of pytest-xdist, which has a core; whatever an engine of another module has set."""
-    torch.set_num_threads(1 if hasattr(pytestconfig, "workerinput") else 2)
+def _alone(one_thread: None) -> None:
+    """Tensors are small here: threads would only wait for each other."""
 
 
 @pytest.fixture

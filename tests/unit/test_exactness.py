@@ -14,6 +14,7 @@ from forecache.workers.llm import LLM
 from forecache.workers.models.loader import resolve_model
 from forecache.workers.models.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.long
 PROMPT_TOKENS = (2000, 3500, 6000)
 TOKENS = 64
 CHUNK_BYTES = 64 * 30 * 2 * 3 * 64 * 4

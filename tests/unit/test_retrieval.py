@@ -23,7 +23,7 @@ def model_path() -> Path:
     return resolve_model("smollm2-135m")
 
 
-@pytest.fixture(scope="module", params=[3000, 6500])
+@pytest.fixture(scope="module", params=[3000, pytest.param(6500, marks=pytest.mark.long)])
 def found(request: pytest.FixtureRequest, model_path: Path) -> Iterator[dict[str, list[bool]]]:
     """Policy → for each depth, whether the answer has the number. All policies share the prefill of a prompt."""
     tokenizer = load_tokenizer(model_path)
