@@ -1,4 +1,4 @@
-"""All settings of a served cluster: one model, filled from flags or a YAML file."""
+"""All settings of a served cluster, in one model that is filled from flags or a YAML file."""
 
 import argparse
 import re
@@ -34,10 +34,10 @@ _UNITS = {
 
 
 def parse_bytes(value: object) -> object:
-    """``"4GiB"``, ``"512 MB"``, ``"1.5gib"`` or ``"1024"`` → bytes. What is not a string passes through.
+    """``"4GiB"``, ``"512 MB"``, ``"1.5gib"`` or ``"1024"`` → bytes. Anything but a string passes through.
 
     Raises:
-        ValueError: the string is no size.
+        ValueError: the string is not a size.
     """
     if not isinstance(value, str):
         return value
@@ -48,17 +48,17 @@ def parse_bytes(value: object) -> object:
 
 
 MAX_HEAD_BYTES = 1 << 20
-"""More headers than this are refused before they are complete, whatever the setting."""
+"""The HTTP server refuses longer headers before they are complete, whatever the setting."""
 
 DEFAULT_BODY_VALUES = 4_000_000
 DEFAULT_PROMPT_PROCESSES = 2
 
 DEFAULT_GRAMMAR_BYTES = 64 << 10
-"""The costliest schemas of this size that we found take a worker 2.5 s of one thread, beside its steps."""
+"""The costliest schemas of this size that we found take a worker 2.5 s on one thread, while its steps go on."""
 
 
 class LimitsConfig(BaseModel):
-    """How large a request may be, how many may wait, and who may ask."""
+    """How large a request may be, how many may wait, and which clients are allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -160,9 +160,10 @@ class ResumeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     token_deadline_s: float = Field(
-        120.0,
+        130.0,
         gt=0,
-        description="longest silence of a worker about a request it runs; then another worker continues the request",
+        description="longest silence of a worker about a request it has; then another worker continues the request; "
+        f"at least {SIGN_OF_LIFE_S:g} s more than --step-deadline-s",
     )
     resume_attempts: int = Field(
         8, ge=0, description="most workers to try in a row without receiving a token; then the request fails"
@@ -179,18 +180,18 @@ class ResumeConfig(BaseModel):
 
 
 _FLAGS = {("indexer", "checkpoint"): "--indexer", ("indexer", "num_indexers"): "--num-indexers"}
-"""Flags that are not called as their setting."""
+"""Flags whose names differ from their settings'."""
 
 
 class ConfigError(ForecacheError):
-    """A setting is wrong; the message names it as the user wrote it."""
+    """A setting is wrong; the message names its flag."""
 
 
 Size = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class ServeConfig(BaseModel):
-    """Everything ``forecache serve`` can be told. Times in seconds, sizes in bytes."""
+    """The settings of ``forecache serve``. Times are in seconds, sizes in bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -254,19 +255,22 @@ class ServeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _signs_of_life(self) -> Self:
-        """A request that waits says so every ``SIGN_OF_LIFE_S``: it must not be taken for silent in between."""
-        least_s = 3 * SIGN_OF_LIFE_S
-        if self.resume.token_deadline_s < least_s:
+        """A healthy worker must never look silent: it may go ``step_deadline_s`` without progress, and reports progress
+        every ``SIGN_OF_LIFE_S``; requests without a worker get a report as often."""
+        step_s, least_s = self.engine.step_deadline_s, 3 * SIGN_OF_LIFE_S
+        if self.resume.token_deadline_s < max(least_s, step_s + SIGN_OF_LIFE_S):
             raise ValueError(
-                f"--token-deadline-s must be at least {least_s:g}: workers tell every {SIGN_OF_LIFE_S:g} s of requests "
-                "that wait"
+                f"--token-deadline-s {self.resume.token_deadline_s:g} is too short: it must be at least {least_s:g}, "
+                f"and "
+                f"at least {SIGN_OF_LIFE_S:g} more than --step-deadline-s {step_s:g}, since a worker may go so long "
+                f"without progress and reports progress every {SIGN_OF_LIFE_S:g} s"
             )
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _sizes(cls, values: Any) -> Any:
-        """Lets every ``*_bytes`` setting of the sections be written as text, like ``4GiB``."""
+        """Accept text such as ``4GiB`` for every ``*_bytes`` setting of the sections."""
         if not isinstance(values, dict):
             return values
         return {
@@ -281,13 +285,13 @@ class ServeConfig(BaseModel):
         if self.redis_url is None and self.redis_bytes < 4 * self.memory.session_bytes:
             raise ValueError(
                 f"--session-bytes {self.memory.session_bytes} is more than a quarter of --redis-bytes "
-                f"{self.redis_bytes}: lower the one or raise the other"
+                f"{self.redis_bytes}: lower --session-bytes or raise --redis-bytes"
             )
         return self
 
     @property
     def ingress_replicas(self) -> int:
-        """:attr:`ingresses`, or its default: what one of several that dies takes along is its own streams alone."""
+        """:attr:`ingresses`, or its default. With several, an ingress that dies ends only its own streams."""
         if self.ingresses is not None:
             return self.ingresses
         return 1 if self.address is None else min(max(self.workers, 2), 8)
@@ -297,13 +301,13 @@ class ServeConfig(BaseModel):
         """The model's name in requests and metrics."""
         if self.served_model_name is not None:
             return self.served_model_name
-        from forecache.workers.models.loader import model_name  # imports transformers: seconds
+        from forecache.workers.models.loader import model_name  # imports transformers, which takes seconds
 
         return model_name(self.engine.model)
 
 
 def settings() -> Iterator[tuple[str, tuple[str, ...], FieldInfo]]:
-    """(flag, path in ServeConfig, field) of every setting; the indexer's flags have a prefix."""
+    """(flag, path in ServeConfig, field) of every setting; flags of the indexer have the prefix ``indexer-``."""
     for name, field in ServeConfig.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             prefix = "indexer-" if name == "indexer" else ""
@@ -328,7 +332,7 @@ def _default_text(field: FieldInfo, path: tuple[str, ...]) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per setting, with its description and default, and ``--config FILE``."""
+    """Add one flag per setting, with its description and default, and ``--config FILE``."""
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML file of settings, by section; flags win over it"
     )
@@ -345,7 +349,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from_args(args: argparse.Namespace) -> ServeConfig:
-    """The settings of parsed flags over those of the file they name.
+    """The settings of the parsed flags, which override those of the file ``--config``.
 
     Raises:
         ConfigError: the file can't be read, or a setting is unknown or out of range.
@@ -366,10 +370,10 @@ def config_from_args(args: argparse.Namespace) -> ServeConfig:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The mapping a settings file holds.
+    """The settings in a YAML file.
 
     Raises:
-        ConfigError: no file, no YAML, or no mapping.
+        ConfigError: the file can't be read, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -386,7 +390,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def yaml_fault(error: Exception) -> str:
-    """Why a YAML file can't be read, in a line."""
+    """Why a YAML file can't be read, in one line."""
     match error:
         case OSError():
             return error.strerror or str(error)
@@ -398,7 +402,7 @@ def yaml_fault(error: Exception) -> str:
 
 
 def sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, with the flag to change."""
+    """The first wrong setting, with the flag to change."""
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
     flags = {setting: flag for flag, setting, _ in settings()}

@@ -1,4 +1,4 @@
-"""`forecache bench`: measure this machine."""
+"""`forecache bench`: benchmarks of this machine, and of a running server."""
 
 import argparse
 import asyncio
@@ -27,15 +27,15 @@ MIB = 2**20
 GOAL_CONTEXT = 8192
 GOAL_KEEP_RATIO = 0.135
 GOALS = {"decode": 1.5, "prefill": 0.85}
-"""Speed over transformers' that forecache sets out to reach at the two values above."""
+"""Goals for the speed relative to transformers, at the context and keep ratio above."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the CSV file. Rates in tokens/s; p20 is a slow one, p80 a fast one.
+    """One line of the CSV file. Rates are in tokens/s: p20 is slow, p80 is fast.
 
-    ``turn`` names the way of forecache that took turns with ``system``; ``of_transformers`` is the ratio of their
-    median times in these turns.
+    ``turn``: the forecache setting that took turns with ``system``; ``of_transformers``: speed relative to
+    transformers in these turns, by median times.
     """
 
     system: str
@@ -66,7 +66,7 @@ class Row:
 
 
 def main(argv: list[str]) -> int:
-    """Run one benchmark; returns the exit status."""
+    """Run one benchmark. Returns the exit status."""
     args = _parser().parse_args(argv)
     if args.benchmark == "serve":
         return bench_serve(args)
@@ -83,34 +83,37 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="forecache bench", description="Measure this machine.")
+    parser = Parser(prog="forecache bench", description="Benchmarks of this machine, and of a running server.")
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK", dest="benchmark")
     serve = benchmarks.add_parser(
         "serve",
-        help="load on a running server",
-        description="Asks a running server as many clients would, and tells what they see: throughput, time to first "
-        "token, gaps between tokens, goodput under an SLO, keep ratio, and how much of the prompts was in the cache.",
+        help="put load on a running server",
+        description="Sends requests to a running server as many clients would, and reports what they see: throughput, "
+        "time "
+        "to first token, gaps between tokens, goodput under an SLO, keep ratio, and the cached share of the prompts.",
     )
     _add_serve_flags(serve)
     decode = benchmarks.add_parser(
         "decode",
-        help="prefill and decode beside transformers' own generate",
-        description="Prefill and decode of one long prompt by forecache, at a keep ratio and with everything kept, in "
-        "turns of a few tokens with transformers' generate (sdpa, greedy, KV cache) on the same prompt.",
+        help="compare prefill and decode with transformers' generate",
+        description="Measures prefill and decode of one long prompt with forecache, at a keep ratio and with full "
+        "attention. transformers' generate (sdpa, greedy, KV cache) runs the same prompt in turns of a few tokens.",
     )
     default = Settings()
     decode.add_argument("--model", default=default.model, help="built-in name, directory or hub id")
     decode.add_argument("--context", type=positive, default=default.context, help="prompt tokens (default: 8192)")
-    decode.add_argument("--keep-ratio", type=ratio, default=default.keep_ratio, help="resident / all chunks (0.135)")
-    decode.add_argument("--tokens", type=positive, default=default.tokens, help="measured decode steps (default: 64)")
-    decode.add_argument("--repeat", type=positive, default=default.repeat, help="prompts of each (default: 3)")
+    decode.add_argument(
+        "--keep-ratio", type=ratio, default=default.keep_ratio, help="resident / all chunks (default: 0.135)"
+    )
+    decode.add_argument("--tokens", type=positive, default=default.tokens, help="decode steps to measure (default: 64)")
+    decode.add_argument("--repeat", type=positive, default=default.repeat, help="repetitions (default: 3)")
     decode.add_argument("--threads", type=positive, help="CPU threads of each model (default: all cores)")
-    decode.add_argument("--out", type=output_folder, help="folder for the CSV file (default: none is written)")
+    decode.add_argument("--out", type=output_folder, help="directory for the CSV file (default: write none)")
     return parser
 
 
 def bench_decode(settings: Settings, out: Path | None) -> None:
-    """Measure, print a table, write the rows to ``out``, and print a last line of JSON."""
+    """Measure, print a table, write the rows to the directory ``out``, and print a summary as one line of JSON."""
     measured = _measure_with_progress(settings)
     rows = to_rows(settings, measured)
     console = Console()
@@ -137,7 +140,7 @@ def _measure_with_progress(settings: Settings) -> Measured:
 
 
 def to_rows(settings: Settings, measured: Measured) -> list[Row]:
-    """For each way of forecache four rows: prefill and decode of transformers, then its own."""
+    """Four rows per forecache setting: prefill and decode of transformers, then of forecache."""
     common: dict[str, Any] = {
         "model": settings.model,
         "context": settings.context,
@@ -189,7 +192,7 @@ def _of_phase(timings: Timings, phase: str) -> tuple[float, ...]:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The quantile ``q`` of ``values``, between two of them where it falls there."""
+    """The quantile ``q`` (0 to 1) of ``values``, linearly interpolated."""
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     below = int(place)
@@ -198,7 +201,7 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def processor(device: str) -> str:
-    """Name of the CPU or GPU."""
+    """Name of the CPU or GPU of this machine."""
     if device == "cuda":
         import torch
 
@@ -216,7 +219,7 @@ def _table(rows: list[Row]) -> Table:
     first = rows[0]
     table = Table(
         title=f"{first.model}, {first.context} tokens, {first.dtype}; {first.processor}, {first.threads} threads",
-        caption="decode: percentiles over single steps; same tokens: leading ones equal to transformers'",
+        caption="decode: percentiles of single steps; same tokens: leading tokens equal to transformers'",
     )
     table.add_column("")
     for row in decodes:
@@ -237,7 +240,7 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _verdicts(settings: Settings, rows: list[Row]) -> list[str]:
-    """The goals beside what was measured, where that is what they are set for."""
+    """The measured speeds against the goals; none for another context or keep ratio than theirs."""
     if (settings.context, settings.keep_ratio) != (GOAL_CONTEXT, GOAL_KEEP_RATIO):
         return []
     reached = {row.phase: row.of_transformers for row in rows[2:4]}
@@ -261,38 +264,67 @@ def _summary(rows: list[Row], path: Path | None) -> dict[str, Any]:
 
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Flags of `forecache bench serve`."""
     workload = load_test.WorkloadSettings()
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="(default: http://127.0.0.1:8000/v1)")
-    parser.add_argument("--model", required=True, help="the name that the server serves it by")
-    parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
-    parser.add_argument("--allow-remote", action="store_true", help="make load on a server that is not this machine's")
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000/v1", help="URL of the API (default: http://127.0.0.1:8000/v1)"
+    )
+    parser.add_argument("--model", required=True, help="name of the model on the server")
+    parser.add_argument("--api-key-file", type=Path, help="file with the API key, if the server requires one")
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="allow load on a server that is not on this machine"
+    )
     loop = parser.add_mutually_exclusive_group()
     loop.add_argument(
         "--rate",
         type=above_zero,
-        help="open loop: conversations begin so often a second, as a Poisson process",
+        help="open loop: conversations that start per second, as a Poisson process",
     )
-    loop.add_argument("--concurrency", type=positive, help="closed loop: so many clients at once (default: 4)")
-    parser.add_argument("--conversations", type=positive, default=32, help="how many in all (default: 32)")
+    loop.add_argument("--concurrency", type=positive, help="closed loop: number of concurrent clients (default: 4)")
+    parser.add_argument("--conversations", type=positive, default=32, help="number of conversations (default: 32)")
     parser.add_argument(
-        "--workload", choices=get_args(load_test.Workload), default=workload.workload, help="(default: unique)"
+        "--workload",
+        choices=get_args(load_test.Workload),
+        default=workload.workload,
+        help="kind of prompts (default: unique)",
     )
-    parser.add_argument("--input-tokens", type=positive, default=workload.input_tokens, help="of a document (1024)")
-    parser.add_argument("--question-tokens", type=positive, default=workload.question_tokens, help="of a question (64)")
-    parser.add_argument("--output-tokens", type=positive, default=64, help="of each answer (64)")
-    parser.add_argument("--prefixes", type=positive, default=workload.prefixes, help="documents of shared-prefix (4)")
-    parser.add_argument("--turns", type=positive, default=workload.turns, help="of a multi-turn conversation (4)")
+    parser.add_argument(
+        "--input-tokens", type=positive, default=workload.input_tokens, help="tokens of a document (default: 1024)"
+    )
+    parser.add_argument(
+        "--question-tokens", type=positive, default=workload.question_tokens, help="tokens of a question (default: 64)"
+    )
+    parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of each answer (default: 64)")
+    parser.add_argument(
+        "--prefixes",
+        type=positive,
+        default=workload.prefixes,
+        help="documents of the workload shared-prefix (default: 4)",
+    )
+    parser.add_argument(
+        "--turns",
+        type=positive,
+        default=workload.turns,
+        help="turns of a conversation of the workload multi-turn (default: 4)",
+    )
     parser.add_argument("--keep-ratio", type=ratio, help="resident / all chunks; default: the server's")
-    parser.add_argument("--slo-first-token-s", type=above_zero, default=2.0, help="of a good answer (2)")
-    parser.add_argument("--slo-inter-token-s", type=above_zero, default=0.1, help="mean of a good answer (0.1)")
-    parser.add_argument("--timeout-s", type=above_zero, default=600.0, help="longest wait for a piece (600)")
-    parser.add_argument("--seed", type=int, default=workload.seed, help="of texts and arrivals (0)")
-    parser.add_argument("--out", type=output_folder, help="folder for serve.json and serve.png (default: none)")
+    parser.add_argument(
+        "--slo-first-token-s", type=above_zero, default=2.0, help="SLO: longest time to first token (default: 2)"
+    )
+    parser.add_argument(
+        "--slo-inter-token-s", type=above_zero, default=0.1, help="SLO: longest mean time between tokens (default: 0.1)"
+    )
+    parser.add_argument(
+        "--timeout-s", type=above_zero, default=600.0, help="longest silence of the server (default: 600)"
+    )
+    parser.add_argument("--seed", type=int, default=workload.seed, help="seed of texts and arrivals (default: 0)")
+    parser.add_argument(
+        "--out", type=output_folder, help="directory for serve.json and serve.png (default: write none)"
+    )
 
 
 def bench_serve(args: argparse.Namespace) -> int:
-    """Make the load, print a table, write the files; 1 when a request failed that was not refused."""
+    """Run the load, print a table, write the files. Returns 1 if a request failed without being refused, else 0."""
     if not args.allow_remote:
         load_test.check_loopback(args.url)
     key = read_key(args.api_key_file)

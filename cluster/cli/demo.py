@@ -1,4 +1,4 @@
-"""`forecache demo`: a cluster, a long document, a question whose answer is hidden in it, and what it took."""
+"""`forecache demo`: starts a cluster, asks a question about a long document, and prints what the answer took."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from forecache.workers.models.tokenizer import load_tokenizer
 MODEL_NAME = "demo"
 CHUNK_TOKENS = 64
 HOT_SHARE = 0.4
-"""Hot slots / chunks of the prompt: less than half of the document fits the hot pool."""
+"""Hot slots / chunks of the prompt: less than half of the document fits the hot pool at once."""
 ANSWER_TOKENS = 64
 STOP_WAIT_S = 60.0
 MIB = 2**20
@@ -34,7 +34,7 @@ MIB = 2**20
 
 @dataclass
 class Answer:
-    """What came over the stream. Times in seconds since the request."""
+    """A streamed answer. Times are in seconds since the request."""
 
     text: str = ""
     first_token_s: float = 0.0
@@ -43,15 +43,15 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of decoding: tokens after the first over the time after the first."""
+        """Decode throughput: the tokens after the first / the time after the first."""
         decode_s = self.total_s - self.first_token_s
         return (self.usage["completion_tokens"] - 1) / decode_s if decode_s > 0 else 0.0
 
 
 def run(model: str, tokens: int, keep_ratio: float) -> int:
-    """Everything from start to stop; 0 when the answer was found, else 1."""
+    """Start the cluster, ask, stop it. Returns 0 if the answer holds the hidden number, else 1."""
     console = Console()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the cluster is stopped
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # unwinds, so that the cluster stops
     with console.status(f"preparing {model}") as status:
         path = resolve_model(model, lambda text: status.update(text))
         task = make_task("needle", load_tokenizer(path), tokens=tokens, depth=0.4, seed=1)
@@ -59,7 +59,7 @@ def run(model: str, tokens: int, keep_ratio: float) -> int:
         hot_bytes = _hot_bytes(load_config(path), prompt_tokens)
     with _server(str(path), hot_bytes, keep_ratio, console) as url:
         question = task.messages[-1]["content"].rsplit("\n\n", 1)[-1]
-        console.print(f"A document of {prompt_tokens} tokens holds a sentence with a number. {question}")
+        console.print(f"One sentence in a document of {prompt_tokens} tokens holds a number. {question}")
         answer = _ask(url, task, console)
     console.print(_table(answer))
     found = task.answer in answer.text
@@ -70,7 +70,7 @@ def run(model: str, tokens: int, keep_ratio: float) -> int:
 
 
 def _hot_bytes(config: Any, prompt_tokens: int) -> int:
-    """A hot pool of ``HOT_SHARE`` of the prompt's chunks."""
+    """Bytes of a hot pool that holds ``HOT_SHARE`` of the prompt's chunks."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
     element_bytes = pick_dtype("auto", pick_device("auto")).itemsize
@@ -80,7 +80,7 @@ def _hot_bytes(config: Any, prompt_tokens: int) -> int:
 
 @contextmanager
 def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> Iterator[str]:
-    """`forecache serve` as anyone would start it, on a free port; yields the URL of its API."""
+    """Run `forecache serve` in a child process on a free port; yields the URL of its API."""
     command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", model, "--port", "0"]
     command += ["--served-model-name", MODEL_NAME, "--chunk-tokens", str(CHUNK_TOKENS)]
     command += ["--hot-bytes", str(hot_bytes), "--cold-bytes", "1GiB", "--keep-ratio", str(keep_ratio)]
@@ -92,7 +92,7 @@ def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> 
                 found_url = _wait_for_url(process.stdout)
             if found_url is None:
                 log.seek(0)
-                said = log.read().strip().splitlines() or ["it said nothing"]
+                said = log.read().strip().splitlines() or ["it printed no reason"]
                 raise StartError(f"the server did not start: {said[-1]}")
             yield found_url
         finally:
@@ -101,7 +101,7 @@ def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> 
 
 
 def _wait_for_url(output: IO[str]) -> str | None:
-    """The URL in the line that says so, or None if the server ends before."""
+    """The URL that the server prints when it is ready; None if it exits before that."""
     for line in output:
         if match := re.search(r"http://\S+/v1", line):
             return match[0]
@@ -118,15 +118,15 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 
 def _ask(url: str, task: RetrievalTask, console: Console) -> Answer:
-    """Ask through the `openai` client; its raw stream also has the comments that tell of prefill."""
+    """Ask through the `openai` client, whose raw stream also yields the SSE comments with the progress of prefill."""
     try:
         import openai
     except ModuleNotFoundError as error:
-        raise ForecacheError("the demo speaks through the openai client: pip install openai") from error
+        raise ForecacheError("the demo needs the openai client: pip install openai") from error
 
     answer = Answer()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    direct = openai.DefaultHttpxClient(trust_env=False)  # the server is here, whatever proxy the environment names
+    direct = openai.DefaultHttpxClient(trust_env=False)  # a proxy could not reach this machine
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800, http_client=direct) as client:
         start = time.monotonic()
         with client.chat.completions.with_streaming_response.create(
@@ -154,13 +154,13 @@ def _ask(url: str, task: RetrievalTask, console: Console) -> Answer:
 
 
 def _read_prefill(lines: Iterator[str], done: Callable[[int], None]) -> dict[str, Any]:
-    """Follow ``: prefill n/m`` to the first event with text; returns that event."""
+    """Report each ``: prefill n/m`` comment to ``done``; returns the first event with text."""
     for line in lines:
         if match := re.match(r": prefill (\d+)/", line):
             done(int(match[1]))
         elif (event := _event(line)) and event["choices"] and event["choices"][0]["delta"].get("content"):
             return event
-    raise ForecacheError("the server's stream ended before an answer; see Ray's logs")
+    raise ForecacheError("the server's stream ended before an answer; see /tmp/ray/session_latest/logs")
 
 
 def _events(first: dict[str, Any], lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -171,7 +171,7 @@ def _events(first: dict[str, Any], lines: Iterator[str]) -> Iterator[dict[str, A
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """The JSON of a data line, None for other lines. Raises :class:`ForecacheError` for an error event."""
+    """The JSON of a data line; None for other lines. Raises :class:`ForecacheError` for an error event."""
     if not line.startswith("data: {"):
         return None
     event: dict[str, Any] = json.loads(line.removeprefix("data: "))

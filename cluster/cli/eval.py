@@ -1,4 +1,4 @@
-"""`forecache eval`: accuracy on long-context tasks, of lookahead beside full attention and blind choices."""
+"""`forecache eval`: accuracy on long-context tasks, with predicted chunks, full attention and simple baselines."""
 
 import argparse
 import csv
@@ -49,27 +49,26 @@ from forecache.workers.models.tokenizer import load_tokenizer
 
 KI = 1024
 NOT_IN_ANSWERS = {
-    *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # said otherwise, or by the columns
+    *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # recorded separately, or part of a column
     *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
     *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
-"""Settings of the engine that a run may change before it goes on."""
+"""Settings of the engine that do not change answers: a run may continue with other values."""
 TRAINED_COLUMN = "lookahead"
-"""Its answers alone depend on the weights of the trained indexer."""
+"""The only column whose answers depend on the weights of the trained indexer."""
 DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
 LONGEST_WAIT_S = 1800.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Takes no proxy that the environment names, as ``top`` and ``bench serve`` take none."""
+"""Ignores proxies of the environment, as ``top`` and ``bench serve`` do."""
 TABLE_FILE, SUMMARY_FILE = "accuracy.csv", "accuracy.json"
 FILE_WIDTH = 160
-"""Characters of a line where the output is no terminal."""
+"""Characters per line when the output is not a terminal."""
 
 
 class HttpBackend:
-    """Answers of a forecache server. Prompts go as token ids, so that they are those of an engine in process.
+    """Asks a forecache server. Sends prompts as token ids, so that they equal those of an engine in this process.
 
-    ``url``: of the server, with or without `/v1`; ``api_key``: where it asks for one; ``concurrency``: requests at a
-    time.
+    ``url``: with or without `/v1`; ``concurrency``: number of requests at a time.
     """
 
     def __init__(self, url: str, *, api_key: str | None, keep_ratio: float, concurrency: int) -> None:
@@ -80,12 +79,12 @@ class HttpBackend:
         self.model = str(self._ask("/v1/models")["data"][0]["id"])
 
     def group_size(self, tokens: int) -> int:
-        """What the server keeps is not known here; what it is asked at once fits its cold memory."""
+        """As many as run at once: those fit the server's cold memory, whose size is unknown here."""
         return self._concurrency
 
     def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
         if column.indexer:
-            raise InvalidRequestError(f"the column {column.name} needs an engine of its own: leave out --url")
+            raise InvalidRequestError(f"the column {column.name} needs its own engine: leave out --url")
         with ThreadPoolExecutor(self._concurrency) as threads:
             return list(threads.map(lambda sample: self._answer(sample, column), samples))
 
@@ -110,7 +109,8 @@ class HttpBackend:
         )
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON answer to a GET, or a POST of ``body``. Raises :class:`ForecacheError` with the server's reason."""
+        """The JSON response to a GET, or to a POST of ``body``. Raises :class:`ForecacheError` with the server's
+        reason."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, self._headers)
         try:
@@ -124,7 +124,7 @@ class HttpBackend:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """The message of an OpenAI error object, else the status."""
+    """The message of an OpenAI error object, or else the status."""
     try:
         return str(json.load(error)["error"]["message"])
     except (ValueError, LookupError, TypeError):
@@ -132,7 +132,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Ask what is still open, print the table, write the files; 0 when all is answered, 1 when time was up before."""
+    """Ask what has no answer yet, print the table, write the files. Returns 0 if all is answered, 1 if time ran out."""
     args = _parser().parse_args(argv)
     vars(args)["engine.max_batch_size"] = args.batch
     config = config_from_args(args)
@@ -152,12 +152,12 @@ def main(argv: list[str]) -> int:
     write(summary, identity, args.out, machine=machine, complete=done)
     if not done:
         left = records.missing(plan, plan.columns)
-        print(f"time is up: {left} answers are left; the same command goes on where it stopped")
+        print(f"time is up with {left} answers left; run the same command again to continue")
     return 0 if done else 1
 
 
 def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
-    """Those asked for; by default all that one server can answer, where there is one."""
+    """The columns of ``--columns``; by default :data:`DEFAULT_COLUMNS`, of which a server answers only some."""
     if args.columns is not None:
         return tuple(COLUMNS[name] for name in dict.fromkeys(args.columns))
     columns = tuple(COLUMNS[name] for name in DEFAULT_COLUMNS)
@@ -167,54 +167,74 @@ def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="forecache eval",
-        description="Accuracy on generated long-context tasks of RULER's kinds (arXiv 2404.06654), all columns on the "
-        "same samples. Answers are kept in --out: the same command again asks only what is still open.",
+        description="Accuracy on generated long-context tasks like RULER's (arXiv 2404.06654), with every column on "
+        "the "
+        "same samples. --out keeps the answers: the same command asks only what has no answer yet.",
     )
     parser.add_argument(
-        "--out", type=output_folder, required=True, help="folder for answers, table (CSV) and summary (JSON)"
+        "--out", type=output_folder, required=True, help="directory for answers, table (CSV) and summary (JSON)"
     )
     _setting(parser, "--model", "engine.model", "built-in name, directory or hub id")
-    parser.add_argument("--url", help="ask a running server; --model then says whose tokenizer (default: its model's)")
-    parser.add_argument("--api-key-file", type=Path, help="file that holds the key, where the server asks for one")
-    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
-                        help=f"of {', '.join(get_args(Task))} (default: all)")  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
-                        metavar="TOKENS", help="contexts, answers included (default: 4K 8K 16K 32K)")  # fmt: skip
-    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), metavar="COLUMN",
-                        help=f"of {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
-    parser.add_argument("--samples", type=positive, default=100, help="of every task at every length (default: 100)")
-    parser.add_argument("--prose", choices=get_args(Kind), default="topics", help="what hides the answers (topics)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--skip-hopeless", action="store_true",
-                        help="ask full attention alone where it is right in fewer than 20 %% of cases")  # fmt: skip
     parser.add_argument(
-        "--time-limit-s", type=above_zero, help="stop before this many seconds are over (default: none)"
+        "--url", help="ask a running server; --model then only names the tokenizer (default: the server's model)"
     )
-    parser.add_argument("--batch", type=positive, default=16, help="sequences, or requests, at a time (default: 16)")
+    parser.add_argument("--api-key-file", type=Path, help="file with the API key, if the server requires one")
+    parser.add_argument("--tasks", nargs="+", choices=get_args(Task), default=get_args(Task), metavar="TASK",
+                        help=f"tasks: {', '.join(get_args(Task))} (default: all)")  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", type=_length, default=[4 * KI, 8 * KI, 16 * KI, 32 * KI],
+                        metavar="TOKENS", help="contexts with their answers (default: 4K 8K 16K 32K)")  # fmt: skip
+    parser.add_argument("--columns", nargs="+", choices=list(COLUMNS), metavar="COLUMN",
+                        help=f"chunk choices: {', '.join(COLUMNS)} (default: {' '.join(DEFAULT_COLUMNS)})")  # fmt: skip
+    parser.add_argument("--samples", type=positive, default=100, help="samples per task and length (default: 100)")
+    parser.add_argument(
+        "--prose", choices=get_args(Kind), default="topics", help="text that hides the answers (default: topics)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    parser.add_argument("--skip-hopeless", action="store_true",
+                        help="skip other columns where full attention is right in under 20 %% of samples")  # fmt: skip
+    parser.add_argument("--time-limit-s", type=above_zero, help="stop within this many seconds (default: no limit)")
+    parser.add_argument("--batch", type=positive, default=16, help="concurrent sequences or requests (default: 16)")
     _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
     _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
     _setting(parser, "--device", "engine.device", "auto, cpu, cuda or cuda:N (default: auto)")
     _setting(parser, "--dtype", "engine.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
-    _setting(parser, "--hot-bytes", "engine.hot_bytes", "hot pool (default: what a batch needs, if there is room)")
-    _setting(parser, "--cold-bytes", "memory.cold_bytes", "cold memory (default: what a cell needs, if there is room)")
-    _setting(parser, "--indexer", "indexer.checkpoint", "auto, a trained indexer or none (default: auto)")
-    _setting(parser, "--indexer-manifest", "indexer.manifest", "auto, a manifest file or none (default: auto)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file as of `forecache serve`; flags win")
+    _setting(
+        parser,
+        "--hot-bytes",
+        "engine.hot_bytes",
+        "size of the hot pool (default: room for a batch, at most half of the free memory)",
+    )
+    _setting(
+        parser,
+        "--cold-bytes",
+        "memory.cold_bytes",
+        "size of cold memory (default: room for the samples, at most half of the free memory)",
+    )
+    _setting(parser, "--indexer", "indexer.checkpoint", "trained indexer: auto, a file or none (default: auto)")
+    _setting(
+        parser,
+        "--indexer-manifest",
+        "indexer.manifest",
+        "manifest of retrieval heads: auto, a file or none (default: auto)",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML file of settings, as for `forecache serve`; flags win over it"
+    )
     return parser
 
 
 def _setting(parser: argparse.ArgumentParser, flag: str, path: str, text: str) -> None:
-    """A flag for the setting at ``path`` of :class:`ServeConfig`, as `forecache serve` has it."""
+    """Add the flag of `forecache serve` for the setting at ``path`` of :class:`ServeConfig`."""
     parser.add_argument(flag, dest=path, default=argparse.SUPPRESS, metavar=flag.rsplit("-", 1)[-1].upper(), help=text)
 
 
 def _length(text: str) -> int:
-    """Tokens: ``4096`` or ``4K``."""
+    """A number of tokens: ``4096`` or ``4K``."""
     return positive(text[:-1]) * KI if text[-1:] in ("k", "K") else positive(text)
 
 
 Say = Callable[[str, int, int], None]
-"""(what is being done, answers more, answers in all)."""
+"""Called with the current activity, the number of new answers, and the number of answers in total."""
 
 
 @contextmanager
@@ -233,7 +253,7 @@ def _progress() -> Iterator[Say]:
 def _run(
     plan: Plan, config: ServeConfig, args: argparse.Namespace, clock: Clock, say: Say
 ) -> tuple[bool, Records, dict[str, Any]]:
-    """Ask everything that is open; the columns of one engine after those of another."""
+    """Ask everything without an answer, one engine after another. Returns (all answered, answers, identity)."""
     server = None
     if args.url is not None:
         key = read_key(args.api_key_file)
@@ -274,8 +294,8 @@ def _run(
         ) as llm:
             if max(plan.lengths) > llm.engine.max_model_len:
                 raise InvalidRequestError(
-                    f"{model} has a context of {llm.engine.max_model_len} tokens, but {max(plan.lengths)} were asked "
-                    "for: choose shorter --lengths"
+                    f"{model} has a context of {llm.engine.max_model_len} tokens, less than --lengths "
+                    f"{max(plan.lengths)}: choose shorter ones"
                 )
             if not ask(columns, EngineBackend(llm, len(columns))):
                 return False, records, identity
@@ -283,7 +303,7 @@ def _run(
 
 
 def _by_engine(columns: Sequence[Column]) -> list[list[Column]]:
-    """The columns that one engine can answer, together."""
+    """Groups of columns that one engine can answer."""
     groups: list[list[Column]] = []
     for column in columns:
         for group in groups:
@@ -303,7 +323,7 @@ def _identity(
     model: str,
     path: Path,
 ) -> dict[str, Any]:
-    """What the answers depend on."""
+    """The settings that the answers depend on."""
     engine = config.engine
     device = pick_device(engine.device)
     local: dict[str, Any] = {
@@ -330,14 +350,14 @@ def _identity(
 
 
 def _trained_digest(config: ServeConfig, path: Path) -> str | None:
-    """Names the weights of the trained indexer that the column `lookahead` uses."""
+    """Digest of the trained indexer that the column `lookahead` uses; None without one."""
     name, chunk_tokens, model_config = model_name(config.engine.model), config.engine.chunk_tokens, load_config(path)
     architecture = architecture_of(model_config.model_type)
     return architecture.trained_digest(config.indexer, name, model_config, chunk_tokens=chunk_tokens)
 
 
 def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str, complete: bool) -> None:
-    """A CSV line for every cell, and all figures as JSON. ``complete``: nothing is left to be asked."""
+    """Write one CSV line per cell, and all figures as JSON. ``complete``: no answer is missing."""
     with (out / TABLE_FILE).open("w", newline="", encoding="utf-8") as file:
         common = {name: identity[name] for name in ("model", "prose", "over", "transformers")}
         names = [field.name for field in fields(CellResult)]
@@ -357,7 +377,7 @@ def write(summary: Summary, identity: dict[str, Any], out: Path, *, machine: str
 
 
 def show(summary: Summary, identity: dict[str, Any]) -> None:
-    """The table on the terminal, what the model can't do, and each column against full attention."""
+    """Print the table, the tasks that the model can't do, and each column against full attention."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=FILE_WIDTH)
@@ -415,5 +435,5 @@ def _verdict(column: ColumnResult) -> str:
     worse = ", ".join(column.significantly_worse) or "nowhere"
     return (
         f"{column.column}: {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}] against full attention over "
-        f"{column.cells} cells (those of {LEAST_ACCURACY:.0%} and more); significantly worse: {worse}"
+        f"{column.cells} cells (where it reaches {LEAST_ACCURACY:.0%}); significantly worse: {worse}"
     )

@@ -1,4 +1,7 @@
-"""`forecache indexer record`, `train` and `eval`: the Memory Indexer from a model's attention to a table of figures."""
+"""`forecache indexer record`, `train` and `eval`: train a Memory Indexer on a model's attention, and evaluate it.
+
+For DeepSeek-V4 they record and train FlashMemory's retrievers over compressed entries instead.
+"""
 
 import argparse
 import json
@@ -16,81 +19,93 @@ NOT_RECORDED_WITH = ("data", "eval_data", "documents_per_shard", "manifest", "dt
 NOT_TRAINED_WITH = ("patience", "leads", "query_learning_rate", "label_heads", "retrieval", "answer", "history",
                     "context", "units", "dropout", "reach", "time_limit_s", "bf16")  # fmt: skip
 NOT_EVALUATED_WITH = ("lead", "budget")
-"""Arguments of the commands that mean nothing for retrievers."""
+"""Arguments of the commands that the retrievers of DeepSeek-V4 do not use."""
 
 
 class IndexerCommandError(ForecacheError):
-    """Recorded data or a checkpoint is not what the command needs."""
+    """An argument, recorded data or a checkpoint is not what the command needs."""
 
 
 def register(commands: Any) -> None:
     """Add the commands to the subparsers of `forecache indexer`."""
-    record = commands.add_parser("record", help="record what a model attends to, as training data")
+    record = commands.add_parser("record", help="record what a model attends to, as training data for an indexer")
     record.add_argument("--model", required=True, help="built-in name, directory or hub id")
     record.add_argument(
         "--data",
         default="docstrings,code",
-        help="texts: docstrings, topics, code, files, directories (DeepSeek-V4: its own documents)",
+        help="texts: docstrings, topics, packages, code, files or directories (not for DeepSeek-V4, which has its own)",
     )
     record.add_argument("--eval-data", default="docstrings,topics", help="texts of the documents for evaluation")
     record.add_argument(
-        "--out", required=True, type=output_folder, help="directory to write; a stopped recording goes on"
+        "--out",
+        required=True,
+        type=output_folder,
+        help="directory to write; the same command continues a stopped recording",
     )
     record.add_argument("--documents", type=positive, default=384, help="documents to train on (default: 384)")
     record.add_argument("--eval-documents", type=int, default=96, help="documents held out (default: 96)")
     record.add_argument("--min-tokens", type=positive, default=2048, help="shortest prompt (default: 2048)")
     record.add_argument("--max-tokens", type=positive, default=8192, help="longest prompt (default: 8192)")
-    record.add_argument("--documents-per-shard", type=positive, default=16, help="decoded together (default: 16)")
-    record.add_argument("--manifest", default="auto", help="retrieval heads: auto, or a manifest's file")
+    record.add_argument(
+        "--documents-per-shard", type=positive, default=16, help="documents per file, decoded together (default: 16)"
+    )
+    record.add_argument("--manifest", default="auto", help="manifest of retrieval heads: auto or a file")
     record.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     record.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     record.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
     record.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="K/N", help="of N processes that share --out, this is the K-th"
+        "--part", type=_part, default=(1, 1), metavar="K/N", help="this is the K-th of N processes that share --out"
     )
     record.add_argument("--seed", type=int, default=0)
     record.set_defaults(command=_record, parser=record)
 
-    train = commands.add_parser("train", help="train an indexer from recorded data; the model is not needed")
+    train = commands.add_parser("train", help="train an indexer on recorded data; needs no model")
     train.add_argument("--data", required=True, type=Path, help="directory of recorded data")
     train.add_argument(
-        "--out", required=True, type=output_file, help="file to write, *.safetensors; .json and .png beside it"
+        "--out", required=True, type=output_file, help="file to write, *.safetensors; also writes .json and .png"
     )
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
-    train.add_argument("--epochs", type=positive, default=None, help="most passes over the documents")
-    train.add_argument("--patience", type=positive, default=None, help="epochs without gain before it stops")
-    train.add_argument("--leads", default=None, help="steps ahead to train for, drawn from these: 2,4,8,8")
-    train.add_argument("--learning-rate", type=float, default=None, help="of all but the queries")
-    train.add_argument("--query-learning-rate", type=float, default=None, help="of the queries")
+    train.add_argument("--epochs", type=positive, default=None, help="largest number of passes over the documents")
     train.add_argument(
-        "--label-heads", choices=("all", "indexed", "retrieval"), default="all", help="whose events make the labels"
+        "--patience", type=positive, default=None, help="epochs without improvement before training stops"
+    )
+    train.add_argument("--leads", default=None, help="steps ahead to predict, drawn from this list, such as 2,4,8,8")
+    train.add_argument("--learning-rate", type=float, default=None, help="learning rate of everything but the queries")
+    train.add_argument("--query-learning-rate", type=float, default=None, help="learning rate of the queries")
+    train.add_argument(
+        "--label-heads",
+        choices=("all", "indexed", "retrieval"),
+        default="all",
+        help="heads whose retrieval events become labels",
     )
     train.add_argument(
-        "--retrieval", type=float, default=None, help="part of the target that retrieval heads alone make"
+        "--retrieval", type=float, default=None, help="weight of the retrieval heads alone in the target"
     )
-    train.add_argument("--answer", type=float, default=None, help="part of the target that answers' chunks have")
-    train.add_argument("--history", default=None, help="steps back at which queries are taken, for example 0,4,8")
+    train.add_argument("--answer", type=float, default=None, help="weight of the answers' chunks in the target")
+    train.add_argument("--history", default=None, help="past steps whose queries are used, such as 0,4,8")
     train.add_argument("--context", type=positive, default=None, help="width of the summary of the hidden states")
     train.add_argument("--units", type=positive, default=None, help="width of the network")
+    train.add_argument("--dropout", type=float, default=None, help="dropout rate of the network")
     train.add_argument(
-        "--dropout", type=float, default=None, help="share of the network's units that a step leaves out"
+        "--reach", type=int, default=None, help="neighbouring chunks on either side that a score depends on"
     )
-    train.add_argument("--reach", type=int, default=None, help="chunks to either side that a score may depend on")
-    train.add_argument("--rows", type=positive, default=None, help="predictions of a document in one step")
+    train.add_argument("--rows", type=positive, default=None, help="predictions of one document per step")
     train.add_argument(
-        "--time-limit-s", type=above_zero, default=None, help="seconds to train at most (default: no limit)"
+        "--time-limit-s", type=above_zero, default=None, help="longest training time in seconds (default: no limit)"
     )
     train.add_argument("--bf16", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=_train, parser=train)
 
-    evaluate = commands.add_parser("eval", help="compare an indexer with every other way to choose chunks")
+    evaluate = commands.add_parser("eval", help="compare an indexer with other ways to choose chunks")
     evaluate.add_argument("--data", required=True, type=Path, help="directory of recorded data")
     evaluate.add_argument("--indexer", required=True, type=Path, help="trained indexer, *.safetensors")
-    evaluate.add_argument("--out", type=output_file, default=None, help="JSON of all figures; a PNG goes beside it")
-    evaluate.add_argument("--lead", type=positive, default=8, help="steps ahead of the table (default: 8)")
-    evaluate.add_argument("--budget", type=ratio, default=0.10, help="budget of the table (default: 0.10)")
+    evaluate.add_argument("--out", type=output_file, default=None, help="JSON file of all figures; also writes a PNG")
+    evaluate.add_argument("--lead", type=positive, default=8, help="steps ahead, for the printed table (default: 8)")
+    evaluate.add_argument(
+        "--budget", type=ratio, default=0.10, help="share of chunks kept, for the printed table (default: 0.10)"
+    )
     evaluate.add_argument("--threads", type=positive, default=None, help="CPU threads (default: all cores)")
     evaluate.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     evaluate.set_defaults(command=_evaluate, parser=evaluate)
@@ -210,7 +225,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _are_entries(data: Path) -> bool:
-    """Whether a directory of recorded data is one of compressed entries."""
+    """Whether the recorded data are DeepSeek-V4's compressed entries."""
     from forecache.indexer.flashmemory.entry_shards import MANIFEST_FILE
 
     return (data / MANIFEST_FILE).exists()
@@ -220,9 +235,7 @@ def _refuse(args: argparse.Namespace, unused: Sequence[str]) -> None:
     defaults: argparse.ArgumentParser = args.parser
     given = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != defaults.get_default(name)]
     if given:
-        raise IndexerCommandError(
-            f"{', '.join(given)}: not for the retrievers of DeepSeek-V4, whose recipe has no such setting: leave it out"
-        )
+        raise IndexerCommandError(f"the retrievers of DeepSeek-V4 have no setting {', '.join(given)}: leave it out")
 
 
 def _record_entries(args: argparse.Namespace) -> int:
@@ -300,11 +313,11 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _part(text: str) -> tuple[int, int]:
-    """``2/4``: the second of four."""
+    """``2/4`` → (2, 4): the second of four."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part = (int(found[1]), int(found[2])) if found else (0, 0)
     if not 1 <= part[0] <= part[1]:
-        raise argparse.ArgumentTypeError(f"'{text}' is no part like 2/4")
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form K/N, such as 2/4")
     return part
 
 
@@ -312,12 +325,12 @@ def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise IndexerCommandError(f"'{text}' is no list of numbers like 0,4,8") from error
+        raise IndexerCommandError(f"'{text}' is not a list of whole numbers, such as 0,4,8") from error
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """The indexer's own errors, which know nothing of commands, as errors of a command."""
+    """Turn the indexer's errors into errors of a command, which are printed as one line."""
     from forecache.indexer.records.checkpoint import CheckpointError
     from forecache.indexer.records.shards import ShardError
 
@@ -329,7 +342,7 @@ def _plain_errors() -> Iterator[None]:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar over documents."""
+    """A progress bar over documents."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""Do catalog, tiers and workers of a running cluster agree? For `forecache doctor --cluster`, and after every fault."""
+"""`forecache doctor --cluster`: checks that catalog, memory tiers and workers of a running cluster agree."""
 
 import logging
 import time
@@ -22,14 +22,14 @@ from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.tier.catalog import Catalog
 
 SETTLE_S = 3.0
-"""So long something may differ that is on its way: a chunk that moves is where it was, or where it goes, or both."""
+"""Longest time that a difference may last: a chunk in transit is at its source, at its target, or at both."""
 
 
 def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
-    """A sentence for each tier, by its name, whose memory or disk was found to be bad."""
+    """One sentence for each tier (name → stats) with bad memory or a bad disk."""
     return [
-        f"bad {kind} on the node of {name}: {slots} slots were found to hold wrong bytes twice and are not used any "
-        f"more. Take the node out and test its {kind}."
+        f"bad {kind} on the node of {name}: {slots} slots held wrong bytes twice and are out of use. Remove the node "
+        f"and test its {kind}."
         for name, tier in stats.items()
         for kind, slots in (("memory", tier.bad_slots), ("disk", tier.disk_bad_slots))
         if slots
@@ -37,10 +37,10 @@ def bad_memory(stats: Mapping[str, TierStats]) -> list[str]:
 
 
 def run(address: str) -> int:
-    """Look at the running cluster behind the Ray ``address``: 1 if its catalog, tiers and workers do not agree.
+    """Check the cluster at the Ray ``address``. Returns 1 if something is wrong, else 0.
 
     Raises:
-        ForecacheError: there is none.
+        ForecacheError: no Ray cluster or no memory tier is there.
     """
     check_ray(address)
     try:
@@ -69,9 +69,9 @@ def run(address: str) -> int:
 
 
 def check_integrity(tiers: Tiers, *, settle_s: float = SETTLE_S) -> list[str]:
-    """What is wrong, in sentences; nothing, if all is well. Takes ``settle_s`` and more if something seems wrong.
+    """Everything that is wrong, one sentence each; empty if all is well.
 
-    What was wrong at first and is right at the end was under way, and is not told.
+    Looks again for ``settle_s`` seconds while something seems wrong, and drops what becomes right: it was in transit.
     """
     wrong = _look(tiers)
     end_s = time.monotonic() + settle_s
@@ -94,7 +94,7 @@ def _tiers_themselves(tiers: Tiers) -> list[str]:
 
 
 def _catalog_and_tiers(tiers: Tiers) -> list[str]:
-    """Every entry that counts is true, and every stored chunk is entered."""
+    """Every catalog entry names a stored chunk, and every stored chunk has an entry."""
     stored = {name: set(keys) for name, keys in tiers.ask("stored_keys").items()}
     entered: dict[str, set[ChunkKey]] = {name: set() for name in stored}
     wrong = []
@@ -106,9 +106,13 @@ def _catalog_and_tiers(tiers: Tiers) -> list[str]:
     except CatalogUnavailableError as error:
         return [f"catalog: {error}"]
     for name, keys in stored.items():
-        wrong += [f"{name}: chunk {key.hex()} is entered and not stored" for key in entered[name] - keys]
-        wrong += [f"{name}: chunk {key.hex()} is stored and not entered" for key in keys - entered[name]]
-    wrong += [f"{name}: has entries and is no tier" for name, keys in entered.items() if keys and name not in stored]
+        wrong += [f"{name}: the catalog lists chunk {key.hex()}, which is not stored" for key in entered[name] - keys]
+        wrong += [f"{name}: chunk {key.hex()} is stored, but not in the catalog" for key in keys - entered[name]]
+    wrong += [
+        f"{name}: has catalog entries, but is not a tier"
+        for name, keys in entered.items()
+        if keys and name not in stored
+    ]
     return wrong
 
 
@@ -116,7 +120,7 @@ def _holders(tiers: Tiers) -> list[str]:
     holding = tiers.ask("holding_workers")
     living = {name.rpartition("#")[2] for name in actor_names()}
     return [
-        f"{name}: worker {worker} is gone and holds slots"
+        f"{name}: worker {worker} is gone, but still holds slots"
         for name, workers in holding.items()
         for worker in workers
         if worker not in living and worker not in INTERNAL_HOLDERS
@@ -125,17 +129,19 @@ def _holders(tiers: Tiers) -> list[str]:
 
 def _orphans(tiers: Tiers) -> list[str]:
     held = tiers.ask("holders")
-    # asked after that: who held something then was a holder before
+    # after the tiers: a holder that they know exists already
     living = {answer[0]: answer[1] for answer in _ask_workers("holders") if isinstance(answer, tuple)}
     return orphans(held, living)
 
 
 def orphans(held: Mapping[str, Iterable[str]], living: Mapping[str, Iterable[str]]) -> list[str]:
-    """What tiers hold (tier id → names of holders) for holders that are over, in sentences: their worker lives and does
-    not know them. ``living``: worker id → names of its holders; of other workers nothing is said."""
+    """Holders whose worker lives and does not know them: their slots leak. One sentence each.
+
+    ``held``: tier id → ids of holders; ``living``: worker id → ids of its holders. Ignores holders of other workers.
+    """
     known = {worker_id: set(holders) for worker_id, holders in living.items()}
     return [
-        f"{name}: {holder} is over, and something is held for it"
+        f"{name}: {holder} has ended, but still holds slots"
         for name, holders in held.items()
         for holder in holders
         if worker_of(holder) in known and holder not in known[worker_of(holder)]
@@ -143,12 +149,12 @@ def orphans(held: Mapping[str, Iterable[str]], living: Mapping[str, Iterable[str
 
 
 def _workers() -> list[str]:
-    """The hot pools' references are those of their sequences."""
-    return [f"a worker: {answer}" for answer in _ask_workers("integrity") if answer]
+    """The references in each hot pool are those of its sequences."""
+    return [f"worker: {answer}" for answer in _ask_workers("integrity") if answer]
 
 
 def _ask_workers(method: str, deadline_s: float = 30.0) -> list[Any]:
-    """What the workers answer, or the error in its place. One that drains is not asked."""
+    """Each worker's answer, or its error; a worker that drains is not asked."""
     if "forecache" not in serve.status().applications:
         return []
     handle = serve.get_deployment_handle("DecodeWorker", "forecache")

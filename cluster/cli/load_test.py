@@ -1,4 +1,4 @@
-"""The load tool's clients: when they ask, and what they see of each answer."""
+"""The load test of `forecache bench serve`: the prompts, the clients that send them, and the report."""
 
 import asyncio
 import ipaddress
@@ -31,7 +31,10 @@ _SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "ki", "lo", "mu", "ne", "pa", 
 
 @dataclass(frozen=True)
 class WorkloadSettings:
-    """Sizes in tokens of the served model; ``prefixes`` documents are shared, ``turns`` are those of a conversation."""
+    """What clients send. Sizes are in tokens of the served model.
+
+    ``prefixes``: number of documents that prompts share; ``turns``: turns of a conversation.
+    """
 
     workload: Workload = "unique"
     input_tokens: int = 1024
@@ -43,13 +46,13 @@ class WorkloadSettings:
 
 @dataclass(frozen=True)
 class Conversation:
-    """User messages, one a turn; each waits for the answer to the one before."""
+    """User messages, one per turn; each waits for the answer to the previous one."""
 
     turns: tuple[str, ...]
 
 
 def prose(words: int, generator: random.Random) -> str:
-    """Made-up words in sentences: no two documents begin alike."""
+    """Sentences of made-up words, so that no two documents share a prefix."""
     told = []
     for number in range(words):
         word = "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3)))
@@ -58,7 +61,7 @@ def prose(words: int, generator: random.Random) -> str:
 
 
 def conversations(count: int, settings: WorkloadSettings, words_per_token: float) -> Sequence[Conversation]:
-    """``count`` of them, the same again for the same seed."""
+    """``count`` conversations, a function of the settings."""
     generator = random.Random(settings.seed)
     document_words = max(1, round(settings.input_tokens * words_per_token))
     question_words = max(1, round(settings.question_tokens * words_per_token))
@@ -78,12 +81,12 @@ def conversations(count: int, settings: WorkloadSettings, words_per_token: float
 
 
 class LoadError(ForecacheError):
-    """The load can't be made; the message says why."""
+    """The load test can't run; the message says why."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests go: ``url`` ends before `/chat/completions`. ``timeout_s`` is of one request."""
+    """The server. ``url``: up to `/v1`; ``timeout_s``: longest silence during a request."""
 
     url: str
     model: str
@@ -95,9 +98,9 @@ class Target:
 
 @dataclass
 class Answered:
-    """One request. Times in seconds of ``time.monotonic``; ``due_s`` is when it should have been sent.
+    """One request. Times are in seconds of ``time.monotonic``; ``due_s`` is when it should have been sent.
 
-    ``token_s`` has the time of each piece of text. ``status`` is 0 when there was no answer at all.
+    ``token_s``: arrival of each piece of text; ``status``: HTTP status, 0 without a response.
     """
 
     due_s: float
@@ -126,34 +129,35 @@ class Answered:
 
 
 def check_loopback(url: str) -> None:
-    """Raise :class:`LoadError` unless every address of the host is this machine's own."""
+    """Raise :class:`LoadError` unless every address of the host is a loopback address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LoadError(f"{url} is no http URL")
+        raise LoadError(f"{url} is not an HTTP URL")
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise LoadError(f"{parts.hostname} can't be found: {error}") from error
+        raise LoadError(f"{parts.hostname} can't be resolved: {error}") from error
     addresses = {str(entry[4][0]) for entry in found}
     if not all(ipaddress.ip_address(address).is_loopback for address in addresses):
         raise LoadError(
-            f"{parts.hostname} is not this machine ({', '.join(sorted(addresses))}): load is made towards others only "
-            "with --allow-remote"
+            f"{parts.hostname} is not this machine ({', '.join(sorted(addresses))}): pass --allow-remote to put load "
+            f"on "
+            "another machine"
         )
 
 
 def client(target: Target) -> httpx.AsyncClient:
     headers = authorization(target.api_key)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    # no proxy from the environment: what is measured is the server
+    # no proxy from the environment, which would be measured too
     return httpx.AsyncClient(timeout=target.timeout_s, headers=headers, limits=limits, trust_env=False)
 
 
 async def words_per_token(http: httpx.AsyncClient, target: Target, seed: int) -> float:
-    """Of the served model, by its own count.
+    """Words per token of the served model, by its tokenizer.
 
     Raises:
-        LoadError: the server does not tell.
+        LoadError: the server does not count tokens.
     """
     text = prose(SAMPLE_WORDS, random.Random(seed))
     try:
@@ -167,7 +171,7 @@ async def words_per_token(http: httpx.AsyncClient, target: Target, seed: int) ->
 async def converse(
     http: httpx.AsyncClient, target: Target, conversation: Conversation, due_s: float, told: Callable[[Answered], None]
 ) -> None:
-    """All turns of ``conversation``, the first due at ``due_s``, others with the answers before; each is ``told``."""
+    """Run all turns of ``conversation``, the first due at ``due_s``, and pass each answer to ``told``."""
     messages: list[dict[str, str]] = []
     for turn, said in enumerate(conversation.turns):
         messages.append({"role": "user", "content": said})
@@ -182,7 +186,7 @@ async def converse(
 async def ask(
     http: httpx.AsyncClient, target: Target, messages: Sequence[dict[str, str]], due_s: float, turn: int
 ) -> Answered:
-    """One request, read to its end."""
+    """Send one request and read its stream to the end."""
     answer = Answered(due_s, turn)
     body = {
         "model": target.model,
@@ -232,7 +236,7 @@ async def open_loop(
     seed: int,
     told: Callable[[Answered], None],
 ) -> None:
-    """Conversations begin as a Poisson process does, whether or not earlier ones are over."""
+    """Start conversations as a Poisson process, whether or not earlier ones have ended."""
     generator = random.Random(seed)
     due_s = time.monotonic()
     async with asyncio.TaskGroup() as group:
@@ -249,7 +253,7 @@ async def closed_loop(
     concurrency: int,
     told: Callable[[Answered], None],
 ) -> None:
-    """``concurrency`` clients, each with its next conversation as soon as the last is over."""
+    """``concurrency`` clients; each starts its next conversation when the previous one ends."""
     left = iter(asked)
 
     async def one() -> None:
@@ -277,7 +281,7 @@ async def make_load(
 
 @dataclass(frozen=True)
 class Slo:
-    """What a good answer is: its first token, and its tokens on the mean, within so many seconds."""
+    """A good answer: its first token, and the mean gap between its tokens, take at most so many seconds."""
 
     first_token_s: float
     inter_token_s: float
@@ -290,7 +294,8 @@ class Slo:
 
 @dataclass(frozen=True)
 class Summary:
-    """Rates are per second of the whole run; times in seconds, by percentile; ratios 0 to 1."""
+    """The figures of a run. Rates are per second of the whole run; times are in seconds, by percentile; ratios are
+    from 0 to 1."""
 
     duration_s: float
     requests: int
@@ -311,7 +316,7 @@ class Summary:
 
 
 def summarize(answers: Sequence[Answered], slo: Slo) -> Summary:
-    """Of all requests of a run; with none answered, times are empty."""
+    """The figures of all requests of a run; without an answer, the times are empty."""
     good = [answer for answer in answers if answer.ok]
     refused = [answer for answer in answers if answer.status in (429, 503)]
     start = min((answer.due_s for answer in answers), default=0.0)
@@ -365,7 +370,7 @@ def table(summary: Summary, title: str) -> Table:
 
 
 def as_json(summary: Summary, settings: dict[str, Any], answers: Sequence[Answered]) -> dict[str, Any]:
-    """All there is to keep of a run; times of requests are from its start."""
+    """Settings, figures and every request of a run; times of requests are from its start."""
     start = min((answer.due_s for answer in answers), default=0.0)
     requests = [
         {
@@ -388,16 +393,16 @@ def as_json(summary: Summary, settings: dict[str, Any], answers: Sequence[Answer
 
 
 def plot(path: Path, answers: Sequence[Answered], slo: Slo) -> None:
-    """First tokens, gaps between tokens as cumulative shares, and requests over time.
+    """Plot the distributions of time to first token and of gaps between tokens, and the requests over time.
 
     Raises:
-        PlotError: matplotlib is not there.
+        PlotError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError("no plots are drawn without matplotlib; run: pip install 'forecache[train]'") from error
+        raise PlotError("plots need matplotlib: pip install 'forecache[train]'") from error
     canvas = Figure(figsize=(13.5, 3.6), layout="constrained")
     FigureCanvasAgg(canvas)
     first, gaps, course = canvas.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""`forecache`: the command line. What a command needs is imported when it runs, so that `--help` is quick."""
+"""`forecache`: the command line. Each command imports what it needs when it runs, so that `--help` is quick."""
 
 import argparse
 import importlib.metadata
@@ -13,13 +13,13 @@ from forecache.cluster.config import add_flags, config_from_args
 from forecache.cluster.launch.process_group import run_in_own_session
 from forecache.workers.errors import ForecacheError
 
-logger = logging.getLogger("forecache.cluster.cli.main")  # this module may run as __main__
+logger = logging.getLogger("forecache.cluster.cli.main")  # not __name__: this module may run as __main__
 
 Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 the command says no, 2 it could not be carried out."""
+    """Run one command. Returns the exit status: 0 success, 1 a negative result, 2 an error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         from forecache.cluster.cli import bench
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plainly(command: Callable[[], int]) -> int:
-    """Errors of ours are one sentence on stderr, and so are those of files, folders, disks and ports that a user named;
-    anything else is a bug and keeps its traceback."""
+    """Print our own errors, and those of the operating system, as one line on stderr; any other exception is a bug and
+    keeps its traceback."""
     try:
         return command()
     except ForecacheError as error:
@@ -61,20 +61,26 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(serve)
     serve.set_defaults(command=_serve)
 
-    doctor = commands.add_parser("doctor", help="tell what this machine has, and what will not work")
-    doctor.add_argument("--cluster", action="store_true", help="look at a running cluster: do its parts agree?")
-    doctor.add_argument("--address", default="auto", help="its Ray cluster (default: the one on this machine)")
+    doctor = commands.add_parser("doctor", help="check this machine, or with --cluster a running cluster")
+    doctor.add_argument(
+        "--cluster", action="store_true", help="check that catalog, memory tiers and workers of a running cluster agree"
+    )
+    doctor.add_argument(
+        "--address", default="auto", help="address of its Ray cluster (default: the one on this machine)"
+    )
     doctor.set_defaults(command=_doctor)
 
-    top = commands.add_parser("top", help="watch a running cluster: workers, tiers, hits, throughput")
-    top.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: http://127.0.0.1:8000)")
+    top = commands.add_parser("top", help="watch a running cluster: workers, memory tiers, cache hits, throughput")
+    top.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="URL of the server (default: http://127.0.0.1:8000)"
+    )
     top.add_argument("--interval-s", type=above_zero, default=2.0, help="seconds between two readings (default: 2)")
-    top.add_argument("--once", action="store_true", help="print one table of two readings and end")
+    top.add_argument("--once", action="store_true", help="take two readings, print one table and exit")
     top.set_defaults(command=_top)
 
-    demo = commands.add_parser("demo", help="ask a question over a long document, on a cluster of its own")
-    demo.add_argument("--model", default="smollm2-135m", help="built-in name, directory or hub id")
-    demo.add_argument("--tokens", type=positive, default=6500, help="length of the document (default: 6500)")
+    demo = commands.add_parser("demo", help="start a cluster and ask it a question about a long document")
+    demo.add_argument("--model", default="smollm2-135m", help="model: built-in name, directory or hub id")
+    demo.add_argument("--tokens", type=positive, default=6500, help="length of the document in tokens (default: 6500)")
     demo.add_argument("--keep-ratio", type=ratio, default=0.135, help="resident chunks / all (default: 0.135)")
     demo.set_defaults(command=_demo)
 
@@ -87,11 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     indexer_commands.register(indexer)
 
     keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
-    new = keys.add_parser("new", help="make a key: it is printed once, its hash goes into --api-keys-file")
-    new.add_argument("--tenant", required=True, help="whose key it is; tenants share no cache")
+    new = keys.add_parser("new", help="create a key: prints it once, and the line with its hash for --api-keys-file")
+    new.add_argument("--tenant", required=True, help="tenant that the key belongs to; tenants share no cache")
     new.set_defaults(command=_new_key)
 
-    commands.add_parser("bench", help="measure this machine (see `forecache bench --help`)", add_help=False)
+    commands.add_parser("bench", help="benchmarks (see `forecache bench --help`)", add_help=False)
     commands.add_parser("eval", help="accuracy on long-context tasks (see `forecache eval --help`)", add_help=False)
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=_version)
@@ -166,7 +172,7 @@ def _new_key(args: argparse.Namespace) -> int:
 
     key, digest = new_key()
     line = entry(digest, args.tenant)
-    print(f"the key, shown this once: {key}", file=sys.stderr)
+    print(f"the key, which is shown only once: {key}", file=sys.stderr)
     print(line)
     return 0
 
@@ -178,7 +184,7 @@ def _version(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done and for how long; one line each where stderr is no terminal."""
+    """Show the current activity and its duration; without a terminal, print one line for each activity."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

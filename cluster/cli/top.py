@@ -1,4 +1,4 @@
-"""`forecache top`: what a running cluster does, in a terminal, from two readings of `/metrics/cluster`."""
+"""`forecache top`: shows what a running cluster does, from two readings of `/metrics/cluster`."""
 
 import re
 import time
@@ -22,13 +22,13 @@ MIB = 2**20
 
 
 class TopError(ForecacheError):
-    """There is no cluster to look at."""
+    """The cluster does not answer."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One reading: process id → series name → value, summed over labels other than the process'. ``time_s``: of a
-    monotonic clock."""
+    """One reading. ``values``: process id → series name → value, summed over all other labels; ``components``: process
+    id → component; ``scorers``: process id → what scores its chunks; ``time_s``: monotonic clock."""
 
     time_s: float
     values: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Snapshot:
 
     @property
     def answered(self) -> set[str]:
-        """Processes that told more than that they are there."""
+        """Processes that returned their own series."""
         return {name for name, series in self.values.items() if series.keys() - {"up"}}
 
     def value(self, name: str, process: str) -> float:
@@ -68,26 +68,26 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Change:
-    """From one reading to the next. Processes that are only in one of them have no rate."""
+    """The change between two readings. Processes that are in only one of them have no rate."""
 
     before: Snapshot
     now: Snapshot
 
     def grown(self, name: str, process: str | None = None) -> float:
-        """By how much a counter grew, of a process or of all; a counter that fell is one that began again."""
+        """Growth of a counter, of one process or of all; a counter that fell was reset and counts as 0."""
         both = self.before.answered & self.now.answered
         if process is not None:
             both &= {process}
         return sum(max(0.0, self.now.value(name, one) - self.before.value(name, one)) for one in both)
 
     def rate(self, name: str, process: str | None = None) -> float:
-        """Per second."""
+        """Growth of a counter per second."""
         passed_s = self.now.time_s - self.before.time_s
         return self.grown(name, process) / passed_s if passed_s > 0 else 0.0
 
     def share(self, part: str, *whole: str, process: str | None = None) -> float | None:
-        """Of counters: ``part`` / sum of ``whole`` since the reading before; where nothing was counted, since their
-        beginning; ``None``: never."""
+        """``part`` / sum of ``whole`` between the readings; if they did not grow, since their start; ``None`` if they
+        are all 0."""
         below = sum(self.grown(name, process) for name in whole)
         if below:
             return self.grown(part, process) / below
@@ -97,7 +97,7 @@ class Change:
 
 
 def render(change: Change, url: str) -> RenderableType:
-    """The whole view."""
+    """The tables of one view."""
     now = change.now
     parts: list[RenderableType] = [_summary(change, url), _workers(change), _tiers(change)]
     if now.processes("indexer"):
@@ -208,7 +208,7 @@ def _table(
 
 
 def short(process: str) -> str:
-    """Tiers and indexers without the name of this start of the cluster, and with the beginning of their node's."""
+    """A process' name that fits a column: without the id of the run, and with the start of the node's id."""
     return re.sub(r"^[0-9a-f]{12}-(.*-[0-9a-f]{6}).*", r"\1", process)[-16:]
 
 
@@ -229,17 +229,17 @@ def _seconds(seconds: float | None) -> str:
 
 
 def read(url: str) -> Snapshot:
-    """Raises :class:`TopError` when the cluster does not answer."""
+    """Take a reading. Raises :class:`TopError` when the cluster does not answer."""
     try:
         answer = httpx.get(f"{url}/metrics/cluster", timeout=DEADLINE_S, trust_env=False)
         answer.raise_for_status()
     except httpx.HTTPError as error:
-        raise TopError(f"{url}/metrics/cluster does not answer: {error}; is --url right?") from error
+        raise TopError(f"{url}/metrics/cluster does not answer: {error}; check --url") from error
     return Snapshot.parse(answer.text, time.monotonic())
 
 
 def run(url: str, interval_s: float, once: bool) -> int:
-    """Show ``url`` until Ctrl-C, or two readings' worth ``once``. A cluster that goes away is waited for."""
+    """Show the cluster at ``url`` until Ctrl-C, or ``once``. Waits for a cluster that stops answering."""
     url, console = url.rstrip("/"), Console()
     before = read(url)
     time.sleep(interval_s)

@@ -1,4 +1,4 @@
-"""How many workers and memory nodes a cluster should have, where Ray's autoscaler may bring more."""
+"""How many workers and memory nodes a cluster should have, for Ray's autoscaler."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,17 +9,17 @@ from ray.serve.config import AutoscalingContext
 from forecache.workers.memory.arena.stats import TierStats
 
 HOT_POOL_USAGE = "hot_pool_usage"
-"""What a worker tells Serve for :func:`workers`: hot slots that live sequences reference / all, 0 to 1."""
+"""Name of the metric that workers report to Serve: hot slots that sequences reference / all slots, 0 to 1."""
 HOT_POOL_TARGET = 0.8
 PROMISED_TARGET = 0.7
 
 
 def workers(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-    """Autoscaling policy of the workers for Ray Serve: by queue length, as Serve's own, or by hot-pool use.
+    """Autoscaling policy for Ray Serve: the larger number of workers by queue length and by hot-pool usage.
 
-    As many as give each ``target_ongoing_requests``, running or waiting; or, if that is more, as would bring the mean
-    usage of hot pools to ``HOT_POOL_TARGET``: a few long contexts fill a pool that a count of requests calls idle.
-    Serve applies bounds and delays.
+    By queue length, as Serve's default, each worker gets ``target_ongoing_requests``, running or waiting. By usage, the
+    mean of the hot pools is ``HOT_POOL_TARGET``, since a few long contexts can fill a pool. Serve applies bounds and
+    delays.
     """
     if context.current_num_replicas == 0:
         return context.target_num_replicas, {}
@@ -30,11 +30,11 @@ def workers(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 
 
 def memory_nodes(now: int, tiers: Iterable[TierStats], most: int) -> int:
-    """Nodes that only give memory: ``now`` and as many more as bring what is promised and pinned, by which requests are
-    admitted, below ``PROMISED_TARGET`` of all arenas, ``most`` at most.
+    """Number of memory-only nodes that keeps committed slots (promised or pinned) below ``PROMISED_TARGET`` of all
+    slots.
 
-    Usage itself is no sign of want: an arena is a cache, and full sooner or later. Never fewer than now: a node that
-    goes takes its chunks along.
+    At most ``most``. Ignores usage: an arena is a cache, which fills sooner or later. Never below ``now``: a node that
+    leaves loses its chunks.
     """
     shares = [tier.committed_slots / tier.slots for tier in tiers]
     more = math.ceil(sum(shares) / PROMISED_TARGET) - len(shares)

@@ -1,4 +1,4 @@
-"""From settings to a running cluster, and back to nothing: Ray, Redis, the Serve application."""
+"""Starts and stops a cluster: Ray, Redis, the Serve application."""
 
 import io
 import logging
@@ -45,24 +45,24 @@ APPLICATION = "forecache"
 NAMESPACE = "forecache"
 POLL_S = 0.2
 DRAIN_ANSWER_S = 1.0
-"""So long an ingress may take to say what is under way, at the end: a second signal is heard in between."""
+"""Longest wait for one answer of the ingresses while draining; a second signal is handled in between."""
 ROUTING_STATS_PERIOD_S = 2.0
 
 NO_PROXIES = {"no_grpc_proxy": "localhost,0.0.0.0/0,::/0"}
-"""Environment of processes that Serve connects by gRPC. gRPC would take ``http_proxy`` of the environment for these
-connections too, where they hang; Ray's own leave it alone. Other clients, as for downloads, go on using it."""
+"""Environment of processes that Serve connects by gRPC. gRPC would send these connections through ``http_proxy``, where
+they hang; Ray's own gRPC ignores it. Other clients, such as downloads, still use the proxy."""
 HTTP_PROXIES = {
     **NO_PROXIES,
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{http_server.__name__}:{http_server.use_protocol.__name__}",
 }
-"""Environment of Serve's controller and its HTTP proxies, which hear from the ingress by gRPC, as it hears from
-workers, and read connections with our protocol. Serve has no other switch for either."""
+"""Environment of Serve's controller and HTTP proxies: proxies call the ingress by gRPC, as the ingress calls workers,
+and read connections with our protocol. Serve has no other switch for either."""
 RAY_SYSTEM_CONFIG = {"task_events_report_interval_ms": 0, "worker_niceness": 0}
-"""Of a Ray that we start. By default it keeps an account of its last 100,000 tasks, some 100 MB, for a dashboard that
-is not there, and its workers have a niceness of 15: anything else on the machine would come before the model."""
+"""For a Ray that we start. By default it keeps a record of its last 100,000 tasks, about 100 MB, for a dashboard that
+we do not run, and gives its workers a niceness of 15, so that any other process comes before the model."""
 Say = Callable[[str], None]
-"""Told, in a few words, what is being done."""
+"""Called with the current activity, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Running:
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for it
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM arrived."""
 
 
 @contextmanager
@@ -85,12 +85,13 @@ def running(
     ingress_class: type[Ingress] = Ingress,
     worker_class: type[DecodeWorker] = DecodeWorker,
 ) -> Iterator[Running]:
-    """The cluster, ready. Everything it started is stopped at the end, also when the start fails.
+    """Start a cluster and yield it when it is ready; stop everything on exit, also when the start fails.
 
-    At the end nothing new is taken, and what runs may finish: for ``drain_deadline_s``, and until ``hurry`` is set.
+    On exit the cluster refuses new requests, and running ones may finish for ``drain_deadline_s``, until ``hurry`` is
+    set.
 
     Raises:
-        ForecacheError: it can't be started; the message says what to change.
+        ForecacheError: it can't start; the message says what to change.
     """
     logs.configure(config.telemetry, "starter", str(os.getpid()))
     tracing.check_installed(config.telemetry.otlp_endpoint)
@@ -105,7 +106,7 @@ def running(
     settings = config.model_copy(update={"port": port})
     with ExitStack() as stack:
         silence = stack.enter_context(ExitStack())
-        # last: of tiers that could not end in order
+        # runs last, for tiers that did not stop in order
         stack.callback(remove_abandoned, config.memory.arena_dir)
         if config.memory.disk_bytes:
             stack.callback(remove_abandoned, config.memory.disk_dir)
@@ -113,7 +114,7 @@ def running(
         stack.enter_context(_ray(config))
         redis_url, revive = config.redis_url, lambda: None
         if redis_url is None:
-            # other nodes must reach it when there may be any
+            # other nodes must reach it, if there may be any
             host = None if config.address is None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
             redis = stack.enter_context(EmbeddedRedis(host, max_bytes=config.redis_bytes))
             redis_url, revive = redis.url, redis.revive
@@ -131,7 +132,7 @@ def running(
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        # Ray prints that Serve's controller was killed; it is, by Serve, each time it is shut down
+        # Ray prints that Serve's controller was killed, which Serve does at every shutdown
         stack.callback(lambda: silence.enter_context(redirect_stdout(io.StringIO())))
         say("loading the model")
         _wait_until_running(config.start_deadline_s)
@@ -141,7 +142,7 @@ def running(
 
 
 def _memory(config: ServeConfig) -> MemoryConfig:
-    """A machine of its own has no other nodes, and needs no records of what is there."""
+    """One machine needs no index records of other nodes."""
     if config.address is not None or config.memory.remote_index_bytes is not None:
         return config.memory
     return config.memory.model_copy(update={"remote_index_bytes": 0})
@@ -149,7 +150,7 @@ def _memory(config: ServeConfig) -> MemoryConfig:
 
 @contextmanager
 def _ray(config: ServeConfig) -> Iterator[None]:
-    """Ray, started here with sizes of our choice, or joined."""
+    """Start Ray on this machine with our sizes, or join a cluster."""
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -164,7 +165,7 @@ def _ray(config: ServeConfig) -> Iterator[None]:
             )
         else:
             ray.init(address=config.address, **quiet)
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put one of its own
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaced it
         yield
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         if ray.is_initialized():
@@ -177,14 +178,14 @@ def _ray(config: ServeConfig) -> Iterator[None]:
 
 @contextmanager
 def _serve(config: ServeConfig) -> Iterator[None]:
-    """Ray Serve with its HTTP proxies; a Serve that others run on a joined cluster is not taken over."""
+    """Start Ray Serve with its HTTP proxies; refuse a joined cluster whose Serve runs other applications."""
     if config.address is not None and serve.status().applications:
         names = ", ".join(serve.status().applications)
         raise StartError(
             f"the Ray cluster at {config.address} already serves {names}: stop that first (`serve shutdown`), or use "
             "another cluster"
         )
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is not ours to tell
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # hides its progress messages
     try:
         serve.start(
             proxy_location=ProxyLocation(config.proxy_location),
@@ -203,7 +204,7 @@ def _serve(config: ServeConfig) -> Iterator[None]:
 
 
 def _stop_node_actors(run: str, deadline_s: float) -> None:
-    """End the memory tiers, which free their arenas, and the indexers that this run's workers made on their nodes."""
+    """Stop this run's memory tiers, which free their arenas, and its indexer actors."""
     names = [
         actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE
     ]
@@ -216,33 +217,33 @@ def _stop_node_actors(run: str, deadline_s: float) -> None:
                 if name.startswith(f"{run}-tier-"):
                     ray.get(actor.shutdown.remote(), timeout=deadline_s)
             finally:
-                ray.kill(actor)  # detached: it would outlive this program on a cluster that was joined
+                ray.kill(actor)  # detached: it would outlive this program on a joined cluster
         except (ValueError, RayError) as error:
-            logger.warning("%s did not end in order: %s", name, error)
+            logger.warning("%s did not stop in order: %s", name, error)
 
 
 def _drain(deadline_s: float, hurry: threading.Event, say: Say) -> None:
-    """Let requests that are under way finish, and nothing new in."""
+    """Refuse new requests and wait for running ones."""
     ingresses = serve.get_app_handle(APPLICATION)
     end = time.monotonic() + deadline_s
     try:
         while True:
-            # all of them, each time: one that died is replaced by one that drains not yet
+            # ask all each time: Serve replaces an ingress that died by one that does not drain yet
             answers = ingresses.broadcast("drain").results(timeout_s=DRAIN_ANSWER_S, return_exceptions=True)
             under_way = sum(answer for answer in answers if isinstance(answer, int))
-            # one that is only slow may still have requests; one that died has none
+            # a slow ingress may still have requests, a dead one has none
             silent = sum(isinstance(answer, TimeoutError) for answer in answers)
             if not under_way and not silent:
                 return
             if hurry.is_set() or time.monotonic() > end:
                 if silent:
-                    logger.warning("%d ingresses did not say what is under way", silent)
+                    logger.warning("%d ingresses did not answer: their requests are unknown", silent)
                 logger.warning("%d requests were cut off", under_way)
                 return
             say(f"waiting for {under_way} requests" if under_way else f"waiting for {silent} ingresses")
             hurry.wait(POLL_S)
     except (RayError, RayServeException, TimeoutError) as error:
-        logger.warning("requests were not waited for: %s", error)
+        logger.warning("did not wait for running requests: %s", error)
 
 
 def application(
@@ -254,7 +255,7 @@ def application(
     ingress_class: type[Ingress] = Ingress,
     worker_class: type[DecodeWorker] = DecodeWorker,
 ) -> serve.Application:
-    """Ingresses in front of `workers` replicas of the decode worker."""
+    """The Serve application: ingresses in front of ``config.workers`` decode workers."""
     quiet = LoggingConfig(
         log_level="WARNING",
         enable_access_log=False,
@@ -280,8 +281,8 @@ def application(
         name="Ingress",
         num_replicas=config.ingress_replicas,
         max_replicas_per_node=_ingresses_per_node(config),
-        # health, readiness and metrics must get through when every worker is full, and so must those to be refused; and
-        # one must take what comes for all
+        # health checks, metrics and requests to refuse must get through when every worker is full, also when one
+        # ingress gets all requests
         max_ongoing_requests=config.max_ongoing_requests * config.workers + config.limits.max_queued_requests + 1024,
         ray_actor_options={
             "num_cpus": 0,
@@ -300,16 +301,16 @@ def application(
 
 
 def _ingress_place(config: ServeConfig) -> dict[str, float]:
-    """Ray resources of an ingress. One alone holds the streams of all: on the node that the cluster does not outlive.
-    Of several each takes its own along."""
+    """Ray resources that place an ingress. A single one, which holds all streams, runs on the head node, without which
+    the cluster ends anyway; several run anywhere."""
     if config.ingress_resource is not None:
         return {config.ingress_resource: 0.001}
     return {"node:__internal_head__": 0.001} if config.ingress_replicas == 1 else {}
 
 
 def _ingresses_per_node(config: ServeConfig) -> int:
-    """Most ingresses of a node: as few as there can be. Without that Ray would put several on one, since they use
-    nothing that it counts."""
+    """Most ingresses per node, as few as possible. Ray counts no resources of an ingress, so without this limit it
+    might put all on one node."""
     if config.ingress_resource is not None:
         return 1
     nodes = ray.nodes() if ray.is_initialized() else []  # type: ignore[no-untyped-call]
@@ -330,18 +331,18 @@ def _router(config: ServeConfig, settings: WorkerSettings) -> RequestRouterConfi
 
 
 def cluster_telemetry(config: ServeConfig) -> ClusterTelemetry:
-    """What every process of the cluster is told. A Ray that was started here is for this machine alone."""
+    """Telemetry settings of every process. A Ray that we started serves metrics on the loopback address only."""
     host = config.telemetry.metrics_host or ("127.0.0.1" if config.address is None else None)
     return ClusterTelemetry(config.telemetry, config.model_name, host)
 
 
 def _near_memory(config: ServeConfig) -> dict[str, float]:
-    """Ray resources that bring a worker to a node with a memory tier."""
+    """Ray resources that place a worker on a node with a memory tier."""
     return {} if config.memory.tier_resource is None else {config.memory.tier_resource: 0.001}
 
 
 def _wait_until_running(deadline_s: float) -> None:
-    """Raises :class:`StartError` with the workers' reason when the application fails or takes too long."""
+    """Raise :class:`StartError` with the workers' reason when the application fails or takes too long."""
     end, messages = time.monotonic() + deadline_s, ""
     while time.monotonic() < end:
         application = serve.status().applications.get(APPLICATION)
@@ -360,21 +361,21 @@ def _wait_until_running(deadline_s: float) -> None:
 
 
 def _reason(message: str) -> str:
-    """The sentence of our own error inside a traceback that Serve hands over as text, else its last line."""
+    """The message of our own error in a traceback that Serve returns as text, or else its last line."""
     ours = re.findall(r"forecache\.[\w.]+Error: (.+)", message)
     if ours:
         return str(ours[-1])
     lines = [line for line in message.splitlines() if line.strip()]
-    return f"a worker can't be started: {lines[-1] if lines else 'no reason given'}; see /tmp/ray/session_latest/logs"
+    return f"a worker can't start: {lines[-1] if lines else 'no reason given'}; see /tmp/ray/session_latest/logs"
 
 
 def run(config: ServeConfig, say: Say, ready: Callable[[Running], None]) -> None:
-    """Serve until SIGINT or SIGTERM. ``ready`` is told when requests can come."""
+    """Serve until SIGINT or SIGTERM. Calls ``ready`` when the cluster accepts requests."""
     stop, hurry = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
-            hurry.set()  # already on the way out: a second signal must not leave half a cluster
+            hurry.set()  # it stops already; an exception now would leave half a cluster
             return
         stop.set()
         raise Stopped
@@ -383,8 +384,8 @@ def run(config: ServeConfig, say: Say, ready: Callable[[Running], None]) -> None
         signal.signal(number, on_signal)
     try:
         with running(config, say, hurry) as cluster:
-            if not stop.is_set():  # where a signal came within a library's callback, nobody saw the exception
+            if not stop.is_set():  # a library's callback may have swallowed the exception
                 ready(cluster)
             stop.wait()
-    except (Stopped, SystemExit):  # SystemExit: a SIGTERM that met Ray's handler, while Ray was starting
+    except (Stopped, SystemExit):  # SystemExit: from Ray's handler of SIGTERM, while Ray starts
         say("stopped")

@@ -1,4 +1,4 @@
-"""What a start needs of this machine and of the addresses that it is given: quick to look at, before slow imports."""
+"""Quick checks before the start: ports, directories, keys, and whether Ray and Redis answer. Avoids slow imports."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ GCS_ANSWER_S = 5.0
 
 
 def check(config: ServeConfig) -> None:
-    """Everything here.
+    """Run all checks of this file that ``config`` needs.
 
     Raises:
         StartError: what is wrong and what to change.
@@ -35,15 +35,17 @@ def check(config: ServeConfig) -> None:
 
 
 def check_listens(address: str) -> None:
-    """Raises :class:`StartError` when ``address`` is no address of a Ray cluster, or none listens there.
+    """Raise :class:`StartError` when ``address`` is not HOST:PORT, or nothing listens there.
 
-    ``auto`` is a matter of :func:`check_ray`.
+    Skips ``auto``, which :func:`check_ray` resolves.
     """
     if address == "auto":
         return
     host, separator, port = address.rpartition(":")
     if not separator or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
-        raise StartError(f"--address {address} is no address of a Ray cluster: write HOST:PORT of its head, or auto")
+        raise StartError(
+            f"--address {address} is not the address of a Ray cluster: write HOST:PORT of its head, or auto"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
@@ -51,10 +53,10 @@ def check_listens(address: str) -> None:
 
 
 def check_ray(address: str) -> None:
-    """Raises :class:`StartError` when no Ray cluster answers at ``address``: Ray itself waits for minutes."""
+    """Raise :class:`StartError` when no Ray cluster answers at ``address``; Ray itself would wait for minutes."""
     check_listens(address)
 
-    import grpc  # with Ray, seconds
+    import grpc  # with Ray, this takes seconds
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.services import canonicalize_bootstrap_address_or_die
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
@@ -70,24 +72,26 @@ def check_ray(address: str) -> None:
             head = NodeInfoGcsServiceStub(channel)  # type: ignore[no-untyped-call]
             head.CheckAlive(CheckAliveRequest(), timeout=GCS_ANSWER_S)
         except grpc.RpcError as error:
-            # what else it may say, as that a token is missing, is for Ray to tell
+            # Ray reports other errors better, such as a missing token
             if error.code() in (
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 grpc.StatusCode.UNAVAILABLE,
                 grpc.StatusCode.UNIMPLEMENTED,
             ):
-                raise _no_ray(found, "what listens there is no Ray head, or a Ray of another version") from error
+                raise _no_ray(
+                    found, "whatever listens there is not a Ray head, or has another version of Ray"
+                ) from error
 
 
 def _no_ray(address: str, reason: str) -> StartError:
     return StartError(
         f"no Ray cluster is at --address {address} ({reason}): start one with `ray start --head`, correct the address, "
-        "or leave it out to start a Ray on this machine"
+        "or leave --address out to start Ray on this machine"
     )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises :class:`StartError` when ``port`` can't be listened on."""
+    """Raise :class:`StartError` when the server can't listen on ``port``."""
     try:
         with socket.socket(_family(host)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -99,7 +103,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -111,13 +115,13 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def check_redis(url: str, timeout_s: float = 3.0) -> None:
-    """Raises :class:`StartError` when no Redis answers at ``url``."""
+    """Raise :class:`StartError` when no Redis answers at ``url``."""
     shown = mask_secrets(url)
     try:
         with redis.from_url(url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s) as client:
             client.ping()
     except ValueError as error:
-        raise StartError(f"--redis-url {shown} is no Redis URL: {mask_secrets(str(error))}") from error
+        raise StartError(f"--redis-url {shown} is not a Redis URL: {mask_secrets(str(error))}") from error
     except redis.RedisError as error:
         reason = mask_secrets(str(error))
         raise StartError(
@@ -127,9 +131,9 @@ def check_redis(url: str, timeout_s: float = 3.0) -> None:
 
 
 def check_arena_dir(directory: Path, cold_bytes: int, object_store_bytes: int, address: str | None) -> None:
-    """Raises :class:`StartError` when the arena does not fit this machine's shared memory.
+    """Raise :class:`StartError` when the arena does not fit ``directory``.
 
-    Ray's object store takes its share of `/dev/shm` too, when Ray is started here.
+    A Ray that we start puts its object store into `/dev/shm` too. Sizes are in bytes.
     """
     _check_writable(directory, "--arena-dir")
     shared = address is None and directory.stat().st_dev == Path("/dev/shm").stat().st_dev
@@ -148,7 +152,7 @@ def _gib(nbytes: int) -> str:
 
 
 def check_disk_dir(directory: Path, disk_bytes: int) -> None:
-    """Raises :class:`StartError` when chunks can't be kept there."""
+    """Raise :class:`StartError` when ``directory`` has no room for ``disk_bytes``."""
     _check_writable(directory, "--disk-dir")
     if disk_bytes > (free := shutil.disk_usage(directory).free):
         raise StartError(

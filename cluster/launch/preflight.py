@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is started."""
+"""Checks before the start: whether model, settings and machine fit together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from forecache.workers.models.step.architecture import ExpectedScorer
 
 NO_MANIFEST = (
-    "{0} has no manifest of retrieval heads: its chunks are chosen by bounds, which finds much less. "
-    "Make one with `forecache indexer calibrate --model {0} --out FILE` and serve with --indexer-manifest FILE."
+    "{0} has no manifest of retrieval heads: forecache chooses its chunks by bounds, which finds much less. "
+    "Make one with `forecache indexer calibrate --model {0} --out FILE`, and serve with --indexer-manifest FILE."
 )
 NO_CHECKPOINT = (
-    "--indexer {0} is missing, damaged or not for {1}: chunks are scored without a trained indexer. "
-    "The worker's log has the reason; `forecache indexer train` makes one."
+    "--indexer {0} is missing, damaged or not for {1}: forecache scores chunks without a trained indexer. "
+    "The worker's log has the reason; `forecache indexer train` trains one."
 )
-COLD_LIMIT = "prompt and answer may have {} tokens, which is what cold memory holds: raise --cold-bytes for more."
+COLD_LIMIT = "cold memory limits prompt and answer to {} tokens together: raise --cold-bytes for more."
 
 
 def check(config: ServeConfig) -> None:
-    """Everything that is quick to check.
+    """All checks that need no model.
 
     Raises:
         StartError: what is wrong and what to change.
@@ -38,50 +38,53 @@ def check(config: ServeConfig) -> None:
 
 
 def check_placement(config: ServeConfig) -> None:
-    """Raises :class:`StartError` when a Ray that is started here has no place for a worker: Ray would wait for one."""
-    import torch  # seconds
+    """Raise :class:`StartError` when a Ray on this machine has no room for a worker; Ray would wait for it forever."""
+    import torch  # takes seconds
 
     from forecache.workers.core.settings import gpus_of_worker
 
     workers, cpus = config.workers, config.ray_num_cpus
     if config.memory.tier_resource is not None:
         raise StartError(
-            f"no node of a Ray that is started here has the resource {config.memory.tier_resource}: leave out "
+            f"a Ray started on this machine has no resource {config.memory.tier_resource}: leave out "
             "--tier-resource, or join a cluster that has it with --address"
         )
     if cpus is not None and cpus < workers:
-        raise StartError(f"--ray-num-cpus {cpus} is less than the {workers} --workers, each of which takes one")
+        raise StartError(f"--ray-num-cpus {cpus} is too few for --workers {workers}: each worker takes one CPU")
     gpus = torch.cuda.device_count()
     if workers * gpus_of_worker(config.engine.device) > gpus:
         raise StartError(
-            f"--workers {workers} on {config.engine.device} take a GPU each, and this machine has {gpus}: use fewer, "
-            "or --device cpu"
+            f"--workers {workers} need a GPU each, but this machine has {gpus}: use fewer workers, or --device cpu"
         )
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's configuration tells before its weights are read."""
+    """What is known of a model before its weights are loaded.
+
+    ``max_model_len``: longest prompt and answer, in tokens; ``has_manifest``: its retrieval heads are known;
+    ``chunk_bytes``: one chunk in the hot pool.
+    """
 
     max_model_len: int
     has_manifest: bool
     chunk_bytes: int
     trained_digest: str | None = None
-    """Names the weights of the trained indexer that will serve."""
+    """Digest of the trained indexer that workers will use; None without one."""
     cold_limit: int | None = None
-    """``max_model_len``, where cold memory and not the model sets it."""
+    """``max_model_len``, if cold memory limits it and not the model."""
 
 
 def check_model(path: Path, config: ServeConfig) -> ModelFacts:
-    """Longest prompt + answer, in tokens, and whether the model's retrieval heads are known.
+    """Check the model at ``path``, which must be a local directory.
 
     Raises:
-        UnsupportedModelError: no decoder, weight files that can't be read, `--max-model-len` is more than it was made
-            for, or `--fallback` would do nothing for it.
-        ArenaError: `--cold-bytes` holds no chunk of it.
-        StartError: `--indexer-manifest` names a file that is no manifest, or another model's.
+        UnsupportedModelError: it is not a decoder, its weight files can't be read, `--max-model-len` is more than it
+            supports, or it does not support `--fallback`.
+        ArenaError: `--cold-bytes` is too small for one chunk.
+        StartError: `--indexer-manifest` is not a manifest, or belongs to another model.
     """
-    from forecache.workers.models.backbone import load_config  # imports transformers: seconds
+    from forecache.workers.models.backbone import load_config  # imports transformers, which takes seconds
     from forecache.workers.models.checkpoint import check_files
     from forecache.workers.models.registry import architecture_of
 
@@ -92,31 +95,31 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
     architectures = getattr(model, "architectures", None) or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         raise UnsupportedModelError(
-            f"{path} is a {', '.join(architectures)}, which is not a decoder language model; "
-            "serve one that is saved as …ForCausalLM."
+            f"{path} is a {', '.join(architectures)}, which is not a decoder language model: "
+            "serve a model that is saved as …ForCausalLM."
         )
     own_limit, wanted = int(model.max_position_embeddings), config.engine.max_model_len
     if wanted is not None and wanted > own_limit:
         raise UnsupportedModelError(
-            f"--max-model-len {wanted} is more than the {own_limit} positions that {path} was made for."
+            f"--max-model-len {wanted} is more than the {own_limit} positions that {path} supports: lower it."
         )
     limit = wanted or own_limit
     scorer, layout = _expected_scorer(model, config), _layout(model, config)
-    # other machines may have other devices, so other dtypes: there a worker's own check must do
+    # nodes of a joined cluster may have other devices and dtypes: their workers check for themselves
     cold = _cold_tokens(layout, scorer.spec, config) if config.address is None else limit
     cold_limit = cold if cold < limit else None
     return ModelFacts(min(cold, limit), scorer.informed, layout.nbytes, scorer.digest, cold_limit)
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raises :class:`UnsupportedModelError` when the model at ``path`` has no tokenizer, which every server needs."""
-    from forecache.workers.models.tokenizer import load_tokenizer  # imports transformers: seconds
+    """Raise :class:`UnsupportedModelError` when the model at ``path`` has no tokenizer, which a server needs."""
+    from forecache.workers.models.tokenizer import load_tokenizer  # imports transformers, which takes seconds
 
     load_tokenizer(path)
 
 
 def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:
-    """Sentences that an operator of this model, with these settings, should read."""
+    """Sentences that the operator should read: what is missing or limited with this model and these settings."""
     said = []
     if model.trained_digest is None and config.indexer.checkpoint not in ("auto", "none"):
         said.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
@@ -128,12 +131,12 @@ def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:
 
 
 def settle(path: Path, config: ServeConfig) -> ServeConfig:
-    """``config`` with what it leaves to the model at ``path`` filled in.
+    """``config`` with the defaults that depend on the model at ``path``.
 
     Raises:
-        UnsupportedModelError: there is no decoder.
+        UnsupportedModelError: it is not a decoder.
     """
-    from forecache.workers.models.backbone import load_config  # imports transformers: seconds
+    from forecache.workers.models.backbone import load_config  # imports transformers, which takes seconds
     from forecache.workers.models.registry import architecture_of
 
     engine = config.engine.for_model(architecture_of(load_config(path).model_type).chunk_tokens)
@@ -153,7 +156,7 @@ def _expected_scorer(model: Any, config: ServeConfig) -> "ExpectedScorer":
 
 
 def _layout(model: Any, config: ServeConfig) -> "ChunkLayout":
-    """Of a chunk in the hot pool, as this machine would have it."""
+    """The layout of a chunk in the hot pool, with this machine's device."""
     from forecache.workers.models.backbone import expected_layout, kv_number, pick_device, pick_dtype
 
     dtype = kv_number(config.engine.kv_dtype, pick_dtype(config.engine.dtype, pick_device(config.engine.device)))
@@ -161,7 +164,7 @@ def _layout(model: Any, config: ServeConfig) -> "ChunkLayout":
 
 
 def _cold_tokens(layout: "ChunkLayout", spec: "IndexSpec", config: ServeConfig) -> int:
-    """Tokens that the arena of one node holds: no request can have more."""
+    """Tokens that the arena of one node holds, which limits every request."""
     from forecache.workers.memory.arena.arena import describe
     from forecache.workers.memory.format.layout import cold_layout
 

@@ -1,4 +1,4 @@
-"""A process of its own for the cluster, out of reach of signals that are meant for a whole process group."""
+"""Runs the cluster in its own session, which signals to the terminal's process group do not reach."""
 
 import ctypes
 import os
@@ -16,15 +16,15 @@ _GRACE_S = 5.0
 
 
 def run_in_own_session(serve: Callable[[], int]) -> int:
-    """Run ``serve`` in a child in a session of its own; returns its exit status. Call before any thread exists.
+    """Run ``serve`` in a child process with its own session; returns its exit status. Call it before any thread starts.
 
-    Ctrl-C, ``timeout`` and service managers signal every process of a group: Ray's would end before their owner could
-    stop them in order. Here only this process is in that group; it hands SIGINT and SIGTERM on. When it is
-    killed, the child gets SIGTERM from the kernel. When the child is done, nothing it started is left.
+    Ctrl-C, ``timeout`` and service managers signal every process of a group, so Ray's processes would end before we
+    stop them in order. Only this process stays in the group; it forwards SIGINT and SIGTERM to the child. If this
+    process is killed, the kernel sends the child SIGTERM. The child leaves no process behind.
     """
     parent = os.getpid()
     signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none may come before there is somebody to take it
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the handlers are installed
     child = os.fork()
     if child == 0:
         _serve_and_exit(serve, parent, signals)
@@ -53,14 +53,14 @@ def _serve_and_exit(serve: Callable[[], int], parent: int, signals: set[signal.S
             status = serve()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # noqa: BLE001 - nobody above could print it: this process ends here
+    except BaseException:  # noqa: BLE001 - this process ends here, so no caller could print it
         traceback.print_exc()
     finally:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         end_children(_GRACE_S)
         sys.stdout.flush()
         sys.stderr.flush()
-        # not sys.exit: the caller's stack and exit handlers are the parent's
+        # not sys.exit: the exit handlers that fork copied belong to the parent
         os._exit(status)
 
 
@@ -69,7 +69,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def end_children(grace_s: float) -> None:
-    """Wait ``grace_s`` for every child of this process, adopted ones too, then kill those that are left."""
+    """Wait ``grace_s`` for every child of this process, adopted ones too, then kill the rest."""
     deadline = time.monotonic() + grace_s
     while children := _children():
         for child in children:
@@ -80,7 +80,7 @@ def end_children(grace_s: float) -> None:
 
 
 def _children() -> list[int]:
-    """Process ids of the children, zombies included, whichever thread started them."""
+    """Process ids of the children of all threads, including zombies."""
     lists = [file.read_text() for file in Path("/proc/self/task").glob("*/children")]
     return [int(pid) for text in lists for pid in text.split()]
 

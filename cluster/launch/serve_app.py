@@ -1,4 +1,4 @@
-"""The application as Ray Serve's own tools start it (`serve deploy`, KubeRay's RayService): no starter stays."""
+"""The application for Ray Serve's own tools (`serve deploy`, KubeRay's RayService), where no starter process stays."""
 
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from forecache.workers.core.settings import WorkerSettings
 from forecache.workers.models.loader import resolve_model
 
 NOT_SERVES_TO_SAY = ("host", "port", "proxy_location", "address")
-"""Settings that in this way of starting are those of the Serve config, or of the Ray cluster that is there."""
+"""Settings that the Serve config or the running Ray cluster decides here."""
 
 
 class Arguments(BaseModel):
@@ -29,12 +29,13 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: list[Path] = Field(min_length=1)
-    """Files as for ``forecache serve --config``; top-level keys of later ones win, so that secrets have their own."""
+    """Files as for ``forecache serve --config``. Top-level keys of later files win, so secrets can have their own
+    file."""
 
 
 class SupervisedIngress(Ingress):
-    """The ingress, and beside it the thread that `forecache serve` has in its own process: of several ingresses each
-    has one. What one has started the others find."""
+    """An ingress that also runs the supervisor, which `forecache serve` runs in the starter. With several ingresses
+    each runs one; a supervisor finds the tiers that another has started."""
 
     def __init__(self, config: ServeConfig, *rest: Any) -> None:
         super().__init__(config, *rest)
@@ -42,47 +43,49 @@ class SupervisedIngress(Ingress):
         self._supervised.enter_context(Supervisor(config.memory, self._tiers))
 
     def __del__(self) -> None:
-        """Serve calls it when the replica stops. The tiers stay: the next replica looks after them."""
+        """Serve calls it when the replica stops. The tiers stay: the next replica supervises them."""
         if hasattr(self, "_supervised"):
             self._supervised.close()
 
 
 def read_config(files: list[Path]) -> ServeConfig:
-    """The settings of ``files`` for a cluster that is there.
+    """The settings of ``files`` for a running Ray cluster.
 
     Raises:
-        ConfigError: a file can't be read, or a setting is unknown, out of range, or not this program's to choose.
+        ConfigError: a file can't be read, or a setting is unknown, out of range, or decided elsewhere.
     """
     values: dict[str, Any] = {}
     for file in files:
         values |= read_yaml(file)
     if mine := [name for name in NOT_SERVES_TO_SAY if name in values]:
-        raise ConfigError(f"{', '.join(mine)}: here the Serve config or the Ray cluster says that, not these settings")
+        raise ConfigError(f"{', '.join(mine)}: leave out, since the Serve config or the Ray cluster decides that here")
     try:
         config = ServeConfig.model_validate(values | {"address": "auto"})
     except ValidationError as error:
         raise ConfigError(sentence(error)) from error
     if config.redis_url is None:
-        raise ConfigError("redis_url: needed here, since nobody stays to keep an embedded Redis")
+        raise ConfigError("redis_url: required here, since no process stays to run an embedded Redis")
     if config.engine.device == "auto":
-        raise ConfigError("engine.device: write cuda or cpu; the node that builds the application is not the workers'")
+        raise ConfigError(
+            "engine.device: write cuda or cpu, since the node that builds the application may have no GPU"
+        )
     return config
 
 
 def build(arguments: Arguments) -> Application:
     """The application for a Serve config: ``import_path: forecache.cluster.launch.serve_app:build``, name `forecache`.
 
-    Equal settings give equal names of memory tiers, so that a second deployment on the same Ray cluster finds the
-    first one's. Other settings belong on another Ray cluster: the tiers of the first hold its memory until it ends.
+    Equal settings give equal names of memory tiers, so a second deployment on the same Ray cluster finds the tiers of
+    the first. Deploy other settings on another Ray cluster: the first tiers keep their memory until theirs ends.
 
     Raises:
-        ForecacheError: it can't be started; the message says what to change.
+        ForecacheError: it can't start; the message says what to change.
     """
     config = read_config(arguments.config)
     tracing.check_installed(config.telemetry.otlp_endpoint)
     path = resolve_model(config.engine.model, load_format=config.engine.load_format)
     config = preflight.settle(path, config)
-    assert config.redis_url is not None  # read_config saw to it
+    assert config.redis_url is not None  # read_config checked it
     machine.check_redis(config.redis_url)
     model = preflight.check_model(path, config)
     preflight.check_tokenizer(path)

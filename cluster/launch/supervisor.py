@@ -1,4 +1,4 @@
-"""Keeps up what a running cluster needs: a memory tier on every node that gives memory, and the embedded Redis."""
+"""Keeps a memory tier running on every node that gives memory, and the embedded Redis."""
 
 import logging
 import threading
@@ -24,12 +24,11 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 2.0, 60.0
 
 
 class Supervisor:
-    """A thread of the process that started the cluster.
+    """A thread that starts missing memory tiers and reclaims what dead workers held.
 
-    It keeps no list of its own: nodes and actors are asked for each time, and what a tier is like is told by any of
-    them; the first worker makes the first tier. A tier whose process died is restarted by Ray, one whose node is new,
-    or that could not start, is started here.
-    ``revive`` is called each time.
+    It stores no list of tiers: each round asks Ray for nodes and actors, and a tier for the settings. The first worker
+    creates the first tier. Ray restarts a tier whose process died; this thread starts tiers on new nodes, and those
+    that failed to start. Each round also calls ``revive``, which restarts the embedded Redis.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class Supervisor:
             try:
                 self.tick()
             except Exception:
-                # whatever it was, the next time may be better, and there is nobody else to look after the tiers
-                logger.exception("the supervisor's round failed")
+                # nothing else supervises the tiers, and the next round may succeed
+                logger.exception("a round of the supervisor failed; it tries again")
 
     def tick(self) -> None:
-        """One round: what is missing is started, what dead workers held is reclaimed."""
+        """One round: start what is missing, reclaim what dead workers held."""
         self._revive()
         nodes = [node["NodeID"] for node in ray.nodes() if gives_memory(node, self._config)]  # type: ignore[no-untyped-call]
         wanted = {self._tiers.name(node_id): node_id for node_id in nodes}
@@ -76,7 +75,7 @@ class Supervisor:
         if self._settings is None:
             self._settings = next(iter(self._tiers.ask("settings", only=tiers).values()), None)
             if self._settings is None:
-                return  # no worker has made the first one yet
+                return  # no worker has created the first one yet
         for name in wanted.keys() - tiers.keys():
             self._start(name, wanted[name], self._settings)
         self._reclaim(tiers)
@@ -88,13 +87,13 @@ class Supervisor:
         if time.monotonic() < again_s:
             return
         logger.info("starting the memory tier of node %s", node_id)
-        # should it fail, it is gone again the next time
+        # if it fails, the next round finds it missing
         self._failures[node_id] = time.monotonic() + 2 * backoff_s, min(MAX_BACKOFF_S, 2 * backoff_s)
         start_tier(settings, name, node_id)
 
     def _autoscale(self, tiers: "dict[str, ActorHandle[Any]]", resource: str) -> None:
-        """Ask Ray's autoscaler for memory nodes, also for those that are there: what is asked for is not taken for
-        idle, though it uses nothing that is counted."""
+        """Ask Ray's autoscaler for memory nodes, including those that run: Ray counts no use of them, and would remove
+        them as idle."""
         if time.monotonic() < self._autoscale_again_s:
             return
         self._autoscale_again_s = time.monotonic() + AUTOSCALE_PERIOD_S
@@ -102,13 +101,13 @@ class Supervisor:
         now = sum(1 for node in nodes if node["Alive"] and node["Resources"].get(resource, 0) > 0)
         wanted = memory_nodes(now, self._tiers.ask("stats", only=tiers).values(), self._config.max_memory_nodes)
         if wanted > now:
-            logger.info("%d memory nodes are there, %d are asked for", now, wanted)
+            logger.info("%d memory nodes run, asking for %d", now, wanted)
         request_resources(bundles=[{resource: 1}] * wanted)
 
     def _reclaim(self, tiers: "dict[str, ActorHandle[Any]]") -> None:
-        """Give back what workers hold that are no more."""
+        """Release what workers hold that have ended."""
         holding = self._tiers.ask("holding_workers", only=tiers)
-        # listed after that: who holds something then was an actor before
+        # list actors after that: a worker that holds something exists already
         living = {name.rpartition("#")[2] for name in actor_names()}
         dead = {name: [worker for worker in workers if worker not in living] for name, workers in holding.items()}
         for name, workers in dead.items():

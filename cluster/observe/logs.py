@@ -1,5 +1,5 @@
-"""Logs of a process: text, or one JSON object a line. Ray keeps what workers, tiers and indexers write in its session's
-log folder; what `forecache serve` writes comes to its stderr."""
+"""Logs of a process: text, or one JSON object per line. Ray stores the logs of workers, tiers and indexers in the log
+directory of its session; `forecache serve` logs to stderr."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "task
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:
-    """What came with ``extra``; Ray adds names with an underscore to every record."""
+    """The ``extra`` of a log call, without the names with an underscore that Ray adds to every record."""
     return {name: value for name, value in vars(record).items() if name not in _OWN and not name.startswith("_")}
 
 
 class JsonFormatter(logging.Formatter):
-    """``time`` (UTC), ``level``, ``logger``, ``component``, ``process``, ``message``, what a call gave as ``extra``
-    (``request_id`` first of all), and ``exception``."""
+    """One JSON object: ``time`` (UTC), ``level``, ``logger``, ``component``, ``process``, ``message``, the ``extra`` of
+    the call (such as ``request_id``), and ``exception``."""
 
     def __init__(self, component: str, process: str) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; what came as ``extra`` stands behind it."""
+    """A line of text that ends with the ``extra`` of the call."""
 
     def __init__(self) -> None:
         super().__init__(TEXT)
@@ -56,7 +56,7 @@ class TextFormatter(logging.Formatter):
 
 
 def _masked(value: object) -> object:
-    """A JSON value without secrets; what JSON has no form of becomes text."""
+    """A JSON value without secrets; other types become text."""
     if isinstance(value, dict):
         return {str(name): _masked(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
@@ -67,33 +67,33 @@ def _masked(value: object) -> object:
 
 
 class _MaskingRecord(logging.LogRecord):
-    """A record of any logger, Ray's and Serve's too, that has no secrets in its message and traceback."""
+    """A record of any logger, also Ray's and Serve's, without secrets in its message and traceback."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         try:
             text = super().getMessage()
         except (TypeError, ValueError, KeyError):
-            return  # its own handler reports that the message and its arguments do not fit
+            return  # the handler reports that message and arguments do not fit
         if (masked := mask_log(text)) != text:
             self.msg, self.args = masked, None
         if self.exc_info and self.exc_info[0] is not None:
             trace = logging.Formatter().formatException(self.exc_info)
             if (masked := mask_log(trace)) != trace:
-                # a formatter takes the text that is there already
+                # formatters use exc_text if it is set
                 self.exc_text, self.exc_info = masked, None
 
 
 def mask_all_records() -> None:
-    """From now on no log record of this process, of whatever library, holds a password or a key."""
+    """Mask passwords and keys in all further log records of this process, of every library."""
     logging.setLogRecordFactory(_MaskingRecord)
 
 
 def configure(config: TelemetryConfig, component: str, process: str, stream: TextIO | None = None) -> None:
-    """Have forecache's loggers of this process write to ``stream``, stderr by default, and nowhere else."""
+    """Make forecache's loggers of this process write to ``stream`` (default: stderr) and nowhere else."""
     mask_all_records()
     logger = logging.getLogger(LOGGER)
-    # not sys.stderr, which Ray Serve puts a logger of its own into
+    # not sys.stderr, which Ray Serve replaces by a logger
     handler = logging.StreamHandler(stream or sys.__stderr__)
     handler.setFormatter(JsonFormatter(component, process) if config.log_format == "json" else TextFormatter())
     logger.handlers[:] = [handler]

@@ -1,4 +1,4 @@
-"""Every Prometheus series of forecache, defined once. Components below expose frozen stats; this maps them.
+"""Every Prometheus series of forecache, made from the frozen statistics of its processes.
 
 Each process serves its own series, whose counters start at 0 and never fall. Prometheus adds them up.
 """
@@ -25,14 +25,14 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RECALLED = (
-    "Chunks that came from colder memory: to a hot pool from its node's arena (local), to an arena from another "
-    "node (remote) or from the node's disk (disk)."
+    "Chunks recalled from colder memory, by source: into a hot pool from its node's arena (local), into an arena "
+    "from another node (remote) or from the node's disk (disk)."
 )
 
 
 @dataclass(frozen=True)
 class _Counter:
-    """A counter that is one field of a process' stats."""
+    """A counter that is one field of a process' statistics."""
 
     name: str
     help: str
@@ -50,45 +50,55 @@ _ENGINE_COUNTERS = (
         "Chunks copied from the hot pool to cold memory.",
         "written_back_chunks",
     ),
-    _Counter("forecache_prefetch_stall_seconds", "Seconds that steps waited for a recall.", "prefetch_stall_s"),
-    _Counter("forecache_lookahead_windows", "Windows begun.", "windows"),
-    _Counter("forecache_lookahead_late", "Windows whose prediction or copies were late.", "late_windows"),
-    _Counter("forecache_lookahead_failed", "Windows without a prediction.", "failed_predictions"),
-    _Counter("forecache_lookahead_hits", "Chunks with retrieval events that were resident.", "event_hits"),
-    _Counter("forecache_lookahead_misses", "Chunks with retrieval events that were not resident.", "event_misses"),
-    _Counter("forecache_fallbacks", "Budgets doubled for low coverage, full attention included.", "fallbacks"),
-    _Counter("forecache_fallbacks_refused", "Budgets not doubled for want of hot slots.", "refused_fallbacks"),
+    _Counter("forecache_prefetch_stall_seconds", "Seconds that steps waited for recalls.", "prefetch_stall_s"),
+    _Counter("forecache_lookahead_windows", "Windows started.", "windows"),
+    _Counter(
+        "forecache_lookahead_late",
+        "Windows whose prediction or recalls were late, so that they kept the old resident set.",
+        "late_windows",
+    ),
+    _Counter("forecache_lookahead_failed", "Windows whose prediction failed.", "failed_predictions"),
+    _Counter("forecache_lookahead_hits", "Retrieval events on resident chunks.", "event_hits"),
+    _Counter("forecache_lookahead_misses", "Retrieval events on chunks that were not resident.", "event_misses"),
+    _Counter(
+        "forecache_fallbacks",
+        "Budgets doubled because of low coverage, including switches to full attention.",
+        "fallbacks",
+    ),
+    _Counter("forecache_fallbacks_refused", "Budgets not doubled because hot slots were missing.", "refused_fallbacks"),
     _Counter(
         "forecache_non_finite_steps",
-        "Steps of a request that were void, since keys, values or logits were infinite or no number.",
+        "Steps of a request that were discarded because keys, values or logits were infinite or NaN.",
         "non_finite_steps",
     ),
-    _Counter("forecache_lost_chunks", "Chunks whose stored bytes were gone or wrong.", "lost_chunks"),
+    _Counter("forecache_lost_chunks", "Chunks whose stored bytes were missing or wrong when needed.", "lost_chunks"),
     _Counter("forecache_prompt_tokens", "Prompt tokens of admitted requests.", "prompt_tokens"),
     _Counter("forecache_generation_tokens", "Tokens generated.", "generated_tokens"),
-    _Counter("forecache_requests_finished", "Requests answered to the end.", "finished_requests"),
-    _Counter("forecache_requests_cancelled", "Requests whose client went away.", "cancelled_requests"),
+    _Counter("forecache_requests_finished", "Requests that ended with a complete answer.", "finished_requests"),
+    _Counter("forecache_requests_cancelled", "Requests whose client disconnected.", "cancelled_requests"),
     _Counter("forecache_requests_failed", "Requests that failed on a worker.", "failed_requests"),
 )
 
 _TIER_COUNTERS = (
-    _Counter("forecache_memory_tier_fetched_bytes", "Bytes brought from other nodes.", "fetched_bytes"),
-    _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to nodes with room.", "moved_chunks"),
-    _Counter("forecache_memory_tier_replicated_chunks", "Chunks copied to other nodes.", "replicated_chunks"),
+    _Counter("forecache_memory_tier_fetched_bytes", "Bytes fetched from other nodes.", "fetched_bytes"),
+    _Counter("forecache_memory_tier_moved_chunks", "Chunks moved to other nodes for lack of room.", "moved_chunks"),
+    _Counter("forecache_memory_tier_replicated_chunks", "Chunks replicated to other nodes.", "replicated_chunks"),
     _Counter("forecache_memory_tier_spilled_chunks", "Chunks written to disk.", "spilled_chunks"),
-    _Counter("forecache_memory_tier_evicted_chunks", "Chunks that others took the place of.", "evicted_chunks"),
-    _Counter("forecache_memory_tier_dropped_chunks", "Chunks whose bytes were found wrong.", "dropped_chunks"),
+    _Counter("forecache_memory_tier_evicted_chunks", "Chunks evicted to make room.", "evicted_chunks"),
+    _Counter(
+        "forecache_memory_tier_dropped_chunks", "Chunks dropped because their checksum did not match.", "dropped_chunks"
+    ),
 )
 
 _INDEXER_COUNTERS = (
-    _Counter("forecache_indexer_predictions", "Predictions that an indexer actor made.", "predictions"),
-    _Counter("forecache_indexer_failed", "Predictions that an indexer actor could not make.", "failed_predictions"),
+    _Counter("forecache_indexer_predictions", "Predictions of an indexer actor.", "predictions"),
+    _Counter("forecache_indexer_failed", "Predictions of an indexer actor that failed.", "failed_predictions"),
     _Counter("forecache_indexer_predict_seconds", "Seconds that an indexer actor spent scoring.", "predict_s"),
 )
 
 
 class StatsCollector(Collector):
-    """Series of one process, made from what ``stats`` returns at each scrape; called in the scrape's thread."""
+    """Series of one process, made from ``stats()`` at each scrape, in the thread of the scrape."""
 
     def __init__(self, component: Component, model_name: str, stats: Callable[[], object]) -> None:
         self._component = component
@@ -97,7 +107,7 @@ class StatsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         build = GaugeMetricFamily(
-            "forecache_build_info", "1 for each process that runs.", labels=["model_name", "version"]
+            "forecache_build_info", "1 for each running process, with its version.", labels=["model_name", "version"]
         )
         build.add_metric([self._model_name, importlib.metadata.version("forecache")], 1)
         yield build
@@ -113,26 +123,26 @@ class StatsCollector(Collector):
         engine = stats.engine
         yield from self._counters(_ENGINE_COUNTERS, engine)
         yield self._gauge("forecache_num_requests_running", "Requests in the batch.", engine.running)
-        yield self._gauge("forecache_num_requests_waiting", "Requests not admitted.", engine.waiting)
+        yield self._gauge("forecache_num_requests_waiting", "Requests that wait for admission.", engine.waiting)
         yield self._gauge(
             "forecache_hot_pool_usage_perc",
-            "Hot slots that live sequences reference / all, 0 to 1.",
+            "Hot slots that live sequences reference / all hot slots, 0 to 1.",
             _ratio(engine.hot_slots_referenced, engine.hot_slots),
         )
         yield self._gauge(
             "forecache_resident_ratio",
-            "Resident chunks / all chunks of running sequences, mean; 1 where none runs.",
+            "Mean of resident chunks / all chunks over running sequences; 1 if none runs.",
             engine.resident_ratio,
         )
         yield self._recall_seconds(engine)
         yield self._counter(
             "forecache_indexer_fallbacks",
-            "Predictions that a worker made itself since its indexer actor did not answer.",
+            "Predictions that a worker made itself because its indexer actor did not answer.",
             stats.scorer.fallbacks,
         )
         scorer = GaugeMetricFamily(
             "forecache_indexer_info",
-            "What scores a worker's chunks: trained (with the checkpoint's digest), training-free or bounds.",
+            "What scores a worker's chunks: trained (with the digest of the checkpoint), training-free or bounds.",
             labels=["model_name", "scorer", "checkpoint"],
         )
         scorer.add_metric([self._model_name, stats.scorer.name, stats.scorer.digest], 1)
@@ -140,38 +150,36 @@ class StatsCollector(Collector):
 
     def _tier(self, tier: TierStats) -> Iterable[Metric]:
         for name, text, part, whole in (
-            ("usage", "Arena slots in use / all, 0 to 1.", tier.used_slots, tier.slots),
+            ("usage", "Arena slots in use / all arena slots, 0 to 1.", tier.used_slots, tier.slots),
             (
                 "held",
-                "Arena slots that sequences hold, so that nothing can take their place / all, 0 to 1.",
+                "Arena slots that sequences hold, which can't be evicted / all arena slots, 0 to 1.",
                 tier.held_slots,
                 tier.slots,
             ),
             (
                 "promised",
-                "Arena slots promised to sequences or pinned, so that no other is promised them / all, 0 to 1.",
+                "Arena slots promised to sequences or pinned by sessions / all arena slots, 0 to 1.",
                 tier.committed_slots,
                 tier.slots,
             ),
-            ("disk_usage", "Chunk slots on disk in use / all, 0 to 1.", tier.disk_used_slots, tier.disk_slots),
+            ("disk_usage", "Disk slots in use / all disk slots, 0 to 1.", tier.disk_used_slots, tier.disk_slots),
         ):
             yield self._gauge(f"forecache_memory_tier_{name}_perc", text, _ratio(part, whole))
-        yield self._gauge(
-            "forecache_memory_tier_pinned_slots", "Arena slots that sessions have pinned.", tier.pinned_slots
-        )
+        yield self._gauge("forecache_memory_tier_pinned_slots", "Arena slots pinned by sessions.", tier.pinned_slots)
         yield self._gauge(
             "forecache_memory_tier_quarantined_slots",
-            "Arena slots that were taken back from a worker which may still write there.",
+            "Arena slots reclaimed from a worker that may still write to them, so they are not reused yet.",
             tier.quarantined_slots,
         )
         yield self._gauge(
             "forecache_memory_tier_bad_slots",
-            "Arena slots not used any more since their bytes were found wrong twice: the node's memory is bad.",
+            "Arena slots out of use because they held wrong bytes twice: the node's memory is bad.",
             tier.bad_slots,
         )
         yield self._gauge(
             "forecache_memory_tier_disk_bad_slots",
-            "Chunk slots on disk not used any more since their bytes were found wrong twice: the disk is bad.",
+            "Disk slots out of use because they held wrong bytes twice: the node's disk is bad.",
             tier.disk_bad_slots,
         )
         yield from self._counters(_TIER_COUNTERS, tier)
@@ -182,7 +190,7 @@ class StatsCollector(Collector):
 
     def _indexer(self, stats: IndexerStats) -> Iterable[Metric]:
         yield from self._counters(_INDEXER_COUNTERS, stats)
-        yield self._gauge("forecache_indexer_waiting", "Predictions that an actor has not begun.", stats.waiting)
+        yield self._gauge("forecache_indexer_waiting", "Predictions that wait for an indexer actor.", stats.waiting)
 
     def _counters(self, counters: Sequence[_Counter], stats: object) -> Iterable[Metric]:
         for counter in counters:
@@ -201,7 +209,9 @@ class StatsCollector(Collector):
 
     def _recall_seconds(self, engine: EngineStats) -> Metric:
         family = HistogramMetricFamily(
-            "forecache_recall_seconds", "One recall, of a few chunks: copy and check.", labels=["model_name"]
+            "forecache_recall_seconds",
+            "Duration of one recall of a few chunks: copy and verify.",
+            labels=["model_name"],
         )
         bounds = [*map(str, RECALL_BOUNDS_S), "+Inf"]
         buckets = list(zip(bounds, accumulate(map(float, engine.recall_buckets)), strict=True))
@@ -214,31 +224,35 @@ def _ratio(part: int, whole: int) -> float:
 
 
 class Metrics:
-    """The registry of an ingress: what it sees of requests."""
+    """The registry of an ingress: latencies and errors of requests."""
 
     def __init__(self, model_name: str) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per series, of use to nobody here
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp for each series, which nothing uses
         self.model_name = model_name
         self.registry = CollectorRegistry(auto_describe=True)
         self.registry.register(StatsCollector("ingress", model_name, lambda: None))
-        self._first_token_s = self._histogram("forecache_time_to_first_token_seconds", "Request to first token.")
-        self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Between two tokens.")
-        self._end_to_end_s = self._histogram("forecache_e2e_request_latency_seconds", "Request to last token.")
-        self._queue_s = self._histogram("forecache_request_queue_time_seconds", "Request to admission.")
+        self._first_token_s = self._histogram(
+            "forecache_time_to_first_token_seconds", "Time from request to first token."
+        )
+        self._inter_token_s = self._histogram("forecache_inter_token_latency_seconds", "Time between two tokens.")
+        self._end_to_end_s = self._histogram(
+            "forecache_e2e_request_latency_seconds", "Time from request to last token."
+        )
+        self._queue_s = self._histogram("forecache_request_queue_time_seconds", "Time from request to admission.")
         self._coverage = self._histogram(
             "forecache_attention_coverage",
-            "Share of a request's retrieval-event mass on resident chunks, 0 to 1; requests without events left out.",
+            "Share of a request's retrieval-event mass on resident chunks, 0 to 1; only requests with events.",
             _SHARES,
         )
         self._errors = Counter(
             "forecache_errors",
-            "Requests that got an error, by its code.",
+            "Requests that ended with an error, by code.",
             ["model_name", "kind"],
             registry=self.registry,
         )
         self._resumed = Counter(
             "forecache_resumed_answers",
-            "Times that an answer went on at another worker since it had lost its own.",
+            "Times that a request continued on another worker because its worker was lost.",
             ["model_name"],
             registry=self.registry,
         ).labels(model_name)
@@ -262,7 +276,7 @@ class Metrics:
 
 
 def registry_of(component: Component, model_name: str, stats: Callable[[], object]) -> CollectorRegistry:
-    """Of a process other than an ingress."""
+    """The registry of a process other than an ingress."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     registry.register(StatsCollector(component, model_name, stats))
@@ -270,7 +284,7 @@ def registry_of(component: Component, model_name: str, stats: Callable[[], objec
 
 
 class RequestTimer:
-    """Latencies of one request, as the ingress sees its events."""
+    """Measures the latencies of one request from the events that the ingress receives."""
 
     def __init__(self, metrics: Metrics, started_s: float) -> None:
         self._metrics = metrics
@@ -286,7 +300,7 @@ class RequestTimer:
                 for _ in event.token_ids:
                     self._metrics._inter_token_s.observe((now - self._last_token_s) / len(event.token_ids))
             self._last_token_s = now
-        if event.finish_reason in ("stop", "length"):  # what failed took no time that says anything of an answer's
+        if event.finish_reason in ("stop", "length"):  # the duration of a failed request is not a latency
             self._metrics._end_to_end_s.observe(now - self._started_s)
             if event.stats is not None:
                 self._metrics._queue_s.observe(event.stats.queue_s)

@@ -1,4 +1,4 @@
-"""Which processes serve `/metrics`: for Prometheus' service discovery, and all of them on one page."""
+"""Lists the processes that serve `/metrics`, for Prometheus' service discovery, and merges their pages into one."""
 
 import asyncio
 import logging
@@ -29,14 +29,14 @@ DEADLINE_S = 5.0
 
 
 class ProcessDirectory:
-    """Asks Ray and Serve each time: who answers is there, and no list can be out of date."""
+    """Finds the processes of the cluster by asking Ray and Serve each time, so that no list is out of date."""
 
     def __init__(self, workers: "DeploymentHandle[Any]", tiers: Tiers) -> None:
         self._workers = workers
         self._tiers = replace(tiers, deadline_s=min(tiers.deadline_s, DEADLINE_S))
 
     async def targets(self) -> list[MetricsTarget]:
-        """Of all processes of the cluster that answer within ``DEADLINE_S``, in the order of components and ids."""
+        """All processes that answer within ``DEADLINE_S``, sorted by component and id."""
         here = serve.get_replica_context()
         ingresses = serve.get_deployment_handle(here.deployment, here.app_name)
         node_actors = asyncio.to_thread(lambda: self._tiers.ask("metrics_target", only=self._tiers.node_actors()))
@@ -49,13 +49,13 @@ async def _ask(handle: "DeploymentHandle[Any]") -> list[MetricsTarget]:
     try:
         answers = await answers_in_time(handle.broadcast("metrics_target"), DEADLINE_S)
     except (TimeoutError, DeploymentUnavailableError) as error:
-        logger.warning("replicas of %s are not told of: %s", handle.deployment_id.name, error)
+        logger.warning("no metrics targets of %s: %s", handle.deployment_id.name, error)
         return []
     return [answer for answer in answers if isinstance(answer, MetricsTarget)]
 
 
 def service_discovery(targets: Iterable[MetricsTarget]) -> list[dict[str, Any]]:
-    """As Prometheus' ``http_sd_configs`` wants it."""
+    """The targets in the format of Prometheus' ``http_sd_configs``."""
     return [
         {"targets": [one.address], "labels": {"component": one.component, "process": one.process, "node": one.node}}
         for one in targets
@@ -63,9 +63,9 @@ def service_discovery(targets: Iterable[MetricsTarget]) -> list[dict[str, Any]]:
 
 
 class MergedPages(Collector):
-    """Several processes' series as one page: each sample gets the labels ``component`` and ``process``.
+    """The series of several processes on one page, with the labels ``component`` and ``process`` on each sample.
 
-    Nothing is added up, since a sum over processes falls when one ends. ``up`` is 0 for a page that is ``None``.
+    Sums nothing, since a sum of counters falls when a process ends. ``up`` is 0 for a process whose page is ``None``.
     """
 
     def __init__(self, pages: Sequence[tuple[MetricsTarget, str | None]]) -> None:
@@ -85,14 +85,14 @@ class MergedPages(Collector):
 
 
 async def read_pages(targets: Sequence[MetricsTarget]) -> list[tuple[MetricsTarget, str | None]]:
-    """Each process' `/metrics`; ``None`` where it does not answer in time."""
+    """Each process' `/metrics`; ``None`` if it does not answer in time."""
 
     async def read(target: MetricsTarget) -> str | None:
         try:
             answer = await client.get(f"http://{target.address}/metrics")
             answer.raise_for_status()
         except httpx.HTTPError as error:
-            logger.warning("the metrics of %s are missing: %r", target.process, error)
+            logger.warning("no metrics of %s: %r", target.process, error)
             return None
         return answer.text
 
@@ -101,8 +101,8 @@ async def read_pages(targets: Sequence[MetricsTarget]) -> list[tuple[MetricsTarg
 
 
 class MetricsRoutes:
-    """`/metrics/targets` and `/metrics/cluster`. They need no key, so however many ask, each process is asked once a
-    second."""
+    """`/metrics/targets` and `/metrics/cluster`. They need no API key, so they ask each process at most once a second,
+    whatever the number of clients."""
 
     def __init__(self, directory: ProcessDirectory) -> None:
         self._targets = SharedAnswer(directory.targets)

@@ -1,4 +1,4 @@
-"""One HTTP request for an answer, as its log line and its span tell it."""
+"""The log line and the trace span of one HTTP request."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestRecord:
-    """From its admission to its end; ``traceparent`` is the client's, if it sent one. ``close`` it at its end."""
+    """Records a request from its admission until ``close``. ``traceparent``: the client's, or empty."""
 
     def __init__(
         self, telemetry: ProcessTelemetry, request_id: str, path: str, tenant: str, prompt_tokens: int, traceparent: str
@@ -31,11 +31,11 @@ class RequestRecord:
 
     @property
     def traceparent(self) -> str:
-        """Whose children the workers' spans are."""
+        """Context of this span, the parent of the workers' spans."""
         return self._span.traceparent
 
     def observe(self, event: TokenEvent) -> None:
-        """An event of any of its choices."""
+        """Record an event of any of the request's choices."""
         if event.token_ids and self._first_token_s is None:
             self._first_token_s = time.monotonic() - self._started_s
             self._span.event("first token")
@@ -45,7 +45,7 @@ class RequestRecord:
             self._cached_tokens += event.stats.cached_tokens if event.stats is not None else 0
 
     def close(self) -> None:
-        """The response has ended; what was not told an end by then was cut off. Said again, it changes nothing."""
+        """The response has ended; a request without a finish reason was cut off. Idempotent."""
         if not self._open:
             return
         self._open = False

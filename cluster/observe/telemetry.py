@@ -1,4 +1,4 @@
-"""The telemetry of a process: its logs, its `/metrics` on a port of its own, its part of traces."""
+"""The telemetry of a process: its logs, its `/metrics` port, its spans."""
 
 import logging
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ANY_HOST = ("0.0.0.0", "::")
 
 @dataclass(frozen=True)
 class RunningTelemetry:
-    """A process' telemetry, under way until the process ends."""
+    """The telemetry of a process, which runs until the process ends."""
 
     target: MetricsTarget
     tracer: Tracer
@@ -35,7 +35,8 @@ class RunningTelemetry:
 class ClusterTelemetry:
     """Implements :class:`forecache.indexer.serving.telemetry.Telemetry`.
 
-    ``host`` is the address to listen on. ``None``: the node's address, which is also published if ``host`` is 0.0.0.0.
+    ``host``: address to listen on; ``None``: the node's address. Targets name the node's address if ``host`` is
+    0.0.0.0.
     """
 
     config: TelemetryConfig
@@ -43,13 +44,13 @@ class ClusterTelemetry:
     host: str | None
 
     def start(self, component: Component, process: str, node: str, stats: Callable[[], object]) -> RunningTelemetry:
-        """Raises :class:`.errors.StartError` when no port is free."""
+        """Start the telemetry of a process. Raises :class:`.errors.StartError` when no port is free."""
         return self.start_with(registry_of(component, self.model_name, stats), component, process, node)
 
     def start_with(
         self, registry: CollectorRegistry, component: Component, process: str, node: str
     ) -> RunningTelemetry:
-        """The same with a registry that is there."""
+        """Like :meth:`start`, with an existing registry."""
         logs.configure(self.config, component, process)
         own = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         host = self.host or own
@@ -60,7 +61,7 @@ class ClusterTelemetry:
         return RunningTelemetry(target, make_tracer(self.config.otlp_endpoint, component, process))
 
     def _serve(self, registry: CollectorRegistry, host: str) -> int:
-        """The port; a thread that ends with the process answers there."""
+        """Serve ``registry`` in a daemon thread; returns the port."""
         first, count = self.config.metrics_first_port, self.config.metrics_ports
         for port in range(first, first + count) if first else (0,):
             try:
@@ -70,5 +71,6 @@ class ClusterTelemetry:
                 continue
             return int(server.server_port)
         raise StartError(
-            f"no port for /metrics on {host} from {first or 'any'}: {reason}; see --metrics-host, --metrics-first-port"
+            f"no port for /metrics on {host} from {first or 'any'}: {reason}; change --metrics-host or "
+            f"--metrics-first-port"
         )

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of a request's way. Without an endpoint nothing of OpenTelemetry is imported."""
+"""OpenTelemetry traces of requests. Imports OpenTelemetry only if there is an endpoint."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,12 +23,12 @@ class NoTracer:
 
 
 def make_tracer(endpoint: str | None, component: str, process: str) -> Tracer:
-    """Raises :class:`.errors.StartError` where OpenTelemetry is not installed."""
+    """The tracer of a process. Raises :class:`.errors.StartError` if OpenTelemetry is not installed."""
     return NoTracer() if endpoint is None else OtlpTracer(endpoint, component, process)
 
 
 def check_installed(endpoint: str | None) -> None:
-    """Raise :class:`.errors.StartError` if traces are wanted and can't be sent."""
+    """Raise :class:`.errors.StartError` if there is an endpoint, but OpenTelemetry is not installed."""
     if endpoint is None:
         return
     try:
@@ -39,7 +39,7 @@ def check_installed(endpoint: str | None) -> None:
 
 
 class OtlpTracer:
-    """Spans of this process, sent to ``endpoint`` over HTTP once a second by a thread of the SDK."""
+    """Sends this process' spans to ``endpoint`` over HTTP once a second, in a thread of the SDK."""
 
     def __init__(self, endpoint: str, component: str, process: str) -> None:
         check_installed(endpoint)
@@ -72,7 +72,7 @@ class OtlpTracer:
 
 
 class OtlpSpan:
-    """A span under way."""
+    """A running span."""
 
     def __init__(self, span: "OtelSpan") -> None:
         self._span = span

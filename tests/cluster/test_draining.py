@@ -137,6 +137,6 @@ def test_a_worker_that_drains_keeps_what_its_answer_holds(
         [tier] = tiers.actors().values()
         ray.get(tier.reserve_quota.remote(f"{living}/ghost#{10**9}", 3))
         [said] = [sentence for sentence in check_integrity(tiers, settle_s=0) if "ghost" in sentence]
-        assert said.endswith("is over, and something is held for it")
+        assert said.endswith("has ended, but still holds slots")
         wait_until(lambda: not holding(), "the orphan is swept")
         assert check_integrity(tiers, settle_s=30) == []

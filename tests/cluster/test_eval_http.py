@@ -114,7 +114,7 @@ def test_a_column_with_an_engine_of_its_own_is_refused(
     model: Path, url: str, key_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(model, tmp_path, "--url", url, "--api-key-file", str(key_file), "--columns", "full", "bounds") == 2
-    assert "needs an engine of its own" in capsys.readouterr().err
+    assert "needs its own engine" in capsys.readouterr().err
 
 
 def test_no_server_is_one_sentence(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import ray.dashboard
 import yaml
 from ray._common.utils import import_attr
+from ray.serve._private import proxy_request_response
 from ray.serve.schema import ServeDeploySchema
 
 from forecache.cluster.cli import main as cli
@@ -29,6 +30,7 @@ CRDS = ROOT.parent / "shared" / "kuberay"
 OVERLAYS = ("single-gpu", "multi-node")
 MADE_BY_HAND = {"forecache-redis", "forecache-api-keys"}
 """Secrets that the README tells how to make."""
+PROXY_HEALTH = "/-/healthz"
 SETTINGS_MOUNT = "/etc/forecache/settings/serve.yaml"
 
 
@@ -284,9 +286,22 @@ def test_the_single_gpu_pod_has_time_to_start_and_to_end() -> None:
     assert config.engine.threads == int(container["resources"]["limits"]["cpu"])
 
 
+def test_worker_pods_are_ready_only_with_a_proxy(ray_service: dict[str, Any]) -> None:
+    """KubeRay's service routes requests to every ready worker pod."""
+    paths = {}
+    for group in ray_service["rayClusterConfig"]["workerGroupSpecs"]:
+        [container] = group["template"]["spec"]["containers"]
+        probe = container["readinessProbe"]["httpGet"]
+        assert probe["port"] == "serve", group["groupName"]
+        paths[group["groupName"]] = probe["path"]
+    assert paths == {"gpu": "/ready", "memory": PROXY_HEALTH}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_probes_ask_for_paths_that_are_served(overlay: str) -> None:
     served = {route.path for route in Api.__new__(Api).app().routes if hasattr(route, "path")}
+    if f'"{PROXY_HEALTH}"' in Path(str(proxy_request_response.__file__)).read_text(encoding="utf-8"):
+        served.add(PROXY_HEALTH)
     dashboard = Path(str(ray.dashboard.__file__)).parent
     files = [dashboard / "http_server_agent.py", dashboard / "http_server_head.py"]
     ray_serves = "".join(file.read_text(encoding="utf-8") for file in files)
@@ -384,7 +399,7 @@ def test_settings_of_the_application_are_checked(tmp_path: Path) -> None:
     config = serve_app.read_config([first, second])
     assert (config.redis_url, config.workers, config.address) == ("redis://r", 3, "auto")
     first.write_text("port: 9\n")
-    with pytest.raises(ConfigError, match="port: here the Serve config"):
+    with pytest.raises(ConfigError, match="port: leave out, since the Serve config"):
         serve_app.read_config([first, second])
     first.write_text("workers: 2\n")
     with pytest.raises(ConfigError, match="write cuda or cpu"):

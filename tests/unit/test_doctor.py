@@ -25,7 +25,7 @@ def test_this_machine_is_looked_at_whole() -> None:
 
 def test_shared_memory_that_is_too_small(tmp_path: Path) -> None:
     small = doctor.check_shared_memory(tmp_path, 1 << 60)
-    assert small.verdict == "will not work" and f"{2**30:.2f} GiB are needed" in small.remedy
+    assert small.verdict == "will not work" and f"need {2**30:.2f} GiB" in small.remedy
     assert doctor.check_shared_memory(tmp_path, 1).verdict == "ok"
     assert doctor.check_shared_memory(tmp_path / "none", 1).found == "missing"
 

@@ -130,7 +130,7 @@ def test_a_run_out_of_time_goes_on_where_it_stopped(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
     assert run(model, tmp_path, "--time-limit-s", "1e-9") == 1
-    assert f"{len(answers(finished))} answers are left" in capsys.readouterr().out
+    assert f"{len(answers(finished))} answers left" in capsys.readouterr().out
     assert summary(tmp_path)["complete"] is False
     # as if it had been killed after a while, in the middle of a line
     lines = (finished / "answers.jsonl").read_text().splitlines(keepends=True)

@@ -24,6 +24,7 @@ from forecache.cluster.dispatch.completion_stream import EventStream
 from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import ApiError, NoWorkerError, WorkerLostError, WorkerSilentError, from_exception
 from forecache.cluster.http.responses import AnswerFormat, collect, server_sent_events
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import (
     SIGN_OF_LIFE_S,
     Accepted,
@@ -329,8 +330,15 @@ def test_the_client_hears_an_error_in_the_end() -> None:
 
 
 def test_a_deadline_shorter_than_signs_of_life_come_is_refused() -> None:
-    with pytest.raises(ValueError, match="--token-deadline-s must be at least 30"):
-        ServeConfig(resume=ResumeConfig(token_deadline_s=29))
+    with pytest.raises(ValueError, match="--token-deadline-s 29 is too short: it must be at least 30"):
+        ServeConfig(engine=EngineConfig(step_deadline_s=1), resume=ResumeConfig(token_deadline_s=29))
+    ServeConfig(engine=EngineConfig(step_deadline_s=1), resume=ResumeConfig(token_deadline_s=30))
+
+
+def test_a_deadline_within_which_a_healthy_worker_may_make_no_progress_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 10 more than --step-deadline-s 200"):
+        ServeConfig(engine=EngineConfig(step_deadline_s=200), resume=ResumeConfig(token_deadline_s=209))
+    ServeConfig(engine=EngineConfig(step_deadline_s=200), resume=ResumeConfig(token_deadline_s=210))
 
 
 @contextmanager

@@ -587,8 +587,8 @@ def test_an_orphan_is_what_its_living_worker_does_not_know() -> None:
     }
     living = {"w": [name(1), reader_of(name(1), 3)]}
     assert orphans(held, living) == [
-        f"tier-a: {name(0)} is over, and something is held for it",
-        f"tier-b: {name(0)} is over, and something is held for it",
+        f"tier-a: {name(0)} has ended, but still holds slots",
+        f"tier-b: {name(0)} has ended, but still holds slots",
     ]
     assert orphans(held, {}) == []
 

@@ -43,7 +43,7 @@ def test_workers_without_a_place_are_refused(tiny_model: Path) -> None:
         memory = config.memory.model_copy(update={"tier_resource": "memory"})
         preflight.check_placement(config.model_copy(update={"memory": memory}))
     engine = config.engine.model_copy(update={"device": "cuda"})
-    with pytest.raises(StartError, match="take a GPU each"):
+    with pytest.raises(StartError, match="need a GPU each"):
         workers = torch.cuda.device_count() + 1
         preflight.check_placement(config.model_copy(update={"engine": engine, "workers": workers}))
 

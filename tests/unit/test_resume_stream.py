@@ -109,7 +109,7 @@ def test_ids_of_tries() -> None:
 
 
 def test_settings_have_bounds_and_do_not_change() -> None:
-    assert ResumeConfig() == ResumeConfig(token_deadline_s=120, resume_attempts=8, max_silent_workers=3, max_resumes=32)
+    assert ResumeConfig() == ResumeConfig(token_deadline_s=130, resume_attempts=8, max_silent_workers=3, max_resumes=32)
     least = ResumeConfig(token_deadline_s=0.5, resume_attempts=0, max_silent_workers=1, max_resumes=0)
     with pytest.raises(ValidationError, match="frozen"):
         least.max_resumes = 3

@@ -133,7 +133,7 @@ def test_a_ray_that_is_not_there(serve: Serve) -> None:
 def test_what_listens_may_be_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the connection and says nothing, as a web server that waits for a request."""
     monkeypatch.setattr(machine, "GCS_ANSWER_S", 0.5)
-    with socket.create_server(("0.0.0.0", 0)) as silent, pytest.raises(StartError, match="no Ray head"):
+    with socket.create_server(("0.0.0.0", 0)) as silent, pytest.raises(StartError, match="not a Ray head"):
         machine.check_ray(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
