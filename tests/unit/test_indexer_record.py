@@ -245,7 +245,7 @@ def test_a_stopped_recording_goes_on(model_path: Path, heads_file: str, folder: 
     assert seen == [(3, 6), (6, 6)] and Recording(folder).complete
     assert shard_path(folder, 0).stat().st_mtime_ns == kept
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    with pytest.raises(UnsupportedModelError, match="recording of another kind"):
+    with pytest.raises(UnsupportedModelError, match="another recording"):
         record(
             model_path, folder, replace(RECIPE, reply_tokens=5), model_name="tiny", manifest=heads_file, device="cpu"
         )

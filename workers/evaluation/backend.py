@@ -1,4 +1,4 @@
-"""Evaluation in process: an `LLM` with memory for what the tasks need."""
+"""Evaluation in this process: an `LLM` with memory for what the tasks need."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from forecache.workers.models.loader import resolve_model
 from forecache.workers.models.registry import architecture_of
 
 SPARE_CHUNKS = 64
-"""Slots beyond those of the contexts: for chunks that are being filled, written back or recalled."""
+"""Extra slots for chunks that are being filled, written back or recalled."""
 FREE_SHARE = 0.5
-"""Of free memory, the most that hot or cold memory takes by itself."""
+"""Largest share of free memory for the default size of hot or cold memory."""
 GROUP_BATCHES = 2
-"""Batches of one call on a GPU: while some samples prefill, others decode."""
+"""Batches per call on a GPU: some samples prefill while others decode."""
 LATE_POLICY = "wait"
-"""Else answers would depend on the machine's speed."""
+"""Otherwise answers would depend on the machine's speed."""
 PREFILL_SLICE_S = 1.0
-"""Nobody waits for the next token while others prefill."""
+"""Long, since no client waits for tokens during prefill."""
 
 
 class EngineBackend:
-    """Answers of an engine of this process; all columns it is asked for use its one indexer."""
+    """Answers from an engine in this process. All its columns use the same indexer."""
 
     def __init__(self, llm: LLM, columns: int) -> None:
-        """``columns``: how many will answer a group before the next group comes."""
+        """``columns``: number of columns that answer each group of samples."""
         self._llm = llm
         self._columns = columns
 
     def group_size(self, tokens: int) -> int:
-        """As many contexts as cold memory keeps until the last column has answered."""
+        """Number of contexts that stay in cold memory until the last column has answered."""
         config = self._llm.config
-        # a column's own chunks: what it decodes, and the one that begins in the prompt
+        # each column adds chunks: its reply, and the chunk where the prompt ends
         chunks = -(-tokens // config.chunk_tokens) + self._columns * 3
         most = _group_size(config, self._llm.engine.pool.memory.device)
         return max(1, min(self._llm.memory.arena.slots // chunks, most))
@@ -73,10 +73,10 @@ def open_engine(
     longest: int,
     samples: int,
 ) -> LLM:
-    """An engine for ``samples`` contexts of at most ``longest`` tokens. What the settings leave open is set to fit:
+    """An engine for ``samples`` contexts of at most ``longest`` tokens, with defaults for what the settings leave open.
 
-    hot memory for a batch with everything resident, cold memory for the samples of one call, as far as there is room;
-    late predictions are waited for; prefill steps are long.
+    The defaults: a hot pool that holds a batch completely, cold memory for the samples of one call, both within
+    ``FREE_SHARE`` of the free memory; steps wait for late predictions; prefill steps are long.
     """
     path = resolve_model(config.model)
     config = config.for_model(architecture_of(load_config(path).model_type).chunk_tokens)
@@ -98,12 +98,12 @@ def open_engine(
 
 
 def _group_size(config: EngineConfig, device: torch.device) -> int:
-    """Most samples of one call."""
+    """Largest number of samples per call."""
     return config.max_batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
 
 
 def _available_bytes() -> int:
-    """Memory that can be had without swapping (``MemAvailable`` of Linux)."""
+    """Memory that is available without swapping (``MemAvailable`` of Linux)."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
@@ -113,7 +113,7 @@ def _share(free_bytes: int) -> int:
 
 
 def _context_bytes(path: Path, config: EngineConfig, tokens: int) -> int:
-    """Hot or cold memory for one context of ``tokens`` tokens and what belongs to it."""
+    """Bytes of hot or cold memory for one context of ``tokens`` tokens with its snapshots."""
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     model = load_config(path)
     architecture = architecture_of(model.model_type)

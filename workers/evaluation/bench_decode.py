@@ -1,6 +1,6 @@
-"""Prefill and decode of forecache beside transformers' own `generate`: one process, machine, dtype, prompt.
+"""Times prefill and decode of forecache and of transformers' `generate` on the same prompt, machine and dtype.
 
-Both take turns of a few tokens, so that whatever else the machine does meanwhile hits both alike.
+Both run in one process in turns of a few tokens, so that other load on the machine affects both alike.
 """
 
 import time
@@ -24,18 +24,18 @@ from forecache.workers.models.tokenizer import load_tokenizer
 
 BASELINE = "transformers"
 TURN_STEPS = 16
-"""Decode steps of one before the other's turn: so many that weights found in cache pay as if it ran alone."""
+"""Decode steps per turn: enough that weights stay in the CPU cache, as if each ran alone."""
 WARMUP_PROMPT_TOKENS = 256
 WARMUP_STEPS = 4
-"""Decode steps left out of the account: the first resident set is recalled then, and a device wakes up."""
+"""Decode steps that are not timed: they recall the first resident set, and the device reaches its clock rate."""
 
 LEAST_CHUNKS = 32
-"""Room in hot and cold memory beyond the prompt's."""
+"""Extra chunks in hot and cold memory."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure. ``threads``: CPU threads of every model, ``None`` for all cores."""
+    """What to measure. ``threads``: CPU threads of each model; ``None``: all cores."""
 
     model: str = "smollm2-135m"
     context: int = 8192
@@ -47,13 +47,13 @@ class Settings:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens of one answer: the one that prefill gives, those of the warm-up, those measured."""
+        """Tokens of one answer: one of prefill, those of the warm-up, and the timed ones."""
         return 1 + WARMUP_STEPS + self.tokens
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Of all repeats: ``prefill_s`` one by one, ``step_s`` all together, without the warm-up steps."""
+    """Seconds of all repetitions: ``prefill_s`` has one value each, ``step_s`` every decode step after the warm-up."""
 
     prefill_s: tuple[float, ...]
     step_s: tuple[float, ...]
@@ -61,11 +61,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class PairResult:
-    """One way to run forecache, and transformers in turn with it.
+    """One setting of forecache, and transformers in turns with it.
 
-    ``kept_ratio``: mean resident / all chunks over the decode steps; ``resident_bytes``: KV that the last step could
-    read, of ``context_bytes``; ``same_tokens``: of ``new_tokens``, how many lead that equal transformers' in every
-    repeat.
+    ``kept_ratio``: mean of resident / all chunks over the decode steps; ``resident_bytes``: resident KV at the last
+    step, of ``context_bytes``; ``same_tokens``: leading tokens, of ``new_tokens``, that equal transformers' in every
+    repetition.
     """
 
     name: str
@@ -81,7 +81,7 @@ class PairResult:
 
 @dataclass(frozen=True)
 class Measured:
-    """The results, and where they were obtained. ``device``: cpu or cuda."""
+    """The results and their conditions. ``device``: cpu or cuda."""
 
     pairs: tuple[PairResult, ...]
     device: str
@@ -91,7 +91,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run forecache."""
+    """A setting of forecache."""
 
     name: str
     policy: Policy
@@ -100,7 +100,7 @@ class Contender:
 
 @dataclass
 class Trace:
-    """Times of one request: ``prefill_s`` from its start to its first token, ``step_s`` for each token after that."""
+    """Seconds of one request: ``prefill_s`` until its first token, ``step_s`` for each further token."""
 
     prefill_s: float = 0.0
     step_s: list[float] = field(default_factory=list)
@@ -110,12 +110,12 @@ class Trace:
 
 class Progress(Protocol):
     def __call__(self, text: str, done: float) -> None:
-        """``text`` is being done; ``done`` of all, 0 to 1."""
+        """``text``: the current activity; ``done``: progress of the whole, 0 to 1."""
         ...
 
 
 class EngineRun:
-    """One request to an engine, advanced token by token."""
+    """One request to an engine, run token by token."""
 
     def __init__(self, llm: LLM, prompt: tuple[int, ...], new_tokens: int, contender: Contender, salt: str) -> None:
         self.trace = Trace()
@@ -128,17 +128,17 @@ class EngineRun:
         )
 
     def prefill(self, progress: Callable[[int], None]) -> None:
-        """Until the first token is there; ``progress`` is told the prompt tokens done."""
+        """Run until the first token. Calls ``progress`` with the number of prefilled tokens."""
         start = time.perf_counter()
         self._engine.add_request(self._request)
         self._advance(progress)
         self.trace.prefill_s = time.perf_counter() - start
-        # the last chunks' copies would run into the other's time; and what is chosen later must be recalled
+        # finish copies now, not in the other's turn; evict all, so that chosen chunks must be recalled
         self._engine.flush()
         self._engine.pool.evict_all()
 
     def step(self) -> None:
-        """One token more."""
+        """Decode one token."""
         start = time.perf_counter()
         self._advance(lambda _: None)
         self.trace.step_s.append(time.perf_counter() - start)
@@ -156,7 +156,7 @@ class EngineRun:
 
 
 class TurnTaking(BaseStreamer):
-    """Takes the time of each token of `generate`; between two of them ``other`` may work, off this clock."""
+    """Times each token of `generate`, and calls ``other`` between two tokens, outside the measured time."""
 
     def __init__(self, other: Callable[[int], None]) -> None:
         self.trace = Trace()
@@ -165,7 +165,7 @@ class TurnTaking(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if value.dim() > 1:
-            return  # the prompt, before anything is computed
+            return  # the prompt, before the first step
         duration_s = time.perf_counter() - self._since
         if self.trace.token_ids:
             self.trace.step_s.append(duration_s)
@@ -176,12 +176,12 @@ class TurnTaking(BaseStreamer):
         self._since = time.perf_counter()
 
     def end(self) -> None:
-        """All has been put already."""
+        """Nothing to do: ``put`` has received every token."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """transformers' model and an engine, with weights and cache of their own."""
+    """transformers' model and an engine, each with its own weights and cache."""
 
     baseline: PreTrainedModel
     llm: LLM
@@ -196,10 +196,10 @@ class Pair:
         engine_first: bool,
         progress: Progress,
     ) -> dict[str, Trace]:
-        """The same request to both: one prefill, the other, then decode steps in turns."""
+        """Run the same request on both: each prefills, then they decode in turns."""
         run = EngineRun(self.llm, prompt, new_tokens, contender, salt)
 
-        # for the progress bar all decoding counts as much as one prefill
+        # in the progress bar, all decode steps count as much as one prefill
         def prefill_engine() -> None:
             done_before = 0 if engine_first else 1
             run.prefill(lambda done: progress(f"prefill, {contender.name}", (done_before + done / len(prompt)) / 3))
@@ -234,9 +234,9 @@ class Pair:
 def measure(
     settings: Settings, prompt: tuple[int, ...] | None = None, progress: Progress = lambda *_: None
 ) -> Measured:
-    """Measure on ``prompt`` (default: ``settings.context`` tokens of prose), forecache's policies one after another.
+    """Measure on ``prompt`` (default: ``settings.context`` tokens of prose), with a keep ratio and with full attention.
 
-    Raises :class:`InvalidRequestError` for a prompt and answer longer than the model's context.
+    Raises :class:`InvalidRequestError` if prompt and answer exceed the model's context.
     """
     progress("loading", 0.0)
     path = resolve_model(settings.model, lambda text: progress(text, 0.0))
@@ -268,7 +268,7 @@ def measure(
                     settings.new_tokens,
                     contender,
                     f"round {index}",
-                    engine_first=number % 2 == 1,  # whoever is second finds a warm machine
+                    engine_first=number % 2 == 1,  # alternate: the second finds a warm machine
                     progress=tell,
                 )
             )
@@ -282,9 +282,9 @@ def measure(
 
 
 def prose(path: Path, tokens: int) -> tuple[int, ...]:
-    """Exactly ``tokens`` tokens of English prose, for the model at ``path``."""
+    """Exactly ``tokens`` token ids of English prose, for the model at ``path``."""
     tokenizer = load_tokenizer(path)
-    # where a document is cut, tokens may join; a few more than wanted are made
+    # tokens may merge where a document is cut, so make a few more
     text = next(documents("topics", 0, tokens + 8, tokenizer))
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
 
@@ -304,14 +304,14 @@ def _load(settings: Settings, path: Path, prompt: tuple[int, ...]) -> Iterator[P
         limit = llm.engine.max_model_len
         if len(prompt) + settings.new_tokens > limit:
             raise InvalidRequestError(
-                f"{settings.model} has a context of {limit} tokens, but {len(prompt)} in the prompt and "
-                f"{settings.new_tokens} generated were asked for: lower --context or --tokens."
+                f"{settings.model} has a context of {limit} tokens, less than {len(prompt)} of the prompt and "
+                f"{settings.new_tokens} to generate: lower --context or --tokens"
             )
         yield Pair(_baseline(path), llm)
 
 
 def _baseline(path: Path) -> PreTrainedModel:
-    """The model as transformers runs it, set to generate past an end of sequence."""
+    """The model in transformers, which generates past an end of sequence."""
     device = pick_device("auto")
     model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=pick_dtype("auto", device), attn_implementation="sdpa", trust_remote_code=False
@@ -352,5 +352,5 @@ def _timings(traces: list[Trace]) -> Timings:
 
 
 def _same(a: list[int], b: list[int]) -> int:
-    """Leading elements that are equal."""
+    """Number of equal leading elements."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))

@@ -1,6 +1,6 @@
-"""Real English prose that every Python installation has, for calibration, evaluation, benchmarks and the demo.
+"""English prose that every Python installation contains, for calibration, evaluation, benchmarks and the demo.
 
-The text follows the Python version, that of packages what is installed; otherwise everything is a function of the seed.
+The text depends on the Python version, or on the installed packages, and otherwise only on the seed.
 """
 
 import ast
@@ -17,17 +17,17 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["topics", "docstrings", "packages"]
-"""topics: the language reference as `help()` shows it; docstrings: those of the standard library; packages:
-descriptions and licences of the installed distributions, on which nothing here is trained or calibrated."""
+"""topics: the language reference that `help()` shows; docstrings: of the standard library; packages: descriptions and
+licences of the installed distributions, which no training or calibration uses."""
 
 LEAST_PARAGRAPH_CHARACTERS = 120
 LEAST_LETTER_SHARE = 0.9
 
 
 def documents(kind: Kind, seed: int, tokens: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Endless documents of ``tokens`` tokens each (give or take one), paragraphs parted by empty lines.
+    """Endless documents of ``tokens`` tokens each (plus or minus one), with empty lines between paragraphs.
 
-    Each is a run of articles in an order drawn from ``seed``; none comes again before all have been used.
+    Documents join articles in random order (``seed``); no article repeats before all have been used.
     """
     rng = random.Random(seed)
     articles = list(_articles(kind))
@@ -52,7 +52,7 @@ def documents(kind: Kind, seed: int, tokens: int, tokenizer: PreTrainedTokenizer
 
 
 def paragraphs(kind: Kind) -> tuple[str, ...]:
-    """Every paragraph of a kind, in a fixed order: those of one article follow each other."""
+    """All paragraphs of a kind, article by article in a fixed order."""
     return tuple(paragraph for article in _articles(kind) for paragraph in article)
 
 
@@ -83,14 +83,14 @@ def _count(article: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> int:
 
 @cache
 def _articles(kind: Kind) -> tuple[tuple[str, ...], ...]:
-    """Every article of a kind, as paragraphs, in a fixed order."""
+    """All articles of a kind, each a tuple of paragraphs, in a fixed order."""
     if kind == "topics":
         texts = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
     elif kind == "docstrings":
         texts = list(_standard_library_docstrings())
     else:
         texts = list(_package_texts())
-    # the reference includes some sections in several topics
+    # several topics of the reference include the same sections
     seen: set[str] = set()
     articles = []
     for text in texts:
@@ -102,7 +102,7 @@ def _articles(kind: Kind) -> tuple[tuple[str, ...], ...]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The paragraphs of ``text`` that are sentences, each on one line; no code, tables and grammar."""
+    """The paragraphs of ``text`` that are prose, each on one line; skips code, tables and grammar."""
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
         if len(paragraph) >= LEAST_PARAGRAPH_CHARACTERS and is_prose(paragraph):
@@ -110,13 +110,13 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether it is sentences, and neither code nor a table."""
+    """Whether ``paragraph`` consists of sentences, not of code or a table."""
     letters = sum(character.isalpha() or character in " ,." for character in paragraph)
     return letters >= LEAST_LETTER_SHARE * len(paragraph) and paragraph.endswith((".", ":")) and ">>>" not in paragraph
 
 
 def _standard_library() -> Iterator[tuple[str, ast.Module]]:
-    """(dotted name, syntax tree) of the standard library's modules, read from the sources without an import."""
+    """(dotted name, syntax tree) of the standard library's modules, parsed without an import."""
     root = Path(sysconfig.get_path("stdlib"))
     folders = [
         root,
@@ -136,7 +136,7 @@ def _standard_library_docstrings() -> Iterator[str]:
 
 
 def _package_texts() -> Iterator[str]:
-    """The description and the licences of every installed distribution, by name."""
+    """Description and licences of every installed distribution, sorted by name."""
     distributions = {found.name.lower(): found for found in importlib.metadata.distributions()}
     for _, distribution in sorted(distributions.items()):
         metadata = distribution.metadata.json

@@ -1,4 +1,4 @@
-"""Accuracy on generated tasks, column by column on the same samples; every answer is kept as it comes."""
+"""Accuracy on generated tasks: asks every column the same samples, stores each answer on disk, and sums them up."""
 
 import json
 import os
@@ -18,16 +18,16 @@ from forecache.workers.evaluation.statistics import Interval, mean_difference, p
 ANSWERS_FILE = "answers.jsonl"
 SETTINGS_FILE = "settings.json"
 COMMON = "all columns"
-"""Part of the settings' file."""
+"""Section of the settings file for all columns."""
 REFERENCE = "full"
 LEAST_ACCURACY = 0.2
-"""Where full attention is right less often, the model can't do the task: there is nothing to lose."""
+"""If full attention scores less, the model can't do the task, so there is nothing to compare."""
 SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
 class Column:
-    """One way to choose resident sets. ``indexer``: fields of :class:`IndexerConfig` that it needs set otherwise."""
+    """One way to choose resident sets. ``indexer``: fields of :class:`IndexerConfig` that it overrides."""
 
     name: str
     policy: Policy
@@ -49,8 +49,8 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to ask. ``lengths``: contexts in tokens, answers included; ``samples``: of every task at every length.
-    ``skip_hopeless``: where full attention fails, the other columns are not asked."""
+    """What to ask. ``lengths``: contexts with their answers, in tokens; ``samples``: samples per task and length;
+    ``skip_hopeless``: skip the other columns where full attention fails."""
 
     tasks: tuple[Task, ...]
     lengths: tuple[int, ...]
@@ -65,8 +65,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply and its account: ``keep_ratio`` is the mean of resident / all chunks over its decode steps, ``coverage``
-    the share of retrieval-event mass on resident chunks, None where nobody measured it."""
+    """A reply and its statistics. ``keep_ratio``: mean of resident / all chunks over its decode steps; ``coverage``:
+    share of retrieval-event mass on resident chunks, None if not measured."""
 
     text: str
     prompt_tokens: int
@@ -78,7 +78,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the answers' file: which sample, what its reply was worth, and the reply."""
+    """One line of the file of answers: the sample, the score of its reply, and the reply."""
 
     task: Task
     tokens: int
@@ -93,23 +93,22 @@ class Record:
 
 
 class Backend(Protocol):
-    """Something that answers prompts: an engine in this process, or a server."""
+    """Answers prompts: an engine in this process, or a server."""
 
     def group_size(self, tokens: int) -> int:
-        """How many contexts of ``tokens`` tokens one call should hold, so that the next column finds them stored."""
+        """Largest number of contexts of ``tokens`` tokens per call that stay cached until the next column asks."""
         ...
 
     def answer(self, samples: Sequence[Sample], column: Column) -> list[Answer]:
-        """Replies to all ``samples``, in their order."""
+        """The replies to ``samples``, in order."""
         ...
 
 
 class Records:
-    """The answers of a run, on disk: what is there is never asked again.
+    """The answers of a run, on disk, so that a repeated run asks only what is missing.
 
-    ``identity``: the settings that decide the answers; ``of_columns``: those that decide the answers of one column
-    alone, by its name. A folder that holds answers of others is refused. Processes that ask different things may share
-    a folder.
+    ``identity``: settings that the answers depend on; ``of_columns``: column name → settings that only its answers
+    depend on. Refuses a directory with answers of other settings. Processes with different plans may share one.
     """
 
     def __init__(
@@ -130,8 +129,8 @@ class Records:
                 old, new = there[part].get(name), ours[part].get(name)
                 if old != new:
                     raise ForecacheError(
-                        f"{path.parent} holds answers of other settings: {name} is {old!r} there and {new!r} here. Use "
-                        "another --out."
+                        f"{path.parent} holds answers of other settings: {name} is {old!r} there and {new!r} here: use "
+                        "another --out"
                     )
         if not {*ours} <= {*there}:
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -143,7 +142,7 @@ class Records:
             return
         lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
-            # the last run was killed while it wrote
+            # a run was killed while it wrote this line
             self._file.write_text("".join(lines[:-1]), encoding="utf-8")
             del lines[-1]
         for line in lines:
@@ -154,14 +153,14 @@ class Records:
         return key in self._records
 
     def add(self, records: Sequence[Record]) -> None:
-        """Keep them, on disk before this returns."""
+        """Store ``records`` on disk."""
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         with self._file.open("ab", buffering=0) as file:
-            file.write(lines.encode())  # at once: others may be writing too
+            file.write(lines.encode())  # one write, since other processes may append too
         self._records.update((record.key, record) for record in records)
 
     def of(self, task: Task, tokens: int, column: str) -> dict[int, Record]:
-        """Sample number → record of one cell."""
+        """The records of one cell, by sample number."""
         return {
             record.sample: record
             for record in self._records.values()
@@ -169,8 +168,8 @@ class Records:
         }
 
     def hopeless(self, plan: Plan, task: Task, tokens: int) -> bool:
-        """Full attention is right so seldom here that there is nothing to compare: over all samples, or, while some are
-        open, as far as the 95 % interval of those answered tells."""
+        """Whether full attention scores below ``LEAST_ACCURACY``: over all samples, or, while some are missing, by the
+        upper end of the 95 % interval."""
         scores = [record.score for number, record in self.of(task, tokens, REFERENCE).items() if number < plan.samples]
         if not scores:
             return False
@@ -178,7 +177,7 @@ class Records:
         return (interval.value if len(scores) == plan.samples else interval.high) < LEAST_ACCURACY
 
     def missing(self, plan: Plan, columns: Sequence[Column]) -> int:
-        """Answers of ``plan`` that ``columns`` still lack."""
+        """Number of answers of ``plan`` that ``columns`` lack."""
         return sum(
             (task, tokens, number, column.name) not in self._records
             for task, tokens in plan.cells()
@@ -187,13 +186,13 @@ class Records:
         )
 
     def needed(self, plan: Plan, task: Task, tokens: int, columns: Sequence[Column]) -> list[Column]:
-        """Of ``columns``, those that a cell needs."""
+        """The ``columns`` that must answer a cell."""
         hopeless = plan.skip_hopeless and self.hopeless(plan, task, tokens)
         return [column for column in columns if column.name == REFERENCE or not hopeless]
 
 
 class Clock:
-    """Tells when to stop: before a call that would probably end after ``limit_s`` seconds."""
+    """Says when to stop: before a call that would probably end after ``limit_s`` seconds."""
 
     def __init__(self, limit_s: float | None) -> None:
         self._start_s = time.monotonic()
@@ -205,7 +204,7 @@ class Clock:
 
     @property
     def up(self) -> bool:
-        """The longest call so far would not fit any more."""
+        """A call as long as the longest so far would exceed the limit."""
         if self._limit_s is None:
             return False
         return time.monotonic() - self._start_s + self._longest_s > self._limit_s
@@ -213,7 +212,7 @@ class Clock:
 
 class Progress(Protocol):
     def __call__(self, text: str, answered: int) -> None:
-        """``text`` is being asked; ``answered`` more answers are there."""
+        """``text``: the current activity; ``answered``: number of new answers."""
         ...
 
 
@@ -226,12 +225,12 @@ def evaluate(
     clock: Clock,
     progress: Progress,
 ) -> bool:
-    """Ask ``backend`` for what ``columns`` of ``plan`` lack. False when time was up before all was there.
+    """Ask ``backend`` for the answers of ``plan`` that ``columns`` lack. Returns False if time ran out.
 
-    All columns answer a group of samples before the next group comes: the first one pays for prefill, the others find
-    the prompts' chunks stored.
+    All columns answer a group of samples before the next group starts: the first column pays for prefill, the others
+    find the prompts' chunks cached.
     """
-    # once is enough, unless a cell that looked hopeless is not in the end
+    # again if a cell that looked hopeless turns out not to be
     while groups := _groups(plan, columns, records, backend):
         for task, tokens, group in _made(groups, generator):
             for column in columns:
@@ -255,11 +254,11 @@ def evaluate(
 
 
 Group = tuple[Task, int, list[int]]
-"""Task, tokens, and numbers of samples."""
+"""(task, tokens, sample numbers)."""
 
 
 def _groups(plan: Plan, columns: Sequence[Column], records: Records, backend: Backend) -> list[Group]:
-    """Samples that a column has not answered yet, as many of a cell at a time as ``backend`` likes."""
+    """Samples that some column has not answered, in groups of the size that ``backend`` prefers."""
     groups: list[Group] = []
     for task, tokens in plan.cells():
         needed = records.needed(plan, task, tokens, columns)
@@ -274,7 +273,7 @@ def _groups(plan: Plan, columns: Sequence[Column], records: Records, backend: Ba
 
 
 def _made(groups: Sequence[Group], generator: Generator) -> Iterator[tuple[Task, int, list[Sample]]]:
-    """The groups' samples. The next ones are made while these are asked: texts of 32K tokens take a while."""
+    """The samples of the groups. A thread makes the next group during a call, since long texts take time."""
 
     def make(group: Group) -> list[Sample]:
         task, tokens, numbers = group
@@ -293,9 +292,10 @@ def _made(groups: Sequence[Group], generator: Generator) -> Iterator[tuple[Task,
 class CellResult:
     """One column on one task at one length.
 
-    ``low``, ``high``: Wilson interval of the accuracy, 95 %. ``better``, ``worse``, ``p_value``: against full attention
-    on the same samples. ``counted``: in the means; not so where full attention is below ``LEAST_ACCURACY``.
-    ``keep_ratio``, ``coverage``: means over the samples. ``cached_share``: prompt tokens found stored.
+    ``low``, ``high``: 95 % Wilson interval of the accuracy. ``better``, ``worse``, ``p_value``: compared with full
+    attention on the same samples. ``counted``: whether the means include it, which needs full attention to reach
+    ``LEAST_ACCURACY``. ``keep_ratio``, ``coverage``: means over the samples. ``cached_share``: cached prompt tokens /
+    all prompt tokens.
     """
 
     task: Task
@@ -315,7 +315,7 @@ class CellResult:
 
     @property
     def significantly_worse(self) -> bool:
-        """Than full attention, at ``SIGNIFICANT``."""
+        """Worse than full attention with a p-value below ``SIGNIFICANT``."""
         if self.better is None or self.worse is None or self.p_value is None:
             return False
         return self.worse > self.better and self.p_value < SIGNIFICANT
@@ -323,7 +323,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class ColumnResult:
-    """One column over all counted cells that every column has answered in full, each weighing the same.
+    """One column over all counted cells that every column has answered completely, with equal weights.
 
     ``difference``: mean accuracy minus that of full attention, with its 95 % interval; both in [-1, 1].
     """
@@ -339,17 +339,19 @@ class ColumnResult:
 
 @dataclass(frozen=True)
 class Summary:
+    """The figures of a run, by cell and by column."""
+
     cells: tuple[CellResult, ...]
     columns: tuple[ColumnResult, ...]
 
     @property
     def not_counted(self) -> tuple[CellResult, ...]:
-        """What the model can't do: full attention's results there."""
+        """Results of full attention on the tasks that the model can't do."""
         return tuple(cell for cell in self.cells if cell.column == REFERENCE and not cell.counted)
 
 
 def summarize(plan: Plan, records: Records) -> Summary:
-    """The figures of what has been answered so far."""
+    """The figures of the answers so far."""
     cells: list[CellResult] = []
     complete: list[dict[str, list[Record]]] = []
     for task, tokens in plan.cells():

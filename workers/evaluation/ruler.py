@@ -1,10 +1,10 @@
-"""Generated long-context tasks of the kinds of RULER (Hsieh et al. 2024, arXiv 2404.06654), over real prose.
+"""Generated long-context tasks like those of RULER (Hsieh et al. 2024, arXiv 2404.06654), in real prose.
 
-Wording and sizes are ours, chosen so that a model of 135M parameters can do them where that is possible at all. With
-SmolLM2-135M, full attention and 8 samples each, at 2K tokens: needle 1.0, multikey .50, multivalue .41, multiquery .66,
-tracking .88, words .25, questions .75. Worse at 1K were other words for the secret numbers of tracking (.38), common
-words but 10 times as frequent as 45 others (.25), "What does NAME do?" among definitions (0; with the reply begun .38),
-the end of a quoted sentence (.25), and a worked example before multiquery and tracking.
+Wording and sizes are ours, chosen so that a model of 135M parameters can do as many as possible. With SmolLM2-135M,
+full attention and 8 samples each, at 2K tokens: needle 1.0, multikey .50, multivalue .41, multiquery .66, tracking .88,
+words .25, questions .75. These variants scored less at 1K: other words for the secret numbers of tracking (.38), common
+words only 10 times as frequent as 45 others (.25), "What does NAME do?" among definitions (0; .38 with the start of the
+reply given), the end of a quoted sentence (.25), and a worked example before multiquery and tracking.
 """
 
 import random
@@ -23,12 +23,12 @@ from forecache.workers.errors import InvalidRequestError
 from forecache.workers.evaluation import corpus
 
 Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions"]
-"""needle: a number hidden in prose; multikey: one of four such; multivalue: all four of one subject; multiquery: one of
-each of four subjects; tracking: a number handed on from one to the next; words: the most frequent words of a list;
-questions: what one of four pieces of documentation in it says."""
+"""needle: a number hidden in prose; multikey: one of four such numbers; multivalue: all four numbers of one subject;
+multiquery: the numbers of four subjects; tracking: a number that a chain of people passes on; words: the most frequent
+words of a list; questions: one of four descriptions of library functions."""
 
 VERSION = 1
-"""Of the tasks: raised when one changes, so that answers to others are not taken for answers to these."""
+"""Version of the tasks. Raise it when a task changes, so that stored answers to old tasks are not reused."""
 
 NEEDLES = 4
 DIGITS = 6
@@ -37,13 +37,13 @@ CHAINS = 2
 COMMON_WORDS = 5
 LISTED_WORDS = 35
 COMMON_FACTOR = 30
-"""How much more often the words asked for are listed than each of the others."""
+"""Frequency of the common words relative to other words."""
 QUOTED_WORDS = 5
-"""Words that a description begins with, and a right answer holds."""
+"""Leading words of a description that a correct answer contains."""
 SHORTEST_DESCRIPTION_WORDS, LONGEST_DESCRIPTION_WORDS = 8, 40
 LEAST_TOKENS = 512
 JOINT_TOKENS = 2
-"""Where two pieces of text meet, tokens may come out differently; this many more at worst."""
+"""Upper bound on extra tokens where two pieces of text join."""
 
 ANSWER_TOKENS: dict[Task, int] = {
     "needle": 24,
@@ -75,9 +75,9 @@ CITIES, PEOPLE, NOUNS = tuple(_CITIES.split()), tuple(_PEOPLE.split()), tuple(_N
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about a long text; a right reply holds all ``answers``.
+    """One question about a long text; a correct reply contains all ``answers``.
 
-    ``tokens``: the context it was made for; the prompt leaves room in it for a reply of ``max_tokens``.
+    ``tokens``: the context length; the prompt leaves room for a reply of ``max_tokens``.
     """
 
     task: Task
@@ -90,7 +90,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Pieces of text, and how many tokens each has together with the separator before it."""
+    """Pieces of text, and the number of tokens of each with its leading separator."""
 
     texts: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -101,7 +101,7 @@ class Pieces:
         return cls(tuple(texts), tuple(map(len, encoded)))
 
     def fill(self, numbers: Iterable[int], tokens: int) -> list[str]:
-        """The pieces of these ``numbers``, one after another, as long as they have at most ``tokens`` tokens."""
+        """The pieces with these ``numbers``, in order, up to ``tokens`` tokens in total."""
         filled = []
         for number in numbers:
             tokens -= self.tokens[number]
@@ -113,9 +113,9 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Riddle:
-    """A question, its answers, and what hides them: ``facts`` go into the ``filler`` at random places, in their order.
+    """A question, its answers, and the text that hides them: ``facts`` go to random places of the filler, in order.
 
-    ``filler``: the text, of at most so many tokens; ``reply``: what the prompt makes the reply begin with.
+    ``filler``: makes a text of at most so many tokens; ``reply``: start of the reply, which the prompt contains.
     """
 
     question: str
@@ -127,7 +127,7 @@ class Riddle:
 
 
 def score(sample: Sample, reply: str) -> float:
-    """Share of the answers that ``reply`` holds as whole words, whatever their case (RULER's metric)."""
+    """Share of the answers that ``reply`` contains as whole words, ignoring case (RULER's metric)."""
     found = f" {_plain(reply)} "
     return sum(f" {_plain(answer)} " in found for answer in sample.answers) / len(sample.answers)
 
@@ -137,7 +137,7 @@ def _plain(text: str) -> str:
 
 
 class Generator:
-    """Samples for one tokenizer. Each is a function of ``seed``, task, length, number and the texts."""
+    """Makes samples for a tokenizer. Each depends only on ``seed``, task, length, number and the texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, prose: corpus.Kind = "topics", seed: int = 0) -> None:
         self._tokenizer = tokenizer
@@ -159,14 +159,14 @@ class Generator:
 
     @property
     def fingerprint(self) -> str:
-        """Of the texts that samples are made of."""
+        """Digest of the texts that samples are made of."""
         texts = [*self._prose.texts, *(f"{name} {text}" for name, text in self._descriptions)]
         return blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
 
     def sample(self, task: Task, tokens: int, number: int) -> Sample:
-        """Sample ``number`` of ``task`` for a context of ``tokens``, of which it leaves ``max_tokens`` to the reply.
+        """Sample ``number`` of ``task`` for a context of ``tokens`` tokens, including ``max_tokens`` for the reply.
 
-        Raises :class:`InvalidRequestError` if ``tokens`` is too few.
+        Raises :class:`InvalidRequestError` if ``tokens`` is too small.
         """
         rng = random.Random(f"{self._seed} {task} {tokens} {number}")
         riddle = self._riddles[task](rng)
@@ -180,12 +180,12 @@ class Generator:
             prompt = self._encode(riddle, places, filler)
             if len(prompt) <= room:
                 return Sample(task, tokens, number, prompt, riddle.answers, ANSWER_TOKENS[task])
-            fixed += len(prompt) - room  # pieces together came out longer than one by one
+            fixed += len(prompt) - room  # joined pieces have more tokens than their sum
 
     def _encode(self, riddle: Riddle, places: Sequence[float], filler: Sequence[str]) -> tuple[int, ...]:
-        """The prompt: the question before the text and behind it, which a small model needs (see `tasks.py`)."""
+        """The prompt. The question stands before and after the text, which a small model needs (see `tasks.py`)."""
         pieces = list(filler)
-        # from the last on, so that the earlier places stay what they are
+        # insert from the end, so that earlier places stay valid
         for place, fact in sorted(zip(sorted(places), riddle.facts, strict=True), key=lambda pair: -pair[0]):
             pieces.insert(round(place * len(filler)), fact)
         text = riddle.separator.join(pieces)
@@ -199,13 +199,13 @@ class Generator:
         return tuple(self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _numbers(self, rng: random.Random, wanted: int) -> list[str]:
-        """Different numbers of equal length that the prose does not hold."""
+        """Distinct numbers of ``DIGITS`` digits that the prose does not contain."""
         drawn = (str(n) for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), wanted + len(self._taken)))
         return [number for number in drawn if number not in self._taken][:wanted]
 
     def _hidden_in_prose(self, rng: random.Random) -> Callable[[int], list[str]]:
         size = len(self._prose.texts)
-        first = rng.randrange(size)  # then on as it is written, from the end to the beginning again
+        first = rng.randrange(size)  # then in order, wrapping at the end
         return lambda tokens: self._prose.fill((number % size for number in count(first)), tokens)
 
     def _needles(self, rng: random.Random, *, subjects: int, asked: int) -> Riddle:
@@ -227,7 +227,7 @@ class Generator:
         return Riddle(question, tuple(numbers), facts, self._hidden_in_prose(rng))
 
     def _tracking(self, rng: random.Random) -> Riddle:
-        """Chains of people side by side: the first of each has a number, every other one that of the one before."""
+        """Parallel chains of people: the first person has a number, each other has that of the previous one."""
         people = rng.sample(PEOPLE, CHAINS * (HOPS + 1))
         chains = [people[start::CHAINS] for start in range(CHAINS)]
         numbers = self._numbers(rng, CHAINS)
@@ -243,7 +243,7 @@ class Generator:
         seed = rng.random()
 
         def fill(tokens: int) -> list[str]:
-            # one token a word at least
+            # each word has at least one token
             return self._nouns.fill(random.Random(seed).choices(listed, weights, k=max(tokens, 0)), tokens)
 
         question = f"What are the {COMMON_WORDS} most common words in the list?"
@@ -251,7 +251,7 @@ class Generator:
         return Riddle(question, common, (), fill, separator=", ")
 
     def _questions(self, rng: random.Random) -> Riddle:
-        """Descriptions of parts of the standard library, as their authors wrote them."""
+        """Asks for the description of one of four parts of the standard library."""
         found = rng.sample(self._descriptions, NEEDLES)
         name, text = found[0]
         facts = [f'The description of {name} is: "{text}"' for name, text in found]
@@ -261,7 +261,7 @@ class Generator:
             (" ".join(text.split()[:QUOTED_WORDS]),),
             tuple(facts),
             self._hidden_in_prose(rng),
-            # else a small model says what it makes of the name
+            # otherwise a small model explains the name
             reply=f'The description of {name} is: "',
         )
 
@@ -272,7 +272,7 @@ def _fact(name: str, number: str) -> str:
 
 @cache
 def _descriptions() -> tuple[tuple[str, str], ...]:
-    """(name, description) of what the standard library describes in a few words that begin like no others."""
+    """(name, description) of the standard library's short descriptions whose first words are unique."""
     found = [
         (name, text)
         for name, text in corpus.definitions()

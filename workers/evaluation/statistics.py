@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and whether two of them on the same samples differ."""
+"""Confidence intervals of accuracies, and tests of whether two accuracies on the same samples differ."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two ways to answer the same samples: on how many was the first ``better``, on how many ``worse``.
+    """Two sets of scores of the same samples: on how many the first is ``better``, and on how many ``worse``.
 
-    ``p_value``: two-sided, exact; how likely so uneven a split is if neither is better.
+    ``p_value``: two-sided and exact; probability of a split at least as uneven if neither is better.
     """
 
     better: int
@@ -32,8 +32,8 @@ class Interval:
 def wilson_interval(accuracy: float, samples: int, confidence: float = CONFIDENCE) -> Interval:
     """Score interval of a proportion (Wilson 1927, JASA 22:209).
 
-    ``accuracy``: the mean of ``samples`` values in [0, 1]. Where they are shares and not only 0 and 1, their variance
-    is at most that of a proportion, so the interval is no narrower than it should be.
+    ``accuracy``: mean of ``samples`` values in [0, 1]. Values between 0 and 1 have at most the variance of a
+    proportion, so the interval is wide enough for them too.
     """
     if samples < 1:
         raise ValueError("an interval needs at least one sample")
@@ -41,15 +41,15 @@ def wilson_interval(accuracy: float, samples: int, confidence: float = CONFIDENC
     scale = 1 + z * z / samples
     centre = (accuracy + z * z / (2 * samples)) / scale
     half = z / scale * math.sqrt(accuracy * (1 - accuracy) / samples + z * z / (4 * samples * samples))
-    # rounding may leave them a hair outside, or beyond the value at 0 and 1
+    # rounding may push a bound out of [0, 1], or past the value
     return Interval(accuracy, min(accuracy, max(0.0, centre - half)), max(accuracy, min(1.0, centre + half)))
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """McNemar's test in its exact form: are samples on which only one is right split evenly?
+    """McNemar's exact test: whether samples on which only one is right are split evenly.
 
-    With scores between 0 and 1 it is the sign test on the samples whose scores differ, of which McNemar's test is the
-    case of right and wrong. ``first`` and ``second``: scores of the same samples, in the same order.
+    For scores between 0 and 1 it is the sign test on samples whose scores differ, which for scores of 0 and 1 equals
+    McNemar's test. ``first`` and ``second``: scores of the same samples, in the same order.
     """
     better = sum(a > b for a, b in zip(first, second, strict=True))
     worse = sum(a < b for a, b in zip(first, second, strict=True))
@@ -57,7 +57,7 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided exact p-value of ``better`` against ``worse`` where both are equally likely (binomial, p = 1/2)."""
+    """Two-sided exact p-value of ``better`` against ``worse`` if both are equally likely (binomial, p = 1/2)."""
     trials = better + worse
     tail = sum(math.comb(trials, k) for k in range(min(better, worse) + 1))
     return min(1.0, (2 * tail) / (1 << trials))
@@ -66,10 +66,10 @@ def sign_test(better: int, worse: int) -> float:
 def mean_difference(
     cells: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = CONFIDENCE
 ) -> Interval:
-    """Mean over ``cells`` of (mean of the first scores − mean of the second), every cell weighing the same.
+    """Mean over ``cells`` of (mean of the first scores − mean of the second scores), with equal weights.
 
-    Each cell holds scores of the same samples in the same order. The interval is the normal approximation with the
-    variance of the paired differences within the cells (stratified sampling: Cochran 1977, §5.3).
+    Each cell has the scores of the same samples, in the same order. The interval is the normal approximation with the
+    variance of the paired differences within cells (stratified sampling: Cochran 1977, §5.3).
     """
     if not cells:
         raise ValueError("a mean needs at least one cell")

@@ -1,4 +1,4 @@
-"""Generated retrieval tasks: a question about long prose, whose answer lies at a known place in it."""
+"""Generated retrieval tasks: a question about a long text whose answer is at a known place."""
 
 import random
 from bisect import bisect_left, bisect_right
@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from forecache.workers.evaluation import corpus
 
 TaskKind = Literal["needle", "keys", "passage"]
-"""needle: a number hidden in the prose; keys: one number of twelve; passage: finish a quoted paragraph."""
+"""needle: a number hidden in prose; keys: one of twelve such numbers; passage: finish a quoted paragraph."""
 
 DIGITS = 6
 KEYS = 12
 QUOTED_WORDS = 10
 COPIED_WORDS = 20
 JOINT_TOKENS = 2
-"""Where two pieces of text meet, tokens may come out differently; this many more at worst."""
+"""Upper bound on extra tokens where two pieces of text join."""
 
 CITIES = (
     "Athens",
@@ -41,11 +41,11 @@ CITIES = (
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """One question, and where in its prompt the answer lies.
+    """One question, and the place of its answer in the prompt.
 
-    ``messages``: the chat; ``prompt_token_ids``: its tokens through the chat template, ready for the reply.
-    ``answer_span``: [start, end) of the prompt's tokens that spell the answer. A right reply begins with
-    ``reply_prefix_token_ids``, then spells the answer with ``answer_token_ids``.
+    ``messages``: the chat; ``prompt_token_ids``: its tokens by the chat template, up to the start of the reply.
+    ``answer_span``: [start, end) of the prompt tokens that spell the answer. A correct reply is
+    ``reply_prefix_token_ids`` followed by ``answer_token_ids``.
     """
 
     kind: TaskKind
@@ -57,7 +57,7 @@ class RetrievalTask:
     answer_token_ids: tuple[int, ...]
 
     def answer_chunks(self, chunk_tokens: int) -> range:
-        """The chunks that hold the answer."""
+        """Numbers of the chunks that contain the answer."""
         start, end = self.answer_span
         return range(start // chunk_tokens, (end - 1) // chunk_tokens + 1)
 
@@ -71,14 +71,14 @@ def make_task(
     seed: int,
     prose: corpus.Kind = "topics",
 ) -> RetrievalTask:
-    """A task whose prompt has at most ``tokens`` tokens, and nearly as many.
+    """A task whose prompt has at most ``tokens`` tokens, and not many fewer.
 
-    ``depth``: where the answer lies in the prose, from 0 (start) to 1 (end), to the nearest paragraph. The
-    task is a function of the arguments and of the Python version. Raises ValueError if ``tokens`` is too few.
+    ``depth``: place of the answer in the prose, from 0 (start) to 1 (end), to the nearest paragraph. The task depends
+    only on the arguments and the Python version. Raises ValueError if ``tokens`` is too small.
     """
     rng = random.Random(f"{kind} {seed}")
     cities = rng.sample(CITIES, KEYS if kind == "keys" else 1)
-    # no two numbers alike: the answer is found in one place only
+    # distinct numbers, so that the answer is at one place only
     numbers = [str(number) for number in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), len(cities))]
     facts = [] if kind == "passage" else [_fact(*pair) for pair in zip(cities, numbers, strict=True)]
 
@@ -111,7 +111,7 @@ def make_task(
     prompt = render_prompt(tokenizer, message)
     first = prompt.index(answer, prompt.index(statement))
     prompt_ids, span = locate_text(tokenizer, prompt, first, first + len(answer))
-    # tokens of the whole reply, so that the answer is spelled as the model would
+    # tokenize the whole reply, so that the answer has the tokens that the model would generate
     reply_ids, (begin, end) = locate_text(
         tokenizer,
         prompt + reply_prefix + answer,
@@ -140,12 +140,12 @@ def _question(kind: TaskKind, city: str, quote: str) -> str:
 
 
 def _user_message(text: str, question: str) -> str:
-    """The question comes first too: SmolLM2-135M then found 5 of 5 needles in 6,500 tokens, instead of 3."""
+    """The question stands first too: SmolLM2-135M then found 5 of 5 needles in 6,500 tokens, instead of 3."""
     return f"{question}\n\n{text}\n\n{question}"
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """The message ready for its reply; a tokenizer without a chat template gets plain text."""
+    """The prompt up to the start of the reply; plain text for a tokenizer without a chat template."""
     if tokenizer.chat_template is None:
         return f"{message}\n\nAnswer:"
     return str(
@@ -158,7 +158,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
 def locate_text(
     tokenizer: PreTrainedTokenizerBase, text: str, start: int, end: int
 ) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Tokens of ``text`` and the [first, last) of them that touch its characters [start, end)."""
+    """(token ids of ``text``, [first, last) of the tokens that overlap its characters [start, end))."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoded["offset_mapping"]
     first = bisect_right(offsets, start, key=lambda offset: offset[1])
@@ -167,7 +167,7 @@ def locate_text(
 
 
 def _nearest_boundary(paragraphs: list[str], depth: float) -> int:
-    """Where to insert a paragraph so that about ``depth`` of the characters come before it."""
+    """The position at which about ``depth`` of the characters precede a new paragraph."""
     goal = depth * sum(map(len, paragraphs))
     before, best, distance = 0, 0, abs(goal)
     for position, paragraph in enumerate(paragraphs, start=1):
@@ -178,7 +178,7 @@ def _nearest_boundary(paragraphs: list[str], depth: float) -> int:
 
 
 def _nearest_paragraph(paragraphs: list[str], depth: float, *, least_words: int) -> int:
-    """The paragraph nearest to ``depth`` that has enough words."""
+    """The paragraph nearest to ``depth`` with at least ``least_words`` words."""
     goal = depth * sum(map(len, paragraphs))
     before, best, distance = 0, -1, float("inf")
     for position, paragraph in enumerate(paragraphs):

@@ -1,4 +1,4 @@
-"""Find a model's retrieval heads: who attends to the answer when the answer is written?"""
+"""Finds a model's retrieval heads: those that attend to the answer in the prompt while the model writes it."""
 
 import datetime
 import random
@@ -22,14 +22,14 @@ HEADS = 8
 """Retrieval heads of a manifest."""
 SEED = 0
 SHALLOWEST, DEEPEST = 0.05, 0.9
-"""Answers lie between these depths: neither sink nor recency."""
+"""Range of depths of the answers, which excludes the attention sink and recent tokens."""
 
 
 class AnswerMass:
-    """An attention function for transformers: SDPA's output, and beside it what the last queries attend to.
+    """An attention function for transformers: SDPA that also records what the last queries attend to.
 
-    For the last ``answer_tokens`` positions and every query head, the attention mass on the key positions of
-    ``answer_keys`` goes to ``mass[layer]``, float32 [heads, answer_tokens]. Batch size 1, no padding.
+    For the last ``answer_tokens`` positions and every query head, ``mass[layer]``, float32 [heads, answer_tokens], is
+    the attention mass on the key positions ``answer_keys``. Batch size 1, no padding.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class AnswerMass:
 def calibration_tasks(
     tokenizer: PreTrainedTokenizerBase, *, documents: int, min_tokens: int, max_tokens: int, seed: int
 ) -> list[RetrievalTask]:
-    """Tasks of all kinds in turn, over both kinds of prose, with lengths and depths drawn uniformly."""
+    """Tasks of all kinds in turn, in both kinds of prose, with uniformly random lengths and depths."""
     rng = random.Random(seed)
     kinds = get_args(TaskKind)
     prose: list[corpus.Kind] = ["topics", "docstrings"]
@@ -81,10 +81,10 @@ def calibration_tasks(
 
 
 def answer_mass(model: Any, recorder: AnswerMass, task: RetrievalTask, chunk_tokens: int) -> torch.Tensor:
-    """Mass on the answer's chunks by every query head as each answer token is about to be written.
+    """Attention mass of every query head on the answer's chunks, for each token of the answer.
 
-    float32 [layers, heads, answer_tokens]. ``model`` is a causal model loaded with ``recorder`` as its attention;
-    the right answer is fed to it, so a wrong reply of its own changes nothing.
+    Returns float32 [layers, heads, answer_tokens]. ``model``: a causal model with ``recorder`` as its attention. It
+    reads the correct answer, so its own reply does not matter.
     """
     tokens = [*task.prompt_token_ids, *task.reply_prefix_token_ids, *task.answer_token_ids[:-1]]
     chunks = task.answer_chunks(chunk_tokens)
@@ -96,8 +96,8 @@ def answer_mass(model: Any, recorder: AnswerMass, task: RetrievalTask, chunk_tok
     layers = model.config.get_text_config().num_hidden_layers
     if sorted(recorder.mass) != list(range(layers)):
         raise UnsupportedModelError(
-            f"only {len(recorder.mass)} of {layers} layers went through transformers' attention interface: "
-            "calibration needs one attention call per layer"
+            f"only {len(recorder.mass)} of {layers} layers use transformers' attention interface: calibration "
+            "needs one attention call per layer"
         )
     return torch.stack([recorder.mass[layer] for layer in range(layers)])
 
@@ -112,11 +112,11 @@ def calibrate(
     model_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RetrievalManifest:
-    """Rank a model's heads by the mean attention they put on the answer's chunk; keep the best :data:`HEADS`.
+    """Rank a model's heads by their mean attention on the answer's chunks, and keep the best :data:`HEADS`.
 
-    ``model_path``: local Hugging Face directory. ``progress(done, documents)`` is called after every document.
-    A document of n tokens costs one forward pass of n tokens. Raises :class:`UnsupportedModelError` for a model whose
-    attention does not go through transformers' attention interface.
+    ``model_path``: local Hugging Face directory. Each document costs one forward pass, after which
+    ``progress(done, documents)`` is called. Raises :class:`UnsupportedModelError` for a model whose attention does not
+    use transformers' attention interface.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     recorder = AnswerMass()

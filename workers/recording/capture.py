@@ -1,7 +1,7 @@
-"""An attention for transformers that keeps what a recording needs: keys of whole documents, queries of some steps.
+"""An attention function for transformers that captures a recording: keys of whole documents, queries of some steps.
 
-Documents are read one after the other and then decoded together, each at its own length. The model's own cache is not
-used: this module is the cache.
+The model reads documents one after another, then decodes them together, each at its own length. These buffers replace
+the model's KV cache.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ CAPTURE = "forecache_capture"
 
 @dataclass(frozen=True)
 class CaptureShape:
-    """How much to keep. ``tokens``: longest document with its answer; ``steps``: most recorded steps of one."""
+    """Sizes of the buffers. ``tokens``: longest document with its reply; ``steps``: most recorded steps of a
+    document."""
 
     documents: int
     tokens: int
@@ -31,12 +32,12 @@ class CaptureShape:
 
 
 class Capture:
-    """Buffers of a few documents, and the attention function that fills them.
+    """Buffers of a few documents, and the attention that fills them.
 
-    ``keys``, ``values``: [layers, documents, kv_heads, tokens, head_dim] as attention sees them, RoPE applied;
-    ``queries``: [layers, documents, heads, steps, head_dim]; ``hidden``: [target layers, documents, steps, hidden], the
-    input of the attention module. ``lengths``: int64 [documents], tokens read so far; ``steps``: int64 [documents],
-    steps kept so far. All in the model's dtype on its device.
+    ``keys``, ``values``: [layers, documents, kv_heads, tokens, head_dim], after RoPE; ``queries``: [layers, documents,
+    heads, steps, head_dim]; ``hidden``: [target layers, documents, steps, hidden], inputs of the attention modules; all
+    in the model's dtype. ``lengths``: int64 [documents], tokens read so far; ``steps``: int64 [documents], steps
+    captured so far. On the model's device.
     """
 
     def __init__(self, shape: CaptureShape, target_layers: tuple[int, ...], model: PreTrainedModel) -> None:
@@ -57,7 +58,8 @@ class Capture:
         self._longest = 0
 
     def read(self, document: int, token_ids: list[int], kept: list[int]) -> Tensor:
-        """Read a whole prompt, keep the steps at positions ``kept``; returns the logits of its end, [vocabulary]."""
+        """Read a prompt and capture the steps at positions ``kept``. Returns the logits of its last token,
+        [vocabulary]."""
         tokens = torch.tensor([token_ids], device=self.lengths.device)
         self._document = document
         self._kept = torch.tensor(kept, dtype=torch.int64, device=tokens.device)
@@ -68,7 +70,7 @@ class Capture:
         return logits[0]
 
     def decode(self, token_ids: Tensor) -> Tensor:
-        """Read one token more of every document, ``token_ids`` int64 [documents]; returns [documents, vocabulary]."""
+        """Read one more token of every document: int64 [documents] → logits [documents, vocabulary]."""
         self._longest = int(self.lengths.max()) + 1
         logits = self._forward(token_ids.unsqueeze(1), self.lengths.unsqueeze(1))
         self.lengths += 1
@@ -84,13 +86,13 @@ class Capture:
         return logits
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """``query`` [documents or 1, heads, tokens, head_dim] → the same shape."""
+        """Attention of ``layer``: ``query`` [documents or 1, heads, tokens, head_dim] → the same shape."""
         if self._document is not None:
             tokens = query.shape[2]
             self.keys[layer, self._document, :, :tokens] = key[0]
             self.values[layer, self._document, :, :tokens] = value[0]
             self.queries[layer, self._document, :, : len(self._kept)] = query[0, :, self._kept]
-            # K/V of a group are repeated for the backends that can't share them
+            # repeat K/V for SDPA backends without grouped-query attention
             return nn.functional.scaled_dot_product_attention(
                 query, *_repeated(query, key, value), is_causal=True, scale=scale
             )
@@ -106,7 +108,7 @@ class Capture:
         return (weights @ values).view(query.shape)
 
     def see(self, layer: int, hidden: Tensor) -> None:
-        """``hidden`` [documents or 1, tokens, hidden], what the attention module of ``layer`` is given."""
+        """Capture ``hidden`` [documents or 1, tokens, hidden], the input of the attention module of ``layer``."""
         place = self._target.get(layer)
         if place is None:
             return
@@ -144,7 +146,7 @@ def _before_attention(module: nn.Module, arguments: tuple[Any, ...], named: dict
 
 
 def install(model: PreTrainedModel) -> None:
-    """Make ``model`` attend through the :class:`Capture` that its forward is given."""
+    """Make ``model`` use the :class:`Capture` that its forward receives as attention."""
     AttentionInterface.register(CAPTURE, _attention)
     model.set_attn_implementation(CAPTURE)
     for module in attention_modules(model).values():

@@ -1,6 +1,6 @@
-"""Documents to record: prose to go on with, and questions about it whose right reply is fed to the model.
+"""Documents to record: prose to continue, and questions about it whose correct reply the model reads.
 
-The wordings differ from those of :mod:`forecache.workers.evaluation.tasks`: an indexer trained on these can be
+Their wording differs from :mod:`forecache.workers.evaluation.tasks`, so an indexer that is trained on these can be
 evaluated on those.
 """
 
@@ -19,8 +19,8 @@ from forecache.workers.evaluation import corpus
 from forecache.workers.evaluation.tasks import TaskKind, locate_text, make_task, render_prompt
 
 SourceTask = Literal["prose", "lookup", "several", "values", "quote", "needle", "keys", "passage"]
-"""prose: go on; lookup: one fact among others of its kind; several: two to five of them; values: all values of one
-subject; quote: finish a quoted paragraph; needle, keys, passage: those of :mod:`forecache.workers.evaluation.tasks`."""
+"""prose: continue the text; lookup: one fact among similar ones; several: two to five facts; values: all values of one
+subject; quote: finish a quoted paragraph; needle, keys, passage: see :mod:`forecache.workers.evaluation.tasks`."""
 
 SUBJECTS = tuple(
     f"{first} {second}"
@@ -49,12 +49,12 @@ TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to record. Lengths in tokens; ``texts``: see :func:`text_source`.
+    """What to record. Lengths are in tokens; ``texts``: see :func:`text_source`.
 
-    Training documents are made of ``tasks`` over ``texts``, documents for evaluation of ``eval_tasks`` over
-    ``eval_texts``. ``reply_tokens``: the longest reply, fed and greedy together. ``prompt_windows``: windows of
-    ``prompt_window_tokens`` steps kept from every prompt beside its reply. ``history_steps``: kept before each
-    window and before the prompt's last steps, so that predictions there have as long a history as in serving.
+    Training documents use ``tasks`` in ``texts``, documents for evaluation ``eval_tasks`` in ``eval_texts``.
+    ``reply_tokens``: longest reply, given and greedy tokens together. ``prompt_windows``: number of windows of
+    ``prompt_window_tokens`` steps to record from each prompt. ``history_steps``: steps to record before each window and
+    before the end of the prompt, so that predictions have as much history as in serving.
     """
 
     documents: int = 384
@@ -76,10 +76,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SourceDocument:
-    """One document: its prompt, the reply that is fed to the model, and where in the prompt the answer stands.
+    """One document: its prompt, the given reply, and the place of the answer in the prompt.
 
-    ``answer_span``: [first, last) prompt token of the first answer; ``answer_place``: the token of the reply that
-    begins it. Both are None where nothing was asked.
+    ``answer_span``: [first, last) prompt token of the first answer; ``answer_place``: index of the reply token that
+    starts it. Both are None without a question.
     """
 
     task: SourceTask
@@ -92,7 +92,7 @@ class SourceDocument:
 
 
 def text_source(name: str) -> Callable[[int, int, PreTrainedTokenizerBase], list[str]]:
-    """Paragraphs of a text of about so many tokens: ``source(seed, tokens, tokenizer)``.
+    """A function ``source(seed, tokens, tokenizer)`` that returns paragraphs with about ``tokens`` tokens in total.
 
     ``name``: a kind of :mod:`forecache.workers.evaluation.corpus`, "code" (the modules of the standard library), a
     text file, or a directory of ``*.txt`` and ``*.md`` files.
@@ -107,8 +107,8 @@ def text_source(name: str) -> Callable[[int, int, PreTrainedTokenizerBase], list
         files = tuple(sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     if not files or not all(file.is_file() for file in files):
         raise UnsupportedModelError(
-            f"'{name}' is no text to record: expected {', '.join(kinds)}, code, a text file, or a "
-            "directory with *.txt or *.md"
+            f"can't record the text '{name}': use {', '.join(kinds)}, code, a text file, or a directory "
+            "with *.txt or *.md"
         )
     return lambda seed, tokens, tokenizer: _cut(_file_paragraphs(files), seed, tokens, tokenizer)
 
@@ -120,7 +120,7 @@ def _file_paragraphs(files: tuple[Path, ...]) -> tuple[str, ...]:
 
 
 def _cut(paragraphs: tuple[str, ...], seed: int, tokens: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A run of ``paragraphs`` from a random place on, around the end if need be."""
+    """Consecutive ``paragraphs`` from a random start, wrapping at the end."""
     start = random.Random(seed).randrange(len(paragraphs))
     run: list[str] = []
     count = 0
@@ -133,13 +133,15 @@ def _cut(paragraphs: tuple[str, ...], seed: int, tokens: int, tokenizer: PreTrai
 def make_document(
     task: SourceTask, text: str, split: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
 ) -> SourceDocument:
-    """A document whose prompt has at most ``tokens`` tokens, and nearly as many. A function of its arguments."""
+    """A document whose prompt has at most ``tokens`` tokens, and not many fewer. Depends only on the arguments."""
     rng = random.Random(f"{task} {text} {seed}")
     kind_of_task = next((kind for kind in TASK_KINDS if kind == task), None)
     if kind_of_task is not None:
         kinds: Sequence[corpus.Kind] = [kind for kind in get_args(corpus.Kind) if kind == text]
         if not kinds:
-            raise UnsupportedModelError(f"the task '{task}' is made from {get_args(corpus.Kind)} only, not from {text}")
+            raise UnsupportedModelError(
+                f"the task '{task}' needs one of the texts {', '.join(get_args(corpus.Kind))}, not {text}"
+            )
         made = make_task(
             kind_of_task,
             tokenizer,
@@ -173,7 +175,7 @@ def _question_document(
     rng: random.Random,
     spare: int = 0,
 ) -> SourceDocument:
-    """``spare``: tokens by which its paragraphs together are longer than one by one."""
+    """``spare``: tokens by which joined paragraphs exceed the sum of their tokens."""
     state = rng.getstate()
 
     def count(piece: str) -> int:
@@ -211,7 +213,7 @@ def _question_document(
 
 
 def _facts(task: SourceTask, rng: random.Random) -> tuple[list[str], list[str], str, list[str]]:
-    """Sentences to hide, those that make the reply, the first answer in it, and the subjects asked for."""
+    """(sentences to hide, sentences of the reply, first answer in the reply, subjects of the question)."""
     if task == "quote":
         return [], [], "", []
     form = rng.choice(STATEMENTS)

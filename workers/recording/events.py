@@ -1,4 +1,4 @@
-"""Which chunks the heads of a model attend to, exactly, by log-sum-exp per chunk: no attention matrix is ever whole."""
+"""The exact attention of a model's heads on chunks, by log-sum-exp per chunk, without a full attention matrix."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 BLOCK_LOGITS = 1 << 25
-"""logits held at a time, about 128 MiB in float32."""
+"""Logits in memory at a time, about 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class AttentionEvents:
-    """Events in the order of their rows; see :class:`forecache.indexer.records.shards.RecordedDocument`."""
+    """Retrieval events, sorted by row; see :class:`forecache.indexer.records.shards.RecordedDocument`."""
 
     offsets: Tensor
     chunk: Tensor
@@ -24,10 +24,11 @@ class AttentionEvents:
 def chunk_lse(
     queries: Tensor, keys: Tensor, positions: Tensor, *, scale: float, chunk_tokens: int, chunks: int
 ) -> Tensor:
-    """Log-sum-exp of the scaled logits of each chunk's tokens up to each query's own: float32 [heads, steps, chunks].
+    """Log-sum-exp of the scaled logits of each chunk's tokens up to the query's position: float32 [heads, steps,
+    chunks].
 
     ``queries`` [heads, steps, head_dim], ``keys`` [kv_heads, tokens, head_dim], ``positions`` int64 [steps]. The last
-    chunk may be partly filled; a chunk with no token that the query may see has -inf.
+    chunk may be partly filled; chunks after the query's position have -inf.
     """
     heads, steps, head_dim = queries.shape
     kv_heads, tokens, _ = keys.shape
@@ -50,7 +51,7 @@ def chunk_lse(
 def bounds_lse(queries: Tensor, keys: Tensor, *, scale: float, chunk_tokens: int, chunks: int) -> Tensor:
     """Upper bounds of q·k in each whole chunk, Σ_d max(q_d·min_d, q_d·max_d) (Quest, arXiv 2406.10774).
 
-    Shapes as for :func:`chunk_lse`; a last chunk that is not full has what its zero rows give.
+    Shapes as for :func:`chunk_lse`. The zero rows of a last chunk that is not full count as keys.
     """
     heads, steps, head_dim = queries.shape
     kv_heads = keys.shape[0]
@@ -64,10 +65,10 @@ def bounds_lse(queries: Tensor, keys: Tensor, *, scale: float, chunk_tokens: int
 def find_events(
     queries: Tensor, keys: Tensor, positions: Tensor, *, scale: float, chunk_tokens: int, event_mass: float
 ) -> AttentionEvents:
-    """Events of every head of every layer at every step.
+    """Retrieval events of every head of every layer at every step.
 
     ``queries`` [layers, heads, steps, head_dim], ``keys`` [layers, kv_heads, tokens, head_dim], ``positions`` int64
-    [steps]. An event is a share of at least ``event_mass`` on a chunk that is complete at its step and not the first.
+    [steps]. An event is an attention share of at least ``event_mass`` on a chunk that is complete and not the first.
     """
     layers, heads, steps, _ = queries.shape
     chunks = -(-keys.shape[2] // chunk_tokens)

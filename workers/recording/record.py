@@ -1,7 +1,7 @@
-"""Record what a model's heads attend to, for training the Memory Indexer without the model (docs/indexer.md).
+"""Records what a model's heads attend to, so that a Memory Indexer can be trained without the model (docs/indexer.md).
 
-A document is read in one pass and goes on with its right reply, then greedily; the steps of its reply and of a few
-windows of its text are kept. The keys that attention saw give the exact share of every head on every chunk.
+The model reads a document in one pass, then its correct reply, and continues greedily. The recording contains the steps
+of the reply and of a few windows of the text. The captured keys give the exact attention of every head on every chunk.
 """
 
 import os
@@ -37,9 +37,9 @@ from forecache.workers.recording.events import find_events
 
 LEAST_PROMPT_TOKENS = 1024
 PROMPT_END_STEPS = 32
-"""Steps of the prompt's end that belong to the reply's run: the first windows are predicted from there."""
+"""Last steps of the prompt that are recorded with the reply: serving predicts the first windows from them."""
 QUERY_TOLERANCE = 0.05
-"""Largest difference of a rebuilt query from the model's own, as a share of the queries' norm; float16 and bf16 fit."""
+"""Largest relative difference between rebuilt queries and the model's; the rounding of float16 and bfloat16 fits."""
 Progress = Callable[[int, int], None]
 
 
@@ -55,16 +55,17 @@ def record(
     part: tuple[int, int] = (1, 1),
     progress: Progress = lambda done, documents: None,
 ) -> ShardManifest:
-    """Record ``recipe``'s documents into ``out``; shards that are there already are kept.
+    """Record the documents of ``recipe`` into the directory ``out``; keeps shards that exist.
 
-    With ``part`` (k, n) every n-th shard, beginning with the k-th: n processes, on one machine or several that share
-    ``out``, record it together.
-    Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds something else.
+    With ``part`` (k, n) it records every n-th shard from the k-th on: n processes that share ``out``, on one or several
+    machines, record it together. Raises :class:`UnsupportedModelError` if the model can't be recorded, or ``out`` holds
+    another recording.
     """
     if not LEAST_PROMPT_TOKENS <= recipe.min_tokens <= recipe.max_tokens:
         raise ForecacheError(
-            f"documents of {recipe.min_tokens} to {recipe.max_tokens} tokens can't be made: the questions and their "
-            f"facts alone take up to {LEAST_PROMPT_TOKENS} tokens"
+            f"can't make documents of {recipe.min_tokens} to {recipe.max_tokens} tokens: questions and facts take up "
+            f"to "
+            f"{LEAST_PROMPT_TOKENS} tokens; raise --min-tokens, and --max-tokens if it is less"
         )
     backbone = load_backbone(model_path, device=device, dtype=dtype)
     retrieval = find_retrieval_heads(manifest, model_name, backbone)
@@ -78,7 +79,7 @@ def record(
         first = shard * recipe.documents_per_shard
         wanted = kinds[first : first + recipe.documents_per_shard]
         if not shard_path(out, shard).exists():
-            # one length a shard, so that documents decoded together waste no memory
+            # one length per shard, so that documents that are decoded together waste no memory
             tokens = random.Random(f"{recipe.seed} {shard}").randint(recipe.min_tokens, recipe.max_tokens)
             sources = [
                 make_document(*kind, tokenizer, tokens=tokens, seed=recipe.seed * 1_000_003 + first + number)
@@ -91,7 +92,7 @@ def record(
 
 
 def _prepare(out: Path, described: ShardManifest, seed_weights: dict[str, torch.Tensor]) -> None:
-    """Write the manifest and the seed weights, or check that those in ``out`` are the same."""
+    """Write the manifest and the seed weights, or check that ``out`` has the same manifest."""
     out.mkdir(parents=True, exist_ok=True)
     if (out / "manifest.json").exists():
         there = ShardManifest.load(out)
@@ -99,10 +100,10 @@ def _prepare(out: Path, described: ShardManifest, seed_weights: dict[str, torch.
         names = [name for name in ShardManifest.model_fields if getattr(there, name) != getattr(ours, name)]
         if names:
             raise UnsupportedModelError(
-                f"{out} holds a recording of another kind ({', '.join(names)} differ): choose another directory."
+                f"{out} holds another recording ({', '.join(names)} differ): choose another --out"
             )
         return
-    # whole or not at all, and the manifest last: another process may be about to do the same
+    # rename and write the manifest last, since another process may do the same now
     partial = out / f"{SEED_WEIGHTS_FILE}.{os.getpid()}.partial"
     save_file({name: tensor.contiguous() for name, tensor in seed_weights.items()}, partial)
     partial.rename(out / SEED_WEIGHTS_FILE)
@@ -157,7 +158,7 @@ def _record_shard(
 
 
 def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens after which a reply is over."""
+    """Tokens that end a reply."""
     generation: Any = backbone.model.generation_config
     own = getattr(generation, "eos_token_id", None)
     ends = own if isinstance(own, list) else [own]
@@ -165,7 +166,7 @@ def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _kept_positions(prompt_tokens: int, recipe: Recipe, number: int) -> Iterator[int]:
-    """Positions of the prompt whose steps are kept, ascending: windows of its text, its end, and the steps before."""
+    """Positions of the prompt to record, ascending: windows of its text and its end, each with its history."""
     rng = random.Random(f"{recipe.seed} {prompt_tokens} {number}")
     size = recipe.prompt_window_tokens
     places = range(prompt_tokens // 4, prompt_tokens - PROMPT_END_STEPS - size, size)
@@ -184,7 +185,7 @@ def _document(
     reply_tokens: int,
     number: int,
 ) -> RecordedDocument:
-    """One document from the capture's buffers; its last ``reply_tokens`` steps are those of its reply."""
+    """One document from the buffers of ``capture``; its last ``reply_tokens`` steps belong to the reply."""
     prompt, chunk_tokens = len(source.prompt_token_ids), described.chunk_tokens
     tokens, steps = prompt + reply_tokens, len(kept) + reply_tokens
     places = [*kept, *range(prompt, tokens)]
@@ -226,7 +227,7 @@ def _document(
 
 
 def find_retrieval_heads(setting: str, model_name: str, backbone: Backbone) -> RetrievalManifest:
-    """The manifest that ``setting`` names, "auto" or a file; an indexer can't start without one."""
+    """The manifest that ``setting`` names ("auto" or a file). Raises :class:`UnsupportedModelError` without one."""
     geometry = backbone.geometry
     try:
         found = find_manifest(
@@ -242,8 +243,8 @@ def find_retrieval_heads(setting: str, model_name: str, backbone: Backbone) -> R
         raise UnsupportedModelError(str(error)) from error
     if found is None:
         raise UnsupportedModelError(
-            f"{model_name} has no manifest of retrieval heads, from which the indexer starts. Make one with "
-            f"`forecache indexer calibrate --model {model_name} --out FILE`, and pass it as --manifest FILE."
+            f"{model_name} has no manifest of retrieval heads, which an indexer needs: make one with "
+            f"`forecache indexer calibrate --model {model_name} --out FILE`, and pass it as --manifest FILE"
         )
     return found
 
@@ -254,7 +255,7 @@ def describe(backbone: Backbone, retrieval: RetrievalManifest, recipe: Recipe, m
     group = geometry.heads // geometry.kv_heads
     own: list[Head] = [(head.layer, head.head) for head in retrieval.heads]
     kv_heads = sorted({(layer, head // group) for layer, head in own})
-    # heads that share the stored keys cost no memory more
+    # heads of the same KV head use the same stored keys, so they cost no memory
     siblings = [(layer, kv * group + place) for layer, kv in kv_heads for place in range(group)]
     return ShardManifest(
         model_type=backbone.config.model_type,
@@ -286,7 +287,9 @@ def describe(backbone: Backbone, retrieval: RetrievalManifest, recipe: Recipe, m
 def _rotary(backbone: Backbone) -> Any:
     rotary = getattr(backbone.model.base_model, "rotary_emb", None)
     if rotary is None or not hasattr(rotary, "inv_freq"):
-        raise UnsupportedModelError(f"{backbone.path} has no rotary embedding that all its layers share.")
+        raise UnsupportedModelError(
+            f"{backbone.path} has no rotary embedding shared by all layers, so its attention can't be recorded"
+        )
     return rotary
 
 
@@ -297,13 +300,13 @@ def _query_norm_eps(backbone: Backbone) -> float | None:
 
 
 def make_seed_weights(backbone: Backbone, described: ShardManifest) -> dict[str, torch.Tensor]:
-    """The query projections of ``described.query_heads``, see :attr:`Recording.seed_weights`."""
+    """The query projections of ``described.query_heads``, from which an indexer starts; float32 on the CPU."""
     modules: dict[int, Any] = attention_modules(backbone.model)
     weights: dict[str, list[torch.Tensor]] = {"weight": [], "bias": [], "norm": []}
     size = described.head_dim
     for layer, head in described.query_heads:
         if layer not in modules:
-            raise UnsupportedModelError(f"layer {layer} of {backbone.path} has no q_proj to start the indexer from.")
+            raise UnsupportedModelError(f"layer {layer} of {backbone.path} has no q_proj, from which an indexer starts")
         rows = slice(head * size, (head + 1) * size)
         projection = modules[layer].q_proj
         weights["weight"].append(projection.weight[rows].float().cpu())
@@ -318,7 +321,11 @@ def make_seed_weights(backbone: Backbone, described: ShardManifest) -> dict[str,
 def check_queries(
     backbone: Backbone, described: ShardManifest, hidden: torch.Tensor, queries: torch.Tensor, positions: torch.Tensor
 ) -> None:
-    """Queries rebuilt from hidden states must be the model's own, else the indexer would start from something else."""
+    """Check that queries rebuilt from hidden states equal the model's, since the indexer starts from rebuilt queries.
+
+    ``hidden`` [steps, target layers, hidden], ``queries`` [layers, heads, steps, head_dim], ``positions`` int64
+    [steps]. Raises :class:`UnsupportedModelError` if they differ by more than ``QUERY_TOLERANCE``.
+    """
     seed = {name: tensor.to(backbone.device) for name, tensor in make_seed_weights(backbone, described).items()}
     projection = query_projection(described, seed)
     rebuilt = projection.to(backbone.device)(hidden.half(), positions)
@@ -326,13 +333,13 @@ def check_queries(
     difference = float((rebuilt - own).norm() / own.norm())
     if not difference <= QUERY_TOLERANCE:
         raise UnsupportedModelError(
-            f"{backbone.path}: queries made from its hidden states differ from its own by {difference:.0%}; its "
-            "attention does more than project, normalise and rotate in Llama's way, so no indexer can start from it."
+            f"{backbone.path}: queries rebuilt from its hidden states differ from its own by {difference:.0%}. Its "
+            "attention does more than project, normalise and rotate as Llama's, so no indexer can start from it."
         )
 
 
 def query_projection(described: ShardManifest, seed_weights: dict[str, torch.Tensor]) -> QueryProjection:
-    """The model's own queries of ``described.query_heads``."""
+    """The model's own query projection of ``described.query_heads``."""
     return QueryProjection(
         seed_weights["weight"],
         seed_weights["bias"],
