@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.table import Table
 from forecache.cluster.errors import StartError
 from forecache.workers.errors import ForecacheError
 from forecache.workers.evaluation.tasks import RetrievalTask, make_task
-from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
+from forecache.workers.models.backbone import expected_layout, load_config, pick_device, pick_dtype
 from forecache.workers.models.loader import resolve_model
 from forecache.workers.models.tokenizer import load_tokenizer
 
@@ -56,7 +57,7 @@ def run(model: str, tokens: int, keep_ratio: float) -> int:
         path = resolve_model(model, lambda text: status.update(text))
         task = make_task("needle", load_tokenizer(path), tokens=tokens, depth=0.4, seed=1)
         prompt_tokens = len(task.prompt_token_ids)
-        hot_bytes = _hot_bytes(load_config(path), prompt_tokens)
+        hot_bytes = _hot_bytes(path, prompt_tokens)
     with _server(str(path), hot_bytes, keep_ratio, console) as url:
         question = task.messages[-1]["content"].rsplit("\n\n", 1)[-1]
         console.print(f"One sentence in a document of {prompt_tokens} tokens holds a number. {question}")
@@ -69,13 +70,11 @@ def run(model: str, tokens: int, keep_ratio: float) -> int:
     return 0 if found else 1
 
 
-def _hot_bytes(config: Any, prompt_tokens: int) -> int:
+def _hot_bytes(model: Path, prompt_tokens: int) -> int:
     """Bytes of a hot pool that holds ``HOT_SHARE`` of the prompt's chunks."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = config.num_hidden_layers * 2 * config.num_key_value_heads * head_dim
-    element_bytes = pick_dtype("auto", pick_device("auto")).itemsize
-    hot_chunks = int(HOT_SHARE * prompt_tokens / CHUNK_TOKENS)
-    return int(hot_chunks * CHUNK_TOKENS * token_bytes * element_bytes)
+    dtype = pick_dtype("auto", pick_device("auto"))
+    layout = expected_layout(load_config(model), chunk_tokens=CHUNK_TOKENS, dtype=dtype)
+    return int(HOT_SHARE * prompt_tokens / CHUNK_TOKENS) * layout.nbytes
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from forecache.workers.memory.format.hold_id import worker_of
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.tier.catalog import Catalog
 
+WORKERS_DEADLINE_S = 30.0
 SETTLE_S = 3.0
 """Longest time that a difference may last: a chunk in transit is at its source, at its target, or at both."""
 
@@ -153,12 +154,12 @@ def _workers() -> list[str]:
     return [f"worker: {answer}" for answer in _ask_workers("integrity") if answer]
 
 
-def _ask_workers(method: str, deadline_s: float = 30.0) -> list[Any]:
+def _ask_workers(method: str) -> list[Any]:
     """Each worker's answer, or its error; a worker that drains is not asked."""
     if "forecache" not in serve.status().applications:
         return []
     handle = serve.get_deployment_handle("DecodeWorker", "forecache")
     try:
-        return list(handle.broadcast(method).results(timeout_s=deadline_s, return_exceptions=True))
+        return list(handle.broadcast(method).results(timeout_s=WORKERS_DEADLINE_S, return_exceptions=True))
     except (RayError, TimeoutError, RuntimeError) as error:
         return [error]

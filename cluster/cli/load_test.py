@@ -53,11 +53,11 @@ class Conversation:
 
 def prose(words: int, generator: random.Random) -> str:
     """Sentences of made-up words, so that no two documents share a prefix."""
-    told = []
+    made = []
     for number in range(words):
         word = "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3)))
-        told.append(word + ("." if number % 12 == 11 else ""))
-    return " ".join(told)
+        made.append(word + ("." if number % 12 == 11 else ""))
+    return " ".join(made)
 
 
 def conversations(count: int, settings: WorkloadSettings, words_per_token: float) -> Sequence[Conversation]:
@@ -169,14 +169,18 @@ async def words_per_token(http: httpx.AsyncClient, target: Target, seed: int) ->
 
 
 async def converse(
-    http: httpx.AsyncClient, target: Target, conversation: Conversation, due_s: float, told: Callable[[Answered], None]
+    http: httpx.AsyncClient,
+    target: Target,
+    conversation: Conversation,
+    due_s: float,
+    report: Callable[[Answered], None],
 ) -> None:
-    """Run all turns of ``conversation``, the first due at ``due_s``, and pass each answer to ``told``."""
+    """Run all turns of ``conversation``, the first due at ``due_s``, and pass each answer to ``report``."""
     messages: list[dict[str, str]] = []
     for turn, said in enumerate(conversation.turns):
         messages.append({"role": "user", "content": said})
         answer = await ask(http, target, messages, due_s, turn)
-        told(answer)
+        report(answer)
         if not answer.ok:
             return
         messages.append({"role": "assistant", "content": answer.text})
@@ -234,7 +238,7 @@ async def open_loop(
     asked: Sequence[Conversation],
     rate_per_s: float,
     seed: int,
-    told: Callable[[Answered], None],
+    report: Callable[[Answered], None],
 ) -> None:
     """Start conversations as a Poisson process, whether or not earlier ones have ended."""
     generator = random.Random(seed)
@@ -243,7 +247,7 @@ async def open_loop(
         for conversation in asked:
             due_s += generator.expovariate(rate_per_s)
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-            group.create_task(converse(http, target, conversation, due_s, told))
+            group.create_task(converse(http, target, conversation, due_s, report))
 
 
 async def closed_loop(
@@ -251,14 +255,14 @@ async def closed_loop(
     target: Target,
     asked: Sequence[Conversation],
     concurrency: int,
-    told: Callable[[Answered], None],
+    report: Callable[[Answered], None],
 ) -> None:
     """``concurrency`` clients; each starts its next conversation when the previous one ends."""
     left = iter(asked)
 
     async def one() -> None:
         for conversation in left:
-            await converse(http, target, conversation, time.monotonic(), told)
+            await converse(http, target, conversation, time.monotonic(), report)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):

@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,10 @@ from typing import Self
 import redis
 
 from forecache.cluster.config import DEFAULT_REDIS_BYTES
+from forecache.cluster.launch.machine import free_port
 from forecache.workers.errors import ForecacheError
 
+START_DEADLINE_S = 10.0
 _UNIX_PATH_LIMIT = 100
 """Linux allows 107 bytes; the rest is margin."""
 
@@ -64,9 +65,7 @@ class EmbeddedRedis:
         RedisStartError: there is no server binary, or it does not answer in time.
     """
 
-    def __init__(
-        self, host: str | None = None, *, max_bytes: int = DEFAULT_REDIS_BYTES, start_deadline_s: float = 10.0
-    ) -> None:
+    def __init__(self, host: str | None = None, *, max_bytes: int = DEFAULT_REDIS_BYTES) -> None:
         binary = find_redis_server()
         if binary is None:
             raise RedisStartError(
@@ -82,13 +81,13 @@ class EmbeddedRedis:
             listen = ["--port", "0", "--unixsocket", str(socket_path), "--unixsocketperm", "700"]
             self.url = f"unix://{socket_path}"
         else:
-            port, password = _free_port(host), secrets.token_urlsafe(24)
+            port, password = free_port(host), secrets.token_urlsafe(24)
             listen = ["--port", str(port), "--bind", host, "--requirepass", password]
             self.url = f"redis://:{password}@{host}:{port}/0"
         self._max_bytes = max_bytes
-        self._binary, self._listen, self._start_deadline_s = binary, listen, start_deadline_s
+        self._binary, self._listen = binary, listen
         try:
-            self._start(binary, listen, start_deadline_s)
+            self._start()
         except BaseException:
             self.close()
             raise
@@ -103,13 +102,13 @@ class EmbeddedRedis:
         """
         assert self._process is not None
         if self._process.poll() is not None:
-            self._start(self._binary, self._listen, self._start_deadline_s)
+            self._start()
 
-    def _start(self, binary: Path, listen: list[str], start_deadline_s: float) -> None:
+    def _start(self) -> None:
         # a file keeps the password out of the process list
         settings = self._directory / "redis.conf"
         options = [
-            *listen,
+            *self._listen,
             "--save",
             '""',
             "--appendonly",
@@ -129,13 +128,13 @@ class EmbeddedRedis:
         log = self._directory / "redis.log"
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), str(binary), str(settings)],
+                [sys.executable, "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), str(self._binary), str(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C must not end it before the cluster stops
             )
-        deadline = time.monotonic() + start_deadline_s
+        deadline = time.monotonic() + START_DEADLINE_S
         with redis.from_url(self.url, socket_timeout=1.0, socket_connect_timeout=1.0) as client:
             while True:
                 try:
@@ -147,7 +146,7 @@ class EmbeddedRedis:
                         continue
                     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise RedisStartError(
-                        f"the embedded Redis server ({binary}) did not start: {said[-1] if said else error}; "
+                        f"the embedded Redis server ({self._binary}) did not start: {said[-1] if said else error}; "
                         "use your own with --redis-url"
                     ) from error
 
@@ -174,10 +173,3 @@ class EmbeddedRedis:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -266,7 +266,7 @@ def test_what_cannot_be_recorded_is_said(model_path: Path, tmp_path: Path) -> No
     with pytest.raises(ForecacheError, match="600 to 700 tokens"):
         short = replace(RECIPE, min_tokens=600, max_tokens=700)
         record(model_path, tmp_path, short, model_name="tiny", device="cpu")
-    with pytest.raises(UnsupportedModelError, match="no text to record"):
+    with pytest.raises(UnsupportedModelError, match="can't record the text"):
         text_source(str(tmp_path / "nothing.txt"))
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.evaluation import corpus
+from forecache.workers.evaluation.tasks import DIGITS, JOINT_TOKENS, render_prompt, secret_number, user_message
 
 Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions"]
 """needle: a number hidden in prose; multikey: one of four such numbers; multivalue: all four numbers of one subject;
@@ -31,7 +32,6 @@ VERSION = 1
 """Version of the tasks. Raise it when a task changes, so that stored answers to old tasks are not reused."""
 
 NEEDLES = 4
-DIGITS = 6
 HOPS = 2
 CHAINS = 2
 COMMON_WORDS = 5
@@ -42,8 +42,6 @@ QUOTED_WORDS = 5
 """Leading words of a description that a correct answer contains."""
 SHORTEST_DESCRIPTION_WORDS, LONGEST_DESCRIPTION_WORDS = 8, 40
 LEAST_TOKENS = 512
-JOINT_TOKENS = 2
-"""Upper bound on extra tokens where two pieces of text join."""
 
 ANSWER_TOKENS: dict[Task, int] = {
     "needle": 24,
@@ -183,19 +181,13 @@ class Generator:
             fixed += len(prompt) - room  # joined pieces have more tokens than their sum
 
     def _encode(self, riddle: Riddle, places: Sequence[float], filler: Sequence[str]) -> tuple[int, ...]:
-        """The prompt. The question stands before and after the text, which a small model needs (see `tasks.py`)."""
+        """The tokens of the prompt, with the facts in the filler."""
         pieces = list(filler)
         # insert from the end, so that earlier places stay valid
         for place, fact in sorted(zip(sorted(places), riddle.facts, strict=True), key=lambda pair: -pair[0]):
             pieces.insert(round(place * len(filler)), fact)
         text = riddle.separator.join(pieces)
-        message = f"{riddle.question}\n\n{text}\n\n{riddle.question}"
-        if self._tokenizer.chat_template is None:
-            prompt = f"{message}\n\nAnswer: {riddle.reply}".rstrip()
-        else:
-            chat = [{"role": "user", "content": message}]
-            opened = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            prompt = f"{opened}{riddle.reply}"
+        prompt = render_prompt(self._tokenizer, user_message(text, riddle.question), riddle.reply)
         return tuple(self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _numbers(self, rng: random.Random, wanted: int) -> list[str]:
@@ -211,7 +203,7 @@ class Generator:
     def _needles(self, rng: random.Random, *, subjects: int, asked: int) -> Riddle:
         cities = rng.sample(CITIES, subjects)
         numbers = self._numbers(rng, subjects)
-        facts = [_fact(city, number) for city, number in zip(cities, numbers, strict=True)]
+        facts = [secret_number(city, number) for city, number in zip(cities, numbers, strict=True)]
         rng.shuffle(facts)
         if asked == 1:
             question = f"What is the secret number of {cities[0]}?"
@@ -231,7 +223,7 @@ class Generator:
         people = rng.sample(PEOPLE, CHAINS * (HOPS + 1))
         chains = [people[start::CHAINS] for start in range(CHAINS)]
         numbers = self._numbers(rng, CHAINS)
-        facts = [_fact(names[0], number) for names, number in zip(chains, numbers, strict=True)]
+        facts = [secret_number(names[0], number) for names, number in zip(chains, numbers, strict=True)]
         for hop in range(HOPS):
             facts += [f"The secret number of {names[hop + 1]} is the same as that of {names[hop]}." for names in chains]
         question = f"What is the secret number of {chains[0][-1]}?"
@@ -264,10 +256,6 @@ class Generator:
             # otherwise a small model explains the name
             reply=f'The description of {name} is: "',
         )
-
-
-def _fact(name: str, number: str) -> str:
-    return f"The secret number of {name} is {number}."
 
 
 @cache

@@ -63,9 +63,7 @@ def sign_test(better: int, worse: int) -> float:
     return min(1.0, (2 * tail) / (1 << trials))
 
 
-def mean_difference(
-    cells: Sequence[tuple[Sequence[float], Sequence[float]]], confidence: float = CONFIDENCE
-) -> Interval:
+def mean_difference(cells: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Interval:
     """Mean over ``cells`` of (mean of the first scores − mean of the second scores), with equal weights.
 
     Each cell has the scores of the same samples, in the same order. The interval is the normal approximation with the
@@ -82,5 +80,5 @@ def mean_difference(
             spread = sum((difference - mean) ** 2 for difference in differences) / (len(differences) - 1)
             variance += spread / len(differences)
     value = fmean(means)
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(variance) / len(cells)
+    half = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2) * math.sqrt(variance) / len(cells)
     return Interval(value, value - half, value + half)

@@ -80,9 +80,9 @@ def make_task(
     cities = rng.sample(CITIES, KEYS if kind == "keys" else 1)
     # distinct numbers, so that the answer is at one place only
     numbers = [str(number) for number in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), len(cities))]
-    facts = [] if kind == "passage" else [_fact(*pair) for pair in zip(cities, numbers, strict=True)]
+    facts = [] if kind == "passage" else [secret_number(*pair) for pair in zip(cities, numbers, strict=True)]
 
-    empty = render_prompt(tokenizer, _user_message("", _question(kind, cities[0], "word " * QUOTED_WORDS)))
+    empty = render_prompt(tokenizer, user_message("", _question(kind, cities[0], "word " * QUOTED_WORDS)))
     overhead = sum(
         len(tokenizer(piece, add_special_tokens=False)["input_ids"]) + JOINT_TOKENS
         for piece in [empty, "\n\n", *(fact + "\n\n" for fact in facts)]
@@ -107,7 +107,7 @@ def make_task(
             paragraphs.insert(rng.randrange(len(paragraphs) + 1), fact)
         paragraphs.insert(_nearest_boundary(paragraphs, depth), statement)
 
-    message = _user_message("\n\n".join(paragraphs), _question(kind, subject, subject))
+    message = user_message("\n\n".join(paragraphs), _question(kind, subject, subject))
     prompt = render_prompt(tokenizer, message)
     first = prompt.index(answer, prompt.index(statement))
     prompt_ids, span = locate_text(tokenizer, prompt, first, first + len(answer))
@@ -129,8 +129,9 @@ def make_task(
     )
 
 
-def _fact(city: str, number: str) -> str:
-    return f"The secret number of {city} is {number}."
+def secret_number(name: str, number: str) -> str:
+    """The sentence that a task hides in prose."""
+    return f"The secret number of {name} is {number}."
 
 
 def _question(kind: TaskKind, city: str, quote: str) -> str:
@@ -139,20 +140,17 @@ def _question(kind: TaskKind, city: str, quote: str) -> str:
     return f"What is the secret number of {city}?"
 
 
-def _user_message(text: str, question: str) -> str:
+def user_message(text: str, question: str) -> str:
     """The question stands first too: SmolLM2-135M then found 5 of 5 needles in 6,500 tokens, instead of 3."""
     return f"{question}\n\n{text}\n\n{question}"
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
-    """The prompt up to the start of the reply; plain text for a tokenizer without a chat template."""
+def render_prompt(tokenizer: PreTrainedTokenizerBase, message: str, reply: str = "") -> str:
+    """The prompt up to and including ``reply``, the start of the reply; plain text without a chat template."""
     if tokenizer.chat_template is None:
-        return f"{message}\n\nAnswer:"
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-    )
+        return f"{message}\n\nAnswer: {reply}".rstrip()
+    chat = [{"role": "user", "content": message}]
+    return f"{tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)}{reply}"
 
 
 def locate_text(

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from forecache.workers.evaluation import corpus
-from forecache.workers.evaluation.ruler import CHAINS, CITIES, DIGITS, HOPS, NEEDLES, NOUNS, PEOPLE
+from forecache.workers.evaluation.ruler import CHAINS, CITIES, HOPS, NEEDLES, NOUNS, PEOPLE
+from forecache.workers.evaluation.tasks import DIGITS
 
 Kind = Literal["needle", "multikey", "multivalue", "multiquery", "tracking"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
