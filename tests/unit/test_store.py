@@ -470,7 +470,7 @@ def test_adopted_arena_keeps_its_sealed_chunks(store: ArenaStore) -> None:
 def test_integrity_check_finds_damage(store: ArenaStore) -> None:
     [ref] = store_chunks(store, "a", KEYS[:1])
     store.arena.clear(ref.slot)
-    with pytest.raises(AssertionError, match="its header does not say so"):
+    with pytest.raises(AssertionError, match="its header is not sealed so"):
         store.check_integrity()
 
 
