@@ -18,7 +18,7 @@ import xxhash
 from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
 from forecache.workers.memory.arena import arena as arena_module
 from forecache.workers.memory.arena.arena import Arena, ArenaDescription, describe, remove_abandoned
-from forecache.workers.memory.arena.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, Headers
+from forecache.workers.memory.arena.headers import FIRST_WRITER, NO_WRITER, OWNER, RETIRED, Headers
 from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.format.slots import SlotRef
 
@@ -342,12 +342,12 @@ def test_writers_are_known_while_they_have_the_file_mapped(arena: Arena) -> None
 
 
 def test_a_slot_has_the_writer_that_it_was_given_to(arena: Arena) -> None:
-    assert arena.writer_of(1) == NOBODY
+    assert arena.writer_of(1) == NO_WRITER
     assert arena.renew(1) == 1 and arena.writer_of(1) == OWNER
     assert arena.renew(1, 77) == 2 and arena.writer_of(1) == 77
     assert arena.generation_of(1) == 2
     arena.forget_writer(1)
-    assert arena.writer_of(1) == NOBODY and arena.generation_of(1) == 2
+    assert arena.writer_of(1) == NO_WRITER and arena.generation_of(1) == 2
 
 
 def test_a_retired_slot_is_open_and_stays_retired(arena: Arena) -> None:

@@ -9,7 +9,7 @@ from forecache.workers.memory.arena import headers as headers_module
 from forecache.workers.memory.arena.headers import (
     FIRST_WRITER,
     HEADER,
-    NOBODY,
+    NO_WRITER,
     OPEN,
     OWNER,
     RETIRED,
@@ -62,7 +62,7 @@ def test_the_bytes_of_a_header_are_those_that_other_versions_read(array: npt.NDA
 def test_a_new_file_says_that_its_slots_are_open_and_have_no_writer(headers: Headers) -> None:
     """It is all zeros."""
     assert headers.read_only()[0]["seal"] == OPEN == 0
-    assert headers.writer(0) == NOBODY == 0
+    assert headers.writer(0) == NO_WRITER == 0
     assert headers.generation(0) == 0 and headers.sealed_key(0) is None
     assert not headers.is_sealed(SlotRef(0, 0), bytes(16))
     assert (OWNER, UNKNOWN, RETIRED, FIRST_WRITER) == (1, 2, 3, 16)
@@ -82,9 +82,9 @@ def test_a_slot_is_opened_with_a_new_generation_or_with_its_own(headers: Headers
 def test_the_writer_is_kept_apart_from_what_is_sealed(headers: Headers) -> None:
     headers.set_writer(2, 2**61 + 5)
     ref = sealed(headers, 2)
-    assert headers.writer(2) == 2**61 + 5 and headers.writer(1) == NOBODY
-    headers.set_writer(2, NOBODY)
-    assert headers.writer(2) == NOBODY and headers.is_sealed(ref, KEY)
+    assert headers.writer(2) == 2**61 + 5 and headers.writer(1) == NO_WRITER
+    headers.set_writer(2, NO_WRITER)
+    assert headers.writer(2) == NO_WRITER and headers.is_sealed(ref, KEY)
 
 
 def test_what_was_sealed_is_told_of_that_slot_key_and_generation_alone(headers: Headers) -> None:

@@ -10,7 +10,7 @@ import torch
 from forecache.workers.errors import ChunkLostError, OverloadedError, ReleasedError
 from forecache.workers.memory.arena import owned_file
 from forecache.workers.memory.arena.arena import Arena
-from forecache.workers.memory.arena.headers import FIRST_WRITER, NOBODY, OWNER, RETIRED, UNKNOWN
+from forecache.workers.memory.arena.headers import FIRST_WRITER, NO_WRITER, OWNER, RETIRED, UNKNOWN
 from forecache.workers.memory.arena.ledger import TENANT_MARK, PinLimits
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.store import ArenaStore
@@ -247,9 +247,9 @@ def test_a_slot_has_its_writer_until_it_is_committed_or_free(store: ArenaStore, 
     assert (first.stored, second.stored, first.key) == (False, False, KEYS[0])
     seal(store, KEYS[0], first.ref)
     store.commit("a", [(KEYS[0], first.ref)])
-    assert arena.writer_of(first.ref.slot) == NOBODY and store.copied() == []
+    assert arena.writer_of(first.ref.slot) == NO_WRITER and store.copied() == []
     store.release("a")
-    assert arena.writer_of(second.ref.slot) == NOBODY
+    assert arena.writer_of(second.ref.slot) == NO_WRITER
     assert store.reserve_slots("b", [KEYS[0]])[0].stored
 
 
@@ -287,7 +287,7 @@ def test_a_new_owner_waits_for_the_writers_of_what_was_not_sealed(store: ArenaSt
     store.release("w/e")
     successor = adopted(store)
     assert successor.stats().quarantined_slots == 2, "of the one, and of any that lives"
-    assert successor.arena.writer_of(freed[0].ref.slot) == NOBODY
+    assert successor.arena.writer_of(freed[0].ref.slot) == NO_WRITER
     writer = worker.writer
     assert successor.arena.life == 2
     successor.hear(WriterNews(writer, 2, begun=2, ended_before=3))

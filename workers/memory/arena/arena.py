@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
-from forecache.workers.memory.arena.headers import FIRST_WRITER, HEADER, NOBODY, OWNER, RETIRED, Headers
+from forecache.workers.memory.arena.headers import FIRST_WRITER, HEADER, NO_WRITER, OWNER, RETIRED, Headers
 from forecache.workers.memory.arena.owned_file import (
     create_owned,
     disown,
@@ -366,7 +366,7 @@ class Arena:
 
     def forget_writer(self, slot: int) -> None:
         """No process writes ``slot`` from now on (owner only)."""
-        self._headers.set_writer(slot, NOBODY)
+        self._headers.set_writer(slot, NO_WRITER)
 
     def retire(self, slot: int) -> None:
         """Take ``slot`` out of use (owner only), also for later owners."""

@@ -18,7 +18,7 @@ from forecache.workers.memory.format.slots import SlotRef
 OPEN = 0
 """Seal of a header whose slot holds no chunk, or whose writer has not finished."""
 
-NOBODY = 0
+NO_WRITER = 0
 """Writer of a slot: none."""
 OWNER = 1
 """Writer of a slot: the process that owns the arena. A new owner knows that the old one is gone."""

@@ -254,16 +254,12 @@ class ArenaStore:
         with self._lock:
             self._released.add(holder)
             self._release(holder)
-            for slot in self._quarantine.released(holder):
-                self._make_free(slot)
 
     def start_over(self, holder: str) -> None:
         """Release the slots and the quota of ``holder``, which stays alive. Its process must have finished its
         writes."""
         with self._lock:
             self._release(holder)
-            for slot in self._quarantine.released(holder):
-                self._make_free(slot)
 
     def release_prefix(self, prefix: str) -> int:
         """Release every holder whose name starts with ``prefix``, the name of a dead worker. Returns how many there
@@ -512,6 +508,9 @@ class ArenaStore:
         # Last chunks first, so that they are evicted first: a prefix is useful without its continuation.
         self._release_slots(holder, list(self._holds.of(holder))[::-1], may_write=may_write)
         self._keep_yielding()
+        if not may_write:
+            for slot in self._quarantine.released(holder):
+                self._make_free(slot)
 
     def _release_slots(self, holder: str, slots: Sequence[int], *, may_write: bool = False) -> None:
         for slot in self._holds.remove(holder, slots):

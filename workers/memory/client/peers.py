@@ -59,8 +59,7 @@ class RemotePeers:
 
     def store_batch(self, tier_id: str, batch: ChunkBatch, *, copied_only: bool) -> list[ChunkKey]:
         """Have the tier store ``batch`` and answer for it; returns the keys that it stores now."""
-        ref = self._ask(tier_id, "store_batch", batch, copied_only)
-        return cast(list[ChunkKey], self.wait(tier_id, ref, self._deadline_s))
+        return cast(list[ChunkKey], self._call(tier_id, "store_batch", batch, copied_only))
 
     def set_copied(self, tier_id: str, keys: Sequence[ChunkKey], since: int) -> None:
         """Tell the tier that another one answers for ``keys``, which were read there at its mark ``since``; does not
@@ -69,28 +68,24 @@ class RemotePeers:
 
     def reserve_hosted_quota(self, tier_id: str, holder: str, chunks: int) -> int:
         """Have the tier reserve a quota for a sequence of this node; returns for how many chunks it does."""
-        ref = self._ask(tier_id, "reserve_hosted_quota", holder, chunks)
-        return cast(int, self.wait(tier_id, ref, self._deadline_s))
+        return cast(int, self._call(tier_id, "reserve_hosted_quota", holder, chunks))
 
     def hold_hosted(self, tier_id: str, holder: str, keys: Sequence[ChunkKey]) -> RecordBatch:
         """Have the tier hold those of ``keys`` that it stores; returns their index records."""
-        ref = self._ask(tier_id, "hold_hosted", holder, list(keys))
-        return cast(RecordBatch, self.wait(tier_id, ref, self._deadline_s))
+        return cast(RecordBatch, self._call(tier_id, "hold_hosted", holder, list(keys)))
 
     def store_hosted(self, tier_id: str, holder: str, batch: ChunkBatch) -> list[ChunkKey]:
         """Have the tier store and hold ``batch``; returns the keys that it holds now."""
-        ref = self._ask(tier_id, "store_hosted", holder, batch)
-        return cast(list[ChunkKey], self.wait(tier_id, ref, self._deadline_s))
+        return cast(list[ChunkKey], self._call(tier_id, "store_hosted", holder, batch))
 
     def release_hosted(self, tier_id: str, holders: Sequence[str]) -> None:
         """Have the tier release all that these hold there."""
-        self.wait(tier_id, self._ask(tier_id, "release_hosted", list(holders)), self._deadline_s)
+        self._call(tier_id, "release_hosted", list(holders))
 
     def hosted_holders(self, tier_id: str, floors: Mapping[str, int]) -> list[str]:
         """Holders of these workers that hold something at the tier. All serials of a worker below its floor are
         released."""
-        ref = self._ask(tier_id, "hosted_holders", dict(floors))
-        return cast(list[str], self.wait(tier_id, ref, self._deadline_s))
+        return cast(list[str], self._call(tier_id, "hosted_holders", dict(floors)))
 
     def read_layer(
         self, tier_id: str, holder: str, keys: Sequence[ChunkKey], layer: int
@@ -112,6 +107,9 @@ class RemotePeers:
             raise ChunkLostError(str(error)) from error
         self._asleep.pop(tier_id, None)
         return answer
+
+    def _call(self, tier_id: str, method: str, *args: object) -> object:
+        return self.wait(tier_id, self._ask(tier_id, method, *args), self._deadline_s)
 
     def _ask(self, tier_id: str, method: str, *args: object) -> "ray.ObjectRef[Any] | None":
         until_s, _ = self._asleep.get(tier_id, (0.0, 0.0))
