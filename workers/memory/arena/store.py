@@ -52,9 +52,7 @@ class ArenaStore:
         self._copied: set[ChunkKey] = set()  # stored here; another store answers for them too
         # starts above the marks of an earlier owner, since late calls may still name those
         self._mark = time.time_ns()
-        self._answers: dict[
-            ChunkKey, int
-        ] = {}  # stored chunk -> mark at which this store last started to answer for it
+        self._answers: dict[ChunkKey, int] = {}  # stored chunk -> mark when this store last started to answer for it
         self._pins = Pins()
         self._pin_limits = pin_limits or PinLimits()
         self._claims = Claims(arena.slots, self._pin_limits)
