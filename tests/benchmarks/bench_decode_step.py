@@ -64,7 +64,7 @@ def decoding(backbone: Backbone, pool: HotPool, name: str, context: int, residen
     for i in range(chunks - resident, chunks):
         slot = pool.allocate()
         assert slot is not None
-        seq.resident[i] = slot
+        seq.residency.slots[i] = slot
     tail = pool.allocate()
     assert tail is not None
     seq.open_slots[chunks] = tail

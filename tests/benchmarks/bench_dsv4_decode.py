@@ -107,7 +107,7 @@ def decoding(runner: DeepseekV4Runner, pool: HotPool, name: str, context: int, r
     for i in [*range(resident // 2), *range(chunks - (resident - resident // 2), chunks)]:
         slot = pool.allocate()
         assert slot is not None
-        seq.resident[i] = slot
+        seq.residency.slots[i] = slot
     tail = pool.allocate()
     assert tail is not None
     seq.open_slots[chunks] = tail

@@ -90,7 +90,7 @@ class Feeder:
                     slot = self._pool.allocate()
                     assert slot is not None
                     seq.open_slots[number] = slot
-                    seq.table_version += 1
+                    seq.residency.version += 1
         if decode:
             plan = Plan(tuple(self._sequences), ())
         else:
@@ -101,8 +101,8 @@ class Feeder:
             seq.num_computed = stop
             while seq.tail_tokens >= seq.chunk_tokens:
                 chunk = seq.complete_chunk()
-                slot = seq.resident[chunk.number] = seq.open_slots.pop(chunk.number)
-                seq.table_version += 1
+                slot = seq.residency.slots[chunk.number] = seq.open_slots.pop(chunk.number)
+                seq.residency.version += 1
                 self._pool.complete(slot, chunk.key, dirty=False)
         best: list[int] = logits.argmax(-1).tolist()
         return best

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.core.residency import PendingSet
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.residency.chunk_view import chunk_view
-from forecache.workers.residency.pending_set import Turn
 
 CHUNK = 16
 
@@ -70,28 +70,31 @@ def sequence(chunks: int) -> TokenSequence:
 
 def test_each_letter(llm: LLM) -> None:
     seq = sequence(6)
-    seq.resident, seq.attended = {0: 7, 2: 8, 5: 9}, frozenset({2, 3})
+    seq.residency.slots, seq.residency.attended = {0: 7, 2: 8, 5: 9}, frozenset({2, 3})
 
-    def states(turn: Turn | None) -> str | None:
-        view = chunk_view(seq, llm.engine.pool, turn)
+    def states(pending: PendingSet | None) -> str | None:
+        seq.residency.pending = pending
+        view = chunk_view(seq, llm.engine.pool)
         return None if view is None else view.states
 
-    turn = Turn(boundary=8, chunks=6)
-    assert states(turn) == "hcacchh"
-    assert states(turn) is None, "nothing has changed"
-    turn.selected, turn.wanted = frozenset({0, 1, 4}), [1, 4]
-    assert states(turn) == "hfacfhh"
-    turn.wanted = []
-    assert states(turn) == "hpacphh"
-    seq.streamed = True
-    seq.table_version += 1
+    pending = PendingSet(boundary=8, chunks=6)
+    assert states(pending) == "hcacchh"
+    assert states(pending) is None, "nothing has changed"
+    pending.selected, pending.wanted = frozenset({0, 1, 4}), [1, 4]
+    assert states(pending) == "hfacfhh"
+    pending.wanted = []
+    assert states(pending) == "hpacphh"
+    seq.residency.streamed = True
+    seq.residency.version += 1
     assert states(None) == "hhhhhhh"
 
 
-@pytest.mark.parametrize("change", [lambda s: setattr(s, "attended", frozenset({1})), lambda s: s.complete_chunk()])
+@pytest.mark.parametrize(
+    "change", [lambda s: setattr(s.residency, "attended", frozenset({1})), lambda s: s.complete_chunk()]
+)
 def test_what_changes_is_told(llm: LLM, change: Callable[[TokenSequence], Any]) -> None:
     seq = sequence(3)
-    seq.resident = {1: 4}
-    assert chunk_view(seq, llm.engine.pool, None) is not None
+    seq.residency.slots = {1: 4}
+    assert chunk_view(seq, llm.engine.pool) is not None
     change(seq)
-    assert chunk_view(seq, llm.engine.pool, None) is not None
+    assert chunk_view(seq, llm.engine.pool) is not None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +17,8 @@ from hypothesis.extra.numpy import arrays
 
 from forecache.indexer.serving.protocol import Indexer, Prediction, PredictRequest
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.core.sequence import TokenSequence
+from forecache.workers.core.residency import Residency
 from forecache.workers.llm import LLM
-from forecache.workers.residency.early_scores import EarlyScores
 
 TOKENS = 40
 """Less than a window: every boundary is an early one."""
@@ -127,9 +126,9 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
         llm.engine.add_request(request)
         (seq,) = llm.engine._sequences.values()
         resident: dict[int, set[int]] = {}
-        while seq.decode_steps < TOKENS - 2:
+        while seq.residency.decode_steps < TOKENS - 2:
             llm.engine.step()
-            resident[seq.decode_steps] = {3, 4, 5} & set(seq.resident)
+            resident[seq.residency.decode_steps] = {3, 4, 5} & set(seq.residency.slots)
     assert resident[9] == {3, 4, 5}
     assert (resident[TOKENS - 3] == {3, 4, 5}) == (window_steps == 64)
 
@@ -139,14 +138,14 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
     window_steps=st.sampled_from([4, 16, 64]),
 )
 def test_scores_of_the_first_window_are_the_largest_so_far(scores: list[np.ndarray], window_steps: int) -> None:
-    early, seq = EarlyScores(), cast("TokenSequence", object())
+    residency = Residency()
     expected = np.empty(0, dtype=np.float32)
     for number, more in enumerate(scores):
         boundary = 2 << number
         # chunks become more from one boundary to the next
         predicted = np.concatenate([np.resize(more, len(expected)) if len(more) else expected - 1, more])
         given_scores = predicted.copy()
-        got = early.largest(seq, predicted, boundary, window_steps)
+        got = residency.keep_early_scores(predicted, boundary, window_steps)
         if boundary > window_steps:
             assert np.array_equal(got, given_scores)
         else:
@@ -155,5 +154,6 @@ def test_scores_of_the_first_window_are_the_largest_so_far(scores: list[np.ndarr
             assert np.array_equal(got, expected)
         assert np.array_equal(predicted, given_scores), "what an indexer answered is its own"
         expected = expected if boundary <= window_steps else np.empty(0, dtype=np.float32)
-    early.forget(seq)
-    early.forget(seq)
+    for _ in range(2):
+        residency.drop_pending()
+        assert residency.early_scores is None

@@ -180,7 +180,7 @@ def run_case(model: Path, reference: Reference, case: int) -> int:
 
 def may_restart(llm: LLM, seq: Any) -> bool:
     """Whether it can turn out now that chunks of ``seq`` are lost."""
-    return seq is not None and seq.state in (State.PREFILL, State.DECODE) and not llm.engine.windows.busy(seq)
+    return seq is not None and seq.state in (State.PREFILL, State.DECODE) and not seq.residency.copying
 
 
 def check_answer(one: Asked, reference: Reference) -> None:
@@ -211,7 +211,7 @@ def check_nothing_left(llm: LLM) -> None:
     assert pool.referenced == pool.dirty == 0 and pool.used == pool.num_slots - len(pool._free)
     assert stats.held_slots == stats.committed_slots == 0 and not llm.memory.holders()
     assert not engine._keeper._holders and not engine._keeper._asked and not engine._keeper._releasing
-    assert not engine._answers._detokenizers and not engine.windows._turns and not engine.windows._boundaries
+    assert not engine._answers._detokenizers and not engine.windows._recalling
     assert not engine._scheduler.running and not engine._scheduler.waiting
 
 

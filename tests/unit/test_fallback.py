@@ -67,9 +67,8 @@ class Eventful:
         found = self.inner.predict(request).result(30)
         assert self.engine is not None
         scores = found.scores.copy()
-        scores[[chunk for chunk in self.engine._sequences[request.sequence_id].resident if chunk < len(scores)]] = (
-            np.inf
-        )
+        resident = self.engine._sequences[request.sequence_id].residency.slots
+        scores[[chunk for chunk in resident if chunk < len(scores)]] = np.inf
         mass = self.events(number, scores)
         answer: Future[Prediction] = Future()
         answer.set_result(replace(found, scores=np.maximum(found.scores, mass), event_mass=mass))
@@ -162,7 +161,7 @@ def test_low_coverage_doubles_the_budget_and_brings_the_chunks_in(
         stats = None
         while stats is None:
             stats = next((e.stats for e in llm.engine.step() if e.finish_reason is not None), None)
-            sizes[seq.decode_steps] = (len(seq.resident), seq.reserved_slots)
+            sizes[seq.residency.decode_steps] = (len(seq.residency.slots), seq.residency.reserved_slots)
             llm.engine.check_integrity()
         assert stats.coverage == 0.0 and stats.fallbacks == 1
         assert llm.engine.stats().event_misses == 1
@@ -221,10 +220,11 @@ def test_coverage_is_that_of_the_set_which_the_step_read(
     captured, shares = WindowCycle.captured, []
 
     def note(self: WindowCycle, found: Captured) -> None:
-        before = set(self._turns)
+        residency = found.request.sequence.residency
+        before = residency.pending
         captured(self, found)
-        for seq in set(self._turns) - before:
-            turn = self._turns[seq]
+        turn = residency.pending
+        if turn is not None and turn is not before:
             assert turn.future is not None and turn.resident is not None
             events = turn.future.result(30).event_mass
             assert events is not None and len(events) == turn.chunks
@@ -277,7 +277,7 @@ def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: lis
                     stats = event.stats
                 llm.engine.check_integrity()
             assert stats.fallbacks == 1
-            assert seq.streamed == (hot_chunks < 64)
+            assert seq.residency.streamed == (hot_chunks < 64)
             # a large pool gives it back later, a streamed sequence goes on as it is
             assert stats.keep_ratio > (0.6 if hot_chunks == 64 else 0.95)
     # the sets of the large pool were whole at the first four boundaries
@@ -301,7 +301,7 @@ def test_an_answer_that_began_to_be_streamed_is_gone_on_with(
             while not llm.engine.idle:
                 tokens[name] += [token for event in llm.engine.step() for token in event.token_ids]
                 assert seq.awaited_tokens <= 1
-            assert seq.streamed
+            assert seq.residency.streamed
         assert tokens["resumed"] == tokens["whole"] and len(tokens["whole"]) == TOKENS
 
 
@@ -323,7 +323,7 @@ def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list
             while any(len(made) < TOKENS for made in tokens.values()):
                 for event in llm.engine.step():
                     tokens[event.request_id] += event.token_ids
-                streamed |= {seq.request_id for seq in llm.engine._sequences.values() if seq.streamed}
+                streamed |= {seq.request_id for seq in llm.engine._sequences.values() if seq.residency.streamed}
                 llm.engine.check_integrity()
             assert streamed == {"streamed"}
             assert [tokens["a"], tokens["b"]] == expected
@@ -413,6 +413,6 @@ def test_sound_whatever_the_heads_look_for(
                     llm.engine.cancel(f"r{i}")
             ends |= {event.request_id for event in llm.engine.step() if event.finish_reason is not None}
             llm.engine.check_integrity()
-            assert llm.engine._scheduler.spare_slots >= 0
+            assert llm.engine.windows.budgets.spare_slots >= 0
             step += 1
             assert step < 3000, f"no progress: {ends}"

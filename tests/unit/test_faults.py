@@ -119,7 +119,7 @@ def test_news_of_a_request_that_has_left_is_no_news(
         llm.engine.pool.evict_all()
         # one more chunk than is stored: it is on its way to cold memory when the stored ones are recalled
         add(llm, "late", prompts[2] + prompts[0][:40], 30)
-        while not llm.engine.windows._turns:
+        while not any(seq.residency.pending for seq in llm.engine._sequences.values()):
             llm.engine.step()
         llm.engine.cancel("late")
         events = llm.engine.step()
@@ -220,9 +220,9 @@ def test_sequences_with_an_equal_beginning_part(tiny_model: Path, prompts: list[
     with open_llm(tiny_model, keep_ratio=0.1, max_batch_size=8) as llm:
         for end in range(140, 148):
             add(llm, str(end), prompts[2][:end], 40)
-        while any(seq.decode_steps < 20 for seq in llm.engine._sequences.values()):
+        while any(seq.residency.decode_steps < 20 for seq in llm.engine._sequences.values()):
             llm.engine.step()
-        boundaries = {llm.engine.windows._boundaries[seq] for seq in llm.engine._sequences.values()}
+        boundaries = {seq.residency.boundary for seq in llm.engine._sequences.values()}
         assert len(boundaries) > 1
         finish(llm, set(llm.engine._sequences))
 

@@ -153,7 +153,9 @@ def assert_nothing_wrong_is_stored(llm: LLM, clean: dict[ChunkKey, Tensor]) -> N
 def cold_chunks(llm: LLM, first: int = 0) -> list[SlotRef]:
     """Places of the chunks of request ``a`` from number ``first`` on that are in cold memory alone."""
     seq = llm.engine._sequences["a"]
-    cold = [c for c in seq.chunks[first:] if llm.engine.pool.lookup(c.key) is None and c.number not in seq.resident]
+    cold = [
+        c for c in seq.chunks[first:] if llm.engine.pool.lookup(c.key) is None and c.number not in seq.residency.slots
+    ]
     return [chunk.ref for chunk in cold if chunk.ref is not None]
 
 
@@ -368,7 +370,7 @@ def test_index_records(architecture: Architecture, device: str) -> None:
 
     def meddle(llm: LLM) -> bool:
         seq = llm.engine._sequences.get("a")
-        if seq is None or seq.decode_steps < 10:
+        if seq is None or seq.residency.decode_steps < 10:
             return False
         flipped.extend(chunk.ref for chunk in seq.chunks[1:3] if chunk.ref is not None)
         for ref in flipped:

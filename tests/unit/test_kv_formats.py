@@ -43,9 +43,9 @@ def logits_of(model: Path, tokens: list[int], kv_dtype: Any) -> torch.Tensor:
         while seq.tail_tokens >= CHUNK:
             number = len(seq.chunks)
             chunk = seq.complete_chunk()
-            seq.resident[number] = seq.open_slots.pop(number)
-            seq.table_version += 1
-            pool.complete(seq.resident[number], chunk.key, dirty=False)
+            seq.residency.slots[number] = seq.open_slots.pop(number)
+            seq.residency.version += 1
+            pool.complete(seq.residency.slots[number], chunk.key, dirty=False)
     return torch.stack(rows)
 
 

@@ -297,7 +297,7 @@ def test_a_sequence_whose_next_set_is_on_its_way_starts_over_once_that_is_there(
             return ticket
 
         def while_it_turns(plan: Plan) -> int | None:
-            return 0 if any(llm.engine.windows.busy(seq) for seq in plan.decode) else None
+            return 0 if any(seq.residency.copying for seq in plan.decode) else None
 
         prefetcher.recall = late
         fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), while_it_turns)

@@ -9,14 +9,13 @@ import pytest
 from small_llm import open_llm
 
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
+from forecache.workers.core.residency import FIRST_BOUNDARY, PendingSet
 from forecache.workers.core.sequence import State
 from forecache.workers.core.step_plan import Captured
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import Reservation
-from forecache.workers.residency.pending_set import Turn
-from forecache.workers.residency.window import FIRST_BOUNDARY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MOST_STEPS = 1500
@@ -74,11 +73,11 @@ def test_a_prediction_of_an_earlier_try_is_not_used(
                 early.append(news)
                 return
             if news.request.restarts == 1 and not ignored:
-                assert windows._boundaries[seq] == early[0].request.boundary == FIRST_BOUNDARY
-                assert seq not in windows._turns and seq.state is State.DECODE
+                assert seq.residency.boundary == early[0].request.boundary == FIRST_BOUNDARY
+                assert seq.residency.pending is None and seq.state is State.DECODE
                 captured(early[0])
-                assert seq not in windows._turns, "a prediction was asked for with it"
-                ignored.append(seq.decode_steps)
+                assert seq.residency.pending is None, "a prediction was asked for with it"
+                ignored.append(seq.residency.decode_steps)
             captured(news)
 
         monkeypatch.setattr(windows, "captured", late)
@@ -140,7 +139,7 @@ def test_a_set_waits_for_slots_that_others_chunks_are_in(
         windows, pool, bring_in = llm.engine.windows, llm.engine.pool, llm.engine.windows._bring_in
         waited: list[int] = []
 
-        def crowded(seq: Any, turn: Turn) -> None:
+        def crowded(seq: Any, turn: PendingSet) -> None:
             cold = [number for number in turn.wanted if pool.lookup(seq.chunks[number].key) is None]
             if len(cold) > 1 and len(waited) < 5:
                 taken = []

@@ -87,7 +87,7 @@ def test_what_is_streamed_through_a_small_pool_is_gone_on_with(
             assert seq.replayed_tokens == 0
             steps += any(event.token_ids for event in events)
             resumed += [token for event in events for token in event.token_ids]
-        assert seq.streamed and whole[:sent] + resumed == whole and steps == 40 - sent
+        assert seq.residency.streamed and whole[:sent] + resumed == whole and steps == 40 - sent
 
 
 def test_where_runs_need_not_be_reproducible_the_beginning_is_prefilled(

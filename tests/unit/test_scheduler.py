@@ -19,6 +19,7 @@ from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.engine.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import root_key
+from forecache.workers.residency.budgets import Reservations
 from forecache.workers.residency.window import PROBE_TOKENS
 
 CHUNK = 16
@@ -58,6 +59,7 @@ class Bench:
             llm.engine.config.model_copy(update=settings),
             self.pool,
             self.windows,
+            Reservations(self.pool.num_slots),
             cold_slots=cold_slots,
             linear_equal=100.0,
         )
@@ -90,15 +92,11 @@ class Bench:
         return seq
 
     def admit(self, releasing_slots: int = 0) -> list[str]:
-        def locate(seq: TokenSequence) -> None:
+        admitted = self.scheduler.admit(releasing_slots) if releasing_slots else self.scheduler.admit()
+        for seq in admitted:
             assert seq.state is State.LOCATING
             seq.state = State.PREFILL
             self.located.append(seq.request_id)
-
-        if releasing_slots:
-            self.scheduler.admit(locate, releasing_slots)
-        else:
-            self.scheduler.admit(locate)
         return [seq.request_id for seq in self.scheduler.running]
 
     def compute(self, plan: Plan) -> None:
@@ -115,7 +113,7 @@ class Bench:
         other = self.add("other", 1)
         self.admit()
         other.state = State.RECALLING
-        other.reserved_slots = self.pool.num_slots - seq.reserved_slots
+        other.residency.reserved_slots = self.pool.num_slots - seq.residency.reserved_slots
 
     def leave(self, seq: TokenSequence) -> None:
         self.scheduler.remove(seq)
@@ -124,7 +122,7 @@ class Bench:
         seq.open_slots.clear()
 
     def reserved(self) -> int:
-        return sum(seq.reserved_slots for seq in self.scheduler.running)
+        return sum(seq.residency.reserved_slots for seq in self.scheduler.running)
 
     def close(self) -> None:
         for seq in [*self.scheduler.running, *self.scheduler.waiting]:
@@ -187,22 +185,22 @@ def test_a_budget_is_reserved_with_room_for_a_turn(bench: Bench) -> None:
     bench.admit()
     assert seq.max_chunks == 41
     budget = 11  # ⌈41 / 4⌉
-    assert seq.reserved_slots == budget + 6 + 32 // CHUNK + 2
-    assert not seq.streamed
+    assert seq.residency.reserved_slots == budget + 6 + 32 // CHUNK + 2
+    assert not seq.residency.streamed
 
 
 def test_full_attention_reserves_everything(bench: Bench) -> None:
     seq = bench.add("a", 640, policy="full")
     bench.admit()
-    assert seq.reserved_slots == seq.max_chunks + 1
-    assert not seq.streamed
+    assert seq.residency.reserved_slots == seq.max_chunks + 1
+    assert not seq.residency.streamed
 
 
 def test_full_attention_over_more_than_the_pool_is_streamed(bench: Bench) -> None:
     seq = bench.add("a", SLOTS * CHUNK, policy="full")
     assert bench.admit() == ["a"]
-    assert seq.streamed
-    assert seq.reserved_slots == 128 // CHUNK + 1
+    assert seq.residency.streamed
+    assert seq.residency.reserved_slots == 128 // CHUNK + 1
 
 
 def test_a_budget_larger_than_the_pool_is_streamed(tiny_model: Path, tmp_path: Path) -> None:
@@ -210,8 +208,8 @@ def test_a_budget_larger_than_the_pool_is_streamed(tiny_model: Path, tmp_path: P
         bench = Bench(llm)
         seq = bench.add("a", 1000)
         assert bench.admit() == ["a"]
-        assert seq.streamed
-        assert seq.reserved_slots <= 6
+        assert seq.residency.streamed
+        assert seq.residency.reserved_slots <= 6
         bench.close()
 
 
@@ -339,7 +337,7 @@ def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(bench: Bench) -> Non
 def test_a_step_of_prefill_stays_within_the_reservation(bench: Bench) -> None:
     seq = bench.add("a", 20, answer=1)
     bench.admit()
-    seq.reserved_slots = 1
+    seq.residency.reserved_slots = 1
     bench.pool_is_promised_to_others(seq)
     (part,) = bench.scheduler.next_plan().streams
     assert part.tokens == CHUNK
@@ -364,7 +362,7 @@ def test_a_streamed_sequence_takes_a_share_of_the_steps(bench: Bench) -> None:
     bench.admit()
     finish_prefill(row)
     finish_prefill(streamed)
-    streamed.streamed = True
+    streamed.residency.streamed = True
     plans = [bench.scheduler.next_plan() for _ in range(3 * STREAMED_SHARE)]
     assert all(plan.decode == (row,) for plan in plans)
     assert sum(len(plan.streams) for plan in plans) == 3
@@ -379,7 +377,7 @@ def test_streamed_sequences_take_turns(bench: Bench) -> None:
     for seq in (row, *streamed):
         finish_prefill(seq)
     for seq in streamed:
-        seq.streamed = True
+        seq.residency.streamed = True
     plans = [bench.scheduler.next_plan() for _ in range(4 * STREAMED_SHARE)]
     assert all(plan.decode == (row,) for plan in plans)
     lane = [part.sequence for plan in plans for part in plan.streams]
@@ -396,7 +394,7 @@ def test_a_lane_step_that_took_long_is_paid_back(bench: Bench, monkeypatch: pyte
     bench.admit()
     finish_prefill(row)
     finish_prefill(streamed)
-    streamed.streamed = True
+    streamed.residency.streamed = True
 
     def until_the_lane_opens(step_s: float) -> int:
         nonlocal now_s
@@ -467,24 +465,24 @@ def test_an_answer_over_partial_sets_is_decoded_again_where_runs_are_reproducibl
 ) -> None:
     bench = Bench(llm, late_policy=late_policy)
     seq = bench.add("a", prompt, policy=policy, keep=keep, resumed=7)
-    assert seq.streamed == (prompt > SLOTS * CHUNK)
+    assert seq.residency.streamed == (prompt > SLOTS * CHUNK)
     assert (seq.prefill_target, seq.replayed_tokens) == ((prompt, 7) if replayed else (prompt + 7, 0))
     bench.close()
 
 
 def test_what_fills_the_pool_to_its_last_slot_fits(bench: Bench) -> None:
     seq = bench.add("a", (SLOTS - 1) * CHUNK - 16, policy="full")
-    assert seq.reserved_slots == SLOTS and not seq.streamed
+    assert seq.residency.reserved_slots == SLOTS and not seq.residency.streamed
     other = bench.add("b", 16)
-    seq.reserved_slots = SLOTS - other.reserved_slots
+    seq.residency.reserved_slots = SLOTS - other.residency.reserved_slots
     assert bench.admit() == ["a", "b"]
-    assert bench.scheduler.spare_slots == 0
+    assert bench.scheduler._reservations.spare_slots == 0
 
 
 def test_a_streamed_prompt_is_promised_the_whole_pool_where_its_steps_are_large(llm: LLM) -> None:
     bench = Bench(llm, prefill_chunk_tokens=2 * SLOTS * CHUNK)
     seq = bench.add("a", SLOTS * CHUNK - 16, policy="full")
-    assert (seq.max_chunks, seq.streamed, seq.reserved_slots) == (SLOTS, True, SLOTS)
+    assert (seq.max_chunks, seq.residency.streamed, seq.residency.reserved_slots) == (SLOTS, True, SLOTS)
     bench.close()
 
 
@@ -544,7 +542,7 @@ def test_a_streamed_sequence_has_every_fourth_step(bench: Bench, monkeypatch: py
     bench.admit()
     finish_prefill(row)
     finish_prefill(streamed)
-    streamed.streamed = True
+    streamed.residency.streamed = True
 
     def lane(steps: int) -> list[bool]:
         return [bool(bench.scheduler.next_plan().streams) for _ in range(steps)]
@@ -577,7 +575,7 @@ def test_prefill_keeps_no_lane_shut(bench: Bench) -> None:
     bench.admit()
     finish_prefill(row)
     finish_prefill(streamed)
-    streamed.streamed = True
+    streamed.residency.streamed = True
     bench.scheduler.observe(Plan((row,), (StreamPart(coming, 16),)), 1e9)
     bench.leave(coming)
     assert any(bench.scheduler.next_plan().streams for _ in range(4))
@@ -590,7 +588,7 @@ def test_it_is_known_ahead_whether_a_step_is_of_decode_rows_alone(bench: Bench) 
     assert bench.scheduler.streams_next is True
     bench.leave(coming)
     assert bench.scheduler.streams_next is False
-    row.streamed = True
+    row.residency.streamed = True
     assert bench.scheduler.streams_next is True
 
 
@@ -599,7 +597,7 @@ def test_a_step_opens_the_slots_that_it_writes_and_no_others(bench: Bench) -> No
     bench.admit()
     for seq in (row, streamed):
         finish_prefill(seq)
-    streamed.streamed = True
+    streamed.residency.streamed = True
     for _ in range(4):
         plan = bench.scheduler.next_plan()
     assert plan.decode == (row,) and parts(plan) == [("b", 1)]
@@ -672,11 +670,11 @@ def test_the_first_of_two_prompts_may_use_the_spare_slots(bench: Bench) -> None:
     bench.scheduler.rate.work_per_s = FAST
     first, second = bench.add("a", 100), bench.add("b", 100)
     bench.admit()
-    first.reserved_slots, second.reserved_slots = 1, 1
+    first.residency.reserved_slots, second.residency.reserved_slots = 1, 1
     other = bench.add("other", 1)
     bench.admit()
     other.state = State.RECALLING
-    other.reserved_slots = SLOTS - 2 - 3
+    other.residency.reserved_slots = SLOTS - 2 - 3
     assert parts(bench.scheduler.next_plan()) == [("a", 4 * CHUNK), ("b", CHUNK)]
 
 
@@ -685,7 +683,7 @@ def test_a_step_of_prefill_counts_the_chunk_that_is_half_full(bench: Bench) -> N
     bench.admit()
     seq.num_computed = CHUNK + 5
     seq.complete_chunk()
-    seq.reserved_slots = 2
+    seq.residency.reserved_slots = 2
     bench.pool_is_promised_to_others(seq)
     assert parts(bench.scheduler.next_plan()) == [("a", 2 * CHUNK - 5)]
 
@@ -733,7 +731,7 @@ def test_no_token_is_computed_behind_the_last_one(bench: Bench) -> None:
 def test_only_a_set_that_attention_chooses_is_asked_for(bench: Bench, policy: Policy, streamed: bool) -> None:
     seq = bench.add("a", 100, policy=policy)
     bench.admit()
-    seq.streamed = streamed
+    seq.residency.streamed = streamed
     assert [part.probe for part in bench.scheduler.next_plan().streams] == [0]
 
 

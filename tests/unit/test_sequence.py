@@ -105,11 +105,11 @@ def test_partial_means_that_a_chunk_is_not_read() -> None:
     assert not seq.partial
     compute(seq, 50)
     assert seq.partial
-    seq.resident = {0: 5, 1: 6, 2: 7}
+    seq.residency.slots = {0: 5, 1: 6, 2: 7}
     assert not seq.partial
-    del seq.resident[1]
+    del seq.residency.slots[1]
     assert seq.partial
-    seq.streamed = True  # reads everything, resident or not
+    seq.residency.streamed = True  # reads everything, resident or not
     assert not seq.partial
 
 
@@ -117,11 +117,11 @@ def test_starting_over_computes_everything_again_exactly() -> None:
     seq = sequence(40, holder="first")
     compute(seq, 39)
     seq.token_ids += [1, 2, 3]
-    seq.open_exact, seq.state, seq.decode_steps = False, State.DECODE, 2
+    seq.open_exact, seq.state, seq.residency.decode_steps = False, State.DECODE, 2
     compute(seq, 3)
     seq.start_over("second")
     assert (seq.holder, seq.restarts, seq.state) == ("second", 1, State.WAITING)
-    assert (seq.num_computed, seq.decode_steps, seq.chunks, seq.chunk_of) == (0, 0, [], {})
+    assert (seq.num_computed, seq.residency.decode_steps, seq.chunks, seq.chunk_of) == (0, 0, [], {})
     # what was said is not said again: it is part of what is to be computed
     assert seq.prefill_target == 43
     assert seq.output_ids == [1, 2, 3]

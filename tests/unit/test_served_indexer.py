@@ -251,7 +251,7 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
             if steps == 20:
                 llm.engine.cancel("s0")
             running = llm.engine._scheduler.running
-            decoding = [seq for seq in running if seq.decode_steps == 12 and seq.request_id == "s3"]
+            decoding = [seq for seq in running if seq.residency.decode_steps == 12 and seq.request_id == "s3"]
             if decoding and restarted is None:
                 llm.engine._read_running()
                 restarted = decoding[0]

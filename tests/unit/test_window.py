@@ -30,8 +30,8 @@ from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.hot.completions import Recalled, WrittenBack
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.prefetcher import Prefetcher
-from forecache.workers.residency.captures import make_capture
-from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
+from forecache.workers.residency.budgets import Reservations
+from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle, make_capture
 
 CHUNK = 16
 LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=8, chunk_tokens=CHUNK, dtype=torch.float32)
@@ -58,6 +58,12 @@ class Scripted:
     def close(self) -> None: ...
 
 
+class Spare(Reservations):
+    """As many spare slots as a test says."""
+
+    spare_slots = 0
+
+
 class Bench:
     """A window cycle, and what an engine does around it."""
 
@@ -73,7 +79,7 @@ class Bench:
         self.pool = HotPool(LAYOUT, slots, torch.device("cpu"))
         self.prefetcher = Prefetcher(self.pool, ArenaStore(self.arena), lambda slot: self.pool.memory[slot, :8])
         self.indexer = Scripted()
-        self.spare = 0
+        self.reservations = Spare(slots)
         self.high = 0.1
         more = {} if history_steps is None else {"history_steps": history_steps}
         defaults = {"keep_ratio": 0.2, "chunk_tokens": CHUNK, "window_steps": WINDOW, "lead_steps": 4}
@@ -84,7 +90,7 @@ class Bench:
             self.arena,
             self.prefetcher,
             self.indexer,
-            lambda: self.spare,
+            self.reservations,
             **more,
         )
         self.sequences: list[TokenSequence] = []
@@ -111,7 +117,7 @@ class Bench:
             policy=policy,
         )
         self.sequences.append(seq)
-        seq.reserved_slots = self.windows.budgets.slots(seq, 1)
+        seq.residency.reserved_slots = self.windows.budgets.slots(seq, 1)
         for _ in range(CHUNKS):
             slot = self.pool.allocate()
             assert slot is not None
@@ -164,10 +170,10 @@ class Bench:
         seq.num_computed += 1
         if seq.tail_tokens == CHUNK:
             number = len(seq.chunks)
-            seq.resident[number] = seq.open_slots.pop(number)
-            self._complete(seq, seq.resident[number])
+            seq.residency.slots[number] = seq.open_slots.pop(number)
+            self._complete(seq, seq.residency.slots[number])
             seq.open_slots[number + 1] = self.slot()
-            seq.table_version += 1
+            seq.residency.version += 1
         self.windows.stepped(seq)
         seq.token_ids.append(5)
         if capture is not None and answered:
@@ -181,7 +187,7 @@ class Bench:
         for _ in range(200):
             self.step(seq)
             if len(self.indexer.asked) > asked:
-                return seq.decode_steps
+                return seq.residency.decode_steps
             assert self.windows.poll(seq) == ()
         raise AssertionError("none was asked for")
 
@@ -208,25 +214,26 @@ class Bench:
     def until_swapped(self, seq: TokenSequence) -> int:
         for _ in range(200):
             if self.windows.poll(seq) == () and not self.waiting_turn(seq):
-                return seq.decode_steps
+                return seq.residency.decode_steps
             self.step(seq)
         raise AssertionError("it never took over")
 
     def waiting_turn(self, seq: TokenSequence) -> bool:
-        return seq in self.windows._turns
+        return seq.residency.pending is not None
 
     def close(self) -> None:
         self.prefetcher.flush()
         self.store()
         for seq in self.sequences:
             self.windows.forget(seq)
-            for slot in [*seq.resident.values(), *seq.open_slots.values()]:
+            for slot in [*seq.residency.slots.values(), *seq.open_slots.values()]:
                 self.pool.release(slot)
+            residency = seq.residency
+            assert residency.pending is residency.awaited_boundary is residency.waiting_since_s is None
+            assert residency.early_scores is None
         self.pool.check_integrity()
         assert self.pool.referenced == 0
-        windows = self.windows
-        assert not windows._turns and not windows._boundaries and not windows._asked and not windows._waits_since
-        assert not windows._early_scores._largest
+        assert not self.windows._recalling
         self.prefetcher.close()
         self.arena.close()
 
@@ -276,19 +283,19 @@ FIRST, SECOND, THIRD = (3, 5, 7, 9, 11), (13, 15, 17, 19, 21), (23, 25, 27, 29, 
 def test_the_first_set_is_of_the_chunks_with_the_largest_mass(bench: Bench) -> None:
     seq = bench.add()
     bench.windows.begin(seq, scores_of(CHUNKS, *FIRST), retrieval_heads=False)
-    assert bench.windows.blocked(seq) is True and bench.windows.busy(seq) is True
-    assert len(bench.windows.incoming(seq)) == BUDGET and seq.resident == {}
+    assert bench.windows.blocked(seq) is True and seq.residency.copying is True
+    assert len(seq.residency.incoming_slots) == BUDGET and seq.residency.slots == {}
     (recall,) = bench.store()
     assert recall.recalled_chunks == BUDGET
-    assert bench.windows.busy(seq) is False
-    version = seq.table_version
+    assert seq.residency.copying is False
+    version = seq.residency.version
     assert bench.windows.poll(seq) == ()
-    assert sorted(seq.resident) == kept(*FIRST)
-    for number, slot in seq.resident.items():
+    assert sorted(seq.residency.slots) == kept(*FIRST)
+    for number, slot in seq.residency.slots.items():
         assert (bench.pool.memory[slot] == number + 1).all()
-    assert seq.state is State.DECODE and seq.table_version == version + 1
-    assert bench.windows.incoming(seq) == [] and bench.windows.blocked(seq) is False
-    assert bench.windows.busy(seq) is False and bench.windows.poll(seq) == ()
+    assert seq.state is State.DECODE and seq.residency.version == version + 1
+    assert seq.residency.incoming_slots == [] and bench.windows.blocked(seq) is False
+    assert seq.residency.copying is False and bench.windows.poll(seq) == ()
     assert (seq.counters.windows, seq.counters.recalled_chunks) == (0, BUDGET)
 
 
@@ -298,19 +305,19 @@ def test_what_is_hot_already_is_not_recalled(bench: Bench) -> None:
     again = bench.add("a2")
     again.chunks, again.chunk_of = first.chunks, first.chunk_of  # a common prefix
     bench.windows.begin(again, scores_of(CHUNKS, *FIRST[:4], 13), retrieval_heads=False)
-    assert bench.windows.busy(again)
+    assert again.residency.copying
     (recall,) = bench.store()
     bench.windows.poll(again)
     assert recall.recalled_chunks == again.counters.recalled_chunks == 1
-    shared = [slot for number, slot in again.resident.items() if number != 13]
+    shared = [slot for number, slot in again.residency.slots.items() if number != 13]
     assert len(shared) == 7 and all(bench.pool.references(slot) == 2 for slot in shared)
     third = bench.add("a3")
     third.chunks = first.chunks
     bench.windows.begin(third, scores_of(CHUNKS, *FIRST), retrieval_heads=False)
-    assert not bench.windows.busy(third)  # nothing to copy
-    assert sorted(third.resident) == []
+    assert not third.residency.copying  # nothing to copy
+    assert sorted(third.residency.slots) == []
     bench.windows.poll(third)
-    assert sorted(third.resident) == kept(*FIRST) and third.state is State.DECODE
+    assert sorted(third.residency.slots) == kept(*FIRST) and third.state is State.DECODE
 
 
 def test_a_set_waits_until_the_pool_has_slots_for_all_of_it(bench: Bench) -> None:
@@ -319,14 +326,14 @@ def test_a_set_waits_until_the_pool_has_slots_for_all_of_it(bench: Bench) -> Non
     bench.windows.begin(seq, scores_of(CHUNKS, *FIRST), retrieval_heads=False)
     for slot in taken[:BUDGET]:
         assert bench.windows.poll(seq) == ()
-        assert not bench.windows.busy(seq) and bench.windows.incoming(seq) == [] and seq.resident == {}
+        assert not seq.residency.copying and seq.residency.incoming_slots == [] and seq.residency.slots == {}
         assert bench.windows.blocked(seq) is True
         bench.pool.release(slot)
     bench.windows.poll(seq)
-    assert bench.windows.busy(seq) and bench.pool.available == 0
+    assert seq.residency.copying and bench.pool.available == 0
     bench.store()
     bench.windows.poll(seq)
-    assert sorted(seq.resident) == kept(*FIRST)
+    assert sorted(seq.residency.slots) == kept(*FIRST)
     for slot in taken[BUDGET:]:
         bench.pool.release(slot)
 
@@ -334,14 +341,15 @@ def test_a_set_waits_until_the_pool_has_slots_for_all_of_it(bench: Bench) -> Non
 def test_a_lost_chunk_is_named_and_its_slot_is_not_to_be_found(bench: Bench) -> None:
     seq = bench.add()
     bench.windows.begin(seq, scores_of(CHUNKS, *FIRST), retrieval_heads=False)
-    turn = bench.windows._turns[seq]
+    turn = seq.residency.pending
+    assert turn is not None
     lost = turn.copying[0]
     bench.prefetcher.flush()
     (done,) = [done for done in bench.prefetcher.drain() if isinstance(done, Recalled)]
     assert bench.windows.recalled(Recalled(done.ticket + 1, (), 0, 0.0, 0)) is None  # somebody else's
-    assert bench.windows.busy(seq)
+    assert seq.residency.copying
     assert bench.windows.recalled(Recalled(done.ticket, (lost,), 0, 0.0, 0)) is seq
-    assert not bench.windows.busy(seq)
+    assert not seq.residency.copying
     assert bench.pool.lookup(lost.key) is None
     assert all(bench.pool.lookup(item.key) == item.slot for item in turn.copying[1:])
     assert bench.pool.dirty == 0
@@ -362,7 +370,7 @@ def test_predictions_are_asked_for_ahead_of_boundaries_that_double(bench: Bench)
     assert asked == [1, 3, 5, 12]
     assert swapped == [2, 4, 8, 16]
     assert (seq.counters.windows, seq.counters.late_windows) == (4, 0)
-    assert set(kept(*SECOND)[:-2]) <= set(seq.resident)
+    assert set(kept(*SECOND)[:-2]) <= set(seq.residency.slots)
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
@@ -438,15 +446,16 @@ def test_what_a_step_captured_for_another_time_is_dropped(bench: Bench) -> None:
     assert capture is not None
     done = captured(capture)
     for change in ("state", "streamed", "restarts"):
-        before = getattr(seq, change)
-        setattr(seq, change, {"state": State.RECALLING, "streamed": True, "restarts": 1}[change])
+        owner: object = seq.residency if change == "streamed" else seq
+        before = getattr(owner, change)
+        setattr(owner, change, {"state": State.RECALLING, "streamed": True, "restarts": 1}[change])
         bench.windows.captured(done)
         assert bench.indexer.asked == []
-        setattr(seq, change, before)
-    bench.windows._boundaries[seq] = 4
+        setattr(owner, change, before)
+    seq.residency.boundary = 4
     bench.windows.captured(done)
     assert bench.indexer.asked == []
-    bench.windows._boundaries[seq] = 2
+    seq.residency.boundary = 2
     bench.windows.captured(done)
     bench.windows.captured(done)  # the turn is there
     assert len(bench.indexer.asked) == 1
@@ -458,20 +467,20 @@ def test_an_answer_is_chosen_from_and_takes_over_at_its_boundary(bench: Bench) -
     for best in (SECOND, THIRD, FIRST):
         bench.turn(seq, *best)
     assert bench.steps_until_asked(seq) == 12
-    assert sorted(seq.resident) == kept(*FIRST)
-    version, recalled = seq.table_version, seq.counters.recalled_chunks
+    assert sorted(seq.residency.slots) == kept(*FIRST)
+    version, recalled = seq.residency.version, seq.counters.recalled_chunks
     assert bench.windows.poll(seq) == ()
     assert bench.answer(seq, *SECOND, missing=(4, 6)) == (4, 6)
-    assert len(bench.windows.incoming(seq)) == 5
-    while seq.decode_steps < 15:
+    assert len(seq.residency.incoming_slots) == 5
+    while seq.residency.decode_steps < 15:
         bench.step(seq)
         assert bench.windows.poll(seq) == ()
-        assert set(kept(*FIRST)) <= set(seq.resident)
-    assert CHUNKS in seq.resident and seq.table_version == version + 1  # completed since
+        assert set(kept(*FIRST)) <= set(seq.residency.slots)
+    assert CHUNKS in seq.residency.slots and seq.residency.version == version + 1  # completed since
     bench.step(seq)
     assert bench.windows.poll(seq) == ()
-    assert sorted(seq.resident) == [*kept(*SECOND), CHUNKS]
-    assert seq.table_version == version + 2
+    assert sorted(seq.residency.slots) == [*kept(*SECOND), CHUNKS]
+    assert seq.residency.version == version + 2
     assert seq.counters.recalled_chunks == recalled  # the second set was hot still
 
 
@@ -488,9 +497,9 @@ def test_without_a_prediction_the_old_set_stays(bench: Bench, wrong: Exception |
         bench.indexer.answers[-1].set_result(Prediction("a", scores, missing=(3,)))
     assert bench.windows.poll(seq) == ()
     assert seq.counters.failed_predictions == 1
-    assert bench.windows.incoming(seq) == []
+    assert seq.residency.incoming_slots == []
     assert bench.until_swapped(seq) == 2
-    assert sorted(seq.resident) == kept(*FIRST)
+    assert sorted(seq.residency.slots) == kept(*FIRST)
     assert seq.counters.windows == 1 and seq.counters.recalled_chunks == BUDGET
 
 
@@ -499,13 +508,13 @@ def test_an_answer_that_is_late_takes_over_when_it_is_there(bench: Bench) -> Non
     seq = bench.add()
     bench.begin(seq, *FIRST)
     bench.steps_until_asked(seq)
-    while seq.decode_steps < 7:
+    while seq.residency.decode_steps < 7:
         assert bench.windows.capture(0, seq) is None  # one at a time
         bench.step(seq)
         assert bench.windows.poll(seq) == ()
     bench.answer(seq, *SECOND)
     assert bench.until_swapped(seq) == 7
-    assert sorted(seq.resident) == kept(*SECOND)
+    assert sorted(seq.residency.slots) == kept(*SECOND)
     assert (seq.counters.windows, seq.counters.late_windows) == (1, 1)
     capture = bench.windows.capture(0, seq)
     assert capture is not None and capture.boundary == 8
@@ -539,7 +548,7 @@ def test_chunks_of_other_nodes_are_asked_for_earlier(remote: int, lead: int) -> 
 def test_a_boundary_is_not_asked_after_before_the_one_in_front_of_it() -> None:
     """A set that came early changes nothing of that."""
     with opened(fallback=True, lead_steps=12) as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add()
         bench.begin(seq, *FIRST)
         bench.turn(seq, *SECOND)
@@ -558,16 +567,16 @@ def test_policies_without_predictions_choose_at_the_same_steps(bench: Bench, pol
     bench.windows.begin(seq, None, retrieval_heads=True)
     bench.store()
     bench.windows.poll(seq)
-    assert seq.state is State.DECODE and len(seq.resident) == BUDGET
-    first = set(seq.resident)
+    assert seq.state is State.DECODE and len(seq.residency.slots) == BUDGET
+    first = set(seq.residency.slots)
     assert bench.step(seq) is None
     assert bench.waiting_turn(seq)
     bench.windows.poll(seq)
-    assert set(seq.resident) == first
+    assert set(seq.residency.slots) == first
     bench.step(seq)
     bench.windows.poll(seq)
-    assert seq.counters.windows == 1 and seq.decode_steps == 2
-    assert (set(seq.resident) == first) == (policy == "recency")
+    assert seq.counters.windows == 1 and seq.residency.decode_steps == 2
+    assert (set(seq.residency.slots) == first) == (policy == "recency")
     assert bench.step(seq) is None
     assert bench.waiting_turn(seq)
     assert bench.indexer.asked == []
@@ -577,13 +586,13 @@ def test_policies_without_predictions_choose_at_the_same_steps(bench: Bench, pol
 def test_random_sets_follow_from_the_seeds_and_the_step(seed: int) -> None:
     with opened(seed=seed) as bench:
         seq = bench.add(policy="random", seed=seed)
-        seq.decode_steps = 7
+        seq.residency.decode_steps = 7
         bench.windows.begin(seq, None, retrieval_heads=False)
         bench.store()
         bench.windows.poll(seq)
         rng = np.random.default_rng([seed % 4294967296, seed % 4294967296, 7])
         drawn = rng.choice(np.arange(1, CHUNKS - 2), 5, replace=False).tolist()
-        assert sorted(seq.resident) == kept(*drawn)
+        assert sorted(seq.residency.slots) == kept(*drawn)
 
 
 def test_full_attention_keeps_everything_and_turns_no_more(bench: Bench) -> None:
@@ -591,19 +600,19 @@ def test_full_attention_keeps_everything_and_turns_no_more(bench: Bench) -> None
     bench.windows.begin(seq, None, retrieval_heads=True)
     bench.store()
     bench.windows.poll(seq)
-    assert sorted(seq.resident) == list(range(CHUNKS))
+    assert sorted(seq.residency.slots) == list(range(CHUNKS))
     for _ in range(3):
         assert bench.step(seq) is None
         assert not bench.waiting_turn(seq)
     everything = bench.add("all", keep=1.0)  # its policy would ask
     seq.policy = "lookahead"
     bench.windows.forget(seq)
-    for slot in seq.resident.values():
+    for slot in seq.residency.slots.values():
         bench.pool.release(slot)
-    seq.resident.clear()
+    seq.residency.slots.clear()
     bench.begin(everything, *FIRST)
     assert bench.step(everything) is None and not bench.waiting_turn(everything)
-    everything.keep_ratio, everything.streamed = 0.2, True
+    everything.keep_ratio, everything.residency.streamed = 0.2, True
     assert bench.step(everything) is None and not bench.waiting_turn(everything)
 
 
@@ -626,7 +635,7 @@ def test_a_late_set_is_waited_for_a_little_in_the_first_window(monkeypatch: pyte
         for number, boundary in enumerate((2, 4, 8, 16)):
             assert bench.windows.blocked(seq) is False
             bench.steps_until_asked(seq)
-            while seq.decode_steps < boundary:
+            while seq.residency.decode_steps < boundary:
                 assert bench.windows.blocked(seq) is False
                 bench.step(seq)
             assert bench.windows.blocked(seq) is True
@@ -639,7 +648,7 @@ def test_a_late_set_is_waited_for_a_little_in_the_first_window(monkeypatch: pyte
             bench.windows.poll(seq)
             clock.now_s += 0.25
         bench.steps_until_asked(seq)
-        while seq.decode_steps < 40:
+        while seq.residency.decode_steps < 40:
             bench.step(seq)
             assert bench.windows.blocked(seq) is False  # later it does not wait
 
@@ -652,8 +661,8 @@ def test_waiting_policy_waits_at_every_boundary(monkeypatch: pytest.MonkeyPatch)
         for best in (SECOND, THIRD, FIRST, SECOND, THIRD):
             while bench.step(seq, answered=False) is None:
                 assert bench.windows.blocked(seq) is False
-            boundary = bench.windows._boundaries[seq]
-            while seq.decode_steps < boundary:
+            boundary = seq.residency.boundary
+            while seq.residency.decode_steps < boundary:
                 assert bench.windows.blocked(seq) is False
                 capture = make_capture(0, seq, boundary, bench.pool, 1)
                 bench.step(seq, answered=False)
@@ -672,14 +681,14 @@ def test_waiting_policy_waits_at_every_boundary(monkeypatch: pytest.MonkeyPatch)
 def test_what_may_be_urgent_is_waited_for_from_when_it_was_asked(fallback: bool) -> None:
     """Where runs are reproducible. After the first window nothing is urgent."""
     with opened(late_policy="wait", fallback=fallback) as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add()
         bench.begin(seq, *FIRST)
         for best in (SECOND, THIRD, FIRST):
             bench.turn(seq, *best)
         while (capture := bench.step(seq, answered=False)) is None:
             assert bench.windows.blocked(seq) is False
-        assert seq.decode_steps == 12
+        assert seq.residency.decode_steps == 12
         assert bench.windows.blocked(seq) is fallback
         bench.windows.captured(captured(capture))
         assert bench.windows.blocked(seq) is fallback
@@ -714,10 +723,10 @@ def test_one_that_starts_over_is_waited_for_anew(monkeypatch: pytest.MonkeyPatch
             assert bench.windows.blocked(seq) is False
             bench.windows.forget(seq)
             assert bench.windows.blocked(seq) is False
-            for slot in seq.resident.values():
+            for slot in seq.residency.slots.values():
                 bench.pool.release(slot)
-            seq.resident.clear()
-            seq.decode_steps, seq.state = 0, State.RECALLING
+            seq.residency.slots.clear()
+            seq.residency.decode_steps, seq.state = 0, State.RECALLING
 
 
 def test_a_late_set_that_is_hot_takes_over_at_once(bench: Bench) -> None:
@@ -737,7 +746,7 @@ def test_who_leaves_gives_everything_back(bench: Bench) -> None:
     bench.steps_until_asked(seq)
     bench.windows.forget(seq)
     assert bench.indexer.answers[-1].cancelled()
-    assert not bench.waiting_turn(seq) and bench.windows.incoming(seq) == []
+    assert not bench.waiting_turn(seq) and seq.residency.incoming_slots == []
     other = bench.add("b")
     before = bench.pool.referenced
     bench.windows.begin(other, scores_of(CHUNKS, *THIRD), retrieval_heads=False)
@@ -765,17 +774,17 @@ def test_where_its_chunks_are_is_shown_to_those_who_watch(bench: Bench) -> None:
 def test_a_first_set_is_as_large_as_there_are_slots_for(bench: Bench, reserved: int, spare: int, incoming: int) -> None:
     """The chunk that fills has one; those that score most come first."""
     seq = bench.add()
-    seq.reserved_slots, bench.spare = reserved, spare
+    seq.residency.reserved_slots, bench.reservations.spare_slots = reserved, spare
     bench.begin(seq, 11, 3, 9, 5, 7)
-    assert set(seq.resident) == {11, 3, 9, 5, 7} & set([11, 3, 9, 5, 7][:incoming])
+    assert set(seq.residency.slots) == {11, 3, 9, 5, 7} & set([11, 3, 9, 5, 7][:incoming])
 
 
 @pytest.mark.parametrize("tail, filling", [(0, 1), (14, 1), (15, 1)])
 def test_a_first_set_leaves_slots_for_the_tokens_of_the_coming_step(bench: Bench, tail: int, filling: int) -> None:
     seq = bench.add(tail=tail)
-    seq.reserved_slots = 4
+    seq.residency.reserved_slots = 4
     bench.begin(seq, 11, 3, 9, 5, 7)
-    assert len(seq.resident) == 4 - filling
+    assert len(seq.residency.slots) == 4 - filling
 
 
 @pytest.mark.parametrize("tail, filling", [(13, 1), (14, 2)])
@@ -785,9 +794,9 @@ def test_a_set_leaves_slots_for_the_tokens_up_to_its_boundary(bench: Bench, tail
     bench.windows.begin(seq, None, retrieval_heads=False)
     bench.store()
     bench.windows.poll(seq)
-    seq.reserved_slots = BUDGET + 3
+    seq.residency.reserved_slots = BUDGET + 3
     bench.step(seq)
-    assert len(bench.windows.incoming(seq)) == 3 - filling
+    assert len(seq.residency.incoming_slots) == 3 - filling
 
 
 def test_chunks_that_others_may_not_find_are_taken_where_they_are(bench: Bench) -> None:
@@ -795,7 +804,7 @@ def test_chunks_that_others_may_not_find_are_taken_where_they_are(bench: Bench) 
     slot = bench.slot()
     seq.held_back[7] = slot
     bench.begin(seq, *FIRST)
-    assert seq.resident[7] == slot and bench.pool.references(slot) == 2
+    assert seq.residency.slots[7] == slot and bench.pool.references(slot) == 2
     assert seq.counters.recalled_chunks == BUDGET - 1
     bench.pool.release(slot)
 
@@ -804,20 +813,20 @@ def test_hot_chunks_that_a_set_takes_are_no_room_for_others(bench: Bench) -> Non
     again, seq = bench.add("a2"), bench.add()
     again.chunks = seq.chunks
     bench.begin(seq, *FIRST)
-    for slot in seq.resident.values():
+    for slot in seq.residency.slots.values():
         bench.pool.release(slot)  # cached: available, unless wanted
-    seq.resident.clear()
+    seq.residency.slots.clear()
     taken = [bench.slot() for _ in range(bench.pool.available - BUDGET)]
     assert bench.pool.available == BUDGET
     taken += [bench.slot()]  # evicts one of the set
     bench.windows.begin(again, scores_of(CHUNKS, *FIRST), retrieval_heads=False)
-    assert bench.windows.incoming(again) == [] and bench.pool.available == BUDGET - 1
+    assert again.residency.incoming_slots == [] and bench.pool.available == BUDGET - 1
     bench.pool.release(taken.pop())
     bench.windows.poll(again)
-    assert len(bench.windows.incoming(again)) == BUDGET
+    assert len(again.residency.incoming_slots) == BUDGET
     bench.store()
     bench.windows.poll(again)
-    assert sorted(again.resident) == kept(*FIRST) and again.counters.recalled_chunks == 1
+    assert sorted(again.residency.slots) == kept(*FIRST) and again.counters.recalled_chunks == 1
     for slot in taken:
         bench.pool.release(slot)
 
@@ -831,14 +840,14 @@ LOOKED_AT = tuple(range(3, 23))
 )
 def test_a_first_set_that_is_too_small_for_its_events_is_doubled(share: float, heads: bool, widening: int) -> None:
     with opened(fallback=True) as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add()
         mass = np.zeros(CHUNKS + 1, dtype=np.float32)  # of the open chunk too
         mass[list(LOOKED_AT)] = share
         bench.windows.begin(seq, mass, retrieval_heads=heads)
         bench.store()
         bench.windows.poll(seq)
-        assert seq.widening == widening and len(seq.resident) == BUDGET * widening
+        assert seq.residency.widening == widening and len(seq.residency.slots) == BUDGET * widening
         assert seq.counters.fallbacks == widening - 1 and seq.counters.refused_fallbacks == 0
 
 
@@ -846,19 +855,19 @@ def test_a_first_set_that_is_too_small_for_its_events_is_doubled(share: float, h
 def test_a_first_set_is_doubled_as_often_as_there_is_room(slots: int, spare: int, refused: int) -> None:
     """Not beyond the pool, and not into slots that others were promised."""
     with opened(slots, fallback=True, coverage_floor=1.0, keep_ratio=0.2) as bench:
-        bench.spare = spare
+        bench.reservations.spare_slots = spare
         seq = bench.add()
-        reserved = seq.reserved_slots
+        reserved = seq.residency.reserved_slots
         if slots < 90:
             seq.keep_ratio = 0.45
         chosen = bench.windows.budgets.first(seq, CHUNKS)
-        seq.reserved_slots = bench.windows.budgets.slots(seq, 1)
+        seq.residency.reserved_slots = bench.windows.budgets.slots(seq, 1)
         assert bench.windows.budgets.streams(seq) == (slots < 90)
         bench.begin(seq, *range(2, 38), retrieval_heads=True, share=0.9)
         assert seq.counters.refused_fallbacks == refused
         widened = slots == 90 and spare == 60
-        assert (seq.widening > 1, len(seq.resident) > chosen) == (widened, widened)
-        assert not seq.streamed and (seq.reserved_slots > reserved or not widened)
+        assert (seq.residency.widening > 1, len(seq.residency.slots) > chosen) == (widened, widened)
+        assert not seq.residency.streamed and (seq.residency.reserved_slots > reserved or not widened)
 
 
 def urgent(bench: Bench, seq: TokenSequence, turns: int) -> None:
@@ -873,20 +882,20 @@ def urgent(bench: Bench, seq: TokenSequence, turns: int) -> None:
 @pytest.mark.parametrize("turns, is_urgent", [(0, True), (3, True), (4, False)])
 def test_low_coverage_doubles_the_budget_and_is_urgent_in_the_first_window(turns: int, is_urgent: bool) -> None:
     with opened(fallback=True) as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add()
         urgent(bench, seq, turns)
-        assert (seq.widening, seq.counters.fallbacks, seq.counters.event_misses) == (2, 1, 1)
-        asked = seq.decode_steps
+        assert (seq.residency.widening, seq.counters.fallbacks, seq.counters.event_misses) == (2, 1, 1)
+        asked = seq.residency.decode_steps
         assert bench.windows.blocked(seq) is is_urgent
         swapped = bench.until_swapped(seq)
         assert (swapped == asked) == is_urgent
-        assert {10, 12, 14, 16, 18} <= set(seq.resident) and len(seq.resident) >= 2 * BUDGET
+        assert {10, 12, 14, 16, 18} <= set(seq.residency.slots) and len(seq.residency.slots) >= 2 * BUDGET
 
 
 def test_an_urgent_set_is_waited_for_before_its_boundary() -> None:
     with opened(fallback=True, late_policy="wait") as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add()
         bench.begin(seq, *FIRST)
         bench.pool.evict_all()
@@ -894,27 +903,27 @@ def test_an_urgent_set_is_waited_for_before_its_boundary() -> None:
         prediction = Prediction("a", scores_of(CHUNKS, 10), event_mass=masses(CHUNKS, {10: 5.0}))
         bench.indexer.answers[-1].set_result(prediction)
         bench.windows.poll(seq)
-        assert bench.windows.busy(seq) and seq.decode_steps == 1
+        assert seq.residency.copying and seq.residency.decode_steps == 1
         assert bench.windows.blocked(seq) is True
         bench.store()
         bench.windows.poll(seq)
-        assert 10 in seq.resident and bench.windows.blocked(seq) is False
+        assert 10 in seq.residency.slots and bench.windows.blocked(seq) is False
 
 
 def test_the_last_step_is_to_stream_everything() -> None:
     with opened(50, fallback=True) as bench:
-        bench.spare = 60
+        bench.reservations.spare_slots = 60
         seq = bench.add(keep=0.45)
         bench.begin(seq, *FIRST)
-        held, version = len(seq.resident), seq.table_version
+        held, version = len(seq.residency.slots), seq.residency.version
         assert bench.windows.budgets.streams(seq)
         bench.steps_until_asked(seq)
         referenced = bench.pool.referenced
         assert bench.answer(seq, *SECOND, events={2: 5.0}, missing=(9,)) == (9,)
-        assert seq.streamed and seq.counters.fallbacks == 1 and seq.widening == 1
-        assert seq.resident == {} and seq.table_version == version + 1
+        assert seq.residency.streamed and seq.counters.fallbacks == 1 and seq.residency.widening == 1
+        assert seq.residency.slots == {} and seq.residency.version == version + 1
         assert bench.pool.referenced == referenced - held == 1
-        assert seq.reserved_slots == 2
+        assert seq.residency.reserved_slots == 2
         assert not bench.waiting_turn(seq) and bench.windows.poll(seq) == ()
         assert bench.windows.blocked(seq) is False
 
@@ -924,15 +933,15 @@ HALF, REST = (10, 12, 14, 16, 18), (23, 25, 27, 29, 31)
 
 def widened(bench: Bench) -> TokenSequence:
     """A sequence with twice its first budget: ``HALF`` and ``REST``, of which ``HALF`` scored more."""
-    bench.spare = 60
+    bench.reservations.spare_slots = 60
     seq = bench.add()
     urgent(bench, seq, 0)
     bench.until_swapped(seq)
     bench.steps_until_asked(seq)
     bench.answer(seq, *HALF, *REST, events={})
     bench.until_swapped(seq)
-    assert seq.widening == 2 and seq.steady_boundaries == 1
-    seq.steady_boundaries = 0
+    assert seq.residency.widening == 2 and seq.residency.steady_boundaries == 1
+    seq.residency.steady_boundaries = 0
     return seq
 
 
@@ -941,14 +950,14 @@ def test_a_budget_halves_when_half_of_it_would_do(looked_at: int, narrowed: bool
     """Twice in a row: when what heads look at is in the better half of the set."""
     with opened(fallback=True) as bench:
         seq = widened(bench)
-        reserved = seq.reserved_slots
+        reserved = seq.residency.reserved_slots
         for _ in range(2):
-            assert seq.widening == 2
+            assert seq.residency.widening == 2
             bench.steps_until_asked(seq)
             bench.answer(seq, *HALF, *REST, events={looked_at: 5.0})
             bench.until_swapped(seq)
-        assert seq.widening == (1 if narrowed else 2)
+        assert seq.residency.widening == (1 if narrowed else 2)
         assert seq.counters.fallbacks == 1  # what was halved wrongly would be doubled again
-        assert (seq.reserved_slots < reserved) == narrowed
+        assert (seq.residency.reserved_slots < reserved) == narrowed
         if narrowed:
-            assert seq.reserved_slots == bench.windows.budgets.slots(seq, 1)
+            assert seq.residency.reserved_slots == bench.windows.budgets.slots(seq, 1)

@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, its chunks, and which of them are resident."""
+"""One request inside the engine: its tokens and its chunks."""
 
 import time
 from collections.abc import Iterator
@@ -12,16 +12,22 @@ import numpy.typing as npt
 
 from forecache.workers.core.grammar import Matcher
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, Policy, SamplingParams, TokenLogprobs
+from forecache.workers.core.residency import Residency
 from forecache.workers.memory.format.keys import ChunkKey, child_key, prefix_keys
 from forecache.workers.memory.format.slots import SlotRef
 from forecache.workers.memory.format.spread_quota import SpreadQuota, spread_quota
+from forecache.workers.memory.hot.pool import HotPool
 
 PRIVATE_MARK = -2
-"""No token id, and not ``STATE_MARK`` of `snapshot_store.py`: no chunk has the key that private chunks follow."""
+"""First element of the pseudo-chunk that private chunks follow. It is neither a token id nor ``STATE_MARK`` of
+`snapshot_store.py`, so no real chunk has the key of that pseudo-chunk."""
 
 
 class State(Enum):
-    """Where a sequence is. It only moves forward, but for a restart after a lost chunk."""
+    """Where a sequence is. It only moves forward, except that a sequence that starts over waits again.
+
+    ``WAITING`` in the queue; ``LOCATING`` its stored prefix; ``RECALLING`` its first resident set.
+    """
 
     WAITING = auto()
     LOCATING = auto()
@@ -35,8 +41,8 @@ class State(Enum):
 class Chunk:
     """Completed chunk ``number`` of one sequence.
 
-    ``ref`` is its place in the arena, once it has one; ``exact`` says that no token of it was computed over a partial
-    resident set, so that others may use it.
+    ``ref`` is its slot in the arena, once it is stored. ``exact``: every token of it was computed over all chunks, so
+    other requests may reuse it.
     """
 
     number: int
@@ -47,7 +53,8 @@ class Chunk:
 
 @dataclass
 class Counters:
-    """What a request cost so far."""
+    """What a request used so far. Times ``*_s`` are seconds; ``arrived_s``, ``locating_s``, ``admitted_s`` and
+    ``first_token_s`` are moments of ``time.perf_counter``."""
 
     cached_tokens: int = 0
     recalled_chunks: int = 0
@@ -70,22 +77,35 @@ class Counters:
 
 
 class TokenSequence:
-    """Tokens and chunks of one request.
+    """Tokens and chunks of one request. Belongs to the engine's thread.
 
-    ``token_ids`` is the prompt and what has been generated; the K/V of the first ``num_computed`` of them is in chunks.
-    A decode step that was launched counts as computed; its token joins ``token_ids`` when the host has read it.
-    ``replayed_tokens`` is for how many coming tokens it is known already what is drawn.
-    ``resident`` maps chunk number → hot slot for the chunks that decode steps read, each referenced in the pool;
-    ``open_slots`` does so for chunks that are still being filled. Who changes either raises ``table_version``.
-    ``held_back`` maps chunk number → hot slot for completed chunks that no other sequence may find yet, since the host
-    has not read whether they are finite; ``non_finite_steps`` of it were not.
-    ``share`` is there when it is spread over nodes: what it may use of this one's arena; ``remote_chunks`` of its
-    chunks lie on other nodes. Of the prompt, ``fresh_tokens`` at least are computed, whatever is stored;
-    ``prompt_mass``, float32 [chunks], is the largest share of attention that one of its last tokens put on each chunk.
-    ``scores_prompt``: log-probabilities of its prompt are wanted, and ``prompt_logprobs`` are those so far.
-    ``widening`` is how often its first budget it may have resident; ``half_set``, bool [chunks], is what the last set
-    would have been with half of that, which would have done at the last ``steady_boundaries``. ``attended``: resident
-    chunks that retrieval heads looked at when that was last measured; ``shown`` is of :mod:`.chunk_states`.
+    Attributes:
+        request: as the client sent it; ``matcher`` follows its grammar.
+        holder: the name under which cold memory holds its chunks; a new one each time it starts over.
+        root: the parent key of its first chunk.
+        keep_ratio, policy: the request's, or the server's where the request names none.
+        state: where it is; see :class:`State`.
+        token_ids: the prompt, then the generated tokens that the host has read.
+        prompt_len: tokens of the prompt.
+        num_computed: tokens whose K/V is in chunks; the token of a launched decode step counts.
+        prefill_target: tokens that prefill computes; decode steps compute the rest.
+        fresh_tokens: tokens at the end of the prompt that are computed even where they are stored.
+        prompt_mass: float32 [chunks], the largest share of attention that one of the prompt's last tokens put on each
+            chunk.
+        replayed_tokens: coming decode steps whose token is known, because an earlier try drew it.
+        restarts: how often it started over.
+        chunks: completed chunks in order; ``chunk_of`` finds them by key.
+        open_slots: chunk number → hot slot of chunks that are still being filled. Changing the open chunk of a decoding
+            sequence changes ``residency.version``.
+        open_exact: no token of the open chunk was computed over a partial resident set.
+        held_back: chunk number → hot slot of completed chunks that other sequences can't find yet, because the host has
+            not read whether they are finite.
+        non_finite_steps: steps of it whose result was not finite.
+        remote_chunks: its chunks that are stored on other nodes.
+        quota: its quota of this node's arena, where its chunks are spread over nodes.
+        state_slots: cold slots for snapshots of its per-sequence state.
+        scores_prompt: log-probabilities of the prompt are wanted and not sent yet; ``prompt_logprobs`` collects them.
+        residency: which chunks it reads, and its next resident set.
     """
 
     def __init__(
@@ -120,27 +140,18 @@ class TokenSequence:
         self.chunks: list[Chunk] = []
         self.chunk_of: dict[ChunkKey, Chunk] = {}
         self.open_slots: dict[int, int] = {}
+        self.open_exact = True
         self.held_back: dict[int, int] = {}
         self.non_finite_steps = 0
-        self.open_exact = True
-        self.resident: dict[int, int] = {}
-        self.table_version = 0
-        self._table: tuple[int, npt.NDArray[np.int32]] = (-1, np.zeros(0, dtype=np.int32))
-        # where its chunks are in the arena, for the indexer: -1 where they are not there yet
-        self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
-        self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
         self.remote_chunks = 0
         self.quota: SpreadQuota | None = None
         self.state_slots = 0
-        self.streamed = False
-        self.reserved_slots = 0
-        self.widening = 1
-        self.half_set = np.zeros(0, dtype=np.bool_)
-        self.steady_boundaries = 0
-        self.attended: frozenset[int] = frozenset()
-        self.shown: tuple[object, ...] = ()
-        self.decode_steps = 0
+        self.residency = Residency()
         self.counters = Counters()
+        self._table: tuple[int, npt.NDArray[np.int32]] = (-1, np.zeros(0, dtype=np.int32))
+        # arena slots and generations of its chunks, which the indexer reads; -1: not stored yet
+        self._ref_slots = np.full(self.max_chunks, -1, dtype=np.int64)
+        self._ref_generations = np.zeros(self.max_chunks, dtype=np.int64)
 
     @property
     def request_id(self) -> str:
@@ -152,7 +163,7 @@ class TokenSequence:
 
     @cached_property
     def weighs_logits(self) -> bool:
-        """Whether its logits are changed by biases or penalties."""
+        """Whether biases or penalties change its logits."""
         sampling = self.request.sampling
         return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)
 
@@ -166,78 +177,86 @@ class TokenSequence:
 
     @property
     def max_len(self) -> int:
-        """Longest this sequence can become, in tokens."""
+        """Tokens of prompt and answer at most."""
         return self.prompt_len + self.sampling.max_tokens
 
     @property
     def max_chunks(self) -> int:
+        """Chunks of prompt and answer at most."""
         return -(-self.max_len // self.chunk_tokens)
 
     @property
     def cold_slots(self) -> int:
-        """Slots of cold memory that it may need: its chunks, and ``state_slots`` for snapshots of its state."""
+        """Cold slots that it may need: for its chunks and for snapshots of its state."""
         return self.max_chunks + self.state_slots
 
     def slots_here(self, node_slots: int) -> int:
-        """Those of an arena of ``node_slots``: all, or its share where it is, or has to be, spread over nodes."""
+        """Cold slots that it may need in an arena of ``node_slots``: all, or its quota if its chunks are spread over
+        nodes, or have to be."""
         if self.quota is None and self.cold_slots <= node_slots:
             return self.cold_slots
         return (self.quota or spread_quota(node_slots)).slots
 
     @property
     def tail_tokens(self) -> int:
-        """Computed tokens in the chunk that is not full yet."""
+        """Computed tokens of the chunk that is not full yet."""
         return self.num_computed - len(self.chunks) * self.chunk_tokens
 
     @property
     def resident_share(self) -> float:
-        """Resident / all chunks, the open one counted on both sides; what is streamed is read whole."""
-        if self.streamed:
-            return 1.0
-        return (len(self.resident) + 1) / (len(self.chunks) + 1)
+        """Share of its chunks that a decode step reads."""
+        return self.residency.share(len(self.chunks))
 
     def count_kept(self) -> None:
-        """A decode step of it was launched: account for what that reads."""
+        """Count a launched decode step in the mean of ``resident_share``."""
         self.counters.kept_sum += self.resident_share
         self.counters.kept_steps += 1
 
     @property
     def partial(self) -> bool:
-        """Whether a decode step of it leaves completed chunks unread."""
-        return not self.streamed and len(self.resident) < len(self.chunks)
+        """Whether a decode step skips completed chunks."""
+        return not self.residency.streamed and len(self.residency.slots) < len(self.chunks)
 
     @property
     def awaited_tokens(self) -> int:
-        """Tokens of launched steps that the host has not read yet: 0 or 1."""
+        """Tokens of a step in flight that the host has not read: 0 or 1."""
         return max(self.num_computed + 1 - len(self.token_ids), 0) if self.state is State.DECODE else 0
 
+    def hot_slot(self, number: int, pool: HotPool) -> int | None:
+        """The slot of completed chunk ``number`` in ``pool``; ``None``: it is not hot."""
+        slot = self.residency.slots.get(number, self.held_back.get(number))
+        return pool.lookup(self.chunks[number].key) if slot is None else slot
+
     def block_row(self) -> npt.NDArray[np.int32]:
-        """Slots that a decode step reads: resident chunks in their order, then the one that is being filled."""
+        """Slots that a decode step reads, int32: the resident chunks by number, then the open chunk."""
         version, row = self._table
-        if version != self.table_version:
-            slots = [self.resident[number] for number in sorted(self.resident)]
+        if version != self.residency.version:
+            resident = self.residency.slots
+            slots = [resident[number] for number in sorted(resident)]
             row = np.array([*slots, self.open_slots[len(self.chunks)]], dtype=np.int32)
-            self._table = (self.table_version, row)
+            self._table = (self.residency.version, row)
         return row
 
     def refs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Arena slots and generations of the chunks, int64 [chunks] each; slot -1: not there yet."""
+        """Arena slots and generations of the chunks, int64 [chunks] each; slot -1: not stored yet."""
         count = len(self.chunks)
         return self._ref_slots[:count], self._ref_generations[:count]
 
     def stored_at(self, chunk: Chunk, ref: SlotRef) -> None:
-        """``chunk`` has reached the arena, or another node and its record the arena."""
+        """Note that ``chunk`` is stored at ``ref``, in the arena or on another node."""
         self.remote_chunks += ref.remote - (chunk.ref is not None and chunk.ref.remote)
         chunk.ref = ref
         self._ref_slots[chunk.number], self._ref_generations[chunk.number] = ref.slot, ref.generation
 
     def reusable_keys(self) -> Iterator[ChunkKey]:
-        """Keys of the chunks that a prefix hit may fill; ``fresh_tokens`` are left to compute."""
+        """Keys of the chunks that a stored prefix may fill, without the last ``fresh_tokens`` tokens."""
         return prefix_keys(self.root, self.token_ids[: self._reusable_tokens], self.chunk_tokens)
 
     def session_keys(self, chunks: int) -> list[ChunkKey]:
-        """As :meth:`reusable_keys`, of what earlier requests of the session have decoded over partial resident sets
-        behind the first ``chunks`` chunks, which are anybody's."""
+        """Keys of chunks that earlier requests of the session decoded over partial resident sets.
+
+        They follow the first ``chunks`` of :meth:`reusable_keys`, which every request may use.
+        """
         parent = list(islice(self.reusable_keys(), chunks))[-1] if chunks else self.root
         tokens = self.token_ids[chunks * self.chunk_tokens : self._reusable_tokens]
         return list(prefix_keys(self._private(parent), tokens, self.chunk_tokens))
@@ -247,15 +266,20 @@ class TokenSequence:
         return max(self.prefill_target - self.fresh_tokens, 0)
 
     def _private(self, parent: ChunkKey) -> ChunkKey:
-        """What was decoded over a partial resident set must not meet anybody else's prefix."""
+        """Parent key of chunks after ``parent`` that were decoded over a partial resident set.
+
+        It names the session or the request, so that others never find these chunks as their prefix.
+        """
         session_id = self.cache.session_id
         owner = self.holder if session_id is None else f"session {session_id}"
         return child_key(parent, [PRIVATE_MARK, *map(ord, f"private {owner}")])
 
     def complete_chunk(self, known: ChunkKey | None = None, *, exact: bool = True) -> Chunk:
-        """The tokens of the first open chunk are all computed: name it and add it to the chunks.
+        """Append the first open chunk, whose tokens are all computed.
 
-        ``known``: its key, where that is one of :meth:`reusable_keys`, or, not ``exact``, of :meth:`session_keys`.
+        Args:
+            known: its key, if that is one of :meth:`reusable_keys`, or, not ``exact``, of :meth:`session_keys`.
+            exact: false for a chunk that an earlier request decoded over a partial resident set.
         """
         start = len(self.chunks) * self.chunk_tokens
         parent = self.chunks[-1].key if self.chunks else self.root
@@ -269,52 +293,51 @@ class TokenSequence:
         self.open_exact = True
         return chunk
 
-    def told_prompt(self) -> tuple[TokenLogprobs, ...]:
-        """What is known of its prompt, to be told once."""
-        self.scores_prompt, told = False, tuple(self.prompt_logprobs)
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Log-probabilities of the prompt, which are sent once."""
+        self.scores_prompt, logprobs = False, tuple(self.prompt_logprobs)
         self.prompt_logprobs.clear()
-        return told
+        return logprobs
 
     def replay(self) -> None:
-        """The answer so far is to be computed as it was, by decode steps over sets chosen anew, not by prefill: what
-        follows is then what would have followed. Call it before any token is computed."""
+        """Compute the answer so far by decode steps over newly chosen sets, as it was computed before, not by prefill.
+
+        The tokens that follow are then the same as without the interruption. Call it before any token is computed.
+        """
         self.prefill_target = self.prompt_len
         self.replayed_tokens = len(self.token_ids) - self.prompt_len
 
     def replays(self) -> bool:
-        """Whether the token that was drawn now is one that is known already."""
+        """Whether the token that was just drawn is known already; counts it."""
         if not self.replayed_tokens:
             return False
         self.replayed_tokens -= 1
         return True
 
-    def attends(self, mass: npt.NDArray[np.float32]) -> None:
-        """The last tokens of its prompt, or some of them, put ``mass``, float32 [chunks], on the chunks so far."""
+    def add_prompt_mass(self, mass: npt.NDArray[np.float32]) -> None:
+        """Merge ``mass``, float32 [chunks so far]: attention of some of the prompt's last tokens. Changes ``mass``."""
         if self.prompt_mass is not None:
             mass[: len(self.prompt_mass)] = np.maximum(mass[: len(self.prompt_mass)], self.prompt_mass)
         self.prompt_mass = mass
 
     def drop_chunks(self) -> None:
-        """What was found of it can't be used."""
+        """Forget the chunks that were found: they can't be used."""
         self.chunks.clear()
         self.chunk_of.clear()
         self._ref_slots.fill(-1)
         self.remote_chunks = 0
 
     def start_over(self, holder: str) -> None:
-        """Forget all chunks: the tokens so far are to be computed again, held in the name of ``holder``."""
+        """Forget all chunks: its tokens are computed again, and cold memory holds them for ``holder``."""
         self.restarts += 1
         self.holder = holder
         self.drop_chunks()
         self.prompt_logprobs.clear()
         self.prompt_mass = None
         self.quota = None
-        self.table_version += 1
+        self.residency = Residency(version=self.residency.version + 1)
         self.num_computed = 0
         self.prefill_target = len(self.token_ids)
         self.replayed_tokens = 0
-        self.decode_steps = 0
-        self.widening = 1
-        self.steady_boundaries = 0
         self.open_exact = True
         self.state = State.WAITING

@@ -122,9 +122,9 @@ class ChunkKeeper:
                 self._pool.hold_back(slot)
                 seq.held_back[number] = slot
                 self._held_back[seq] = None
-            if seq.state is State.DECODE and not seq.streamed:
-                seq.resident[number] = slot
-                seq.table_version += 1
+            if seq.state is State.DECODE and not seq.residency.streamed:
+                seq.residency.slots[number] = slot
+                seq.residency.version += 1
             else:
                 self._pool.release(slot)
 
@@ -201,11 +201,11 @@ class ChunkKeeper:
         """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
         self._windows.forget(seq)
         self.withhold(seq)
-        for slot in itertools.chain(seq.resident.values(), seq.open_slots.values()):
+        for slot in itertools.chain(seq.residency.slots.values(), seq.open_slots.values()):
             self._pool.release(slot)
-        seq.resident.clear()
+        seq.residency.slots.clear()
         seq.open_slots.clear()
-        seq.table_version += 1
+        seq.residency.version += 1
         for chunk in seq.chunks:
             if not chunk.exact and seq.cache.session_id is None:
                 self._pool.discard(chunk.key)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forecache.workers.core.requests import FinishReason, GenerateRequest, SamplingParams, SequenceStats
@@ -86,7 +86,7 @@ def sequence_stats(seq: TokenSequence, chunk_bytes: int) -> SequenceStats:
     """The account a client gets of its request."""
     counters = seq.counters
     chunks = len(seq.chunks) + 1
-    resident = chunks if seq.streamed else len(seq.resident) + 1
+    resident = chunks if seq.residency.streamed else len(seq.residency.slots) + 1
     arrived, admitted = counters.arrived_s, counters.admitted_s
     return SequenceStats(
         prompt_tokens=seq.prompt_len,
@@ -107,14 +107,12 @@ def sequence_stats(seq: TokenSequence, chunk_bytes: int) -> SequenceStats:
     )
 
 
-def check_references(
-    pool: HotPool, sequences: Iterable[TokenSequence], incoming: Callable[[TokenSequence], Iterable[int]]
-) -> None:
-    """Raise ``AssertionError`` when the pool's references are not those of ``sequences``; ``incoming``: the slots of a
-    set in the making."""
+def check_references(pool: HotPool, sequences: Iterable[TokenSequence]) -> None:
+    """Raise ``AssertionError`` if the pool's references are not exactly those of ``sequences``."""
     held: dict[int, int] = {}
     for seq in sequences:
-        for slot in itertools.chain(seq.resident.values(), seq.open_slots.values(), incoming(seq)):
+        residency = seq.residency
+        for slot in itertools.chain(residency.slots.values(), seq.open_slots.values(), residency.incoming_slots):
             held[slot] = held.get(slot, 0) + 1
     for slot in range(pool.num_slots):
         assert pool.references(slot) == held.get(slot, 0), (
@@ -183,7 +181,7 @@ class EngineCounters:
 
     def snapshot(self, pool: HotPool, scheduler: Scheduler) -> EngineStats:
         running = list(scheduler.running)
-        ratios = [seq.resident_share for seq in running if seq.decode_steps]
+        ratios = [seq.resident_share for seq in running if seq.residency.decode_steps]
         return EngineStats(
             running=len(running),
             waiting=len(scheduler.waiting),

@@ -1,16 +1,16 @@
 """From tokens to what a client reads: text, why an answer ended, and its account."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from forecache.workers.core.requests import ChunkView, FinishReason, TokenEvent, TokenLogprobs
+from forecache.workers.core.requests import FinishReason, TokenEvent, TokenLogprobs
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Sampled
 from forecache.workers.engine.counters import sequence_stats
 from forecache.workers.errors import InvalidRequestError
 from forecache.workers.models.tokenizer import Detokenizer
+from forecache.workers.residency.window import WindowCycle
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Answers:
         tokenizer: PreTrainedTokenizerBase | None,
         eos: frozenset[int],
         chunk_bytes: int,
-        view: Callable[[TokenSequence], ChunkView | None],
+        windows: WindowCycle,
     ) -> None:
         self._tokenizer = tokenizer
         self._eos = eos
         self._chunk_bytes = chunk_bytes
-        self._view = view
+        self._windows = windows
         self._detokenizers: dict[str, Detokenizer] = {}
 
     def begin(self, seq: TokenSequence) -> None:
@@ -93,7 +93,7 @@ class Answers:
             logprobs=news.logprobs,
             position=len(seq.output_ids) - len(news.tokens),
             prompt_logprobs=_prompt_logprobs(seq, news),
-            view=self._view(seq),
+            view=self._windows.view(seq),
         )
 
     def end(self, seq: TokenSequence, reason: FinishReason, news: News) -> TokenEvent:
@@ -114,9 +114,9 @@ class Answers:
             chunks_lost=news.chunks_lost,
             non_finite=news.non_finite,
             prompt_logprobs=_prompt_logprobs(seq, news),
-            view=self._view(seq),
+            view=self._windows.view(seq),
         )
 
 
 def _prompt_logprobs(seq: TokenSequence, news: News) -> tuple[TokenLogprobs, ...]:
-    return seq.told_prompt() if seq.scores_prompt and news.tokens else ()
+    return seq.take_prompt_logprobs() if seq.scores_prompt and news.tokens else ()

@@ -36,6 +36,7 @@ from forecache.workers.models.step.architecture import Backbone, QueryEncoder
 from forecache.workers.models.step.in_flight_step import RunningStep
 from forecache.workers.models.step.runner import PastLostError, StepAbortedError
 from forecache.workers.models.tokenizer import eos_token_ids
+from forecache.workers.residency.budgets import Reservations
 from forecache.workers.residency.window import WindowCycle
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,6 @@ class Engine:
         self._memory, self._name = memory, name
         self._retrieval_heads = spec.kind == "tokens"
         eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
-        self._answers = Answers(tokenizer, eos, backbone.layout.nbytes, lambda seq: self.windows.view(seq))
         self.grammars = Grammars(tokenizer, eos)
         pool = self.pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
         self._registered = RegisteredMemory(memory.arena.chunks) if backbone.device.type == "cuda" else None
@@ -94,10 +94,12 @@ class Engine:
         self._prefetcher = Prefetcher(self.pool, memory, record, cold, states, progress)
         self._snapshots = Snapshots(self._runner, states, self._prefetcher, arena)
         steps = 1 if query_encoder is None else query_encoder.steps
+        reservations = Reservations(pool.num_slots)
         cycle = self.windows = WindowCycle(
-            config, selection, pool, arena, self._prefetcher, indexer, lambda: self._scheduler.spare_slots, steps
+            config, selection, pool, arena, self._prefetcher, indexer, reservations, steps
         )
-        self._scheduler = Scheduler(config, pool, cycle, arena.slots, backbone.linear_equal)
+        self._answers = Answers(tokenizer, eos, backbone.layout.nbytes, cycle)
+        self._scheduler = Scheduler(config, pool, cycle, reservations, arena.slots, backbone.linear_equal)
         if backbone.device.type == "cuda":
             chunks = cycle.budgets.widest_table(backbone.max_model_len)
             graphs, compiled = config.cuda_graphs, config.torch_compile
@@ -182,7 +184,8 @@ class Engine:
         never waits for what the host does between two steps.
         """
         self._absorb()
-        self._scheduler.admit(self._keeper.locate, self._keeper.releasing_slots)
+        for seq in self._scheduler.admit(self._keeper.releasing_slots):
+            self._keeper.locate(seq)
         if self._scheduler.streams_next:
             self._read_running()  # a long step is planned, and timed, with nothing under way
         plan = self._scheduler.next_plan()
@@ -237,7 +240,7 @@ class Engine:
                     self._wipe(seq)
                 self._restart(seq, f"{gone} of them were gone, or their bytes wrong, when a step read them")
             elif (mass := output.masses.get(seq.request_id)) is not None:
-                seq.attends(mass)
+                seq.add_prompt_mass(mass)
         self._scheduler.observe(plan, time.perf_counter() - self._launched_s)
         lost |= self._void(output)
         self._advance(plan, lost, checked=True)
@@ -312,8 +315,8 @@ class Engine:
     def _begin_decode(self, seq: TokenSequence) -> None:
         seq.counters.first_token_s = seq.counters.first_token_s or time.perf_counter()
         self._counters.prompt_tokens += 0 if seq.restarts or seq.request.resume_token_ids else seq.prompt_len
-        seq.state = State.DECODE if seq.streamed else State.RECALLING
-        if not seq.streamed:
+        seq.state = State.DECODE if seq.residency.streamed else State.RECALLING
+        if not seq.residency.streamed:
             self.windows.begin(seq, seq.prompt_mass, retrieval_heads=self._retrieval_heads)
 
     def _emit(self, seq: TokenSequence, drawn: Sampled) -> None:
@@ -350,9 +353,9 @@ class Engine:
             if missing and (damaged := self._keeper.damaged_records(seq, missing)):
                 self._counters.lost_chunks += damaged
                 self._restart(seq, f"index records of {damaged} of them were wrong when they were scored")
-        for seq in [seq for seq in self._to_restart if not self.windows.busy(seq)]:
+        for seq in [seq for seq in self._to_restart if not seq.residency.copying]:
             self._restart(seq, self._to_restart[seq])
-        for seq in [seq for seq in self._leaving if not self.windows.busy(seq)]:
+        for seq in [seq for seq in self._leaving if not seq.residency.copying]:
             self._leaving.remove(seq)
             self._keeper.let_go(seq)
 
@@ -368,7 +371,7 @@ class Engine:
         if seq.restarts >= self.config.max_restarts:
             self._finish(seq, "error", News(error=_too_many_restarts(seq, cause), chunks_lost=True))
             return
-        if self.windows.busy(seq):
+        if seq.residency.copying:
             seq.state = State.WAITING
             self._to_restart[seq] = cause
             return
@@ -389,7 +392,7 @@ class Engine:
         self._runner.forget(seq)
         seq.state = State.FINISHED
         del self._sequences[seq.request_id]
-        if self.windows.busy(seq):
+        if seq.residency.copying:
             self._leaving.append(seq)
         else:
             self._keeper.let_go(seq)
@@ -420,7 +423,7 @@ class Engine:
         self.pool.check_integrity()
         self._runner.check_integrity()
         sequences = [*self._scheduler.running, *self._scheduler.waiting, *self._leaving]
-        check_references(self.pool, sequences, self.windows.incoming)
+        check_references(self.pool, sequences)
 
     def flush(self) -> None:
         """Wait for the copies and releases that are under way, and take in what they say."""

@@ -1,9 +1,8 @@
-"""Who runs in the next step: admission within the hot pool and cold memory, decode rows, prefill slices."""
+"""Which sequences run in the next step: admission by hot and cold memory, decode rows, prefill slices."""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from forecache.workers.core.config import EngineConfig
@@ -11,41 +10,44 @@ from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
 from forecache.workers.memory.hot.pool import HotPool
+from forecache.workers.residency.budgets import Reservations
 from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
 
 STREAMED_SHARE = 4
-"""Sequences whose full attention is streamed have a lane of their own: beside others, one of them steps in every fourth
-step at most, and such steps take a fourth of the time at most."""
+"""While other sequences run, at most every fourth step includes a streamed sequence, one at a time, and such steps take
+at most a fourth of the time."""
 
 RATE_SMOOTHING = 0.5
+"""Weight of the newest step in the moving average of the prefill rate."""
 
 LEAST_TOKENS, LEAST_SHARE = 16, 32
-"""A prefill step beside running streams has at least this many tokens, and this part of a whole one."""
+"""While other sequences decode, a prefill step has at least this many tokens, and this fraction of a full step."""
 
 PREFILL_QUANTUM = 1024
-"""Prefill steps larger than this are a multiple of it: attention kernels are made for round numbers of queries, and
-cuDNN prepares itself anew for every number."""
+"""Larger prefill steps are a multiple of this many tokens: attention kernels are tuned for round numbers of queries,
+and cuDNN builds a plan for each number that it has not seen."""
 
 
 @dataclass
 class PrefillRate:
-    """How many prompt tokens fit in a given time, learned from the steps made.
+    """How many prompt tokens fit in a given time, learned from the steps so far.
 
-    A token after ``past`` others costs as much work as (``linear_equal`` + past) · a constant: ``linear_equal`` is the
-    past at which attention costs as much as all the rest of the model.
+    The work of a token after ``past`` others is proportional to ``linear_equal`` + past: at a past of ``linear_equal``
+    tokens attention costs as much as the rest of the model.
     """
 
     linear_equal: float
     work_per_s: float | None = None
 
     def observe(self, tokens: int, past: int, duration_s: float) -> None:
+        """Learn that a step of ``tokens`` after ``past`` others took ``duration_s``."""
         rate = self._work(tokens, past) / max(duration_s, 1e-6)
         self.work_per_s = (
             rate if self.work_per_s is None else (RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * self.work_per_s)
         )
 
     def tokens_in(self, duration_s: float, past: int) -> int | None:
-        """Tokens after ``past`` that take about ``duration_s``; ``None`` before anything was seen."""
+        """Tokens after ``past`` others that take about ``duration_s``; ``None`` before the first :meth:`observe`."""
         if self.work_per_s is None:
             return None
         # the positive root of _work(tokens, past) = work
@@ -57,40 +59,52 @@ class PrefillRate:
 
 
 class Scheduler:
-    """First come, first served; of admitted prompts, every other step is the shortest one's. Owns the queue and the
-    list of running sequences."""
+    """Owns the queue, admits first come first served, and plans steps.
+
+    Of the admitted prompts, every other prefill step goes to the one with the fewest tokens left.
+
+    Args:
+        cold_slots: slots of this node's arena.
+        linear_equal: see :class:`PrefillRate`.
+    """
 
     def __init__(
         self,
         config: EngineConfig,
         pool: HotPool,
         windows: WindowCycle,
+        reservations: Reservations,
         cold_slots: int,
         linear_equal: float,
     ) -> None:
         self._config = config
         self._pool = pool
         self._windows = windows
+        self._reservations = reservations
         self._cold_slots = cold_slots
-        assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "resolve the defaults"
+        assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "call for_device first"
         self._prefill_chunk_tokens = config.prefill_chunk_tokens
         self._prefill_slice_s = config.prefill_slice_s
         self._steps = 0
         self._lane_opens_s = 0.0
         self.rate = PrefillRate(linear_equal)
         self.waiting: deque[TokenSequence] = deque()
-        self.running: list[TokenSequence] = []
+        self.running = reservations.running
         self.stalled = False
+        """The last plan lacks tokens because the pool had no free slot."""
         self.prefilled_tokens = 0
         self.prefilled_prompts = 0
         self.prefill_s = 0.0
-        """Of steps that prefill, decode rows beside them included."""
+        """Duration of steps that prefill, with the decode rows in them."""
 
     def add(self, seq: TokenSequence, *, first: bool = False) -> None:
-        """Queue ``seq``, of which nothing is computed. What another worker, or another try, has decoded of it over
-        partial sets is decoded again where runs shall be reproducible; else it is prefilled: quicker, and exact."""
+        """Queue ``seq``, of which nothing is computed; ``first``: at the head of the queue.
+
+        An answer that another worker, or an earlier try, began over partial resident sets is decoded again if runs have
+        to be reproducible. Else it is prefilled, which is faster and exact.
+        """
         self._reserve(seq)
-        partial = not seq.streamed and self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
+        partial = not seq.residency.streamed and self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
         if partial and self._config.late_policy == "wait":
             seq.replay()
         if first:
@@ -99,36 +113,40 @@ class Scheduler:
             self.waiting.append(seq)
 
     def remove(self, seq: TokenSequence) -> None:
-        """``seq`` leaves, wherever it is."""
+        """Take ``seq`` out of the queue or the running sequences."""
         if seq in self.running:
             self.running.remove(seq)
         else:
             self.waiting.remove(seq)
 
-    def admit(self, located: Callable[[TokenSequence], None], releasing_slots: int = 0) -> None:
-        """Let in from the queue's head what fits beside what runs; ``located`` is called for each.
-        ``releasing_slots`` of the arena are still promised to sequences that have left."""
+    def admit(self, releasing_slots: int = 0) -> list[TokenSequence]:
+        """Move sequences that fit from the head of the queue to the running ones, and return them.
+
+        ``releasing_slots``: arena slots that cold memory still reserves for sequences that have left.
+        """
+        admitted: list[TokenSequence] = []
         while self.waiting and len(self.running) < self._config.max_batch_size:
             seq = self.waiting[0]
-            together = [*self.running, seq]
-            slots = sum(other.reserved_slots for other in together)
-            cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in together)
-            if slots > self._pool.num_slots or cold > self._cold_slots:
-                return
+            cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in [*self.running, seq])
+            if seq.residency.reserved_slots > self._reservations.spare_slots or cold > self._cold_slots:
+                break
             self.waiting.popleft()
             self.running.append(seq)
             seq.state = State.LOCATING
-            located(seq)
+            admitted.append(seq)
+        return admitted
 
     def _reserve(self, seq: TokenSequence) -> None:
-        """Hot slots promised to ``seq``: what its budget needs, or a prefill step where its past is streamed."""
-        need = self._windows.budgets.slots(seq, seq.widening)
-        seq.streamed = need > self._pool.num_slots
+        """Reserve hot slots for ``seq``: what its budget needs, or, where it is streamed, what a prefill step needs."""
+        residency = seq.residency
+        need = self._windows.budgets.slots(seq, residency.widening)
+        residency.streamed = need > self._pool.num_slots
         prefill = self._prefill_chunk_tokens // seq.chunk_tokens + 1
-        seq.reserved_slots = min(seq.max_chunks + 1, prefill, self._pool.num_slots) if seq.streamed else need
+        streamed = min(seq.max_chunks + 1, prefill, self._pool.num_slots)
+        residency.reserved_slots = streamed if residency.streamed else need
 
     def observe(self, plan: Plan, duration_s: float) -> None:
-        """``plan`` was computed in ``duration_s``, its tokens not counted yet."""
+        """Learn that ``plan`` took ``duration_s``. Call it before the plan's tokens are counted."""
         if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
             part = plan.streams[0]
             self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
@@ -141,24 +159,24 @@ class Scheduler:
             self._lane_opens_s = time.perf_counter() + (STREAMED_SHARE - 1) * duration_s
 
     def next_plan(self) -> Plan:
-        """The next step's work, with slots allocated for every token it computes. May be empty."""
+        """The next step's work, possibly none. Allocates the slots of every token that it computes."""
         self._steps += 1
         self.stalled = False
         ready = [seq for seq in self.running if self._may_decode(seq)]
         prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
         if self._steps % 2 == 0:
-            # a short prompt need not wait for all of a long one, which goes on in every other step
+            # a short prompt does not wait for all of a long one, which goes on in every other step
             prefilling.sort(key=lambda seq: seq.prefill_target - seq.num_computed)
-        decode = [seq for seq in ready if not seq.streamed and self._open(seq, 1)]
+        decode = [seq for seq in ready if not seq.residency.streamed and self._open(seq, 1)]
         streams = [StreamPart(seq, 1) for seq in self._lane(ready) if self._open(seq, 1)]
         budget = self._prefill_chunk_tokens
-        # a chunk that prefill completes needs its slot only until it was written back
-        spare = self.spare_slots
+        # prefill may borrow spare slots: a completed chunk needs its slot only until it is written back
+        spare = self._reservations.spare_slots
         for seq in prefilling:
             if budget < 1:
-                break  # the step is as large as it may be
-            tokens = self._prefill_tokens(seq, budget, seq.reserved_slots + spare, beside=bool(decode or streams))
-            tokens = self._open(seq, tokens)
+                break  # the step is full
+            slots = seq.residency.reserved_slots + spare
+            tokens = self._open(seq, self._prefill_tokens(seq, budget, slots, shared=bool(decode or streams)))
             if tokens:
                 streams.append(StreamPart(seq, tokens, self._probe_tokens(seq, tokens)))
                 budget -= tokens
@@ -170,19 +188,20 @@ class Scheduler:
 
     @property
     def streams_next(self) -> bool:
-        """Whether the next step may compute more than decode rows."""
+        """Whether the next step may include prefill or streamed sequences."""
         if any(seq.state is State.PREFILL for seq in self.running):
             return True
-        if not any(seq.streamed for seq in self.running):
-            return False  # nearly always, and before every step
+        if not any(seq.residency.streamed for seq in self.running):
+            return False  # the usual case, decided before every step
         return bool(self._lane([seq for seq in self.running if self._may_decode(seq)], ahead=1))
 
     def _lane(self, ready: list[TokenSequence], *, ahead: int = 0) -> list[TokenSequence]:
-        """Those of the ``ready`` sequences that are streamed in the step at hand, or ``ahead`` steps later.
+        """The streamed sequences, of those ``ready`` to decode, that are in the current step, or ``ahead`` steps later.
 
-        All of them while there is nobody else; else they take turns, so that nobody's tokens come much later.
+        All of them if no other sequence runs; else they take turns, because their steps are long and would delay the
+        tokens of the others.
         """
-        streamed = [seq for seq in ready if seq.streamed]
+        streamed = [seq for seq in ready if seq.residency.streamed]
         others = len(streamed) < len(ready) or any(seq.state is State.PREFILL for seq in self.running)
         if not streamed or not others:
             return streamed
@@ -192,10 +211,10 @@ class Scheduler:
         return [streamed[turn % len(streamed)]]
 
     def _may_decode(self, seq: TokenSequence) -> bool:
-        """Whether ``seq`` decodes, is not held up at a boundary, and has tokens to make besides the one on its way.
+        """Whether ``seq`` decodes, does not wait at a boundary, and has tokens to draw after the one in flight.
 
-        A grammar says what may follow a token once the host has read it: such an answer takes every other step where
-        steps overlap, and the others go on as they are.
+        A grammar masks the next token only after the host has read the last one. Where steps overlap, such an answer
+        therefore takes part in every other step; other sequences are not delayed.
         """
         if seq.state is not State.DECODE or self._windows.blocked(seq):
             return False
@@ -203,27 +222,25 @@ class Scheduler:
             return False
         return len(seq.token_ids) + seq.awaited_tokens < seq.max_len
 
-    @property
-    def spare_slots(self) -> int:
-        """Slots of the pool that no running sequence was promised."""
-        return self._pool.num_slots - sum(seq.reserved_slots for seq in self.running)
-
     def _probe_tokens(self, seq: TokenSequence, tokens: int) -> int:
-        """How many of the next ``tokens`` of a prompt are among those that the first resident set is chosen by."""
-        if seq.policy != "lookahead" or seq.streamed:
+        """How many of the prompt's next ``tokens`` are among those whose attention chooses the first resident set."""
+        if seq.policy != "lookahead" or seq.residency.streamed:
             return 0
         first = max(seq.num_computed, seq.prefill_target - PROBE_TOKENS)
         return max(seq.num_computed + tokens - first, 0)
 
-    def _prefill_tokens(self, seq: TokenSequence, budget: int, slots: int, *, beside: bool) -> int:
-        """Alone, a step is as large as the batch and the ``slots`` for its chunks allow (it can be aborted between
-        layers); beside running streams it is sized to take ``prefill_slice_s``."""
+    def _prefill_tokens(self, seq: TokenSequence, budget: int, slots: int, *, shared: bool) -> int:
+        """Prompt tokens of ``seq`` in the next step.
+
+        A step of its own is as large as ``budget``, in tokens, and the hot ``slots`` for its chunks allow; it can be
+        aborted between layers. A step ``shared`` with other sequences should take ``prefill_slice_s``.
+        """
         tokens = min(seq.prefill_target - seq.num_computed, budget)
         if seq.scores_prompt:
             tokens = min(tokens, MAX_STEP_TOKENS)
-        if beside:
+        if shared:
             fitting = self.rate.tokens_in(self._prefill_slice_s, seq.num_computed)
-            # fewer cost as much: a step reads all weights, and the past of a prompt larger than the pool, however short
+            # fewer would take as long: every step reads all weights, and the streamed past of a long prompt
             least = max(LEAST_TOKENS, self._prefill_chunk_tokens // LEAST_SHARE)
             tokens = min(tokens, max(fitting or 0, least))
         tokens = min(tokens, slots * seq.chunk_tokens - seq.tail_tokens)
@@ -232,7 +249,7 @@ class Scheduler:
         return tokens
 
     def _open(self, seq: TokenSequence, tokens: int) -> int:
-        """Make sure the next ``tokens`` of ``seq`` have slots; returns for how many that worked."""
+        """Allocate slots for the next ``tokens`` of ``seq``; returns how many tokens have slots."""
         first, last = (
             seq.num_computed // seq.chunk_tokens,
             (seq.num_computed + tokens - 1) // seq.chunk_tokens,
@@ -241,7 +258,7 @@ class Scheduler:
             if number not in seq.open_slots:
                 slot = self._pool.allocate()
                 if slot is None:
-                    # every other slot is referenced or on its way to cold memory: the copy thread will free some
+                    # all slots are referenced or being written back; the copy thread will free some
                     self.stalled = True
                     return max(0, number * seq.chunk_tokens - seq.num_computed)
                 seq.open_slots[number] = slot

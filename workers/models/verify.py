@@ -212,9 +212,9 @@ def _our_logits(backbone: Backbone, spec: IndexSpec, tokens: list[int], chosen: 
         while seq.tail_tokens >= chunk_tokens:
             number = len(seq.chunks)
             chunk = seq.complete_chunk()
-            seq.resident[number] = seq.open_slots.pop(number)
-            seq.table_version += 1
-            pool.complete(seq.resident[number], chunk.key, dirty=False)
+            seq.residency.slots[number] = seq.open_slots.pop(number)
+            seq.residency.version += 1
+            pool.complete(seq.residency.slots[number], chunk.key, dirty=False)
     if chosen is not None:
         chosen.release()
     return torch.stack(rows)

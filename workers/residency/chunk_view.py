@@ -1,41 +1,46 @@
-"""Where a running request's chunks are now, for people who watch it."""
+"""Where a running request's chunks are, for clients that watch it (``/ui``)."""
 
 from forecache.workers.core.requests import ChunkView
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.residency.pending_set import Turn
 
 ATTENDED, HOT, PREFETCHING, PREDICTED, COLD, TO_COME = "ahfpc."
-"""In the resident set, and looked at by a retrieval head when that was last measured; in it; on its way to the next
-one; there for the next one already; in none of both; not computed yet."""
+"""Resident, and a retrieval head attended to it when that was last measured; resident; being copied for the next set;
+copied for the next set; neither resident nor in the next set; not computed yet."""
 
 
-def chunk_view(seq: TokenSequence, pool: HotPool, turn: Turn | None) -> ChunkView | None:
-    """What has changed since it was last asked for; ``None``: nothing, or nobody watches. ``turn`` is the set in the
-    making. While a prompt is prefilled there is no set: what the pool holds is hot then."""
+def chunk_view(seq: TokenSequence, pool: HotPool) -> ChunkView | None:
+    """Where the chunks of ``seq`` are; ``None`` if nothing changed since the last call, or no client watches.
+
+    During prefill there is no resident set; then chunks in the pool count as hot.
+    """
     if not seq.request.show_chunks:
         return None
-    turned = None if turn is None else (turn.boundary, turn.selected is None, turn.ready)
-    now = (seq.state, seq.table_version, len(seq.chunks), turned, seq.attended)
-    if now == seq.shown:
+    residency = seq.residency
+    pending = residency.pending
+    turned = None if pending is None else (pending.boundary, pending.selected is None, pending.ready)
+    now = (seq.state, residency.version, len(seq.chunks), turned, residency.attended)
+    if now == residency.shown:
         return None
-    seq.shown = now
+    residency.shown = now
     counters = seq.counters
     coverage = counters.coverage_sum / counters.coverages if counters.coverages else None
     if seq.state in (State.RECALLING, State.DECODE, State.FINISHED):
-        return ChunkView(_decoding(seq, turn), seq.resident_share, coverage)
+        return ChunkView(_decoding(seq), seq.resident_share, coverage)
     done = "".join(HOT if pool.lookup(chunk.key) is not None else COLD for chunk in seq.chunks)
     all_chunks = -(-seq.prefill_target // seq.chunk_tokens)
     return ChunkView(done + TO_COME * max(all_chunks - len(done), 0), 1.0, coverage)
 
 
-def _decoding(seq: TokenSequence, turn: Turn | None) -> str:
-    if seq.streamed:
+def _decoding(seq: TokenSequence) -> str:
+    residency = seq.residency
+    if residency.streamed:
         return HOT * (len(seq.chunks) + 1)
     states = [COLD] * len(seq.chunks)
-    if turn is not None and turn.selected is not None:
-        for number in turn.selected:
-            states[number] = PREDICTED if turn.ready else PREFETCHING
-    for number in seq.resident:
-        states[number] = ATTENDED if number in seq.attended else HOT
-    return "".join(states) + HOT  # the open chunk is always read
+    pending = residency.pending
+    if pending is not None and pending.selected is not None:
+        for number in pending.selected:
+            states[number] = PREDICTED if pending.ready else PREFETCHING
+    for number in residency.slots:
+        states[number] = ATTENDED if number in residency.attended else HOT
+    return "".join(states) + HOT  # every step reads the open chunk

@@ -147,9 +147,7 @@ class StepLayout:
         hot: list[tuple[int, int]] = []
         cold: list[Chunk] = []
         for chunk in seq.chunks:
-            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
-            if slot is None:
-                slot = self._pool.lookup(chunk.key)
+            slot = seq.hot_slot(chunk.number, self._pool)
             if slot is not None:
                 hot.append((slot, chunk.number))
             else:

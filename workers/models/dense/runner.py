@@ -240,7 +240,7 @@ class ModelRunner(Stateless):
             offset=offset,
             context_len=(len(table) - 1) * seq.chunk_tokens + offset + 1,
             table=table,
-            version=(seq.holder, seq.table_version),  # request ids come again
+            version=(seq.holder, seq.residency.version),  # request ids come again
             line=self._line(seq),
         )
 

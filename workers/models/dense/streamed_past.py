@@ -70,9 +70,7 @@ class StreamedPast:
         in_arena: list[Chunk] = []
         on_others: list[Chunk] = []
         for chunk in seq.chunks:
-            slot = seq.resident.get(chunk.number, seq.held_back.get(chunk.number))
-            if slot is None:
-                slot = pool.lookup(chunk.key)
+            slot = seq.hot_slot(chunk.number, pool)
             if slot is not None:
                 in_pool.append((slot, chunk.number))
             else:

@@ -69,7 +69,7 @@ class HiddenHistory:
         """
         # of a prompt only the end matters
         first = max(first, stop - self.steps, seq.prefill_target - self.steps)
-        if seq.policy != "lookahead" or seq.streamed or first >= stop:
+        if seq.policy != "lookahead" or seq.residency.streamed or first >= stop:
             return NOBODYS_LINE, range(0)
         kept = self._kept.get(seq.request_id)
         if kept is None:
