@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from forecache.cluster.errors import StartError
-from forecache.workers.core.settings import actor_name
+from forecache.workers.core.config import actor_name
 
 logger = logging.getLogger(__name__)
 

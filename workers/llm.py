@@ -1,4 +1,4 @@
-"""The engine in-process, without Ray: for scripts, notebooks, tests and benchmarks."""
+"""An engine in this process, without Ray: for scripts, notebooks, tests and benchmarks."""
 
 import itertools
 import os
@@ -6,15 +6,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
-from forecache.indexer.serving.cuda_scorer import CudaIndexer
 from forecache.indexer.serving.protocol import Indexer
 from forecache.indexer.serving.scorer import LocalIndexer
 from forecache.workers.core.config import EngineConfig
@@ -27,23 +24,16 @@ from forecache.workers.core.requests import (
     SequenceStats,
     TokenLogprobs,
 )
-from forecache.workers.engine.engine import Engine
+from forecache.workers.engine.build import build_engine, build_gpu_indexer, load_model
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.arena.arena import Arena, remove_abandoned
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
-from forecache.workers.memory.format.layout import cold_layout
-from forecache.workers.memory.hot.cuda_host import RegisteredMemory
-from forecache.workers.models.backbone import load_backbone, load_config
-from forecache.workers.models.loader import model_name, resolve_model
-from forecache.workers.models.registry import architecture_of
-from forecache.workers.models.tokenizer import load_tokenizer
-from forecache.workers.models.verify import verify_backbone
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer. ``text`` is empty when the tokenizer was skipped."""
+    """An answer. ``text`` is empty if the tokenizer was skipped."""
 
     token_ids: list[int]
     text: str
@@ -55,9 +45,17 @@ class Completion:
 class LLM:
     """One model with its hot pool, cold memory and indexer in this process.
 
-    Keyword arguments are the fields of :class:`EngineConfig` and :class:`MemoryConfig`. Close it (or use it in a
-    ``with`` statement): it owns a file in shared memory. ``wrap_indexer`` may put another indexer before its own one,
-    which then belongs to it: to record predictions, or to answer otherwise.
+    Close it, or use it in a ``with`` statement: it owns a file in shared memory.
+
+    Args:
+        model: built-in name, local directory, .gguf file or hub id.
+        skip_tokenizer: prompts are token ids, and answers have no text.
+        selection: how scores choose resident chunks.
+        indexer: settings of the indexer.
+        wrap_indexer: returns an indexer that uses the given one and closes it, such as one that records predictions.
+        **settings: fields of :class:`EngineConfig` and :class:`MemoryConfig`.
+
+    Raises a :class:`forecache.workers.errors.ForecacheError` that says why the model can't be served.
 
     >>> with LLM("smollm2-135m", keep_ratio=0.135) as llm:
     ...     print(llm.generate(["The capital of France is"], max_tokens=8)[0].text)
@@ -74,33 +72,20 @@ class LLM:
         **settings: Any,
     ) -> None:
         memory = MemoryConfig(**{k: settings.pop(k) for k in list(settings) if k in MemoryConfig.model_fields})
-        self.config = EngineConfig(model=model, **settings)
+        config = EngineConfig(model=model, **settings)
         indexer = indexer or IndexerConfig()
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
-        self.model_path: Path = resolve_model(model, load_format=self.config.load_format)
-        self.tokenizer: PreTrainedTokenizerBase | None = None
-        if not skip_tokenizer:
-            self.tokenizer = load_tokenizer(self.model_path)
-        architecture = architecture_of(load_config(self.model_path).model_type)
-        architecture.refuse_settings(self.config, model)
-        self.config = self.config.for_model(architecture.chunk_tokens)
-        self.backbone = backbone = load_backbone(
-            self.model_path,
-            dtype=self.config.dtype,
-            device=self.config.device,
-            chunk_tokens=self.config.chunk_tokens,
-            max_model_len=self.config.max_model_len,
-            load_format=self.config.load_format,
-            seed=self.config.seed,
-            kv_dtype=self.config.kv_dtype,
-        )
-        self.cold_layout = cold_layout(backbone.layout, memory.cold_dtype)
-        self.scorer = chosen = architecture.choose_scorer(indexer, model_name(model), backbone)
-        self.index_spec = spec = chosen.spec
-        verify_backbone(backbone, spec)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        loaded = load_model(config, memory, indexer, skip_tokenizer=skip_tokenizer)
+        self.config = loaded.config
+        self.model_path = loaded.path
+        self.tokenizer = loaded.tokenizer
+        self.backbone = backbone = loaded.backbone
+        self.cold_layout = loaded.cold_layout
+        self.scorer = loaded.scorer
+        self.index_spec = spec = loaded.scorer.spec
         remove_abandoned(memory.arena_dir)
-        with ExitStack() as cleanup:  # of what was made when a later part can't be
+        with ExitStack() as cleanup:  # if a later part fails, those made before it are closed
             self._arena = Arena.create(
                 memory.arena_dir,
                 f"local-{os.getpid()}-{uuid.uuid4().hex[:8]}",
@@ -114,21 +99,12 @@ class LLM:
             self.memory = ArenaStore(self._arena)
             own: Indexer
             if indexer.device_type(backbone.device.type) == "cuda":
-                gpu = backbone.device if backbone.device.type == "cuda" else torch.device("cuda")
-                own = CudaIndexer(
-                    spec,
-                    self._arena,
-                    gpu,
-                    indexer.device_bytes,
-                    RegisteredMemory,
-                    chosen.lookahead,
-                    graph_chunks=self.config.graph_chunks(backbone.max_model_len),
-                )
+                own = build_gpu_indexer(loaded, indexer, self._arena)
             else:
-                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, chosen.lookahead)
+                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, self.scorer.lookahead)
             self._indexer = wrap_indexer(own)
             cleanup.callback(self._indexer.close)
-            self.engine = Engine(
+            self.engine = build_engine(
                 backbone,
                 self.tokenizer,
                 self.config,
@@ -137,7 +113,7 @@ class LLM:
                 self._indexer,
                 spec,
                 cold_layout=self.cold_layout,
-                query_encoder=chosen.query_encoder,
+                query_encoder=self.scorer.query_encoder,
             )
             cleanup.callback(self.engine.close)
             self._cleanup = cleanup.pop_all()
@@ -165,11 +141,14 @@ class LLM:
         session_id: str | None = None,
         window_steps: int | None = None,
     ) -> list[Completion]:
-        """Complete every prompt (text, or token ids as they are) in one batch; answers come in the prompts' order.
+        """Complete every prompt in one batch; answers come in the prompts' order.
 
-        What the arguments mean is said at :class:`SamplingParams` and :class:`CacheOptions`.
+        Args:
+            prompts: texts, or token ids.
 
-        Raises :class:`forecache.workers.errors.InvalidRequestError` before anything runs if a prompt can't be served.
+        :class:`SamplingParams` and :class:`CacheOptions` describe the other arguments.
+
+        Raises :class:`forecache.workers.errors.InvalidRequestError` before any prompt runs if one can't be served.
         """
         sampling = SamplingParams(
             max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos,
@@ -180,7 +159,7 @@ class LLM:
         done: dict[str, Completion] = {}
         try:
             for prompt in prompts:
-                ids.append(self._add(prompt, sampling, cache))  # noqa: PERF401 - known when a later one is refused
+                ids.append(self._add(prompt, sampling, cache))  # noqa: PERF401 - if a later one is refused, these are cancelled
             tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
             texts = dict.fromkeys(ids, "")
             logprobs_of: dict[str, tuple[TokenLogprobs, ...]] = dict.fromkeys(ids, ())
@@ -193,7 +172,7 @@ class LLM:
                     logprobs_of[event.request_id] += event.logprobs
                     if event.finish_reason is not None:
                         if event.error is not None or event.stats is None:
-                            raise ForecacheError(event.error or "the request ended without its account")
+                            raise ForecacheError(event.error or "the request ended without statistics")
                         done[event.request_id] = Completion(
                             tokens[event.request_id],
                             texts[event.request_id],
@@ -204,14 +183,16 @@ class LLM:
         except BaseException:
             for request_id in ids:
                 self.engine.cancel(request_id)
-            self.engine.flush()  # their slots come back now, not when somebody next asks for something
+            self.engine.flush()  # releases their slots now, not at the next request
             raise
         return [done[request_id] for request_id in ids]
 
     def _add(self, prompt: str | Sequence[int], sampling: SamplingParams, cache: CacheOptions) -> str:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ForecacheError("text prompts need a tokenizer; this LLM was made with skip_tokenizer=True")
+                raise ForecacheError(
+                    "text prompts need a tokenizer, and this LLM has skip_tokenizer=True: pass token ids"
+                )
             tokens = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         else:
             tokens = list(prompt)

@@ -33,7 +33,7 @@ from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.observe import logs, tracing
 from forecache.cluster.observe.telemetry import ClusterTelemetry
 from forecache.cluster.tiers import Tiers
-from forecache.workers.core.settings import WorkerSettings
+from forecache.workers.core.config import WorkerSettings
 from forecache.workers.engine.worker import DecodeWorker
 from forecache.workers.memory.arena.arena import remove_abandoned
 from forecache.workers.memory.config import MemoryConfig

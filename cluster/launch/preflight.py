@@ -41,7 +41,7 @@ def check_placement(config: ServeConfig) -> None:
     """Raise :class:`StartError` when a Ray on this machine has no room for a worker; Ray would wait for it forever."""
     import torch  # takes seconds
 
-    from forecache.workers.core.settings import gpus_of_worker
+    from forecache.workers.core.config import gpus_of_worker
 
     workers, cpus = config.workers, config.ray_num_cpus
     if config.memory.tier_resource is not None:

@@ -16,7 +16,7 @@ from forecache.cluster.launch.cluster import NAMESPACE, application, cluster_tel
 from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.observe import tracing
 from forecache.cluster.tiers import Tiers
-from forecache.workers.core.settings import WorkerSettings
+from forecache.workers.core.config import WorkerSettings
 from forecache.workers.models.loader import resolve_model
 
 NOT_SERVES_TO_SAY = ("host", "port", "proxy_location", "address")

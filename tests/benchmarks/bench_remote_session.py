@@ -36,7 +36,7 @@ from forecache.indexer.records.index_spec import IndexSpec
 from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
 from forecache.indexer.serving.scorer import LocalIndexer
 from forecache.workers.core.config import EngineConfig
-from forecache.workers.engine.engine import Engine
+from forecache.workers.engine.build import build_engine
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.client.peers import RemotePeers
@@ -99,7 +99,7 @@ class Worker:
             model=str(directory), dtype="float32", chunk_tokens=CHUNK_TOKENS, keep_ratio=keep_ratio, threads=threads,
             hot_bytes=hot_chunks * backbone.layout.nbytes,
         )  # fmt: skip
-        self._engine = Engine(
+        self._engine = build_engine(
             backbone, None, config, SelectionConfig(), self._memory, self._indexer, spec, name
         )  # fmt: skip
         self._layout = backbone.layout

@@ -14,9 +14,9 @@ from ray import serve
 from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.http.ingress import Ingress, ServeWorkers
 from forecache.indexer.serving.telemetry import SILENCE
+from forecache.workers.core.config import WorkerSettings
 from forecache.workers.core.grammar import Grammars
 from forecache.workers.core.requests import GenerateRequest, SequenceStats, TokenEvent
-from forecache.workers.core.settings import WorkerSettings
 from forecache.workers.core.stats import EngineStats, ScorerStats, WorkerStats
 from forecache.workers.engine.async_engine import AsyncEngine
 from forecache.workers.engine.channels import Channels

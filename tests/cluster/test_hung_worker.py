@@ -12,8 +12,7 @@ import pytest
 
 from forecache.cluster.config import ResumeConfig, ServeConfig
 from forecache.cluster.launch.cluster import running
-from forecache.workers.core.config import EngineConfig
-from forecache.workers.core.settings import WorkerSettings
+from forecache.workers.core.config import EngineConfig, WorkerSettings
 from forecache.workers.engine.worker import DecodeWorker
 from forecache.workers.memory.config import MemoryConfig
 

@@ -23,7 +23,7 @@ from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
 from forecache.indexer.serving.scorer import LocalIndexer
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
-from forecache.workers.engine.engine import Engine
+from forecache.workers.engine.build import build_engine
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.client.memory import RemoteMemory
@@ -63,7 +63,7 @@ class Worker:
         torch.set_num_threads(1)
         backbone, spec = load(model)
         self.memory = RemoteMemory(lambda: tier, deadline_s=20, peers=RemotePeers(NAMESPACE, 5))
-        self.engine = Engine(
+        self.engine = build_engine(
             backbone,
             None,
             EngineConfig(model=str(model), hot_bytes=hot_chunks * backbone.layout.nbytes, **SETTINGS),

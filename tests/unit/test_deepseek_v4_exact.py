@@ -295,7 +295,7 @@ def test_a_step_that_came_to_nothing_costs_no_session_its_state(
         [whole] = llm.generate([prompt], max_tokens=8, ignore_eos=True, cache_salt="another")
         end = whole.token_ids[3]
         assert end not in whole.token_ids[:3], "it ends earlier"
-        monkeypatch.setattr(llm.engine._answers, "_eos", frozenset({end}))
+        monkeypatch.setattr(llm.engine._outputs, "_eos", frozenset({end}))
         [first] = llm.generate([prompt], max_tokens=8, session_id="talk")
         assert first.token_ids == whole.token_ids[:4]
         settle(llm)

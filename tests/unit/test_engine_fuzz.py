@@ -210,8 +210,8 @@ def check_nothing_left(llm: LLM) -> None:
     pool, stats = engine.pool, llm.memory.stats()
     assert pool.referenced == pool.dirty == 0 and pool.used == pool.num_slots - len(pool._free)
     assert stats.held_slots == stats.committed_slots == 0 and not llm.memory.holders()
-    assert not engine._keeper._holders and not engine._keeper._asked and not engine._keeper._releasing
-    assert not engine._answers._detokenizers and not engine.windows._recalling
+    assert not engine._chunks._holders and not engine._chunks._asked and not engine._chunks._releasing
+    assert not engine._outputs._detokenizers and not engine.windows._recalling
     assert not engine._scheduler.running and not engine._scheduler.waiting
 
 

@@ -36,7 +36,7 @@ from forecache.workers.core.requests import (
 )
 from forecache.workers.engine.async_engine import AsyncEngine
 from forecache.workers.engine.channels import Channels as WorkerChannels
-from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
+from forecache.workers.engine.chunk_lifecycle import ChunkLifecycle
 from forecache.workers.engine.pulse import Pulse
 from forecache.workers.errors import ChunkLostError, EngineHungError, OverloadedError
 from forecache.workers.llm import LLM
@@ -607,7 +607,7 @@ def test_restarts_for_lost_chunks_are_bounded(
         while not llm.engine.idle:
             llm.engine.step()
         monkeypatch.setattr(Arena, "check", lambda *_: False)
-        monkeypatch.setattr(ChunkKeeper, "lost", lambda self, seq, damaged: len(seq.chunks) // 20)
+        monkeypatch.setattr(ChunkLifecycle, "lost", lambda self, seq, damaged: len(seq.chunks) // 20)
         llm.engine.add_request(request("a", prompt, 120))
         (seq,) = llm.engine._sequences.values()
         last = None
@@ -624,7 +624,7 @@ def test_restarts_for_lost_chunks_are_bounded(
         llm.engine.check_integrity()
         llm.memory.check_integrity()
         assert llm.engine.pool.referenced == llm.engine.pool.dirty == llm.memory.stats().held_slots == 0
-        assert not llm.engine._keeper._holders and not llm.memory.holders()
+        assert not llm.engine._chunks._holders and not llm.memory.holders()
         monkeypatch.undo()
         llm.engine.add_request(request("a", prompt, 2))  # and its id is free
         while not llm.engine.idle:

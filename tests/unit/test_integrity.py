@@ -21,7 +21,7 @@ from forecache.indexer.serving.config import IndexerConfig
 from forecache.kernels.chunks import ops
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.core.sequence import Chunk, TokenSequence
-from forecache.workers.engine.chunk_lifecycle import ChunkKeeper
+from forecache.workers.engine.chunk_lifecycle import ChunkLifecycle
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.arena.arena import Arena
@@ -410,20 +410,20 @@ def test_record_of_a_chunk_on_another_node(tmp_path: Path) -> None:
 def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Damaged between the search, which compares them, and the copy of what every later token reads of them."""
     architecture = Architecture(tiny_dsv4, 128, 1300, {"snapshot_tokens": 512})
-    located, flips = ChunkKeeper.located, 0
+    located, flips = ChunkLifecycle.located, 0
     with architecture.open(hot_chunks=16) as llm:
         expected = answer(llm, architecture.prompt)
         clean = chunks_of(llm)
         llm.engine.pool.evict_all()
 
-        def damaged_now(self: ChunkKeeper, held: PrefixHeld) -> TokenSequence | None:
+        def damaged_now(self: ChunkLifecycle, held: PrefixHeld) -> TokenSequence | None:
             nonlocal flips
             if not flips and held.refs:
                 flips = 1
                 flip(llm, list(held.refs[1:2]))
             return located(self, held)
 
-        monkeypatch.setattr(ChunkKeeper, "located", damaged_now)
+        monkeypatch.setattr(ChunkLifecycle, "located", damaged_now)
         assert answer(llm, architecture.prompt).is_that_of(expected)
         assert flips == llm.memory.stats().dropped_chunks == 1
         assert llm.engine.stats().lost_chunks == 0, "found before anything was computed with it"

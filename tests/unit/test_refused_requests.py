@@ -147,9 +147,9 @@ def check_nothing_left(llm: LLM) -> None:
     assert engine.idle
     for _ in range(2):
         engine.flush()
-    assert not engine._sequences and not engine._leaving and not engine._answers._detokenizers
+    assert not engine._sequences and not engine._leaving and not engine._outputs._detokenizers
     assert not engine._scheduler.waiting and not engine._scheduler.running
-    assert not engine._keeper._holders and not engine._keeper._asked and not engine._keeper._releasing
+    assert not engine._chunks._holders and not engine._chunks._asked and not engine._chunks._releasing
     engine.check_integrity()
     llm.memory.check_integrity()
     assert engine.pool.referenced == engine.pool.dirty == 0
@@ -183,7 +183,14 @@ def test_each_call_that_adds_a_request_may_fail(text_model: Path) -> None:
         else:
             raise AssertionError("it never ends")
         said = "\n".join(broken)
-        for step in ("check_request", "Sequence.__init__", "Answers.begin", "advance", "Scheduler.add", "wake"):
+        for step in (
+            "check_request",
+            "TokenSequence.__init__",
+            "OutputProcessor.begin",
+            "advance",
+            "Scheduler.add",
+            "wake",
+        ):
             assert step in said, step
 
 
@@ -284,7 +291,7 @@ async def closed(engine: AsyncEngine, llm: LLM) -> None:
     await until(lambda: llm.engine.idle)
     await engine.check_integrity()
     await asyncio.to_thread(engine.close)
-    assert not llm.engine._answers._detokenizers and not llm.engine._scheduler.waiting
+    assert not llm.engine._outputs._detokenizers and not llm.engine._scheduler.waiting
     assert llm.engine.pool.referenced == 0 and not llm.memory.holders()
     llm.memory.check_integrity()
 

@@ -52,7 +52,7 @@ def test_a_token_of_a_step_before_a_restart_is_void(
         tokens: list[int] = []
         seq = add(llm, "a", prompts[1], 24)
         for number in range(restarts):
-            while len(tokens) < 4 * (number + 1) or llm.engine._running is None or seq.state is not State.DECODE:
+            while len(tokens) < 4 * (number + 1) or llm.engine._in_flight is None or seq.state is not State.DECODE:
                 step(llm, tokens)
             assert seq.awaited_tokens == 1
             llm.engine._restart(seq, "they are, for this test")
@@ -124,7 +124,7 @@ def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back
         assert len(slots) == 8 and all(slot is not None and pool._dirty[slot] == 2 for slot in slots)
         first_may.set()
         while any(pool._dirty[slot] != 1 for slot in slots if slot is not None):
-            llm.engine._absorb()
+            llm.engine._receive()
         assert pool.evict_all() == 0
         second_may.set()
         assert finish(llm, tokens) == reference(prompt, 20)

@@ -253,7 +253,7 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
             running = llm.engine._scheduler.running
             decoding = [seq for seq in running if seq.residency.decode_steps == 12 and seq.request_id == "s3"]
             if decoding and restarted is None:
-                llm.engine._read_running()
+                llm.engine._finish_in_flight()
                 restarted = decoding[0]
                 assert restarted.num_computed + 1 == len(restarted.token_ids)
                 llm.engine._restart(restarted, "as the test wants it")

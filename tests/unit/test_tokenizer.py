@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from forecache.workers.engine.detokenize import Detokenizer
 from forecache.workers.errors import UnsupportedModelError
-from forecache.workers.models.tokenizer import Detokenizer, eos_token_ids, load_tokenizer
+from forecache.workers.models.tokenizer import eos_token_ids, load_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",

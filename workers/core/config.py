@@ -1,10 +1,14 @@
-"""Settings of the engine."""
+"""Settings of a worker: those of its engine, and what it gets besides."""
 
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
+from forecache.indexer.serving.telemetry import SILENCE, Telemetry
 from forecache.workers.core.requests import Policy
+from forecache.workers.memory.config import MemoryConfig
 
 LoadFormat = Literal["auto", "dummy"]
 KvDtype = Literal["auto", "fp8"]
@@ -103,17 +107,17 @@ class EngineConfig(BaseModel):
     seed: int = Field(0, description="seed of the random policy and of dummy weights")
 
     def for_model(self, chunk_tokens: int) -> Self:
-        """With the model's own ``chunk_tokens``, where none were set."""
+        """With the model's default ``chunk_tokens``, unless they were set."""
         return (
             self if "chunk_tokens" in self.model_fields_set else self.model_copy(update={"chunk_tokens": chunk_tokens})
         )
 
     def graph_chunks(self, max_model_len: int) -> int:
-        """Chunks of the longest sequence whose predictions are CUDA graphs, where a GPU makes them; 0: of none."""
+        """Chunks of the longest sequence whose predictions are captured as CUDA graphs; 0: none are."""
         return 0 if self.cuda_graphs is False else max_model_len // self.chunk_tokens
 
     def for_device(self, device: str) -> Self:
-        """With the defaults that depend on the ``device`` type, ``cuda`` or ``cpu``, filled in."""
+        """With the defaults that depend on the device type, ``cuda`` or ``cpu``."""
         gpu = device == "cuda"
         defaults = {
             "prefill_chunk_tokens": 8192 if gpu else 512,
@@ -121,3 +125,44 @@ class EngineConfig(BaseModel):
             "overlap_steps": gpu,
         }
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Everything a worker needs to start.
+
+    Attributes:
+        namespace: Ray namespace of the cluster's actors.
+        run: identifies this start of the cluster; part of the names of its actors and arenas.
+        redis_url: where memory tiers find each other's chunks; ``None``: on one node only.
+    """
+
+    engine: EngineConfig
+    memory: MemoryConfig
+    selection: SelectionConfig
+    indexer: IndexerConfig
+    namespace: str
+    run: str
+    redis_url: str | None = field(default=None, repr=False)
+    telemetry: Telemetry = SILENCE
+
+    def actor_name(self, kind: str, node_id: str) -> str:
+        """Name of a node's ``kind`` actor ("tier", "indexer0", …), and of the tier's arena."""
+        return actor_name(self.run, kind, node_id)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that Ray reserves for each worker."""
+        return gpus_of_worker(self.engine.device)
+
+
+def gpus_of_worker(device: str) -> int:
+    """GPUs that a worker with this ``device`` setting uses, on a machine like this one."""
+    import torch  # takes seconds, and commands that only read settings don't need it
+
+    return int(device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+
+
+def actor_name(run: str, kind: str, node_id: str) -> str:
+    """Name of a node's ``kind`` actor in the cluster that was started as ``run``."""
+    return f"{run}-{kind}-{node_id[:16]}"

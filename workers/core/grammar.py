@@ -1,4 +1,4 @@
-"""Answers that follow a grammar: llguidance says which tokens may come next."""
+"""Constrains answers to a grammar: llguidance decides which tokens may come next."""
 
 import threading
 from functools import cached_property
@@ -14,26 +14,29 @@ from forecache.workers.core.requests import SamplingParams
 from forecache.workers.errors import InvalidRequestError
 
 LIMITS = LLParserLimits(initial_lexer_fuel=300_000, max_grammar_size=100_000, verbose_errors=False)
-"""What one grammar may cost. Fuel is work on its regular expressions, size the symbols of its rules."""
+"""Limits of one grammar: fuel limits the work on its regular expressions, size the symbols of its rules."""
 
 
 class Matcher:
-    """Where one answer stands in its grammar. Not for two threads at once."""
+    """Follows one answer through its grammar. Not thread-safe."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def fill_mask(self, words: npt.NDArray[np.int32]) -> None:
-        """Bit ``token % 32`` of ``words[token // 32]``: whether ``token`` may come next. int32 [vocab / 32], zeroed."""
+        """Set bit ``token % 32`` of ``words[token // 32]`` for each token that may come next.
+
+        ``words``: int32 [vocab / 32], zeros.
+        """
         mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
         count = min(len(mask), len(words))
         words[:count] = mask[:count]
 
     def advance(self, token: int) -> bool:
-        """``token`` came; whether the answer is complete, so that nothing but its end may follow.
+        """Append ``token``; returns whether the answer is complete, so that only its end may follow.
 
         Raises:
-            InvalidRequestError: the grammar can't be followed any further, such as for its size.
+            InvalidRequestError: the grammar does not allow the token, or exceeds its limits.
         """
         if not self._matcher.consume_token(token):
             raise InvalidRequestError(f"the grammar can't be followed: {_first_line(self._matcher.get_error())}")
@@ -41,7 +44,7 @@ class Matcher:
 
 
 class Grammars:
-    """Matchers for the answers of one model: its ``tokenizer``, and the ``eos`` tokens that end an answer."""
+    """Makes matchers for one model, with its ``tokenizer`` and the ``eos`` tokens that end an answer."""
 
     def __init__(self, tokenizer: Any, eos: frozenset[int]) -> None:
         self._hf = tokenizer
@@ -51,25 +54,25 @@ class Grammars:
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         if not isinstance(self._hf, PreTrainedTokenizerFast):
-            reason = "response formats and tools need a fast tokenizer, and this model has none"
+            reason = "response formats and tools need a fast tokenizer (tokenizer.json), and this model has none"
             raise InvalidRequestError(reason, "response_format")
         return from_tokenizer(self._hf, eos_token=sorted(self._eos) or None)
 
     @property
     def tokenizer(self) -> LLTokenizer:
-        """llguidance's form of the tokenizer, made when it is first needed: about a second for a large vocabulary.
+        """llguidance's form of the tokenizer. The first use takes about a second with a large vocabulary.
 
         Raises:
-            InvalidRequestError: the tokenizer is not one of the tokenizers library's.
+            InvalidRequestError: the model has no fast tokenizer.
         """
         with self._lock:
             return self._tokenizer
 
     def matcher(self, sampling: SamplingParams) -> Matcher | None:
-        """At the beginning of an answer that has a grammar. May take a second; any thread may call.
+        """A matcher for a new answer; ``None`` without a grammar. May take a second; any thread may call.
 
         Raises:
-            InvalidRequestError: no grammar, or one that is too large.
+            InvalidRequestError: the grammar is invalid or too large.
         """
         if sampling.grammar is None:
             return None
@@ -81,9 +84,9 @@ class Grammars:
 
 
 def check_grammar(grammar: str, param: str) -> None:
-    """Raise :class:`InvalidRequestError` for a grammar that is none, or costs more than one may.
+    """Raise :class:`InvalidRequestError` if ``grammar`` is invalid or too large; ``param`` names the request's field.
 
-    Needs no tokenizer. May take a second, in which other threads run.
+    Needs no tokenizer. May take a second, but releases the GIL.
     """
     if reason := LLMatcher.validate_grammar(grammar, None, limits=LIMITS):
         raise InvalidRequestError(f"the grammar can't be followed: {_first_line(reason)}", param)

@@ -1,7 +1,7 @@
-"""Log-probabilities of a prompt's own tokens, taken while it is prefilled.
+"""Log-probabilities of a prompt's own tokens, computed during prefill.
 
-Its prefix is computed even where it is stored, since K/V tell nothing of logits; and in steps of few tokens, since a
-step has as many rows of logits as tokens.
+Such a prompt is computed even where its prefix is stored, because logits can't be had from K/V, and in short steps,
+because a step has a row of logits for each token.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from forecache.workers.core.requests import TokenLogprobs
 from forecache.workers.core.sequence import State, TokenSequence
 
 MAX_STEP_TOKENS = 256
-"""Of one prompt in one step: 128 MiB of logits, with a vocabulary of 128K."""
+"""Tokens of one such prompt in one step at most: 128 MiB of logits, with a vocabulary of 128K."""
 
 
 class Part(Protocol):
-    """A :class:`.step.StreamPart`."""
+    """A :class:`forecache.workers.core.step_plan.StreamPart`, which this module can't import."""
 
     @property
     def sequence(self) -> TokenSequence: ...
@@ -29,7 +29,7 @@ class Part(Protocol):
 
 
 def targets_of(part: Part) -> list[int]:
-    """The prompt tokens that those of ``part`` predict, if its sequence wants to know; none of the answer."""
+    """The prompt tokens that the tokens of ``part`` predict, if their log-probabilities are wanted."""
     seq = part.sequence
     if not seq.scores_prompt or seq.state is not State.PREFILL:
         return []
@@ -38,18 +38,23 @@ def targets_of(part: Part) -> list[int]:
 
 @dataclass(frozen=True)
 class Scored:
-    """``told``: float32 [targets, 1 + most]: of the token that stands in the prompt, then of the likeliest ``tokens``,
-    int64 [targets, most]."""
+    """Log-probabilities of the ``targets``, tokens of one prompt.
+
+    Attributes:
+        restarts: how often the sequence had started over when the step was launched.
+        logprobs: float32 [targets, 1 + likeliest], of the prompt's token, then of the likeliest ``tokens``.
+        tokens: int64 [targets, likeliest].
+    """
 
     sequence: TokenSequence
     restarts: int
     targets: tuple[int, ...]
-    told: Tensor
+    logprobs: Tensor
     tokens: Tensor
 
     @classmethod
     def of(cls, seq: TokenSequence, targets: Sequence[int], logits: Tensor) -> "Scored":
-        """``logits``: float32 [targets, vocab]; the result is on their device."""
+        """Of ``logits``, float32 [targets, vocab]; the result is on their device."""
         most = min(seq.sampling.logprobs or 0, logits.shape[-1])
         logprobs = logits.log_softmax(-1)
         wanted = torch.tensor(targets, device=logits.device).unsqueeze(-1)
@@ -57,17 +62,17 @@ class Scored:
         return cls(seq, seq.restarts, tuple(targets), torch.cat([logprobs.gather(-1, wanted), top], -1), tokens)
 
     def take(self) -> None:
-        """Add it to what its sequence knows of its prompt, unless that has started over since. Waits for the device."""
+        """Add them to the sequence, unless it has started over since. Waits for the device."""
         if self.restarts != self.sequence.restarts:
             return
-        rows = zip(self.targets, self.told.tolist(), self.tokens.tolist(), strict=True)
+        rows = zip(self.targets, self.logprobs.tolist(), self.tokens.tolist(), strict=True)
         self.sequence.prompt_logprobs += [
-            TokenLogprobs(target, told[0], tuple(zip(tokens, told[1:], strict=True))) for target, told, tokens in rows
+            TokenLogprobs(target, row[0], tuple(zip(tokens, row[1:], strict=True))) for target, row, tokens in rows
         ]
 
 
 def score(parts: Sequence[Part], logits: Tensor) -> tuple[Scored, ...]:
-    """The targets of all ``parts``, in their order, for which ``logits`` are: float32 [targets, vocab]."""
+    """Log-probabilities of the targets of all ``parts``; ``logits``: float32 [targets, vocab], in the parts' order."""
     scored, first = [], 0
     for part in parts:
         if targets := targets_of(part):

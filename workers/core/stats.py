@@ -1,4 +1,4 @@
-"""Numbers the engine exposes; `cluster/observe/metrics.py` alone maps them to Prometheus."""
+"""Numbers that a worker exposes; `cluster/observe/metrics.py` maps them to Prometheus metrics."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,16 +8,18 @@ from forecache.workers.memory.arena.stats import TierStats
 ScorerName = Literal["trained", "training-free", "bounds"]
 
 RECALL_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-"""Upper bounds of the buckets in which :attr:`EngineStats.recall_buckets` counts recalls by their time."""
+"""Upper bounds of the buckets of :attr:`EngineStats.recall_buckets`, by a recall's duration."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges are of now, counters since start. Chunks and slots are counts, the rest has its unit in its name.
+    """Gauges are current, counters count since start. Chunks and slots are counts; other names end in their unit.
 
-    ``prefill_tokens_left``: of prompts that are being prefilled; ``prefilled_tokens`` took ``prefill_s``, in steps that
-    may have decoded too, and end ``prefilled_prompts``. ``recall_buckets``: recalls by their time, not cumulated, one
-    more than there are bounds.
+    Attributes:
+        prefill_tokens_left: tokens left to prefill, of admitted prompts.
+        prefilled_tokens, prefilled_prompts: what prefill has computed, in steps of ``prefill_s`` together, which may
+            include decode rows.
+        recall_buckets: recalls by duration, not cumulative; one bucket more than there are bounds.
     """
 
     running: int = 0
@@ -62,8 +64,8 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class ScorerStats:
-    """What scores chunks: "trained", "training-free" or "bounds"; ``digest`` names a trained indexer. ``fallbacks``:
-    predictions that this worker made itself since its indexer actor did not answer."""
+    """What scores chunks. ``digest`` names the weights of a trained indexer; ``fallbacks`` counts predictions that the
+    worker made itself because its indexer actor did not answer."""
 
     name: ScorerName
     digest: str
@@ -72,7 +74,7 @@ class ScorerStats:
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """One worker's numbers; ``tier`` is None when its memory tier does not answer."""
+    """One worker's numbers; ``tier`` is ``None`` if its memory tier does not answer."""
 
     worker_id: str
     node_id: str

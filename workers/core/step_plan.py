@@ -1,4 +1,4 @@
-"""What one step is to compute, and what came of it."""
+"""What one step computes, and its results."""
 
 from dataclasses import dataclass, field
 
@@ -14,8 +14,10 @@ from forecache.workers.core.sequence import State, TokenSequence
 
 @dataclass(frozen=True)
 class StreamPart:
-    """The next ``tokens`` of ``sequence``, attending to its whole past; of the last ``probe`` of them it is asked what
-    they attend to."""
+    """The next ``tokens`` of ``sequence``, which attend to all tokens before them.
+
+    ``probe``: of the last ``probe`` tokens, return what they attend to.
+    """
 
     sequence: TokenSequence
     tokens: int
@@ -23,22 +25,30 @@ class StreamPart:
 
     @property
     def draws(self) -> bool:
-        """Whether a token is drawn behind the last of them: where the prompt ends, and in every step of the answer,
-        known already or not. To be asked before the step is accounted for."""
+        """Whether a token is drawn after the last of them: at the prompt's end and in every step of the answer.
+
+        Valid until the step's tokens are counted as computed.
+        """
         seq = self.sequence
         return seq.state is not State.PREFILL or seq.num_computed + self.tokens >= seq.prefill_target
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What the indexer wants of decode row ``row``, for the turn at ``boundary``.
+    """What a step captures of decode row ``row``, for the prediction of the set at ``boundary``.
 
-    Its queries at ``position``, their log-sum-exp over the tokens after the complete chunks (this step's own included),
-    and the index records of those complete chunks in ``local_slots`` that cold memory does not have yet. ``chunks``
-    chunks are complete, this step's token included; they lie at ``ref_slots`` (-1: local), with ``generations``: int64
-    [chunks] each; ``resident``, bool [chunks], are those that the step reads. ``recent_slots`` holds the
-    chunk that this step writes to, and before it those that older steps of a trained indexer's history wrote to, as far
-    as they are hot, from chunk ``first_recent`` on. ``restarts``: as in :class:`Sampled`.
+    It captures the row's queries, their log-sum-exp over the tokens after the complete chunks, this step's token
+    included, and the index records of complete chunks that are not stored yet.
+
+    Attributes:
+        restarts: as in :class:`Sampled`.
+        position: of the step's token.
+        recent_slots: hot slots of the chunk that the step writes to, last, and of those before it that the steps of a
+            trained indexer's history wrote to, as far back as they are hot; the first is chunk ``first_recent``.
+        local_slots: hot slots of the complete chunks that are not stored.
+        ref_slots: int64 [chunks], arena slots of the complete chunks, this step's included; -1: not stored.
+        generations: int64 [chunks], of these slots.
+        resident: bool [chunks], the chunks that the step reads.
     """
 
     row: int
@@ -60,9 +70,15 @@ class Capture:
 
 @dataclass(frozen=True)
 class Captured:
-    """``queries``: float32 [query heads, head_dim]; ``tail_lse``: float32 [query heads], -inf without a tail;
-    ``records``: uint8 [local slots, index bytes]. ``state`` is there for a trained indexer alone, ``weights`` float32
-    [query heads] where index keys are those of entries."""
+    """What a step has captured for ``request``.
+
+    Attributes:
+        queries: float32 [query heads, head_dim].
+        tail_lse: float32 [query heads]; -inf without tokens after the complete chunks.
+        records: uint8 [local slots, index bytes].
+        state: for a trained indexer.
+        weights: float32 [query heads], where index keys are those of compressed entries.
+    """
 
     request: Capture
     queries: npt.NDArray[np.float32]
@@ -74,8 +90,8 @@ class Captured:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step's work: ``decode`` sequences take one token over their resident set, ``streams`` several over all their
-    past."""
+    """One step's work: each of ``decode`` computes one token over its resident set; ``streams`` compute one or more
+    tokens over their whole past."""
 
     decode: tuple[TokenSequence, ...]
     streams: tuple[StreamPart, ...]
@@ -83,18 +99,20 @@ class Plan:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the step computes."""
         return len(self.decode) + sum(part.tokens for part in self.streams)
 
     def tokens_of(self, seq: TokenSequence) -> int:
+        """Tokens of ``seq``, which is part of the step."""
         return next((part.tokens for part in self.streams if part.sequence is seq), 1)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The token drawn for ``sequence``; ``best`` is its largest logit, and not finite where nothing could be drawn.
+    """The token drawn for ``sequence``.
 
-    ``restarts`` is how often the sequence had started over when the step was launched: if it did so since, the token is
-    void.
+    ``best`` is the largest logit; if it is not finite, no token could be drawn. ``restarts``: how often the sequence
+    had started over when the step was launched; if it has done so since, the token is void.
     """
 
     sequence: TokenSequence
@@ -106,8 +124,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Of ``sequence`` a step has computed ``what``, infinite or no number: nothing of the step is its. ``restarts`` as
-    in :class:`Sampled`."""
+    """A step computed ``what``, infinity or NaN, for ``sequence``; the step is void for it.
+
+    ``restarts``: as in :class:`Sampled`.
+    """
 
     sequence: TokenSequence
     restarts: int
@@ -116,9 +136,16 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the host learns of a step. ``masses``: float32 [chunks] for each probed stream, by request id; ``damaged``:
-    by request id, the numbers of chunks whose bytes in the arena were not those that were stored; ``scored``: prompt
-    tokens whose log-probabilities were wanted; ``non_finite``: sequences whose part of the step is void."""
+    """What the host reads of a step.
+
+    Attributes:
+        sampled: the tokens drawn.
+        captured: queries for predictions.
+        masses: float32 [chunks] for each probed stream, by request id: attention of the probed tokens.
+        damaged: chunks whose bytes in the arena differ from those that were stored, by request id.
+        scored: log-probabilities of prompt tokens.
+        non_finite: sequences that the step is void for.
+    """
 
     sampled: tuple[Sampled, ...]
     captured: tuple[Captured, ...] = ()
@@ -130,10 +157,17 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One row of a decode step, on the host. ``token`` is -1 while the host does not know it: then it is the one drawn
-    in row ``source`` of the step before. ``table`` are the slots to read, ``context_len`` tokens in all, this one
-    included; ``version``, a holder's name and a number, changes when ``table`` does, and is never another sequence's,
-    nor that of another try. ``line``: where its hidden states are kept, see :mod:`.hidden_history`."""
+    """One row of a decode step, on the host.
+
+    Attributes:
+        token: -1 if the host has not read it: then row ``source`` of the step in flight draws it.
+        position: of the token in the sequence.
+        slot, offset: hot slot of the open chunk, and the token's place in it.
+        context_len: tokens in ``table``, this one included.
+        table: int32 [chunks], the hot slots to read.
+        version: holder name and number; changes with ``table``, and differs between sequences and restarts.
+        line: where the row's hidden states are kept, see :mod:`forecache.workers.models.step.hidden_history`.
+    """
 
     token: int
     source: int
@@ -148,7 +182,8 @@ class DecodeRow:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """``block_table``: int32 [batch, max_chunks] of slots; ``context_lens``: int32 [batch], this token included."""
+    """Rows on the device. ``block_table``: int32 [batch, max_chunks], hot slots; ``context_lens``: int32 [batch], in
+    tokens, the step's token included."""
 
     block_table: torch.Tensor
     context_lens: torch.Tensor

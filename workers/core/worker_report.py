@@ -1,4 +1,4 @@
-"""How fast a worker was of late, and what else the router is told of it every few seconds."""
+"""What a worker reports to the router every few seconds: its load and its recent speed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -7,15 +7,15 @@ from typing import Any, Self
 from forecache.workers.core.stats import EngineStats
 from forecache.workers.memory.arena.stats import TierStats
 
-MEMORY = 0.8
-"""What was done before the last report counts this much of what it did there."""
+DECAY = 0.8
+"""Weight that earlier reports keep at each new one."""
 
 
 class MovingRate:
-    """Amount per unit of work (a second, a prompt), over the last few reports in which any was done.
+    """Amount per unit of work (a second, a prompt), averaged over the recent reports with any work.
 
-    Each counts by its amount: work in bulk is what takes long, and small pieces are slower than it, since each has a
-    cost of its own.
+    Reports are weighted by their amount: bulk work takes the most time, and small pieces are slower because each has a
+    fixed cost.
     """
 
     def __init__(self) -> None:
@@ -24,24 +24,29 @@ class MovingRate:
 
     @property
     def value(self) -> float | None:
-        """``None`` before anything was done."""
+        """``None`` before any work."""
         return self._amount / self._work if self._amount and self._work else None
 
     def observe(self, amount: float, work: float) -> None:
-        """Counters since start: so much was done, in so much work. Lower ones than before: they began anew."""
+        """Take the counters since start. If they are lower than before, the worker has restarted."""
         more, more_work = amount - self._seen[0], work - self._seen[1]
         self._seen = amount, work
         if more > 0 and more_work > 0:
-            self._amount = MEMORY * self._amount + more * more
-            self._work = MEMORY * self._work + more * more_work
+            self._amount = DECAY * self._amount + more * more
+            self._work = DECAY * self._work + more * more_work
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """A worker to the router. Rates are ``None`` until measured; bytes are those of cold chunks.
+    """A worker's load and speed. Rates are ``None`` until measured; bytes are those of chunks in cold memory.
 
-    ``prefill_tokens_left``: of prompts whose prefill has begun. ``prefill_tokens_per_prompt``: what had to be prefilled
-    of a prompt, where the rate was measured. ``requests_per_s``: answered per second of steps.
+    Attributes:
+        layout_fingerprint: names the format of its chunks; part of their keys.
+        tier_id: the memory tier of its node.
+        batch_size: most sequences in a batch.
+        prefill_tokens_left: tokens left to prefill, of admitted prompts.
+        prefill_tokens_per_prompt: tokens that a prompt needed to prefill, without its stored prefix.
+        requests_per_s: requests finished per second of steps.
     """
 
     layout_fingerprint: str = ""
@@ -59,23 +64,23 @@ class WorkerReport:
 
     @classmethod
     def of(cls, stats: Mapping[str, Any]) -> Self:
-        """From Ray Serve's routing stats, which are empty until the worker's first report has come."""
+        """From Ray Serve's routing stats, which are empty until the worker's first report arrives."""
         return cls(**{field.name: stats[field.name] for field in fields(cls) if field.name in stats})
 
 
 class Reporter:
-    """Makes the reports of one worker. ``chunk_bytes``: of a chunk in cold memory."""
+    """Makes the reports of one worker; ``chunk_bytes``: of a chunk in cold memory."""
 
     def __init__(self, layout_fingerprint: str, tier_id: str, chunk_bytes: int, batch_size: int) -> None:
-        self._who = layout_fingerprint, tier_id, chunk_bytes, batch_size
+        self._identity = layout_fingerprint, tier_id, chunk_bytes, batch_size
         self._prefill, self._prompt, self._recall = MovingRate(), MovingRate(), MovingRate()
         self._fetch, self._requests = MovingRate(), MovingRate()
         self._prefilled_prompts = 0
 
     def report(self, engine: EngineStats, tier: TierStats | None) -> WorkerReport:
-        """``tier``: ``None`` while it does not answer."""
+        """The report for these numbers; ``tier`` is ``None`` if it does not answer."""
         self._prefill.observe(engine.prefilled_tokens, engine.prefill_s)
-        if engine.prefilled_prompts > self._prefilled_prompts:  # a long one takes several reports
+        if engine.prefilled_prompts > self._prefilled_prompts:  # a long prompt spans several reports
             self._prompt.observe(engine.prefilled_tokens, engine.prefilled_prompts)
             self._prefilled_prompts = engine.prefilled_prompts
         self._recall.observe(engine.recall_bytes, engine.recall_s)
@@ -83,7 +88,7 @@ class Reporter:
         if tier is not None:
             self._fetch.observe(tier.fetched_bytes, tier.fetch_s)
         return WorkerReport(
-            *self._who,
+            *self._identity,
             running=engine.running,
             waiting=engine.waiting,
             prefill_tokens_left=engine.prefill_tokens_left,

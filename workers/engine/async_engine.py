@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, talked to from an asyncio program."""
+"""Runs the engine in a thread, for callers in an asyncio event loop."""
 
 import asyncio
 import logging
@@ -24,8 +24,13 @@ JOIN_CHECK_S = 1.0
 
 @dataclass
 class _Stream:
-    """One caller's side. ``news``: an error ends it, and ``None`` says that the engine is no more. ``beats`` of the
-    pulse when something came last; ``quiet``: nothing has come since signs of life were last due."""
+    """The events of one request on their way to its caller.
+
+    Attributes:
+        beats: of the engine's pulse, when the last event came.
+        news: the events; an exception ends the stream, and ``None`` means that the engine has ended.
+        quiet: no event has come since signs of life were last due.
+    """
 
     beats: int
     news: asyncio.Queue[TokenEvent | BaseException | None] = field(default_factory=asyncio.Queue)
@@ -33,8 +38,10 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Runs ``engine`` until :meth:`close`. All coroutines belong to one event loop; the engine to its thread, which,
-    with those that it starts, is ``niceness`` below the rest of the process."""
+    """Runs ``engine`` in its own thread until :meth:`close`. All coroutines belong to one event loop.
+
+    ``niceness``: added to that of the process, for the engine's thread and the threads that it starts.
+    """
 
     def __init__(self, engine: Engine, *, niceness: int = 0) -> None:
         self._engine = engine
@@ -54,11 +61,12 @@ class AsyncEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         """The request's events, the last with a finish reason. Leaving the iteration early cancels the request.
 
-        Where none comes for long and the engine gets on, a ``waiting`` event comes every ``SIGN_OF_LIFE_S``: within a
-        long step too, and before the engine has looked at the request. An engine that hangs sends none.
+        Without other events, a ``waiting`` event comes every ``SIGN_OF_LIFE_S`` while the engine advances: within a
+        long step too, and before the engine has accepted the request. An engine that hangs sends none.
 
-        Raises :class:`.errors.InvalidRequestError` before all events but ``waiting`` ones for a request that can't be
-        served, and :class:`EngineDeadError` when the engine is no more.
+        Raises:
+            InvalidRequestError: the request can't be served; comes before all events except ``waiting`` ones.
+            EngineDeadError: the engine has ended.
         """
         request_id = request.request_id
         if request_id in self._streams:
@@ -91,14 +99,14 @@ class AsyncEngine:
             if not self._streams and self._signs is not None:
                 self._signs.cancel()
                 self._signs = None
-            # what the engine has not seen yet is withdrawn, and of what it refused it has nothing: the id may come
-            # again before a cancellation is heard
+            # a request that the engine has not seen is withdrawn, and of a refused one it keeps nothing; neither is
+            # cancelled, because its id may be used again before the cancellation arrives
             refused = accepted.done() and not accepted.cancelled() and accepted.exception() is not None
             if running and not refused and not accepted.cancel():
                 self.cancel(request_id)
 
     def cancel(self, request_id: str) -> None:
-        """Stop a request soon; unknown ids are fine."""
+        """End a request soon; ignores unknown ids."""
         self._engine.cancel(request_id)
 
     async def check_integrity(self) -> None:
@@ -119,13 +127,15 @@ class AsyncEngine:
         return not self._ended
 
     def check_health(self) -> None:
-        """Raise :class:`EngineDeadError` when the engine's thread has ended, or :class:`EngineHungError` when it does
-        not get on, though there is work. Then all requests end with that error: others may serve them."""
+        """Raise :class:`EngineDeadError` if the engine's thread has ended, or :class:`EngineHungError` if it hangs.
+
+        All requests then end with that error, so that other workers can serve them.
+        """
         if self.alive and self._hung():
             silent_s, deadline_s = self._engine.pulse.silent_s, self._engine.config.step_deadline_s
             self._failure = EngineHungError(
-                f"the engine hangs: with requests in hand, nothing was done for {silent_s:.0f} s, and a layer, step or "
-                f"copy may take {deadline_s:g} s (--step-deadline-s)"
+                f"the engine hangs: it has requests, but nothing was done for {silent_s:.0f} s; a layer, step or copy "
+                f"may take {deadline_s:g} s (--step-deadline-s). Serve replaces the worker; others take its requests"
             )
             logger.error("%s", self._failure)
             self._end()
@@ -143,18 +153,18 @@ class AsyncEngine:
         return error
 
     def close(self) -> None:
-        """Cancel what runs and end the thread; one that hangs is left behind, and ends with the process."""
+        """Cancel all requests and end the thread. A thread that hangs is abandoned, and ends with the process."""
         self._closing = True
         self._engine.wake()
         while self._thread.is_alive():
             self._thread.join(JOIN_CHECK_S)
             if self._hung():
-                logger.error("the engine's thread hangs and was not waited for")
+                logger.error("the engine's thread hangs; it is abandoned and ends with the process")
                 return
 
     async def _post(self, request: GenerateRequest, accepted: Future[None]) -> None:
         arrived_s, matcher = time.perf_counter(), None
-        if request.sampling.grammar is not None:  # not in the engine's thread, where everybody would wait for it
+        if request.sampling.grammar is not None:  # not in the engine's thread, where all requests would wait
             matcher = await asyncio.to_thread(self._engine.grammars.matcher, request.sampling)
         with self._inbox_lock:
             if self._ended:
@@ -164,7 +174,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            os.nice(self._niceness)  # on Linux, of this thread alone
+            os.nice(self._niceness)  # on Linux this affects the calling thread only
             self._engine.pulse.beat()
             while not (self._closing or self._ended):
                 while self._inbox:
@@ -172,7 +182,7 @@ class AsyncEngine:
                 while self._checks:
                     self._check(self._checks.popleft())
                 if events := self._engine.step():
-                    self._tell(self._deliver, events)
+                    self._call_soon(self._deliver, events)
                 if self._engine.idle and not self._inbox and not self._closing:
                     self._engine.pulse.rest()
                     self._engine.wait_for_work(IDLE_WAIT_S)
@@ -193,9 +203,9 @@ class AsyncEngine:
             self._engine.add_request(request, arrived_s, matcher)
         except ForecacheError as error:
             accepted.set_exception(error)
-        except Exception as error:  # a fault of tokenizer or grammar, say: it is this request's, and not the others'
+        except Exception as error:  # such as a bug in a tokenizer or grammar: only this request fails
             logger.exception("the request %s could not be added", request.request_id)
-            failure = ForecacheError("the request could not be taken in; the log of the worker has the details")
+            failure = ForecacheError("the request could not be added; the worker's log has the details")
             failure.__cause__ = error
             accepted.set_exception(failure)
         else:
@@ -211,10 +221,10 @@ class AsyncEngine:
         else:
             checked.set_result(None)
 
-    def _tell(self, told: Callable[..., None], *args: object) -> None:
-        """Have the callers' event loop call ``told``: once a step, to wake it costs more than what it does then."""
+    def _call_soon(self, call: Callable[..., None], *args: object) -> None:
+        """Call ``call`` in the callers' event loop; at most once a step, because waking the loop is expensive."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(told, *args)
+            self._loop.call_soon_threadsafe(call, *args)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         beats = self._engine.pulse.beats
@@ -224,7 +234,7 @@ class AsyncEngine:
                 stream.beats, stream.quiet = beats, False
 
     def _give_signs(self) -> None:
-        """Tell those for whom nothing has come since the last time that the engine gets on, if it does."""
+        """Send a ``waiting`` event to each quiet stream, if the engine has advanced."""
         beats = self._engine.pulse.beats
         for request_id, stream in self._streams.items():
             if stream.quiet and stream.beats != beats:
@@ -238,7 +248,7 @@ class AsyncEngine:
             stream.news.put_nowait(None)
 
     def _end(self) -> None:
-        """The engine is no more: tell everybody who waits."""
+        """End all streams and waiting calls: the engine has ended."""
         with self._inbox_lock:
             self._ended = True
         while self._inbox:
@@ -249,4 +259,4 @@ class AsyncEngine:
             checked = self._checks.popleft()
             if checked.set_running_or_notify_cancel():
                 checked.set_exception(self._dead())
-        self._tell(self._deliver_end)
+        self._call_soon(self._deliver_end)

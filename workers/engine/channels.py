@@ -1,8 +1,8 @@
-"""The worker's end of channels: what a step has for all requests of one client goes to it as one message.
+"""The worker's end of channels: one message carries a step's events of all requests of one client.
 
-A message of Ray Serve costs several hundred microseconds of processor time, whatever is in it. A request of its own
-still brings each request to its worker and stands for it, so that load, cancellation and the worker's death are Serve's
-matter as before; only what it has to say goes another way once a channel is there.
+A Ray Serve message takes several hundred microseconds of CPU time, regardless of its size. Each request still has its
+own Serve call, which handles load, cancellation and the worker's death; only its events move to the channel, once there
+is one.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from forecache.workers.core.requests import Accepted, ChannelRequest, EventBatch
 
 
 class _Channel:
-    """Events on their way to one client, kept until it takes them."""
+    """Buffers events until one client reads them."""
 
     def __init__(self, channel_id: str) -> None:
         self.channel_id = channel_id
@@ -28,12 +28,12 @@ class _Channel:
         self._changed.set()
 
     def finish(self) -> None:
-        """No more will come."""
+        """No more events follow."""
         self._finished = True
         self._changed.set()
 
     async def batches(self) -> AsyncGenerator[EventBatch, None]:
-        """What is there, together, each time there is something. All of one turn of the event loop is one batch."""
+        """The buffered events, whenever there are any; those of one iteration of the event loop are one batch."""
         try:
             while self._events or not self._finished:
                 await self._changed.wait()
@@ -48,7 +48,8 @@ class _Channel:
 class Channels:
     """The channels of one worker, at most one for each client. Belongs to one event loop.
 
-    A channel ends here, with the last request of its client: only here is it known that none can be about to use it.
+    The worker closes a channel after the last request of its client: only the worker knows that no other request is
+    about to use it.
     """
 
     def __init__(self, worker_id: str) -> None:
@@ -57,8 +58,10 @@ class Channels:
         self._requests: defaultdict[str, int] = defaultdict(int)
 
     async def batches(self, request: ChannelRequest) -> AsyncGenerator[EventBatch, None]:
-        """The events of the client's requests from now on, until none is left. Nothing if there is none, or when the
-        call was meant for another worker."""
+        """Events of the client's requests from now on, until none of them runs.
+
+        Ends at once if none runs, or if the call is for another worker.
+        """
         if request.worker_id != self._worker_id or request.client_id not in self._requests:
             return
         channel = self._channels[request.client_id] = _Channel(request.channel_id)
@@ -71,10 +74,10 @@ class Channels:
                 del self._channels[request.client_id]
 
     async def carry(self, client_id: str, events: AsyncIterator[TokenEvent]) -> AsyncGenerator[RequestNews, None]:
-        """What a request's own stream says: who answers, then its ``events``, until there is a channel to the client;
-        then, after :class:`Moved`, they go there. Ends early, so that the client asks again, when its channel breaks.
+        """What a request's own call returns: :class:`Accepted`, then its ``events``.
 
-        ``events`` must be closed by the caller.
+        Once the client has a channel, it returns :class:`Moved` and sends the events there. If that channel closes, it
+        ends early, and the client sends the request again. The caller closes ``events``.
         """
         if not client_id:
             async for event in events:
@@ -97,7 +100,7 @@ class Channels:
             self._leave(client_id)
 
     def check_idle(self) -> None:
-        """Raise ``AssertionError`` when a request or a channel is left."""
+        """Raise ``AssertionError`` if a request or a channel is left."""
         assert not self._requests and not self._channels
 
     def _leave(self, client_id: str) -> None:

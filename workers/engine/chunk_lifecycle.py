@@ -1,4 +1,4 @@
-"""Keeps three views of a sequence's chunks in step: its own list, the hot pool, and cold memory."""
+"""Keeps a sequence's list of chunks, the hot pool and cold memory consistent."""
 
 import itertools
 import time
@@ -19,8 +19,11 @@ from forecache.workers.memory.hot.prefetcher import Prefetcher
 from forecache.workers.residency.window import WindowCycle
 
 
-class ChunkKeeper:
-    """From the search for a stored prefix, through chunks that complete, to letting all of them go."""
+class ChunkLifecycle:
+    """Finds the stored prefix of a sequence, stores the chunks that it completes, and releases all of them.
+
+    Belongs to the engine's thread.
+    """
 
     def __init__(
         self,
@@ -43,38 +46,39 @@ class ChunkKeeper:
         self._asked: dict[str, tuple[ChunkKey, ...]] = {}
 
     def locate(self, seq: TokenSequence) -> None:
-        """``seq`` is admitted: find and hold what cold memory has of its prefix."""
+        """Search cold memory for the prefix of ``seq``, which was just admitted, and hold what is found."""
         self._holders[seq.holder] = seq
         seq.counters.locating_s = time.perf_counter()
-        # whoever wants exact answers gets chunks that were decoded over everything
+        # exact answers reuse only chunks that were decoded over all chunks
         partial = self._windows.budgets.first(seq, seq.max_chunks) < seq.max_chunks
         if partial and seq.policy == "lookahead":
-            # what its last tokens ask for chooses the first sets; an answer must not depend on what is stored
+            # the last prompt tokens choose the first sets, so they are always computed: an answer must not depend on
+            # what is stored
             seq.fresh_tokens = self._windows.fresh_tokens
         self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
         behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
-        # one that starts over had room, which is its own again once that is released
+        # a restarted sequence regains its quota once its old hold is released
         self._prefetcher.find_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
 
     @property
     def releasing_slots(self) -> int:
-        """Arena slots that cold memory still promises to sequences that have left."""
+        """Arena slots that cold memory still reserves for sequences that have left."""
         return sum(self._releasing.values())
 
     def released(self, holder: str) -> None:
-        """Cold memory promises ``holder`` nothing any more."""
+        """Cold memory has released the hold and the reservations of ``holder``."""
         self._releasing.pop(holder, None)
 
     def settle(self, done: PrefixHeld | WrittenBack) -> TokenSequence | None:
-        """Take in what cold memory has done. Returns the sequence that ``done.failure`` ends, if it does."""
+        """Apply what cold memory has done. Returns the sequence that ``done.failure`` ends, if any."""
         return self.located(done) if isinstance(done, PrefixHeld) else self.written_back(done)
 
     def located(self, held: PrefixHeld) -> TokenSequence | None:
-        """The stored prefix of a sequence is known: prefill goes on behind it. Or there is no room: it is returned."""
+        """Let a sequence prefill after its stored prefix. Returns it if cold memory has no room for it."""
         seq, keys = self._holders.get(held.holder), self._asked.pop(held.holder)
         if seq is None:
             self.released(held.holder)
-            return None  # it left meanwhile, and what it was given is released already
+            return None  # it has left, and its hold is released already
         if held.failure:
             return seq
         seq.quota = held.quota
@@ -89,7 +93,7 @@ class ChunkKeeper:
             if ref is not None:
                 seq.stored_at(chunk, ref)
             elif slot is not None:
-                # hot, but on its way to cold memory: it must not be evicted before it is held there for this one too
+                # hot, and still being written back: it must stay hot until cold memory holds it for this sequence too
                 self._pool.mark_dirty(slot)
                 self._prefetcher.write_back(seq.holder, key, slot)
         for key, ref in zip(held.others, held.refs[own:], strict=True):
@@ -106,9 +110,9 @@ class ChunkKeeper:
         return None
 
     def computed(self, seq: TokenSequence, tokens: int, *, checked: bool = True) -> None:
-        """``tokens`` more of ``seq`` have their K/V: name the chunks that are full now and send them to cold memory.
+        """Count ``tokens`` more of ``seq`` as computed, and write back the chunks that they complete.
 
-        ``checked``: the host has read that they are finite. Else chunks are held back until :meth:`show`.
+        ``checked``: the host has read that the tokens are finite. Else their chunks are held back until :meth:`show`.
         """
         seq.num_computed += tokens
         while seq.tail_tokens >= seq.chunk_tokens:
@@ -129,7 +133,7 @@ class ChunkKeeper:
                 self._pool.release(slot)
 
     def show(self) -> None:
-        """What is held back is finite: it may be found, and is sent to cold memory."""
+        """The chunks that are held back are finite: let others find them, and write them back."""
         for seq in self._held_back:
             for number, slot in seq.held_back.items():
                 self._pool.show(slot, seq.chunks[number].key)
@@ -138,8 +142,10 @@ class ChunkKeeper:
         self._held_back.clear()
 
     def withhold(self, seq: TokenSequence, *, wipe: bool = False) -> None:
-        """Nobody shall find what is held back of ``seq``, which leaves or starts over. ``wipe``: it may not be finite,
-        nor may be what fills its open chunks."""
+        """Drop what is held back of ``seq``, which leaves or starts over, so that no sequence finds it.
+
+        ``wipe``: it may not be finite, like what is in the open chunks; zero both.
+        """
         if wipe:
             self._pool.wipe([*seq.held_back.values(), *seq.open_slots.values()])
         for slot in seq.held_back.values():
@@ -152,11 +158,11 @@ class ChunkKeeper:
         self._snapshots.completed(seq, chunk)
 
     def written_back(self, done: WrittenBack) -> TokenSequence | None:
-        """A chunk reached cold memory, or did not: then the sequence that can't go on without it is returned."""
+        """A write-back has ended. Returns its sequence if the chunk could not be stored: it can't go on without."""
         self._pool.mark_clean(done.slot)
         seq = self._holders.get(done.holder)
         if done.ref is None:
-            # the slot stays to be found: others with this prefix may count on it, and store it for themselves
+            # the slot stays in the pool: other sequences with this prefix may read it, and store it themselves
             return None if seq is None or seq.state is State.FINISHED else seq
         self._counters.written_back_chunks += 1
         self._counters.written_back_bytes += done.written_bytes
@@ -166,8 +172,11 @@ class ChunkKeeper:
         return None
 
     def lost(self, seq: TokenSequence, damaged: list[int]) -> int:
-        """How many chunks of ``seq`` can't be read any more: the ``damaged`` ones, which nobody shall find again, and
-        those that are no longer where they were held, since a tier that starts again knows no holds."""
+        """How many chunks of ``seq`` can't be read any more.
+
+        These are the ``damaged`` ones, which cold memory drops, and those that are no longer where they were held: a
+        tier that restarts knows no holds.
+        """
         for number in damaged:
             chunk = seq.chunks[number]
             if chunk.ref is not None:
@@ -178,12 +187,14 @@ class ChunkKeeper:
         return len(damaged) + int((now != generations[stored].astype(np.uint64)).sum())
 
     def damaged_records(self, seq: TokenSequence, numbers: tuple[int, ...]) -> int:
-        """How many of these chunks of ``seq``, whose index records could not be scored, have damaged ones. Nobody shall
-        find these chunks again."""
+        """How many of the chunks ``numbers`` of ``seq`` have a damaged index record; cold memory drops these chunks.
+
+        Only chunks whose record the indexer could not score are passed here.
+        """
         stored = [(number, ref) for number in numbers if (ref := seq.chunks[number].ref) is not None]
         slots = np.array([ref.slot for _, ref in stored], np.int64)
         generations = np.array([ref.generation for _, ref in stored], np.int64)
-        # a slot that was given away is no damage: whoever reads the chunk itself will see that it is gone
+        # a slot that another chunk has got since is not damage: the recall of this chunk finds that it is gone
         held = self._arena.generation(slots) == generations.astype(np.uint64)
         damaged = np.flatnonzero(held & ~self._arena.sound_records(slots, generations)).tolist()
         for row in damaged:
@@ -191,14 +202,14 @@ class ChunkKeeper:
             self._prefetcher.drop(seq.chunks[number].key, ref)
         return len(damaged)
 
-    def answered(self, seq: TokenSequence, reason: FinishReason) -> None:
-        """``seq`` has ended: if it was answered, its session can be gone on with."""
+    def record_session(self, seq: TokenSequence, reason: FinishReason) -> None:
+        """Record the chunks of ``seq`` for its session, so that the next request continues them, if it was answered."""
         if seq.cache.session_id is not None and reason in ("stop", "length"):
             state = self._snapshots.ended(seq)
             self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks], state)
 
     def let_go(self, seq: TokenSequence) -> None:
-        """Give back every slot and hold of ``seq``; no copy into its slots may be running."""
+        """Release every slot and hold of ``seq``. Not while a copy into its slots runs."""
         self._windows.forget(seq)
         self.withhold(seq)
         for slot in itertools.chain(seq.residency.slots.values(), seq.open_slots.values()):

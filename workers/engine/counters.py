@@ -1,89 +1,20 @@
-"""What may be asked of the engine, and the account of what it did."""
+"""Counts what the engine did, for all requests and for each."""
 
 import itertools
-import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from forecache.workers.core.requests import FinishReason, GenerateRequest, SamplingParams, SequenceStats
+from forecache.workers.core.requests import FinishReason, SequenceStats
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats
 from forecache.workers.engine.scheduler import Scheduler
-from forecache.workers.errors import InvalidRequestError
-from forecache.workers.memory.client.protocol import ColdMemory
 from forecache.workers.memory.hot.completions import Recalled
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.step.architecture import Backbone
-
-
-def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int, *, text: bool) -> None:
-    """Raise :class:`InvalidRequestError` for a request that can never be served; ``text``: there is a tokenizer."""
-    vocabulary = int(backbone.config.vocab_size)
-    _check_sampling(request.sampling, vocabulary, text=text)
-    prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
-    limit, layout = backbone.max_model_len, backbone.layout
-    if not prompt:
-        raise InvalidRequestError("the prompt is empty", param="prompt")
-    if answer < 1:
-        raise InvalidRequestError(f"max_tokens must be at least 1, not {answer}", param="max_tokens")
-    if prompt + answer > limit:
-        raise InvalidRequestError(
-            f"the model's context is {limit} tokens, but the request asks for {prompt + answer}: "
-            f"{prompt} in the prompt and up to {answer} in the answer.",
-            param="messages",
-        )
-    if len(request.resume_token_ids) >= answer:
-        raise InvalidRequestError(f"the answer is complete: {answer} tokens", param="resume_token_ids")
-    for param, token_ids in (("prompt", request.prompt_token_ids), ("resume_token_ids", request.resume_token_ids)):
-        if token_ids and (min(token_ids) < 0 or max(token_ids) >= vocabulary):
-            raise InvalidRequestError(f"a token id is outside the vocabulary of {vocabulary}", param=param)
-    keep_ratio = request.cache.keep_ratio
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise InvalidRequestError(f"keep_ratio must be in (0, 1], not {keep_ratio}", param="forecache.keep_ratio")
-    window_steps = request.cache.window_steps
-    if window_steps is not None and window_steps < 1:
-        raise InvalidRequestError(f"window must be at least 1 step, not {window_steps}", param="forecache.window")
-    chunks = -(-(prompt + answer) // layout.chunk_tokens)
-    if chunks > cold_slots:
-        raise InvalidRequestError(
-            f"prompt and answer may need {chunks} chunks of {layout.nbytes} bytes, but cold memory holds {cold_slots}. "
-            "Shorten the prompt, lower max_tokens or raise --cold-bytes.",
-            param="messages",
-        )
-
-
-def most_chunks(memory: ColdMemory, *, spreads: bool) -> int:
-    """The most chunks that a request of this node can have, were all of its memory free: more than its arena holds,
-    where sequences of the model are spread (``spreads``) and there are other nodes to spread them over."""
-    return memory.arena.slots + (memory.arena.record_slots if spreads and memory.spread is not None else 0)
-
-
-def _check_sampling(sampling: SamplingParams, vocabulary: int, *, text: bool) -> None:
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise InvalidRequestError(f"temperature must be 0 or more, not {sampling.temperature}", param="temperature")
-    if not 0 < sampling.top_p <= 1:
-        raise InvalidRequestError(f"top_p must be in (0, 1], not {sampling.top_p}", param="top_p")
-    if sampling.top_k < 0:
-        raise InvalidRequestError(f"top_k must be 0 (all) or more, not {sampling.top_k}", param="top_k")
-    if "" in sampling.stop:
-        raise InvalidRequestError("a stop string is empty", param="stop")
-    if sampling.stop and not text:
-        raise InvalidRequestError("stop strings need a tokenizer, and this engine has none", param="stop")
-    for name in ("presence_penalty", "frequency_penalty"):
-        if not math.isfinite(value := getattr(sampling, name)):
-            raise InvalidRequestError(f"{name} must be a finite number, not {value}", param=name)
-    if sampling.logprobs is not None and sampling.logprobs < 0:
-        raise InvalidRequestError(f"logprobs must be 0 or more, not {sampling.logprobs}", param="logprobs")
-    for token, bias in sampling.logit_bias:
-        if not 0 <= token < vocabulary:
-            raise InvalidRequestError(f"token id {token} is outside the vocabulary of {vocabulary}", "logit_bias")
-        if not math.isfinite(bias):
-            raise InvalidRequestError(f"a bias must be a finite number, not {bias}", "logit_bias")
 
 
 def sequence_stats(seq: TokenSequence, chunk_bytes: int) -> SequenceStats:
-    """The account a client gets of its request."""
+    """What a client learns about its request; ``chunk_bytes``: of a chunk in the hot pool."""
     counters = seq.counters
     chunks = len(seq.chunks) + 1
     resident = chunks if seq.residency.streamed else len(seq.residency.slots) + 1
@@ -122,7 +53,7 @@ def check_references(pool: HotPool, sequences: Iterable[TokenSequence]) -> None:
 
 @dataclass
 class EngineCounters:
-    """Sums since start, named as in :class:`EngineStats`; the engine's thread writes, any may take :meth:`snapshot`."""
+    """Sums since start, named as in :class:`EngineStats`. The engine's thread writes them, any may read a snapshot."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -152,10 +83,12 @@ class EngineCounters:
     step_s: float = 0.0
 
     def step(self, duration_s: float) -> None:
+        """Count a step."""
         self.steps += 1
         self.step_s += duration_s
 
     def recall(self, done: Recalled) -> None:
+        """Count a recall."""
         self.recalled_chunks += done.recalled_chunks
         self.recall_bytes += done.recalled_bytes
         self.recall_s += done.duration_s
@@ -164,7 +97,7 @@ class EngineCounters:
         self.lost_chunks += len(done.lost)
 
     def leave(self, seq: TokenSequence, reason: FinishReason) -> None:
-        """``seq`` ended for ``reason``."""
+        """Count a request that ended for ``reason``."""
         self.windows += seq.counters.windows
         self.late_windows += seq.counters.late_windows
         self.failed_predictions += seq.counters.failed_predictions
@@ -180,6 +113,7 @@ class EngineCounters:
             self.finished_requests += 1
 
     def snapshot(self, pool: HotPool, scheduler: Scheduler) -> EngineStats:
+        """The counters, with gauges of ``pool`` and ``scheduler``."""
         running = list(scheduler.running)
         ratios = [seq.resident_share for seq in running if seq.residency.decode_steps]
         return EngineStats(

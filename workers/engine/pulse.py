@@ -1,4 +1,4 @@
-"""Signs that the engine's thread gets on, for those in other threads who judge whether it hangs."""
+"""Shows other threads that the engine's thread advances, so that they can tell whether it hangs."""
 
 import threading
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 class Pulse:
-    """The engine's thread calls :meth:`beat` and :meth:`rest`, others that work for it :meth:`progress`; any thread may
-    ask the rest.
+    """A watchdog of the engine's thread.
 
-    A beat is a step that is over, a layer of a long one, or a copy, a search or a cancellation that was taken in: each
-    has to come within ``EngineConfig.step_deadline_s`` of the one before while there is work. That the thread runs in
-    circles is no beat. Progress is an answer of another node, or that none came in time: who asks several of them in
-    turn waits several times. ``clock`` gives seconds.
+    The engine's thread calls :meth:`beat` and :meth:`rest`; threads that work for it call :meth:`progress`; any thread
+    may read it. While there is work, beats must come within ``EngineConfig.step_deadline_s`` of each other. A beat is a
+    finished step, a layer of a long step, or a completed copy, search or cancellation; a loop without results makes no
+    beat. Progress is a reply of another node, or its timeout: a search that asks several nodes in turn may wait several
+    times. ``clock`` returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -23,22 +23,22 @@ class Pulse:
         self._lock = threading.Lock()
 
     def beat(self) -> None:
-        """Something was done, or work has come."""
+        """Work was done, or a request arrived."""
         self.progress()
         self._resting = False
 
     def progress(self) -> None:
-        """A part of some work was done for the engine's thread. This ends no rest."""
+        """A part of the engine's work was done. Does not end a rest."""
         with self._lock:
             self._last_s = self.clock()
             self.beats += 1
 
     def rest(self) -> None:
-        """There is nothing to do until the next beat."""
+        """The engine is idle until the next beat."""
         self._resting = True
 
     @property
     def silent_s(self) -> float:
         """Seconds since the last beat, 0 at rest."""
-        last_s = self._last_s  # read first: a beat that ends a rest sets it before it ends the rest
+        last_s = self._last_s  # read it first: a beat sets it before it ends a rest
         return 0.0 if self._resting else max(self.clock() - last_s, 0.0)

@@ -102,7 +102,7 @@ class RunningStep:
         self._arena = arena
         self._tokens, self._best = _to_host(tokens), _to_host(best)
         self._logprobs = None if logprobs is None else logprobs.mapped(_to_host)
-        self._scored = [replace(one, told=_to_host(one.told), tokens=_to_host(one.tokens)) for one in scored]
+        self._scored = [replace(one, logprobs=_to_host(one.logprobs), tokens=_to_host(one.tokens)) for one in scored]
         self._captured = [tensors.to_host() for tensors in captured]
         self._masses = {request_id: _to_host(probe.mass) for request_id, probe in probes.items()}
         self._sums = [None if reads.sums is None else _to_host(reads.sums) for reads in cold]
@@ -142,7 +142,7 @@ class RunningStep:
                 what = f"{drawn.best} as its largest logit at position {len(drawn.sequence.token_ids)}"
                 found[drawn.sequence.request_id] = NonFinite(drawn.sequence, drawn.restarts, what)
         for scored in self._scored:
-            if scored.told.isnan().any():
+            if scored.logprobs.isnan().any():
                 what = "no number as the log-probability of a prompt's token"
                 found[scored.sequence.request_id] = NonFinite(scored.sequence, scored.restarts, what)
         flags = self._written.non_finite
