@@ -82,6 +82,7 @@ class _Mutation:
         self._seconds: dict[str, float] = {}
         self._items: list[pytest.Item] = []
         self.score: Score | None = None
+        self.problem = "pytest collects no tests of it"
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
@@ -90,12 +91,13 @@ class _Mutation:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self._items = list(session.items)
         self._trace_tests()
-        if self._failed:
-            raise SystemExit(f"{self._path}: its tests fail without any mutant: {self._failed}")
         control = Mutant(0, "", "unmutated", ast.parse(self._text))
-        if self._outcome(control, self._items) != SURVIVED:
-            raise SystemExit(f"{self._path}: its tests fail when it is executed again without any mutant")
-        self.score = self._score()
+        if self._failed:
+            self.problem = f"its tests fail without any mutant: {self._failed}"
+        elif (outcome := self._outcome(control, self._items)) != SURVIVED:
+            self.problem = f"its tests fail when it is executed again without any mutant: {outcome}"
+        else:
+            self.score = self._score()
         return True
 
     def _trace_tests(self) -> None:
@@ -261,7 +263,7 @@ def score(module: str, *, workers: int, before: Score | None = None) -> Score:
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
             pytest.main([*options, *MODULES[module].tests], plugins=[plugin])
         if plugin.score is None:
-            raise SystemExit(f"{module}: pytest collects no tests of it")
+            raise SystemExit(f"{module}: {plugin.problem}")
         return json.dumps(asdict(plugin.score)).encode()
 
     status, answer = _in_child(work, 24 * 3600, quiet=False)
