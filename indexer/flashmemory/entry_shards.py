@@ -1,6 +1,6 @@
-"""Recorded training data for FlashMemory's retrievers: what a DeepSeek-V4 model attends to among compressed entries.
+"""Recorded training data for FlashMemory's retrievers: the compressed entries that a DeepSeek-V4 model attends to.
 
-One safetensors file per document, and a JSON manifest with everything that the retrievers' formula needs of the model.
+One safetensors file per document, and a JSON manifest with the parameters of the retrievers' formula.
 """
 
 from dataclasses import dataclass, fields
@@ -17,16 +17,16 @@ from forecache.indexer.records.shards import RecordingManifest, ShardError
 
 MANIFEST_FILE = "entries.json"
 OWN_FILE = "own.safetensors"
-"""The model's own Lightning Indexers in the retrievers' format, which they start from."""
+"""The model's Lightning Indexers in the retrievers' format; training starts from them."""
 
 
 class EntryManifest(RecordingManifest):
-    """What a directory was recorded from.
+    """The model that a directory was recorded from, and how.
 
-    ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: angles per position of the
-    rotated pairs, which are the last dims of queries and keys. An entry is golden for a step if
-    that token, or one of the next ``horizon`` that the model writes itself, has a head with at least ``event_share`` of
-    its attention on it: a retrieval event (docs/architecture.md). ``steps``: up to so many ask together, the last ones.
+    ``layers``: the recorded CSA layers, counted over CSA layers from 0. ``frequencies``: RoPE's angles per position of
+    the rotated pairs, the last dims of queries and keys. An entry is golden for a step if at that token, or at one of
+    the next ``horizon`` tokens that the model generates, a head puts at least ``event_share`` of its attention on it: a
+    retrieval event (docs/architecture.md). ``steps``: number of query steps, the last ones.
     """
 
     FILE: ClassVar[str] = MANIFEST_FILE
@@ -57,10 +57,10 @@ class EntryManifest(RecordingManifest):
 class EntryDocument:
     """One document at S of its steps.
 
-    ``positions``: int64 [S], the token that a step reads. ``hidden``: float16 [S, steps, layers, hidden], input of the
-    layers' attention at the last steps up to that one. ``keys``: float16 [layers, entries, head_dim], index keys as
-    transformers has them. ``golden_offsets``: int64 [S + 1]; step s owns golden_entries[offsets[s]:offsets[s + 1]],
-    int32, ascending.
+    ``positions``: int64 [S], position of the token that a step reads. ``hidden``: float16 [S, steps, layers, hidden],
+    inputs of the layers' attention at the last steps up to that one. ``keys``: float16 [layers, entries, head_dim],
+    index keys as transformers computes them. ``golden_offsets``: int64 [S + 1]; step s has the golden entries
+    ``golden_entries[golden_offsets[s]:golden_offsets[s + 1]]``, int32, ascending.
     """
 
     positions: Tensor
@@ -70,14 +70,14 @@ class EntryDocument:
     golden_entries: Tensor
 
     def golden(self, rows: Tensor) -> Tensor:
-        """bool [rows, entries]."""
+        """Which entries are golden for the steps ``rows``: bool [rows, entries]."""
         mask = torch.zeros(len(rows), self.keys.shape[1], dtype=torch.bool)
         for place, row in enumerate(rows.tolist()):
             mask[place, self.golden_entries[self.golden_offsets[row] : self.golden_offsets[row + 1]].long()] = True
         return mask
 
     def to(self, device: torch.device) -> "EntryDocument":
-        """With what is computed on; the labels stay."""
+        """The document with positions, hidden states and keys on ``device``; labels stay on the host."""
         moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in ("positions", "hidden", "keys")}
         return EntryDocument(**moved, golden_offsets=self.golden_offsets, golden_entries=self.golden_entries)
 
@@ -87,7 +87,7 @@ def document_path(folder: Path, number: int) -> Path:
 
 
 def write_document(folder: Path, number: int, document: EntryDocument) -> None:
-    """Whole or not at all."""
+    """Write one document atomically."""
     path = document_path(folder, number)
     partial = path.with_suffix(".partial")
     save_file({field.name: getattr(document, field.name).cpu().contiguous() for field in fields(document)}, partial)
@@ -95,7 +95,7 @@ def write_document(folder: Path, number: int, document: EntryDocument) -> None:
 
 
 def read_document(folder: Path, number: int) -> EntryDocument:
-    """Raises :class:`ShardError` if it is missing or damaged."""
+    """Read one document. Raises :class:`ShardError` if it is missing or damaged."""
     path = document_path(folder, number)
     try:
         return EntryDocument(**load_file(path))
@@ -104,7 +104,7 @@ def read_document(folder: Path, number: int) -> EntryDocument:
 
 
 def read_retrievers(path: Path) -> dict[str, Tensor]:
-    """``retrievers.l<N>.*`` of a file, in float32."""
+    """The tensors ``retrievers.l<N>.*`` of a file, in float32. Raises :class:`ShardError` if it is unreadable."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118

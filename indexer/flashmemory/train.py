@@ -1,7 +1,7 @@
 """Train FlashMemory's retrievers from recorded entries: torch and the recording, no model (docs/indexer.md).
 
-They start as the model's own Lightning Indexers, which find what a token attends to now, and learn what the next tokens
-will attend to. Recipe as published: focal loss with γ = 2, AdamW, cosine, gradients clipped at 1.
+They start as the model's own Lightning Indexers, which predict what the current token attends to, and learn what the
+next tokens will attend to. As published: focal loss with γ = 2, AdamW, cosine schedule, gradients clipped at 1.
 """
 
 import copy
@@ -33,8 +33,11 @@ VALIDATION_BUDGET = 0.1
 
 @dataclass(frozen=True)
 class RetrieverTrainConfig:
-    """``rows``: most steps of a document in one step of training; ``listwise``: weight of the ranking loss beside the
-    focal one."""
+    """Settings of training.
+
+    ``rows``: most steps of a document in one training step; ``listwise``: weight of the ranking loss, added to the
+    focal loss.
+    """
 
     epochs: int = 16
     rows: int = 48
@@ -48,7 +51,7 @@ class RetrieverTrainConfig:
 
 @dataclass(frozen=True)
 class RetrieverEpoch:
-    """``recall``: of golden entries of held-out documents at :data:`VALIDATION_BUDGET`."""
+    """One epoch. ``recall``: share of golden entries of held-out documents found at :data:`VALIDATION_BUDGET`."""
 
     epoch: int
     loss: float
@@ -63,9 +66,10 @@ def train_retrievers(
     device: str = "cpu",
     progress: Callable[[RetrieverEpoch], None] = lambda epoch: None,
 ) -> list[RetrieverEpoch]:
-    """Write the best weights by held-out recall to ``out``, in the published format. Epoch 0 is the model's own.
+    """Train and write the weights with the best held-out recall to ``out``, in the published format.
 
-    Raises :class:`ShardError` if ``data`` holds no recording, or one without held-out documents that are long enough.
+    Returns the learning curve, whose epoch 0 is the model's own Lightning Indexers. Raises :class:`ShardError` if
+    ``data`` contains no recording, or no held-out documents that are long enough.
     """
     manifest = EntryManifest.load(data)
     if not manifest.eval_documents:
@@ -78,7 +82,7 @@ def train_retrievers(
     total = config.epochs * len(documents)
     step, best, curve = 0, copy.deepcopy(retrievers.state_dict()), [_held_out(data, retrievers, place, 0, math.nan)]
     if math.isnan(curve[0].recall):
-        raise ShardError(f"{data}: nothing is to be found in the held-out documents, they are too short: record longer")
+        raise ShardError(f"the held-out documents of {data} are too short to have golden entries: record longer ones")
     progress(curve[0])
     for epoch in range(1, config.epochs + 1):
         losses = []
@@ -130,7 +134,8 @@ def recall_at(
 ) -> dict[str, list[float]]:
     """Mean recall of golden entries of the held-out documents at each budget.
 
-    Of ``retrievers``, of the newest chunks, of random ones, and of those with most golden entries ("oracle").
+    Compares ``retrievers``, by name, with "recency" (the newest chunks), "random", and "oracle" (the chunks with the
+    most golden entries).
     """
     manifest, place = EntryManifest.load(data), device or torch.device("cpu")
     generator = torch.Generator().manual_seed(0)

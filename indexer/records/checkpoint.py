@@ -1,4 +1,4 @@
-"""A trained indexer on disk: weights as safetensors, and beside them a JSON manifest that says for which model."""
+"""A trained indexer on disk: weights as safetensors, and a JSON manifest that names the model it is for."""
 
 from hashlib import blake2b
 from pathlib import Path
@@ -33,14 +33,14 @@ MODEL_FACTS = (
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read, or was trained for another model."""
+    """A checkpoint is unreadable or was trained for another model."""
 
 
 class CheckpointManifest(BaseModel):
-    """What a checkpoint is for and where it came from.
+    """The model that a checkpoint is for, its sizes, and how it was trained.
 
-    ``index_fingerprint``: of the index records that it scores; ``digest``: blake2b-128 of the weights' file.
-    ``training`` and ``evaluation`` hold settings and results as they were written.
+    ``index_fingerprint``: fingerprint of the index records that it scores; ``digest``: blake2b-128 of the weights'
+    file. ``recording``, ``training`` and ``evaluation`` document settings and results; nothing reads them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,7 +74,7 @@ class CheckpointManifest(BaseModel):
 
     @classmethod
     def of(cls, recorded: ShardManifest, shape: EncoderShape, training: dict[str, Any]) -> Self:
-        """The manifest of an indexer trained on what ``recorded`` describes."""
+        """The manifest of an indexer trained on the recording that ``recorded`` describes."""
         same = set(cls.model_fields) & set(ShardManifest.model_fields)
         return cls(
             **{name: getattr(recorded, name) for name in same},
@@ -93,7 +93,7 @@ class CheckpointManifest(BaseModel):
 
     @property
     def index_spec(self) -> IndexSpec:
-        """Records of the keys that the checkpoint scores, with its own query heads."""
+        """The index records that the checkpoint scores, with its query heads."""
         return IndexSpec.of_heads(
             self.query_heads,
             self.index_kv_heads,
@@ -104,10 +104,11 @@ class CheckpointManifest(BaseModel):
         )
 
     def differences(self, model: ShardManifest | dict[str, object]) -> list[str]:
-        """Facts of ``model``, a recording's manifest or some of these fields, in which it is another than ours.
+        """Names of the facts in which ``model`` differs from the checkpoint's model.
 
-        Equal weights make the same model, and so does a name of the same family: a fine-tune's heads do the same, and
-        another release of transformers writes another configuration, which the fingerprint covers.
+        ``model``: a recording's manifest, or some of its fields. The weights may differ if the names are of the same
+        family, because the heads of a fine-tuned model work alike, and because the fingerprint also covers the
+        configuration file, which differs between releases of transformers.
         """
         facts = model.model_dump() if isinstance(model, ShardManifest) else model
         compared = [name for name in MODEL_FACTS if name in facts]
@@ -119,15 +120,18 @@ class CheckpointManifest(BaseModel):
 
 
 def new_indexer(recording: Recording, shape: EncoderShape) -> MemoryIndexer:
-    """An untrained indexer: the model's own queries, ranking like the training-free scorer."""
+    """An untrained indexer, which has the model's own queries and ranks chunks like the training-free scorer."""
     manifest = recording.manifest
     return _indexer(manifest, shape, recording.seed_weights)
 
 
 def save_checkpoint(path: Path, indexer: MemoryIndexer, manifest: CheckpointManifest) -> CheckpointManifest:
-    """Write ``path`` (safetensors, float16) and its manifest, ``path`` with the ending ``.json``."""
+    """Write the weights to ``path`` (safetensors, float16) and the manifest next to it, with the suffix ``.json``.
+
+    Returns the manifest with the digest of the weights.
+    """
     weights = {name: tensor.half().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
-    # the frequencies place a token 100,000 positions away: they need every bit
+    # float16 frequencies would be too coarse for tokens 100,000 positions apart
     weights["projection.inverse_frequencies"] = indexer.projection.inverse_frequencies.float().cpu()
     partial = path.with_suffix(".partial")
     save_file(weights, partial)
@@ -138,7 +142,10 @@ def save_checkpoint(path: Path, indexer: MemoryIndexer, manifest: CheckpointMani
 
 
 def load_checkpoint(path: Path) -> tuple[MemoryIndexer, CheckpointManifest]:
-    """The indexer in float32 on CPU. Raises :class:`CheckpointError` for what is missing, damaged or mixed up."""
+    """The indexer in float32 on the CPU, and its manifest.
+
+    Raises :class:`CheckpointError` if a file is missing or damaged, or if the two do not belong together.
+    """
     manifest = load_manifest(path)
     try:
         weights = load_file(path)
@@ -147,7 +154,7 @@ def load_checkpoint(path: Path) -> tuple[MemoryIndexer, CheckpointManifest]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if _digest(path) != manifest.digest:
-        raise CheckpointError(f"{path} and its manifest do not belong together: the digests differ")
+        raise CheckpointError(f"{path} does not belong to its manifest (the digests differ): copy both files again")
     prefix = "projection."
     weights = {name: tensor.float() for name, tensor in weights.items()}
     seed = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
@@ -155,15 +162,15 @@ def load_checkpoint(path: Path) -> tuple[MemoryIndexer, CheckpointManifest]:
         indexer = _indexer(manifest, manifest.shape, seed)
         indexer.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} lacks weights, or has some of another shape: {error}") from error
+        raise CheckpointError(f"{path} lacks weights or has weights of other shapes: {error}") from error
     return indexer.eval(), manifest
 
 
 def find_checkpoint(setting: str, model: dict[str, object]) -> Path | None:
-    """The checkpoint for a model: ``setting`` is "auto" (one that came with the package), "none", or a path.
+    """The checkpoint for a model: ``setting`` is "auto" (one that the package includes), "none", or a path.
 
-    ``model``: its ``model_name`` and whatever of :data:`MODEL_FACTS` and ``weights_fingerprint`` is known. Raises
-    :class:`CheckpointError` when a path's checkpoint is unreadable or for another model.
+    ``model``: its ``model_name``, and those of :data:`MODEL_FACTS` and ``weights_fingerprint`` that are known. Raises
+    :class:`CheckpointError` when the checkpoint at a path is unreadable or for another model.
     """
     if setting == "none":
         return None
@@ -180,14 +187,14 @@ def find_checkpoint(setting: str, model: dict[str, object]) -> Path | None:
 
 
 def load_manifest(path: Path) -> CheckpointManifest:
-    """The manifest of the checkpoint ``path``. Raises :class:`CheckpointError` if it is missing or is none."""
-    beside = path.with_suffix(".json")
+    """The manifest of the checkpoint ``path``. Raises :class:`CheckpointError` if it is missing or invalid."""
+    manifest = path.with_suffix(".json")
     try:
-        return CheckpointManifest.model_validate_json(beside.read_text(encoding="utf-8"))
+        return CheckpointManifest.model_validate_json(manifest.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"can't read the indexer's manifest {beside}: {error.strerror}") from error
+        raise CheckpointError(f"can't read the indexer's manifest {manifest}: {error.strerror}") from error
     except ValidationError as error:
-        raise CheckpointError(f"{beside} is not an indexer's manifest: {error}") from error
+        raise CheckpointError(f"{manifest} is not an indexer's manifest: {error}") from error
 
 
 def _indexer(

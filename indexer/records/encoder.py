@@ -1,10 +1,10 @@
 """The trained Memory Indexer: a dual encoder that starts as the model's own retrieval heads and learns to look ahead.
 
-One side is the index keys that serving keeps anyway; the other are queries from hidden states, of the current step and
-of some before it. Each query gives every chunk a share of its attention, as in the training-free scorer; a chunk's
-score is the logarithm of the shares' mean, weighted by a summary of the hidden states as the published indexer weights
-its heads. A small network that sees all shares, the chunk's neighbours and its place corrects it; its last layer starts
-at zero, so that the untrained indexer is the mean share of the retrieval heads over the last steps.
+The keys are the index records that the server stores anyway. The queries come from hidden states of the current step
+and of some earlier ones. As in the training-free scorer, each query puts a share of its attention on every chunk. A
+chunk's score is the logarithm of a weighted mean of these shares, with weights computed from the hidden states, plus a
+correction by a small network, whose inputs are all shares, the neighbouring chunks and the chunk's place. The network's
+last layer starts at zero, so the untrained indexer scores by the mean share of the retrieval heads over the last steps.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,19 @@ from forecache.indexer.records.queries import QueryProjection
 
 LEAST_LOG_SHARE = -16.0
 SIBLING_LOG_WEIGHT = -3.0
-"""What the heads beside the retrieval heads weigh before training, as a logarithm."""
+"""Log weight, before training, of heads that are not retrieval heads."""
 SHARE_UNIT = 4.0
-"""Log shares are clamped and divided by this, so that features are of order one."""
+"""Unit of log shares as features of the network, which makes them of order one."""
 PLACE_FEATURES = 4
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """``history``: steps back at which queries are taken, 0 first; ``context``, ``units``: widths of the network;
-    ``reach``: chunks to either side that a chunk's score may depend on."""
+    """Sizes of an indexer.
+
+    ``history``: how many steps back queries are taken, 0 first; ``context``, ``units``: widths of the network;
+    ``reach``: chunks to either side that a chunk's score may depend on. Raises ValueError if ``history`` is invalid.
+    """
 
     history: tuple[int, ...] = (0, 3, 7, 12, 18, 26, 36, 48)
     context: int = 48
@@ -42,7 +45,7 @@ class EncoderShape:
 class MemoryIndexer(nn.Module):
     """Scores chunks for the coming window.
 
-    ``retrieval_heads``: how many of the projection's heads, the first ones, make the training-free score.
+    ``retrieval_heads``: the training-free score uses this many of the projection's heads, the first ones.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class MemoryIndexer(nn.Module):
         self.around = nn.Conv1d(shape.units, shape.units, 2 * shape.reach + 1, padding=shape.reach, groups=shape.units)
         self.inner = nn.Linear(shape.units, shape.units)
         self.out = nn.Linear(shape.units, 1)
-        self.dropout = nn.Dropout(0.0)  # training sets its share
+        self.dropout = nn.Dropout(0.0)  # training sets the rate
         queries = heads * len(shape.history)
         self.gate = nn.Linear(shape.context, queries)
         self.sharpness = nn.Parameter(torch.zeros(()))
@@ -81,18 +84,18 @@ class MemoryIndexer(nn.Module):
         return queries
 
     def forward(self, log_shares: Tensor, hidden: Tensor, complete: Tensor, tail: Tensor) -> Tensor:
-        """Logits [predictions, chunks]; those of chunks from ``complete`` on mean nothing.
+        """Logits [predictions, chunks]; those of chunks from ``complete`` on are meaningless.
 
         ``log_shares``: float32 [predictions, history, heads, chunks], log of the share of the attention that each
         query puts on each chunk, -inf past the complete ones; ``hidden``: [predictions, target layers, hidden] of the
-        current step; ``complete``: int64 [predictions]; ``tail``: float32 [predictions], how full the open chunk is.
+        current step; ``complete``: int64 [predictions]; ``tail``: float32 [predictions], filled part of the last chunk.
         """
         chunks = log_shares.shape[3]
         shares = log_shares.clamp(min=LEAST_LOG_SHARE).flatten(1, 2) / SHARE_UNIT
         numbers = torch.arange(chunks, device=shares.device)
         behind = complete.unsqueeze(1) - 1 - numbers
         is_complete = behind >= 0
-        # beside the best chunk: what the sink takes of a head's attention says little about the others
+        # relative to the best chunk except the sink, whose share says little about the others
         scored = shares.masked_fill(~(is_complete & (numbers > 0)).unsqueeze(1), LEAST_LOG_SHARE / SHARE_UNIT)
         relative = shares - scored.amax(2, keepdim=True)
         place = torch.stack(
@@ -129,9 +132,9 @@ def decode_records(spec: IndexSpec, records: Tensor) -> Tensor:
 def chunk_log_shares(spec: IndexSpec, keys: Tensor, queries: Tensor, positions: Tensor) -> Tensor:
     """Log of each query's attention share on each chunk: float32 [steps, heads, chunks], differentiable.
 
-    ``keys``: as :func:`decode_records` gives them; ``queries``: float32 [steps, heads, head_dim]; ``positions``: int64
-    [steps]. A query sees the tokens up to its own position; chunks that are not complete by then have -inf, but their
-    tokens count in the softmax.
+    ``keys``: from :func:`decode_records`; ``queries``: float32 [steps, heads, head_dim]; ``positions``: int64 [steps].
+    A query sees the tokens up to its position. Chunks that are incomplete at that position have -inf, but their tokens
+    are part of the softmax.
     """
     tokens = keys.shape[1]
     scaled = queries * spec.scale
@@ -139,7 +142,7 @@ def chunk_log_shares(spec: IndexSpec, keys: Tensor, queries: Tensor, positions: 
     parts: list[Tensor] = []
     order: list[int] = []
     for kv, members in enumerate(spec.queries_of_kv):
-        # in mixed precision the product is bf16; its sums must not be
+        # in mixed precision the product is bf16, but sums need float32
         logits = torch.einsum("shd,td->sht", scaled[:, list(members)], keys[kv]).float()
         logits = logits.masked_fill(ahead.unsqueeze(1), -torch.inf)
         parts.append(_lse(logits.view(*logits.shape[:2], -1, spec.chunk_tokens)))
@@ -152,7 +155,7 @@ def chunk_log_shares(spec: IndexSpec, keys: Tensor, queries: Tensor, positions: 
 
 
 def _lse(logits: Tensor) -> Tensor:
-    """Log-sum-exp over the last axis whose gradient is 0, not NaN, where all is -inf."""
+    """Log-sum-exp over the last axis. Where all inputs are -inf the gradient is 0 instead of NaN."""
     top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
     return (logits - top).exp().sum(-1).clamp(min=torch.finfo(logits.dtype).tiny).log() + top.squeeze(-1)
 
@@ -164,7 +167,7 @@ def run_starts(rows: Tensor, runs: Tensor) -> Tensor:
 
 
 def history_rows(rows: Tensor, runs: Tensor, history: Sequence[int]) -> Tensor:
-    """Rows of the steps ``history`` back, int64 [rows, history]; a run's first row stands for those before it."""
+    """Rows of the steps ``history`` back, int64 [rows, history]. A run's first row replaces rows before it."""
     start = run_starts(rows, runs)
     back = torch.tensor(history, device=rows.device)
     return torch.maximum(rows.unsqueeze(1) - back, start.unsqueeze(1))

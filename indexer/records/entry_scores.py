@@ -1,8 +1,8 @@
-"""Level 1 on DeepSeek-V4: scores of chunks from the index keys of their compressed entries.
+"""Chunk selection on DeepSeek-V4: scores of chunks from the index keys of their compressed entries.
 
-As FlashMemory publishes it (arXiv 2606.09079): an entry's score is ``max_l σ(Σ_h w_h relu(q_h · k))`` over the target
-layers l, a chunk's score the number of its entries whose score is above a threshold. Of chunks with as many such
-entries the one with the best entry comes first.
+As in FlashMemory (arXiv 2606.09079): an entry's score is ``max_l σ(Σ_h w_h relu(q_h · k))`` over the target layers l,
+and a chunk's score is the number of its entries with a score above a threshold. Ties go to the chunk with the best
+entry.
 """
 
 import math
@@ -15,15 +15,15 @@ from forecache.indexer.records.scores import chunk_lse
 from forecache.kernels.csa.reference import index_logits
 
 BLOCK_PRODUCTS = 1 << 24
-"""q·k computed at a time: 64 MiB in float32."""
+"""Products q·k computed at a time: 64 MiB in float32."""
 
 
 def record_figures(
     spec: IndexSpec, records: Tensor, queries: Tensor, weights: Tensor | None, slots: Tensor | None = None
 ) -> Tensor:
-    """What is to be known of each record to score it: :func:`entry_logits` or :func:`.scores.chunk_lse`.
+    """:func:`entry_logits` for records of kind "entries", :func:`.scores.chunk_lse` for others.
 
-    Raises ValueError where ``weights`` are missing, or are there and should not be.
+    Raises ValueError if ``weights`` are missing for "entries", or are given for another kind.
     """
     if (weights is None) == (spec.kind == "entries"):
         wanted = "without" if weights is not None else "with"
@@ -36,11 +36,11 @@ def record_figures(
 def entry_logits(
     spec: IndexSpec, records: Tensor, queries: Tensor, weights: Tensor, slots: Tensor | None = None
 ) -> Tensor:
-    """Largest logit of each entry over the target layers and the steps that ask: float32 [entries of a chunk, chunks].
+    """Largest logit of each entry over the target layers and query steps: float32 [entries of a chunk, chunks].
 
-    ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read;
-    ``queries``: float32 [steps · query heads, index_dim]; ``weights``: float32 [steps · query heads], with all constant
-    factors.
+    ``records``: uint8 [chunks, nbytes], or a table of which ``slots``, int64 [chunks], are the rows to read;
+    ``queries``: float32 [steps · query heads, index_dim]; ``weights``: float32 [steps · query heads], multiplied by all
+    constant factors. Raises ValueError if queries or weights do not fit ``spec``.
     """
     count = len(spec.query_heads)
     steps = len(queries) // count
@@ -64,7 +64,7 @@ def entry_logits(
             keys = stored[:, layer].float().flatten(0, 1)
             logit = largest_logits(by_step[:, own], weights_of[:, own], keys).view(len(rows), entries)
             if scales is not None:
-                logit = logit * scales[:, layer].float()  # it is not negative, so it passes through relu
+                logit = logit * scales[:, layer].float()  # relu(scale · x) = scale · relu(x) for scale ≥ 0
             logits[:, part] = torch.maximum(logits[:, part], logit.T)
     return logits
 
@@ -75,11 +75,10 @@ def largest_logits(queries: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 def chunk_scores(spec: IndexSpec, logits: Tensor) -> Tensor:
-    """Scores of chunks, float32 [chunks], from ``logits`` [entries, chunks] as of :func:`entry_logits`.
+    """Scores of chunks, float32 [chunks], from ``logits`` [entries, chunks], a result of :func:`entry_logits`.
 
-    With ``spec.adaptive_entries`` the threshold is no fixed one: it is the score of the entry that comes in that place
-    (of the best 512, say, which is what the model itself would select), so that the count means the same for a
-    retriever whose scores are small everywhere.
+    With ``spec.adaptive_entries`` = n the threshold is the n-th largest logit instead of ``spec.threshold``. So the
+    count is also useful for a retriever whose scores are all small. DeepSeek-V4 itself selects n = 512 entries.
     """
     if not logits.numel():
         return logits.new_zeros(logits.shape[1])
@@ -88,6 +87,6 @@ def chunk_scores(spec: IndexSpec, logits: Tensor) -> Tensor:
         above = logits >= logits.flatten().topk(place).values[-1]
     else:
         above = logits > math.log(spec.threshold / (1 - spec.threshold))
-    # a count, and in [0, 1) behind it the best entry, in an order that a sigmoid in float32 would lose
+    # the count, plus a fraction in [0, 1) that orders ties by the best logit; float32 sigmoids would round to 1
     best = 0.5 + logits.amax(0).atan() / (math.pi + 1e-3)
     return above.sum(0) + best

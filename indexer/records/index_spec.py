@@ -19,14 +19,18 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True)
 class IndexSpec:
-    """Which keys a record holds and how they are stored.
+    """Which keys a record holds, how they are stored, and which queries read them.
 
-    ``kind``: "tokens", every token's key of a few heads; "bounds", minimum and maximum over the chunk of every head;
-    "entries", DeepSeek-V4's index keys, of which a chunk has ``chunk_tokens`` for each "KV head", which is a CSA layer
-    there (see :mod:`.entry_scores`, also for ``threshold`` and ``adaptive_entries``). ``query_heads``: (layer, query
-    head) pairs whose queries score; ``kv_heads``: the (layer, KV head) pairs whose keys are stored; ``query_to_kv``:
-    index into ``kv_heads`` for each query head. ``scale`` multiplies q·k. ``dtype`` is what keys are stored in: int8
-    goes with a float16 scale per (head, token).
+    Attributes:
+        kind: "tokens": the keys of every token of a few heads. "bounds": minimum and maximum over the chunk of the keys
+            of every head. "entries": DeepSeek-V4's index keys, ``chunk_tokens`` per chunk and CSA layer; a CSA layer
+            takes the place of a KV head. See :mod:`.entry_scores`.
+        query_heads: (layer, query head) pairs whose queries score.
+        kv_heads: (layer, KV head) pairs whose keys are stored.
+        query_to_kv: index into ``kv_heads`` for each query head.
+        scale: factor of q·k.
+        dtype: of the stored keys. int8 keys have a float16 scale per (head, token).
+        threshold, adaptive_entries: for "entries" only, see :func:`.entry_scores.chunk_scores`.
     """
 
     kind: Literal["tokens", "bounds", "entries"]
@@ -76,7 +80,7 @@ class IndexSpec:
         chunk_tokens: int,
         scale: float,
     ) -> Self:
-        """int8 keys of every token of ``kv_heads``, in their order, each read by ``group`` query heads of the model."""
+        """int8 keys of every token of ``kv_heads``, in their order. ``group``: the model's query heads per KV head."""
         return cls._build("tokens", query_heads, group, head_dim, chunk_tokens, scale, torch.int8, kv_heads)
 
     @classmethod
@@ -122,7 +126,7 @@ class IndexSpec:
 
     @property
     def head_elements(self) -> int:
-        """Numbers stored for one KV head of one chunk."""
+        """Elements stored for one KV head of one chunk."""
         return (2 if self.kind == "bounds" else self.chunk_tokens) * self.head_dim
 
     @property
@@ -142,7 +146,7 @@ class IndexSpec:
 
     @cached_property
     def queries_of_kv(self) -> tuple[tuple[int, ...], ...]:
-        """For each KV head, the rows of the query matrix that read it."""
+        """For each KV head, the indices of the query heads that read it."""
         rows: list[list[int]] = [[] for _ in self.kv_heads]
         for row, kv in enumerate(self.query_to_kv):
             rows[kv].append(row)
@@ -150,16 +154,16 @@ class IndexSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex name of a record's bytes. Specs that differ only in their query heads may share records."""
+        """Hex digest of the records' layout. Specs that differ only in their query heads can share records."""
         text = repr((1, self.kind, self.kv_heads, self.head_dim, self.chunk_tokens, str(self.dtype)))
         return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def encode_chunks(spec: IndexSpec, keys: torch.Tensor) -> torch.Tensor:
-    """Records of finished chunks, uint8 [chunks, nbytes] on the device of ``keys``.
+    """Records of complete chunks, uint8 [chunks, nbytes] on the device of ``keys``.
 
-    ``keys``: [chunks, kv_heads, chunk_tokens, head_dim] of any float dtype, RoPE applied, heads in the order
-    of ``spec.kv_heads``.
+    ``keys``: [chunks, kv_heads, chunk_tokens, head_dim] of any float dtype, RoPE applied, heads in the order of
+    ``spec.kv_heads``. Raises ValueError for another shape.
     """
     chunks = keys.shape[0]
     expected = (chunks, len(spec.kv_heads), spec.chunk_tokens, spec.head_dim)
@@ -172,7 +176,7 @@ def encode_chunks(spec: IndexSpec, keys: torch.Tensor) -> torch.Tensor:
         stored = keys.to(spec.dtype)
     else:
         keys = keys.float()
-        # no smaller than float16's least normal number, so that a chunk of zeros divides by something
+        # at least float16's smallest normal number, so that keys of zeros are not divided by zero
         scales = (keys.abs().amax(3) / 127).clamp(min=2.0**-14).half()
         stored = (keys / scales.unsqueeze(3)).round().clamp(-127, 127).to(torch.int8)
         end = spec.key_nbytes + spec.scale_nbytes

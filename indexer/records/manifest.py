@@ -1,4 +1,4 @@
-"""Retrieval-head manifests: which (layer, head) pairs of a model find things, and how that was measured."""
+"""Manifests of a model's retrieval heads, which attend to the answer while it is written, and how they were found."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +10,11 @@ PACKAGED_MANIFESTS = Path(__file__).parents[1] / "manifests"
 
 
 class ManifestError(ValueError):
-    """A manifest can't be read, or was made for another model."""
+    """A manifest is unreadable or was made for another model."""
 
 
 class RetrievalHead(BaseModel):
-    """``score``: mean attention mass that this query head put on the answer's chunk when the answer began."""
+    """A query head. ``score``: mean attention mass on the answer's chunk as the answer is written."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,7 +24,7 @@ class RetrievalHead(BaseModel):
 
 
 class CalibrationRecord(BaseModel):
-    """How a manifest was made. ``events``: mean count of heads with a retrieval event on the answer chunk."""
+    """How a manifest was made. ``events``: mean number of heads with a retrieval event on the answer's chunk."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,8 +43,8 @@ class CalibrationRecord(BaseModel):
 class RetrievalManifest(BaseModel):
     """The retrieval heads of one model, best first.
 
-    The model is told by its shape and, where both sides know them, by the fingerprint of its weights or by its name:
-    "smollm2-135m" also fits "SmolLM2-135M-Instruct", whose heads do the same.
+    A manifest fits a model of the same shape and, if both names are known, of the same family: "smollm2-135m" also
+    fits "SmolLM2-135M-Instruct". ``weights_fingerprint`` is only read, from older files.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,7 +74,7 @@ class RetrievalManifest(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises :class:`ManifestError` if the file is missing or is no manifest."""
+        """Read a manifest. Raises :class:`ManifestError` if the file is missing or invalid."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -122,9 +122,9 @@ def find_manifest(
     kv_heads: int,
     head_dim: int,
 ) -> RetrievalManifest | None:
-    """The manifest for a model: ``setting`` is "auto" (one that came with the package), "none", or a path.
+    """The manifest for a model: ``setting`` is "auto" (one that the package includes), "none", or a path.
 
-    Raises :class:`ManifestError` when a path's manifest is unreadable or made for a model of another shape.
+    Raises :class:`ManifestError` when the manifest at a path is unreadable or was made for a model of another shape.
     """
     if setting == "none":
         return None
@@ -137,7 +137,7 @@ def find_manifest(
             attention_heads=attention_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            # who names a file means it: a renamed or fine-tuned copy of the model may use it
+            # a manifest that the user names may be for a renamed or fine-tuned copy of the model
             model_name=model_name if packaged else None,
         )
         if not differences:
@@ -151,13 +151,12 @@ def find_manifest(
 
 
 def _packaged() -> Iterator[RetrievalManifest]:
-    # beside this file: importlib.resources can't list a namespace package that is installed in editable mode
+    # by path, because importlib.resources can't list a namespace package that is installed in editable mode
     for file in sorted(PACKAGED_MANIFESTS.glob("*.json")):
         yield RetrievalManifest.model_validate_json(file.read_text(encoding="utf-8"))
 
 
 def same_family(one: str, other: str) -> bool:
-    """Whether the last part of one name, path or hub id begins with the other's, whatever the case. No name is of
-    none."""
+    """Whether the last part of one name, path or hub id is a prefix of the other's, ignoring case. False for ''."""
     one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (one, other))
     return bool(one and other) and (one.startswith(other) or other.startswith(one))

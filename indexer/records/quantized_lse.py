@@ -1,8 +1,8 @@
-"""Log-sum-exps over many int8 records on a CPU: products of integers, and a block's logits stay in a core's cache.
+"""Log-sum-exps over many int8 records on a CPU, with integer products and blocks whose logits fit a core's cache.
 
-The way in float32, :func:`.scores.exact_chunk_lse`, takes more than twice the processor's time. Here a query is the
-sum of two of eight bits, together 1/32,258 of its largest component exact. One alone, as keys are stored, would be
-quicker by a fourth, but some heads' queries have a few large components, and then it moves events and chosen chunks.
+:func:`.scores.exact_chunk_lse`, in float32, takes more than twice the CPU time. Here each query is the sum of two int8
+vectors, which is exact to 1/32,258 of its largest component. One int8 vector would be a quarter faster, but some heads'
+queries have a few large components, and the error would then change events and selected chunks.
 """
 
 import math
@@ -16,19 +16,19 @@ from torch import Tensor
 from forecache.indexer.records.index_spec import IndexSpec
 
 FINE_STEPS = 254
-"""Steps of a query's low part that are one of its high part: an error of half a step is 127 of them."""
+"""One step of a query's high part is this many steps of its low part, which covers ±half a step in int8."""
 LEAST_CHUNKS = 128
-"""Fewer are read the exact way, which takes a few milliseconds then."""
+"""Fewer chunks are read in float32, which then takes a few milliseconds."""
 BLOCK_LOGITS = 1 << 16
-"""Logits of one KV head that are worked on at a time: two integers and a float32 each, 768 KiB."""
+"""Logits of one KV head in a block: two int32 and a float32 each, 768 KiB."""
 TASK_CHUNKS = 256
-"""Chunks that one thread takes at a time."""
+"""Chunks in one thread's task."""
 LEAST_SUM = 2.0**-100
-"""Sums of exponentials below have lost digits: float32 ends at 2**-126."""
+"""Smaller sums of exponentials are imprecise: the smallest normal float32 is 2**-126."""
 
 
 def serves(spec: IndexSpec, records: Tensor, chunks: int) -> bool:
-    """Whether ``chunks`` of ``records`` are to be read this way: where the processor multiplies 64 bytes at once."""
+    """Whether to read ``chunks`` of ``records`` this way: int8 keys of tokens, and a CPU with AVX-512."""
     return (
         chunks >= LEAST_CHUNKS
         and spec.kind == "tokens"
@@ -40,15 +40,15 @@ def serves(spec: IndexSpec, records: Tensor, chunks: int) -> bool:
 
 
 def quantized_chunk_lse(spec: IndexSpec, records: Tensor, queries: Tensor, slots: Tensor | None) -> Tensor:
-    """:func:`.scores.chunk_lse`, nearly. NaN where float32 can't hold a chunk's sum of exponentials.
+    """An approximation of :func:`.scores.chunk_lse`; NaN for chunks whose sum of exponentials float32 can't represent.
 
-    As many threads work as torch would use here, each on chunks of its own: between two operators none waits for
-    another, which costs most when processors are busy.
+    Uses as many threads as torch would. Each thread processes whole chunks, so that threads do not wait for each other
+    after every operator, which is slow when the CPUs are busy.
     """
     if slots is None:
         slots = torch.arange(len(records))
     lse = torch.empty(len(spec.query_heads), len(slots))
-    # exp(x) = 2 ** (x log2 e), and 2 ** x is the quicker of the two
+    # exp(x) = 2 ** (x log2 e), and 2 ** x is faster
     scaled = queries * (spec.scale * math.log2(math.e))
     coarse = (scaled.abs().amax(1, keepdim=True) / 127).clamp(min=LEAST_SUM)
     high = (scaled / coarse).round()
@@ -74,7 +74,7 @@ def quantized_chunk_lse(spec: IndexSpec, records: Tensor, queries: Tensor, slots
 def _sum_exponentials(
     spec: IndexSpec, records: Tensor, slots: Tensor, parts: Tensor, steps: Tensor, sums: Tensor
 ) -> None:
-    """``sums``, float32 [query heads, slots]: of 2 to the power of the logits, over each chunk's tokens.
+    """Fill ``sums``, float32 [query heads, slots], with the sum of 2 ** logit over each chunk's tokens.
 
     ``parts``: int8 [2, query heads, head_dim], high and low part of the queries; ``steps``: float32 [query heads, 1].
     """
@@ -109,18 +109,18 @@ def _sum_exponentials(
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """So many threads, whose operators each use one."""
+    """A pool of ``threads`` threads, whose torch operators each use one thread."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="forecache-lse")
     others = torch.get_num_threads()
     started = threading.Barrier(threads)
 
     def start() -> None:
-        torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+        torch.get_num_threads()  # torch's first call in a thread would overwrite the number set below
         torch.set_num_threads(1)
         started.wait()
 
     for ready in [pool.submit(start) for _ in range(threads)]:
         ready.result()
-    # torch keeps one number per thread, and one more that threads started later begin with: put that back
+    # set_num_threads also changes the default for threads that start later: restore it
     torch.set_num_threads(others)
     return pool

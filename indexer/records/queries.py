@@ -1,16 +1,16 @@
-"""Queries of the Memory Indexer from hidden states: a copy of the model's own projection, free to learn."""
+"""Queries of the Memory Indexer from hidden states: a trainable copy of the model's query projection."""
 
 import torch
 from torch import Tensor, nn
 
 
 class QueryProjection(nn.Module):
-    """Queries of some heads from the hidden states of their layers, as the model itself makes them.
+    """Queries of some heads from the hidden states of their layers, computed like the model's own.
 
-    ``q = RoPE(norm(W x + b), position)``: the projection, RMSNorm over the head where the model has one, and rotary
-    embedding in the layout of Llama (dimension i turns with i + rotated/2; Su et al., arXiv 2104.09864), of the first
-    ``2 · len(inverse_frequencies)`` dimensions. ``layer_of_head``: for each head the place of its layer among the
-    target layers. ``weight``: [heads, head_dim, hidden]; ``bias``, ``norm``: [heads, head_dim].
+    ``q = RoPE(norm(W x + b), position)``: the projection, RMSNorm over the head if the model has it, and rotary
+    embedding (Su et al., arXiv 2104.09864) of the first ``2 · len(inverse_frequencies)`` dimensions, in the layout of
+    Llama, which pairs dimension i with i + rotated/2. ``layer_of_head``: for each head, the index of its layer among
+    the target layers. ``weight``: [heads, head_dim, hidden]; ``bias``, ``norm``: [heads, head_dim].
     """
 
     inverse_frequencies: Tensor

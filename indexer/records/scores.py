@@ -1,4 +1,4 @@
-"""Scores of chunks: the share of a head's attention that index records predict for each."""
+"""Scores of chunks: the share of a head's attention on each chunk, computed from index records."""
 
 import torch
 
@@ -6,9 +6,9 @@ from forecache.indexer.records.index_spec import IndexSpec
 from forecache.indexer.records.quantized_lse import quantized_chunk_lse, serves
 
 BLOCK_HEAD_ELEMENTS = 1 << 18
-"""float32 numbers of one KV head decoded at a time: 1 MiB, which stays in a core's cache."""
+"""float32 elements of one KV head decoded at a time: 1 MiB, which fits a core's cache."""
 BLOCK_BYTES = 32 << 20
-"""most bytes of records gathered at a time."""
+"""Most bytes of records gathered at a time."""
 EVENT_SHARE = 0.3
 """Least share of a head's attention on one chunk that is a retrieval event (docs/architecture.md)."""
 
@@ -44,10 +44,10 @@ def chunk_lse(
 ) -> torch.Tensor:
     """Log-sum-exp of the scaled logits in each chunk: float32 [query_heads, chunks].
 
-    ``records``: uint8 [chunks, nbytes], or a table of them with ``slots``, int64 [chunks], its rows to read.
-    ``queries``: float32 [query_heads, head_dim], RoPE applied. For "bounds" it is Σ_d max(q_d·min_d, q_d·max_d), which
-    no q·k in the chunk exceeds (Quest, arXiv 2406.10774). Many int8 records on a CPU are read as
-    :mod:`.quantized_lse` does.
+    ``records``: uint8 [chunks, nbytes], or a table of which ``slots``, int64 [chunks], are the rows to read.
+    ``queries``: float32 [query_heads, head_dim], RoPE applied. For "bounds" it is Σ_d max(q_d·min_d, q_d·max_d), an
+    upper bound of every q·k in the chunk (Quest, arXiv 2406.10774). On a CPU, many int8 records are read by
+    :mod:`.quantized_lse`. Raises ValueError if ``queries`` do not fit ``spec``.
     """
     count = len(records) if slots is None else len(slots)
     if not serves(spec, records, count):
@@ -63,7 +63,7 @@ def chunk_lse(
 def exact_chunk_lse(
     spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, slots: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """:func:`chunk_lse` in float32, read in blocks, so that memory stays bounded."""
+    """:func:`chunk_lse` in float32, in blocks, so that memory stays bounded."""
     _check_queries(spec, queries)
     chunks = len(records) if slots is None else len(slots)
     lse = queries.new_empty(len(spec.query_heads), chunks)
@@ -86,7 +86,7 @@ def _block_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> to
     keys = rows[:, : spec.key_nbytes].view(spec.dtype).view(chunks, len(spec.kv_heads), -1, spec.head_dim)
     scaled = queries * spec.scale
     if spec.kind == "bounds":
-        # one product with [min, max]: a negative component of q takes the minimum, a positive one the maximum
+        # one product with [min, max]: a negative component of q multiplies the minimum, a positive one the maximum
         scaled = torch.cat([scaled.clamp(max=0), scaled.clamp(min=0)], 1)
         keys = keys.flatten(2).unsqueeze(2)
     scales = None

@@ -1,7 +1,7 @@
-"""Recorded training data on disk: shards of safetensors and one JSON manifest. Read and written without the backbone.
+"""Recorded training data on disk: shards of safetensors and one JSON manifest. Reading them does not need the model.
 
-A shard holds a few documents; a document's tensors are named ``<number>/<field>``, its plain facts are JSON in the
-file's metadata. Shards are written whole or not at all, so a recording that was stopped goes on with the missing ones.
+A shard holds a few documents. A document's tensors are named ``<number>/<field>``; its other fields are JSON in the
+file's metadata. Shards are written atomically, so a recording that was interrupted resumes with the missing shards.
 """
 
 import json
@@ -25,11 +25,11 @@ SEED_WEIGHTS_FILE = "queries.safetensors"
 
 
 class ShardError(ValueError):
-    """Recorded data is missing, damaged or of another kind than asked for."""
+    """Recorded data is missing, damaged or of the wrong kind."""
 
 
 class RecordingManifest(BaseModel):
-    """What a directory of recorded ``CONTENT`` says of itself, in its file ``FILE``."""
+    """The manifest, in the file ``FILE``, of a directory of recorded ``CONTENT``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,7 +38,7 @@ class RecordingManifest(BaseModel):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Raises :class:`ShardError` if the manifest is missing or is none."""
+        """Read the manifest of ``folder``. Raises :class:`ShardError` if it is missing or invalid."""
         path = folder / cls.FILE
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
@@ -50,20 +50,24 @@ class RecordingManifest(BaseModel):
             raise ShardError(f"{path} is not a manifest of recorded {cls.CONTENT}: {error}") from error
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all."""
+        """Write the manifest atomically."""
         partial = folder / f"{self.FILE}.{os.getpid()}.partial"
         partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.rename(folder / self.FILE)
 
 
 class ShardManifest(RecordingManifest):
-    """What a directory of shards was recorded from, and how.
+    """The model that shards were recorded from, and how.
 
-    ``query_heads``: (layer, head) pairs whose queries can be rebuilt from hidden states; the first ``retrieval_heads``
-    of them are the model's retrieval heads, best first. ``index_kv_heads``: (layer, KV head) pairs whose keys the
-    index records hold. ``target_layers``: layers whose hidden states (the input of the query projection) are kept, the
-    second axis of ``hidden``. ``rope_scaling`` multiplies cosine and sine (YaRN's attention factor). An event is
-    recorded from ``event_mass`` on. ``recipe``: what the documents were made from.
+    Attributes:
+        query_heads: (layer, head) pairs whose queries can be computed from hidden states. The first ``retrieval_heads``
+            of them are the model's retrieval heads, best first.
+        index_kv_heads: (layer, KV head) pairs whose keys the index records hold.
+        target_layers: layers whose hidden states (inputs of the query projection) are recorded, the second axis of
+            ``hidden``.
+        rope_scaling: factor of cosine and sine (YaRN's attention factor).
+        event_mass: smallest attention share that is recorded as an event.
+        recipe: settings from which the documents were generated.
     """
 
     FILE: ClassVar[str] = MANIFEST_FILE
@@ -96,7 +100,7 @@ class ShardManifest(RecordingManifest):
 
     @property
     def index_spec(self) -> IndexSpec:
-        """The records' bytes, and which of their KV heads each query head reads."""
+        """The layout of the index records, and which of their KV heads each query head reads."""
         return IndexSpec.of_heads(
             self.query_heads,
             self.index_kv_heads,
@@ -123,20 +127,21 @@ class ShardManifest(RecordingManifest):
 
 @dataclass(frozen=True)
 class RecordedDocument:
-    """One document, and what the model's heads attended to at some of its steps.
+    """One document, and what the model's heads attended to at S recorded steps. A row is one recorded step.
 
-    ``task``: what the document asks for ("prose": nothing), ``text``: the kind of its text, ``split``: "train" or
-    "eval". ``answer``: [first, last) chunk of the answer, and ``answer_step``: the row that writes its first token; -1
-    where there is none.
-
-    ``rows`` are the recorded steps, S of them. ``positions``: int64 [S], the position whose token the step reads (it
-    attends to that position and all before it). ``runs``: int64 [R, 2], rows [first, last) of consecutive positions.
-    ``hidden``: float16 [S, target layers, hidden]. ``records``: uint8 [chunks, record bytes] of every chunk, the last
-    one filled up with zero keys. ``event_offsets``: int64 [S + 1]; row s owns events offsets[s]:offsets[s+1] of
-    ``event_chunk``, int32, ``event_head``, int16 (layer · heads + head) and ``event_share``, float16: one head that
-    puts at least the manifest's ``event_mass`` of its attention on one completed chunk.
-    ``peak_share``: float16 [S, chunks], the largest share of any head. ``bounds_score``: float16 [S, chunks], scores of
-    per-chunk bounds over all heads. Chunks that row s can't have attended to, or not as a completed chunk, have 0.
+    Attributes:
+        task: the document's question ("prose": none); text: the kind of its text; split: "train" or "eval".
+        answer: [first, last) chunk of the answer.
+        answer_step: the row that writes the answer's first token; -1 if there is none.
+        positions: int64 [S], position of the token that the step reads. The step attends to it and all tokens before.
+        runs: int64 [R, 2], rows [first, last) of consecutive positions.
+        hidden: float16 [S, target layers, hidden].
+        records: uint8 [chunks, record bytes] of every chunk; the last chunk is padded with zero keys.
+        event_offsets: int64 [S + 1]; row s has the events ``event_offsets[s]:event_offsets[s + 1]``. In an event one
+            head puts at least the manifest's ``event_mass`` of its attention on one complete chunk.
+        event_chunk: int32 [events]; event_head: int16 [events], layer · heads + head; event_share: float16 [events].
+        peak_share: float16 [S, chunks], largest share of any head; 0 for chunks not complete at the row's step.
+        bounds_score: float16 [S, chunks], scores by bounds per chunk over all heads; 0 as for ``peak_share``.
     """
 
     task: str
@@ -174,7 +179,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(folder: Path, shard: int, documents: Sequence[RecordedDocument]) -> None:
-    """Write one shard, whole or not at all."""
+    """Write one shard atomically."""
     tensors = {
         f"{number}/{name}": getattr(document, name).cpu().contiguous()
         for number, document in enumerate(documents)
@@ -188,10 +193,10 @@ def write_shard(folder: Path, shard: int, documents: Sequence[RecordedDocument])
 
 
 class Recording:
-    """All documents of a directory, read one at a time.
+    """The documents of a directory, read one at a time.
 
-    Raises :class:`ShardError` when the directory has no manifest or no shard. ``complete`` says whether every shard of
-    the manifest is there.
+    ``complete``: whether every shard of the manifest exists. Raises :class:`ShardError` if the directory has no
+    manifest or no shard, or if a shard is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -199,7 +204,7 @@ class Recording:
         self.manifest = ShardManifest.load(folder)
         self._shards = [shard for shard in range(self.manifest.shards) if shard_path(folder, shard).exists()]
         if not self._shards:
-            raise ShardError(f"{folder} has a manifest but no shard yet; run `forecache indexer record` to its end")
+            raise ShardError(f"{folder} has a manifest but no shard; run `forecache indexer record` again")
         self.facts: list[dict[str, Any]] = []
         self._places: list[tuple[Path, int]] = []
         for shard in self._shards:
@@ -218,9 +223,9 @@ class Recording:
 
     @property
     def digest(self) -> str:
-        """Names what was recorded: of the manifest, and of what is told of each document."""
-        told = json.dumps([self.manifest.model_dump(mode="json"), self.facts], sort_keys=True)
-        return blake2b(told.encode(), digest_size=16).hexdigest()
+        """blake2b-128 of the manifest and of the documents' facts, as hex. It identifies the recording."""
+        text = json.dumps([self.manifest.model_dump(mode="json"), self.facts], sort_keys=True)
+        return blake2b(text.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -241,7 +246,7 @@ class Recording:
 
     @cached_property
     def seed_weights(self) -> dict[str, torch.Tensor]:
-        """What makes the model's own queries from hidden states.
+        """Weights that compute the model's queries from hidden states.
 
         ``weight``: float32 [query heads, head_dim, hidden]; ``bias``: float32 [query heads, head_dim];
         ``inverse_frequencies``: float32 [rotated dims / 2]; ``norm``: float32 [query heads, head_dim], only for models

@@ -1,4 +1,4 @@
-"""The indexer as Ray actors of one node, shared by the node's workers, over the node's mapped arena."""
+"""The indexer as Ray actors of one node. The node's workers share them; they map the node's arena."""
 
 import asyncio
 import time
@@ -19,9 +19,9 @@ from forecache.indexer.serving.telemetry import SILENCE, MetricsTarget, Telemetr
 
 @ray.remote(num_cpus=0)
 class IndexerActor:
-    """A :class:`.scorer.LocalIndexer` that all workers of a node ask; what waits is answered together.
+    """A :class:`.scorer.LocalIndexer` for the workers of a node. It scores waiting requests in batches.
 
-    ``attach`` maps an arena by its path; it travels by pickle, so it must be a function of a module.
+    ``attach`` maps the arena at a path. It is pickled, so it must be a module-level function.
     """
 
     def __init__(
@@ -38,27 +38,27 @@ class IndexerActor:
         self._telemetry = telemetry.start("indexer", name, node_id, self._indexer.stats)
 
     async def predict(self, request: PredictRequest) -> Prediction:
-        # a coroutine: Ray then hands over further requests while this one waits, so that they can be batched
+        # a coroutine, so that Ray delivers further requests while this one waits and they form a batch
         return await asyncio.wrap_future(self._indexer.predict(request))
 
     async def ready(self) -> None:
-        """Answers once the actor can score."""
+        """Return once the actor can score."""
 
     async def metrics_target(self) -> MetricsTarget | None:
         return self._telemetry.target
 
 
 class RemoteIndexer:
-    """An :class:`forecache.indexer.serving.protocol.Indexer` that asks an :class:`IndexerActor`.
+    """An :class:`.protocol.Indexer` that calls an :class:`IndexerActor`.
 
-    A future fails with :class:`IndexerUnavailableError` ``deadline_s`` after it was asked for, or when the actor
-    dies, and with the actor's own error if the request was wrong. The actor is not ended by :meth:`close`.
+    A future fails with :class:`IndexerUnavailableError` when the actor dies or has not answered within ``deadline_s``,
+    and with the actor's error if the request was invalid. :meth:`close` does not end the actor.
     """
 
     def __init__(self, handle: "ActorHandle[Any]", deadline_s: float) -> None:
         self._handle = handle
         self._deadline_s = deadline_s
-        # one waiter is enough: the actor answers in order too
+        # one waiting thread is enough, because the actor answers in order
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer-wait")
 
     def predict(self, request: PredictRequest) -> Future[Prediction]:
@@ -66,7 +66,7 @@ class RemoteIndexer:
         return self._waiter.submit(self._wait, answer, time.monotonic() + self._deadline_s)
 
     def close(self) -> None:
-        """Drop the answers that wait; returns within the deadline."""
+        """Cancel pending answers. Returns within ``deadline_s``."""
         self._waiter.shutdown(wait=True, cancel_futures=True)
 
     def _wait(self, answer: "ray.ObjectRef[Prediction]", deadline: float) -> Prediction:

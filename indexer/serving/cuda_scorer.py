@@ -1,4 +1,4 @@
-"""Prediction in this process on a GPU: index records are read where they lie in the arena, once, and then kept."""
+"""Prediction in this process on a GPU, which reads index records from the arena once and caches them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,21 +30,20 @@ from forecache.indexer.serving.static_prediction import Places, StaticPrediction
 from forecache.kernels.chunks import ops
 
 ALIGNMENT_BYTES = 16
-"""Triton compiles anew for tensors that begin elsewhere."""
+"""Arrays begin at multiples of this, because Triton compiles another variant for unaligned tensors."""
 
 
 class Registration(Protocol):
-    """Host memory that the GPU may read until it is closed."""
+    """Host memory that the GPU can read until it is closed."""
 
     def close(self) -> None: ...
 
 
 class RecordCache:
-    """Index records in device memory, known by arena slot and generation. Belongs to one thread.
+    """A direct-mapped cache of index records in device memory, keyed by arena slot and generation. For one thread.
 
-    Direct-mapped: the record of a slot lies in row ``slot % rows`` or nowhere, so as many rows as the arena has slots
-    hold all. ``records``: uint8 [rows, record bytes]. A row is found from :meth:`keep` on, when its bytes are known to
-    be right, until it is claimed for another.
+    The record of a slot can only be in row ``slot % rows``. ``records``: uint8 [rows, record bytes]. :meth:`find`
+    returns a row from :meth:`keep`, which is called when its bytes are verified, until another record claims it.
     """
 
     def __init__(self, rows: int, record_bytes: int, device: torch.device) -> None:
@@ -53,7 +52,7 @@ class RecordCache:
         self._generations = np.zeros(rows, dtype=np.int64)
 
     def find(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Rows of the records of ``slots`` in these ``generations``, int64 [n] each; -1: not here."""
+        """Rows of the records of ``slots`` in these ``generations``, int64 [n] each; -1: not cached."""
         if not len(self._slots):
             return np.full_like(slots, -1)
         rows = slots % len(self._slots)
@@ -61,9 +60,9 @@ class RecordCache:
         return np.where(found, rows, -1)
 
     def claim(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Rows to write the records of ``slots`` to, int64 [n] each, all different; -1: another of them has the row.
+        """Rows to write the records of ``slots`` to, int64 [n], all different; -1 if another of ``slots`` has the row.
 
-        Whatever was in the rows is forgotten.
+        Removes the records that were in these rows from the cache.
         """
         rows = np.full_like(slots, -1)
         if len(self._slots):
@@ -75,11 +74,11 @@ class RecordCache:
     def keep(
         self, rows: npt.NDArray[np.int64], slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
     ) -> None:
-        """The claimed ``rows`` hold the records of ``slots`` in these ``generations``: int64 [n] each."""
+        """Mark the claimed ``rows`` as holding the records of ``slots`` in these ``generations``: int64 [n] each."""
         self._slots[rows], self._generations[rows] = slots, generations
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when a record is said to lie where it would not be looked for."""
+        """Raise ``AssertionError`` if a record is in a row where :meth:`find` would not look for it."""
         used = np.flatnonzero(self._slots >= 0)
         assert (self._slots[used] % max(len(self._slots), 1) == used).all(), "a record lies in another slot's row"
 
@@ -87,13 +86,18 @@ class RecordCache:
 class CudaIndexer:
     """An :class:`.protocol.Indexer` in this process, with its own thread and CUDA stream.
 
-    Its answers are those of :class:`.scorer.LocalIndexer`. It waits for no other stream and keeps none waiting; while
-    it waits for the GPU, other threads run. At most ``device_bytes`` of GPU memory keep records that were read; others
-    are read from the arena, which ``register`` makes readable for the GPU until :meth:`close`. A ``device`` that is a
-    CPU does the same in PyTorch. ``lookahead``: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is
-    ``spec``. ``graph_chunks``: predictions over so many chunks or fewer are captured as CUDA graphs now, where
-    :mod:`.static_prediction` can; all others are launched call by call. Raises ValueError if the arena's records are of
-    another kind than ``spec``.
+    It gives the same answers as :class:`.scorer.LocalIndexer`. Its stream does not synchronise with other streams, and
+    waiting for the GPU releases the GIL.
+
+    Args:
+        device: a GPU, or the CPU, where the same steps run in PyTorch.
+        device_bytes: most GPU memory for cached records; all other records are read from the arena.
+        register: makes the arena readable for the GPU until :meth:`close`.
+        lookahead: the trained indexer, whose :attr:`.lookahead.LookaheadScorer.own` is ``spec``.
+        graph_chunks: predictions over at most this many chunks are captured as CUDA graphs now, if
+            :mod:`.static_prediction` supports the records; 0: none.
+
+    Raises ValueError if the arena's records are of another kind than ``spec``.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class CudaIndexer:
         self._spec = spec = spec if lookahead is None else lookahead.spec
         self._arena = arena
         self._device = device
-        # the kernel reads one KV head's keys for all its queries: they are brought into the KV heads' order
+        # the kernel reads one KV head's keys for all its queries, so queries are grouped by KV head
         self._query_rows = np.array([row for rows in spec.queries_of_kv for row in rows], dtype=np.int64)
         self._given_rows = torch.from_numpy(self._query_rows.argsort()).to(device)
         starts = [0, *accumulate(len(rows) for rows in spec.queries_of_kv)]
@@ -124,11 +128,11 @@ class CudaIndexer:
         self._done: torch.cuda.Event | None = None
         self._registered: Registration | None = None
         if device.type == "cuda":
-            # before decode steps where both could run: an answer is short work, and awaited
+            # takes precedence over decode steps: predictions are short, and the engine waits for them
             self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
             self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._registered = register(arena.index)
-            # what was made here is used in the other stream
+            # tensors created on the current stream are used on the indexer's stream
             torch.cuda.current_stream(device).synchronize()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
         try:
@@ -141,7 +145,7 @@ class CudaIndexer:
         return self._pool.submit(self._predict, request)
 
     def close(self) -> None:
-        """Finish the prediction under way, drop those that wait, let go of the arena's pages."""
+        """Finish the running prediction, cancel waiting ones, and unregister the arena."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         if self._static is not None:
             self._static.close()
@@ -150,7 +154,7 @@ class CudaIndexer:
             self._registered = None
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when the cache contradicts itself. Not while a prediction is under way."""
+        """Raise ``AssertionError`` if the cache is inconsistent. Not to be called during a prediction."""
         self._cache.check_integrity()
 
     def _predict(self, request: PredictRequest) -> Prediction:
@@ -175,14 +179,14 @@ class CudaIndexer:
                 columns = np.arange(len(read))
                 lse, local_lse = self._read(request, places)
                 found = self._score(request, read, lse, local_lse)
-            # only now it is known whose records these were
+            # check after reading: slots may have been reused meanwhile
             sound = np.ones(len(read), dtype=np.bool_)
             sound[: len(known)] = unchanged(self._arena, request, known)  # verified when they came to the GPU
             sound[len(known) : len(chunks)] = verified(self._arena, request, new)
             kept = sound[len(known) : len(chunks)] & (copy_rows >= 0)
             self._cache.keep(copy_rows[kept], slots[new[kept]], generations[new[kept]])
             if not sound.all():
-                # a half-written record, or a damaged one, spoils the softmax of all the others
+                # one damaged record would spoil the softmax over all records
                 read = read[sound]
                 of_sound, local_lse = self._upload(columns[sound], request.local_lse)
                 found = self._score(request, read, lse[:, of_sound], local_lse)
@@ -191,18 +195,18 @@ class CudaIndexer:
     def _score(
         self, request: PredictRequest, read: npt.NDArray[np.int64], lse: Tensor, local_lse: Tensor
     ) -> npt.NDArray[np.float32]:
-        """float32 [2, chunks] as of :func:`.scorer.score`, from what the records of the chunks ``read`` gave."""
+        """Result of :func:`.scorer.score`, float32 [2, chunks], from the log-sum-exps of the chunks ``read``."""
         (chunks,) = self._upload(read)
         return self._to_host(score(self._own, self._lookahead, [Read(request, chunks, lse, local_lse)])[0])
 
     def _read(self, request: PredictRequest, places: Places) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps, float32 [query heads, chunks], of what is read at ``places``; and the request's
-        ``local_lse``."""
+        """Log-sum-exps, float32 [query heads, chunks], over the records at ``places``, and the request's
+        ``local_lse`` on the device."""
         if self._spec.kind == "entries":
             return self._read_entries(request, places)
         queries = request.queries[self._query_rows] * np.float32(self._spec.scale)
         if self._spec.kind == "bounds":
-            # a negative component takes the minimum, a positive one the maximum
+            # a negative component of q multiplies the minimum, a positive one the maximum
             queries = np.concatenate([np.minimum(queries, 0), np.maximum(queries, 0)], 1)
         in_cache, in_arena, to_cache, numbers, on_device, local_lse, records = self._upload(
             places.cached,
@@ -227,14 +231,14 @@ class CudaIndexer:
             )
 
         cached = self._cache.records
-        # the cache's rows are read before any of them is written
+        # all cached rows are read before any row is written
         parts = [lse(cached, in_cache), lse(self._arena.index, in_arena, cached if len(cached) else None)]
         return torch.cat([*parts, lse(records, numbers)], 1)[self._given_rows], local_lse
 
     def _read_entries(self, request: PredictRequest, places: Places) -> tuple[Tensor, Tensor]:
-        """As :meth:`_read`, logits of entries, float32 [entries of a chunk, chunks]: in PyTorch."""
+        """:meth:`_read` for kind "entries", in PyTorch: logits, float32 [entries of a chunk, chunks]."""
         if request.weights is None:
-            raise ValueError("index keys of entries are asked for with queries and weights, and these are missing")
+            raise ValueError("a request for index keys of kind 'entries' lacks the weights of its queries")
         kept = places.copy_rows >= 0
         in_cache, to_cache, from_new, queries, weights, local_lse, records = self._upload(
             places.cached, places.copy_rows[kept], np.flatnonzero(kept), request.queries, request.weights,
@@ -247,7 +251,7 @@ class CudaIndexer:
         return torch.cat(parts, 1), local_lse
 
     def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
-        """``arrays`` on the device, in one copy."""
+        """Copy ``arrays`` to the device, in one transfer."""
         ends = accumulate(-(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for array in arrays)
         places = list(pairwise([0, *ends]))
         packed = torch.empty(places[-1][1], dtype=torch.uint8, pin_memory=self._stream is not None)
@@ -260,7 +264,7 @@ class CudaIndexer:
         ]
 
     def _to_host(self, found: Tensor) -> npt.NDArray[np.float32]:
-        """``found`` once it is computed; the thread sleeps until then."""
+        """Wait for ``found``, asleep, and return it on the host."""
         host = found.to("cpu", non_blocking=True)
         if self._done is not None:
             self._done.record(self._stream)
@@ -272,7 +276,7 @@ class CudaIndexer:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _warm_up(self, graph_chunks: int) -> None:
-        """Have kernels compiled and loaded now, not while decode steps run. What is read is nobody's, and forgotten."""
+        """Compile and load kernels now instead of during decode steps, with a dummy request."""
         heads, chunk_tokens = len(self._spec.query_heads), self._spec.chunk_tokens
         state = None
         if self._lookahead is not None:

@@ -1,4 +1,4 @@
-"""Indexers of other processes, and what is done while one of them does not answer (docs/architecture.md)."""
+"""Indexers in other processes, with local scoring while one of them is unavailable (docs/architecture.md)."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ class IndexerUnavailableError(RuntimeError):
 
 @dataclass
 class _Peer:
-    """One of the indexers; until ``retry_s`` of the clock it is not asked, ``backoff_s`` longer each time it fails."""
+    """One of the indexers. It gets no request before ``retry_s`` of the clock; ``backoff_s``: delay after a failure."""
 
     indexer: Indexer
     retry_s: float = 0.0
@@ -30,10 +30,10 @@ class _Peer:
 
 
 class SharedIndexers:
-    """Several indexers that share sequences by a hash of their ids: a sequence always asks the same one.
+    """Routes each sequence to one of several indexers, by a hash of the sequence id. Thread-safe.
 
-    One that fails with :class:`IndexerUnavailableError` is left alone for a while, longer each time, and its sequences
-    are scored by ``make_local``'s indexer, made when first needed. Any thread may ask.
+    An indexer that fails with :class:`IndexerUnavailableError` gets no requests for a while (exponential backoff).
+    Meanwhile an indexer in this process, which ``make_local`` creates at first use, scores its sequences.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SharedIndexers:
         self._local: Indexer | None = None
         self._lock = threading.Lock()
         self.fallbacks = 0
-        """Predictions that were made in this process."""
+        """Predictions made in this process because an indexer was unavailable."""
 
     def predict(self, request: PredictRequest) -> Future[Prediction]:
         peer = self._peers[zlib.crc32(request.sequence_id.encode()) % len(self._peers)]
@@ -82,8 +82,8 @@ class SharedIndexers:
             _copy(asked, answer)
             return
         now = self._clock()
-        if now >= peer.retry_s:  # of those that were asked together only the first one counts
-            logger.warning("scoring in the worker, the next question in %.1f s: %s", peer.backoff_s, error)
+        if now >= peer.retry_s:  # requests that fail together count as one failure
+            logger.warning("scoring in the worker; the indexer is asked again in %.1f s: %s", peer.backoff_s, error)
             peer.retry_s = now + peer.backoff_s
             peer.backoff_s = min(2 * peer.backoff_s, MOST_BACKOFF_S)
         try:

@@ -1,4 +1,4 @@
-"""The trained indexer as serving asks it: queries of the last steps, then scores from the records' log-sum-exps."""
+"""Predictions of the trained indexer while serving: queries of the last steps, then scores from log-sum-exps."""
 
 import copy
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from forecache.indexer.records.encoder import MemoryIndexer
 
 @dataclass(frozen=True)
 class Asked:
-    """What one prediction is made from, all on one device.
+    """Inputs of one prediction, all on one device.
 
-    ``lse``: float32 [rows, chunks] of the queries of :attr:`LookaheadScorer.spec` over the complete chunks, -inf where
-    a record could not be read; ``local_lse``: float32 [rows], over the tokens that a row's step saw beside the chunks
-    that were complete by then; ``hidden``: [target layers, hidden] of the newest step, at ``position``; ``steps``: how
-    many steps of history there were.
+    ``lse``: float32 [rows, chunks], log-sum-exps of the queries of :attr:`LookaheadScorer.spec` over the complete
+    chunks, -inf if a record could not be read; ``local_lse``: float32 [rows], over the tokens that a row's step saw
+    outside chunks complete at that step; ``hidden``: [target layers, hidden] of the newest step, at ``position``;
+    ``steps``: number of steps of history.
     """
 
     lse: Tensor
@@ -32,12 +32,12 @@ class Asked:
 class LookaheadScorer:
     """Scores chunks with a trained indexer.
 
-    ``spec`` describes the queries it needs: those of the trained projection, step by step of the history and heads
-    within a step, then those of the model's own retrieval heads at the newest step, which ``own`` describes alone. Both
-    read the same records.
+    ``spec`` describes the queries of a prediction: first those of the trained projection, for each step of the history
+    and each head, then those of the model's retrieval heads at the newest step. ``own`` describes the latter alone.
+    Both read the same records.
 
-    A prediction is made in two halves, which may run in different processes: :meth:`queries` beside the model, and
-    ``chunk_lse(spec, records, queries)`` followed by :meth:`scores` where the records are mapped.
+    A prediction has two parts, which may run in different processes: :meth:`queries` in the model's process, and
+    ``chunk_lse(spec, records, queries)`` followed by :meth:`scores` in a process that maps the records.
     """
 
     def __init__(self, indexer: MemoryIndexer, manifest: CheckpointManifest) -> None:
@@ -67,7 +67,7 @@ class LookaheadScorer:
 
     @property
     def steps(self) -> int:
-        """How many of the last steps' hidden states must be kept."""
+        """Number of last steps whose hidden states must be kept."""
         return self.history[-1] + 1
 
     @property
@@ -80,28 +80,28 @@ class LookaheadScorer:
         """Queries of the trained projection, float32 [history · heads, head_dim], RoPE applied.
 
         ``hidden``: [n ≥ 1, target layers, hidden], the inputs of the query projections at the last n ≤ ``steps`` steps,
-        oldest first; ``position``: that of the newest. The oldest stands for steps before it. Nothing is waited for.
+        oldest first; ``position``: position of the newest. The oldest replaces steps before it. Does not synchronise.
         """
         back = self._back.clamp(max=len(hidden) - 1)
         queries: Tensor = self._indexer.queries(hidden[len(hidden) - 1 - back], position - back)
         return queries.flatten(0, 1)
 
     def positions(self, position: int, steps: int) -> Tensor:
-        """Positions of the steps that the rows of ``spec`` are the queries of: int64 [rows]."""
+        """Positions of the steps of the queries of ``spec``: int64 [rows]."""
         asked = position - self._back.clamp(max=steps - 1)
         newest = asked[:1].expand(len(self.own.query_heads))
         return torch.cat([asked.repeat_interleave(self._heads), newest])
 
     def seen_chunks(self, position: int, steps: int) -> list[int]:
-        """Complete chunks at the steps of the first :attr:`rows` rows, ``steps`` as of :class:`Asked`: [rows]."""
+        """Chunks complete at the step of each of the first :attr:`rows` queries. ``steps``: see :class:`Asked`."""
         seen = [(position - min(back, steps - 1) + 1) // self.spec.chunk_tokens for back in self.history]
         return [chunks for chunks in seen for _ in range(self._heads)]
 
     @torch.inference_mode()
     def scores(self, asked: Sequence[Asked]) -> list[Tensor]:
-        """Scores, float32 [chunks], of each of ``asked``, in one pass; larger is needed sooner, any may be negative.
+        """Scores, float32 [chunks], for each of ``asked``, in one forward pass. Larger is needed sooner.
 
-        Raises ValueError where there are not as many chunks as its position says.
+        Raises ValueError if the number of chunks does not fit the position.
         """
         size, rows = self.spec.chunk_tokens, self.rows
         chunks = [one.lse.shape[1] for one in asked]
@@ -122,19 +122,22 @@ class LookaheadScorer:
     def padded_scores(
         self, lse: Tensor, local_lse: Tensor, hidden: Tensor, seen: Tensor, complete: Tensor, tail: Tensor
     ) -> Tensor:
-        """Scores of one prediction, float32 [columns], of which those past the chunks mean nothing.
+        """Scores of one prediction, float32 [columns]; columns past the chunks are meaningless.
 
-        As :meth:`scores`, but all that changes between predictions is on the device: ``lse``: float32 [rows, columns],
-        -inf past the chunks; ``seen``: int64 [:attr:`rows`], as of :meth:`seen_chunks`; ``complete``: int64 [1], how
-        many chunks there are; ``tail``: float32 [1], how full the open chunk is. Nothing is waited for.
+        Like :meth:`scores`, but for CUDA graphs: everything that changes between predictions is on the device, and
+        nothing synchronises. ``lse``: float32 [rows, columns], -inf past the chunks; ``seen``: int64 [:attr:`rows`],
+        from :meth:`seen_chunks`; ``complete``: int64 [1], number of chunks; ``tail``: float32 [1], filled share of the
+        open chunk.
         """
         by_step = self._log_shares(lse, local_lse, seen).view(1, len(self.history), self._heads, -1)
         logits: Tensor = self._indexer(by_step, hidden.unsqueeze(0), complete, tail)
         return logits.squeeze(0)
 
     def _log_shares(self, lse: Tensor, local_lse: Tensor, seen: Tensor) -> Tensor:
-        """Log of each trained query's share on each chunk, float32 [:attr:`rows`, chunks]. A chunk that was completed
-        since an older query was made has none from it: it saw the tokens."""
+        """Log of each trained query's attention share on each chunk, float32 [:attr:`rows`, chunks].
+
+        -inf for chunks completed after the query's step: their tokens are part of the query's ``local_lse``.
+        """
         later = torch.arange(lse.shape[1], device=lse.device) >= seen.unsqueeze(1)
         lse = lse[: self.rows].masked_fill(later, -torch.inf)
         total = torch.logaddexp(lse.logsumexp(1), local_lse[: self.rows])

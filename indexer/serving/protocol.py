@@ -1,4 +1,4 @@
-"""What the engine asks of the Memory Indexer, and what it answers. Picklable, free of Ray."""
+"""Requests to the Memory Indexer and its answers. Picklable, without Ray."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class StepState:
-    """What a trained indexer wants to know of the step that asks.
+    """The decode step that a prediction starts from, for a trained indexer.
 
-    ``position``: of the token that it read; ``steps``: how many steps of history the queries are made from, this one
-    included; ``hidden``: float16 [target layers, hidden], inputs of its query projections.
+    ``position``: position of the token that the step read; ``steps``: steps of history that the queries come from,
+    including this one; ``hidden``: float16 [target layers, hidden], the step's inputs of the query projections.
     """
 
     position: int
@@ -23,17 +23,18 @@ class StepState:
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """Which chunks will this sequence need next?
+    """Asks which of a sequence's completed chunks the next steps will need.
 
-    ``index_slots``: int64 [chunks], the arena slot whose index record belongs to each completed chunk, in order; -1
-    where the chunk has not reached the arena yet. ``local_records``: uint8 [chunks without a slot, record bytes], in
-    order: index records that come along because no arena has them. ``generations``: int64 [chunks], the slots'
-    generations. ``queries``: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's
-    heads. ``local_lse``: float32 [query_heads], log-sum-exp of these queries' scaled logits over the tail's tokens, so
-    that the softmax has its whole denominator (-inf where there are none). For a trained indexer queries and their
-    log-sum-exps are those of :attr:`.lookahead.LookaheadScorer.spec`, each over what its own step saw; ``state`` goes
-    with them. ``weights``: float32 [query_heads], of the queries where records are of kind "entries"; nothing else has
-    any.
+    Attributes:
+        index_slots: int64 [chunks], the arena slot with each chunk's index record; -1 if the chunk is not in the arena.
+        generations: int64 [chunks], the generations of these slots.
+        queries: float32 [query_heads, head_dim], RoPE applied, in the order of the index spec's heads. For a trained
+            indexer: those of :attr:`.lookahead.LookaheadScorer.spec`.
+        local_lse: float32 [query_heads], log-sum-exp of each query's scaled logits over the tokens that its step saw
+            outside completed chunks, which completes the softmax's denominator; -inf without such tokens.
+        local_records: uint8 [chunks without a slot, record bytes], index records of those chunks, in order.
+        state: the step, for a trained indexer only.
+        weights: float32 [query_heads], weights of the queries, for records of kind "entries" only.
     """
 
     sequence_id: str
@@ -49,11 +50,11 @@ class PredictRequest:
 
 @dataclass(frozen=True)
 class Prediction:
-    """``scores``: float32 [chunks], larger is needed sooner; ``missing``: chunks whose index keys could not be read.
-    Those score least.
+    """Scores of a sequence's chunks.
 
-    ``event_mass``: float32 [chunks], retrieval events of the model's own retrieval heads at the step of the queries,
-    summed (docs/architecture.md); ``None`` where nobody knows these heads.
+    ``scores``: float32 [chunks], larger is needed sooner. ``missing``: chunks whose index keys could not be read; they
+    have the lowest score. ``event_mass``: float32 [chunks], mass of the retrieval events of the
+    model's retrieval heads at the step of the queries (docs/architecture.md); ``None`` if these heads are unknown.
     """
 
     sequence_id: str
@@ -64,7 +65,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class IndexerStats:
-    """Sums since start, but for ``waiting``: requests that are not begun. ``predict_s``: time spent scoring."""
+    """Totals since the start; ``predict_s``: seconds spent scoring. ``waiting``: requests in the queue now."""
 
     predictions: int = 0
     failed_predictions: int = 0
@@ -73,7 +74,7 @@ class IndexerStats:
 
 
 class Indexer(Protocol):
-    """Scores chunks off the critical path."""
+    """Scores chunks without blocking decode steps."""
 
     def predict(self, request: PredictRequest) -> Future[Prediction]: ...
 

@@ -1,4 +1,4 @@
-"""Prediction in this process, over index keys that lie in a mapped arena."""
+"""Prediction in this process, from index records in a mapped arena."""
 
 import time
 from collections import deque
@@ -20,7 +20,7 @@ from forecache.indexer.serving.protocol import IndexerStats, Prediction, Predict
 
 
 class ArenaIndexView(Protocol):
-    """What scoring needs of a mapped arena."""
+    """The part of a mapped arena that scoring uses."""
 
     @property
     def index(self) -> torch.Tensor:
@@ -33,27 +33,27 @@ class ArenaIndexView(Protocol):
         ...
 
     def generation(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-        """Generations of ``slots``, both [n], as they are now."""
+        """Current generations of ``slots``, both [n]."""
         ...
 
     def sound_records(self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of ``slots`` still have these ``generations``, and the records that were stored: bool [n]. To be asked
-        after they were read."""
+        """Which of ``slots`` still have these ``generations`` and undamaged records: bool [n]. Call it after reading
+        the records."""
         ...
 
 
 Attach = Callable[[str], ArenaIndexView]
 """Maps the arena at a path."""
 BATCH_REQUESTS = 8
-"""Most requests answered together: the first of them waits for the last one's records."""
+"""Most requests in a batch; the first waits until the records of the last are read."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """What the records that could be read say to one request, all on one device.
+    """Results of reading one request's records, all on one device.
 
-    ``chunks``: int64 [n], whose records these were, in any order; ``lse``: float32 [query heads, n], or, of records of
-    kind "entries", the logits of the entries, [entries of a chunk, n]; ``local_lse``: float32 [query heads].
+    ``chunks``: int64 [n], the chunks whose records could be read, in any order; ``lse``: float32 [query heads, n], or
+    for records of kind "entries" the entries' logits, [entries of a chunk, n]; ``local_lse``: float32 [query heads].
     """
 
     request: PredictRequest
@@ -67,14 +67,14 @@ def read_records(
 ) -> Read:
     """Log-sum-exps of the queries over the records that can be read.
 
-    A slot's generation is read before its record and again after it, with the record's checksum: one that was given
-    away meanwhile, or already had been, or whose bytes are damaged, is left out. Raises ValueError if the
+    A slot's generation is checked before its record is read, and again afterwards together with the record's checksum.
+    Records of reused slots, and damaged ones, are left out. Raises ValueError if the
     arena's records are of another kind than ``spec``, or the request contradicts itself.
     """
     check_kind(spec, arena)
     check_state(request, lookahead)
     rows = spec if lookahead is None else lookahead.spec
-    # copies: what came from another process is read-only, which torch.from_numpy does not take
+    # copies, because torch.from_numpy does not take the read-only arrays that Ray delivers
     queries, local_lse = torch.tensor(request.queries), torch.tensor(request.local_lse)
     weights = None if request.weights is None else torch.tensor(request.weights)
     asked, local = where_records_are(request)
@@ -86,7 +86,7 @@ def read_records(
         sound = verified(arena, request, chunks)
         if sound.all():
             break
-        # a half-written record, or a damaged one, spoils the softmax of all the others
+        # one damaged record would spoil the softmax over all records
         chunks = chunks[sound]
     here = record_figures(rows, torch.tensor(request.local_records), queries, weights)
     read = torch.from_numpy(np.concatenate([chunks, local]))
@@ -94,16 +94,17 @@ def read_records(
 
 
 def score(spec: IndexSpec, lookahead: LookaheadScorer | None, reads: Sequence[Read]) -> list[Tensor]:
-    """For each request float32 [2, chunks], on the device of what was read: scores of all its chunks, and below them
-    the mass of the retrieval events of the model's own heads.
+    """For each request float32 [2, chunks], on the device of ``reads``: scores of all chunks, and the mass of the
+    retrieval events of the model's own heads.
 
-    Chunks that could not be read score least: 0 without ``lookahead``, where scores are shares of attention.
+    Chunks that could not be read get the lowest score; without ``lookahead``, where scores are attention shares, it is
+    0.
     """
     found = [_by_own_heads(spec, read) for read in reads]
     if lookahead is None:
         return found
     # a request without chunks has nothing to score
-    told = [(read, figures) for read, figures in zip(reads, found, strict=True) if figures.shape[1]]
+    with_chunks = [(read, figures) for read, figures in zip(reads, found, strict=True) if figures.shape[1]]
     asked = [
         Asked(
             lse=_in_order(read.lse, read, -torch.inf),
@@ -112,18 +113,18 @@ def score(spec: IndexSpec, lookahead: LookaheadScorer | None, reads: Sequence[Re
             position=state.position,
             steps=state.steps,
         )
-        for read, _ in told
+        for read, _ in with_chunks
         if (state := read.request.state) is not None
     ]
-    for (read, figures), scores in zip(told, lookahead.scores(asked) if asked else (), strict=True):
-        # a trained indexer may like a chunk for its place alone
+    for (read, figures), scores in zip(with_chunks, lookahead.scores(asked) if asked else (), strict=True):
+        # a trained indexer may give a high score to an unread chunk because of its place
         figures[0] = scores.amin()
         figures[0, read.chunks] = scores[read.chunks]
     return found
 
 
 def _by_own_heads(spec: IndexSpec, read: Read) -> Tensor:
-    """By the attention of the model's own retrieval heads now, the last rows: float32 [2, chunks], 0 where unread."""
+    """Scores and events by the model's own heads, the last rows: float32 [2, chunks], 0 if unread."""
     if spec.kind == "entries":
         scores = chunk_scores(spec, read.lse)
         return _in_order(torch.stack([scores, torch.zeros_like(scores)]), read, 0.0)
@@ -132,7 +133,7 @@ def _by_own_heads(spec: IndexSpec, read: Read) -> Tensor:
 
 
 def _in_order(values: Tensor, read: Read, unread: float) -> Tensor:
-    """``values`` [rows, read] in the order of the request's chunks: [rows, chunks], ``unread`` in the others."""
+    """``values`` [rows, read] in the order of the request's chunks: [rows, chunks]; ``unread`` for the others."""
     ordered = values.new_full((len(values), len(read.request.index_slots)), unread)
     ordered[:, read.chunks] = values
     return ordered
@@ -141,19 +142,19 @@ def _in_order(values: Tensor, read: Read, unread: float) -> Tensor:
 def prediction(
     spec: IndexSpec, request: PredictRequest, read: npt.NDArray[np.int64], found: npt.NDArray[np.float32]
 ) -> Prediction:
-    """The answer to ``request`` from ``found`` [2, chunks], as of :func:`score`. Chunks of the arena that are not among
-    those ``read`` are missing."""
+    """The answer to ``request`` from ``found`` [2, chunks], a result of :func:`score`. Chunks in the arena that are not
+    in ``read`` are reported as missing."""
     unread = request.index_slots >= 0
     unread[read] = False
-    # bounds are no attention, and of all heads
+    # bounds are not attention, and cover all heads instead of the retrieval heads
     events = found[1] if spec.kind == "tokens" else None
     return Prediction(request.sequence_id, found[0], tuple(np.flatnonzero(unread).tolist()), events)
 
 
 def check_state(request: PredictRequest, lookahead: LookaheadScorer | None) -> None:
-    """Raise ValueError if ``request`` was not made for ``lookahead``."""
+    """Raise ValueError if ``request`` does not fit ``lookahead``."""
     if (request.state is None) != (lookahead is None):
-        raise ValueError("a trained indexer and requests that were made for one go together: this worker has another")
+        raise ValueError("request and indexer differ in whether the indexer is trained: give both one --indexer")
     if lookahead is None or request.state is None:
         return
     state, manifest = request.state, lookahead.manifest
@@ -176,25 +177,25 @@ def check_kind(spec: IndexSpec, arena: ArenaIndexView) -> None:
 
 
 def where_records_are(request: PredictRequest) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Chunks whose records are in the arena, and those whose records came with ``request``: int64 [n] each.
+    """Chunks whose records are in the arena, and chunks whose records ``request`` contains: int64 [n] each.
 
-    Raises ValueError where their numbers contradict.
+    Raises ValueError if the number of records in the request differs from the number of chunks without a slot.
     """
     asked, local = np.flatnonzero(request.index_slots >= 0), np.flatnonzero(request.index_slots < 0)
     if len(local) != len(request.local_records):
-        raise ValueError(f"{len(local)} chunks have no slot, but {len(request.local_records)} records came along")
+        raise ValueError(f"{len(local)} chunks have no slot, but the request has {len(request.local_records)} records")
     return asked, local
 
 
 def unchanged(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which of ``chunks`` have slots that still have the generations asked for: bool [n]."""
+    """Which of ``chunks`` have slots with the generation that the request expects: bool [n]."""
     now = arena.generation(request.index_slots[chunks]).astype(np.int64)
     same: npt.NDArray[np.bool_] = now == request.generations[chunks]
     return same
 
 
 def verified(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Which of ``chunks`` have records, read just now, that are those that were stored: bool [n]. Reads them again."""
+    """Which of ``chunks``, whose records were just read, still have the same slot and a valid checksum: bool [n]."""
     sound = unchanged(arena, request, chunks)
     still = chunks[sound]
     sound[sound] = arena.sound_records(request.index_slots[still], request.generations[still])
@@ -202,18 +203,18 @@ def verified(arena: ArenaIndexView, request: PredictRequest, chunks: npt.NDArray
 
 
 def _use_threads(threads: int) -> None:
-    """Torch's operators started by the calling thread use ``threads`` threads."""
-    torch.get_num_threads()  # torch sets a thread's number at its first use, over what was set before
+    """Torch operators that the calling thread starts use ``threads`` threads."""
+    torch.get_num_threads()  # torch's first call in a thread would overwrite the number set below
     torch.set_num_threads(threads)
 
 
 class LocalIndexer:
-    """An :class:`forecache.indexer.serving.protocol.Indexer` with one thread of its own, in this process.
+    """An :class:`.protocol.Indexer` in this process, with one worker thread.
 
-    ``threads``: CPU threads of the scoring itself. ``attach`` is called once per arena path, and again after a
-    prediction that had something missing: the arena may have been made anew under the same path. ``lookahead``: the
-    trained indexer, on the CPU, whose :attr:`.lookahead.LookaheadScorer.own` is ``spec``. Requests that wait are
-    answered together, ``BATCH_REQUESTS`` at most.
+    ``threads``: CPU threads for scoring. ``attach`` is called once per arena path, and again after a prediction with
+    missing chunks, because a new arena may exist at the same path. ``lookahead``: the trained indexer, on the CPU,
+    whose :attr:`.lookahead.LookaheadScorer.own` is ``spec``. Waiting requests are scored in batches of up to
+    ``BATCH_REQUESTS``.
     """
 
     def __init__(self, spec: IndexSpec, threads: int, attach: Attach, lookahead: LookaheadScorer | None = None) -> None:
@@ -225,7 +226,7 @@ class LocalIndexer:
         self._answered = self._failed = 0
         self._predict_s = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="forecache-indexer")
-        # torch keeps one number per thread, and one more that threads started later begin with: put that back
+        # set_num_threads also changes the default for threads that start later: restore it
         others = torch.get_num_threads()
         self._pool.submit(_use_threads, threads).result()
         torch.set_num_threads(others)
@@ -241,11 +242,11 @@ class LocalIndexer:
         return answer
 
     def stats(self) -> IndexerStats:
-        """Any thread may ask."""
+        """Totals since the start. Thread-safe."""
         return IndexerStats(self._answered, self._failed, self._predict_s, len(self._waiting))
 
     def close(self) -> None:
-        """Finish the predictions under way, drop those that wait, unmap the arenas."""
+        """Finish the running predictions, cancel the waiting ones, and unmap the arenas."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         for _, answer in self._waiting:
             answer.cancel()
@@ -253,7 +254,7 @@ class LocalIndexer:
         self._arenas.clear()
 
     def _answer_waiting(self) -> None:
-        """Answer the requests that wait, those first that came first; a wrong one costs no other anything."""
+        """Answer waiting requests, oldest first. An invalid request does not affect the others."""
         start_s = time.perf_counter()
         reads: list[tuple[Read, Future[Prediction]]] = []
         while self._waiting and len(reads) < BATCH_REQUESTS:
@@ -262,12 +263,12 @@ class LocalIndexer:
                 continue
             try:
                 reads.append((self._read(request), answer))
-            except BaseException as error:  # noqa: BLE001 - whoever asked gets it, as from any executor
+            except BaseException as error:  # noqa: BLE001 - the future raises it in the caller
                 self._failed += 1
                 answer.set_exception(error)
         try:
             scores = score(self._spec, self._lookahead, [read for read, _ in reads])
-        except BaseException as error:  # noqa: BLE001 - the same
+        except BaseException as error:  # noqa: BLE001 - the futures raise it in the callers
             self._failed += len(reads)
             for _, answer in reads:
                 answer.set_exception(error)

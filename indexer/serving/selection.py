@@ -1,4 +1,4 @@
-"""From scores to a resident set. Pure functions of numpy arrays (docs/architecture.md)."""
+"""Selects the resident set from scores. Pure functions of numpy arrays (docs/architecture.md)."""
 
 import math
 from typing import Literal
@@ -9,11 +9,11 @@ import numpy.typing as npt
 from forecache.indexer.serving.config import SelectionConfig
 
 LEAST_SCORED_CHUNKS = 4
-"""A budget always leaves room for this many chunks that only their score brings in."""
+"""Every budget leaves room for at least this many chunks selected by score."""
 
 
 def recency_chunks(budget: int, config: SelectionConfig) -> int:
-    """How many of ``budget`` chunks go to the last ones: a share of it, at least one; none if the share is 0."""
+    """How many of ``budget`` chunks are reserved for the most recent ones: at least one, unless the fraction is 0."""
     return max(1, int(config.recency_fraction * budget)) if config.recency_fraction else 0
 
 
@@ -39,15 +39,17 @@ def select(
 ) -> npt.NDArray[np.int64]:
     """Ids of the chunks to keep, ascending: int64 [min(budget, chunks)].
 
-    The first ``sink_chunks`` and the last few are always kept, as far as the budget goes. The rest is filled
-    by ``policy``: lookahead takes the largest ``scores`` (float32 [chunks]; of equal ones the newer), recency
-    the newest, random a uniform sample drawn from ``rng``; full keeps every chunk, whatever the budget.
+    The first ``sink_chunks`` and the most recent chunks are always kept, as far as the budget allows. ``policy`` fills
+    the rest: "lookahead" takes the largest ``scores`` (float32 [chunks]; of equal scores the newer chunk), "recency"
+    the newest chunks, "random" a uniform sample from ``rng``. "full" keeps every chunk and ignores the budget.
+
+    Raises ValueError if ``scores`` are missing, of another shape or NaN, or if ``rng`` is missing.
     """
     if policy == "full" or budget >= chunks:
         return np.arange(chunks, dtype=np.int64)
     if budget <= 0:
         return np.empty(0, dtype=np.int64)
-    # the newest chunk goes before the sinks when there is room for one only
+    # with room for one chunk, the newest takes precedence over the sinks
     recency = min(recency_chunks(budget, config), budget)
     sinks = min(config.sink_chunks, budget - recency)
     candidates = np.arange(sinks, chunks - recency, dtype=np.int64)
@@ -71,7 +73,7 @@ def select(
 
 
 def _largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """Where the ``count`` largest of ``values`` are, of equal ones the first; in linear time."""
+    """Indices of the ``count`` largest ``values``; of equal values the first. Linear time."""
     if count >= len(values):
         return np.arange(len(values))
     if count <= 0:

@@ -1,8 +1,8 @@
-"""Predictions over buffers that stay where they are: on a GPU one launch of a CUDA graph instead of some hundred.
+"""Predictions with static buffers: on a GPU one launch of a CUDA graph instead of about a hundred launches.
 
-Where records lie, how many there are and which chunk each belongs to are numbers in device memory, read by the kernels;
-columns past the last chunk are padding. So one graph serves all sequences of a range of lengths. Every decision about
-records stays with :mod:`.cuda_scorer`, which calls this from one thread, in one stream.
+The kernels read from device memory where records are, how many there are, and which chunk each belongs to; columns past
+the last chunk are padding. So one graph serves all sequences in a range of lengths. :mod:`.cuda_scorer` decides which
+records to read and calls this module from one thread, on one stream.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from forecache.kernels.chunks import ops
 from forecache.kernels.common.columns import Columns, fits_columns
 
 CHUNK_BUCKETS = (128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Chunks that are scored at once, padding included: closer together where padding costs more."""
+"""Padded numbers of chunks, one CUDA graph each; closer together where padding costs more."""
 LOCAL_RECORDS = 64
-"""Most records that come along with a request; more are rare, and then the launches are not what takes long."""
+"""Most records in a request that the buffers hold. More are rare, and launches are then a small part of the time."""
 WARM_UPS = 2
-"""Eager runs before a capture: lazy initialisation (cuBLAS, cuDNN, Triton) must be over by then."""
+"""Eager runs before a capture, which must not contain lazy initialisation (cuBLAS, cuDNN, Triton)."""
 ALIGNMENT_BYTES = 64
 """Arrays of a packed buffer start at multiples of this."""
 
@@ -34,11 +34,11 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Places:
-    """Where the records of one request are read: int64 [n] each.
+    """Where the records of one request are: int64 [n] each.
 
-    Those in the cache lie in ``cached`` rows of it, those in the arena in its ``slots``, and go to the cache's
-    ``copy_rows`` (-1: nowhere). The request's own records are read in their order. ``chunks``: whose they are, of the
-    cache first, then of the arena, then the request's own.
+    ``cached``: rows of the cache; ``slots``: slots of the arena, whose records are copied to rows ``copy_rows`` of the
+    cache (-1: not copied). The request's own records follow in their order. ``chunks``: the chunk of each record, those
+    of ``cached`` first, then of ``slots``, then of the request.
     """
 
     chunks: Ints
@@ -50,10 +50,9 @@ class Places:
 class StaticPredictions:
     """Scores the chunks of one request at a time, as :func:`.scorer.score` does, for up to ``max_chunks`` chunks.
 
-    ``own``, ``lookahead``: as of :class:`.cuda_scorer.CudaIndexer`; ``cache``, ``arena``: tables of records. The order
-    of the kernel's queries is given by ``query_rows`` and ``query_starts``. With ``stream`` the work is captured, on
-    that stream and by the calling thread, which must be the only one that captures meanwhile. What was not captured
-    runs all the same, launch by launch.
+    ``own``, ``lookahead``: as in :class:`.cuda_scorer.CudaIndexer`; ``cache``, ``arena``: tables of records.
+    ``query_rows`` and ``query_starts`` give the order of the kernel's queries. With ``stream`` the constructor captures
+    CUDA graphs on that stream; no other thread may capture meanwhile. Without it every prediction runs eagerly.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class StaticPredictions:
         device = query_starts.device
         self._given_rows = torch.from_numpy(query_rows.argsort()).to(device)
         self._stream = stream
-        # waited for awake: to be woken by an interrupt takes as long as the answer
+        # busy waiting: waking up by an interrupt would take as long as the prediction
         self._done = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._records = _Packed({"records": ((LOCAL_RECORDS, spec.nbytes), torch.uint8)}, device)
         enough = next((size for size in CHUNK_BUCKETS if size >= max_chunks), CHUNK_BUCKETS[-1])
@@ -87,7 +86,7 @@ class StaticPredictions:
 
     @staticmethod
     def serves(spec: IndexSpec) -> bool:
-        """Whether records of this kind can be read this way."""
+        """Whether records of this kind are supported."""
         return spec.kind == "tokens" and fits_columns(spec.chunk_tokens, spec.head_dim)
 
     def takes(self, chunks: int, local_records: int) -> bool:
@@ -95,15 +94,15 @@ class StaticPredictions:
         return 0 < chunks <= self._buckets[-1] and local_records <= LOCAL_RECORDS
 
     def close(self) -> None:
-        """Let go of the graphs and of the memory they keep. The stream must be idle."""
+        """Free the graphs and their memory. The stream must be idle."""
         self._graphs.clear()
 
     @torch.inference_mode()
     def run(self, request: PredictRequest, places: Places) -> tuple[npt.NDArray[np.float32], Tensor]:
-        """Scores and masses of retrieval events, float32 [2, chunks] on the host, and log-sum-exps, float32 [query
-        heads, at least so many chunks] on the device, which stand until the next run.
+        """Scores and event mass, float32 [2, chunks] on the host, and log-sum-exps, float32 [query heads, padded
+        chunks] on the device, which the next run overwrites.
 
-        Returns when the device is done. Chunks without a record are as :func:`.scorer.score` would have them.
+        Returns when the device is done. Chunks without a record score as in :func:`.scorer.score`.
         """
         count = len(request.index_slots)
         size = next(size for size in self._buckets if size >= count)
@@ -129,7 +128,7 @@ class StaticPredictions:
         return answer, lse
 
     def _fields(self, size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and types of what a prediction of ``size`` chunks reads."""
+        """Shapes and dtypes of the inputs of a prediction over ``size`` chunks."""
         rows = len(self._spec.query_heads)
         fields = {
             "spans": ((3, 2), torch.int64),
@@ -168,24 +167,24 @@ class StaticPredictions:
             host["tail"][:] = (position + 1 - count * self._spec.chunk_tokens) / self._spec.chunk_tokens
 
     def _found_of(self, size: int) -> Tensor:
-        """Where the scores and masses of ``size`` chunks come to lie on the host: float32 [2, size]."""
+        """Host buffer for scores and event mass of ``size`` chunks: float32 [2, size]."""
         return self._found[: 2 * size].view(2, size)
 
     def _answer(self, size: int) -> Tensor:
-        """Copy the inputs of this size to the device, score, and copy what was found back; the log-sum-exps. Nothing
-        here waits for the device or asks it anything, so it can be captured."""
+        """Copy the inputs to the device, score, and copy the result back; returns the log-sum-exps. Does not
+        synchronise, so it can be captured."""
         self._inputs[size].upload()
         lse, found = self._score(size)
         self._found_of(size).copy_(found, non_blocking=True)
         return lse
 
     def _score(self, size: int) -> tuple[Tensor, Tensor]:
-        """Log-sum-exps, float32 [query heads, size], and float32 [2, size], from the buffers of this size."""
+        """Log-sum-exps, float32 [query heads, size], and scores and event mass, float32 [2, size]."""
         given = self._inputs[size].device
         lse = given["queries"].new_full((len(self._spec.query_heads), size), -torch.inf)
         kept = self._cache if len(self._cache) else None
         sources = [(self._arena, kept), (self._records.device["records"], None)]
-        # the cache's rows are read before any of them is written
+        # all cached rows are read before any row is written
         for (table, copies), span in zip([(self._cache, None), *sources], given["spans"].unbind(0), strict=True):
             if len(table):
                 ops.score_chunks(
@@ -210,7 +209,7 @@ class StaticPredictions:
     @torch.inference_mode()
     def _capture(self, stream: torch.cuda.Stream) -> None:
         memory = torch.cuda.graph_pool_handle()
-        # largest first: the smaller graphs then fit the memory it took. They run one after the other, so may share it
+        # largest first, so that the smaller graphs fit into its memory; graphs run one at a time and can share it
         for size in reversed(self._buckets):
             for _ in range(WARM_UPS):
                 self._answer(size)
@@ -224,16 +223,16 @@ class StaticPredictions:
 
 @dataclass(frozen=True)
 class _Graph:
-    """What it leaves stands until any graph runs again."""
+    """A captured prediction. The next replay of any graph overwrites ``lse``."""
 
     graph: torch.cuda.CUDAGraph
     lse: Tensor
 
 
 class _Packed:
-    """Arrays by name, in one piece of page-locked host memory, and the same on the device: one copy moves them all.
+    """Named arrays in one pinned host buffer, and a device buffer with the same layout: one copy moves them all.
 
-    To be filled again only when the copy is done.
+    Fill the host buffer again only when the copy is done.
     """
 
     def __init__(self, fields: dict[str, tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
@@ -250,5 +249,5 @@ class _Packed:
         self.device = {name: there for name, (_, there) in views.items()}
 
     def upload(self, nbytes: int | None = None) -> None:
-        """Enqueue the copy of the first ``nbytes`` bytes, of all where not given."""
+        """Enqueue the copy of the first ``nbytes`` bytes, by default of all."""
         self._there[:nbytes].copy_(self._here[:nbytes], non_blocking=True)

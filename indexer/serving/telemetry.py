@@ -14,7 +14,7 @@ Attribute = str | int | float | bool
 
 @dataclass(frozen=True)
 class MetricsTarget:
-    """Where a process serves its `/metrics`: ``address`` is host:port, ``process`` the id it has in logs."""
+    """Where a process serves its `/metrics`. ``address``: host:port; ``process``: the process's id in logs."""
 
     address: str
     component: Component
@@ -23,7 +23,7 @@ class MetricsTarget:
 
 
 class Span(Protocol):
-    """A piece of a request's way. ``traceparent`` (W3C) makes others its children; empty where nothing is traced."""
+    """A span of a trace. ``traceparent`` (W3C) is the parent for child spans; empty if tracing is off."""
 
     @property
     def traceparent(self) -> str: ...
@@ -34,23 +34,23 @@ class Span(Protocol):
 
 
 class ProcessTelemetry(Protocol):
-    """That of one process, under way."""
+    """The running telemetry of one process."""
 
     @property
     def target(self) -> MetricsTarget | None:
-        """``None``: nothing is served."""
+        """Where this process serves `/metrics`; ``None`` if it does not."""
         ...
 
     def span(self, name: str, traceparent: str, **attributes: Attribute) -> AbstractContextManager[Span]:
-        """From now to the end of the block, below ``traceparent``; an exception that leaves the block is told."""
+        """A span that lasts for the ``with`` block, a child of ``traceparent``. Records an exception of the block."""
         ...
 
 
 class Telemetry(Protocol):
-    """Settings that travel; every process that gets them starts them once."""
+    """Picklable settings of telemetry. Each process that receives them calls :meth:`start` once."""
 
     def start(self, component: Component, process: str, node: str, stats: Callable[[], object]) -> ProcessTelemetry:
-        """Serve what ``stats`` returns, frozen stats of this kind of process, as `/metrics`; any thread calls it."""
+        """Serve `/metrics` from ``stats``, which returns this process's frozen statistics and runs in any thread."""
         ...
 
 
@@ -67,7 +67,7 @@ class SilentSpan:
 
 @dataclass(frozen=True)
 class Silence:
-    """Telemetry of nobody: nothing is served, logged otherwise or traced."""
+    """Telemetry that does nothing: no metrics, no change of logging, no traces."""
 
     target: MetricsTarget | None = None
 

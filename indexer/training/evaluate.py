@@ -1,4 +1,4 @@
-"""How well chunks are predicted: the trained indexer beside every other way to choose, on held-out documents."""
+"""Evaluates chunk prediction on held-out documents: the trained indexer compared with all other scorers."""
 
 import math
 from collections import defaultdict
@@ -21,20 +21,20 @@ from forecache.indexer.training.metrics import BUDGETS, coverage, keep_masks, na
 from forecache.indexer.training.training_data import predict_rows, usable_rows
 
 SCORERS = ("oracle", "trained", "untrained", "exact now", "training-free", "bounds", "recency", "random")
-"""untrained: the indexer as it starts, from the model's own queries; training-free: those of the current step alone."""
+"""untrained: the indexer before training, with the model's queries; training-free: the current step's queries only."""
 LEADS = (1, 2, 4, 8)
 ROW_STRIDE = 4
-"""Predictions of neighbouring steps are nearly the same: one in so many is judged."""
+"""One row in this many is evaluated, because predictions of neighbouring steps are nearly equal."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Means of one scorer at one budget over the predictions of one group; None where nothing is counted.
+    """Means of one scorer at one budget over a group of predictions; None if there are none.
 
-    ``task``, ``text``: of the documents, "all" for all; ``recall``: golden chunks kept; ``coverage``: event mass kept,
-    of all heads, and ``retrieval_coverage``, of the retrieval heads;
-    ``answer_kept``: answers all of whose chunks were kept by the prediction made ``lead`` steps before their first
-    token; ``predictions``, ``answers``: how many were counted.
+    ``task``, ``text``: the documents in the group, "all" for all; ``recall``: share of golden chunks kept;
+    ``coverage``: share of the event mass kept, over all heads, and ``retrieval_coverage``, over the retrieval heads;
+    ``answer_kept``: share of answers all of whose chunks the prediction ``lead`` steps before their first token kept;
+    ``predictions``, ``answers``: their numbers.
     """
 
     scorer: str
@@ -71,8 +71,9 @@ def evaluate(
 ) -> list[Figure]:
     """Figures for every scorer, lead, budget, task and kind of text, and over all of them.
 
-    Raises :class:`ShardError` when ``data`` has no documents for evaluation, :class:`CheckpointError` when ``indexer``
-    was trained for another model.
+    ``budgets``: shares of the chunks to keep; ``device``: a torch device; ``progress(done, documents)`` is called after
+    every document. Raises :class:`ShardError` when ``data`` has no documents for evaluation, :class:`CheckpointError`
+    when ``indexer`` was trained for another model.
     """
     rule = rule or LabelRule()
     recording = Recording(data)
@@ -83,7 +84,7 @@ def evaluate(
     if differences := manifest.differences(recording.manifest):
         raise CheckpointError(f"{indexer} was trained for another model than {data}: {', '.join(differences)} differ")
     place = torch.device(device)
-    # the model's own queries: those of the trained one have moved
+    # the second indexer has the model's own queries, which training has changed in the first
     pair = (loaded.to(place), new_indexer(recording, loaded.shape).to(place))
     sums: dict[tuple[str, str, str, int, float], _Sums] = defaultdict(lambda: _Sums([], [], [], []))
     for done, number in enumerate(numbers, start=1):
@@ -184,7 +185,10 @@ def _kept(scorer: str, scores: Tensor, complete: Tensor, budget: float) -> Tenso
 
 
 def gap_closed(figures: Sequence[Figure], *, task: str, text: str, lead: int, budget: float, name: str) -> float | None:
-    """Share of the gap between the training-free scorer and the oracle that the trained indexer closes."""
+    """Share of the gap between the training-free scorer and the oracle that the trained indexer closes.
+
+    ``name``: the figure to compare. None if a value is missing or there is no gap.
+    """
     values = {
         figure.scorer: getattr(figure, name)
         for figure in figures
@@ -199,9 +203,9 @@ def gap_closed(figures: Sequence[Figure], *, task: str, text: str, lead: int, bu
 def table(
     figures: Sequence[Figure], *, lead: int, budget: float, by: Literal["task", "text"] = "task"
 ) -> list[list[str]]:
-    """Rows of text: what each scorer keeps for each task or kind of text, and for all, at one lead and budget.
+    """A table with one row per scorer and one column per task or kind of text, and for all, at one lead and budget.
 
-    The cells hold coverage / retrieval coverage / recall / answers kept.
+    Cells are "coverage / retrieval coverage / recall / answers kept".
     """
     other = "text" if by == "task" else "task"
     chosen = [f for f in figures if f.lead == lead and f.budget == budget and getattr(f, other) == "all"]
@@ -219,7 +223,7 @@ def _cell(figure: Figure) -> str:
 
 
 def as_records(figures: Sequence[Figure]) -> list[dict[str, object]]:
-    """Plain dicts for JSON and CSV, in a fixed order."""
+    """The figures as dicts for JSON, in a fixed order."""
     order = {scorer: place for place, scorer in enumerate(SCORERS)}
     ranked = sorted(figures, key=lambda f: (f.task, f.text, f.lead, f.budget, order.get(f.scorer, math.inf)))
     return [asdict(figure) for figure in ranked]

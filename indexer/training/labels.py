@@ -1,4 +1,4 @@
-"""What a prediction should have said: which chunks the steps of the coming window retrieved from. Causal by shape."""
+"""Labels of predictions: the chunks from which the steps of the coming window retrieved."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,11 +14,11 @@ from forecache.indexer.records.shards import RecordedDocument
 class LabelRule:
     """Which chunks count as needed.
 
-    The window of a prediction made at row r with lead ``l`` is the ``window_steps`` steps from r + l on, as far as
-    they were recorded. A chunk is golden if in the window at least ``min_heads`` different heads put ``event_share``
+    The window of a prediction at row r with lead ``l`` is the ``window_steps`` steps from r + l on, as far as they were
+    recorded. A chunk is golden if in the window at least ``min_heads`` different heads put ``event_share``
     of their attention on it in one step. Chunks that were not complete when the prediction was made, the
-    first ``sink_chunks`` and the last ``recency_chunks`` of the completed ones are no candidates: they are resident
-    anyway. ``heads``: numbers (layer · heads + head) of those whose events count; None: all.
+    first ``sink_chunks`` and the last ``recency_chunks`` of the completed ones are not candidates, because they are
+    always resident. ``heads``: numbers (layer · heads + head) of the heads whose events count; None: all heads.
     """
 
     window_steps: int = 64
@@ -62,7 +62,7 @@ def window_rows(
 
 @dataclass(frozen=True)
 class EventSums:
-    """Events of a document summed up to each of its steps, so that those of any window are a difference of two rows.
+    """Cumulative sums of a document's events over its steps. The events of a window are the difference of two rows.
 
     ``mass``: float32 [steps + 1, chunks], the events' shares; ``seen``: int16 [steps + 1, pairs], events of each pair
     of a chunk and a head that has any; ``chunk_of_pair``: int64 [pairs].
@@ -74,7 +74,7 @@ class EventSums:
 
     @classmethod
     def of(cls, document: RecordedDocument, rule: LabelRule) -> Self:
-        """Of the events that count by ``rule``."""
+        """Sums of the events of ``document`` that count by ``rule``."""
         chunks, device = len(document.records), document.records.device
         counts = document.event_offsets.diff()
         row = torch.arange(document.steps, device=device).repeat_interleave(counts)
@@ -100,9 +100,9 @@ def window_labels(
     chunk_tokens: int,
     sums: EventSums | None = None,
 ) -> WindowLabels:
-    """Labels of the predictions made at ``rows``, int64 [R], for the windows ``lead`` steps (or [R]) later.
+    """Labels of the predictions at ``rows``, int64 [R], for the windows ``lead`` steps (or [R]) later.
 
-    ``sums``: the document's by ``rule``, where they are at hand.
+    ``sums``: the document's :class:`EventSums` by ``rule``, computed here if not given.
     """
     sums = sums or EventSums.of(document, rule)
     chunks, device = len(document.records), document.records.device
@@ -111,7 +111,7 @@ def window_labels(
     numbers = torch.arange(chunks, device=device)
     candidates = (numbers >= rule.sink_chunks) & (numbers < complete - rule.recency_chunks)
     first, last = window_rows(document, rows, lead, rule.window_steps)
-    # one head counts once for a chunk, in however many steps of the window it looks there
+    # a head counts once per chunk, even with events in several steps of the window
     present = (sums.seen[last] > sums.seen[first]).float()
     lookers = torch.zeros(len(rows), chunks, device=device).index_add_(1, sums.chunk_of_pair, present)
     return WindowLabels(
@@ -126,7 +126,7 @@ def window_labels(
 def answer_labels(
     document: RecordedDocument, rows: Tensor, lead: int | Tensor, rule: LabelRule, candidates: Tensor
 ) -> Tensor:
-    """Chunks that hold the answer, for the predictions at ``rows`` in whose window it begins: bool [R, chunks]."""
+    """Chunks of the answer, for the predictions at ``rows`` with its first token in their window: bool [R, chunks]."""
     first, last = window_rows(document, rows, lead, rule.window_steps)
     begins = (first <= document.answer_step) & (document.answer_step < last)
     numbers = torch.arange(candidates.shape[1], device=candidates.device)

@@ -1,4 +1,4 @@
-"""How good a resident set is: golden chunks recalled, event mass covered, answer kept, at a budget."""
+"""Quality of a resident set at a budget: recall of golden chunks and coverage of event mass."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ BUDGETS = (0.05, 0.10, 0.135, 0.20)
 def resident_chunks(
     scores: npt.NDArray[np.float32], complete: int, ratio: float, config: SelectionConfig
 ) -> npt.NDArray[np.int64]:
-    """The set that serving would keep of ``complete`` chunks by ``scores`` [at least complete]."""
+    """The resident set that the server would select from ``complete`` chunks by ``scores`` [≥ complete]."""
     return select(
         scores[:complete],
         policy="lookahead",
@@ -28,7 +28,7 @@ def resident_chunks(
 
 
 def keep_masks(scores: Tensor, complete: Tensor, ratio: float, config: SelectionConfig) -> Tensor:
-    """Resident sets of many predictions: ``scores`` [predictions, chunks], ``complete`` [predictions] → bool, alike."""
+    """Resident sets of predictions: ``scores`` [predictions, chunks], ``complete`` [predictions] → bool like scores."""
     table = scores.float().cpu().numpy()
     kept = np.zeros(table.shape, dtype=bool)
     for row, chunks in enumerate(complete.tolist()):
@@ -37,16 +37,16 @@ def keep_masks(scores: Tensor, complete: Tensor, ratio: float, config: Selection
 
 
 def recall(kept: Tensor, labels: WindowLabels) -> Tensor:
-    """Share of each prediction's golden chunks that are kept: float32 [predictions], NaN where none is golden."""
+    """Share of each prediction's golden chunks that are kept: float32 [predictions], NaN without golden chunks."""
     return (kept & labels.golden).sum(1) / labels.golden.sum(1)
 
 
 def coverage(kept: Tensor, labels: WindowLabels) -> Tensor:
-    """Share of each prediction's event mass that falls on kept chunks; NaN if there was no event."""
+    """Share of each prediction's event mass on kept chunks: float32 [predictions], NaN without events."""
     return (labels.event_mass * kept).sum(1) / labels.event_mass.sum(1)
 
 
 def nan_mean(values: Sequence[float]) -> float | None:
-    """Mean of what is a number; None where nothing is."""
+    """Mean of the values that are not NaN; None if there are none."""
     numbers = [value for value in values if value == value]
     return sum(numbers) / len(numbers) if numbers else None

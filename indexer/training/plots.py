@@ -1,4 +1,4 @@
-"""Learning curves and comparisons as PNG. Needs matplotlib, which the package's extra `train` brings."""
+"""Learning curves and comparisons as PNG. Needs matplotlib, which the extra `train` installs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ FIGURES = {
 
 
 class PlotError(RuntimeError):
-    """Nothing can be drawn here."""
+    """matplotlib is not installed."""
 
 
 def _figure(columns: int) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def _figure(columns: int) -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
     except ImportError as error:
-        raise PlotError("no curves are drawn without matplotlib; run: pip install 'forecache[train]'") from error
+        raise PlotError("plots need matplotlib; run: pip install 'forecache[train]'") from error
     canvas = Canvas(figsize=(4.5 * columns, 3.6), layout="constrained")
     FigureCanvasAgg(canvas)
     return canvas, canvas.subplots(1, columns, squeeze=False)[0]

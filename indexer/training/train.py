@@ -1,6 +1,6 @@
 """Train the Memory Indexer from recorded shards: torch and the shards, no model, no transformers (docs/indexer.md).
 
-One process or several (`torchrun`); stopped training goes on where its last epoch ended.
+Runs in one process or several (`torchrun`). An interrupted training resumes after its last complete epoch.
 """
 
 import copy
@@ -30,23 +30,29 @@ from forecache.indexer.training.training_data import Lesson, predict_rows, usabl
 FOCAL_GAMMA = 2.0
 """Lin et al., arXiv 1708.02002."""
 VALIDATION_EVERY = 8
-"""One training document in so many is held out to stop early by."""
+"""One training document in this many is held out for early stopping."""
 VALIDATION_BUDGET = 0.10
 VALIDATION_ROW_STRIDE = 4
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """Settings of training.
 
-    ``leads``: steps ahead that predictions are trained for, drawn anew for each. ``rows``: most predictions of one
-    document in one step. ``listwise``: weight of the ranking loss beside the focal one; ``retrieval``: the part of its
-    target that counts which retrieval heads look at a chunk at all, be it for the few steps of an answer; ``answer``:
-    the part that the answer's chunks have in windows in which it begins.
-    ``patience``: epochs without better held-out coverage before training stops; ``time_limit_s``: seconds after which
-    it ends, its learning rates with it. Learning rates fall to zero along a
-    cosine; the queries, which start as the model's own, have their own rate. What is judged and kept are the weights'
-    exponential moving averages over some 1 / (1 - ``average_decay``) steps.
+    Learning rates fall to zero along a cosine. The exponential moving averages of the weights, over about 1 / (1 -
+    ``average_decay``) steps, are evaluated and saved.
+
+    Attributes:
+        rows: most predictions of one document in one step.
+        leads: each prediction is trained for a lead (steps ahead) drawn from these.
+        query_learning_rate: for the queries, which start as the model's own.
+        listwise: weight of the ranking loss, added to the focal loss.
+        retrieval: part of the ranking loss's target that counts the retrieval heads with any event on a chunk.
+        answer: part of that target for the answer's chunks, in windows in which the answer begins.
+        patience: training stops after this many epochs without better held-out coverage.
+        time_limit_s: training stops after this many seconds; the learning rates reach zero then.
+        least_steps: smallest number of recorded steps in a prediction's window.
+        bf16: mixed precision.
     """
 
     epochs: int = 24
@@ -71,11 +77,11 @@ class TrainConfig:
 
 
 class IndexerLoss(nn.Module):
-    """The loss of an indexer over some documents; in a module of its own so that DDP sees one forward.
+    """The loss of an indexer over some documents; a module, so that DDP wraps a single forward.
 
-    Focal loss of the golden chunks (published recipe), and the cross-entropy of the event mass over the candidates:
-    what matters is the order of the chunks at a budget. ``scale`` and ``offset`` turn a score, a log share, into the
-    logit of being golden.
+    It is the sum of the focal loss of the golden chunks (the published recipe) and the cross-entropy of the event mass
+    over the candidates, which trains the order of the chunks. ``scale`` and ``offset`` map a score, which is a log
+    share, to the logit of being golden.
     """
 
     def __init__(self, indexer: MemoryIndexer, manifest: ShardManifest, rule: LabelRule, config: TrainConfig) -> None:
@@ -100,7 +106,7 @@ class IndexerLoss(nn.Module):
         return torch.cat(losses).mean()
 
     def prepare(self, document: RecordedDocument, device: torch.device) -> Lesson:
-        """``document``, on the host, for training on ``device``."""
+        """The data for training on ``document``, which is on the host, on ``device``."""
         config = self._config
         rows = usable_rows(
             document,
@@ -114,7 +120,7 @@ class IndexerLoss(nn.Module):
         return Lesson(moved, EventSums.of(moved, self._rule), EventSums.of(moved, self.retrieval_rule), rows)
 
     def labels(self, lesson: Lesson, rows: Tensor, lead: int | Tensor) -> tuple[WindowLabels, WindowLabels]:
-        """Of the events of all heads that count, and of those of the retrieval heads."""
+        """Labels by the events of all heads, and by those of the retrieval heads."""
         size, document = self._spec.chunk_tokens, lesson.document
         return (
             window_labels(document, rows, lead, self._rule, chunk_tokens=size, sums=lesson.sums),
@@ -129,8 +135,8 @@ class IndexerLoss(nn.Module):
         part = self._config.retrieval
         wanted = (1 - part) * _normalised(labels.event_mass) + part * _normalised(retrieved.heads)
         answers = answer_labels(lesson.document, rows, lead, self._rule, labels.candidates)
-        told = self._config.answer * answers.any(1, keepdim=True)
-        wanted = (1 - told) * wanted + told * _normalised(answers.float())
+        known = self._config.answer * answers.any(1, keepdim=True)
+        wanted = (1 - known) * wanted + known * _normalised(answers.float())
         ranked = logits.masked_fill(~labels.candidates, -torch.inf).log_softmax(1).masked_fill(~labels.candidates, 0)
         return focal - self._config.listwise * (wanted * ranked).sum(1)
 
@@ -140,7 +146,7 @@ def _normalised(mass: Tensor) -> Tensor:
 
 
 def focal_loss(logits: Tensor, golden: Tensor) -> Tensor:
-    """Binary focal loss, elementwise."""
+    """Binary focal loss with γ = :data:`FOCAL_GAMMA`, elementwise, of ``logits`` and labels ``golden`` in [0, 1]."""
     entropy = nn.functional.binary_cross_entropy_with_logits(logits, golden, reduction="none")
     return entropy * (1 - (-entropy).exp()) ** FOCAL_GAMMA
 
@@ -221,11 +227,11 @@ def train(
     device: str = "auto",
     progress: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Train on ``data``, write the best indexer to ``out`` (and its manifest beside it); returns the learning curve.
+    """Train on the recording ``data``, write the best indexer and its manifest to ``out``, return the learning curve.
 
-    After each epoch everything needed to go on is written to ``out`` with the ending ``.state``; called again with the
-    same settings and data, training goes on there. Raises :class:`ShardError` when there is nothing to learn from, or
-    when the state is another training's.
+    After each epoch the state of training is written to ``out`` with the suffix ``.state``. A call with the same
+    settings and data resumes from it. ``progress`` is called after every epoch. Raises :class:`ShardError` if ``data``
+    has too few documents or too short ones, or if the state is from another training.
     """
     config, shape, rule = config or TrainConfig(), shape or EncoderShape(), rule or LabelRule()
     with join(device) as group:
@@ -246,7 +252,7 @@ def _train(
     held_out = numbers[VALIDATION_EVERY - 1 :: VALIDATION_EVERY]
     learned = [number for number in numbers if number not in set(held_out)]
     if not held_out:
-        raise ShardError(f"{data} has {len(numbers)} training documents; at least {VALIDATION_EVERY} are needed")
+        raise ShardError(f"{data} has {len(numbers)} training documents; training needs at least {VALIDATION_EVERY}")
     torch.manual_seed(config.seed)
     loss = IndexerLoss(new_indexer(recording, shape), recording.manifest, rule, config).to(group.device)
     lessons = {number: loss.prepare(recording.document(number), group.device) for number in [*learned, *held_out]}
@@ -263,11 +269,11 @@ def _train(
     settings = {"config": asdict(config), "shape": asdict(shape), "rule": asdict(rule)}
     manifest = CheckpointManifest.of(recording.manifest, shape, settings | {"documents": len(learned)})
     state = out.with_suffix(".state")
-    # another recording's weights are no beginning, and its finished training no end
-    told = settings | {"recording": recording.digest}
-    curve, best = resume(state, told, loss, averaged, optimizer)
+    # the state of a training on another recording must not be resumed
+    identity = settings | {"recording": recording.digest}
+    curve, best = resume(state, identity, loss, averaged, optimizer)
     if curve and not out.exists():
-        raise ShardError(f"{state} is of a training whose indexer {out} is gone: delete it to train anew")
+        raise ShardError(f"{state} is of a training whose indexer {out} is missing: delete it to start again")
     share = math.ceil(len(learned) / (config.documents_per_step * group.size))
     schedule = CosineSchedule(
         config.epochs * share,
@@ -290,7 +296,7 @@ def _train(
                     out, averaged.indexer, manifest.model_copy(update={"training": manifest.training | done})
                 )
         if group.rank == 0:
-            save_state(state, told, loss, averaged, optimizer, curve, best)
+            save_state(state, identity, loss, averaged, optimizer, curve, best)
             progress(curve[-1])
     return curve
 
@@ -300,7 +306,7 @@ def _optimizer(loss: IndexerLoss, config: TrainConfig) -> torch.optim.AdamW:
     others = [parameter for name, parameter in loss.named_parameters() if not name.startswith("indexer.projection.")]
     return torch.optim.AdamW(
         [
-            # decay would pull them towards no query at all, away from the model's own
+            # decay would pull the queries towards zero, away from the model's own
             {"params": queries, "lr": config.query_learning_rate, "weight_decay": 0.0},
             {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         ]
@@ -319,15 +325,15 @@ def _epoch(
     group: Group,
     epoch: int,
 ) -> float:
-    """One pass; the order and every draw follow from the seed and the epoch. Returns the mean loss."""
+    """One pass over ``learned``; returns the mean loss. Order and draws depend only on the seed and the epoch."""
     model.train()
-    torch.manual_seed(hash((config.seed, epoch, group.rank)))  # dropout, wherever training was stopped
+    torch.manual_seed(hash((config.seed, epoch, group.rank)))  # dropout, independent of where training was interrupted
     rates = [config.query_learning_rate, config.learning_rate]
     order = random.Random(f"{config.seed} {epoch}").sample(learned, len(learned))
     size = config.documents_per_step * group.size
     total = torch.zeros((), device=group.device)
     for step in range(steps):
-        # the last step is filled up from the beginning, so that every process has as many
+        # the last step is filled with documents from the beginning, so that every process has the same number
         batch = [order[place % len(order)] for place in range(step * size, (step + 1) * size)][group.rank :: group.size]
         draw = random.Random(f"{config.seed} {epoch} {step} {group.rank}")
         chosen = [lessons[number] for number in batch]
@@ -340,7 +346,7 @@ def _epoch(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimizer.step()
-        # the first steps move far: what was before them is soon forgotten
+        # weights change much in the first steps, so their average forgets faster
         newest = max(1 - config.average_decay, 9 / (10 + epoch * steps + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), newest)

@@ -1,4 +1,4 @@
-"""What a stopped training needs to go on: weights, optimiser and learning curve in one safetensors file."""
+"""State from which an interrupted training resumes: weights, optimiser and learning curve in one safetensors file."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,8 +17,8 @@ from forecache.indexer.records.shards import ShardError
 class Epoch:
     """One line of the learning curve; held-out figures at a 10 % budget.
 
-    ``coverage`` counts events of all heads, ``retrieval_coverage`` those of the retrieval heads. ``seconds``: of this
-    epoch.
+    ``coverage`` counts events of all heads, ``retrieval_coverage`` those of the retrieval heads. ``seconds``: time
+    that this epoch took.
     """
 
     epoch: int
@@ -31,7 +31,7 @@ class Epoch:
 
     @property
     def merit(self) -> float:
-        """By this the best epoch is chosen."""
+        """The best epoch is the one with the largest merit."""
         return (self.coverage + self.retrieval_coverage) / 2
 
 
@@ -44,28 +44,31 @@ def save_state(
     curve: list[Epoch],
     best: int,
 ) -> None:
-    """Weights, their averages and optimiser as safetensors, the rest as JSON in its metadata; whole or not at all."""
+    """Write weights, their averages and the optimiser as safetensors, the rest as JSON in its metadata. Atomic."""
     tensors = {f"model/{name}": tensor for name, tensor in loss.state_dict().items()}
     tensors |= {f"averaged/{name}": tensor for name, tensor in averaged.state_dict().items()}
     for number, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-    told = {"settings": json.dumps(settings), "curve": json.dumps([asdict(e) for e in curve]), "best": str(best)}
+    metadata = {"settings": json.dumps(settings), "curve": json.dumps([asdict(e) for e in curve]), "best": str(best)}
     partial = path.with_suffix(".state-partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=told)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
     partial.rename(path)
 
 
 def resume(
     path: Path, settings: dict[str, Any], loss: nn.Module, averaged: nn.Module, optimizer: torch.optim.AdamW
 ) -> tuple[list[Epoch], int]:
-    """The learning curve so far and its best epoch, weights and optimiser loaded; ([], 0) for a new training."""
+    """Load weights and optimiser; return the learning curve and its best epoch, ([], 0) for a new training.
+
+    Raises :class:`ShardError` if the state is from a training with other settings or data.
+    """
     if not path.exists():
         return [], 0
     with safe_open(path, framework="pt") as file:
-        told = file.metadata() or {}
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if told.get("settings") != json.dumps(settings):
-        raise ShardError(f"{path} is of a training with other settings or data: delete it, or write to another file")
+    if metadata.get("settings") != json.dumps(settings):
+        raise ShardError(f"{path} is of a training with other settings or data: delete it, or choose another output")
     for prefix, module in (("model/", loss), ("averaged/", averaged)):
         module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     state: dict[int, dict[str, Tensor]] = {}
@@ -74,4 +77,4 @@ def resume(
             _, number, moment = name.split("/")
             state.setdefault(int(number), {})[moment] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return [Epoch(**entry) for entry in json.loads(told["curve"])], int(told["best"])
+    return [Epoch(**entry) for entry in json.loads(metadata["curve"])], int(metadata["best"])

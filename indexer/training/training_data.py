@@ -1,4 +1,4 @@
-"""From recorded documents to what the dual encoder reads and should have said."""
+"""Inputs of the dual encoder from recorded documents, and its predictions for them."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from forecache.indexer.training.labels import EventSums, LabelRule, complete_chu
 
 @dataclass(frozen=True)
 class Lesson:
-    """A document and what every step of training needs of it, made once.
+    """A document, and the data that every training step derives from it, computed once.
 
-    ``sums``, ``retrieval_sums``: of its events, and of those of the retrieval heads alone; ``rows``: int64 on the host,
-    those that can be predicted at, whatever the lead. The document's ``runs`` are on the host too.
+    ``sums``, ``retrieval_sums``: sums of its events, and of the events of the retrieval heads; ``rows``: int64 on the
+    host, the rows at which predictions are possible for every lead. The document's ``runs`` are on the host, too.
     """
 
     document: RecordedDocument
@@ -40,8 +40,8 @@ class Predictions:
 def usable_rows(
     document: RecordedDocument, lead: int, rule: LabelRule, *, least_steps: int, chunk_tokens: int, history_steps: int
 ) -> Tensor:
-    """Rows at which a prediction has at least ``least_steps`` recorded steps to be judged by, a candidate, and the
-    ``history_steps`` steps before it that serving would have."""
+    """Rows at which a prediction has at least ``least_steps`` recorded steps in its window, at least one candidate, and
+    ``history_steps`` recorded steps before it: int64 [rows]."""
     rows = torch.arange(document.steps, device=document.positions.device)
     first, last = window_rows(document, rows, lead, rule.window_steps)
     complete = complete_chunks(document.positions, chunk_tokens)
@@ -53,18 +53,17 @@ def usable_rows(
 def predict_rows(
     indexer: MemoryIndexer, spec: IndexSpec, document: RecordedDocument, rows: Tensor, keys: Tensor | None = None
 ) -> Predictions:
-    """Predictions made at ``rows``, int64 [R]. ``keys``: the document's decoded records, where they are at hand."""
+    """Predictions at ``rows``, int64 [R]. ``keys``: the document's decoded records, decoded here if not given."""
     if keys is None:
         keys = decode_records(spec, document.records)
     device = document.records.device
-    # where the rows are: those on the host cost no wait for the device
+    # computed where the rows are: on the host this does not wait for the device
     needed, places = torch.unique(history_rows(rows, document.runs, indexer.shape.history), return_inverse=True)
     rows, needed, places = rows.to(device), needed.to(device), places.to(device)
     positions = document.positions[needed]
     queries = indexer.queries(document.hidden[needed], positions)
     log_shares = chunk_log_shares(spec, keys, queries, positions)[places]
     complete = complete_chunks(document.positions[rows], spec.chunk_tokens)
-    # chunks that were completed since an older query was made have no share from it
     tail = (document.positions[rows] + 1 - complete * spec.chunk_tokens).float() / spec.chunk_tokens
     logits = indexer(log_shares, document.hidden[rows], complete, tail)
     free = log_shares[:, 0, : indexer.retrieval_heads].detach().amax(1)

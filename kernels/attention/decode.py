@@ -1,4 +1,4 @@
-"""Decode attention over a block table in Triton. The same in PyTorch: `reference.sparse_decode`."""
+"""Launches decode attention over a block table in Triton. In PyTorch: `reference.sparse_decode`."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ def sparse_decode(
     v_scale: Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.sparse_decode`. ``config`` replaces the tuned launch settings, for sweeps and tests."""
+    """See `reference.sparse_decode`. ``config``: launch settings instead of the tuned ones, for sweeps and tests."""
     batch, heads, head_dim = q.shape
     _, layers, parts, kv_heads, chunk_tokens, kv_dim = kv.shape
     max_chunks = block_table.shape[1]
@@ -37,13 +37,13 @@ def sparse_decode(
     assert (k_scale is None) == (v_scale is None), "keys and values are both scaled or neither is"
     if k_scale is not None and v_scale is not None:
         assert k_scale.shape == v_scale.shape == (kv.shape[0], layers, kv_heads)
-        assert k_scale.stride() == v_scale.stride(), "scales of keys and values lie alike"
+        assert k_scale.stride() == v_scale.stride(), "scales of keys and values have different strides"
         assert k_scale.dtype == v_scale.dtype == torch.float32
 
     group, family = heads // kv_heads, tuning.gpu_family(q.device)
     config = config or tuning.decode_config(kv.dtype, head_dim, group, family)
     block = max(16, min(config.block_tokens, triton.next_power_of_2(chunk_tokens)))
-    # of e4m3 only: float16 does not hold all of e5m2's numbers times anything
+    # e4m3 only: float16 can't represent every product with e5m2's range
     pairs = config.pairs and kv.dtype == torch.float8_e4m3fn and q.dtype.itemsize == 2 and head_dim % 2 == 0
     units = kv.view(torch.uint16) if pairs else kv
     constants: dict[str, Any] = {

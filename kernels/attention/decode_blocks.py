@@ -1,4 +1,4 @@
-"""What the decode kernels share in Triton: the loop over blocks of one row, a row being a sequence and a KV head."""
+"""The loop over the blocks of one row, for both decode kernels, in Triton. A row is one sequence and one KV head."""
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -16,15 +16,15 @@ LN_2: tl.constexpr = tl.constexpr(math.log(2))
 
 @triton.jit
 def count_blocks(context_len, CHUNK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_CHUNK: tl.constexpr):
-    """Blocks of the full chunks, and those of the last chunk that are not empty."""
+    """Number of blocks that contain tokens: those of the full chunks, and the first ones of the last chunk."""
     rest = context_len % CHUNK_TOKENS
     return context_len // CHUNK_TOKENS * BLOCKS_PER_CHUNK + tl.cdiv(rest, BLOCK)
 
 
 @triton.jit
 def unpack_pairs(b_pairs, NATIVE: tl.constexpr):
-    """The low and the high e4m3 bytes of uint16, as two tensors of float16: exact."""
-    if NATIVE:  # four values in four instructions; Triton's own code for the other branch takes eight
+    """The low and the high e4m3 byte of each uint16, as two float16 tensors. The conversion is exact."""
+    if NATIVE:  # four instructions for four values; Triton compiles the other branch to eight
         b_low, b_high = tl.inline_asm_elementwise(
             """{
             .reg .b32 low, high;
@@ -83,13 +83,15 @@ def attend_blocks(
     NATIVE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
 ):
-    """Attention of a row's queries over its blocks from first to last: max and sum of the softmax (base 2), and output
-    times the sum; ``[GROUP_PAD]``, ``[GROUP_PAD]``, ``[GROUP_PAD, HEAD_PAD]``.
+    """Attention of a row's queries over its blocks ``first_block`` to ``last_block`` (exclusive), by online softmax.
 
-    With PAIRS fp8 is read as 16-bit pairs of neighbouring dims, even and odd dims are multiplied apart, in float16.
-    Bytes can't be transposed on their way to the tensor cores, 16-bit units can, and fp8 to float16 is one instruction
-    for two where bfloat16 takes a slow one each. float16 holds e4m3 exactly, and the queries divided by a power
-    of two.
+    Returns the maximum logit (base 2), ``[GROUP_PAD]``, the sum of the exponentials relative to it, ``[GROUP_PAD]``,
+    and the output times that sum, ``[GROUP_PAD, HEAD_PAD]``, all float32.
+
+    With PAIRS, fp8 keys and values are read as 16-bit pairs of neighbouring dims, and the even and odd dims are
+    multiplied separately, in float16. Shared memory can transpose 16-bit units for the tensor cores but not bytes, and
+    one instruction converts two fp8 values to float16, where bfloat16 takes a slow instruction for each. float16
+    represents e4m3 exactly, and the queries after division by a power of two.
     """
     UNITS: tl.constexpr = HEAD_DIM // 2 if PAIRS else HEAD_DIM
     UNITS_PAD: tl.constexpr = HEAD_PAD // 2 if PAIRS else HEAD_PAD
@@ -123,9 +125,9 @@ def attend_blocks(
     b_max = tl.full([GROUP_PAD], -float("inf"), tl.float32)
     b_sum = tl.zeros([GROUP_PAD], tl.float32)
     b_out = tl.zeros([GROUP_PAD, UNITS_PAD], tl.float32)
-    # Carried around the loop, the slot is not a load that K and V wait for: with the load in the same round
-    # Triton's pipeliner spends its stages on this chain and keeps only one block of K and V in flight.
-    # The table outlives the K and V that stream past it in the L2 cache.
+    # The slot of the next block is loaded one iteration ahead, so that the loads of K and V do not depend on a load
+    # of the same iteration: else Triton's pipeliner keeps only one block of K and V in flight.
+    # evict_last keeps the table in the L2 cache while K and V stream through it.
     next_slot = tl.load(p_table + first_block // BLOCKS_PER_CHUNK, eviction_policy="evict_last")
     for i_block in range(first_block, last_block):
         slot = next_slot.to(tl.int64)
@@ -166,7 +168,7 @@ def attend_blocks(
         if PAIRS:
             b_v_even, b_v_odd = unpack_pairs(b_v, NATIVE)
             b_p = b_p.to(tl.float16)
-            # scaled in float32: probabilities times a small scale may be too small for float16
+            # scaled in float32, because probabilities times a small scale may underflow in float16
             b_out += tl.dot(b_p, b_v_even) * v_factor
             b_out_odd = b_out_odd * b_keep[:, None] + tl.dot(b_p, b_v_odd) * v_factor
         else:

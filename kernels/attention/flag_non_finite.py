@@ -1,4 +1,4 @@
-"""Marks rows with numbers that are not finite, in Triton. The same in PyTorch: `reference.flag_non_finite`."""
+"""Flags rows that contain an infinity or NaN, in Triton. In PyTorch: `reference.flag_non_finite`."""
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

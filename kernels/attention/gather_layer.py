@@ -1,8 +1,7 @@
-"""One layer of many chunks, copied to contiguous keys and values in Triton.
+"""Copies one layer of many chunks to contiguous keys and values, in Triton. In PyTorch: `reference.gather_layer`.
 
-The pool may be GPU memory, or host memory that is pinned or registered: then the GPU reads it over PCIe. On the way
-fp8 chunks can be dequantised, and what was read can be added to checksums. The same in PyTorch:
-`reference.gather_layer`.
+The pool may be GPU memory, or pinned or registered host memory, which the GPU reads over PCIe. The same pass can
+dequantise fp8 chunks and add up checksums of the bytes that it reads.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -38,7 +37,7 @@ def _gather_kernel(
     scale_layer_stride,
     scale_part_stride,
     scale_head_stride,
-    scale_word,  # where the scales begin in a row, in words
+    scale_word,  # offset of the scales in a row, in words
     out_part_stride,
     out_head_stride,
     CHUNK: tl.constexpr,
@@ -104,7 +103,7 @@ def gather_layer(
     if n:
         programs = n * kv_heads * 2
         if not kv.is_cuda and slots.is_cuda:
-            # enough to keep the link busy, and few enough to leave the rest of the GPU to who uses what was gathered
+            # enough programs to saturate the link; the rest of the GPU is left to the attention over gathered chunks
             programs = min(programs, tuning.multiprocessors(slots.device))
         _gather_kernel[(programs,)](
             kv,
@@ -124,6 +123,6 @@ def gather_layer(
             LAYER_IS_POINTER=not isinstance(layer, int),
             HAS_SCALE=scale is not None,
             HAS_SUMS=sums is not None,
-            num_warps=8 if sums is not None and kv.dtype.itemsize == 4 else 4,  # a 64-bit sum beside every word
+            num_warps=8 if sums is not None and kv.dtype.itemsize == 4 else 4,  # each word also needs a 64-bit sum
         )
     return out[0], out[1]

@@ -1,4 +1,4 @@
-"""Merging two partial attention results in Triton. The same in PyTorch: `reference.merge_partials`."""
+"""Merges two partial attention results, in Triton. In PyTorch: `reference.merge_partials`."""
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

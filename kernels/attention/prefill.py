@@ -16,12 +16,12 @@ def prefill_attention(
     """Attention of a block of tokens over itself (causal) and over everything before it.
 
     ``q``: ``[tokens, heads, head_dim]``; ``k``, ``v``: the block's own, ``[kv_heads, tokens, head_dim]``;
-    ``past``: segments (k, v) of earlier tokens, each ``[kv_heads, n, head_dim]``, in any order, read one at
-    a time. Returns out like ``q``, lse float32 ``[tokens, heads]``.
+    ``past``: segments (k, v) of earlier tokens, each ``[kv_heads, n, head_dim]``, in any order; they are read one
+    at a time. Returns out like ``q``, lse float32 ``[tokens, heads]``.
     """
     tokens, kv_heads = q.shape[0], k.shape[0]
     out, lse = attend_block(q, k, v, scale, causal=True)
-    # float32 sums: over many segments bfloat16's rounding would add up
+    # sums in float32: over many segments the rounding errors of bfloat16 would accumulate
     rows, out, lse = _fold(q, kv_heads), _fold(out.float(), kv_heads), _fold(lse, kv_heads)
     for past_k, past_v in past:
         if past_k.shape[1]:
@@ -51,7 +51,7 @@ def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool)
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
     """``[tokens, heads, ...]`` to ``[kv_heads, tokens * group, ...]``.
 
-    Without a mask all (token, head of the group) rows are alike, and K/V are read once for the group.
+    Without a mask, all (token, head of the group) pairs can be rows of one product, which reads K/V once per group.
     """
     return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).transpose(0, 1).flatten(1, 2)
 

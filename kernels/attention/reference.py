@@ -1,8 +1,8 @@
-"""Every kernel in plain PyTorch: the CPU backend, and what the Triton kernels are tested against.
+"""Attention kernels in plain PyTorch: the CPU backend, and the reference in the tests of the Triton kernels.
 
 `kv` is one field of the hot pool, ``[slots, layers, 2, kv_heads, chunk_tokens, head_dim]`` with any slot
 stride: keys at index 0 of the third axis, values at 1. Query head ``h`` reads KV head ``h // (heads //
-kv_heads)``. `layer` may be a tensor of one integer, so that a captured graph reads it as data.
+kv_heads)``. ``layer`` may be a tensor of one integer, which a captured CUDA graph reads at each replay.
 """
 
 import math
@@ -35,10 +35,10 @@ def sparse_decode(
     Args:
         q: ``[batch, heads, head_dim]``.
         block_table: integer ``[batch, max_chunks]`` of slots.
-        context_lens: integer ``[batch]``, attended tokens: the first ``ceil(len / chunk_tokens)`` entries
-            of the row, all full but the last, which holds the remainder.
+        context_lens: integer ``[batch]``, tokens to attend to. They fill the chunks in the first
+            ``ceil(len / chunk_tokens)`` entries of the row; the last chunk holds the remainder.
         scale: factor of the logits.
-        k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, what fp8 keys and values are multiplied by.
+        k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, factors of fp8 keys and values.
 
     Returns:
         out like ``q`` and lse float32 ``[batch, heads]``, the natural log of the sum of exp(scaled logits). A
@@ -88,19 +88,18 @@ def store_kv(
     scale: Tensor | None = None,
     non_finite: Tensor | None = None,
 ) -> None:
-    """Write one layer's new keys and values into their places in the pool.
+    """Write one layer's new keys and values into the pool.
 
-    ``k``, ``v``: ``[tokens, kv_heads, head_dim]``; ``slots``, ``offsets``: int64 ``[tokens]``, the chunk
-    slot and the position in the chunk. Slot -1 is padding and not written. Values too large for an fp8 pool
-    become its largest.
-
-    ``scale``: float32 ``[slots, layers, 2, kv_heads]``, what an fp8 pool's values are multiplied by. It is kept as the
-    largest that the chunk's tokens have needed: the old one (none if the first new token's offset is 0) or the new
-    tokens' largest magnitude / 448. Where it grows, the chunk's older tokens are rounded again. Tokens of one chunk
-    are consecutive, at consecutive offsets, and no chunk occurs in two places.
-
-    ``non_finite``: uint8 ``[tokens]``, set to 1 for tokens whose keys or values are infinite or no number, before they
-    are made to fit the pool; with ``scale`` maybe for the first new token of their chunk instead.
+    Args:
+        k, v: ``[tokens, kv_heads, head_dim]``. Values too large for an fp8 pool become its largest.
+        slots, offsets: int64 ``[tokens]``, the slot of the token's chunk and the position in the chunk. Tokens with
+            slot -1 are padding and are not written.
+        scale: float32 ``[slots, layers, 2, kv_heads]``, factors of an fp8 pool's values, updated in place. A chunk's
+            new scale is the larger of its old scale (0 if the first new token's offset is 0) and the largest magnitude
+            of the new tokens / 448. Where it grows, the chunk's older tokens are quantised again. With ``scale``,
+            tokens of one chunk must be consecutive, at consecutive offsets.
+        non_finite: uint8 ``[tokens]``, set to 1 for tokens whose keys or values contain an infinity or NaN. With
+            ``scale`` the flag may be set for the first new token of the chunk instead.
     """
     checks.store(k, v, kv, slots, offsets, scale, non_finite)
     if non_finite is not None:
@@ -127,7 +126,7 @@ def flag_non_finite(x: Tensor, non_finite: Tensor) -> None:
 
 
 def _largest(x: Tensor) -> Tensor:
-    """Largest magnitude of each row, NaN where there is one."""
+    """Largest magnitude of each row, NaN if the row contains one."""
     largest: Tensor = torch.linalg.vector_norm(x, float("inf"), dim=tuple(range(1, x.dim())))
     return largest
 
@@ -135,7 +134,10 @@ def _largest(x: Tensor) -> Tensor:
 def _grow_scales(
     k: Tensor, v: Tensor, kv: Tensor, layer: int | Tensor, slots: Tensor, offsets: Tensor, scale: Tensor
 ) -> Tensor:
-    """New scales and older tokens rounded to them; float32 ``[tokens, 2, kv_heads]`` to multiply the new ones by."""
+    """Update the chunks' scales and quantise their older tokens again where a scale grew.
+
+    Returns float32 ``[tokens, 2, kv_heads]``, the factors that bring the new tokens to fp8.
+    """
     first = torch.ones_like(slots, dtype=torch.bool)
     first[1:] = slots[1:] != slots[:-1]
     run = first.cumsum(0) - 1
@@ -171,12 +173,13 @@ def gather_layer(
 
     Args:
         slots: int64 ``[n]``.
-        scale: float32 ``[slots, layers, 2, kv_heads]``, what fp8 chunks are multiplied by.
+        scale: float32 ``[slots, layers, 2, kv_heads]``, factors of fp8 chunks.
         out: ``[2, kv_heads, n * chunk_tokens, head_dim]`` to write into, each head contiguous.
-        sums: int64 ``[n]``, to which the checksum of all that is read is added: after a gather of every layer they
-            are `slot_checksums`, provided that ``kv`` begins where the slots' rows begin, ``scale`` lies in the same
-            rows, and the rest of the rows is zeros.
-        dtype: of the result; by default that of ``out`` or ``kv``. Needed with ``scale`` where ``out`` is not given.
+        sums: int64 ``[n]``, incremented by the checksum of the bytes that this call reads. After a gather of every
+            layer they equal `slot_checksums`, if ``kv`` begins where the slots' rows begin, ``scale`` lies in the
+            same rows, and the rest of the rows is zeros.
+        dtype: dtype of the result, by default that of ``out`` or ``kv``. Required with ``scale`` unless ``out`` is
+            given.
 
     Returns:
         k, v, each ``[kv_heads, n * chunk_tokens, head_dim]``; contiguous where ``out`` is not given.
@@ -184,7 +187,7 @@ def gather_layer(
     checks.gather(kv, layer, slots, scale, out, sums, dtype)
     index = int(layer)
     pool = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
-    # index_select of a permuted view makes the one copy that is needed, in its final order, a chunk's head at a time
+    # index_select of a permuted view makes a single copy, in the final order
     one_layer = pool.select(1, index).permute(1, 2, 0, 3, 4)
     chunks = one_layer.index_select(2, slots).view(kv.dtype)
     if sums is not None:

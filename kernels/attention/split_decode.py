@@ -1,10 +1,10 @@
-"""Decode attention in two kernels in Triton: flash decoding, every row split over as many programs as fill the GPU.
+"""Decode attention in Triton by flash decoding: every row is split over as many programs as fill the GPU.
 
-Stage 1: one program per (sequence, KV head, split) reads its share of the sequence's blocks once, for all query
-heads of the group. Stage 2: one program per (sequence, query head, slice of the head) merges the splits by
-log-sum-exp. The grids depend on shapes only, and lengths, slots and the layer are read on the GPU: the launch
-can be captured in a CUDA graph. What changes while serving (batch, splits, width of the block table) is never
-a compile-time constant.
+The split kernel has one program per (sequence, KV head, split), which reads its part of the sequence's blocks once for
+all query heads of the group. The merge kernel has one program per (sequence, query head, slice of the head dim), which
+merges the splits by log-sum-exp. The grids depend on shapes only; lengths, slots and the layer are read on the GPU, so
+a CUDA graph can capture the launch. Sizes that change while serving (batch, splits, width of the block table) are not
+compile-time constants.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.

@@ -1,4 +1,4 @@
-"""Writing new keys and values into the hot pool in Triton. The same in PyTorch: `reference.store_kv`."""
+"""Writes new keys and values into the hot pool, in Triton. In PyTorch: `reference.store_kv`."""
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,7 +18,7 @@ _BLOCK_ELEMENTS = 2048
 
 @triton.jit
 def is_wrong(b_x):
-    """Where a number is not finite."""
+    """True where a value is infinite or NaN."""
     return ~(tl.abs(b_x.to(tl.float32)) < float("inf"))
 
 
@@ -104,7 +104,7 @@ def _store_scaled_kernel(
     slot = tl.load(slots + i_token)
     before = tl.load(slots + i_token - 1, mask=i_token > 0, other=-1)
     if (slot < 0) | (slot == before):
-        return  # the first token of a chunk stores them all
+        return  # the program of a chunk's first token stores all tokens of the chunk
     if LAYER_IS_POINTER:
         layer = tl.load(layer)
     layer = layer.to(tl.int64)

@@ -135,7 +135,7 @@ def _stream_kernel(
         part = 2 * i_share + 1
         position = stop
 
-    for i_seq in range(tl.program_id(0), batch, tl.num_programs(0)):  # sequences without keys: out 0, lse -inf
+    for i_seq in range(tl.program_id(0), batch, tl.num_programs(0)):  # sequences of length 0: out 0, lse -inf
         if tl.load(context_lens + i_seq) == 0:
             for i_head in range(heads):
                 o_row = i_seq * heads + i_head
@@ -183,7 +183,7 @@ def _merge_kernel(
             m_head = o_head < GROUP
             first = share_of(row_start, total, shares)
             count = share_of(row_start + blocks - 1, total, shares) - first + 1
-            # a share's first row is its part 0, its last one part 1: only the row's first share may have begun before
+            # part 0 of a share is its first row, part 1 its last; only the row's first share may begin before the row
             begun = (share_start(first, total, shares) < row_start).to(tl.int32)
             b_max = tl.full(o_head.shape, -float("inf"), tl.float32)
             b_sum = tl.zeros(o_head.shape, tl.float32)
@@ -248,7 +248,7 @@ def launch(
         DEPENDENT=dependent,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        # of a multiprocessor's 65,536: all shares must run at once
+        # registers per thread such that all shares run at once; a multiprocessor has 65,536
         maxnreg=max(32, min(255, 65536 // (32 * config.num_warps * config.programs_per_sm) // 8 * 8)),
         **constants,
     )

@@ -1,15 +1,15 @@
-"""Parts of the rows' checksums in PyTorch; what they are: `reference.slot_checksums`."""
+"""Keys and partial sums of checksums, in PyTorch. `reference.slot_checksums` defines the checksum."""
 
 import torch
 from torch import Tensor
 
-# Of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+# Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
 GAMMA = 0x9E3779B97F4A7C15
 MIX = 0xBF58476D1CE4E5B9
 
 
 def word_keys(i_word: Tensor) -> Tensor:
-    """Odd 64-bit keys of the words with these numbers, int64: one round of splitmix64."""
+    """Odd 64-bit keys of the words with the numbers ``i_word``, as int64: one round of splitmix64."""
     z = (i_word + 1) * _signed(GAMMA)
     return (z ^ ((z >> 32) & 0xFFFFFFFF)) * _signed(MIX) | 1
 

@@ -1,6 +1,6 @@
-"""Chunks to and from fp8 in Triton, one scale per (chunk, layer, keys or values, head).
+"""Quantises chunks to fp8 and back, in Triton, with one scale per (chunk, layer, keys or values, head).
 
-The same in PyTorch: `reference.quantize_chunks` and `reference.dequantize_chunks`.
+In PyTorch: `reference.quantize_chunks` and `reference.dequantize_chunks`.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -60,7 +60,7 @@ def _quantize_kernel(
     tl.store(p_scale + i_part * scale_part_stride + i_head * scale_head_stride, scale)
     inverse = tl.div_rn(1.0, scale)
     tl.store(p_out + o_element, (b_in * inverse).to(out_kv.dtype.element_ty), mask=o_element < CHUNK)
-    for start in tl.static_range(BLOCK, CHUNK, BLOCK):  # of larger chunks the rest is read again, from the cache
+    for start in tl.static_range(BLOCK, CHUNK, BLOCK):  # larger chunks are read a second time, from the cache
         m_element = start + o_element < CHUNK
         b_more = tl.load(p_in + start + o_element, mask=m_element, other=0.0).to(tl.float32)
         tl.store(p_out + start + o_element, (b_more * inverse).to(out_kv.dtype.element_ty), mask=m_element)

@@ -1,4 +1,4 @@
-"""Chunk kernels in plain PyTorch: the CPU backend, and what the Triton kernels are tested against."""
+"""Chunk kernels in plain PyTorch: the CPU backend, and the reference in the tests of the Triton kernels."""
 
 from itertools import pairwise
 
@@ -10,8 +10,6 @@ from forecache.kernels.common import checks
 from forecache.kernels.common.columns import Columns
 
 FP8_MAX = 448.0  # of float8_e4m3fn
-
-
 SCALE_MIN = torch.finfo(torch.float32).tiny  # the smallest number whose reciprocal is finite
 
 
@@ -20,8 +18,8 @@ def slot_checksums(memory: Tensor, slots: Tensor, first_word: int = 0) -> Tensor
 
     ``memory``: uint8 ``[slots, nbytes]``, ``nbytes`` a multiple of 4; ``slots``: int64 ``[n]``. Returns int64
     ``[n]``: the sum of key(i) * w(i) modulo 2^64 over a row's little-endian unsigned 32-bit words, in two's complement.
-    Keys are odd: one changed bit, or one changed word, always changes the sum. Sums over parts of a row add up:
-    ``memory`` may hold the part of longer rows that begins at their word ``first_word``.
+    Keys are odd, so a change of one word always changes the sum. The checksum of a row is the sum of the checksums of
+    its parts: if ``memory`` holds only part of longer rows, ``first_word`` is the row's word at which it begins.
     """
     checks.checksums(memory, slots, first_word)
     words = memory.view(torch.int32)
@@ -48,11 +46,15 @@ def score_chunks(
 ) -> Tensor:
     """Log-sum-exp of each query's logits over each chunk's tokens: float32 ``[query_heads, n]``, all sums in float32.
 
-    ``records``: uint8 ``[rows, nbytes]``, read at ``slots``, int64 ``[n]``. A row is keys ``[kv_heads, chunk_tokens,
-    head_dim]`` of ``dtype``, then for int8 their float16 scales ``[kv_heads, chunk_tokens]``. ``queries``: float32
-    ``[query_heads, head_dim]``, scaled; ``query_starts``: int32 ``[kv_heads + 1]``, those from ``query_starts[h]`` to
-    ``query_starts[h + 1]`` read KV head h. What is read is also written to rows ``copy_slots`` (int64 ``[n]``, all
-    different; -1: nowhere) of ``copies``, a table like ``records``; padding is not. ``into``: see `Columns`.
+    Args:
+        records: uint8 ``[rows, nbytes]``. A row holds keys ``[kv_heads, chunk_tokens, head_dim]`` of ``dtype``, then
+            for int8 their float16 scales ``[kv_heads, chunk_tokens]``, then padding.
+        slots: int64 ``[n]``, the rows to read.
+        queries: float32 ``[query_heads, head_dim]``, already multiplied by the scale of the logits.
+        query_starts: int32 ``[kv_heads + 1]``; queries ``query_starts[h]`` to ``query_starts[h + 1]`` read KV head h.
+        copies, copy_slots: a table like ``records``, and the rows of it, int64 ``[n]``, that receive a copy of what
+            was read, without padding. They differ from each other; -1: no copy.
+        into: write the result there; see `Columns`.
     """
     checks.records(records, slots, queries, query_starts, chunk_tokens, dtype, copies, copy_slots, into)
     some = slice(None) if into is None else slice(*into.span.tolist())
@@ -74,11 +76,12 @@ def score_chunks(
 
 
 def quantize_chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_scale: Tensor, out_slots: Tensor) -> None:
-    """Chunks to fp8 with one scale per (chunk, layer, keys or values, head): largest magnitude / 448, 1 for zeros.
+    """Quantise chunks to fp8 with one scale per (chunk, layer, keys or values, head): largest magnitude / 448.
 
-    ``kv``: ``[slots, layers, 2, kv_heads, chunk_tokens, head_dim]``, read at ``slots``; ``out_kv``: float8_e4m3fn, the
-    same but for the number of slots, and ``out_scale``: float32 ``[slots, layers, 2, kv_heads]``, written at
-    ``out_slots``. Both slots: int64 ``[n]``. A head's chunk is contiguous; other strides are free.
+    The scale of zeros is 1. ``kv``: ``[slots, layers, 2, kv_heads, chunk_tokens, head_dim]``, read at ``slots``;
+    ``out_kv``: float8_e4m3fn of the same shape except for the number of slots, and ``out_scale``: float32 ``[slots,
+    layers, 2, kv_heads]``, both written at ``out_slots``. ``slots``, ``out_slots``: int64 ``[n]``. One head of one
+    chunk must be contiguous; other strides are free.
     """
     checks.chunks(kv, slots, out_kv, out_slots, fp8=out_kv, scale=out_scale)
     chunks = kv.index_select(0, slots).float()

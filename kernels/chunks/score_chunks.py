@@ -1,7 +1,7 @@
-"""Log-sum-exp of queries over the index records of chunks, in Triton: one read of the records.
+"""Log-sum-exp of queries over the index records of chunks, in Triton. In PyTorch: `reference.score_chunks`.
 
-They may lie in GPU memory, or in host memory that is pinned or registered: then the GPU reads them over PCIe, and can
-keep a copy of what it read. The same in PyTorch: `reference.score_chunks`.
+Each record is read once. Records lie in GPU memory, or in pinned or registered host memory; the GPU reads the latter
+over PCIe and can keep a copy.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -30,7 +30,7 @@ _DTYPES = {
 }
 
 _FP16_HOLDS = (torch.int8, torch.float8_e4m3fn, torch.float16)
-"""Keys that are float16 without loss, so that the tensor cores multiply them with two parts of the queries."""
+"""Dtypes that float16 represents exactly. The tensor cores multiply such keys with queries split into two float16."""
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -95,7 +95,7 @@ def _score_kernel(
         b_factor = b_scale.to(tl.float32)
         first, last = tl.load(query_starts + i_head), tl.load(query_starts + i_head + 1)
         if QUERIES == 1:
-            # float32 products and sums: queries do not fit the tensor cores' bits, and the records' bytes take longer
+            # float32 products and sums, for exact queries; reading the records takes longer than the arithmetic
             b_keys = b_stored.to(tl.float32)
             for i_query in range(first, last):
                 b_query = tl.load(queries + i_query * DIM + o_dim, mask=o_dim < DIM, other=0.0)
@@ -105,14 +105,14 @@ def _score_kernel(
                 lse = largest + tl.log(tl.sum(tl.exp(b_logits - largest), 0))
                 tl.store(out + (i_query * n + i_column) * blocks + i_block, lse)
         else:
-            # tensor cores: products of two parts of the queries, or three of TensorFloat32, are as good as float32's
+            # tensor cores with split queries (two float16 or three TensorFloat32 products) are as exact as float32
             for i_first in range(first, last, QUERIES):
                 o_query = i_first + tl.arange(0, QUERIES)
                 m_query = o_query < last
                 p_query = queries + o_query[:, None] * DIM + o_dim[None, :]
                 b_queries = tl.load(p_query, mask=m_query[:, None] & (o_dim < DIM)[None, :], other=0.0)
                 if KEYS_ARE_FP16:
-                    # two parts of float16, the lower one 2^11 times, of each query divided by its power of two
+                    # each query, divided by a power of two, becomes a high and a low float16, the low one times 2^11
                     b_unit = power_of_two(tl.max(tl.abs(b_queries), 1))
                     b_queries /= b_unit[:, None]
                     b_high = b_queries.to(tl.float16)
@@ -130,7 +130,7 @@ def _score_kernel(
 
 
 def _query_tile(query_heads: int, kv_heads: int, block: int, dim_pad: int) -> int:
-    """Queries of one product. 1: a loop over them, where they are few or tiles too small for tensor cores."""
+    """Queries in one product; 1 (a loop over them) if they are few or the tiles are too small for tensor cores."""
     if query_heads < _LEAST_QUERIES * kv_heads or min(block, dim_pad) < _LEAST_TILE:
         return 1
     return _QUERY_TILE
@@ -154,12 +154,12 @@ def score_chunks(
     dim_pad = triton.next_power_of_2(head_dim)
     block = min(triton.next_power_of_2(chunk_tokens), max(1, TILE_ELEMENTS // dim_pad))
     blocks = triton.cdiv(chunk_tokens, block)
-    assert into is None or blocks == 1, f"chunks of {chunk_tokens} x {head_dim} numbers are more than one tile"
+    assert into is None or blocks == 1, f"chunks of {chunk_tokens} x {head_dim} elements exceed one tile"
     lse = torch.empty((query_heads, n, blocks), dtype=torch.float32, device=slots.device) if into is None else into.lse
     if n:
         programs = n * kv_heads * blocks
         if not records.is_cuda and slots.is_cuda:
-            # enough to keep the link busy, and few enough to leave the rest of the GPU to decode steps
+            # enough programs to saturate the link; the rest of the GPU is left to decode steps
             programs = min(programs, tuning.multiprocessors(slots.device))
         _score_kernel[(programs,)](
             records,

@@ -1,6 +1,6 @@
-"""Checksums of whole pool rows in Triton, and the keys that other kernels add up parts of rows with.
+"""Checksums of whole pool rows, in Triton, and the keys with which other kernels sum parts of rows.
 
-The memory may be the GPU's, or the host's, pinned or registered. The same in PyTorch: `reference.slot_checksums`.
+The memory may be the GPU's, or pinned or registered host memory. In PyTorch: `reference.slot_checksums`.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -23,7 +23,7 @@ _BLOCK_WORDS = 2048
 
 @triton.jit
 def word_keys(i_word):
-    """uint64 keys of the words with these numbers (uint32: a 64-bit number would cost a longer product)."""
+    """uint64 keys of the words with the numbers ``i_word``, uint32: with 64-bit numbers the product would be slower."""
     z = (i_word.to(tl.uint64) + 1) * GAMMA
     z = (z ^ (z >> 32)) * MIX
     return z | 1
@@ -31,14 +31,14 @@ def word_keys(i_word):
 
 @triton.jit
 def words_of(b_elements, BLOCK: tl.constexpr):
-    """The uint32 words that ``BLOCK`` neighbouring elements of 1, 2 or 4 bytes are, low bytes first."""
+    """``BLOCK`` neighbouring elements of 1, 2 or 4 bytes as uint32 words, low bytes first."""
     bits: tl.constexpr = b_elements.dtype.primitive_bitwidth
     if bits == 32:
         b_words = b_elements.to(tl.uint32, bitcast=True)
     else:
         per_word: tl.constexpr = 32 // bits
         b_parts = b_elements.to(tl.uint16 if bits == 16 else tl.uint8, bitcast=True)
-        # [BLOCK / per_word, per_word], a word's parts lie in one thread
+        # [BLOCK / per_word, per_word]: the parts of a word are in one thread
         b_parts = tl.reshape(b_parts.to(tl.uint32), [BLOCK // per_word, per_word])
         o_shift = (tl.arange(0, per_word) * bits).to(tl.uint32)
         b_words = tl.sum(b_parts << o_shift[None, :], 1)
@@ -72,7 +72,7 @@ def slot_checksums(memory: Tensor, slots: Tensor, first_word: int = 0) -> Tensor
     as_words = memory.view(torch.int32)
     n, words = slots.shape[0], as_words.shape[1]
     sums = torch.zeros(n, dtype=torch.int64, device=slots.device)
-    for first in range(0, n, 1 << 15):  # a grid's second axis ends at 65,535
+    for first in range(0, n, 1 << 15):  # the second axis of a grid has at most 65,535 programs
         some = slots[first : first + (1 << 15)]
         _checksum_kernel[(triton.cdiv(words, _PIECE_WORDS), some.shape[0])](
             as_words, some, sums[first:], as_words.stride(0), words, first_word, PIECE=_PIECE_WORDS, BLOCK=_BLOCK_WORDS

@@ -1,4 +1,4 @@
-"""What reference and Triton kernels ask of their arguments alike: shapes, strides and types, nothing on the GPU."""
+"""Checks of kernel arguments, for reference and Triton kernels: shapes, strides and dtypes, never values on the GPU."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def gather(
 
 
 def chunks(kv: Tensor, slots: Tensor, out_kv: Tensor, out_slots: Tensor, *, fp8: Tensor, scale: Tensor) -> None:
-    """Arguments of `quantize_chunks` and `dequantize_chunks`; ``fp8`` is the one of ``kv``, ``out_kv`` that is."""
+    """Arguments of `quantize_chunks` and `dequantize_chunks`; ``fp8`` is the fp8 one of ``kv``, ``out_kv``."""
     assert kv.shape[1:] == out_kv.shape[1:] and kv.shape[2] == 2, f"{tuple(kv.shape)} to {tuple(out_kv.shape)}"
     assert _heads_are_contiguous(kv) and _heads_are_contiguous(out_kv), "a head's chunk must be contiguous"
     assert fp8.dtype == torch.float8_e4m3fn, f"{fp8.dtype} is not float8_e4m3fn"
@@ -75,7 +75,7 @@ def store(
 
 
 def flags(non_finite: Tensor, tokens: int) -> None:
-    """Marks of tokens."""
+    """Argument ``non_finite`` of several kernels."""
     assert non_finite.dtype == torch.uint8 and non_finite.shape == (tokens,) and non_finite.is_contiguous()
 
 
@@ -127,7 +127,7 @@ def records(
 
 
 def entries(q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor) -> None:
-    """Arguments of what reads entries by a block table (`reference_csa`)."""
+    """Arguments of the kernels that read entries through a block table (`kernels/csa`)."""
     assert q.dim() == 3 and entries.dim() == 3, f"q {tuple(q.shape)}, entries {tuple(entries.shape)}"
     dim = q.shape[2]
     assert entries.shape[2] == dim, f"q {tuple(q.shape)} does not fit entries {tuple(entries.shape)}"

@@ -1,6 +1,6 @@
-"""Launch settings of the decode kernel; `tests/benchmarks/bench_kernels.py --sweep` measures candidates.
+"""Launch settings of the decode kernels, found with `tests/benchmarks/bench_kernels.py --sweep`.
 
-Nothing is tuned while serving: a request's first token must not wait for a search.
+The server itself tunes nothing, so that no request waits for a search.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ _LARGE_GROUP = 32
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How `sparse_decode` covers the keys.
+    """Launch settings of `sparse_decode`.
 
-    ``block_tokens`` keys are read at a time (a power of two), ``num_stages - 1`` blocks ahead;
-    ``programs_per_sm`` is how many such programs run on a multiprocessor at once. ``stream``: one wave of programs
-    with equal shares of all rows (`stream_decode`) instead of as many splits for every row (`split_decode`).
-    ``pairs``: fp8 is read as pairs of values and multiplied in float16 where queries have 16 bits.
+    ``block_tokens``: keys in a block, a power of two; ``num_stages``: a program loads ``num_stages - 1`` blocks ahead;
+    ``programs_per_sm``: programs that run on a multiprocessor at once. ``stream``: one wave of programs with equal
+    shares of all rows (`stream_decode`) instead of the same number of splits for every row (`split_decode`).
+    ``pairs``: read fp8 as pairs of values and multiply in float16, if queries have 16 bits.
     """
 
     block_tokens: int
@@ -30,10 +30,9 @@ class DecodeConfig:
     pairs: bool = False
 
 
-# (GPU family, bytes of a K/V element, padded head dim). With all programs of a multiprocessor counted, 64
-# KiB or more are in flight while one block is worked on: block_tokens * head_dim * itemsize * 2 for K and
-# V, * (num_stages - 2) * programs_per_sm. Equal shares (`stream`) cost even batches of 64 MB 4 % and gain batches of
-# uneven lengths, which serving has, 66 % (measured on one H100 80GB SXM).
+# Key: (GPU family, bytes of a K/V element, padded head dim). A multiprocessor should have at least 64 KiB of loads in
+# flight: block_tokens * head_dim * itemsize * 2 (K and V) * (num_stages - 2) * programs_per_sm. On one H100 80GB SXM
+# `stream` makes batches of 64 MB with equal lengths 4 % slower, and with uneven lengths, as in serving, 66 % faster.
 _DECODE = {
     ("hopper", 1, 64): DecodeConfig(64, 4, 5, 4, stream=True, pairs=True),
     ("hopper", 1, 128): DecodeConfig(64, 4, 4, 3, stream=True, pairs=True),
@@ -65,10 +64,10 @@ def decode_config(dtype: torch.dtype, head_dim: int, group: int, family: str) ->
 
 @cache
 def decode_splits(rows: int, max_blocks: int, places: int) -> int:
-    """Splits of each of ``rows`` (sequence, KV head) pairs on a GPU that runs ``places`` programs at once.
+    """Number of splits per row, for ``rows`` (sequence, KV head) pairs on a GPU that runs ``places`` programs at once.
 
-    The fewest that nearly fill the last wave of programs. Made from shapes alone, so that a captured graph
-    serves every length.
+    It is the smallest number that nearly fills the last wave of programs. It depends on shapes only, so that a captured
+    CUDA graph serves every length.
     """
 
     def efficiency(splits: int) -> float:
@@ -82,7 +81,7 @@ def decode_splits(rows: int, max_blocks: int, places: int) -> int:
 
 @cache
 def gpu_family(device: torch.device) -> str:
-    """``hopper``, or ``other``: a family without measurements of its own."""
+    """``hopper``, or ``other`` for GPUs without measured settings."""
     if device.type != "cuda" or torch.version.hip is not None:
         return "other"
     major, _ = torch.cuda.get_device_capability(device)

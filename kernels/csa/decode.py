@@ -1,7 +1,7 @@
-"""Attention of one token per sequence over entries that are key and value at once, in Triton, by flash decoding.
+"""Attention of one token per sequence over entries that are both key and value, in Triton, by flash decoding.
 
-The same in PyTorch: `reference_csa.csa_decode`. Selected entries and the window are two sets of parts, which one kernel
-merges by log-sum-exp with the sinks. Grids depend on shapes alone, lengths and selections are read on the GPU: a
+In PyTorch: `reference.csa_decode`. The selected entries and the window are each split into parts; one kernel merges all
+parts and the sinks by log-sum-exp. The grids depend on shapes only; lengths and selections are read on the GPU, so a
 captured CUDA graph serves every length.
 """
 
@@ -75,7 +75,7 @@ def _part_kernel(
         b_logits = tl.dot(b_q, tl.trans(b_kv), input_precision="ieee") * scale_log2e
         b_logits = tl.where(m_entry[None, :], b_logits, -float("inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
-        # a block may have no entry at all
+        # a block may contain no entry
         b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
         b_p = tl.exp2(b_logits - b_shift[:, None])
         b_keep = tl.exp2(b_max - b_shift)
@@ -130,7 +130,7 @@ def _merge_kernel(
 def attend_entries(
     q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor, scale: float, *, selected: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference_csa.attend_entries`."""
+    """See `reference.attend_entries`."""
     sets = [(entries, block_table, lens, selected)]
     out, lse = _attend(q, sets, scale, None, torch.float32)
     return out, lse
@@ -149,7 +149,7 @@ def csa_decode(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """See `reference_csa.csa_decode`."""
+    """See `reference.csa_decode`."""
     sets = [(entries, block_table, lens, selected), (window, window_slots.unsqueeze(1), window_lens, None)]
     out, _ = _attend(q, sets, scale, sinks, q.dtype)
     return out
@@ -162,11 +162,11 @@ def _attend(
     sinks: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Each set in splits that fill the GPU, then all of them merged."""
+    """Split each set so that the splits fill the GPU, then merge all splits and the sinks."""
     batch, heads, dim = q.shape
     q = q.contiguous()
     dim_pad = max(16, triton.next_power_of_2(dim))
-    # the accumulator of 16 heads of 512 dims takes as many registers as that of 64 heads of 128
+    # bounds the accumulator's registers: 16 heads of 512 dims take as many as 64 heads of 128
     heads_block = max(16, min(triton.next_power_of_2(heads), 8192 // dim_pad))
     block = 32 if dim_pad >= 256 else 64
     tiles, programs = triton.cdiv(heads, heads_block), 2 * tuning.multiprocessors(q.device)

@@ -1,7 +1,7 @@
 """Attention of many tokens of one sequence over its compressed entries and its sliding window: prefill of DeepSeek-V4.
 
-In PyTorch, in blocks of tokens, so that memory stays bounded. One vector per entry or token is key and value at once,
-shared by all heads. What decode steps do is in `reference_csa.py`; tests compare the two.
+In PyTorch, in blocks of tokens, so that memory stays bounded. One vector per entry or token is both key and value for
+all heads. Tests compare these functions with those of decode steps, `reference.py`.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from forecache.kernels.csa.reference import index_logits
 
 BLOCK_ELEMENTS = 1 << 24
-"""Products computed at a time: 64 MiB in float32."""
+"""Logits computed at a time: 64 MiB in float32."""
 CUDA_BLOCK_ELEMENTS = 1 << 27
 """The same on a GPU, where small blocks leave it idle: 512 MiB."""
 MAX_BLOCK_TOKENS = 128
@@ -23,9 +23,9 @@ def score_entries_of_one(q: Tensor, weights: Tensor, keys: Tensor, lens: Tensor)
 
     Args:
         q: ``[tokens, index_heads, index_dim]``.
-        weights: float32 ``[tokens, index_heads]``, with the constant factors in them.
+        weights: float32 ``[tokens, index_heads]``, already multiplied by the constant factors.
         keys: ``[entries, index_dim]``.
-        lens: integer ``[tokens]``, how many entries, from the first, each token may see.
+        lens: integer ``[tokens]``, each token sees so many entries, from the first.
 
     Returns:
         float32 ``[tokens, entries]``, -inf for entries that a token may not see.
@@ -56,12 +56,13 @@ def attend_prefill(
 
     Args:
         q: ``[tokens, heads, dim]``.
-        window: ``[past + tokens, dim]``, K/V of the tokens themselves behind those of what came before.
-        window_tokens: how many tokens, itself included, a token sees of the window.
-        sinks: ``[heads]``, a logit per head whose value is zero.
+        window: ``[past + tokens, dim]``, K/V of earlier tokens, then of the tokens themselves.
+        window_tokens: tokens of the window that a token sees, including itself.
+        sinks: ``[heads]``, one logit per head, whose value vector is zero.
         entries: ``[entries, dim]``.
-        lens: integer ``[tokens]``: all of so many entries, from the first; or
-        selected: int32 ``[tokens, k]``: these, -1 being none.
+        lens: integer ``[tokens]``: each token attends to so many entries, from the first.
+        selected: int32 ``[tokens, k]``: each token attends to these entries; -1 is no entry. Exactly one of ``lens``
+            and ``selected`` is given with ``entries``.
 
     Returns:
         ``[tokens, heads, dim]`` like ``q``.
@@ -69,7 +70,7 @@ def attend_prefill(
     tokens, heads, dim = q.shape
     past = len(window) - tokens
     assert past >= 0, f"{len(window)} window rows for {tokens} tokens"
-    assert entries is None or (lens is None) != (selected is None), "entries up to a length, or selected ones"
+    assert entries is None or (lens is None) != (selected is None), "with entries, give either lens or selected"
     out = torch.empty_like(q)
     far = 0 if entries is None or not len(entries) else len(entries) if selected is None else selected.shape[1]
     gathered = 0 if selected is None else dim

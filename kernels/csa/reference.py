@@ -1,14 +1,12 @@
-"""Compressed Sparse Attention at decode in plain PyTorch: the CPU backend, and what its Triton kernels are tested with.
+"""Compressed Sparse Attention at decode in plain PyTorch: the CPU backend, and the reference for the Triton kernels.
 
-DeepSeek-V4's Lightning Indexer scores the compressed entries of a sequence, keeps the best, and its attention reads
-those and a sliding window: one vector per entry or token, key and value at once, shared by all heads.
+DeepSeek-V4's Lightning Indexer scores the compressed entries of a sequence and selects the best. Attention reads those
+and a sliding window. An entry, or a token of the window, is one vector that is both key and value for all heads.
 
-``entries`` is one layer of a field of the hot pool, ``[slots, chunk_entries, dim]`` with any slot stride: of the
-compressed entries, of their index keys, or the windows of all sequences, one slot each. ``block_table``: integer
-``[batch, max_chunks]`` of slots, and ``lens``: integer ``[batch]``, entries of each sequence: the first
-``ceil(len / chunk_entries)`` slots of its row, all full but the last, which holds the remainder. Entry ``i`` of a
-sequence lies in slot ``block_table[b, i // chunk_entries]`` at ``i % chunk_entries``. What lies past a sequence's end
-is never read, whatever it is.
+``entries`` is one layer of a field of the hot pool, ``[slots, chunk_entries, dim]`` with any slot stride: compressed
+entries, index keys, or the windows of all sequences, one slot each. ``block_table``: integer ``[batch, max_chunks]`` of
+slots. ``lens``: integer ``[batch]``, entries of each sequence. Entry ``i`` of sequence ``b`` is at position ``i %
+chunk_entries`` of slot ``block_table[b, i // chunk_entries]``. Memory past a sequence's end does not affect results.
 """
 
 import math
@@ -24,8 +22,7 @@ def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor,
 
     Args:
         q: ``[batch, index_heads, index_dim]``.
-        weights: float32 ``[batch, index_heads]``, with the constant factors
-            ``index_dim^-½ · index_heads^-½`` in them.
+        weights: float32 ``[batch, index_heads]``, already multiplied by ``index_dim^-½ · index_heads^-½``.
         keys: ``[slots, chunk_entries, index_dim]``, the index keys of one layer.
 
     Returns:
@@ -52,17 +49,17 @@ def index_logits(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 def top_entries(scores: Tensor, k: int) -> Tensor:
     """The ``k`` best entries of each row, int32 ``[batch, k]``, ascending; -1 where a row has fewer.
 
-    Of equal scores the lower entry is taken, so the set is a function of the scores alone; -0.0 equals 0.0. Entries
-    with -inf are never taken.
+    Of equal scores (-0.0 equals 0.0) the entry with the lower number is taken, so that the result is deterministic.
+    Entries with -inf are never taken.
     """
     assert scores.dim() == 2 and k > 0
     batch, entries = scores.shape
     found = torch.full((batch, k), -1, dtype=torch.int32, device=scores.device)
     taken = min(k, entries)
-    # a stable sort keeps equal scores in their order, which topk does not promise
+    # a stable sort keeps the order of equal scores, which topk does not guarantee
     order = (scores + 0.0).sort(dim=1, descending=True, stable=True).indices[:, :taken]
     valid = scores.gather(1, order) > -math.inf
-    # those that are none behind all others
+    # invalid places are sorted behind all others
     ascending = order.masked_fill(~valid, entries).sort(1).values
     found[:, :taken] = ascending.masked_fill(ascending == entries, -1).int()
     return found
@@ -71,14 +68,14 @@ def top_entries(scores: Tensor, k: int) -> Tensor:
 def attend_entries(
     q: Tensor, entries: Tensor, block_table: Tensor, lens: Tensor, scale: float, *, selected: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one token per sequence over entries that are key and value at once, without sinks.
+    """Attention of one token per sequence over entries that are both key and value, without sinks.
 
     Args:
         q: ``[batch, heads, dim]``.
         entries: ``[slots, chunk_entries, dim]``.
         scale: factor of the logits.
-        selected: int32 ``[batch, k]`` as of :func:`top_entries`: only these entries; -1 is none, anywhere in the row.
-            None: all of ``lens``.
+        selected: int32 ``[batch, k]``, from :func:`top_entries`: attend to these entries only; -1, anywhere in the
+            row, is no entry. None: attend to all entries.
 
     Returns:
         out float32 ``[batch, heads, dim]`` and lse float32 ``[batch, heads]``, the log of the sum of exp(logits). A
@@ -102,11 +99,11 @@ def attend_entries(
 
 
 def merge_with_sinks(parts: list[tuple[Tensor, Tensor]], sinks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention over the union of disjoint sets and the sinks, from that over each set.
+    """Attention over the union of disjoint sets and the sinks, from the attention over each set.
 
     Args:
         parts: (out ``[batch, heads, dim]``, lse ``[batch, heads]``) of each.
-        sinks: ``[heads]``, a logit per head whose value is zero: it only takes mass.
+        sinks: ``[heads]``, one logit per head. A sink's value vector is zero, so it only takes attention mass.
 
     Returns:
         ``[batch, heads, dim]`` of ``dtype``.
@@ -134,11 +131,11 @@ def csa_decode(
     """Attention over selected compressed entries, the sliding window and the sinks; ``[batch, heads, dim]`` like ``q``.
 
     Args:
-        q, entries, block_table, lens, scale, selected: as in :func:`attend_entries`. Without ``selected`` all entries
-            (Heavily Compressed Attention).
-        window: ``[window slots, window_tokens, dim]``, one slot per sequence, in any order (a ring): K/V carry their
-            positions.
-        window_slots, window_lens: integer ``[batch]``, the slot of each sequence and its tokens, the new one too.
+        q, entries, block_table, lens, scale, selected: as in :func:`attend_entries`. Without ``selected`` the token
+            attends to all entries (Heavily Compressed Attention).
+        window: ``[window slots, window_tokens, dim]``, one slot per sequence, a ring buffer. The order of its tokens
+            does not matter, because RoPE is already applied.
+        window_slots, window_lens: integer ``[batch]``, the slot of each sequence, and its tokens including the new one.
         sinks: ``[heads]``.
     """
     near = attend_entries(q, window, window_slots.unsqueeze(1), window_lens, scale)
@@ -151,6 +148,6 @@ def _work_dtype(q: Tensor) -> torch.dtype:
 
 
 def _held(entries: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
-    """Which places of the tables are entries, bool ``[batch, max_chunks · chunk_entries]``."""
+    """Which places of the block tables hold entries, bool ``[batch, max_chunks · chunk_entries]``."""
     places = torch.arange(block_table.shape[1] * entries.shape[1], device=lens.device)
     return places < lens.unsqueeze(1)

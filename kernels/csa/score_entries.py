@@ -1,4 +1,4 @@
-"""Index scores of resident entries in Triton: one read of their keys for all heads. The same: `reference_csa`."""
+"""Index scores of resident entries, in Triton: one read of a key serves all heads. In PyTorch: `reference`."""
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -54,7 +54,7 @@ def _score_kernel(
             p_q = q + i_seq * (HEADS * DIM) + o_head[:, None] * DIM + o_dim[None, :]
             b_q = tl.load(p_q, mask=m_head[:, None] & (o_dim < DIM)[None, :], other=0.0)
             b_w = tl.load(weights + i_seq * HEADS + o_head, mask=m_head, other=0.0)
-            # weights may be negative: rectified before they are weighted
+            # weights may be negative, so products are rectified before they are weighted
             b_products = tl.maximum(tl.dot(b_q, b_keys.to(b_q.dtype), input_precision="ieee"), 0.0)
             b_sum += tl.sum(b_products * b_w[:, None], 0)
         b_scores = tl.where(m_entry, b_sum, b_scores)
@@ -62,7 +62,7 @@ def _score_kernel(
 
 
 def score_entries(q: Tensor, weights: Tensor, keys: Tensor, block_table: Tensor, lens: Tensor) -> Tensor:
-    """See `reference_csa.score_entries`."""
+    """See `reference.score_entries`."""
     checks.entries(q, keys, block_table, lens)
     batch, heads, dim = q.shape
     chunk_entries, max_chunks = keys.shape[1], block_table.shape[1]

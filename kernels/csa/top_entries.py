@@ -1,7 +1,7 @@
-"""The best entries of each row in Triton, of equals the lower. The same in PyTorch: `reference_csa.top_entries`.
+"""The entries with the largest scores of each row, in Triton. In PyTorch: `reference.top_entries`.
 
-One program per row finds the k-th score by radix select, a byte at a time from the highest, in four reads of the row,
-and writes what is above it, and of what equals it the first, in a fifth: in order, without a sort.
+One program per row finds the k-th score by radix select, one byte per pass from the highest byte, in four reads of the
+row. A fifth read writes, in order and without a sort, the entries above that score and the first ones that equal it.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -18,7 +18,7 @@ _BLOCK = 4096
 
 @triton.jit
 def _ordered(b_scores):
-    """uint32 in the order of the scores, -0.0 like 0.0."""
+    """Maps scores to uint32 in the same order; -0.0 equals 0.0."""
     b_bits = tl.where(b_scores == 0, 0.0, b_scores).to(tl.int32, bitcast=True)
     b_bits = tl.where(b_bits < 0, ~b_bits, b_bits | -2147483648)
     return b_bits.to(tl.uint32, bitcast=True)
@@ -46,7 +46,7 @@ def _top_kernel(
     p_out = out + i_row * K
     tl.store(p_out + o_out, tl.full([K_PAD], -1, tl.int32), mask=(o_out >= taken) & (o_out < K))
     if taken > 0:
-        # what the k-th score begins with, and how many are still to be found among those that begin so
+        # the leading bytes of the k-th score, and how many entries with these bytes are still to be taken
         prefix = tl.zeros([1], tl.uint32)
         wanted = taken
         for i_byte in tl.static_range(4):
@@ -81,7 +81,7 @@ def _top_kernel(
 
 
 def top_entries(scores: Tensor, k: int) -> Tensor:
-    """See `reference_csa.top_entries`."""
+    """See `reference.top_entries`."""
     assert scores.dim() == 2 and scores.dtype == torch.float32 and scores.stride(1) == 1 and k > 0
     rows, entries = scores.shape
     out = torch.empty((rows, k), dtype=torch.int32, device=scores.device)

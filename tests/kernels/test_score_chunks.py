@@ -145,7 +145,7 @@ def test_a_chunk_of_more_than_one_tile_goes_to_no_columns(device: torch.device) 
     slots = torch.zeros(1, dtype=torch.int64, device=device)
     into = Columns(torch.zeros(2, 1, device=device), slots, torch.tensor([0, 1], device=device))
     assert fits_columns(64, 256) and fits_columns(1, 12) and not fits_columns(160, 128) and not fits_columns(129, 65)
-    with pytest.raises(AssertionError, match="more than one tile"):
+    with pytest.raises(AssertionError, match="exceed one tile"):
         score_chunks.score_chunks(records, slots, queries, starts, **case.options, into=into)
 
 

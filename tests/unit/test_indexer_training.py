@@ -340,7 +340,7 @@ def test_checkpoints_tell_their_model_and_are_not_mixed_up(recording: Path, trai
     changed = bytearray(trained.read_bytes())
     changed[-1] ^= 1
     copy.write_bytes(changed)
-    with pytest.raises(CheckpointError, match="do not belong together"):
+    with pytest.raises(CheckpointError, match="does not belong to its manifest"):
         load_checkpoint(copy)
     other = described.model_copy(update=another | {"documents": 6})
     (tmp_path / "other").mkdir()
@@ -355,7 +355,7 @@ def test_damaged_or_missing_recordings_are_named(recording: Path, tmp_path: Path
     with pytest.raises(ShardError, match="holds no recorded data"):
         Recording(tmp_path)
     manifest(8).save(tmp_path)
-    with pytest.raises(ShardError, match="no shard yet"):
+    with pytest.raises(ShardError, match="but no shard"):
         Recording(tmp_path)
     shard_path(tmp_path, 0).write_bytes(b"\x00" * 40)
     with pytest.raises(ShardError, match="damaged"):

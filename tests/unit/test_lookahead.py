@@ -267,7 +267,9 @@ def test_requests_that_wait_are_answered_together_as_they_would_be_alone() -> No
     for position, answer in zip([*positions, 64], [*answers, late], strict=True):
         scores = torch.from_numpy(answer.result(60).scores)
         torch.testing.assert_close(scores, as_trained(position), atol=2e-4, rtol=2e-4)
-    for answer, reason in zip(wrong, ["go together", "2 chunks at position 30", "queries have shape"], strict=True):
+    for answer, reason in zip(
+        wrong, ["whether the indexer is trained", "2 chunks at position 30", "queries have shape"], strict=True
+    ):
         with pytest.raises(ValueError, match=reason):
             answer.result(60)
     assert passes == [8]
@@ -290,11 +292,11 @@ def test_what_waits_when_an_indexer_closes_is_withdrawn() -> None:
 @both
 def test_requests_for_another_indexer_are_refused(make: Make) -> None:
     free = LocalIndexer(SCORER.own, 1, lambda _path: Table())
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="whether the indexer is trained"):
         free.predict(request_at(20)).result(60)
     free.close()
     indexer = make(Table())
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="whether the indexer is trained"):
         indexer.predict(replace(request_at(20), state=None)).result(60)
     indexer.predict(request_at(20)).result(60)
     indexer.close()

@@ -343,7 +343,7 @@ def test_the_package_s_own_is_found(
     broken = packaged / checkpoint.name
     broken.write_bytes(broken.read_bytes()[:-1] + b"\x01")
     assert name_with(IndexerConfig()) == "bounds"
-    assert "do not belong together" in caplog.text
+    assert "does not belong to its manifest" in caplog.text
     manifest = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
     assert manifest["digest"] == load_checkpoint(checkpoint)[1].digest
 
