@@ -120,12 +120,9 @@ class MemoryIndexer(nn.Module):
 
 def decode_records(spec: IndexSpec, records: Tensor) -> Tensor:
     """Keys of index records: uint8 [chunks, record bytes] → float32 [KV heads, chunks · chunk_tokens, head_dim]."""
-    chunks = len(records)
-    keys = records[:, : spec.key_nbytes].view(spec.dtype).view(chunks, len(spec.kv_heads), -1, spec.head_dim).float()
-    if spec.scale_nbytes:
-        end = spec.key_nbytes + spec.scale_nbytes
-        scales = records[:, spec.key_nbytes : end].contiguous().view(torch.float16).view(chunks, len(spec.kv_heads), -1)
-        keys = keys * scales.float().unsqueeze(3)
+    keys, scales = spec.stored_keys(records).float(), spec.stored_scales(records)
+    if scales is not None:
+        keys = keys * scales.unsqueeze(3)
     return keys.transpose(0, 1).flatten(1, 2)
 
 

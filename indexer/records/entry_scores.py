@@ -54,17 +54,13 @@ def entry_logits(
     for start in range(0, chunks, block):
         part = slice(start, start + block)
         rows = records[part] if slots is None else records.index_select(0, slots[part])
-        stored = rows[:, : spec.key_nbytes].view(spec.dtype).view(len(rows), len(spec.kv_heads), entries, spec.head_dim)
-        scales = None
-        if spec.scale_nbytes:
-            end = spec.key_nbytes + spec.scale_nbytes
-            scales = rows[:, spec.key_nbytes : end].view(torch.float16).view(len(rows), len(spec.kv_heads), entries)
+        stored, scales = spec.stored_keys(rows), spec.stored_scales(rows)
         for layer, members in enumerate(spec.queries_of_kv):
             own = list(members)
             keys = stored[:, layer].float().flatten(0, 1)
             logit = largest_logits(by_step[:, own], weights_of[:, own], keys).view(len(rows), entries)
             if scales is not None:
-                logit = logit * scales[:, layer].float()  # relu(scale · x) = scale · relu(x) for scale ≥ 0
+                logit = logit * scales[:, layer]  # relu(scale · x) = scale · relu(x) for scale ≥ 0
             logits[:, part] = torch.maximum(logits[:, part], logit.T)
     return logits
 

@@ -144,6 +144,21 @@ class IndexSpec:
         """Bytes of one chunk's record, a multiple of 64: keys, then scales, then padding."""
         return -(-(self.key_nbytes + self.scale_nbytes) // RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
 
+    def stored_keys(self, records: torch.Tensor) -> torch.Tensor:
+        """Keys in ``records``, uint8 [chunks, nbytes], without their scales.
+
+        A view [chunks, kv_heads, chunk_tokens (for "bounds": 2), head_dim] of :attr:`dtype`.
+        """
+        keys = records[:, : self.key_nbytes].view(self.dtype)
+        return keys.view(len(records), len(self.kv_heads), -1, self.head_dim)
+
+    def stored_scales(self, records: torch.Tensor) -> torch.Tensor | None:
+        """Scales in ``records``: float32 [chunks, kv_heads, chunk_tokens]; None if keys are floating point."""
+        if not self.scale_nbytes:
+            return None
+        scales = records[:, self.key_nbytes : self.key_nbytes + self.scale_nbytes].contiguous().view(torch.float16)
+        return scales.view(len(records), len(self.kv_heads), -1).float()
+
     @cached_property
     def queries_of_kv(self) -> tuple[tuple[int, ...], ...]:
         """For each KV head, the indices of the query heads that read it."""

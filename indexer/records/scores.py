@@ -83,16 +83,12 @@ def _check_queries(spec: IndexSpec, queries: torch.Tensor) -> None:
 def _block_lse(spec: IndexSpec, rows: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Log-sum-exp of the scaled logits in each chunk of ``rows``: float32 [query_heads, chunks]."""
     chunks = len(rows)
-    keys = rows[:, : spec.key_nbytes].view(spec.dtype).view(chunks, len(spec.kv_heads), -1, spec.head_dim)
+    keys, scales = spec.stored_keys(rows), spec.stored_scales(rows)
     scaled = queries * spec.scale
     if spec.kind == "bounds":
         # one product with [min, max]: a negative component of q multiplies the minimum, a positive one the maximum
         scaled = torch.cat([scaled.clamp(max=0), scaled.clamp(min=0)], 1)
         keys = keys.flatten(2).unsqueeze(2)
-    scales = None
-    if spec.scale_nbytes:
-        end = spec.key_nbytes + spec.scale_nbytes
-        scales = rows[:, spec.key_nbytes : end].view(torch.float16).view(chunks, len(spec.kv_heads), -1).float()
     lse = queries.new_empty(len(spec.query_heads), chunks)
     for kv, members in enumerate(spec.queries_of_kv):
         group = list(members)

@@ -112,12 +112,12 @@ class ShardManifest(RecordingManifest):
 
     @property
     def retrieval_numbers(self) -> tuple[int, ...]:
-        """The retrieval heads as events number them: layer · heads + head."""
+        """Numbers of the retrieval heads in events: layer · heads + head."""
         return self.query_numbers[: self.retrieval_heads]
 
     @property
     def query_numbers(self) -> tuple[int, ...]:
-        """All query heads as events number them."""
+        """Numbers of all query heads in events."""
         return tuple(layer * self.attention_heads + head for layer, head in self.query_heads)
 
     @property

@@ -160,7 +160,7 @@ class CudaIndexer:
     def _predict(self, request: PredictRequest) -> Prediction:
         slots, generations = request.index_slots, request.generations
         expected = (len(self._spec.query_heads), self._spec.head_dim)
-        # those for entries are of several steps, which entry_logits checks
+        # queries for entries cover several steps; entry_logits checks their shape
         if self._spec.kind != "entries" and request.queries.shape != expected:
             raise ValueError(f"queries have shape {request.queries.shape}, not {expected}")
         check_state(request, self._lookahead)
@@ -181,7 +181,9 @@ class CudaIndexer:
                 found = self._score(request, read, lse, local_lse)
             # check after reading: slots may have been reused meanwhile
             sound = np.ones(len(read), dtype=np.bool_)
-            sound[: len(known)] = unchanged(self._arena, request, known)  # verified when they came to the GPU
+            sound[: len(known)] = unchanged(
+                self._arena, request, known
+            )  # their checksums were verified when they were cached
             sound[len(known) : len(chunks)] = verified(self._arena, request, new)
             kept = sound[len(known) : len(chunks)] & (copy_rows >= 0)
             self._cache.keep(copy_rows[kept], slots[new[kept]], generations[new[kept]])

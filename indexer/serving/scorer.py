@@ -183,7 +183,9 @@ def where_records_are(request: PredictRequest) -> tuple[npt.NDArray[np.int64], n
     """
     asked, local = np.flatnonzero(request.index_slots >= 0), np.flatnonzero(request.index_slots < 0)
     if len(local) != len(request.local_records):
-        raise ValueError(f"{len(local)} chunks have no slot, but the request has {len(request.local_records)} records")
+        raise ValueError(
+            f"{len(local)} chunks have no slot, but {len(request.local_records)} records are in the request"
+        )
     return asked, local
 
 

@@ -215,7 +215,7 @@ class StaticPredictions:
                 self._answer(size)
             stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # other threads may use the GPU meanwhile
+            # thread_local: other threads may use the GPU during the capture
             with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 lse = self._answer(size)
             self._graphs[size] = _Graph(graph, lse)

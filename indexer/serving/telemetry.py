@@ -1,6 +1,7 @@
 """Interface of a process's `/metrics`, logs and traces.
 
-`cluster/observe/telemetry.py` implements it. Workers, tiers and indexers may not import that file: they get it pickled.
+`cluster/observe/telemetry.py` implements it. Workers, tiers and indexers may not import that file, so they
+receive its objects by pickle.
 """
 
 from collections.abc import Callable

@@ -34,7 +34,7 @@ class WindowLabels:
     """Labels of R predictions over all chunks of a document.
 
     ``candidates``: bool [R, chunks]; ``golden``: bool [R, chunks], candidates only; ``event_mass``: float32 [R,
-    chunks], the sum of the events' shares on candidates; ``heads``: float32 [R, chunks], how many different heads had
+    chunks], the sum of the events' shares on candidates; ``heads``: float32 [R, chunks], number of different heads with
     an event there; ``steps``: int64 [R], recorded steps of each window.
     """
 
@@ -46,7 +46,7 @@ class WindowLabels:
 
 
 def complete_chunks(positions: Tensor, chunk_tokens: int) -> Tensor:
-    """Chunks that are complete once the tokens at ``positions`` have been read."""
+    """Number of chunks that are complete after the tokens at ``positions``: int64 like ``positions``."""
     return (positions + 1) // chunk_tokens
 
 

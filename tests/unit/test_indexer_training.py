@@ -300,7 +300,7 @@ def test_a_stopped_training_ends_like_one_that_was_not(recording: Path, trained:
     with pytest.raises(ShardError, match="other settings or data"):
         train(changed, out, config=CONFIG, shape=SHAPE, rule=RULE, device="cpu")
     out.unlink()
-    with pytest.raises(ShardError, match="is gone"):
+    with pytest.raises(ShardError, match="is missing"):
         train(recording, out, config=CONFIG, shape=SHAPE, rule=RULE, device="cpu")
 
 
