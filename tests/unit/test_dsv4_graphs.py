@@ -13,6 +13,7 @@ from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
 from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
 from forecache.workers.models.step.in_flight_step import RunningStep
+from forecache.workers.models.step.runner import Forward
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS, CHUNKS = 4, 12
@@ -85,7 +86,8 @@ class Compared:
             with torch.inference_mode():
                 batch, _ = runner._lay_out(plan, lambda: False)
                 eager = run_model(runner._model, batch)
-                asked = [runner._capture(request) for request in plan.captures]
+                computed = Forward(list(plan.decode), eager, batch.non_finite)
+                asked = [runner._captured(request, computed) for request in plan.captures]
         step: RunningStep = self._launch(plan, *args)
         if eager is not None:
             self.errors += ((step.logits - eager).abs().amax(1) / eager.abs().amax(1)).tolist()

@@ -7,7 +7,7 @@ is drawn from the logits stays outside.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from forecache.workers.models.deepseek_v4.layout import FixedRow
 from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES
 from forecache.workers.models.deepseek_v4.step import Places, V4Batch, V4Rows
-from forecache.workers.models.step.graphs import WARM_UPS
+from forecache.workers.models.step.graphs import HostInputs, StepGraphs, input_tokens
 from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 logger = logging.getLogger(__name__)
@@ -25,23 +25,15 @@ TOKEN, SOURCE, POSITION, LINE, SLOT, PAGE, ENTRIES, HISTORY = range(8)
 """Rows of the input buffer."""
 
 
-@dataclass(frozen=True)
-class _Graph:
-    """``logits``, ``non_finite``: of its last replay; ``pages`` is where the HCA entries lay when it was captured."""
-
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
-    non_finite: Tensor
-    pages: Tensor
-
-
-class FixedSteps:
+class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
     """Decode steps of ``model``, tables up to ``max_chunks`` wide and contexts up to ``max_tokens``: on CUDA as graphs,
     elsewhere eagerly over the same fixed shapes. ``buckets``: the numbers of rows that there are steps for, ascending.
 
     ``empty``: a step without rows, which says where pool and states lie. ``last_tokens``: int64 [at least the largest
     batch], the tokens of the step before. ``histories``: where hidden states are kept for the indexer.
     """
+
+    capture_error_mode = "thread_local"  # other threads copy chunks meanwhile
 
     def __init__(
         self,
@@ -55,24 +47,17 @@ class FixedSteps:
         max_chunks: int,
         max_tokens: int,
     ) -> None:
+        shape = empty.states.shape
+        self._max_chunks = max_chunks
+        self._max_pages = -(-max_tokens // (shape.hca_rate * PAGE_ENTRIES)) + 1
+        super().__init__(buckets, HISTORY + 1, [max_chunks, self._max_pages], last_tokens.device)
         self._model, self._empty, self._histories = model, empty, histories
         self._chunk_tokens = chunk_tokens
         self._last_tokens = last_tokens
-        self._buckets = buckets
-        shape, device = empty.states.shape, last_tokens.device
-        self._max_chunks = max_chunks
-        self._max_pages = -(-max_tokens // (shape.hca_rate * PAGE_ENTRIES)) + 1
-        self._captures = device.type == "cuda"
-        largest = self._buckets[-1]
-        # two host copies in turn: while one is on its way to the device, the next step fills the other
-        self._host = [_HostInputs(largest, max_chunks, self._max_pages, pinned=self._captures) for _ in range(2)]
-        self._turn = 0
-        self._inputs = torch.zeros(HISTORY + 1, largest, dtype=torch.int64, device=device)
+        self._pages = empty.states.pages
+        """Where the HCA entries lay when the graphs were captured."""
         self._inputs[SOURCE] = -1
-        self._table = torch.zeros(largest, max_chunks, dtype=torch.int32, device=device)
-        self._hca_table = torch.zeros(largest, self._max_pages, dtype=torch.int32, device=device)
-        self._graphs: dict[int, _Graph] = {}
-        self.non_finite = torch.zeros(largest, dtype=torch.uint8, device=device)
+        self.non_finite = torch.zeros(buckets[-1], dtype=torch.uint8, device=last_tokens.device)
         """Of the last run, as in :class:`.dsv4_step.V4Batch`."""
         self._refused = False
         if self._captures:
@@ -92,35 +77,40 @@ class FixedSteps:
             return None
         if any(len(row.table) > self._max_chunks or len(row.pages) > self._max_pages for row in rows):
             return None
-        bucket = self._bucket(len(rows))
-        host, self._turn = self._host[self._turn], 1 - self._turn
-        host.fill(rows, bucket)
+        bucket, host = self._bucket(len(rows)), self._next_host()
+        self._fill(host, rows, bucket)
         self._inputs.copy_(host.inputs, non_blocking=True)
-        self._table[:bucket].copy_(host.table[:bucket], non_blocking=True)
-        self._hca_table[:bucket].copy_(host.hca_table[:bucket], non_blocking=True)
-        if not self._captures:
-            logits, self.non_finite = self._forward(bucket)
-            return logits[: len(rows)]
-        if not self._ready(bucket):
+        for table, host_table in zip(self._tables, host.tables, strict=True):
+            table[:bucket].copy_(host_table[:bucket], non_blocking=True)
+        if self._captures and not self._ready(bucket):
             return None
-        found = self._graphs[bucket]
-        found.graph.replay()
-        self.non_finite = found.non_finite
-        return found.logits[: len(rows)]
+        logits, self.non_finite = self._run(bucket)
+        return logits[: len(rows)]
 
-    def _bucket(self, count: int) -> int:
-        return next(size for size in self._buckets if size >= count)
+    def _fill(self, host: HostInputs, rows: Sequence[FixedRow], bucket: int) -> None:
+        """Rows that are missing in ``bucket`` repeat the first."""
+        rows = [*rows, *[rows[0]] * (bucket - len(rows))]
+        values = [
+            (row.token, row.source, row.position, row.line, row.slot, row.page, row.entries, row.history)
+            for row in rows
+        ]
+        host.inputs.numpy()[:, :bucket] = list(zip(*values, strict=True))
+        table, hca_table = (one.numpy() for one in host.tables)
+        for number, row in enumerate(rows):
+            table[number, : len(row.table)] = row.table
+            hca_table[number, : len(row.pages)] = row.pages
 
     def _ready(self, bucket: int) -> bool:
         """Whether there is a graph for ``bucket`` now: captured, or captured anew as the pages have moved since. False
         for good where that failed once, which is said. What the inputs ask for is computed on the way."""
         pages = self._empty.states.pages
-        if any(graph.pages is not pages for graph in self._graphs.values()):
-            self._graphs.clear()  # they would keep the old pages, and all move at once
+        if self._pages is not pages:
+            self._graphs.clear()  # they would read the old pages, and all move at once
+            self._pages = pages
         if bucket in self._graphs:
             return True
         try:
-            self._graphs[bucket] = self._capture(bucket)
+            self._capture(bucket)
         except RuntimeError as error:
             self._refused = True
             self._graphs.clear()
@@ -128,33 +118,14 @@ class FixedSteps:
             logger.warning("decode steps of DeepSeek-V4 run eagerly, which is slow; they can't be captured: %s", error)
         return not self._refused
 
-    def _capture(self, bucket: int) -> _Graph:
-        device = self._inputs.device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._forward(bucket)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        # largest first: the smaller graphs then fit the memory it took
-        memory = next((other.graph.pool() for other in self._graphs.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        # other threads copy chunks meanwhile
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            logits, non_finite = self._forward(bucket)
-        return _Graph(graph, logits, non_finite, self._empty.states.pages)
-
     def _forward(self, bucket: int) -> tuple[Tensor, Tensor]:
         """Logits, and what of the rows is not finite, as in :class:`.dsv4_step.V4Batch`."""
         inputs = self._inputs[:, :bucket]
-        source = inputs[SOURCE]
-        drawn = self._last_tokens[source.clamp(min=0)]
         histories = self._histories
         places = inputs[POSITION] % histories.steps
         batch = replace(
             self._empty,
-            token_ids=torch.where(source < 0, inputs[TOKEN], drawn),
+            token_ids=input_tokens(inputs[TOKEN], inputs[SOURCE], self._last_tokens),
             positions=inputs[POSITION],
             logits_rows=torch.arange(bucket, device=inputs.device),
             rows=self._rows(inputs, bucket),
@@ -177,11 +148,11 @@ class FixedSteps:
             lines=inputs[LINE],
             positions=positions,
             window_lens=(positions + 1).clamp(max=shape.window).to(torch.int32),
-            table=self._table[:bucket],
+            table=self._tables[0][:bucket],
             lens=inputs[ENTRIES].to(torch.int32),
             csa=filling(shape.csa_rate),
             hca=filling(shape.hca_rate),
-            hca_table=self._hca_table[:bucket],
+            hca_table=self._tables[1][:bucket],
             hca_lens=((positions + 1) // shape.hca_rate).to(torch.int32),
         )
 
@@ -198,25 +169,3 @@ def run_model(model: Any, batch: V4Batch) -> Tensor:
     )
     logits: Tensor = output.logits[0].float()
     return logits
-
-
-class _HostInputs:
-    """Host memory for one step's inputs, page-locked on request, filled through numpy."""
-
-    def __init__(self, rows: int, max_chunks: int, max_pages: int, *, pinned: bool) -> None:
-        self.inputs = torch.zeros(HISTORY + 1, rows, dtype=torch.int64, pin_memory=pinned)
-        self.table = torch.zeros(rows, max_chunks, dtype=torch.int32, pin_memory=pinned)
-        self.hca_table = torch.zeros(rows, max_pages, dtype=torch.int32, pin_memory=pinned)
-
-    def fill(self, rows: Sequence[FixedRow], bucket: int) -> None:
-        """Rows that are missing in ``bucket`` repeat the first."""
-        rows = [*rows, *[rows[0]] * (bucket - len(rows))]
-        values = [
-            (row.token, row.source, row.position, row.line, row.slot, row.page, row.entries, row.history)
-            for row in rows
-        ]
-        self.inputs.numpy()[:, :bucket] = list(zip(*values, strict=True))
-        table, hca_table = self.table.numpy(), self.hca_table.numpy()
-        for number, row in enumerate(rows):
-            table[number, : len(row.table)] = row.table
-            hca_table[number, : len(row.pages)] = row.pages

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from forecache.workers.core.sequence import Chunk, TokenSequence
 from forecache.workers.core.step_plan import StreamPart
@@ -16,19 +15,7 @@ from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES, Line, SequenceStates
 from forecache.workers.models.deepseek_v4.step import Places, StreamPast, V4Rows, V4Stream
 from forecache.workers.models.step.cold_reads import ColdReads
-
-
-def put(values: npt.ArrayLike, device: torch.device, dtype: npt.DTypeLike = np.int64) -> Tensor:
-    """``values`` on ``device``."""
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=dtype)).to(device, non_blocking=True)
-
-
-def padded(tables: Sequence[Sequence[int] | npt.NDArray[np.int32]], device: torch.device) -> Tensor:
-    """Rows of different lengths, behind which zeros stand: int32 [rows, at least 1]."""
-    table = np.zeros((len(tables), max(1, max(len(row) for row in tables))), dtype=np.int32)
-    for i, row in enumerate(tables):
-        table[i, : len(row)] = row
-    return put(table, device, np.int32)
+from forecache.workers.models.step.packing import padded, put
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,27 @@ from torch import Tensor
 
 from forecache.indexer.flashmemory.checkpoint import FlashMemoryIndexer
 from forecache.indexer.records.index_spec import IndexSpec, encode_chunk
-from forecache.workers.core.prompt_logprobs import score, targets_of
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture, Plan
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
-from forecache.workers.models.deepseek_v4.layout import FixedRow, StepLayout, put
+from forecache.workers.models.deepseek_v4.layout import FixedRow, StepLayout
 from forecache.workers.models.deepseek_v4.queries import RetrieverQueries
 from forecache.workers.models.deepseek_v4.shape import DeepseekV4Shape
 from forecache.workers.models.deepseek_v4.state import SequenceStates
 from forecache.workers.models.deepseek_v4.step import V4Batch, V4Stream
 from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.models.step.graphs import batch_buckets
-from forecache.workers.models.step.in_flight_step import CapturedTensors, RunningStep, Written
-from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
-from forecache.workers.models.step.sampler import sample
+from forecache.workers.models.step.in_flight_step import CapturedTensors
+from forecache.workers.models.step.packing import pack, put
+from forecache.workers.models.step.runner import Forward, Runner
 
 logger = logging.getLogger(__name__)
 
 
-class DeepseekV4Runner:
+class DeepseekV4Runner(Runner):
     """The model on its device, with the pool it writes into, the arena it may stream from and its sequences' states.
 
     ``max_rows`` sequences at most have a state at a time; a snapshot of it is kept behind every ``snapshot_tokens``
@@ -50,15 +49,14 @@ class DeepseekV4Runner:
         snapshot_tokens: int = 4096,
     ) -> None:
         shape = DeepseekV4Shape.of(backbone.config)
+        super().__init__(int(backbone.config.vocab_size), backbone.device, arena, max_rows)
         self._model = backbone.model
-        self._device = backbone.device
         self._spec = spec
         self._queries = RetrieverQueries(backbone.model, shape, spec, retriever, max_rows)
         self._target_rows = torch.tensor(self._queries.targets, device=self._device)
         self._chunk_tokens = backbone.layout.chunk_tokens
         self._snapshot_tokens = max(snapshot_tokens // self._chunk_tokens, 1) * self._chunk_tokens
         self._hot, self._cold = _views(backbone.layout, pool.memory), {}
-        self._arena = arena
         if arena is not None:
             self._cold = _views(backbone.layout, arena.chunks)
         self._states = SequenceStates(shape, max_rows, backbone.dtype, backbone.device)
@@ -66,55 +64,31 @@ class DeepseekV4Runner:
         self._fixed: FixedSteps | None = None
         self._layout = StepLayout(shape, self._states, pool, self._chunk_tokens)
         self._snapshots: dict[str, dict[int, Tensor]] = {}
-        self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
-        self._last_rows: dict[str, int] = {}
-        self._adjuster = LogitAdjuster(int(backbone.config.vocab_size), self._device)
 
     @property
     def snapshot_nbytes(self) -> int:
         """Bytes of a snapshot of one sequence's state."""
         return self._states.snapshot_nbytes
 
-    @torch.inference_mode()
-    def launch(self, plan: Plan, aborted: Callable[[], bool] = lambda: False) -> RunningStep:
-        """Run ``plan``; every chunk it writes has its slot in the sequence's ``open_slots``.
-
-        Raises :class:`.attention.StepAbortedError` when ``aborted`` turns true on the way: then no state has changed
-        that the step would not write again.
-        """
-        fixed = None if self._fixed is None else self._fixed.run(self._fixed_rows(plan))
-        streams: tuple[V4Stream, ...] = ()
-        if fixed is not None:
-            told, sampled = fixed, list(plan.decode)
+    def _forward_plan(self, plan: Plan, aborted: Callable[[], bool]) -> Forward:
+        logits = None if self._fixed is None else self._fixed.run(self._fixed_rows(plan))
+        if logits is not None:
             assert self._fixed is not None
-            non_finite = self._fixed.non_finite
-        else:
-            batch, sampled = self._lay_out(plan, aborted)
-            told, streams, non_finite = run_model(self._model, batch), batch.streams, batch.non_finite
-        scored, logits = score(plan.streams, told[len(sampled) :]), told[: len(sampled)]
-        for stream in streams:
+            self._keep_snapshots(plan, ())
+            return Forward(list(plan.decode), logits, self._fixed.non_finite)
+        batch, sampled = self._lay_out(plan, aborted)
+        logits = run_model(self._model, batch)
+        for stream in batch.streams:
             stream.past.read_to_verify(self._cold.get("hca"))
             stream.commit()
-        self._keep_snapshots(plan, streams)
-        positions = [seq.num_computed + tokens for seq, tokens in zip(sampled, _tokens(plan, sampled), strict=True)]
-        adjusted = self._adjuster.adjust(logits, sampled)
-        drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
-        self._last_tokens[: len(drawn)] = drawn
-        self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
-        tokens = self._last_tokens[: len(sampled)]
-        self._adjuster.drawn(tokens, sampled, positions)
-        captured = [self._capture(request) for request in plan.captures]
+        self._keep_snapshots(plan, batch.streams)
         probes = {
             part.sequence.request_id: stream.probe
-            for part, stream in zip(plan.streams, streams, strict=True)
+            for part, stream in zip(plan.streams, batch.streams, strict=True)
             if stream.probe is not None
         }
-        logprobs = logprobs_of(logits, tokens, sampled)
-        cold = [stream.past.reads for stream in streams]
-        return RunningStep(
-            sampled, tokens, best, logits, logprobs, scored, plan.captures, captured, probes, cold, self._arena,
-            Written.by(plan, non_finite),
-        )  # fmt: skip
+        cold = [stream.past.reads for stream in batch.streams]
+        return Forward(sampled, logits, batch.non_finite, cold=cold, probes=probes)
 
     @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
@@ -148,8 +122,7 @@ class DeepseekV4Runner:
         self._states.wipe(seq)
 
     def forget(self, seq: TokenSequence) -> None:
-        """``seq`` left, or starts over."""
-        self._adjuster.forget(seq.request_id)
+        super().forget(seq)
         self._states.forget(seq)
         self._queries.histories.forget(seq)
         self._snapshots.pop(seq.request_id, None)
@@ -180,49 +153,27 @@ class DeepseekV4Runner:
         self._snapshots[seq.request_id] = {stop: snapshot}
 
     def _lay_out(self, plan: Plan, aborted: Callable[[], bool]) -> tuple[V4Batch, list[TokenSequence]]:
-        owners = [*plan.decode, *(part.sequence for part in plan.streams)]
-        counts = [*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)]
-        tokens: list[int] = []
-        positions: list[int] = []
-        waiting: list[tuple[int, int]] = []
-        sampled, logits_rows = list(plan.decode), list(range(len(plan.decode)))
-        scored_rows: list[int] = []
-        kept: list[tuple[int, int, int]] = []
-        streams = []
         rows = self._layout.rows(plan.decode) if plan.decode else None
-        for number, (seq, count) in enumerate(zip(owners, counts, strict=True)):
-            span = range(seq.num_computed, seq.num_computed + count)
-            line, remembered = self._queries.histories.begin(seq, span.start, span.stop)
-            kept += [(len(tokens) + at - span.start, line, at) for at in remembered]
-            if number >= len(plan.decode):
-                part = plan.streams[number - len(plan.decode)]
-                probe = None
-                if part.probe and span.stop == seq.prefill_target:
-                    probe = self._queries.probe(seq, span.stop, -(-span.stop // self._chunk_tokens))
-                wanted = self._wanted(seq, span.start, span.stop)
-                streams.append(self._layout.stream(part, len(tokens), wanted, probe))
-                scored_rows += range(len(tokens), len(tokens) + len(targets_of(part)))
-                if part.draws:
-                    sampled.append(seq)
-                    logits_rows.append(len(tokens) + count - 1)
-            if span.start >= len(seq.token_ids):
-                waiting.append((len(tokens), self._last_rows[seq.request_id]))
-                tokens.append(0)
-            else:
-                tokens += seq.token_ids[span.start : span.stop]
-            positions += span
-        token_ids = put(tokens, self._device)
-        if waiting:
-            to, source = zip(*waiting, strict=True)
-            token_ids[list(to)] = self._last_tokens[list(source)]
+        packed = pack(plan, self._last_rows, self._queries.histories)
+        streams = []
+        for part, start in zip(plan.streams, packed.starts, strict=True):
+            seq, first, stop = part.sequence, part.sequence.num_computed, part.sequence.num_computed + part.tokens
+            probe = None
+            if part.probe and stop == seq.prefill_target:
+                probe = self._queries.probe(seq, stop, -(-stop // self._chunk_tokens))
+            streams.append(self._layout.stream(part, start, self._wanted(seq, first, stop), probe))
         batch = replace(
-            self._batch(token_ids, put(positions, self._device), put(logits_rows + scored_rows, self._device)),
+            self._batch(
+                packed.token_ids(self._last_tokens),
+                put(packed.positions, self._device),
+                put(packed.logits_rows + packed.scored_rows, self._device),
+            ),
             rows=rows,
             streams=tuple(streams),
-            hidden=self._queries.histories.rows(kept),
+            hidden=self._queries.histories.rows(packed.kept),
             aborted=aborted,
         )
-        return batch, sampled
+        return batch, packed.sampled
 
     def _batch(self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> V4Batch:
         """A step over these tokens, int64 each, that attends to nothing yet."""
@@ -277,7 +228,7 @@ class DeepseekV4Runner:
             if stream.kept:
                 self._snapshots[part.sequence.request_id] = stream.snapshots()
 
-    def _capture(self, request: Capture) -> CapturedTensors:
+    def _captured(self, request: Capture, forward: Forward) -> CapturedTensors:
         """What level 1 is asked with, and records."""
         records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
         if request.local_slots:
@@ -285,12 +236,6 @@ class DeepseekV4Runner:
         queries, weights = self._queries.ask(request.sequence, request.position)
         # the open chunk is always resident: no softmax needs to know of it
         return CapturedTensors(queries, torch.zeros_like(weights), records, weights=weights)
-
-
-def _tokens(plan: Plan, sequences: Sequence[TokenSequence]) -> list[int]:
-    """Of each of ``sequences``, how many tokens ``plan`` computes."""
-    counts = {part.sequence.request_id: part.tokens for part in plan.streams}
-    return [counts.get(seq.request_id, 1) for seq in sequences]
 
 
 def _views(layout: ChunkLayout, memory: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from forecache.indexer.records.index_spec import IndexSpec, encode_chunk
 from forecache.indexer.serving.lookahead import LookaheadScorer
-from forecache.workers.core.prompt_logprobs import Scored, score, targets_of
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Capture, DecodeRow, DecodeRows, Plan, StreamPart
 from forecache.workers.memory.arena.arena import Arena
@@ -29,10 +28,9 @@ from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
 from forecache.workers.models.step.architecture import Backbone
 from forecache.workers.models.step.hidden_history import NOBODYS_LINE, HiddenHistory
-from forecache.workers.models.step.in_flight_step import CapturedTensors, RunningStep, Written
-from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
-from forecache.workers.models.step.runner import Stateless
-from forecache.workers.models.step.sampler import draw_rows, sample
+from forecache.workers.models.step.in_flight_step import CapturedTensors
+from forecache.workers.models.step.packing import PackedStep, pack, padded, put
+from forecache.workers.models.step.runner import Forward, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ WARM_UP_TOKENS = (37, 101)
 """No dimension of a model: dynamo takes equal sizes for the same size, and compiles again where they part."""
 
 
-class ModelRunner(Stateless):
+class ModelRunner(Runner):
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
     ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's;
@@ -59,20 +57,16 @@ class ModelRunner(Stateless):
         lookahead: LookaheadScorer | None = None,
         remote: RemotePast | None = None,
     ) -> None:
+        super().__init__(int(backbone.config.vocab_size), backbone.device, arena, max_rows)
         self._backbone = backbone
         self._model = backbone.model
-        self._device = backbone.device
         self._pool = pool
-        self._arena = arena
         self._remote = remote
         self._hot = _store(backbone.layout, pool.memory)
         self._cold = None if arena is None else _store(cold_layout or backbone.layout, arena.chunks)
         self._spec = spec
         self._graphs: DecodeGraphs | None = None
         self._min_tokens = 1
-        self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=self._device)
-        self._last_rows: dict[str, int] = {}
-        self._adjuster = LogitAdjuster(int(backbone.config.vocab_size), self._device)
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
@@ -85,55 +79,19 @@ class ModelRunner(Stateless):
             self._histories = HiddenHistory(self._model, layers, lookahead.steps, max_rows)
         self._buffers: PieceBuffers | None = None
 
-    @torch.inference_mode()
-    def launch(self, plan: Plan, aborted: Callable[[], bool] = lambda: False) -> RunningStep:
-        """Enqueue ``plan``; every chunk it writes has its slot in the sequence's ``open_slots``.
-
-        On a GPU this returns while the step runs. Raises :class:`.attention.StepAbortedError` when ``aborted`` turns
-        true on the way.
-        """
-        rows = [self._decode_row(seq) for seq in plan.decode]
-        pasts: tuple[StreamedPast, ...] = ()
-        probes, scored = dict[str, MassProbe](), tuple[Scored, ...]()
-        if self._graphs is not None and not plan.streams and self._graphs.takes(rows):
-            replayed = self._graphs.replay(rows)
-            logits, best, queries = replayed.logits, replayed.best, replayed.queries
-            non_finite = replayed.non_finite
-            sampled = list(plan.decode)
-            adjusted = self._adjuster.adjust(logits, sampled)
-            if adjusted is not logits:
-                self._last_tokens[: len(sampled)] = adjusted.argmax(-1)
-            positions = [seq.num_computed + 1 for seq in sampled]
-            draw_rows(adjusted, [seq.sampling for seq in sampled], positions, self._last_tokens[: len(sampled)])
-        else:
-            batch, sampled, pasts, probes = self._lay_out(plan, rows, aborted)
-            logits = self._forward(batch)
-            scored, logits = score(plan.streams, logits[len(sampled) :]), logits[: len(sampled)]
-            positions = [seq.num_computed + plan.tokens_of(seq) for seq in sampled]
-            adjusted = self._adjuster.adjust(logits, sampled)
-            drawn, best = sample(adjusted, [seq.sampling for seq in sampled], positions)
-            self._last_tokens[: len(drawn)] = drawn
-            queries = {} if batch.capture is None else batch.capture.queries
-            assert batch.non_finite is not None
-            non_finite = batch.non_finite
-        self._last_rows = {seq.request_id: row for row, seq in enumerate(sampled)}
-        tokens = self._last_tokens[: len(sampled)]
-        self._adjuster.drawn(tokens, sampled, positions)
-        captured = [self._capture(request, queries) for request in plan.captures]
-        return RunningStep(
-            sampled,
-            tokens,
-            best,
-            logits,
-            logprobs_of(logits, tokens, sampled),
-            scored,
-            plan.captures,
-            captured,
-            probes,
-            [past.cold for past in pasts],
-            self._arena,
-            Written.by(plan, non_finite),
-        )
+    def _forward_plan(self, plan: Plan, aborted: Callable[[], bool]) -> Forward:
+        if self._graphs is not None and not plan.streams:
+            rows = [self._decode_row(seq) for seq in plan.decode]
+            if self._graphs.takes(rows):
+                replayed = self._graphs.replay(rows)
+                sampled = list(plan.decode)
+                return Forward(sampled, replayed.logits, replayed.non_finite, replayed.best, replayed.queries)
+        batch, packed, pasts, probes = self._lay_out(plan, aborted)
+        logits = self._forward(batch)
+        queries = {} if batch.capture is None else batch.capture.queries
+        assert batch.non_finite is not None
+        cold = [past.cold for past in pasts]
+        return Forward(packed.sampled, logits, batch.non_finite, queries=queries, cold=cold, probes=probes)
 
     @torch.inference_mode()
     def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
@@ -164,13 +122,11 @@ class ModelRunner(Stateless):
         logger.info("warmed up in %.1f s", time.perf_counter() - start)
 
     def forget(self, seq: TokenSequence) -> None:
-        """``seq`` left, or starts over: nothing more is asked of its last steps, and its weights on logits can go."""
-        self._adjuster.forget(seq.request_id)
+        super().forget(seq)
         if self._histories is not None:
             self._histories.forget(seq)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when what is kept of sequences' last steps contradicts itself."""
         if self._histories is not None:
             self._histories.check_integrity()
 
@@ -186,9 +142,9 @@ class ModelRunner(Stateless):
             return keys
         return keys.float() * self._hot.scale[slot, self._key_layers, 0, self._key_heads, None, None]
 
-    def _capture(self, request: Capture, queries: dict[int, Tensor]) -> CapturedTensors:
+    def _captured(self, request: Capture, forward: Forward) -> CapturedTensors:
         """Queries, log-sum-exp over the tail, and records; see :class:`.step.Captured`."""
-        by_layer = {layer: iter(q[request.row].unbind(0)) for layer, q in queries.items()}
+        by_layer = {layer: iter(q[request.row].unbind(0)) for layer, q in forward.queries.items()}
         mine = torch.stack([next(by_layer[layer]) for layer, _ in self._spec.query_heads])
         records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
         if request.local_slots:
@@ -230,15 +186,14 @@ class ModelRunner(Stateless):
 
     def _decode_row(self, seq: TokenSequence) -> DecodeRow:
         awaited = seq.num_computed >= len(seq.token_ids)
-        offset = seq.num_computed % seq.chunk_tokens
         table = seq.block_row()
         return DecodeRow(
             token=-1 if awaited else seq.token_ids[seq.num_computed],
             source=self._last_rows[seq.request_id] if awaited else -1,
             position=seq.num_computed,
             slot=int(table[-1]),
-            offset=offset,
-            context_len=(len(table) - 1) * seq.chunk_tokens + offset + 1,
+            offset=seq.num_computed % seq.chunk_tokens,
+            context_len=_context_len(seq, len(table)),
             table=table,
             version=(seq.holder, seq.residency.version),  # request ids come again
             line=self._line(seq),
@@ -249,47 +204,32 @@ class ModelRunner(Stateless):
         return NOBODYS_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
 
     def _lay_out(
-        self, plan: Plan, rows: list[DecodeRow], aborted: Callable[[], bool]
-    ) -> tuple[StepBatch, list[TokenSequence], tuple[StreamedPast, ...], dict[str, MassProbe]]:
-        tokens = [row.token for row in rows]
-        places = [(row.position, row.slot, row.offset) for row in rows]
-        sampled, logits_rows = list(plan.decode), list(range(len(rows)))
+        self, plan: Plan, aborted: Callable[[], bool]
+    ) -> tuple[StepBatch, PackedStep, list[StreamedPast], dict[str, MassProbe]]:
+        packed = pack(plan, self._last_rows, self._histories)
+        owners = [*((seq, 1) for seq in plan.decode), *((part.sequence, part.tokens) for part in plan.streams)]
+        places = [
+            (seq.open_slots[position // seq.chunk_tokens], position % seq.chunk_tokens)
+            for seq, count in owners
+            for position in range(seq.num_computed, seq.num_computed + count)
+        ]
         streams: list[StreamRows] = []
         pasts: list[StreamedPast] = []
         probes: dict[str, MassProbe] = {}
-        kept = [(number, row.line, row.position) for number, row in enumerate(rows)]
-        scored_rows: list[int] = []
-        for part in plan.streams:
-            seq, start = part.sequence, len(tokens)
-            span = range(seq.num_computed, seq.num_computed + part.tokens)
-            tokens += seq.token_ids[span.start : span.stop] if span.start < len(seq.token_ids) else [-1]
-            places += [(i, seq.open_slots[i // seq.chunk_tokens], i % seq.chunk_tokens) for i in span]
-            if self._histories is not None:
-                line, positions_kept = self._histories.begin(seq, span.start, span.stop)
-                kept += [(start + i - span.start, line, i) for i in positions_kept]
-            if part.draws:
-                sampled.append(seq)
-                logits_rows.append(len(tokens) - 1)
-            scored_rows += range(start, start + len(targets_of(part)))
+        for part, start in zip(plan.streams, packed.starts, strict=True):
             if part.probe:
-                probes[seq.request_id] = self._probe(part)
-            streams.append(self._stream_rows(part, start, probes.get(seq.request_id)))
+                probes[part.sequence.request_id] = self._probe(part)
+            streams.append(self._stream_rows(part, start, probes.get(part.sequence.request_id)))
             pasts.append(
-                StreamedPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._remote)
+                StreamedPast.of(
+                    part.sequence, self._pool, self._arena, self._hot, self._cold, self._device, self._remote
+                )
             )
-        padding = max(self._min_tokens - len(tokens), 0)
-        tokens += [0] * padding
-        places += [(0, -1, 0)] * padding
-        positions, slots, offsets = self._put(np.array(places).T)
-        token_ids = self._put(np.array(tokens))
-        waiting = [i for i, token in enumerate(tokens) if token < 0]
-        if waiting:
-            owners = [*plan.decode, *(part.sequence for part in plan.streams)]
-            sources = [self._last_rows[owners[i].request_id] for i in waiting]
-            token_ids[waiting] = self._last_tokens[sources]
+        padding = max(self._min_tokens - len(packed.tokens), 0)
+        slots, offsets = put(np.array([*places, *[(-1, 0)] * padding]).T, self._device)
         capture = None
         if plan.captures:
-            capture = QueryCapture(torch.arange(len(rows), device=self._device), self._query_heads)
+            capture = QueryCapture(torch.arange(len(plan.decode), device=self._device), self._query_heads)
         past = None
         if streams:
             if self._device.type == "cuda" and self._buffers is None:
@@ -298,21 +238,21 @@ class ModelRunner(Stateless):
             segments = [past.segments for past in pasts]
             past = PastReader(segments, self._backbone.geometry.layers, self._backbone.dtype, self._buffers)
         batch = StepBatch(
-            token_ids=token_ids,
-            positions=positions,
+            token_ids=packed.token_ids(self._last_tokens, padding=padding),
+            positions=put([*packed.positions, *[0] * padding], self._device),
             slots=slots,
             offsets=offsets,
-            logits_rows=self._put(np.array(logits_rows + scored_rows, dtype=np.int64)),
+            logits_rows=put(packed.logits_rows + packed.scored_rows, self._device),
             pool=self._hot,
-            decode=self._table_of(rows) if rows else None,
+            decode=self._decode_rows(plan.decode) if plan.decode else None,
             streams=tuple(streams),
             past=past,
             capture=capture,
-            hidden=None if self._histories is None else self._histories.rows(kept),
-            non_finite=torch.zeros(len(tokens), dtype=torch.uint8, device=self._device),
+            hidden=None if self._histories is None else self._histories.rows(packed.kept),
+            non_finite=torch.zeros(len(packed.tokens) + padding, dtype=torch.uint8, device=self._device),
             aborted=aborted,
         )
-        return batch, sampled, tuple(pasts), probes
+        return batch, packed, pasts, probes
 
     def _padding(self, tokens: int) -> StepBatch:
         """A batch that computes and keeps nothing."""
@@ -320,25 +260,26 @@ class ModelRunner(Stateless):
         table = DecodeRows(torch.zeros(tokens, 1, dtype=torch.int32, device=self._device), zeros.to(torch.int32))
         return StepBatch(zeros, zeros, zeros - 1, zeros, zeros[:1], self._hot, table)
 
-    def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
-
-    def _table_of(self, rows: Sequence[DecodeRow]) -> DecodeRows:
-        table = np.zeros((len(rows), max(len(row.table) for row in rows)), dtype=np.int32)
-        for i, row in enumerate(rows):
-            table[i, : len(row.table)] = row.table
-        return DecodeRows(self._put(table), self._put(np.array([row.context_len for row in rows], dtype=np.int32)))
+    def _decode_rows(self, sequences: Sequence[TokenSequence]) -> DecodeRows:
+        tables = [seq.block_row() for seq in sequences]
+        lens = [_context_len(seq, len(table)) for seq, table in zip(sequences, tables, strict=True)]
+        return DecodeRows(padded(tables, self._device), put(lens, self._device, np.int32))
 
     def _stream_rows(self, part: StreamPart, start: int, probe: MassProbe | None) -> StreamRows:
         seq = part.sequence
         slots = [seq.open_slots[len(seq.chunks)]] if seq.tail_tokens else []
-        open_slot = self._put(np.array(slots, dtype=np.int64))
+        open_slot = put(slots, self._device)
         return StreamRows(start, start + part.tokens, open_slot, seq.tail_tokens, len(seq.chunks), probe)
 
     def _probe(self, part: StreamPart) -> MassProbe:
         seq = part.sequence
         chunks = -(-(seq.num_computed + part.tokens) // seq.chunk_tokens)
         return MassProbe(self._query_heads, part.probe, chunks, seq.chunk_tokens, self._backbone.geometry.scale)
+
+
+def _context_len(seq: TokenSequence, table: int) -> int:
+    """Tokens that a decode row of ``seq`` reads in ``table`` slots, its new one, in the last of them, included."""
+    return (table - 1) * seq.chunk_tokens + seq.num_computed % seq.chunk_tokens + 1
 
 
 def _store(layout: ChunkLayout, memory: Tensor) -> Store:

@@ -1,9 +1,107 @@
-"""Decode steps as CUDA graphs: what all architectures share of their capture."""
+"""Decode steps of fixed shapes as CUDA graphs: one launch a step instead of some hundreds.
+
+What every architecture shares: which batch sizes are captured, the capture, and the host memory that inputs come from.
+Decisions stay outside a graph: it reads its inputs from buffers that are filled before each replay, and leaves what it
+computes in buffers that stand until the next replay.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
 
 WARM_UPS = 2
 """Eager runs before a capture: lazy initialisation (cuBLAS handles, Triton compilation) must be over by then."""
+
+Output = TypeVar("Output")
 
 
 def batch_buckets(max_batch_size: int) -> list[int]:
     """Batch sizes to capture: 2, 4, 8, then every 8, up to ``max_batch_size`` rounded up."""
     return [size for size in (2, 4) if size < max_batch_size] + list(range(8, max_batch_size + 8, 8))
+
+
+@dataclass(frozen=True)
+class CapturedGraph(Generic[Output]):
+    """``output``: the buffers that a replay of ``graph`` fills."""
+
+    graph: torch.cuda.CUDAGraph
+    output: Output
+
+
+class HostInputs:
+    """Host memory for one step's inputs, page-locked on request; fill it through numpy.
+
+    ``inputs``: int64 [fields, rows]; ``tables``: int32 [rows, width], one for each of ``widths``.
+    """
+
+    def __init__(self, fields: int, rows: int, widths: Sequence[int], *, pinned: bool) -> None:
+        self.inputs = torch.zeros(fields, rows, dtype=torch.int64, pin_memory=pinned)
+        self.tables = [torch.zeros(rows, width, dtype=torch.int32, pin_memory=pinned) for width in widths]
+
+
+class StepGraphs(ABC, Generic[Output]):
+    """Steps of ``buckets`` rows, ascending: on CUDA as graphs, elsewhere eagerly over the same fixed shapes.
+
+    ``inputs``: int64 [fields, largest bucket], and ``tables``: int32 [largest bucket, width], on the device.
+    """
+
+    capture_error_mode: ClassVar[Literal["global", "thread_local"]] = "global"
+    """Which CUDA calls of other threads break a capture; see ``torch.cuda.graph``."""
+
+    def __init__(self, buckets: Sequence[int], fields: int, widths: Sequence[int], device: torch.device) -> None:
+        self._buckets = buckets
+        self._device = device
+        self._captures = device.type == "cuda"
+        # two host copies in turn: while one is on its way to the device, the next step fills the other
+        self._host = [HostInputs(fields, buckets[-1], widths, pinned=self._captures) for _ in range(2)]
+        self._turn = 0
+        self._inputs = torch.zeros(fields, buckets[-1], dtype=torch.int64, device=device)
+        self._tables = [torch.zeros(buckets[-1], width, dtype=torch.int32, device=device) for width in widths]
+        self._graphs: dict[int, CapturedGraph[Output]] = {}
+
+    @abstractmethod
+    def _forward(self, bucket: int) -> Output:
+        """Compute a step over the first ``bucket`` rows of the inputs, without any decision that depends on them."""
+
+    def _bucket(self, count: int) -> int:
+        """The smallest bucket for ``count`` rows."""
+        return next(size for size in self._buckets if size >= count)
+
+    def _next_host(self) -> HostInputs:
+        host, self._turn = self._host[self._turn], 1 - self._turn
+        return host
+
+    def _run(self, bucket: int) -> Output:
+        """Enqueue the step of ``bucket`` rows, captured before where there are graphs."""
+        if not self._captures:
+            return self._forward(bucket)
+        captured = self._graphs[bucket]
+        captured.graph.replay()
+        return captured.output
+
+    def _capture(self, bucket: int) -> None:
+        """Capture the step of ``bucket`` rows. Start with the largest: the others then fit the memory that it took."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward(bucket)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        memory = next((other.graph.pool() for other in self._graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode=self.capture_error_mode):
+            output = self._forward(bucket)
+        self._graphs[bucket] = CapturedGraph(graph, output)
+
+
+def input_tokens(tokens: Tensor, source: Tensor, last_tokens: Tensor) -> Tensor:
+    """The tokens of a step's rows: ``tokens``, or where ``source`` is not -1 the one that row of the step before drew.
+
+    All int64; the host need not know a token that is taken from ``last_tokens``.
+    """
+    return torch.where(source < 0, tokens, last_tokens[source.clamp(min=0)])
