@@ -106,7 +106,7 @@ def test_progress_goes_from_nothing_to_all(model: Path) -> None:
 
 
 def test_longer_than_the_model(model: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="2048 tokens, but 2040 in the prompt"):
+    with pytest.raises(InvalidRequestError, match="2048 tokens, less than 2040 of the prompt"):
         measure(Settings(model=str(model), context=2040, tokens=8, repeat=1, threads=1))
 
 
