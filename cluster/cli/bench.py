@@ -20,7 +20,7 @@ from rich.table import Table
 
 from forecache.cluster.cli import load_test
 from forecache.cluster.cli.command_line import Parser, above_zero, output_folder, positive, ratio
-from forecache.cluster.http.tenants import read_key
+from forecache.cluster.tenants import read_key
 from forecache.workers.evaluation.bench_decode import BASELINE, Measured, PairResult, Settings, Timings, measure
 
 MIB = 2**20

@@ -22,7 +22,7 @@ from rich.table import Table
 from forecache.cluster.cli.bench import processor
 from forecache.cluster.cli.command_line import Parser, above_zero, output_folder, positive
 from forecache.cluster.config import ServeConfig, config_from_args
-from forecache.cluster.http.tenants import authorization, read_key
+from forecache.cluster.tenants import authorization, read_key
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.evaluation.backend import LATE_POLICY, EngineBackend, open_engine
 from forecache.workers.evaluation.corpus import Kind

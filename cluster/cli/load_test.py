@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 from rich.table import Table
 
-from forecache.cluster.http.tenants import authorization
+from forecache.cluster.tenants import authorization
 from forecache.indexer.training.plots import PlotError
 from forecache.workers.errors import ForecacheError
 

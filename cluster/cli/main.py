@@ -168,7 +168,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _new_key(args: argparse.Namespace) -> int:
-    from forecache.cluster.http.tenants import entry, new_key
+    from forecache.cluster.tenants import entry, new_key
 
     key, digest = new_key()
     line = entry(digest, args.tenant)

@@ -1,51 +1,108 @@
-"""The client's end of channels: events of all requests at one worker come as one message, and go to whom they are for.
+"""The ingress' end of calls and channels to workers.
 
-See :mod:`forecache.workers.engine.channels` for the worker's end.
+Each request has a call of its own, which lasts as long as the request. Once an ingress has several requests at one
+worker, it also opens a channel there: one streaming call that carries the events of all these requests, a step's events
+in one message. :mod:`forecache.workers.engine.channels` is the worker's end, and says why.
 """
 
 import asyncio
 import logging
 import uuid
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextvars import Context
-from typing import Protocol
+from typing import Any
 
-from forecache.cluster.errors import NoWorkerError, WorkerLostError
+import grpc
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.workers.core.requests import (
     SIGN_OF_LIFE_S,
     Accepted,
     ChannelRequest,
     EventBatch,
+    GenerateRequest,
     Moved,
+    Refused,
     RequestNews,
     TokenEvent,
 )
+from forecache.workers.errors import EngineDeadError, EngineHungError
 
 logger = logging.getLogger(__name__)
 
-WORTH_A_CHANNEL = 2
-"""Requests at one worker from which on it pays: one alone has nothing to go together with."""
+MIN_CHANNEL_REQUESTS = 2
+"""Requests at one worker that are worth a channel: a single request has no other to share messages with."""
 
 
-class Call(Protocol):
-    """A streaming call of a worker: raises :class:`WorkerLostError`, or what the worker raised. ``cancel`` may be said
-    at any time and never waits."""
+class ServeCall:
+    """A streaming call of a worker through Ray Serve, with Ray's errors turned into ours.
+
+    Iteration raises :class:`WorkerLostError`, or the error that the worker raised or refused the request with.
+    ``cancel`` can be called at any time and never waits.
+    """
+
+    def __init__(self, response: "DeploymentResponseGenerator[Any]") -> None:
+        self._response = response
+
+    @classmethod
+    def open(cls, method: "DeploymentHandle[Any]", request: GenerateRequest | ChannelRequest) -> "ServeCall":
+        """Call ``method`` of a worker, ``generate`` or ``channel``.
+
+        Here the request leaves this process. Ray Serve asks ``PrefixAffinityRouter.choose_replicas`` (router.py), in a
+        thread of this process, for a worker, and calls ``DecodeWorker`` (workers/engine/worker.py) in that process.
+        """
+        # Serve identifies a call that waits for a replica by the id of the HTTP request in whose context it is made.
+        # Of several calls in one context all but one would wait forever, so each gets a context of its own.
+        response = Context().run(method.remote, request)
+        assert isinstance(response, DeploymentResponseGenerator)
+        return cls(response)
 
     @property
     def assigned(self) -> bool:
-        """Whether a worker has it. Before that it waits for one with a place for it, or for one to start."""
-        ...
+        """Whether a worker has the call. Before that it waits for a worker to have room, or to start."""
+        return bool(self._response._replica_result_future.done())
 
-    def __aiter__(self) -> AsyncIterator[RequestNews | EventBatch]: ...
+    def __aiter__(self) -> AsyncIterator[RequestNews | EventBatch]:
+        return self
 
-    async def __anext__(self) -> RequestNews | EventBatch: ...
+    async def __anext__(self) -> RequestNews | EventBatch:
+        try:
+            news: RequestNews | EventBatch = await self._response.__anext__()
+        except RayTaskError as error:
+            # Ray raises the worker's exception as a class that is both RayTaskError and the exception's own
+            cause = getattr(error, "cause", error)
+            if isinstance(cause, EngineDeadError):
+                raise _engine_lost(cause) from error
+            raise cause from None
+        except EngineDeadError as error:
+            raise _engine_lost(error) from error
+        except (RayActorError, TaskCancelledError, grpc.aio.AioRpcError) as error:
+            raise _worker_died() from error
+        except DeploymentUnavailableError as error:
+            raise WorkerLostError("no worker is running") from error
+        if isinstance(news, Refused):
+            raise news.error
+        return news
 
-    def cancel(self) -> None: ...
+    def cancel(self) -> None:
+        self._response.cancel()  # type: ignore[no-untyped-call]
+
+
+def _engine_lost(error: EngineDeadError) -> WorkerLostError:
+    kind = WorkerSilentError if isinstance(error, EngineHungError) else WorkerLostError
+    return kind(f"the worker of this request failed: {error}")
+
+
+def _worker_died() -> WorkerLostError:
+    return WorkerLostError("the worker of this request died; send the request again")
 
 
 class _Mailbox:
-    """What has come for one request by its worker's channel, until the request's reader takes it."""
+    """Events of one request that came by a channel and were not read yet. For one reader."""
 
     def __init__(self) -> None:
         self._events: deque[TokenEvent] = deque()
@@ -57,12 +114,12 @@ class _Mailbox:
         self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more will come; what is here can still be read."""
+        """No more events come. Those that are here can still be read; then the reader gets ``error``."""
         self._error = self._error or error
         self._wake()
 
     async def get(self) -> TokenEvent:
-        """The next event. For one reader."""
+        """Wait for the next event."""
         while not self._events:
             if self._error is not None:
                 raise self._error
@@ -76,44 +133,44 @@ class _Mailbox:
 
 
 class Channels:
-    """The channels of one client, opened by ``open_channel``. Belongs to one event loop."""
+    """The channels of one ingress to the workers behind ``handle``, a streaming one. For one event loop."""
 
-    def __init__(self, open_channel: Callable[[ChannelRequest], Call]) -> None:
+    def __init__(self, handle: "DeploymentHandle[Any]") -> None:
         self.client_id = uuid.uuid4().hex
-        self._open_channel = open_channel
+        self._handle = handle
         self._mailboxes: dict[str, _Mailbox] = {}
         self._requests: defaultdict[str, set[str]] = defaultdict(set)
         """Worker → ids of the requests that it has accepted."""
         self._readers: dict[str, set[_Mailbox]] = {}
-        """Channel → mailboxes of the requests that have moved to it; the channels that are there."""
+        """Open channel → mailboxes of the requests that moved to it."""
         self._pumps: dict[str, asyncio.Task[None]] = {}
-        """Worker → what reads its channel, or still waits for it."""
+        """Worker → the task that opens and reads its channel."""
 
     def expect(self, request_id: str) -> _Mailbox:
-        """Events of the request may come. :meth:`leave` it in the end."""
+        """Make a mailbox for the request. Call :meth:`leave` at its end."""
         return self._mailboxes.setdefault(request_id, _Mailbox())
 
     def accepted(self, worker_id: str, request_id: str) -> None:
-        """The request is at this worker; a channel is opened if that pays."""
+        """Note that the worker has accepted the request; opens a channel to the worker if that pays."""
         if request_id not in self._mailboxes:
             return
         requests = self._requests[worker_id]
         requests.add(request_id)
-        if len(requests) >= WORTH_A_CHANNEL and worker_id not in self._pumps:
-            # in a context of its own: Serve would take the channel for a part of the HTTP request that comes first
+        if len(requests) >= MIN_CHANNEL_REQUESTS and worker_id not in self._pumps:
+            # In a context of its own: Serve would count the channel as a part of the HTTP request that opens it
             pump = self._pump(ChannelRequest(self.client_id, uuid.uuid4().hex, worker_id))
             self._pumps[worker_id] = asyncio.get_running_loop().create_task(pump, context=Context())
 
     def moved(self, mailbox: _Mailbox, channel_id: str) -> None:
-        """The request's further events come to ``mailbox`` by this channel, or an error if that is no more."""
+        """Deliver the request's further events to ``mailbox``, or an error if the channel has ended."""
         readers = self._readers.get(channel_id)
         if readers is None:
-            mailbox.fail(_lost())
+            mailbox.fail(_worker_died())
         else:
             readers.add(mailbox)
 
     def leave(self, request_id: str, worker_id: str | None) -> None:
-        """Nobody reads the request's events any more. May be said again."""
+        """Drop the request's events from now on. Can be repeated."""
         if (mailbox := self._mailboxes.pop(request_id, None)) is not None:
             for readers in self._readers.values():
                 readers.discard(mailbox)
@@ -122,67 +179,53 @@ class Channels:
             if not self._requests[worker_id]:
                 del self._requests[worker_id]
 
+    def open(self, request: ChannelRequest) -> ServeCall:
+        """Open a channel. The worker's end is ``DecodeWorker.channel``."""
+        return ServeCall.open(self._handle.channel, request)
+
     def check_idle(self) -> None:
-        """Raise ``AssertionError`` when something of a request or a channel is left."""
+        """Raise ``AssertionError`` if a request or a channel is left."""
         assert not self._mailboxes and not self._requests and not self._readers and not self._pumps
 
-    async def _pump(self, asked: ChannelRequest) -> None:
-        """Read a channel to its end, at which all that moved to it and have not had their last event are lost."""
-        self._readers[asked.channel_id] = set()
+    async def _pump(self, request: ChannelRequest) -> None:
+        """Read a channel to its end. Then all requests that moved to it and have not finished are lost."""
+        self._readers[request.channel_id] = set()
         try:
-            async for batch in self._open_channel(asked):
+            async for batch in self.open(request):
                 assert isinstance(batch, EventBatch)
                 for event in batch.events:
                     if (mailbox := self._mailboxes.get(event.request_id)) is not None:
                         mailbox.put(event)
         except WorkerLostError as error:
-            logger.info("the channel of worker %s is no more: %s", asked.worker_id, error)
-        except Exception:  # it is no request's own failure: they go on elsewhere
-            logger.exception("the channel of worker %s failed", asked.worker_id)
+            logger.info("the channel to worker %s ended: %s", request.worker_id, error)
+        except Exception:  # the requests fail over, so the error is none of theirs
+            logger.exception("the channel to worker %s failed", request.worker_id)
         finally:
-            del self._pumps[asked.worker_id]
-            for mailbox in self._readers.pop(asked.channel_id):
-                mailbox.fail(_lost())
+            del self._pumps[request.worker_id]
+            for mailbox in self._readers.pop(request.channel_id):
+                mailbox.fail(_worker_died())
 
 
-class Replacement:
-    """How long a request that no worker has waits while there is none at all, and none starts in place of the last.
+class RequestCall:
+    """The events of one request at one worker, by its own ``call`` or by the worker's channel.
 
-    ``running`` says whether one answers. Workers that are all full are running: who waits for a place waits on.
+    Iteration raises what :class:`ServeCall` raises. ``cancel`` can be called at any time and never waits.
     """
 
-    def __init__(self, running: Callable[[], Awaitable[bool]], deadline_s: float) -> None:
-        self._running = running
-        self._deadline_s = deadline_s
-
-    async def check(self, since_s: float | None) -> float | None:
-        """Since when, in the event loop's time, there is no worker; ``None``: there is one. ``since_s`` is what it said
-        before. Raises :class:`NoWorkerError` when that is too long."""
-        asked_s = asyncio.get_running_loop().time()
-        if await self._running():
-            return None
-        if since_s is not None and asked_s - since_s >= self._deadline_s:
-            raise NoWorkerError(
-                f"no worker is running, and none has started for {self._deadline_s:g} s (--replacement-deadline-s); "
-                "see the log of the server for why, and send the request again later"
-            )
-        return asked_s if since_s is None else since_s
-
-
-class ChanneledStream:
-    """A :class:`.streams.TokenStream`: one request's events, by its own ``call`` or by its worker's channel."""
-
-    def __init__(self, call: Call, channels: Channels, request_id: str, replacement: Replacement | None = None) -> None:
+    def __init__(self, call: ServeCall, channels: Channels, request_id: str) -> None:
         self._call = call
         self._channels = channels
         self._request_id = request_id
         self._worker_id: str | None = None
         self._mailbox = channels.expect(request_id)
-        self._rest: asyncio.Task[None] | None = None
-        self._opening: asyncio.Future[RequestNews | EventBatch] | None = None
+        self._first: asyncio.Future[RequestNews | EventBatch] | None = None
         self._begun = False
-        self._replacement = replacement
-        self._alone_since_s: float | None = None
+        self._rest: asyncio.Task[None] | None = None
+
+    @property
+    def assigned(self) -> bool:
+        """Whether a worker has the request. Before that its events only say that it still waits."""
+        return self._call.assigned
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -192,8 +235,6 @@ class ChanneledStream:
             event = await (self._from_call() if self._rest is None else self._mailbox.get())
         except BaseException:
             self._leave()
-            if self._opening is not None:
-                self._opening.cancel()
             raise
         if event.finish_reason is not None:
             self._leave()
@@ -205,7 +246,7 @@ class ChanneledStream:
 
     async def _from_call(self) -> TokenEvent:
         while True:
-            news = await (anext(self._call) if self._begun else self._first())
+            news = await (anext(self._call) if self._begun else self._first_news())
             if isinstance(news, TokenEvent):
                 return news
             if isinstance(news, Accepted):
@@ -213,44 +254,39 @@ class ChanneledStream:
                 self._channels.accepted(news.worker_id, self._request_id)
             elif isinstance(news, Moved):
                 self._channels.moved(self._mailbox, news.channel_id)
-                self._rest = asyncio.get_running_loop().create_task(self._to_the_end())
-                self._rest.add_done_callback(self._over)
+                self._rest = asyncio.get_running_loop().create_task(self._wait_for_end())
+                self._rest.add_done_callback(self._ended)
                 return await self._mailbox.get()
 
-    async def _first(self) -> RequestNews | EventBatch:
-        """What comes first by the call. While no worker has the request: that it waits, from time to time."""
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(anext(self._call))
-            self._opening.add_done_callback(_forget)
-        while not self._opening.done():
-            await asyncio.wait({self._opening}, timeout=SIGN_OF_LIFE_S)
-            if not self._opening.done() and not self._call.assigned:
-                if self._replacement is not None:
-                    self._alone_since_s = await self._replacement.check(self._alone_since_s)
+    async def _first_news(self) -> RequestNews | EventBatch:
+        """The call's first message; every ``SIGN_OF_LIFE_S`` a waiting event while no worker has the request."""
+        if self._first is None:
+            self._first = asyncio.ensure_future(anext(self._call))
+            self._first.add_done_callback(_retrieve_error)
+        while not self._first.done():
+            await asyncio.wait({self._first}, timeout=SIGN_OF_LIFE_S)
+            if not self._first.done() and not self._call.assigned:
                 return TokenEvent(self._request_id, (), "", waiting=True)
         self._begun = True
-        return self._opening.result()
+        return self._first.result()
 
-    async def _to_the_end(self) -> None:
+    async def _wait_for_end(self) -> None:
         async for news in self._call:
-            raise AssertionError(f"{news} came after the request had moved")
+            raise AssertionError(f"{news} came by the call after the request had moved to a channel")
 
-    def _over(self, rest: asyncio.Task[None]) -> None:
-        """The call ended. If that was well, the last event comes by the channel, and may come later."""
+    def _ended(self, rest: "asyncio.Task[None]") -> None:
+        """The call ended. Without an error the request's last event comes by the channel, perhaps later."""
         if not rest.cancelled() and (error := rest.exception()) is not None:
             self._mailbox.fail(error)
 
     def _leave(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
+        for waiting in (self._first, self._rest):
+            if waiting is not None:
+                waiting.cancel()
         self._channels.leave(self._request_id, self._worker_id)
 
 
-def _forget(opening: "asyncio.Future[RequestNews | EventBatch]") -> None:
-    """What a call that was given up says in the end is of no use."""
-    if not opening.cancelled():
-        opening.exception()
-
-
-def _lost() -> WorkerLostError:
-    return WorkerLostError("the worker of this request died; send the request again")
+def _retrieve_error(first: "asyncio.Future[RequestNews | EventBatch]") -> None:
+    """Mark the error as retrieved: the reader may have left, and asyncio would log it."""
+    if not first.cancelled():
+        first.exception()

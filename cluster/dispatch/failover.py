@@ -1,137 +1,85 @@
-"""A stream of tokens that outlives its worker (docs/architecture.md)."""
+"""When a request that lost its worker continues on another one, and with which request (docs/architecture.md)."""
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from random import uniform
-from typing import TYPE_CHECKING
 
 from forecache.cluster.config import ResumeConfig
-from forecache.cluster.errors import NoWorkerError, WorkerLostError, WorkerSilentError
+from forecache.cluster.errors import WorkerLostError, WorkerSilentError
 from forecache.workers.core.requests import GenerateRequest, TokenEvent
-
-if TYPE_CHECKING:  # what settings import must not bring the web framework
-    from forecache.cluster.dispatch.completion_stream import TokenStream
-
-logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.1, 5.0
 
 
 def try_id(request_id: str, epoch: int) -> str:
-    """The id under which a request goes on at its ``epoch``-th other worker."""
+    """The id of a request after ``epoch`` failovers."""
     return f"{request_id}~{epoch}"
 
 
 def first_try_id(request_id: str) -> str:
-    """The id that the request of :func:`try_id` has in all its tries."""
+    """The original id of a request that :func:`try_id` renamed."""
     return request_id.partition("~")[0]
 
 
-class ResumingStream:
-    """A :class:`.streams.TokenStream` over one worker after another; ``start`` sends a request to some worker, and
-    ``on_resume`` is called each time that another one is asked.
+class Failover:
+    """The tokens that one request has received so far, and how often it changed workers.
 
-    A worker is lost when Ray says so, when its engine has ended or hangs, when it gives the request up, or when it is
-    silent for too long, whether or not the answer has begun: as long as a worker gets on, be it with one long step, it
-    says so from time to time (``TokenEvent.waiting``, which ends here). Then prompt and tokens so far go elsewhere,
-    under a request id of the next epoch; the old worker is cancelled and heard no more. So it is when the next worker
-    has no room: others may.
-
-    The tries are bounded in three ways: in a row without one more token; in which a worker hung, since each costs a
-    worker and the request may be what does it; and in all, since a token between two of them proves little.
+    Failovers are limited in three ways: losses in a row without a new token (``resume_attempts``), workers that hung
+    (``max_silent_workers``), since each costs a worker and the request may be the cause, and failovers in total
+    (``max_resumes``), since one token between two losses is little progress.
     """
 
-    def __init__(
-        self,
-        request: GenerateRequest,
-        start: "Callable[[GenerateRequest], TokenStream]",
-        config: ResumeConfig,
-        on_resume: Callable[[], None],
-    ) -> None:
-        self._request = request
-        self._start = start
+    def __init__(self, request: GenerateRequest, config: ResumeConfig) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.epoch = 0
         self._config = config
-        self._on_resume = on_resume
-        self._epoch = 0
-        self._failures = self._silences = 0
-        self._sent: list[int] = []
-        self._cancelled = False
-        self._source = start(request)
+        self._losses_in_a_row = self._silences = 0
 
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
+    def accept(self, event: TokenEvent) -> TokenEvent:
+        """Count ``event``'s tokens. Returns it under the request's original id.
 
-    async def __anext__(self) -> TokenEvent:
-        """The next event. Raises :class:`WorkerLostError` when no worker goes on with the answer."""
-        while True:
-            try:
-                event = await self._pull()
-            except WorkerLostError as error:
-                if isinstance(error, NoWorkerError):
-                    self._source.cancel()
-                    raise  # another try would wait for the same
-                if self._cancelled:
-                    raise  # a cancelled call looks lost too, but nobody wants its answer any more
-                await self._resume(error)
-                continue
-            if event.waiting:
-                continue
-            if event.token_ids:
-                self._failures = 0
-                self._sent += event.token_ids
-            return replace(event, request_id=self._request.request_id)
-
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._source.cancel()
-
-    async def _pull(self) -> TokenEvent:
-        deadline_s = self._config.token_deadline_s
-        try:
-            async with asyncio.timeout(deadline_s):
-                event = await anext(self._source)
-        except TimeoutError as error:
-            raise WorkerSilentError(f"the worker said nothing for {deadline_s:g} s") from error
-        except StopAsyncIteration:
-            raise WorkerLostError("the worker ended the answer early") from None
+        Raises :class:`WorkerLostError` if the worker can't be trusted with the rest of the answer.
+        """
         if event.finish_reason == "cancelled":
             raise WorkerLostError("the worker gave the request up: it is being stopped")
-        if event.overloaded and self._sent:
+        if event.overloaded and self.tokens:  # another worker may have room; before the first token it is a refusal
             raise WorkerLostError(event.error or "no room")
-        if event.token_ids and event.position != len(self._sent):
-            raise WorkerLostError(f"token {event.position} came after {len(self._sent)} tokens")
-        return event
+        if event.token_ids:
+            if event.position != len(self.tokens):
+                raise WorkerLostError(f"token {event.position} came after {len(self.tokens)} tokens")
+            self._losses_in_a_row = 0
+            self.tokens += event.token_ids
+        request_id = self.request.request_id
+        return event if event.request_id == request_id else replace(event, request_id=request_id)
 
-    async def _resume(self, error: WorkerLostError) -> None:
-        self._source.cancel()
-        self._failures += 1
+    def pause_s(self, error: WorkerLostError) -> float:
+        """Seconds to wait before the next worker gets the request, after ``error`` lost the last one.
+
+        Raises :class:`WorkerLostError` when a limit is reached.
+        """
+        self._losses_in_a_row += 1
         self._silences += isinstance(error, WorkerSilentError)
-        if why := self._out_of_tries():
-            raise WorkerLostError(f"{error}. It was tried no more: {why}") from error
-        request_id = self._request.request_id
-        logger.warning("%s goes on at another worker after %d tokens: %s", request_id, len(self._sent), error)
-        await asyncio.sleep(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (self._failures - 1)) * uniform(0.5, 1))
-        if self._cancelled:
-            raise error
-        self._epoch += 1
-        self._on_resume()
-        self._source = self._start(
-            replace(
-                self._request,
-                request_id=try_id(request_id, self._epoch),
-                resume_token_ids=(*self._request.resume_token_ids, *self._sent),
-            )
+        if limit := self._limit_reached():
+            raise WorkerLostError(f"{error}. It was not tried again: {limit}") from error
+        longest_s: float = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (self._losses_in_a_row - 1))
+        return longest_s * uniform(0.5, 1)  # so that requests of one lost worker don't all return at once
+
+    def next_request(self) -> GenerateRequest:
+        """The request for the next worker: it continues after the tokens received so far."""
+        self.epoch += 1
+        return replace(
+            self.request,
+            request_id=try_id(self.request.request_id, self.epoch),
+            resume_token_ids=(*self.request.resume_token_ids, *self.tokens),
         )
 
-    def _out_of_tries(self) -> str:
-        """Why no other worker is asked; empty: one is."""
+    def _limit_reached(self) -> str:
+        """Why no other worker gets the request; empty if one does."""
         config = self._config
-        if self._failures > config.resume_attempts:
-            return f"{self._failures} workers in a row were lost without one more token (--resume-attempts)"
+        if self._losses_in_a_row > config.resume_attempts:
+            return f"{self._losses_in_a_row} workers in a row were lost without one more token (--resume-attempts)"
         if self._silences >= config.max_silent_workers:
             return f"{self._silences} workers hung or fell silent on it (--max-silent-workers)"
-        if self._epoch >= config.max_resumes:
-            return f"it has gone on at another worker {self._epoch} times (--max-resumes)"
+        if self.epoch >= config.max_resumes:
+            return f"it has gone on at another worker {self.epoch} times (--max-resumes)"
         return ""

@@ -1,15 +1,16 @@
 """Requests and answers of OpenAI's API, as far as they are served. Types are strict: ``"1"`` is no number."""
 
 import secrets
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from forecache.cluster.config import DEFAULT_GRAMMAR_BYTES
-from forecache.cluster.http.openai_messages import Message, Text
+from forecache.cluster.dispatch.choice_requests import SEED_LIMIT
 from forecache.cluster.http.openai_tools import (
     MAX_TOOLS,
     ChosenFunction,
+    MadeCall,
     ResponseFormat,
     Strict,
     Tool,
@@ -20,10 +21,6 @@ from forecache.cluster.http.openai_tools import (
 from forecache.workers.core.requests import CacheOptions, Policy, SamplingParams, SequenceStats
 from forecache.workers.errors import InvalidRequestError
 
-_SEED_LIMIT = 2**63
-_SEED_STEP = 0x9E3779B97F4A7C15
-"""Between the seeds of a request's choices: odd, and near the golden ratio of 2⁶⁴."""
-
 MAX_MESSAGES = 4096
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -32,6 +29,7 @@ MAX_STOP, MAX_STOP_CHARS = 4, 1024
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_WINDOW_STEPS = 65536
+DEFAULT_PIN_S, MAX_PIN_S = 3600.0, 30 * 24 * 3600.0
 
 # OpenAI's fields that ask for nothing here, with the values that ask for nothing. `...` takes any value.
 _NEUTRAL: dict[str, Any] = {
@@ -52,6 +50,87 @@ _NEUTRAL: dict[str, Any] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold halves of surrogate pairs, which are no text: no tokenizer takes them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("the text holds an unpaired surrogate, so it is not valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _joined(content: Any) -> Any:
+    """Content may be a list of text parts; other parts (images, audio) are refused by name."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"content of type {kind!r} is not supported, only 'text'")
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError("a text part is {'type': 'text', 'text': a string} and nothing else")
+    return "".join(part["text"] for part in content)
+
+
+Content = Annotated[Text, BeforeValidator(_joined)]
+
+
+def _nothing(value: Any) -> None:
+    """Official clients send back all fields of a message, also those that hold nothing."""
+    if value not in (None, [], {}, ""):
+        raise ValueError("it is not supported; leave it out")
+
+
+Unsaid = Annotated[None, BeforeValidator(_nothing)]
+
+
+class SaidMessage(Strict):
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates take it; they know no ``developer``."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Annotated[Text | None, BeforeValidator(_joined)] = None
+    name: str | None = None
+    refusal: Unsaid = None
+    annotations: Unsaid = None
+    audio: Unsaid = None
+    function_call: Unsaid = None
+    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=MAX_TOOLS, fail_fast=True)] = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message has content or tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        calls = [call.for_template() for call in self.tool_calls or ()]
+        return {"role": "assistant", "content": self.content or "", **({"tool_calls": calls} if calls else {})}
+
+
+class ToolMessage(Strict):
+    role: Literal["tool"]
+    content: Content
+    name: str | None = None
+    tool_call_id: str
+
+    def for_template(self) -> dict[str, Any]:
+        return {"role": "tool", "content": self.content, "tool_call_id": self.tool_call_id}
+
+
+Message = Annotated[SaidMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class ForecacheOptions(Strict):
@@ -109,7 +188,7 @@ class _Request(Strict):
     logit_bias: Annotated[dict[TokenText, Bias] | None, BeforeValidator(_bounded)] = Field(
         None, max_length=MAX_LOGIT_BIAS
     )
-    seed: int | None = Field(None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT)
+    seed: int | None = Field(None, ge=-SEED_LIMIT, lt=SEED_LIMIT)
     stop: Annotated[tuple[Stop, ...], BeforeValidator(_stop_tuple)] = Field((), max_length=MAX_STOP, fail_fast=True)
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
@@ -175,7 +254,7 @@ class _Request(Strict):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k or 0,
-            seed=secrets.randbits(63) if self.seed is None else self.seed % _SEED_LIMIT,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % SEED_LIMIT,
             stop=self.stop,
             ignore_eos=self.ignore_eos,
             presence_penalty=self.presence_penalty or 0.0,
@@ -189,11 +268,6 @@ class _Request(Strict):
     def cache(self) -> CacheOptions:
         options = self.forecache or ForecacheOptions()
         return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id, options.window)
-
-
-def seed_of_choice(seed: int, number: int) -> int:
-    """Of the ``number``-th choice for a prompt: the first is what the request would get alone."""
-    return (seed + number * _SEED_STEP) % _SEED_LIMIT
 
 
 class ChatCompletionRequest(_Request):
@@ -267,6 +341,12 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     model: ModelName
     tokens: list[TokenId] = Field(max_length=1 << 20, fail_fast=True)
+
+
+class PinRequest(Strict):
+    """The body of ``POST /v1/sessions/{id}``: pin the session's chunks for ``ttl_s`` seconds."""
+
+    ttl_s: float = Field(DEFAULT_PIN_S, gt=0, le=MAX_PIN_S, allow_inf_nan=False)
 
 
 class CompletionRequest(_Request):

@@ -10,9 +10,9 @@ from forecache.cluster.http.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    PinRequest,
     TokenizeRequest,
 )
-from forecache.cluster.http.sessions import PinRequest
 
 _SESSION = "/v1/sessions/{session_id}"
 _BODIES: dict[str, tuple[type[BaseModel], str]] = {

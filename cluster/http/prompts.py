@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forecache.cluster.config import DEFAULT_BODY_VALUES, DEFAULT_GRAMMAR_BYTES, DEFAULT_PROMPT_PROCESSES
+from forecache.cluster.dispatch.choice_requests import EncodedPrompt
 from forecache.cluster.errors import RefusedError
 from forecache.cluster.http.fair_queue import FairQueue
 from forecache.cluster.http.logprobs import TokenTexts
@@ -23,7 +24,7 @@ from forecache.cluster.http.openai_types import (
     TokenizeRequest,
 )
 from forecache.cluster.http.prompt_process import PromptProcess, ReadJob
-from forecache.cluster.http.request_reader import EncodedPrompt, Outcome, ReadRequest, Refusal, RequestReader, Wanted
+from forecache.cluster.http.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted
 from forecache.workers.core.grammar import Grammars
 from forecache.workers.errors import InvalidRequestError
 

@@ -16,6 +16,7 @@ import jinja2
 from pydantic import ValidationError
 
 from forecache.cluster.config import DEFAULT_GRAMMAR_BYTES
+from forecache.cluster.dispatch.choice_requests import EncodedPrompt
 from forecache.cluster.errors import (
     ApiError,
     BodyTooLargeError,
@@ -24,12 +25,12 @@ from forecache.cluster.errors import (
     from_exception,
     shortened,
 )
-from forecache.cluster.http.openai_messages import Message
 from forecache.cluster.http.openai_tools import Tool
 from forecache.cluster.http.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Message,
     TokenizeRequest,
 )
 from forecache.cluster.http.tool_calls import template_knows_calls, written_out
@@ -55,16 +56,6 @@ class Wanted(Enum):
     COMPLETION = "completion"
     TOKENS = "tokens"
     TEXT = "text"
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """``token_ids``: int32, compact, since a long prompt goes from process to process; ``max_tokens``: most tokens of
-    each answer to it; ``echo``: its text, where the answer is to repeat it."""
-
-    token_ids: "array[int]"
-    max_tokens: int
-    echo: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""The events of a request's choices → an answer at once, or a server-sent event stream."""
+"""Turns the events of a request's choices into a JSON response, or into server-sent events.
 
-import logging
+The event loop serves all streams, so long work on it is done in pieces, with turns for other tasks between them.
+"""
+
+import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from forecache.cluster.dispatch.choices import ChoiceStreams
-from forecache.cluster.dispatch.turns import Turns, in_pieces
-from forecache.cluster.errors import ApiError, WorkerLostError, tell
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from forecache.cluster.dispatch.completion_stream import CompletionStream, Turns
+from forecache.cluster.errors import tell
 from forecache.cluster.http.logprobs import (
     TextOffsets,
     TokenTexts,
@@ -18,25 +23,34 @@ from forecache.cluster.http.logprobs import (
     extend,
 )
 from forecache.cluster.http.openai_types import usage
-from forecache.cluster.http.response_json import dumps, json_pieces
 from forecache.cluster.http.tool_calls import ToolCall, ToolCallParser
+from forecache.cluster.observe.metrics import Metrics
 from forecache.workers.core.requests import ChunkView, SequenceStats, TokenEvent, TokenLogprobs
 
-logger = logging.getLogger(__name__)
-
 PIECE_TOKENS = 64
-"""Tokens whose log-probabilities are laid out without a turn for others."""
-TOKEN_CHARS = 1024
-"""Text of JSON that is as much work as a token's log-probabilities."""
-CHOICE_DEPTH, CHUNK_DEPTH = 2, 4
-"""How deep the lists of log-probabilities are in a choice, and in a chunk of a stream."""
+"""Tokens whose log-probabilities are formatted before other tasks get a turn."""
+PIECE_ITEMS = 64
+"""Items of a list that are written before other tasks get a turn."""
 EVENTS_AT_ONCE = 16
-"""Events that are written so."""
+"""Events of a stream that are written before other tasks get a turn."""
+TOKEN_CHARS = 1024
+"""Characters of JSON that cost about as much as formatting the log-probabilities of one token."""
+CHOICE_DEPTH, CHUNK_DEPTH = 2, 4
+"""Levels above the lists of log-probabilities in a choice, and in a chunk of a stream."""
+COMMENT_PERIOD_S = 5.0
+"""Shortest time between two comment lines of a stream: some clients give up after 300 lines in a row without data."""
+
+T = TypeVar("T")
+
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""JSON may contain these characters, but some clients, such as httpx's `iter_lines`, split lines at them."""
+_NO_CHOICES = '"choices":[]'
+"""Where :func:`collect` inserts the choices. No string of JSON contains this text, since quotes are escaped there."""
 
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt that its answers begin with: its text, and its ``first_token``."""
+    """A prompt that is repeated before its answers: its text, and its first token's id."""
 
     text: str
     first_token: int
@@ -44,10 +58,10 @@ class Echo:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The objects of `/v1/chat/completions` (``chat``) or `/v1/completions`.
+    """Builds the objects of `/v1/chat/completions` (``chat``) or `/v1/completions`.
 
-    ``texts`` is there when log-probabilities were asked for, ``tools`` when calls are to be looked for;
-    ``prompt_tokens`` has each prompt's length, ``echo`` what stands before its answers.
+    ``prompt_tokens`` has each prompt's length. ``texts`` is set if the request asked for log-probabilities, ``tools``
+    if the answer may call tools, ``echo`` if prompts are repeated.
     """
 
     id: str
@@ -60,8 +74,8 @@ class AnswerFormat:
     tools: bool = False
     echo: tuple[Echo, ...] = ()
 
-    def choice(self, index: int, said: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+    def choice(self, index: int, body: dict[str, Any], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def whole(self, choices: list[dict[str, Any]], stats: SequenceStats) -> dict[str, Any]:
         kind = "chat.completion" if self.chat else "text_completion"
@@ -74,9 +88,9 @@ class AnswerFormat:
         return {**self._chunk_head(), "choices": [], "usage": usage(stats)}
 
     def view_chunk(self, index: int, view: ChunkView) -> dict[str, Any]:
-        """Where the chunks of choice ``index`` are."""
-        told = {"index": index, "chunks": view.states, "keep_ratio": view.keep_ratio, "coverage": view.coverage}
-        return {**self._chunk_head(), "choices": [], "forecache": told}
+        """Reports where the chunks of choice ``index`` are."""
+        fields = {"index": index, "chunks": view.states, "keep_ratio": view.keep_ratio, "coverage": view.coverage}
+        return {**self._chunk_head(), "choices": [], "forecache": fields}
 
     def _chunk_head(self) -> dict[str, Any]:
         return self._head("chat.completion.chunk" if self.chat else "text_completion")
@@ -87,7 +101,7 @@ class AnswerFormat:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one event adds to a choice."""
+    """The part of a choice that one event brings."""
 
     content: str = ""
     calls: tuple[ToolCall, ...] = ()
@@ -98,7 +112,7 @@ class Piece:
 
 @dataclass
 class ChoiceWriter:
-    """One choice in the making."""
+    """Builds one choice from its events."""
 
     index: int
     answer: AnswerFormat
@@ -119,7 +133,7 @@ class ChoiceWriter:
         return "" if self.echo is None else self.echo.text
 
     def take(self, event: TokenEvent) -> Piece:
-        """What ``event`` adds. Its last one brings what was held back."""
+        """The part that ``event`` adds. The last event also releases text that might have become a tool call."""
         content, calls = event.text, list[ToolCall]()
         if self._parser is not None:
             content, calls = self._parser.push(event.text)
@@ -133,26 +147,26 @@ class ChoiceWriter:
         return Piece(content, tuple(calls), event.logprobs, event.prompt_logprobs, reason)
 
     async def whole(self, pieces: Sequence[Piece], turns: Turns) -> dict[str, Any]:
-        """The finished choice, of all that it took. Others have their ``turns`` meanwhile."""
+        """The finished choice as one object, from all its ``pieces``."""
         content = "".join(piece.content for piece in pieces)
         calls = [call for piece in pieces for call in piece.calls]
-        before = await self._echoed(tuple(told for piece in pieces for told in piece.prompt_logprobs), turns)
-        said_logprobs = tuple(told for piece in pieces for told in piece.logprobs)
+        before = await self._echoed(tuple(token for piece in pieces for token in piece.prompt_logprobs), turns)
+        answer_logprobs = tuple(token for piece in pieces for token in piece.logprobs)
         logprobs = self._logprobs(())
-        async for part in in_pieces(said_logprobs, turns, PIECE_TOKENS):
+        async for part in _in_pieces(answer_logprobs, turns, PIECE_TOKENS):
             extend(logprobs, self._logprobs(part))
         if before is not None and logprobs is not None:
             extend(before, logprobs)
             logprobs = before
-        said: dict[str, Any] = {"text": self.before + content}
+        body: dict[str, Any] = {"text": self.before + content}
         if self.answer.chat:
-            said = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
+            body = {"message": {"role": "assistant", "content": content or (None if calls else "")}}
             if calls:
-                said["message"]["tool_calls"] = [call.whole() for call in calls]
-        return self.answer.choice(self.index, said, logprobs, pieces[-1].finish_reason)
+                body["message"]["tool_calls"] = [call.whole() for call in calls]
+        return self.answer.choice(self.index, body, logprobs, pieces[-1].finish_reason)
 
     def first(self) -> dict[str, Any] | None:
-        """The chunk that opens the choice, if it has one."""
+        """The chunk of a stream that opens the choice, if there is one."""
         if self.answer.chat:
             opening = {"delta": {"role": "assistant", "content": ""}}
         elif self.before and not self._scores:
@@ -162,58 +176,58 @@ class ChoiceWriter:
         return self.answer.chunk(self.answer.choice(self.index, opening, None, None))
 
     async def chunks(self, piece: Piece, turns: Turns) -> list[dict[str, Any]]:
-        """``piece`` as a stream tells it: what was said, then why it ended."""
-        said: dict[str, Any] = {"text": piece.content}
+        """``piece`` as chunks of a stream: the text, then the finish reason."""
+        body: dict[str, Any] = {"text": piece.content}
         if self.answer.chat:
-            said = {"delta": {"content": piece.content} if piece.content or piece.logprobs else {}}
+            body = {"delta": {"content": piece.content} if piece.content or piece.logprobs else {}}
             if piece.calls:
                 first, self._calls = self._calls, self._calls + len(piece.calls)
-                said["delta"]["tool_calls"] = [
+                body["delta"]["tool_calls"] = [
                     {"index": first + i, **call.whole()} for i, call in enumerate(piece.calls)
                 ]
-        told = []
+        choices = []
         if self._scores and (piece.prompt_logprobs or piece.logprobs):
             before = await self._echoed(piece.prompt_logprobs, turns)
-            told.append(self.answer.choice(self.index, {"text": self.before}, before, None))
+            choices.append(self.answer.choice(self.index, {"text": self.before}, before, None))
             self._scores = False
         if piece.content or piece.calls or piece.logprobs:
-            told.append(self.answer.choice(self.index, said, self._logprobs(piece.logprobs), None))
+            choices.append(self.answer.choice(self.index, body, self._logprobs(piece.logprobs), None))
         if piece.finish_reason is not None:
             end: dict[str, Any] = {"delta": {}} if self.answer.chat else {"text": ""}
-            told.append(self.answer.choice(self.index, end, None, piece.finish_reason))
-        return [self.answer.chunk(choice) for choice in told]
+            choices.append(self.answer.choice(self.index, end, None, piece.finish_reason))
+        return [self.answer.chunk(choice) for choice in choices]
 
-    async def _echoed(self, told: tuple[TokenLogprobs, ...], turns: Turns) -> dict[str, Any] | None:
-        """Log-probabilities of the prompt, where they are to be told."""
+    async def _echoed(self, tokens: tuple[TokenLogprobs, ...], turns: Turns) -> dict[str, Any] | None:
+        """Log-probabilities of the prompt, if the request asked for them."""
         if not self._scores or self.echo is None or self.answer.texts is None:
             return None
         self._offsets = TextOffsets()
         echoed = echoed_logprobs(self.echo.first_token, (), self.answer.texts, self._offsets)
-        async for part in in_pieces(told, turns, PIECE_TOKENS):
+        async for part in _in_pieces(tokens, turns, PIECE_TOKENS):
             extend(echoed, completion_logprobs(part, self.answer.texts, self._offsets))
         return echoed
 
-    def _logprobs(self, told: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         texts = self.answer.texts
         if texts is None:
             return None
         if self.answer.chat:
-            return chat_logprobs(told, texts)
-        return completion_logprobs(told, texts, self._offsets)
+            return chat_logprobs(tokens, texts)
+        return completion_logprobs(tokens, texts, self._offsets)
 
 
-def _writers(streams: ChoiceStreams, answer: AnswerFormat) -> list[ChoiceWriter]:
+def _writers(stream: CompletionStream, answer: AnswerFormat) -> list[ChoiceWriter]:
     echo = answer.echo
-    return [ChoiceWriter(i, answer, echo[i // streams.per_prompt] if echo else None) for i in range(streams.count)]
+    return [ChoiceWriter(i, answer, echo[i // stream.per_prompt] if echo else None) for i in range(stream.count)]
 
 
 def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
-    """The account of all choices together; a prompt that several of them share is counted once."""
+    """The statistics of all choices together. Choices share their prompt, so its tokens are counted once."""
     leaders = [writer.stats for writer in writers[::per_prompt]]
-    everyone = [writer.stats for writer in writers]
-    if len(everyone) == 1:
-        return everyone[0]
-    measured = [stats.coverage for stats in everyone if stats.coverage is not None]
+    choices = [writer.stats for writer in writers]
+    if len(choices) == 1:
+        return choices[0]
+    measured = [stats.coverage for stats in choices if stats.coverage is not None]
     summed = (
         *("context_chunks", "resident_chunks", "recalled_chunks", "late_windows", "fallbacks"),
         *("context_bytes", "resident_bytes"),
@@ -222,50 +236,41 @@ def _total(writers: list[ChoiceWriter], per_prompt: int) -> SequenceStats:
         leaders[0],
         prompt_tokens=sum(stats.prompt_tokens for stats in leaders),
         cached_tokens=sum(stats.cached_tokens for stats in leaders),
-        completion_tokens=sum(stats.completion_tokens for stats in everyone),
-        keep_ratio=sum(stats.keep_ratio for stats in everyone) / len(everyone),
+        completion_tokens=sum(stats.completion_tokens for stats in choices),
+        keep_ratio=sum(stats.keep_ratio for stats in choices) / len(choices),
         coverage=sum(measured) / len(measured) if measured else None,
-        queue_s=max(stats.queue_s for stats in everyone),
-        locate_s=max(stats.locate_s for stats in everyone),
-        time_to_first_token_s=max(stats.time_to_first_token_s for stats in everyone),
-        **{name: sum(getattr(stats, name) for stats in everyone) for name in summed},
+        queue_s=max(stats.queue_s for stats in choices),
+        locate_s=max(stats.locate_s for stats in choices),
+        time_to_first_token_s=max(stats.time_to_first_token_s for stats in choices),
+        **{name: sum(getattr(stats, name) for stats in choices) for name in summed},
     )
 
 
-async def collect(streams: ChoiceStreams, answer: AnswerFormat) -> bytes:
-    """The whole answer, as JSON. Stops the request on its workers when the caller is cancelled.
+async def collect(stream: CompletionStream, answer: AnswerFormat) -> bytes:
+    """The whole answer as JSON, UTF-8. Closes ``stream``, also when the caller is cancelled.
 
-    It may have megabytes: others have turns meanwhile, and each choice is text before the next is laid out, since the
-    garbage collector stops the event loop for as long as there are objects to look at.
+    An answer may have megabytes. Each choice becomes text before the next is formatted: many live objects would make
+    garbage collection stop the event loop for long.
     """
     turns = Turns(PIECE_TOKENS)
     try:
-        writers = _writers(streams, answer)
+        writers = _writers(stream, answer)
         pieces: list[list[Piece]] = [[] for _ in writers]
-        async for index, event in streams.events():
-            if event is not None:
+        async for news in stream.events():
+            if news is not None:
+                index, event = news
                 pieces[index].append(writers[index].take(event))
             await turns.did()
     finally:
-        streams.close()
-    if not all(writer.stats.completion_tokens for writer in writers):
-        raise WorkerLostError("the worker ended the answer early; send the request again")
+        stream.close()
     choices = list[str]()
     for writer in writers:
         choice = await writer.whole(pieces[writer.index], turns)
         choices.append(await _json_in_turns(choice, turns, CHOICE_DEPTH))
         pieces[writer.index] = []
-    before, after = dumps(answer.whole([], _total(writers, streams.per_prompt))).split(_NO_CHOICES, 1)
+    before, after = dumps(answer.whole([], _total(writers, stream.per_prompt))).split(_NO_CHOICES, 1)
     text = f'{before}"choices":[{",".join(choices)}]{after}'
     return text.encode("utf-8")
-
-
-_NO_CHOICES = '"choices":[]'
-"""Quotes are escaped in JSON's strings, so nothing before it reads the same."""
-
-
-_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-"""JSON leaves them as they are, and some clients, httpx's `iter_lines` among them, take them for the end of a line."""
 
 
 def _data(value: dict[str, Any]) -> str:
@@ -273,7 +278,7 @@ def _data(value: dict[str, Any]) -> str:
 
 
 async def _json_in_turns(value: dict[str, Any], turns: Turns, depth: int) -> str:
-    """As :func:`.response_json.dumps`, of what may have megabytes."""
+    """As :func:`dumps`, for objects of megabytes."""
     pieces = []
     for piece in json_pieces(value, depth):
         pieces.append(piece.translate(_LINE_ENDS))
@@ -281,44 +286,66 @@ async def _json_in_turns(value: dict[str, Any], turns: Turns, depth: int) -> str
     return "".join(pieces)
 
 
-COMMENT_PERIOD_S = 5.0
-"""Time between two comment lines of a stream: some clients give up after 300 lines in a row without data."""
+async def _in_pieces(values: Sequence[T], turns: Turns, length: int) -> AsyncIterator[Sequence[T]]:
+    """``values``, ``length`` at a time. Each value counts as one unit of work."""
+    for start in range(0, len(values), length):
+        piece = values[start : start + length]
+        yield piece
+        await turns.did(len(piece))
+
+
+def dumps(value: Any) -> str:
+    """``value`` as compact JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def json_pieces(value: Any, depth: int) -> Iterator[str]:
+    """Strings that together are the JSON of ``value``. Long lists in its upper ``depth`` levels are split."""
+    if depth and isinstance(value, dict) and value:
+        for number, (name, one) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{dumps(name)}:"
+            yield from json_pieces(one, depth - 1)
+        yield "}"
+    elif depth and isinstance(value, list) and value:
+        for number, one in enumerate(value):
+            yield "," if number else "["
+            yield from json_pieces(one, depth - 1)
+        yield "]"
+    elif isinstance(value, list) and len(value) > PIECE_ITEMS:
+        for start in range(0, len(value), PIECE_ITEMS):
+            yield ("," if start else "[") + dumps(value[start : start + PIECE_ITEMS])[1:-1]
+        yield "]"
+    else:
+        yield dumps(value)
 
 
 async def server_sent_events(
-    streams: ChoiceStreams,
+    stream: CompletionStream,
     answer: AnswerFormat,
-    failed: Callable[[ApiError], None],
+    metrics: Metrics,
     clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[str]:
-    """The answer piece by piece. Comment lines tell of prefill (``: prefill 1024/6500``) and of waiting, one every
-    ``COMMENT_PERIOD_S`` at most. ``clock`` gives seconds that never go back.
+    """The answer as server-sent events. Closes ``stream``.
 
-    An error after the start can't change the status any more: it is sent as an event with an ``error`` object.
+    Comment lines report the progress of prefill (``: prefill 1024/6500``) and silence (``: waiting``), at most one in
+    ``COMMENT_PERIOD_S``. ``clock`` returns monotonic seconds.
+
+    The status is sent before the first event, so a later error becomes an event with an ``error`` object.
     """
-    comment_due_s = clock()
-
-    def comment(text: str) -> str:
-        """A comment line, or nothing if the last one was less than a period ago."""
-        nonlocal comment_due_s
-        now_s = clock()
-        if now_s < comment_due_s:
-            return ""
-        comment_due_s = now_s + COMMENT_PERIOD_S
-        return f": {text}\n\n"
-
+    comments = _Comments(clock)
     turns = Turns(EVENTS_AT_ONCE)
     try:
-        writers = _writers(streams, answer)
+        writers = _writers(stream, answer)
         for writer in writers:
             if (opening := writer.first()) is not None:
                 yield _data(opening)
                 await turns.did()
-        async for index, event in streams.events():
-            if event is None:
-                if line := comment("waiting"):
+        async for news in stream.events():
+            if news is None:
+                if line := comments.line("waiting"):
                     yield line
                 continue
+            index, event = news
             if event.view is not None:
                 yield _data(answer.view_chunk(index, event.view))
             for chunk in await writers[index].chunks(writers[index].take(event), turns):
@@ -328,15 +355,49 @@ async def server_sent_events(
                     yield _data(chunk)
             await turns.did()
             if not event.token_ids and not event.text and event.finish_reason is None:
-                prompt_tokens = answer.prompt_tokens[index // streams.per_prompt]
-                if line := comment(f"prefill {event.prefill_tokens_done}/{prompt_tokens}"):
+                prompt_tokens = answer.prompt_tokens[index // stream.per_prompt]
+                if line := comments.line(f"prefill {event.prefill_tokens_done}/{prompt_tokens}"):
                     yield line
         if answer.include_usage:
-            yield _data(answer.usage_chunk(_total(writers, streams.per_prompt)))
+            yield _data(answer.usage_chunk(_total(writers, stream.per_prompt)))
         yield "data: [DONE]\n\n"
     except Exception as error:  # noqa: BLE001 - `tell` logs it
         said = tell(error, f"request {answer.id}")
-        failed(said)
+        metrics.error(said.kind)
         yield _data(said.body())
     finally:
-        streams.close()
+        stream.close()
+
+
+class _Comments:
+    """Limits comment lines to one in ``COMMENT_PERIOD_S``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._due_s = clock()
+
+    def line(self, text: str) -> str:
+        """A comment line, or an empty string if the last one is too recent."""
+        now_s = self._clock()
+        if now_s < self._due_s:
+            return ""
+        self._due_s = now_s + COMMENT_PERIOD_S
+        return f": {text}\n\n"
+
+
+class EventStreamResponse(StreamingResponse):
+    """Server-sent events. Closes ``stream`` whenever the response ends, even before its first byte."""
+
+    def __init__(self, stream: CompletionStream, body: AsyncIterator[str]) -> None:
+        super().__init__(
+            body,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()

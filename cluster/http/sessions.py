@@ -3,31 +3,21 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
 
-from forecache.cluster.config import LimitsConfig
 from forecache.cluster.errors import PinLimitError, TierSilentError, UnknownSessionError
+from forecache.cluster.http.api import Api
 from forecache.cluster.http.body import read_short_json
-from forecache.cluster.http.openai_tools import Strict
-from forecache.cluster.http.tenants import Tenant
+from forecache.cluster.http.openai_types import PinRequest
 from forecache.cluster.tiers import Tiers
 from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.arena.ledger import MOST_NAMED, TENANT_MARK, PinShare, tenant_of
 from forecache.workers.memory.tier.catalog import Catalog, SessionRecord
-
-DEFAULT_TTL_S = 3600.0
-MAX_TTL_S = 30 * 24 * 3600.0
-Guarded = Callable[[Request, Callable[[Tenant], Awaitable[Response]]], Awaitable[Response]]
-
-
-class PinRequest(Strict):
-    ttl_s: float = Field(DEFAULT_TTL_S, gt=0, le=MAX_TTL_S, allow_inf_nan=False)
 
 
 class SessionDirectory:
@@ -142,32 +132,31 @@ def over_limit(session_id: str, shares: Sequence[PinShare]) -> PinLimitError | N
 
 
 class SessionRoutes:
-    """The handlers. ``guarded``: :meth:`.api.Api.guarded`; a tenant knows its own sessions alone."""
+    """The handlers. A tenant sees only its own sessions."""
 
-    def __init__(self, directory: SessionDirectory, guarded: Guarded, limits: LimitsConfig) -> None:
+    def __init__(self, directory: SessionDirectory, api: Api) -> None:
         self._directory = directory
-        self._guarded = guarded
-        self._limits = limits
+        self._api = api
 
     def add_to(self, app: FastAPI) -> None:
+        """Add the routes to ``api``'s application, which turns the errors that handlers raise into error objects."""
         app.add_api_route("/v1/sessions/{session_id:path}", self.get, methods=["GET"])
         app.add_api_route("/v1/sessions/{session_id:path}", self.pin, methods=["POST"])
         app.add_api_route("/v1/sessions/{session_id:path}", self.delete, methods=["DELETE"])
 
     async def get(self, http: Request, session_id: str) -> Response:
-        return await self._guarded(http, lambda tenant: _answer(self._directory.describe, tenant, session_id))
+        name = self._api.tenant_of(http).own(session_id)
+        return _session(session_id, await asyncio.to_thread(self._directory.describe, name))
 
     async def pin(self, http: Request, session_id: str) -> Response:
-        async def answer(tenant: Tenant) -> Response:
-            asked = PinRequest.model_validate(await read_short_json(http, self._limits, empty={}))
-            return await _answer(self._directory.pin, tenant, session_id, asked.ttl_s)
-
-        return await self._guarded(http, answer)
+        name = self._api.tenant_of(http).own(session_id)
+        request = PinRequest.model_validate(await read_short_json(http, self._api.limits, empty={}))
+        return _session(session_id, await asyncio.to_thread(self._directory.pin, name, request.ttl_s))
 
     async def delete(self, http: Request, session_id: str) -> Response:
-        return await self._guarded(http, lambda tenant: _answer(self._directory.delete, tenant, session_id))
+        name = self._api.tenant_of(http).own(session_id)
+        return _session(session_id, await asyncio.to_thread(self._directory.delete, name))
 
 
-async def _answer(handle: Callable[..., dict[str, Any]], tenant: Tenant, session_id: str, *more: object) -> Response:
-    told = await asyncio.to_thread(handle, tenant.own(session_id), *more)
-    return JSONResponse(told | {"id": session_id})
+def _session(session_id: str, fields: dict[str, Any]) -> Response:
+    return JSONResponse(fields | {"id": session_id})

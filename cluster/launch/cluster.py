@@ -26,12 +26,12 @@ from forecache.cluster.dispatch.router import PrefixAffinityRouter
 from forecache.cluster.errors import StartError
 from forecache.cluster.http import server as http_server
 from forecache.cluster.http.ingress import Ingress
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.launch import machine, preflight
 from forecache.cluster.launch.redis_server import EmbeddedRedis
 from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.observe import logs, tracing
 from forecache.cluster.observe.telemetry import ClusterTelemetry
+from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.core.config import WorkerSettings
 from forecache.workers.engine.worker import DecodeWorker

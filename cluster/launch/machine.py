@@ -9,7 +9,7 @@ import redis
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
-from forecache.cluster.http.tenants import Tenants
+from forecache.cluster.tenants import Tenants
 from forecache.workers.masking import mask_secrets
 
 CONNECT_S = 3.0

@@ -10,11 +10,11 @@ from ray.serve import Application
 
 from forecache.cluster.config import ConfigError, ServeConfig, read_yaml, sentence
 from forecache.cluster.http.ingress import Ingress
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.launch import machine, preflight
 from forecache.cluster.launch.cluster import NAMESPACE, application, cluster_telemetry
 from forecache.cluster.launch.supervisor import Supervisor
 from forecache.cluster.observe import tracing
+from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.core.config import WorkerSettings
 from forecache.workers.models.loader import resolve_model

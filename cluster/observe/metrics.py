@@ -291,7 +291,7 @@ class RequestTimer:
         self._started_s = started_s
         self._last_token_s: float | None = None
 
-    def __call__(self, event: TokenEvent) -> None:
+    def observe(self, event: TokenEvent) -> None:
         now = time.monotonic()
         if event.token_ids:
             if self._last_token_s is None:

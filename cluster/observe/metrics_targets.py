@@ -17,8 +17,7 @@ from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from forecache.cluster.dispatch.replica_answers import answers_in_time
-from forecache.cluster.dispatch.shared_answer import SharedAnswer
+from forecache.cluster.broadcast import SharedAnswer, answers_in_time
 from forecache.cluster.observe.metrics import CONTENT_TYPE
 from forecache.cluster.tiers import Tiers
 from forecache.indexer.serving.telemetry import MetricsTarget

@@ -26,6 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from forecache.cluster.config import ResumeConfig
+
 PACE_S = 0.02
 BEAT_S = 0.005
 MAX_MODEL_LEN = 1 << 20
@@ -40,6 +42,7 @@ class PacedStream:
     def __init__(self, request: Any) -> None:
         self._request = request
         self._made = 0
+        self.assigned = True
         self._next_s = time.monotonic()
 
     def __aiter__(self) -> "PacedStream":
@@ -66,7 +69,7 @@ class PacedStream:
             "x ",
             "length" if last else None,
             SequenceStats(prompt, completion_tokens=self._made) if last else None,
-            position=self._made,
+            position=self._made - 1,
             logprobs=told,
         )
 
@@ -74,7 +77,9 @@ class PacedStream:
 
 
 class PacedWorkers:
-    def generate(self, request: Any) -> PacedStream:
+    failover_config = ResumeConfig()
+
+    def start(self, request: Any) -> PacedStream:
         return PacedStream(request)
 
     async def stats(self) -> list[Any]:
@@ -95,21 +100,24 @@ async def serve(tokenizer: str) -> None:
     import uvicorn
 
     from forecache.cluster.config import LimitsConfig
-    from forecache.cluster.http.admission import Admission
+    from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
     from forecache.cluster.http.api import Api
     from forecache.cluster.http.prompts import PromptEncoder
     from forecache.cluster.http.sessions import SessionRoutes
-    from forecache.cluster.http.tenants import Tenants
     from forecache.cluster.observe.metrics import Metrics
+    from forecache.cluster.tenants import Tenants
+    from forecache.indexer.serving.config import SelectionConfig
+    from forecache.workers.core.config import EngineConfig
     from forecache.workers.models.tokenizer import load_tokenizer
 
     limits = LimitsConfig(max_queued_requests=4096)
     encoder = PromptEncoder(load_tokenizer(Path(tokenizer)), MAX_MODEL_LEN)
     if hasattr(encoder, "start"):
         encoder.start()
-    api = Api(PacedWorkers(), encoder, Metrics(MODEL), Admission(limits), Tenants(None), lambda tokens, cache: 0)
+    resident = ResidentEstimate(EngineConfig(), SelectionConfig(), 0)
+    api = Api(PacedWorkers(), encoder, Metrics(MODEL), Admission(limits), Tenants(None), resident)
     app = api.app()
-    SessionRoutes(NoSessions(), api.guarded, limits).add_to(app)  # type: ignore[arg-type]
+    SessionRoutes(NoSessions(), api).add_to(app)  # type: ignore[arg-type]
     if hasattr(encoder, "start"):  # as the ingress does
         gc.collect()
         gc.freeze()

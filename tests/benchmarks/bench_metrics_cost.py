@@ -101,7 +101,7 @@ class Decoding:
             for event in self._llm.engine.step():
                 tokens += len(event.token_ids)
                 if observe:
-                    self._timers[event.request_id](event)
+                    self._timers[event.request_id].observe(event)
                 if event.finish_reason is not None:
                     assert event.finish_reason == "length", event.error
                     self._add()

@@ -11,8 +11,9 @@ from typing import Any
 
 from ray import serve
 
-from forecache.cluster.dispatch.failover import ResumingStream
-from forecache.cluster.http.ingress import Ingress, ServeWorkers
+from forecache.cluster.dispatch.channels import RequestCall
+from forecache.cluster.dispatch.workers import ServeWorkers
+from forecache.cluster.http.ingress import Ingress
 from forecache.indexer.serving.telemetry import SILENCE
 from forecache.workers.core.config import WorkerSettings
 from forecache.workers.core.grammar import Grammars
@@ -118,11 +119,12 @@ class StubWorker(DecodeWorker):
 class StampingWorkers(ServeWorkers):
     """The way to the workers, with the time at which each event had come."""
 
-    def generate(self, request: GenerateRequest) -> ResumingStream:
-        return Stamped(request, self._start, self._resume, self._metrics.resumed)
+    def start(self, request: GenerateRequest) -> RequestCall:
+        call = super().start(request)
+        return Stamped(call._call, call._channels, request.request_id)
 
 
-class Stamped(ResumingStream):
+class Stamped(RequestCall):
     async def __anext__(self) -> TokenEvent:
         event = await super().__anext__()
         return replace(event, text=f"{event.text}{time.monotonic():.6f}\n")

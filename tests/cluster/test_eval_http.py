@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from forecache.cluster.cli import main as cli
-from forecache.cluster.http.tenants import new_key
+from forecache.cluster.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 

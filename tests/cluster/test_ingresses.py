@@ -15,7 +15,7 @@ import pytest
 from processes import processes_below
 from prometheus_client.parser import text_string_to_metric_families
 
-from forecache.cluster.http.tenants import new_key
+from forecache.cluster.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from forecache.cluster.http.tenants import new_key
+from forecache.cluster.tenants import new_key
 
 pytestmark = pytest.mark.cluster
 

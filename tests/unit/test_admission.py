@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from forecache.cluster.config import LimitsConfig
+from forecache.cluster.dispatch.admission import FIRST_RETRY_S, LONGEST_RETRY_S, Admission, Throughput, Ticket, Usage
 from forecache.cluster.errors import (
     AuthenticationError,
     DrainingError,
@@ -15,8 +16,7 @@ from forecache.cluster.errors import (
     TooManyRequestsError,
     from_exception,
 )
-from forecache.cluster.http.admission import FIRST_RETRY_S, LONGEST_RETRY_S, Admission, Throughput, Ticket, Usage
-from forecache.cluster.http.tenants import Anybody, Tenant, Tenants, entry, new_key
+from forecache.cluster.tenants import Anybody, Tenant, Tenants, entry, new_key
 from forecache.workers.errors import InvalidRequestError
 
 

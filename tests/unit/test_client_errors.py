@@ -15,22 +15,23 @@ from typing import Any
 
 import pytest
 import redis
+from fake_workers import ONE_TRY, Errors, Workers, stream_over
 from fastapi.testclient import TestClient
 
 import forecache
 from forecache.cluster.config import LimitsConfig, ServeConfig, TelemetryConfig
-from forecache.cluster.dispatch.choices import ChoiceStreams
-from forecache.cluster.dispatch.completion_stream import EventStream
-from forecache.cluster.errors import ApiError, RefusedError, StartError, from_exception, from_http_status
-from forecache.cluster.http.admission import Admission
+from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
+from forecache.cluster.errors import RefusedError, StartError, from_exception, from_http_status
 from forecache.cluster.http.api import Api
 from forecache.cluster.http.prompts import PromptEncoder
 from forecache.cluster.http.responses import AnswerFormat, server_sent_events
-from forecache.cluster.http.tenants import Tenants, new_key
 from forecache.cluster.launch.machine import check_redis
 from forecache.cluster.observe import logs
 from forecache.cluster.observe.metrics import Metrics
+from forecache.cluster.tenants import Tenants, new_key
 from forecache.cluster.tiers import Tiers
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import GenerateRequest, TokenEvent
 from forecache.workers.errors import CatalogUnavailableError, ForecacheError, InvalidRequestError
 from forecache.workers.masking import mask_places, mask_secrets
@@ -134,13 +135,18 @@ def log() -> io.StringIO:
     return stream
 
 
+RESIDENT = ResidentEstimate(EngineConfig(), SelectionConfig(), 1000)
+
+
 class Failing:
     """Workers that fail with one error, in the place of those of a cluster."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def generate(self, request: GenerateRequest) -> Any:
+    failover_config = ONE_TRY
+
+    def start(self, request: GenerateRequest) -> Any:
         return Stream(self.error)
 
     async def stats(self) -> list[Any]:
@@ -150,6 +156,7 @@ class Failing:
 class Stream:
     def __init__(self, error: Exception, *before: TokenEvent) -> None:
         self._error, self._before = error, list(before)
+        self.assigned = True
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -167,7 +174,7 @@ class Stream:
 def _client(text_model: Path, error: Exception) -> Iterator[TestClient]:
     encoder = PromptEncoder(load_tokenizer(text_model), 4096)
     admission = Admission(LimitsConfig())
-    api = Api(Failing(error), encoder, Metrics("m"), admission, Tenants.load(None), lambda *_: 1000)
+    api = Api(Failing(error), encoder, Metrics("m"), admission, Tenants.load(None), RESIDENT)
     try:
         with TestClient(api.app(), raise_server_exceptions=False) as client:
             yield client
@@ -208,14 +215,13 @@ def test_http_answers_and_the_log_are_safe(text_model: Path, log: io.StringIO, e
 def test_error_events_of_a_stream_and_the_log_are_safe(log: io.StringIO, error: Exception) -> None:
     answer = AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(3,))
     begun = TokenEvent("r", (1,), "a")
-    streams = ChoiceStreams(lambda _: EventStream(Stream(error, begun), silence_s=60.0), 1, 1, None, lambda: None)
-    failed: list[ApiError] = []
+    stream, failed = stream_over(Workers(lambda _: Stream(error, begun))), Errors()
 
     async def told() -> str:
-        return "".join([line async for line in server_sent_events(streams, answer, failed.append)])
+        return "".join([line async for line in server_sent_events(stream, answer, failed)])
 
     text = asyncio.run(told())
-    assert '"error"' in text and len(failed) == 1
+    assert '"error"' in text and len(failed.kinds) == 1
     _assert_safe(text)
     assert not any(secret in log.getvalue() for secret in SECRETS)
 

@@ -7,11 +7,11 @@ import pytest
 from ray.exceptions import TaskCancelledError
 
 from forecache.cluster.config import LimitsConfig
-from forecache.cluster.http.admission import Admission
+from forecache.cluster.dispatch.admission import Admission
+from forecache.cluster.dispatch.channels import ServeCall
 from forecache.cluster.http.api import CLIENT_LEFT_STATUS, Api
-from forecache.cluster.http.ingress import ServeCall
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.observe.metrics import Metrics
+from forecache.cluster.tenants import Tenants
 from forecache.workers.core.requests import Accepted, Refused
 from forecache.workers.errors import InvalidRequestError, OverloadedError
 

@@ -15,19 +15,20 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
+from fake_workers import Errors, Reader, Workers, stream_over
 from virtual_time import now_s, run
 
 from forecache.cluster.config import ResumeConfig, ServeConfig
-from forecache.cluster.dispatch.channels import ChanneledStream, Channels, Replacement
-from forecache.cluster.dispatch.choices import ChoiceStreams
-from forecache.cluster.dispatch.completion_stream import EventStream
-from forecache.cluster.dispatch.failover import ResumingStream
-from forecache.cluster.errors import ApiError, NoWorkerError, WorkerLostError, WorkerSilentError, from_exception
+from forecache.cluster.dispatch.channels import Channels, RequestCall
+from forecache.cluster.dispatch.completion_stream import CompletionStream
+from forecache.cluster.dispatch.workers import ServeWorkers
+from forecache.cluster.errors import NoWorkerError, WorkerLostError, WorkerSilentError, from_exception
 from forecache.cluster.http.responses import AnswerFormat, collect, server_sent_events
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.requests import (
     SIGN_OF_LIFE_S,
     Accepted,
+    ChannelRequest,
     GenerateRequest,
     RequestNews,
     SamplingParams,
@@ -72,6 +73,7 @@ class Told:
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
         self.cancelled = False
+        self.assigned = True
 
     def __aiter__(self) -> "Told":
         return self
@@ -107,12 +109,11 @@ class Asked:
 
 
 async def events_of(asked: Asked, config: ResumeConfig) -> list[TokenEvent]:
-    heard: list[TokenEvent] = []
-    async for event in ResumingStream(REQUEST, asked, config, lambda: None):
-        heard.append(event)
-        if event.finish_reason is not None:
-            return heard
-    raise AssertionError
+    stream = Reader(stream_over(Workers(asked, config), REQUEST))
+    try:
+        return [event async for event in stream]
+    finally:
+        stream.close()
 
 
 def tokens_of(asked: Asked, config: ResumeConfig | None = None) -> list[int]:
@@ -188,6 +189,18 @@ def test_a_token_of_the_wrong_position_is_not_passed_on(wrong: int) -> None:
     assert asked.requests[2].resume_token_ids == (1,)
 
 
+class ClientChannels(Channels):
+    """The client's channels; ``opened`` makes the call of one."""
+
+    def __init__(self, opened: Callable[[ChannelRequest], Any] | None = None) -> None:
+        super().__init__(None)
+        self._opened = opened
+
+    def open(self, request: ChannelRequest) -> Any:
+        assert self._opened is not None
+        return self._opened(request)
+
+
 class Call:
     """A call that no worker has, until ``assigned``; then it says ``Accepted``, and nothing else."""
 
@@ -215,17 +228,14 @@ def test_the_queue_before_the_workers_is_no_silence_and_a_worker_that_took_it_is
     async def wait() -> None:
         calls: list[Call] = []
 
-        def no_channel(_: object) -> Any:
-            raise AssertionError("one request alone needs none")
+        channels = ClientChannels()  # opens none: one request alone needs none
 
-        channels = Channels(no_channel)
-
-        def start(request: GenerateRequest) -> ChanneledStream:
+        def start(request: GenerateRequest) -> RequestCall:
             calls.append(Call())
-            return ChanneledStream(calls[-1], channels, request.request_id)
+            return RequestCall(calls[-1], channels, request.request_id)
 
         config = ResumeConfig(token_deadline_s=DEADLINE_S, max_silent_workers=2)
-        stream = ResumingStream(REQUEST, start, config, lambda: None)
+        stream = Reader(stream_over(Workers(start, config), REQUEST))
         pulled = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(100 * DEADLINE_S)
         assert not pulled.done() and len(calls) == 1
@@ -250,17 +260,22 @@ def test_a_request_does_not_wait_without_end_where_no_worker_runs_at_all() -> No
     async def wait() -> None:
         calls, up = list[Call](), True
 
-        async def running() -> bool:
-            await asyncio.sleep(1)
-            return up
+        class Served(ServeWorkers):
+            def __init__(self) -> None:
+                self.failover_config = ResumeConfig(token_deadline_s=DEADLINE_S, replacement_deadline_s=600)
 
-        channels = Channels(lambda _: Call())
+            async def stats(self) -> list[Any]:
+                await asyncio.sleep(1)
+                if not up:
+                    raise WorkerLostError("no worker answers")
+                return []
 
-        def start(request: GenerateRequest) -> ChanneledStream:
-            calls.append(Call())
-            return ChanneledStream(calls[-1], channels, request.request_id, Replacement(running, 600))
+            def start(self, request: GenerateRequest) -> RequestCall:
+                calls.append(Call())
+                return RequestCall(calls[-1], channels, request.request_id)
 
-        stream = ResumingStream(REQUEST, start, ResumeConfig(token_deadline_s=DEADLINE_S), lambda: None)
+        channels = ClientChannels()
+        stream = Reader(stream_over(Served(), REQUEST))
         pulled = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(10_000)
         for _ in range(3):
@@ -273,6 +288,7 @@ def test_a_request_does_not_wait_without_end_where_no_worker_runs_at_all() -> No
         with pytest.raises(NoWorkerError, match=r"no worker is running.*--replacement-deadline-s") as failure:
             await pulled
         assert 600 <= now_s() - gone_s < 600 + 3 * SIGN_OF_LIFE_S
+        stream.close()
         assert len(calls) == 1 and calls[0].cancelled
         assert from_exception(failure.value).status == 503
         channels.check_idle()
@@ -285,10 +301,10 @@ def test_a_request_does_not_wait_without_end_where_no_worker_runs_at_all() -> No
 @pytest.mark.parametrize("assigned", [False, True])
 def test_who_leaves_while_no_worker_has_answered_leaves_nothing(assigned: bool) -> None:
     async def leave() -> None:
-        channels = Channels(lambda _: Call())
+        channels = ClientChannels()
         call = Call()
         call.assigned = assigned
-        stream = ChanneledStream(call, channels, "r")
+        stream = RequestCall(call, channels, "r")
         pulled = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(1)
         pulled.cancel()
@@ -302,9 +318,8 @@ def test_who_leaves_while_no_worker_has_answered_leaves_nothing(assigned: bool) 
     run(leave())
 
 
-def answer_of(asked: Asked) -> ChoiceStreams:
-    stream = ResumingStream(REQUEST, asked, ResumeConfig(token_deadline_s=DEADLINE_S), lambda: None)
-    return ChoiceStreams(lambda _: EventStream(stream, silence_s=5), 1, 1)
+def answer_of(asked: Asked) -> CompletionStream:
+    return stream_over(Workers(asked, ResumeConfig(token_deadline_s=DEADLINE_S)), REQUEST)
 
 
 FORMAT = AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(2,))
@@ -314,10 +329,10 @@ def test_the_client_hears_an_error_in_the_end() -> None:
     """An event with an error object in a stream, and a status before it."""
 
     async def streamed() -> list[str]:
-        failed: list[ApiError] = []
+        failed = Errors()
         asked = Asked(lambda: Told(token(1)), lambda: Told())
-        lines = [line async for line in server_sent_events(answer_of(asked), FORMAT, failed.append)]
-        assert [error.code for error in failed] == ["worker_lost"]
+        lines = [line async for line in server_sent_events(answer_of(asked), FORMAT, failed)]
+        assert failed.kinds == ["worker_lost"]
         return lines
 
     lines = run(streamed())
@@ -521,18 +536,17 @@ def test_a_long_step_that_gets_on_is_no_silence_and_a_hung_one_is(
     async def slow(llm: LLM) -> None:
         engine, _ = AsyncEngine(llm.engine), wound(llm)
         worker, asked = WorkerChannels("w"), list[str]()
-        channels = Channels(lambda channel: WorkerCall(worker.batches(channel)))
+        channels = ClientChannels(lambda channel: WorkerCall(worker.batches(channel)))
 
-        def start(request: GenerateRequest) -> ChanneledStream:
+        def start(request: GenerateRequest) -> RequestCall:
             asked.append(request.request_id)
             sent = replace(request, client_id=channels.client_id)
-            return ChanneledStream(WorkerCall(served(engine, worker, sent)), channels, request.request_id)
+            return RequestCall(WorkerCall(served(engine, worker, sent)), channels, request.request_id)
 
         def ask(number: int) -> "asyncio.Future[TokenEvent]":
             config = ResumeConfig(token_deadline_s=deadline_s, max_silent_workers=1)
-            return asyncio.ensure_future(
-                anext(ResumingStream(request(str(number), prompts[number]), start, config, lambda: None))
-            )
+            asked_for = request(str(number), prompts[number])
+            return asyncio.ensure_future(anext(Reader(stream_over(Workers(start, config), asked_for))))
 
         gate.shut = True
         pulled = [ask(0)]

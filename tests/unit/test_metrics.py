@@ -162,7 +162,7 @@ def test_answers_that_went_on_elsewhere() -> None:
 
 def test_latencies_of_a_request() -> None:
     metrics = Metrics("m")
-    observe = metrics.request()
+    observe = metrics.request().observe
     observe(TokenEvent("r", (), "", prefill_tokens_done=5))
     observe(TokenEvent("r", (1,), "a"))
     observe(TokenEvent("r", (2, 3), "bc"))
@@ -178,7 +178,7 @@ def test_latencies_of_a_request() -> None:
 @pytest.mark.parametrize("reason", ["error", "cancelled"])
 def test_what_failed_is_no_answer_that_was_fast(reason: FinishReason) -> None:
     metrics = Metrics("m")
-    metrics.request()(TokenEvent("r", (), "", reason, SequenceStats(), "no room", overloaded=True))
+    metrics.request().observe(TokenEvent("r", (), "", reason, SequenceStats(), "no room", overloaded=True))
     found = samples(metrics)
     assert found["forecache_e2e_request_latency_seconds_count"] == 0
     assert found["forecache_request_queue_time_seconds_count"] == 0

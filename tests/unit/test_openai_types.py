@@ -7,6 +7,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessage
 from pydantic import BaseModel, ValidationError
 
+from forecache.cluster.dispatch.choice_requests import seed_of_choice
 from forecache.cluster.errors import AnswerFailedError, ApiError, from_exception
 from forecache.cluster.http.openai_types import (
     MAX_CHOICES,
@@ -16,11 +17,10 @@ from forecache.cluster.http.openai_types import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    PinRequest,
     TokenizeRequest,
-    seed_of_choice,
     usage,
 )
-from forecache.cluster.http.sessions import PinRequest
 from forecache.workers.core.requests import SequenceStats
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 

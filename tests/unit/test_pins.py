@@ -7,7 +7,7 @@ import torch
 
 from forecache.cluster.errors import PinLimitError, from_exception
 from forecache.cluster.http.sessions import over_limit
-from forecache.cluster.http.tenants import Anybody, Tenant
+from forecache.cluster.tenants import Anybody, Tenant
 from forecache.workers.errors import OverloadedError
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.ledger import PinLimits, PinShare

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from forecache.cluster.dispatch.turns import Turns
+from forecache.cluster.dispatch.completion_stream import Turns
 from forecache.cluster.http.responses import AnswerFormat, ChoiceWriter, Echo, Piece
 from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.requests import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs

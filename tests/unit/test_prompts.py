@@ -19,11 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from forecache.cluster.config import LimitsConfig
+from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
 from forecache.cluster.errors import PromptProcessError, RefusedError, TooManyRequestsError, from_exception
 from forecache.cluster.http import prompt_process as process_module
 from forecache.cluster.http import prompts as prompts_module
 from forecache.cluster.http import request_reader as reader_module
-from forecache.cluster.http.admission import Admission
 from forecache.cluster.http.api import Api
 from forecache.cluster.http.body import SHORT_BODY_BYTES
 from forecache.cluster.http.openai_types import ChatCompletionRequest, TokenizeRequest
@@ -31,8 +31,10 @@ from forecache.cluster.http.prompt_process import ReadJob
 from forecache.cluster.http.prompts import LONG_BODY_BYTES, SMALL_BODY_BYTES, PromptEncoder
 from forecache.cluster.http.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted, parse_json
 from forecache.cluster.http.sessions import SessionRoutes
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.observe.metrics import Metrics
+from forecache.cluster.tenants import Tenants
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 
 pytestmark = pytest.mark.anyio
@@ -346,7 +348,7 @@ async def test_requests_that_were_read_elsewhere_are_encoded_too() -> None:
 
 
 class NoWorkers:
-    def generate(self, request: Any) -> Any:
+    def start(self, request: Any) -> Any:
         raise AssertionError("nothing is to be computed")
 
     async def stats(self) -> list[Any]:
@@ -361,9 +363,16 @@ class OpenSessions:
 @pytest.fixture
 async def api(encoder: PromptEncoder) -> AsyncIterator[tuple[Api, httpx.AsyncClient]]:
     limits = LimitsConfig(max_body_bytes=1 << 20, max_bodies_bytes=1 << 20)
-    api = Api(NoWorkers(), encoder, Metrics("m"), Admission(limits), Tenants(None), lambda tokens, cache: 0)
+    api = Api(
+        NoWorkers(),
+        encoder,
+        Metrics("m"),
+        Admission(limits),
+        Tenants(None),
+        ResidentEstimate(EngineConfig(), SelectionConfig(), 0),
+    )
     app = api.app()
-    SessionRoutes(OpenSessions(), api.guarded, limits).add_to(app)  # type: ignore[arg-type]
+    SessionRoutes(OpenSessions(), api).add_to(app)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://x", timeout=60) as client:
         yield api, client
 

@@ -15,20 +15,22 @@ from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
+from fake_workers import ONE_TRY, Reader, Workers, stream_over
 from starlette.requests import Request
 
 from forecache.cluster.config import LimitsConfig, ResumeConfig
-from forecache.cluster.dispatch.channels import ChanneledStream, Channels
-from forecache.cluster.dispatch.failover import ResumingStream
+from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
+from forecache.cluster.dispatch.channels import Channels, RequestCall
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.http.admission import Admission
 from forecache.cluster.http.api import Api
 from forecache.cluster.http.prompts import PromptEncoder
 from forecache.cluster.http.request_reader import ReadRequest, RequestReader, Wanted
 from forecache.cluster.http.responses import AnswerFormat
 from forecache.cluster.http.responses import collect as collect_answer
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.observe.metrics import Metrics
+from forecache.cluster.tenants import Tenants
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.grammar import Matcher
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams
 from forecache.workers.engine import engine as engine_module
@@ -324,13 +326,13 @@ async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(t
     """Of the stream that outlives its worker, the client's channels, and the worker's; then its reader leaves it."""
     with open_llm(text_model) as llm:
         engine, worker = AsyncEngine(llm.engine), WorkerChannels("w")
-        client = Channels(lambda asked: DirectCall(worker.batches(asked)))
+        client = Channels(None)  # opens none: one request alone needs none
         request = GenerateRequest("a", (5, 6, 7), SamplingParams(max_tokens=6, ignore_eos=True), client_id="c")
         calls: list[DirectCall] = []
 
-        def start(asked: GenerateRequest) -> ChanneledStream:
+        def start(asked: GenerateRequest) -> RequestCall:
             calls.append(DirectCall(worker.carry(asked.client_id, engine.generate(asked))))
-            return ChanneledStream(calls[-1], client, asked.request_id)
+            return RequestCall(calls[-1], client, asked.request_id)
 
         whole = await collect(engine, request)
         for at in range(MOST_CALLS):
@@ -338,11 +340,11 @@ async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(t
             stream, breaking = None, Breaking(at)
             try:
                 with breaking:
-                    stream = ResumingStream(request, start, ResumeConfig(), lambda: None)
+                    stream = Reader(stream_over(Workers(start, ResumeConfig()), request))
                     first = await anext(stream)
             except InjectedError:
                 if stream is not None:
-                    stream.cancel()
+                    stream.close()
                 for call in calls:
                     await call._said.aclose()
                 gc.collect()  # an iteration that nobody closed
@@ -366,10 +368,15 @@ async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(t
         await closed(engine, llm)
 
 
+RESIDENT = ResidentEstimate(EngineConfig(), SelectionConfig(), 1000)
+
+
 class Nobody:
     """Workers that are never reached: the request fails before."""
 
-    def generate(self, request: GenerateRequest) -> Any:
+    failover_config = ONE_TRY
+
+    def start(self, request: GenerateRequest) -> Any:
         raise WorkerLostError("no worker is running")
 
     async def stats(self) -> list[Any]:
@@ -380,7 +387,7 @@ def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path)
     """Its place in the queue, and what its tenant may have, are given back; so they are if no stream can be opened."""
     admission = Admission(LimitsConfig(max_queued_requests=4))
     tokenizer = load_tokenizer(text_model)
-    api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), lambda *_: 1000)
+    api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), RESIDENT)
     http = Request({"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""})
     body = b'{"model": "m", "prompt": "abc", "max_tokens": 4, "n": 2}'
     request = RequestReader(tokenizer, 4096, 100).read(Wanted.COMPLETION, body, "m")
@@ -391,7 +398,7 @@ def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path)
         breaking = Breaking(at)
         try:
             with breaking:
-                streams = api._streams(http, request, answer, tenant)
+                streams = api._admit(http, request, answer, tenant)
         except InjectedError:
             assert admission.in_flight == admission.queued_requests == admission.queued_tokens == 0, breaking.broke
             admission.check_integrity()

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from forecache.cluster.broadcast import answers_in_time
 from forecache.cluster.config import LimitsConfig, ResumeConfig
-from forecache.cluster.dispatch.replica_answers import answers_in_time
+from forecache.cluster.dispatch import workers as workers_module
+from forecache.cluster.dispatch.admission import Admission, Usage
+from forecache.cluster.dispatch.workers import ServeWorkers
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.http import ingress
-from forecache.cluster.http.admission import Admission, Usage
-from forecache.cluster.http.ingress import Ingress, ServeWorkers
+from forecache.cluster.http.ingress import Ingress
 from forecache.cluster.launch import cluster as serving
 from forecache.cluster.observe import metrics_targets as targets
-from forecache.cluster.observe.metrics import Metrics
 from forecache.indexer.serving.telemetry import MetricsTarget
 from forecache.workers.core.stats import WorkerStats
 
@@ -86,12 +87,12 @@ async def test_replicas_that_are_not_known_in_time_are_an_error() -> None:
 
 
 async def test_one_silent_worker_makes_the_cluster_not_unready(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingress, "STATS_DEADLINE_S", 0.01)
+    monkeypatch.setattr(workers_module, "STATS_DEADLINE_S", 0.01)
     stats: Any = WorkerStats.__new__(WorkerStats)
-    resume, metrics = ResumeConfig(), Metrics("m")
-    assert list(await ServeWorkers(handle_of(SILENT, stats, GONE), resume, metrics).stats()) == [stats]
+    config = ResumeConfig()
+    assert list(await ServeWorkers(handle_of(SILENT, stats, GONE), config).stats()) == [stats]
     with pytest.raises(WorkerLostError, match="no worker answers"):
-        await ServeWorkers(handle_of(SILENT, GONE), resume, metrics).stats()
+        await ServeWorkers(handle_of(SILENT, GONE), config).stats()
 
 
 async def test_one_silent_process_is_missing_in_the_directory_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from fake_workers import Reader, Record, Workers, stream_over
 
 from forecache.cluster.config import ResumeConfig
-from forecache.cluster.dispatch.failover import ResumingStream
 from forecache.cluster.errors import WorkerLostError
 from forecache.workers.core.requests import CacheOptions, GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.engine.async_engine import AsyncEngine
-from forecache.workers.errors import EngineDeadError, InvalidRequestError
+from forecache.workers.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from forecache.workers.llm import LLM
 from forecache.workers.residency.window import PROBE_TOKENS
 
@@ -114,6 +114,7 @@ class EngineStream:
     """A worker's stream, as the ingress has it through Ray Serve."""
 
     def __init__(self, engine: AsyncEngine, request: GenerateRequest) -> None:
+        self.assigned = True
         self._engine = engine
         self._request = request
         self._events: AsyncGenerator[TokenEvent, None] = engine.generate(request)
@@ -148,19 +149,16 @@ def test_engines_that_end_one_after_the_other_give_one_answer(tiny_model: Path, 
                 asked.append(asked_for)
                 return EngineStream(engines[len(asked) - 1], asked_for)
 
-            resumed = list[int]()
-            stream = ResumingStream(request, start, ResumeConfig(), lambda: resumed.append(len(tokens)))
-            tokens = list[int]()
+            record, tokens = Record(), list[int]()
+            stream = Reader(stream_over(Workers(start, ResumeConfig()), request, record=record))
             async for event in stream:
                 tokens += event.token_ids
                 assert event.request_id == "r"
                 if len(tokens) in (20, 50) and event.token_ids:
                     await asyncio.to_thread(engines[len(asked) - 1].close)
-                if event.finish_reason is not None:
-                    break
             assert [a.request_id for a in asked] == ["r", "r~1", "r~2"]
             assert all(list(a.resume_token_ids) == tokens[: len(a.resume_token_ids)] for a in asked)
-            assert resumed == [len(a.resume_token_ids) for a in asked[1:]]
+            assert [len(a.resume_token_ids) for a in asked] == [0, 20, 50] and record.resumes == 2
             return tokens
 
     assert asyncio.run(through_three()) == whole
@@ -190,8 +188,8 @@ def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> 
                 asked += 1
                 return (Silent if asked == 1 else EngineStream)(engine, asked_for)
 
-            stream = ResumingStream(request, start, ResumeConfig(token_deadline_s=0.5), lambda: None)
-            tokens = [token async for event in until_the_end(stream) for token in event.token_ids]
+            stream = Reader(stream_over(Workers(start, ResumeConfig(token_deadline_s=0.5)), request))
+            tokens = [token async for event in stream for token in event.token_ids]
             await asyncio.to_thread(engine.close)
             return tokens, asked
 
@@ -201,18 +199,12 @@ def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> 
     assert asked == 2
 
 
-async def until_the_end(stream: ResumingStream) -> AsyncGenerator[TokenEvent, None]:
-    async for event in stream:
-        yield event
-        if event.finish_reason is not None:
-            return
-
-
 class Told:
     """A worker's stream of given events; an exception among them is raised, a number is a silence in seconds."""
 
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
+        self.assigned = True
 
     def __aiter__(self) -> "Told":
         return self
@@ -235,8 +227,8 @@ def tokens_through(*workers: Told, config: ResumeConfig) -> list[int]:
 
     async def ask() -> list[int]:
         left = list(workers)
-        stream = ResumingStream(request_for([1, 2], 3), lambda _: left.pop(0), config, lambda: None)
-        tokens = [token async for event in until_the_end(stream) for token in event.token_ids]
+        stream = Reader(stream_over(Workers(lambda _: left.pop(0), config), request_for([1, 2], 3)))
+        tokens = [token async for event in stream for token in event.token_ids]
         assert not left
         return tokens
 
@@ -255,9 +247,10 @@ def test_a_next_worker_without_room_is_not_the_end() -> None:
         tokens_through(Told(*BEGINNING), Told(FULL), Told(FULL), config=config)
 
     async def first() -> TokenEvent:
-        return await anext(ResumingStream(request_for([1, 2], 3), lambda _: Told(FULL), config, lambda: None))
+        return await anext(Reader(stream_over(Workers(lambda _: Told(FULL), config), request_for([1, 2], 3))))
 
-    assert asyncio.run(first()) == FULL  # nothing was sent: the request is refused
+    with pytest.raises(OverloadedError, match="no room"):  # nothing was sent: the request is refused
+        asyncio.run(first())
 
 
 def test_tokens_that_are_decoded_again_are_told_of(tiny_model: Path, prompts: list[list[int]]) -> None:
@@ -282,7 +275,7 @@ def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list
                 asked += 1
                 return EngineStream(engine, request)
 
-            stream = ResumingStream(request_for(prompts[0], 5), start, ResumeConfig(resume_attempts=2), lambda: None)
+            stream = Reader(stream_over(Workers(start, ResumeConfig(resume_attempts=2)), request_for(prompts[0], 5)))
             with pytest.raises(WorkerLostError):
                 await anext(stream)
             return asked
@@ -316,12 +309,13 @@ def test_what_a_client_has_left_is_begun_nowhere_else(lost_by_itself: bool) -> N
         return Source()
 
     async def leave() -> None:
-        stream = ResumingStream(request_for([1, 2, 3], 4), start, ResumeConfig(), lambda: None)
+        stream = Reader(stream_over(Workers(start, ResumeConfig()), request_for([1, 2, 3], 4)))
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.02)  # less than the first pause before another worker is asked
-        stream.cancel()
-        with pytest.raises(WorkerLostError):
+        stream.close()
+        with pytest.raises(StopAsyncIteration):
             await waiting
+        await asyncio.sleep(0.2)
 
     asyncio.run(leave())
     assert len(begun) == 1

@@ -4,18 +4,19 @@ The event loop's clock jumps to its next timer, and pauses have no chance in the
 """
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fake_workers import Reader, Record, Workers, stream_over
 from pydantic import ValidationError
 from virtual_time import run
 
 from forecache.cluster.config import ResumeConfig
 from forecache.cluster.dispatch import failover as resume
-from forecache.cluster.dispatch.failover import ResumingStream, first_try_id, try_id
-from forecache.cluster.errors import WorkerLostError, WorkerSilentError
+from forecache.cluster.dispatch.failover import first_try_id, try_id
+from forecache.cluster.errors import AnswerFailedError, WorkerLostError, WorkerSilentError
 from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
+from forecache.workers.errors import OverloadedError
 
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=9), resume_token_ids=(7,))
 LOST = WorkerLostError("it died")
@@ -34,6 +35,7 @@ class Worker:
         self._steps = list(steps)
         self._hangs = hangs
         self.cancelled = 0
+        self.assigned = True
 
     def __aiter__(self) -> "Worker":
         return self
@@ -61,7 +63,7 @@ class Answer:
         self.workers = workers
         self.requests: list[GenerateRequest] = []
         self.asked_s: list[float] = []
-        self.resumes = 0
+        self.record = Record()
         self.heard: list[TokenEvent] = []
         self._config = ResumeConfig(**settings)
 
@@ -70,20 +72,23 @@ class Answer:
         self.asked_s.append(asyncio.get_running_loop().time())
         return self.workers[len(self.requests) - 1]
 
-    def _resumed(self) -> None:
-        self.resumes += 1
+    @property
+    def resumes(self) -> int:
+        return self.record.resumes
 
-    def stream(self) -> ResumingStream:
-        return ResumingStream(REQUEST, self._start, self._config, self._resumed)
+    def stream(self) -> Reader:
+        return Reader(stream_over(Workers(self._start, self._config), REQUEST, record=self.record))
 
     def hear(self) -> list[int]:
         """All of it. Raises what the client gets."""
 
         async def hear() -> None:
-            async for event in self.stream():
-                self.heard.append(event)
-                if event.finish_reason is not None:
-                    return
+            stream = self.stream()
+            try:
+                async for event in stream:
+                    self.heard.append(event)
+            finally:
+                stream.close()
 
         run(hear())
         assert all(event.request_id == "r" for event in self.heard)
@@ -167,7 +172,7 @@ def test_a_pause_may_be_half_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_losses_in_a_row_are_bounded() -> None:
     answer = Answer(*(Worker(LOST) for _ in range(3)), resume_attempts=2)
-    error = answer.fail(r"it died. It was tried no more: 3 workers in a row .*\(--resume-attempts\)")
+    error = answer.fail(r"it died. It was not tried again: 3 workers in a row .*\(--resume-attempts\)")
     assert error.__cause__ is LOST
     assert len(answer.requests) == 3 and answer.resumes == 2
     assert all(worker.cancelled for worker in answer.workers)
@@ -190,7 +195,7 @@ def test_workers_that_hang_are_bounded_whatever_comes_between() -> None:
         token_deadline_s=60,
         max_silent_workers=2,
     )
-    answer.fail(r"it hangs. It was tried no more: 2 workers hung or fell silent on it \(--max-silent-workers\)")
+    answer.fail(r"it hangs. It was not tried again: 2 workers hung or fell silent on it \(--max-silent-workers\)")
     assert answer.asked_s == pytest.approx([0, 60.1])
     answer = Answer(Worker(hangs=True), token_deadline_s=60, max_silent_workers=1)
     answer.fail("said nothing for 60 s. .* 1 workers hung")
@@ -235,37 +240,41 @@ def test_a_later_worker_without_room_is_one_that_is_lost(error: str | None, said
     assert answer.hear() == [1, 2, 3]
     Answer(Worker(token(1), LOST), Worker(full), resume_attempts=1).fail(said)
     first = Answer(Worker(full))
-    assert first.hear() == [] and first.heard[0].overloaded  # nothing was sent: the request is refused
+    with pytest.raises(OverloadedError, match=said):  # nothing was sent: the request is refused
+        first.hear()
+    assert first.heard == [] and len(first.requests) == 1
 
 
 def test_an_error_of_the_request_is_passed_on() -> None:
     answer = Answer(Worker(token(1), TokenEvent("x", (), "", "error", error="a bad grammar")))
-    assert answer.hear() == [1]
-    assert answer.heard[1].error == "a bad grammar" and len(answer.requests) == 1
+    with pytest.raises(AnswerFailedError, match="a bad grammar"):
+        answer.hear()
+    assert [event.token_ids for event in answer.heard] == [(1,)] and len(answer.requests) == 1
 
 
-def leaving(answer: Answer, leave: Callable[[ResumingStream], None], after_s: float) -> WorkerLostError:
-    """A client leaves ``after_s`` after it began to wait."""
+def leave_after(answer: Answer, after_s: float) -> None:
+    """A client leaves ``after_s`` after it began to wait; then a minute goes by."""
 
-    async def leave_it() -> WorkerLostError:
+    async def leave() -> None:
         stream = answer.stream()
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(after_s)
-        leave(stream)
-        with pytest.raises(WorkerLostError) as failure:
+        stream.close()
+        with pytest.raises(StopAsyncIteration):
             await waiting
-        return failure.value
+        await asyncio.sleep(60)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    return run(leave_it())
+    run(leave())
 
 
 def test_what_a_client_has_left_is_begun_nowhere_else() -> None:
     """A call that is cancelled looks like a lost one; or it was lost before, and the pause is not over."""
     answer = Answer(Worker(1.0, LOST), Worker(END))
-    assert leaving(answer, ResumingStream.cancel, 0.5) is LOST
+    leave_after(answer, 0.5)
     assert [worker.cancelled for worker in answer.workers] == [1, 0]
     answer = Answer(Worker(LOST), Worker(END))
-    assert leaving(answer, ResumingStream.cancel, 0.05) is LOST
+    leave_after(answer, 0.05)
     assert len(answer.requests) == 1 and answer.resumes == 0
 
 
@@ -274,7 +283,7 @@ def test_cancel_reaches_the_worker_that_has_the_request_now() -> None:
         stream = answer.stream()
         assert (await anext(stream)).token_ids == (1,)
         assert (await anext(stream)).token_ids == (2,)
-        stream.cancel()
+        stream.close()
 
     answer = Answer(Worker(token(1), LOST), Worker(token(2), hangs=True))
     run(leave())

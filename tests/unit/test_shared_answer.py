@@ -8,10 +8,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from forecache.cluster.broadcast import SharedAnswer
 from forecache.cluster.config import ResumeConfig
-from forecache.cluster.dispatch.shared_answer import SharedAnswer
+from forecache.cluster.dispatch.workers import ServeWorkers
 from forecache.cluster.errors import WorkerLostError
-from forecache.cluster.http.ingress import ServeWorkers
 from forecache.cluster.observe.metrics_targets import MetricsRoutes
 from forecache.indexer.serving.telemetry import MetricsTarget
 
@@ -129,8 +129,7 @@ async def test_readiness_asks_the_workers_once_a_second() -> None:
         return SimpleNamespace(_fetch_replica_results_async=replicas)
 
     handle: Any = SimpleNamespace(broadcast=broadcast, options=lambda **_: None)
-    metrics: Any = None
-    workers = ServeWorkers(handle, ResumeConfig(), metrics)
+    workers = ServeWorkers(handle, ResumeConfig())
     found = await asyncio.gather(*(workers.stats() for _ in range(50)), return_exceptions=True)
     assert all(isinstance(error, WorkerLostError) for error in found)
     assert asked == ["stats"]

@@ -9,22 +9,32 @@ from itertools import count
 from typing import Any
 
 import pytest
+from fake_workers import Errors, Record, Workers, stream_over
 from starlette.types import Message
 
-from forecache.cluster.dispatch.choices import ChoiceStreams
-from forecache.cluster.dispatch.completion_stream import EventStream, EventStreamResponse
-from forecache.cluster.errors import ApiError, DeadlineError, WorkerLostError
-from forecache.cluster.http.responses import COMMENT_PERIOD_S, AnswerFormat, collect, server_sent_events
-from forecache.workers.core.requests import ChunkView, FinishReason, SequenceStats, TokenEvent
+from forecache.cluster.dispatch.completion_stream import CompletionStream
+from forecache.cluster.errors import DeadlineError, WorkerLostError
+from forecache.cluster.http.responses import (
+    COMMENT_PERIOD_S,
+    AnswerFormat,
+    EventStreamResponse,
+    collect,
+    server_sent_events,
+)
+from forecache.workers.core.requests import ChunkView, FinishReason, GenerateRequest, SequenceStats, TokenEvent
 from forecache.workers.errors import ForecacheError, InvalidRequestError, OverloadedError
 
 
 def event(
-    text: str = "", finish: FinishReason | None = None, prefilled: int = 0, error: str | None = None
+    text: str = "",
+    finish: FinishReason | None = None,
+    prefilled: int = 0,
+    error: str | None = None,
+    position: int = 0,
 ) -> TokenEvent:
     tokens = (1,) if text else ()
     stats = SequenceStats(prompt_tokens=9, completion_tokens=2) if finish else None
-    return TokenEvent("r", tokens, text, finish, stats, error, prefilled)
+    return TokenEvent("r", tokens, text, finish, stats, error, prefilled, position=position)
 
 
 class Script:
@@ -33,6 +43,7 @@ class Script:
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
         self.cancelled = False
+        self.assigned = True
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]:
         return self
@@ -53,17 +64,27 @@ class Script:
 
 
 FULL = replace(event(finish="error", error="full"), overloaded=True)
-ANSWER = (event(prefilled=4), event(prefilled=9), event("he"), event("llo"), event("!", "stop"))
+ANSWER = (
+    event(prefilled=4),
+    event(prefilled=9),
+    event("he"),
+    event("llo", position=1),
+    event("!", "stop", position=2),
+)
 
 
 def chat(include_usage: bool = False) -> AnswerFormat:
     return AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(9,), include_usage=include_usage)
 
 
-def stream_of(source: Script, seen: list[TokenEvent] | None = None, silence_s: float = 60) -> ChoiceStreams:
-    """The one choice of a request."""
-    observe = None if seen is None else seen.append
-    return ChoiceStreams(lambda _: EventStream(source, silence_s=silence_s, observe=observe), 1, 1)
+def stream_of(*sources: Script, prompts: int | None = None, **settings: Any) -> CompletionStream:
+    """A request's choices; each a prompt's only one unless there are fewer ``prompts``."""
+
+    def start(request: GenerateRequest) -> Script:
+        return sources[int(request.request_id.partition("-")[2] or 0)]
+
+    prompts = prompts or len(sources)
+    return stream_over(Workers(start), prompts=prompts, per_prompt=len(sources) // prompts, **settings)
 
 
 def every_second(start_s: int = 1) -> Callable[[], float]:
@@ -73,10 +94,10 @@ def every_second(start_s: int = 1) -> Callable[[], float]:
 
 async def sse(
     source: Script, answer: AnswerFormat, silence_s: float = 60, clock: Callable[[], float] = time.monotonic
-) -> tuple[list[str], list[ApiError]]:
-    errors: list[ApiError] = []
-    body = server_sent_events(stream_of(source, silence_s=silence_s), answer, errors.append, clock)
-    return [piece async for piece in body], errors
+) -> tuple[list[str], list[str]]:
+    errors = Errors()
+    body = server_sent_events(stream_of(source, silence_s=silence_s), answer, errors, clock)
+    return [piece async for piece in body], errors.kinds
 
 
 def data(lines: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,12 +106,12 @@ def data(lines: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def test_collect() -> None:
-    source, seen = Script(*ANSWER), list[TokenEvent]()
-    whole = json.loads(asyncio.run(collect(stream_of(source, seen), chat())))
+    source, record = Script(*ANSWER), Record()
+    whole = json.loads(asyncio.run(collect(stream_of(source, record=record), chat())))
     (choice,) = whole["choices"]
     assert choice["message"] == {"role": "assistant", "content": "hello!"} and choice["finish_reason"] == "stop"
     assert whole["usage"]["total_tokens"] == 11 and whole["object"] == "chat.completion"
-    assert tuple(seen) == ANSWER and not source.cancelled
+    assert tuple(record.seen) == ANSWER and not source.cancelled
 
 
 def test_stream() -> None:
@@ -120,9 +141,9 @@ def test_silences_of_several_choices_are_told_of_together() -> None:
 
     async def told() -> list[str]:
         sources = [Script(0.5, event("a", "stop")) for _ in range(4)]
-        streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=0.01), 4, 1)
+        stream = stream_of(*sources, silence_s=0.01)
         answer = replace(chat(), prompt_tokens=(9,) * 4)
-        return [piece async for piece in server_sent_events(streams, answer, print, clock=lambda: 1.0)]
+        return [piece async for piece in server_sent_events(stream, answer, Errors(), clock=lambda: 1.0)]
 
     assert asyncio.run(told()).count(": waiting\n\n") == 1
 
@@ -130,7 +151,7 @@ def test_silences_of_several_choices_are_told_of_together() -> None:
 def test_an_event_is_one_line_whatever_ends_lines() -> None:
     text = "a\x85b\u2028c\u2029d\r\n\x0b\x0c\x1c\x1d\x1ee é 😀"
 
-    lines, _ = asyncio.run(sse(Script(event(text), event("!", "stop")), chat()))
+    lines, _ = asyncio.run(sse(Script(event(text), event("!", "stop", position=1)), chat()))
     assert all(len(line.splitlines()) == 2 for line in lines), "and an empty one"
     deltas = [choice["delta"] for event in data(lines) for choice in event["choices"]]
     assert "".join(delta.get("content", "") for delta in deltas) == f"{text}!"
@@ -138,7 +159,9 @@ def test_an_event_is_one_line_whatever_ends_lines() -> None:
 
 def test_who_watches_is_told_where_chunks_are() -> None:
     view = ChunkView("hc", 0.5, None)
-    source = Script(replace(event(prefilled=9), view=view), event("a"), replace(event("b", "stop"), view=view))
+    source = Script(
+        replace(event(prefilled=9), view=view), event("a"), replace(event("b", "stop", position=1), view=view)
+    )
     told = data(asyncio.run(sse(source, chat()))[0])
     views = [one["forecache"] for one in told if "forecache" in one]
     assert views == [{"index": 0, "chunks": "hc", "keep_ratio": 0.5, "coverage": None}] * 2
@@ -171,22 +194,25 @@ def test_silence_is_filled_with_comments() -> None:
 def test_an_error_in_mid_stream_is_an_event(steps: tuple[Any, ...], code: str) -> None:
     lines, errors = asyncio.run(sse(Script(*steps), chat()))
     assert data(lines)[-1]["error"]["code"] == code and "[DONE]" not in lines[-1]
-    assert [error.code for error in errors] == [code]
+    assert errors == [code]
     assert "secret" not in lines[-1]
 
 
 @pytest.mark.parametrize(
-    ("step", "raised"),
+    ("steps", "raised"),
     [
-        (event(finish="error", error="broken"), ForecacheError),
-        (event(finish="cancelled"), WorkerLostError),
-        (FULL, OverloadedError),
-        (InvalidRequestError("no"), InvalidRequestError),
+        ((event("a"), event(finish="error", error="broken")), ForecacheError),
+        ((event("a"), event(finish="cancelled")), WorkerLostError),
+        ((FULL,), OverloadedError),
+        ((event("a"), FULL), WorkerLostError),  # another worker would have been asked, but for the limit
+        ((event("a"), InvalidRequestError("no")), InvalidRequestError),
     ],
 )
-def test_an_error_is_raised_for_an_answer_at_once(step: TokenEvent | Exception, raised: type[Exception]) -> None:
+def test_an_error_is_raised_for_an_answer_at_once(
+    steps: tuple[TokenEvent | Exception, ...], raised: type[Exception]
+) -> None:
     with pytest.raises(raised):
-        asyncio.run(collect(stream_of(Script(event("a"), step)), chat()))
+        asyncio.run(collect(stream_of(Script(*steps)), chat()))
 
 
 @pytest.mark.parametrize(
@@ -199,10 +225,10 @@ def test_an_error_is_raised_for_an_answer_at_once(step: TokenEvent | Exception, 
 )
 def test_start_raises_what_refuses_the_request(step: TokenEvent | Exception, raised: type[Exception]) -> None:
     """As an exception, or as an event: there is no answer yet, so that there can be a status."""
-    seen = list[TokenEvent]()
+    record = Record()
     with pytest.raises(raised):
-        asyncio.run(stream_of(Script(step), seen).start(wait_s=60))
-    assert seen == ([step] if isinstance(step, TokenEvent) else [])
+        asyncio.run(stream_of(Script(step), record=record).start(wait_s=60))
+    assert record.seen == ([step] if isinstance(step, TokenEvent) else [])
 
 
 @pytest.mark.parametrize("wait_s", [0.001, 60])
@@ -210,14 +236,14 @@ def test_start_loses_no_event_and_waits_no_longer_than_told(wait_s: float) -> No
     """An answer of a single event too."""
 
     async def answered(*events: TokenEvent) -> list[str]:
-        seen = list[TokenEvent]()
-        stream = stream_of(Script(0.05, *events), seen)
+        record = Record()
+        stream = stream_of(Script(0.05, *events), record=record)
         await stream.start(wait_s)
-        said = [piece async for piece in server_sent_events(stream, chat(), lambda error: None)]
-        assert seen == list(events)
+        said = [piece async for piece in server_sent_events(stream, chat(), Errors())]
+        assert record.seen == list(events)
         return said
 
-    for events in (ANSWER, ANSWER[-1:]):
+    for events in (ANSWER, (event("!", "stop"),)):
         said = asyncio.run(answered(*events))
         assert said[-1] == "data: [DONE]\n\n" and data(said)[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -240,10 +266,10 @@ def test_a_disconnect_cancels_the_request(after_events: int) -> None:
     """The client leaves before the first byte, or in mid-stream."""
 
     async def leave() -> bool:
-        source = Script(event("a"), event("b"), event("c"), event("d"), 60.0)
+        source = Script(*(event(text, position=at) for at, text in enumerate("abcd")), 60.0)
         stream = stream_of(source)
         await stream.start(wait_s=60)
-        response = EventStreamResponse(stream, server_sent_events(stream, chat(), lambda error: None))
+        response = EventStreamResponse(stream, server_sent_events(stream, chat(), Errors()))
         sent = 0
         gone = asyncio.Event()
 
@@ -268,7 +294,7 @@ def test_closing_after_the_end_cancels_nothing() -> None:
     async def finish() -> bool:
         source = Script(*ANSWER)
         stream = stream_of(source)
-        assert [e async for _, e in stream.events()] == list(ANSWER)
+        assert [news async for news in stream.events()] == [(0, event) for event in ANSWER]
         stream.close()
         return source.cancelled
 
@@ -280,21 +306,18 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
     """Every choice says all of its own, and a prompt's others are opened with its first one's first token."""
     choices = prompts * per_prompt
     opened: list[int] = []
-    begun: list[int] = []
-    sources = [Script(event(prefilled=9), 0.01, event(f"a{i}"), 0.01, event(f"b{i}", "stop")) for i in range(choices)]
+    record = Record()
+    ends = [event(f"b{i}", "stop", position=1) for i in range(choices)]
+    sources = [Script(event(prefilled=9), 0.01, event(f"a{i}"), 0.01, ends[i]) for i in range(choices)]
 
-    def open_stream(index: int) -> EventStream:
-        assert index % per_prompt == 0 or index // per_prompt * per_prompt in begun
+    def start(request: GenerateRequest) -> Script:
+        index = int(request.request_id.partition("-")[2])
+        assert index % per_prompt == 0 or index // per_prompt * per_prompt in record.begun
         opened.append(index)
+        return sources[index]
 
-        def observe(event: TokenEvent) -> None:
-            if event.token_ids:
-                begun.append(index)
-
-        return EventStream(sources[index], silence_s=60, observe=observe)
-
-    streams = ChoiceStreams(open_stream, prompts, per_prompt)
-    whole = json.loads(asyncio.run(collect(streams, chat())))
+    stream = stream_over(Workers(start), prompts=prompts, per_prompt=per_prompt, record=record)
+    whole = json.loads(asyncio.run(collect(stream, chat())))
     assert [choice["message"]["content"] for choice in whole["choices"]] == [f"a{i}b{i}" for i in range(choices)]
     assert sorted(opened) == list(range(choices)) and not any(source.cancelled for source in sources)
     assert whole["usage"]["prompt_tokens"] == 9 * prompts and whole["usage"]["completion_tokens"] == 2 * choices
@@ -303,12 +326,12 @@ def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> 
 def test_each_prompt_is_told_of_by_its_own_length() -> None:
     lengths = (9, 4)
     sources = [Script(event(prefilled=length), event("a", "stop")) for length in lengths]
-    streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
+    stream = stream_of(*sources)
 
     async def told() -> list[str]:
         clock = map(float, count(step=10)).__next__  # no comment is left out
         answer = replace(chat(), prompt_tokens=lengths)
-        return [piece async for piece in server_sent_events(streams, answer, print, clock)]
+        return [piece async for piece in server_sent_events(stream, answer, Errors(), clock)]
 
     lines = asyncio.run(told())
     assert {line for line in lines if line.startswith(":")} == {": prefill 9/9\n\n", ": prefill 4/4\n\n"}
@@ -322,26 +345,24 @@ def test_the_account_is_of_all_choices(coverages: tuple[float | None, ...], mean
         replace(event("a", "stop"), stats=SequenceStats(9, completion_tokens=2, fallbacks=i, coverage=coverage))
         for i, coverage in enumerate(coverages)
     ]
-    streams = ChoiceStreams(lambda i: EventStream(Script(ends[i]), silence_s=60), 1, len(ends))
-    told = json.loads(asyncio.run(collect(streams, chat())))["usage"]
+    stream = stream_of(*(Script(end) for end in ends), prompts=1)
+    told = json.loads(asyncio.run(collect(stream, chat())))["usage"]
     assert told["prompt_tokens"] == 9 and told["completion_tokens"] == 6
     assert told["forecache"]["fallbacks"] == 3 and told["forecache"]["coverage"] == pytest.approx(mean)
 
 
 def test_one_choice_that_fails_ends_all() -> None:
     sources = [Script(event("a"), 60.0), Script(event("a"), WorkerLostError("gone"))]
-    streams = ChoiceStreams(lambda i: EventStream(sources[i], silence_s=60), 2, 1)
     with pytest.raises(WorkerLostError):
-        asyncio.run(collect(streams, chat()))
+        asyncio.run(collect(stream_of(*sources), chat()))
     assert sources[0].cancelled and sources[1].cancelled
 
 
 @pytest.mark.parametrize("steps", [(60.0,), (event("a"), 60.0)])
 def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
     source = Script(*steps)
-    streams = ChoiceStreams(lambda _: EventStream(source, silence_s=60), 1, 1, deadline_s=0.05)
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
-        asyncio.run(collect(streams, chat()))
+        asyncio.run(collect(stream_of(source, deadline_s=0.05), chat()))
     assert source.cancelled
 
 
@@ -349,6 +370,6 @@ def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
 def test_a_deadline_holds_before_a_stream_begins(wait_s: float) -> None:
     """There can be a status then."""
     source = Script(3600.0)
-    streams = ChoiceStreams(lambda _: EventStream(source, silence_s=60), 1, 1, deadline_s=0.05)
+    stream = stream_of(source, deadline_s=0.05)
     with pytest.raises(DeadlineError, match=r"0\.05 s"):
-        asyncio.run(asyncio.wait_for(streams.start(wait_s), 30))
+        asyncio.run(asyncio.wait_for(stream.start(wait_s), 30))

@@ -14,8 +14,8 @@ from forecache.cluster.cli import main as cli
 from forecache.cluster.cli.command_line import output_file, output_folder
 from forecache.cluster.config import ConfigError, read_yaml
 from forecache.cluster.errors import StartError
-from forecache.cluster.http.tenants import Tenants
 from forecache.cluster.launch import machine
+from forecache.cluster.tenants import Tenants
 
 SOON_S = 60.0
 """Of a machine that is busy; alone, a second or two."""

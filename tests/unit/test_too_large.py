@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from fake_workers import Workers, stream_over
 
-from forecache.cluster.dispatch.completion_stream import EventStream
 from forecache.cluster.errors import from_exception
 from forecache.workers.core.requests import GenerateRequest, SamplingParams, TokenEvent
 from forecache.workers.errors import InvalidRequestError
@@ -50,6 +50,8 @@ def test_a_deepseek_v4_request_larger_than_its_node_is_refused_for_good(one_of_m
 @pytest.mark.anyio
 async def test_what_no_nodes_together_can_hold_is_a_400() -> None:
     class Source:
+        assigned = True
+
         def __aiter__(self) -> "Source":
             return self
 
@@ -58,7 +60,7 @@ async def test_what_no_nodes_together_can_hold_is_a_400() -> None:
 
         def cancel(self) -> None: ...
 
-    stream = EventStream(Source(), silence_s=60)
+    stream = stream_over(Workers(lambda _: Source()))
     with pytest.raises(InvalidRequestError, match="all nodes hold 8") as refused:
         await stream.start(60)
     assert from_exception(refused.value).status == 400

@@ -2,21 +2,25 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fake_workers import Errors, Workers, stream_over
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forecache.cluster.dispatch import choices as choices_module
-from forecache.cluster.dispatch.choices import MOST_OPEN, OPENED_AT_ONCE, ChoiceStreams
-from forecache.cluster.dispatch.completion_stream import EventStream
-from forecache.cluster.dispatch.turns import Turns
+from forecache.cluster.dispatch.completion_stream import MAX_RUNNING, OPENED_AT_ONCE, CompletionStream, Turns
 from forecache.cluster.http import responses as answers_module
-from forecache.cluster.http.response_json import json_pieces
-from forecache.cluster.http.responses import PIECE_TOKENS, AnswerFormat, ChoiceWriter, Echo, collect, server_sent_events
-from forecache.workers.core.requests import SequenceStats, TokenEvent, TokenLogprobs
+from forecache.cluster.http.responses import (
+    PIECE_TOKENS,
+    AnswerFormat,
+    ChoiceWriter,
+    Echo,
+    collect,
+    json_pieces,
+    server_sent_events,
+)
+from forecache.workers.core.requests import GenerateRequest, SequenceStats, TokenEvent, TokenLogprobs
 
 pytestmark = pytest.mark.anyio
 TOKENS = 3
@@ -27,7 +31,8 @@ class Ready:
 
     def __init__(self, gauge: "Gauge", tokens: int = TOKENS, prompt_logprobs: int = 0) -> None:
         self._gauge = gauge
-        self._left = tokens
+        self.assigned = True
+        self._tokens = self._left = tokens
         self._prompt_logprobs = prompt_logprobs
 
     def __aiter__(self) -> "Ready":
@@ -41,7 +46,16 @@ class Ready:
             stats = SequenceStats(3, completion_tokens=TOKENS)
         scored = (TokenLogprobs(5, -1.0, ((5, -1.0), (6, -2.0))),)
         before, self._prompt_logprobs = scored * self._prompt_logprobs, 0
-        return TokenEvent("r", (5,), "x", "length" if stats else None, stats, logprobs=scored, prompt_logprobs=before)
+        return TokenEvent(
+            "r",
+            (5,),
+            "x",
+            "length" if stats else None,
+            stats,
+            position=self._tokens - self._left - 1,
+            logprobs=scored,
+            prompt_logprobs=before,
+        )
 
     def cancel(self) -> None: ...
 
@@ -66,15 +80,15 @@ class Gauge:
             self.turns += 1
             await asyncio.sleep(0)
 
-    def opens(self, **settings: int) -> Callable[[int], EventStream]:
-        def open_stream(_: int) -> EventStream:
+    def stream(self, prompts: int, per_prompt: int = 1, **settings: int) -> CompletionStream:
+        def start(_: GenerateRequest) -> Ready:
             self.count("opened")
             self.opened += 1
             self.open += 1
             self.most_open = max(self.most_open, self.open)
-            return EventStream(Ready(self, **settings), silence_s=60)
+            return Ready(self, **settings)
 
-        return open_stream
+        return stream_over(Workers(start), prompts=prompts, per_prompt=per_prompt)
 
 
 async def beside(gauge: Gauge, work: Any) -> Any:
@@ -92,27 +106,24 @@ def answer(**settings: Any) -> AnswerFormat:
 @pytest.mark.parametrize("per_prompt", [1, 4])
 async def test_many_choices_are_opened_a_few_at_a_time(per_prompt: int) -> None:
     gauge, prompts = Gauge(), 512 // per_prompt
-    whole = json.loads(await beside(gauge, collect(ChoiceStreams(gauge.opens(), prompts, per_prompt), answer())))
+    whole = json.loads(await beside(gauge, collect(gauge.stream(prompts, per_prompt), answer())))
     assert [choice["index"] for choice in whole["choices"]] == list(range(512))
     assert all(choice["message"]["content"] == "x" * TOKENS for choice in whole["choices"])
     assert gauge.opened == 512 and gauge.open == 0
-    assert gauge.most_open <= MOST_OPEN
+    assert gauge.most_open <= MAX_RUNNING
     assert gauge.most["opened"] <= 2 * OPENED_AT_ONCE
 
 
 async def test_each_event_costs_as_much_however_many_choices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No event looks at all that are waited for."""
-    gauge, waits = Gauge(), list[int]()
-    wait = asyncio.wait
+    """No event looks at all tasks that are waited for."""
+    gauge = Gauge()
 
-    async def watched(tasks: Any, **settings: Any) -> Any:
-        waits.append(len(tasks))
-        return await wait(tasks, **settings)
+    async def no_wait(tasks: Any, **settings: Any) -> Any:
+        raise AssertionError("asyncio.wait looks at each of its tasks")
 
-    monkeypatch.setattr(asyncio, "wait", watched)
-    events = [index async for index, _ in ChoiceStreams(gauge.opens(), 300, 1).events()]
+    monkeypatch.setattr(asyncio, "wait", no_wait)
+    events = [news[0] async for news in gauge.stream(300).events() if news is not None]
     assert sorted(events) == sorted(list(range(300)) * TOKENS)
-    assert max(waits) == 1
 
 
 async def test_events_that_are_there_together_are_written_with_turns_between(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +136,7 @@ async def test_events_that_are_there_together_are_written_with_turns_between(mon
     monkeypatch.setattr(ChoiceWriter, "take", counted)
 
     async def read() -> int:
-        body = server_sent_events(ChoiceStreams(gauge.opens(), 300, 1), answer(), lambda error: None)
+        body = server_sent_events(gauge.stream(300), answer(), Errors())
         return len([line async for line in body])
 
     assert await beside(gauge, read()) >= 300 * (TOKENS + 1)
@@ -144,17 +155,17 @@ async def test_log_probabilities_of_a_long_prompt_are_laid_out_in_pieces(
 
     monkeypatch.setattr(answers_module, "completion_logprobs", counted)
     echoed = answer(chat=False, texts=lambda token: b"t", echo=(Echo("t" * (tokens + 1), 5),))
-    streams = ChoiceStreams(gauge.opens(prompt_logprobs=tokens), 1, 1)
+    stream_of_one = gauge.stream(1, prompt_logprobs=tokens)
 
     async def streamed() -> list[str]:
-        return [line async for line in server_sent_events(streams, echoed, lambda error: None)]
+        return [line async for line in server_sent_events(stream_of_one, echoed, Errors())]
 
     if stream:
         told = [json.loads(line.removeprefix("data: ")) for line in await beside(gauge, streamed()) if "{" in line]
         logprobs = next(chunk["choices"][0]["logprobs"] for chunk in told if chunk["choices"][0]["logprobs"])
         assert len(logprobs["tokens"]) == tokens + 1
     else:
-        logprobs = json.loads(await beside(gauge, collect(streams, echoed)))["choices"][0]["logprobs"]
+        logprobs = json.loads(await beside(gauge, collect(stream_of_one, echoed)))["choices"][0]["logprobs"]
         assert len(logprobs["tokens"]) == tokens + 1 + TOKENS
     assert logprobs["token_logprobs"][:2] == [None, -1.0]
     assert logprobs["text_offset"] == list(range(len(logprobs["tokens"])))
@@ -184,4 +195,4 @@ async def test_turns_come_after_so_much_work() -> None:
 
     await beside(gauge, work())
     assert gauge.most["work"] <= 10
-    assert choices_module.OPENED_AT_ONCE <= MOST_OPEN
+    assert OPENED_AT_ONCE <= MAX_RUNNING

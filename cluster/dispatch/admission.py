@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 
 from forecache.cluster.config import LimitsConfig
 from forecache.cluster.errors import DrainingError, TooManyRequestsError
-from forecache.cluster.http.tenants import Tenant
+from forecache.cluster.tenants import Tenant
+from forecache.indexer.serving.config import SelectionConfig
+from forecache.indexer.serving.selection import budget_chunks
+from forecache.workers.core.config import EngineConfig
+from forecache.workers.core.requests import CacheOptions
 from forecache.workers.errors import InvalidRequestError
 
 MEMORY_S = 30.0
@@ -22,6 +26,23 @@ MEMORY_S = 30.0
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
 """Told before anything was measured; told at most."""
+
+
+@dataclass(frozen=True)
+class ResidentEstimate:
+    """How much hot K/V sequences may hold under the server's settings. ``chunk_bytes``: size of one chunk."""
+
+    engine: EngineConfig
+    selection: SelectionConfig
+    chunk_bytes: int
+
+    def nbytes(self, tokens: int, cache: CacheOptions) -> int:
+        """Most bytes that a sequence of ``tokens`` tokens may hold with the request's ``cache`` options."""
+        chunks = -(-tokens // self.engine.chunk_tokens)
+        if (cache.policy or self.engine.policy) != "full":
+            keep_ratio = self.engine.keep_ratio if cache.keep_ratio is None else cache.keep_ratio
+            chunks = budget_chunks(chunks, keep_ratio, self.selection)
+        return chunks * self.chunk_bytes
 
 
 @dataclass
