@@ -202,32 +202,6 @@ def gather_layer(
     return gathered[0], gathered[1]
 
 
-def chunk_attention_mass(q: Tensor, k: Tensor, lse: Tensor, scale: float, chunk_tokens: int) -> Tensor:
-    """Share of each query's softmax that falls on each chunk of ``k``.
-
-    ``q``: ``[queries, heads, head_dim]``, ``k``: ``[kv_heads, n, head_dim]``, ``lse``: float32 ``[queries,
-    heads]`` of the whole softmax, of which ``k`` may be a part. No causal mask: every query sees all of
-    ``k``. Returns float32 ``[heads, queries, ceil(n / chunk_tokens)]``. Logits exist for one KV head at a
-    time.
-    """
-    queries, heads, head_dim = q.shape
-    kv_heads, n, _ = k.shape
-    mass = torch.empty(heads, queries, -(-n // chunk_tokens), dtype=torch.float32, device=q.device)
-    group, full_chunks = heads // kv_heads, n // chunk_tokens
-    grouped_mass = mass.view(kv_heads, group, queries, -1)
-    grouped_q = q.reshape(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    grouped_lse = lse.reshape(queries, kv_heads, group).permute(1, 2, 0)
-    for head in range(kv_heads):
-        logits = _logits(grouped_q[head].reshape(group * queries, head_dim), k[head]).mul_(scale)
-        weights = logits.sub_(grouped_lse[head].reshape(group * queries, 1)).exp_()
-        weights = weights.view(group, queries, n)
-        full = weights[..., : full_chunks * chunk_tokens].reshape(group, queries, full_chunks, chunk_tokens)
-        torch.sum(full, -1, out=grouped_mass[head][..., :full_chunks])
-        if n % chunk_tokens:
-            grouped_mass[head][..., full_chunks] = weights[..., full_chunks * chunk_tokens :].sum(-1)
-    return mass
-
-
 def attend_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of the queries of each KV head over all its keys, no mask.
 
@@ -266,13 +240,6 @@ def attend_exact(
             lse[head, start:stop] = logits.logsumexp(-1)
             out[head, start:stop] = (logits.sub_(lse[head, start:stop, None]).exp_() @ values).to(q.dtype)
     return out, lse
-
-
-def _logits(q: Tensor, k: Tensor) -> Tensor:
-    """``q @ k.T`` in float32: ``[rows, head_dim]`` and ``[n, head_dim]`` to ``[rows, n]``."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(q, k.T, out_dtype=torch.float32)
-    return q.float() @ k.float().T
 
 
 def _dequantize(x: Tensor, scales: Tensor, chunk_tokens: int) -> Tensor:

@@ -105,26 +105,6 @@ def test_causal_needs_as_many_keys_as_queries(device: torch.device) -> None:
         prefill.attend_block(q, k, v, 0.2, causal=True)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("keys", [7, 32, 100])
-def test_mass_per_chunk(
-    keys: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, relative_error: Error
-) -> None:
-    """``k`` is the last part of all keys: its mass is what is left of the whole softmax."""
-    q, k, v = make(5, keys + 30, shape, dtype, device)
-    _, lse = dense(q, k, v, 0.2, None)
-    mass = reference.chunk_attention_mass(q, k[:, 30:], lse.float().to(device), 0.2, chunk_tokens=16)
-    heads, kv_heads, _ = shape
-    logits = torch.einsum(
-        "qhd,hnd->hqn", q.double().cpu(), k[:, 30:].double().cpu().repeat_interleave(heads // kv_heads, 0)
-    )
-    weights = (logits * 0.2 - lse.T.unsqueeze(-1)).exp()
-    expected = torch.stack([part.sum(-1) for part in torch.split(weights, 16, dim=-1)], dim=-1)
-    assert mass.dtype == torch.float32
-    assert relative_error(mass, expected) < TOLERANCE[dtype]
-
-
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
