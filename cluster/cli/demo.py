@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import httpx
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -30,6 +31,7 @@ HOT_SHARE = 0.4
 """Hot slots / chunks of the prompt: less than half of the document fits the hot pool at once."""
 ANSWER_TOKENS = 64
 STOP_WAIT_S = 60.0
+ANSWER_DEADLINE_S = 1800.0
 MIB = 2**20
 
 
@@ -117,25 +119,23 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 
 def _ask(url: str, task: RetrievalTask, console: Console) -> Answer:
-    """Ask through the `openai` client, whose raw stream also yields the SSE comments with the progress of prefill."""
-    try:
-        import openai
-    except ModuleNotFoundError as error:
-        raise ForecacheError("the demo needs the openai client: pip install openai") from error
-
+    """Ask over plain HTTP, whose stream also yields the SSE comments with the progress of prefill."""
     answer = Answer()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    direct = openai.DefaultHttpxClient(trust_env=False)  # a proxy could not reach this machine
-    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=1800, http_client=direct) as client:
+    body = {
+        "model": MODEL_NAME,
+        "messages": [{"role": "user", "content": task.messages[-1]["content"]}],
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    # without the environment's settings: a proxy could not reach this machine
+    with httpx.Client(timeout=ANSWER_DEADLINE_S, trust_env=False) as client:
         start = time.monotonic()
-        with client.chat.completions.with_streaming_response.create(
-            model=MODEL_NAME,
-            messages=[{"role": "user", "content": task.messages[-1]["content"]}],
-            max_tokens=ANSWER_TOKENS,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        ) as response:
+        with client.stream("POST", f"{url}/chat/completions", json=body) as response:
+            if response.status_code != 200:
+                raise ForecacheError(f"the server refused the question: {response.read().decode(errors='replace')}")
             lines = response.iter_lines()
             with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
                 bar = progress.add_task("reading the document", total=len(task.prompt_token_ids))

@@ -78,6 +78,16 @@ def test_the_test_extra_brings_all_that_make_test_imports() -> None:
             assert names & brought, f"{file.relative_to(ROOT)} imports {module}, which `make test` does not install"
 
 
+def test_the_runtime_and_its_extras_bring_all_that_the_package_imports() -> None:
+    """`make demo` installs the runtime alone: imports inside functions count too."""
+    brought, owners = installed_by("train") | installed_by("otlp"), packages_distributions()
+    for folder in ("cluster", "workers", "indexer", "kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for module in set(imported(file)) - sys.stdlib_module_names - {"forecache"}:
+                names = {canonicalize_name(owner) for owner in owners.get(module, ())}
+                assert names & brought, f"{file.relative_to(ROOT)} imports {module}, which the package does not ask for"
+
+
 @pytest.mark.parametrize("extra", ["", "test", "clients", "lint", "dev"])
 def test_versions_of_what_is_asked_for_are_fixed(extra: str) -> None:
     """`make` installs the same today and tomorrow: constraints.txt has each requirement but torch, which has a choice
