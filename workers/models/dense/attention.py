@@ -174,4 +174,5 @@ def _past(
         yield stream.open_slot[:0], k[:, : stream.open_tokens], v[:, : stream.open_tokens]
 
 
+# transformers calls it in every layer of a model that ModelRunner._forward runs
 AttentionInterface.register(ATTENTION_NAME, attend)
