@@ -228,7 +228,8 @@ def test_what_is_held_is_held_by_the_restarted_tier_too(start_tier: StartTier) -
         # asked while it is away: it is waited for
         assert memory.hold("driver/0", KEYS[:2]) == refs
         assert process_of(tier) != pid
-        assert memory.stats().held_slots == 2
+        # and the other worker's third, once its sweep has noticed the restart
+        assert memory.stats().held_slots in (2, 3)
     # a place that the former life gave away is no place any more, and the chunk is asked a new one for
     with pytest.raises(ChunkLostError, match="reserve again"):
         memory.commit("driver/0", [(KEYS[3], place.ref)])
