@@ -14,18 +14,24 @@ from torch import Tensor
 
 from forecache.kernels.attention import reference, store_kv
 from forecache.kernels.chunks import quantize_chunks
+from forecache.kernels.chunks import reference as chunk_reference
 
 Error = Callable[[Tensor, Tensor], float]
 FP8 = torch.float8_e4m3fn
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPES = [(2, 64, 16), (1, 80, 20), (3, 128, 64), (1, 256, 64)]  # kv_heads, head_dim, chunk_tokens
 LAYERS = 3
+REFERENCE = SimpleNamespace(
+    store_kv=reference.store_kv,
+    quantize_chunks=chunk_reference.quantize_chunks,
+    dequantize_chunks=chunk_reference.dequantize_chunks,
+)
 
 
 @pytest.fixture(params=["reference", "triton"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     if request.param == "reference":
-        return reference
+        return REFERENCE
     return SimpleNamespace(
         store_kv=store_kv.store_kv,
         quantize_chunks=quantize_chunks.quantize_chunks,
@@ -34,7 +40,7 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 
 
 def skip_if_rounding_is_not_the_gpus(kernels: Any, device: torch.device) -> None:
-    if kernels is not reference and device.type == "cpu":
+    if kernels is not REFERENCE and device.type == "cpu":
         pytest.skip("Triton's interpreter converts to fp8 by its own rule, unlike the GPU")
 
 

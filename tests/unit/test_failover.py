@@ -716,7 +716,7 @@ def test_a_search_that_asks_many_times_is_no_hang(monkeypatch: pytest.MonkeyPatc
     failures: list[BaseException] = []
     copies: Any = SimpleNamespace(sound_prefix=lambda keys, refs: len(refs))
     found = locator.PrefixSearch(away, copies, told.append, failures.append, progress=pulse.progress)
-    found.hold_prefix("s", (bytes(16),), lambda _: (bytes(16),), 3)
+    found.start("s", (bytes(16),), lambda _: (bytes(16),), 3)
     for search in found.unfinished():
         search.result(60)
     found.close()

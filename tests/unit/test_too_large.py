@@ -26,7 +26,7 @@ def one_of_many_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """As in a cluster with ``--address``: the arena has record slots, and there are other nodes to spread over."""
     create = Arena.create
     monkeypatch.setattr(Arena, "create", lambda *args, **kwargs: create(*args, **{**kwargs, "record_bytes": 1 << 22}))
-    monkeypatch.setattr(ArenaStore, "others", object())
+    monkeypatch.setattr(ArenaStore, "spread", object())
     with tempfile.TemporaryDirectory(prefix="forecache-test-", dir="/dev/shm") as directory:
         yield Path(directory)
 
