@@ -21,7 +21,7 @@ from forecache.workers.models.step.runner import StepAbortedError
 SCORES = 1 << 26
 """Scores of a stream's tokens held at a time: 256 MiB."""
 WINDOW_PART, CSA_PART, INDEX_PART = range(3)
-"""Parts of a snapshot, in the order of :meth:`.dsv4_state.SequenceStates.rings`."""
+"""Parts of a snapshot, in the order of :meth:`.state.SequenceStates.rings`."""
 
 
 class ServedAttention(DeepseekV4Attention):

@@ -1,4 +1,4 @@
-"""Decode steps of a DeepSeek-V4 model as CUDA graphs; what `cuda_graph.py` is to Llama-like ones.
+"""Decode steps of a DeepSeek-V4 model as CUDA graphs; `dense/graph.py` has those of other decoders.
 
 A graph has fixed shapes, so every row writes the entry that its token belongs to at every step, and not only at the one
 that completes it: before, nobody reads that place. Rows beyond the batch repeat its first row, and write the same. What
@@ -58,7 +58,7 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
         """Where the HCA entries lay when the graphs were captured."""
         self._inputs[SOURCE] = -1
         self.non_finite = torch.zeros(buckets[-1], dtype=torch.uint8, device=last_tokens.device)
-        """Of the last run, as in :class:`.dsv4_step.V4Batch`."""
+        """Of the last run, as in :class:`.step.V4Batch`."""
         self._refused = False
         if self._captures:
             # no sequence has a line, a slot or a page yet: what these steps write is read by nobody
@@ -119,7 +119,7 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
         return not self._refused
 
     def _forward(self, bucket: int) -> tuple[Tensor, Tensor]:
-        """Logits, and what of the rows is not finite, as in :class:`.dsv4_step.V4Batch`."""
+        """Logits, and what of the rows is not finite, as in :class:`.step.V4Batch`."""
         inputs = self._inputs[:, :bucket]
         histories = self._histories
         places = inputs[POSITION] % histories.steps

@@ -140,7 +140,7 @@ class V4Stream:
         self.pending.clear()
 
     def snapshots(self) -> dict[int, Tensor]:
-        """Position → snapshot behind it, as of :meth:`.dsv4_state.SequenceStates.snapshot`."""
+        """Position → snapshot behind it, as of :meth:`.state.SequenceStates.snapshot`."""
         return {at: pack([row for part in parts for row in part]) for at, parts in self.kept.items()}
 
 
