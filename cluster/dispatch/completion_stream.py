@@ -197,6 +197,8 @@ class CompletionStream:
             except NoWorkerError:
                 raise  # another try would wait for the same worker to start
             except WorkerLostError as error:
+                if self._closed:
+                    raise  # a cancelled call looks lost, and Serve may swallow the cancellation of this task
                 await self._fail_over(choice, error)
             else:
                 if not event.waiting:

@@ -278,6 +278,34 @@ def test_what_a_client_has_left_is_begun_nowhere_else() -> None:
     assert len(answer.requests) == 1 and answer.resumes == 0
 
 
+class SwallowsCancellation(Worker):
+    """As a call of Ray Serve may: the cancelled task that reads it gets an error like that of a lost worker."""
+
+    async def __anext__(self) -> TokenEvent:
+        try:
+            return await super().__anext__()
+        except asyncio.CancelledError:
+            raise LOST from None
+
+
+def test_a_call_that_looks_lost_once_the_client_has_left_starts_no_other() -> None:
+    started: list[GenerateRequest] = []
+
+    def start(request: GenerateRequest) -> Worker:
+        started.append(request)
+        return SwallowsCancellation(token(1), hangs=True)
+
+    async def leave() -> None:
+        stream = Reader(stream_over(Workers(start, ResumeConfig()), REQUEST))
+        assert (await anext(stream)).token_ids == (1,)
+        await asyncio.sleep(1)
+        stream.close()
+        await asyncio.sleep(60)
+
+    run(leave())
+    assert len(started) == 1
+
+
 def test_cancel_reaches_the_worker_that_has_the_request_now() -> None:
     async def leave() -> None:
         stream = answer.stream()
