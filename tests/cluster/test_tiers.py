@@ -396,10 +396,10 @@ def test_what_does_not_agree_is_told(nodes: Nodes, cluster: Any) -> None:
     wrong = check_integrity(nodes.all, settle_s=1)
     assert f"{record.tier_id}: the catalog lists chunk {KEYS[100].hex()}, which is not stored" in wrong
     assert f"{record.tier_id}: chunk {KEYS[0].hex()} is stored, but not in the catalog" in wrong
-    assert f"{nodes.ids[0]}: worker gone is gone and holds slots" in wrong
+    assert f"{nodes.ids[0]}: worker gone is gone, but still holds slots" in wrong
     assert len(wrong) == 3
     status, said = doctor(cluster)
-    assert status == 1 and "worker gone is gone and holds slots" in said
+    assert status == 1 and "worker gone is gone, but still holds slots" in said
     memory.release("gone/0")
     memory.close()
 
