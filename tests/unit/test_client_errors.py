@@ -5,7 +5,6 @@ import importlib
 import importlib.util
 import io
 import json
-import pkgutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +17,7 @@ import redis
 from fake_workers import ONE_TRY, Errors, Workers, stream_over
 from fastapi.testclient import TestClient
 
-import forecache
+from forecache.cluster import errors
 from forecache.cluster.config import LimitsConfig, ServeConfig, TelemetryConfig
 from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
 from forecache.cluster.errors import RefusedError, StartError, from_exception, from_http_status
@@ -62,10 +61,11 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _modules() -> Iterator[str]:
     for package in ("cluster", "workers", "indexer", "kernels"):
-        folder = Path(next(iter(forecache.__path__))) / package
-        for found in pkgutil.walk_packages([str(folder)], f"forecache.{package}."):
-            yield found.name
-        for sub in folder.rglob("*.py"):
+        # not forecache.__path__, which names no folder where the package is installed in editable mode
+        folder = Path(str(errors.__file__)).parents[1] / package
+        files = list(folder.rglob("*.py"))
+        assert files, folder
+        for sub in files:
             yield ".".join(["forecache", package, *sub.relative_to(folder).with_suffix("").parts])
 
 

@@ -158,7 +158,9 @@ def test_engines_that_end_one_after_the_other_give_one_answer(tiny_model: Path, 
                     await asyncio.to_thread(engines[len(asked) - 1].close)
             assert [a.request_id for a in asked] == ["r", "r~1", "r~2"]
             assert all(list(a.resume_token_ids) == tokens[: len(a.resume_token_ids)] for a in asked)
-            assert [len(a.resume_token_ids) for a in asked] == [0, 20, 50] and record.resumes == 2
+            first, second, third = (len(a.resume_token_ids) for a in asked)
+            # the stream may have read one event ahead before its engine was closed
+            assert first == 0 and second in (20, 21) and third in (50, 51) and record.resumes == 2
             return tokens
 
     assert asyncio.run(through_three()) == whole
