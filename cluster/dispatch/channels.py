@@ -1,6 +1,6 @@
 """The ingress' end of calls and channels to workers.
 
-Each request has a call of its own, which lasts as long as the request. Once an ingress has several requests at one
+Each request has its own call, which lasts as long as the request. Once an ingress has several requests at one
 worker, it also opens a channel there: one streaming call that carries the events of all these requests, a step's events
 in one message. :mod:`forecache.workers.engine.channels` is the worker's end, and says why.
 """
@@ -56,7 +56,7 @@ class ServeCall:
         thread of this process, for a worker, and calls ``DecodeWorker`` (workers/engine/worker.py) in that process.
         """
         # Serve identifies a call that waits for a replica by the id of the HTTP request in whose context it is made.
-        # Of several calls in one context all but one would wait forever, so each gets a context of its own.
+        # Each call gets a new context: of several calls in one context only one would ever return.
         response = Context().run(method.remote, request)
         assert isinstance(response, DeploymentResponseGenerator)
         return cls(response)
@@ -157,7 +157,7 @@ class Channels:
         requests = self._requests[worker_id]
         requests.add(request_id)
         if len(requests) >= MIN_CHANNEL_REQUESTS and worker_id not in self._pumps:
-            # In a context of its own: Serve would count the channel as a part of the HTTP request that opens it
+            # In a new context: else Serve would count the channel as a part of the HTTP request that opens it
             pump = self._pump(ChannelRequest(self.client_id, uuid.uuid4().hex, worker_id))
             self._pumps[worker_id] = asyncio.get_running_loop().create_task(pump, context=Context())
 

@@ -247,7 +247,7 @@ def _equivalents() -> dict[str, set[str]]:
 
 
 def score(module: str, *, workers: int, before: Score | None = None) -> Score:
-    """Run all mutants of ``module``, a key of `MODULES`, in a process of its own.
+    """Run all mutants of ``module``, a key of `MODULES`, in a new process.
 
     With a score from ``before`` of the same source only those that survived run, and the others stay killed: tests
     were added since.
