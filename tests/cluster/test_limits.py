@@ -200,14 +200,23 @@ def test_who_finds_no_place_is_told_so_before_its_body_has_come(server: Any) -> 
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS['alpha'][0]}\r\n"
     leave = threading.Event()
 
+    both_run = threading.Barrier(3)
+
+    def run(number: int) -> None:
+        with stream(server, content=f"{number}", max_tokens=7000, ignore_eos=True) as running:
+            next(line for line in running.iter_lines() if line.startswith("data:"))
+            both_run.wait(30)  # the ingress counts neither as queued any more
+            assert leave.wait(60)
+
     def stay(number: int) -> None:
-        with stream(server, content=f"{number}", max_tokens=7000, ignore_eos=True):
+        with stream(server, content=f"{number}", max_tokens=7000, ignore_eos=True) as queued:
+            assert queued.status_code == 200
             assert leave.wait(60)
 
     with concurrent.futures.ThreadPoolExecutor(2 + MAX_QUEUED) as pool:
         try:
-            staying = [pool.submit(stay, number) for number in range(2)]
-            server.wait_for_metric("forecache_num_requests_running", 2, within_s=20)
+            staying = [pool.submit(run, number) for number in range(2)]
+            both_run.wait(30)
             staying += [pool.submit(stay, number) for number in range(2, 2 + MAX_QUEUED)]
             server.wait_for_metric("forecache_num_requests_waiting", MAX_QUEUED, within_s=20)
             with socket.create_connection((host, int(port)), timeout=30) as connection:

@@ -95,6 +95,12 @@ class Nodes:
         self.within()
         return taken
 
+    def read(self, tier_id: str, keys: Sequence[ChunkKey]) -> "Future[ChunkBatch]":
+        return self.lanes[tier_id].submit(read, self.stores[tier_id], keys)
+
+    def set_copied(self, tier_id: str, keys: Sequence[ChunkKey], since: int) -> None:
+        self.stores[tier_id].set_copied(keys, True, since)
+
     def close(self) -> None:
         for lane in self.lanes.values():
             lane.shutdown()
@@ -143,6 +149,23 @@ def test_tiers_that_hold_chunks_of_their_disks_for_each_other_do_not_wait_in_a_c
         assert store.stats().evicted_chunks == 2 * nodes.threads
     for name in "ab":  # what made room for them lies on the disk
         assert all(nodes.exchanges[name]._disk.stored(keys_of(name, 2 * nodes.threads)))  # type: ignore[union-attr]
+
+
+def test_a_prefix_that_alternates_between_disk_and_another_tier_is_found_whole(
+    nodes: Nodes, catalog: Catalog, tmp_path: Path
+) -> None:
+    disk = ArenaStore(arena(tmp_path, "a-disk"))
+    here, there = (node(nodes, name, catalog, tmp_path, own) for name, own in (("a", disk), ("b", None)))
+    keys = keys_of("k", here.arena.slots)
+    put(disk, keys[1::2])
+    put(there, keys[::2])
+    for name in "ab":
+        catalog.heartbeat(TierRecord(name, "1", "node", slots=8, used_slots=0), expiry_s=600)
+    catalog.publish("b", "1", keys[::2])
+    assert len(nodes.exchanges["a"].fetch_prefix("w/0", keys)) == len(keys)
+    assert nodes.exchanges["a"].counters.fetched_chunks == len(keys) // 2
+    for store in (here, there, disk):
+        store.check_integrity()
 
 
 def test_of_two_tiers_that_send_each_other_a_chunk_at_once_one_answers_for_it(

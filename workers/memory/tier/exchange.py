@@ -22,7 +22,7 @@ from forecache.workers.memory.tier.transfer import read, store_batch
 logger = logging.getLogger(__name__)
 
 FETCHES = 3
-"""Attempts to find a prefix that moves between tiers meanwhile."""
+"""Attempts that may bring nothing before a prefix ends, since its chunks may move between tiers meanwhile."""
 FREE_SHARE = 16
 """A tier moves chunks away while less than this part of its slots (a sixteenth) is available without loss, and then
 takes none in: full tiers would send their chunks in circles."""
@@ -93,20 +93,26 @@ class ChunkExchange:
 
     def fetch_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> list[SlotRef]:
         """As :meth:`ArenaStore.hold_prefix`, after copying missing chunks here from disk and from other tiers. Chunks
-        of a spread sequence stay where they are."""
+        of a spread sequence stay where they are.
+
+        A prefix may alternate between disk and other tiers any number of times. The search goes on while it gets longer
+        and until ``fetch_deadline_s``."""
         if holder in self.spread:
             return self.spread.hold_in_place(holder, keys)
         refs = self._store.hold_prefix(holder, keys)
         deadline_s = time.monotonic() + self._config.fetch_deadline_s
-        for _ in range(FETCHES):
-            if len(refs) == len(keys):
-                break
+        attempts = 0
+        while len(refs) < len(keys) and attempts < FETCHES:
+            found = len(refs)
             from_disk = self.from_disk(holder, keys[len(refs) :])
             if from_disk:
                 refs = self._store.hold_prefix(holder, keys)
             if not self._fetch(holder, keys[len(refs) :], deadline_s) and not from_disk:
                 break
             refs = self._store.hold_prefix(holder, keys)
+            attempts = 0 if len(refs) > found else attempts + 1
+            if time.monotonic() > deadline_s:
+                break
         return refs
 
     def hold_local_prefix(self, holder: str, keys: Sequence[ChunkKey]) -> tuple[list[SlotRef], bool]:
