@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
@@ -13,6 +14,8 @@ from forecache.workers.core.config import EngineConfig
 from forecache.workers.errors import ArenaError, UnsupportedModelError
 from forecache.workers.llm import LLM
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.models.backbone import expected_layout
+from forecache.workers.models.dense.probe import expected_geometry, inspect_attention
 
 
 def settings(model: Path, cold_bytes: int, max_model_len: int | None = None) -> ServeConfig:
@@ -53,3 +56,61 @@ def test_what_cannot_be_is_refused(tiny_model: Path) -> None:
         check_model(tiny_model, settings(tiny_model, 1 << 20))
     with pytest.raises(UnsupportedModelError, match="2048 positions"):
         check_model(tiny_model, settings(tiny_model, 8 << 20, 4096))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "token_bytes"),
+    [
+        # transformers' defaults are those of GLM-4.7-Flash: 47 layers of 20 heads, keys of 192 + 64, values of 256
+        ("glm4_moe_lite", {}, 47 * 2 * 20 * 256 * 2),
+        # Qwen3-4B: 32 heads of 128 over a hidden size of 2560
+        (
+            "qwen3",
+            {
+                "hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "head_dim": 128,
+            },
+            36 * 2 * 8 * 128 * 2,
+        ),
+        ("llama", {"num_key_value_heads": 8}, 32 * 2 * 8 * 128 * 2),
+    ],
+)  # fmt: skip
+def test_bytes_per_token_are_those_of_the_attention(
+    model_type: str, fields: dict[str, object], token_bytes: int
+) -> None:
+    config = AutoConfig.for_model(model_type, **fields)
+    assert expected_layout(config, chunk_tokens=64, dtype=torch.bfloat16).nbytes == 64 * token_bytes
+
+
+def test_deepseek_v4_stores_entries_and_index_keys() -> None:
+    """Per token: of each CSA layer a quarter of an entry and its index key, of each HCA layer 1/128 of an entry."""
+    config = AutoConfig.for_model("deepseek_v4")
+    kinds = list(config.layer_types)
+    csa = kinds.count("compressed_sparse_attention") * (config.head_dim + config.index_head_dim) / 4
+    hca = kinds.count("heavily_compressed_attention") * config.head_dim / 128
+    assert csa and hca
+    layout = expected_layout(config, chunk_tokens=256, dtype=torch.bfloat16)
+    assert layout.nbytes == 256 * 2 * (csa + hca)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("glm4_moe_lite", {
+            "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 24, "v_head_dim": 32,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 4,
+        }),
+        ("granite", {"attention_multiplier": 0.1, "num_key_value_heads": 2}),
+        ("jetmoe", {"kv_channels": 8, "num_key_value_heads": 2, "num_local_experts": 2, "num_attention_heads": ...}),
+        ("gpt2", {"num_attention_heads": 4}),
+    ],
+)  # fmt: skip
+def test_the_expected_shapes_are_those_of_the_loaded_model(model_type: str, fields: dict[str, object]) -> None:
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        model_type, **{name: value for name, value in (small | fields).items() if value is not ...}
+    )
+    found = inspect_attention(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    assert expected_geometry(config) == found

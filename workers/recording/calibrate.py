@@ -16,6 +16,7 @@ from forecache.indexer.records.scores import EVENT_SHARE
 from forecache.workers.errors import UnsupportedModelError
 from forecache.workers.evaluation import corpus
 from forecache.workers.evaluation.tasks import RetrievalTask, TaskKind, make_task
+from forecache.workers.models.dense.probe import expected_geometry
 
 ATTENTION = "forecache_calibrate"
 HEADS = 8
@@ -124,6 +125,7 @@ def calibrate(
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", attn_implementation=ATTENTION)
     model.eval()
     config = model.config.get_text_config()
+    geometry = expected_geometry(config)
     max_tokens = min(max_tokens, config.max_position_embeddings - 256)
 
     total = torch.zeros(config.num_hidden_layers, config.num_attention_heads)
@@ -141,8 +143,8 @@ def calibrate(
         model_type=config.model_type,
         layers=config.num_hidden_layers,
         attention_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
         model_name=model_name or model_path.name,
         heads=tuple(
             RetrievalHead(layer=layer, head=head, score=round(float(score[layer, head]), 4))

@@ -18,7 +18,7 @@ from forecache.workers.memory.format.layout import ChunkLayout, attention_layout
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.models.dense.attention import ATTENTION_NAME
 from forecache.workers.models.dense.fused_linears import fuse_checked
-from forecache.workers.models.dense.probe import inspect_attention
+from forecache.workers.models.dense.probe import expected_geometry, inspect_attention
 from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.runner import ModelRunner
 from forecache.workers.models.dense.scorer import choose_scorer, find_before_load
@@ -144,11 +144,3 @@ class Dense(Architecture):
             yield
         finally:
             model.set_attn_implementation(ATTENTION_NAME)
-
-
-def expected_geometry(config: Any) -> Geometry:
-    """The shapes of attention that transformers' configuration lets expect; at load the model itself is asked."""
-    heads = int(config.num_attention_heads)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return Geometry(config.num_hidden_layers, heads, kv_heads, head_dim, head_dim**-0.5)

@@ -1,15 +1,21 @@
 """Can this model's attention be replaced by ours, exactly? Found out at load, by asking the model."""
 
+import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from forecache.workers.errors import UnsupportedModelError, explained
 from forecache.workers.models.step.architecture import Geometry
 
+logger = logging.getLogger(__name__)
+
 PROBE_NAME = "forecache_probe"
+FIRST_CALL_NAME = "forecache_first_call"
 PROBE_TOKENS = 8
 KNOWN_ARGUMENTS = frozenset(
     {
@@ -98,13 +104,81 @@ def inspect_attention(model: PreTrainedModel) -> Geometry:
     return _judge(name, model, calls)
 
 
+class _FirstCallError(Exception):
+    """Ends a forward pass at its first attention call."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> None:
+        super().__init__()
+        self.query, self.key, self.value = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+        self.scale = float(scale or query.shape[-1] ** -0.5)
+
+
+def expected_geometry(config: Any) -> Geometry:
+    """The shapes that :func:`inspect_attention` will find in a model with this configuration, before its weights exist.
+
+    The model is built without memory, on PyTorch's meta device, and run up to its first attention call. No formula over
+    the fields of a configuration holds for all: GLM-4.7-Flash names the width of its rotary part ``head_dim``.
+
+    Raises :class:`UnsupportedModelError` if transformers can't build the model, if it calls no attention, or if its
+    keys and values differ in shape.
+    """
+    name = str(getattr(config, "_name_or_path", "") or config.model_type)
+    layers = int(config.num_hidden_layers)
+    with explained(f"{name}:", "its attention can't be examined"):
+        try:
+            call = _first_call(copy.deepcopy(config), "meta")  # transformers writes into it
+        except RuntimeError as error:
+            # code before the attention reads values, and meta tensors have none, such as in the router of JetMoE
+            logger.debug("%s can't run on the meta device: %s", name, error)
+            first = copy.deepcopy(config)
+            first.num_hidden_layers = 1
+            call = _first_call(first, "cpu")
+    if call is None:
+        raise _other_layers(name, layers, 0)
+    if call.key != call.value:
+        raise _unequal(name, 0, call.key, call.value)
+    return Geometry(layers, call.query[1], call.key[1], call.key[3], call.scale)
+
+
+@torch.inference_mode()
+def _first_call(config: Any, device: str) -> _FirstCallError | None:
+    """The first attention call of a model without weights; None: it makes none."""
+
+    def stop(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **arguments: Any
+    ) -> Any:
+        raise _FirstCallError(query, key, value, arguments.get("scaling"))
+
+    AttentionInterface.register(FIRST_CALL_NAME, stop)
+    with torch.device(device):
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-untyped-call]
+        model.set_attn_implementation(FIRST_CALL_NAME)
+        try:
+            model(input_ids=torch.ones(1, PROBE_TOKENS, dtype=torch.int64), use_cache=False)
+        except _FirstCallError as call:
+            return call
+    return None
+
+
+def _unequal(name: str, layer: int | None, key: tuple[int, ...], value: tuple[int, ...]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name}: keys {list(key)} and values {list(value)} of layer {layer} differ in shape (latent attention); only "
+        "equal shapes are supported."
+    )
+
+
+def _other_layers(name: str, layers: int, calls: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} has {layers} layers but made {calls} attention calls through transformers' AttentionInterface: its "
+        "layers do something else (recurrence, convolution, attention of their own)."
+    )
+
+
 def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
     layers = int(model.config.num_hidden_layers)
     if sorted(call.layer if call.layer is not None else -1 for call in calls) != list(range(layers)):
-        raise UnsupportedModelError(
-            f"{name} has {layers} layers but made {len(calls)} attention calls through transformers' "
-            "AttentionInterface: its layers do something else (recurrence, convolution, attention of their own)."
-        )
+        raise _other_layers(name, layers, len(calls))
     for call in calls:
         if not call.causal:
             raise UnsupportedModelError(f"{name} is no decoder: its tokens attend to later ones as well.")
@@ -125,10 +199,7 @@ def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
                 "forecache's attention does not compute."
             )
         if call.key != call.value:
-            raise UnsupportedModelError(
-                f"{name}: keys {list(call.key)} and values {list(call.value)} of layer {call.layer} differ in shape "
-                "(latent attention); only equal shapes are supported."
-            )
+            raise _unequal(name, call.layer, call.key, call.value)
     first = calls[0]
     if len({call.scale for call in calls}) > 1:
         raise UnsupportedModelError(f"{name} scales attention logits layer by layer, which is not supported yet.")

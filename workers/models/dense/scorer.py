@@ -16,6 +16,7 @@ from forecache.indexer.records.manifest import ManifestError, find_manifest
 from forecache.indexer.serving.config import IndexerConfig
 from forecache.indexer.serving.lookahead import LookaheadScorer
 from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.models.dense.probe import expected_geometry
 from forecache.workers.models.step.architecture import Backbone, ChosenScorer
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,14 @@ def find_before_load(
 
     Its weights are not compared: a copy of another name finds the package's only once it is loaded.
     """
-    heads = int(model_config.num_attention_heads)
+    geometry = expected_geometry(model_config)
     facts: dict[str, object] = {
         "model_name": model,
         "model_type": model_config.model_type,
-        "layers": int(model_config.num_hidden_layers),
-        "attention_heads": heads,
-        "kv_heads": int(getattr(model_config, "num_key_value_heads", None) or heads),
+        "layers": geometry.layers,
+        "attention_heads": geometry.heads,
+        "kv_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
         "hidden_size": int(model_config.hidden_size),
         "chunk_tokens": chunk_tokens,
     }
