@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from forecache.cluster.cli import load_test
-from forecache.cluster.cli.command_line import Parser, above_zero, output_folder, positive, ratio
+from forecache.cluster.cli.command_line import Parser, above_zero, at_least_zero, output_folder, positive, ratio
+from forecache.cluster.cli.load_workloads import Workload, WorkloadSettings
 from forecache.cluster.tenants import read_key
 from forecache.workers.evaluation.bench_decode import BASELINE, Measured, PairResult, Settings, Timings, measure
 
@@ -28,6 +29,9 @@ GOAL_CONTEXT = 8192
 GOAL_KEEP_RATIO = 0.135
 GOALS = {"decode": 1.5, "prefill": 0.85}
 """Goals for the speed relative to transformers, at the context and keep ratio above."""
+MIXED_INPUT_TOKENS = 2048
+MIXED_RATE_PER_S = 1.0
+"""Defaults of `bench serve --workload mixed`."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ def _summary(rows: list[Row], path: Path | None) -> dict[str, Any]:
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `forecache bench serve`."""
-    workload = load_test.WorkloadSettings()
+    workload = WorkloadSettings()
     parser.add_argument(
         "--url", default="http://127.0.0.1:8000/v1", help="URL of the API (default: http://127.0.0.1:8000/v1)"
     )
@@ -278,21 +282,30 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     loop.add_argument(
         "--rate",
         type=above_zero,
-        help="open loop: conversations that start per second, as a Poisson process",
+        help="open loop: conversations that start per second, as a Poisson process (default for the workload mixed: 1)",
     )
     loop.add_argument("--concurrency", type=positive, help="closed loop: number of concurrent clients (default: 4)")
     parser.add_argument("--conversations", type=positive, default=32, help="number of conversations (default: 32)")
     parser.add_argument(
         "--workload",
-        choices=get_args(load_test.Workload),
+        choices=get_args(Workload),
         default=workload.workload,
-        help="kind of prompts (default: unique)",
+        help="unique: one document each; shared-prefix: documents that requests share, with a question each; "
+        "multi-turn: a document, then questions; agentic: sessions that share a system prompt and grow by short "
+        "results of tools; mixed: short chats and long documents (default: unique)",
     )
     parser.add_argument(
-        "--input-tokens", type=positive, default=workload.input_tokens, help="tokens of a document (default: 1024)"
+        "--input-tokens",
+        type=positive,
+        help="tokens of a document, of the first message of a session, or of the shortest prompt of the workload mixed "
+        "(default: 1024; mixed: 2048)",
     )
     parser.add_argument(
-        "--question-tokens", type=positive, default=workload.question_tokens, help="tokens of a question (default: 64)"
+        "--question-tokens",
+        type=positive,
+        default=workload.question_tokens,
+        help="tokens of a question, or of a tool's result, which has half to one and a half times as many (default: "
+        "64)",
     )
     parser.add_argument("--output-tokens", type=positive, default=64, help="tokens of each answer (default: 64)")
     parser.add_argument(
@@ -305,9 +318,40 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
         "--turns",
         type=positive,
         default=workload.turns,
-        help="turns of a conversation of the workload multi-turn (default: 4)",
+        help="turns of a conversation of the workloads multi-turn and agentic (default: 4)",
     )
-    parser.add_argument("--keep-ratio", type=ratio, help="resident / all chunks; default: the server's")
+    parser.add_argument(
+        "--system-tokens",
+        type=positive,
+        default=workload.system_tokens,
+        help="tokens of the system prompt of the workload agentic (default: 1024)",
+    )
+    parser.add_argument(
+        "--document-tokens",
+        type=positive,
+        default=workload.document_tokens,
+        help="tokens of the longest document of the workload mixed; the shortest has half as many (default: 32768)",
+    )
+    parser.add_argument(
+        "--document-share",
+        type=ratio,
+        default=workload.document_share,
+        help="share of the requests of the workload mixed that are documents (default: 0.25)",
+    )
+    parser.add_argument(
+        "--pause-s",
+        type=at_least_zero,
+        default=workload.pause_s,
+        help="mean seconds between an answer and the next turn, exponentially distributed (default: 0)",
+    )
+    parser.add_argument(
+        "--keep-ratio", type=ratio, help="resident / all chunks, for a forecache server; default: the server's"
+    )
+    parser.add_argument(
+        "--stop-at-eos",
+        action="store_true",
+        help="answers may end early: requests have no ignore_eos, which OpenAI's own API refuses",
+    )
     parser.add_argument(
         "--slo-first-token-s", type=above_zero, default=2.0, help="SLO: longest time to first token (default: 2)"
     )
@@ -324,33 +368,55 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_serve(args: argparse.Namespace) -> int:
-    """Run the load, print a table, write the files. Returns 1 if a request failed without being refused, else 0."""
+    """Run the load, print a table and the figures as one line of JSON, and write the files.
+
+    Returns 1 if a request failed without being refused, else 0.
+    """
     if not args.allow_remote:
         load_test.check_loopback(args.url)
     key = read_key(args.api_key_file)
     target = load_test.Target(
-        args.url.rstrip("/"), args.model, key, args.output_tokens, args.keep_ratio, args.timeout_s
+        args.url.rstrip("/"),
+        args.model,
+        key,
+        args.output_tokens,
+        args.keep_ratio,
+        args.timeout_s,
+        ignore_eos=not args.stop_at_eos,
     )
-    workload = load_test.WorkloadSettings(
-        args.workload, args.input_tokens, args.question_tokens, args.prefixes, args.turns, args.seed
+    mixed = args.workload == "mixed"
+    workload = WorkloadSettings(
+        workload=args.workload,
+        input_tokens=args.input_tokens or (MIXED_INPUT_TOKENS if mixed else WorkloadSettings.input_tokens),
+        question_tokens=args.question_tokens,
+        prefixes=args.prefixes,
+        turns=args.turns,
+        system_tokens=args.system_tokens,
+        document_tokens=args.document_tokens,
+        document_share=args.document_share,
+        pause_s=args.pause_s,
+        seed=args.seed,
     )
-    concurrency = None if args.rate is not None else args.concurrency or 4
-    answers = asyncio.run(load_test.make_load(target, workload, args.conversations, args.rate, concurrency))
+    rate = args.rate
+    if rate is None and args.concurrency is None and mixed:
+        rate = MIXED_RATE_PER_S
+    concurrency = None if rate is not None else args.concurrency or 4
+    answers = asyncio.run(load_test.make_load(target, workload, args.conversations, rate, concurrency))
     slo = load_test.Slo(args.slo_first_token_s, args.slo_inter_token_s)
     summary = load_test.summarize(answers, slo)
     console = Console()
-    loop = f"{args.rate:g} a second" if concurrency is None else f"{concurrency} at once"
+    loop = f"{rate:g} a second" if concurrency is None else f"{concurrency} at once"
     console.print(load_test.table(summary, f"{args.model}: {args.workload}, {loop}"))
     for answer in [answer for answer in answers if answer.error and answer.status not in (429, 503)][:3]:
         console.print(f"failed: {answer.error}", markup=False)
+    settings = {
+        **asdict(workload), "rate": rate, "concurrency": concurrency, "slo": asdict(slo),
+        **{name: value for name, value in asdict(target).items() if name != "api_key"},
+    }  # fmt: skip
+    report = load_test.as_json(summary, settings, answers)
+    print(json.dumps({"workload": args.workload, **report["summary"]}))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        settings = {
-            **asdict(workload), "rate": args.rate, "concurrency": concurrency, "slo": asdict(slo),
-            **{name: value for name, value in asdict(target).items() if name != "api_key"},
-        }  # fmt: skip
-        (args.out / "serve.json").write_text(
-            json.dumps(load_test.as_json(summary, settings, answers)), encoding="utf-8"
-        )
+        (args.out / "serve.json").write_text(json.dumps(report), encoding="utf-8")
         load_test.plot(args.out / "serve.png", answers, slo)
     return 1 if summary.failed else 0

@@ -43,6 +43,14 @@ def above_zero(text: str) -> float:
     return value
 
 
+def at_least_zero(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text}")
+    return value
+
+
 def output_file(text: str) -> Path:
     """A file to write; its directory must exist."""
     path = Path(text)

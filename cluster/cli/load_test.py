@@ -1,4 +1,4 @@
-"""The load test of `forecache bench serve`: the prompts, the clients that send them, and the report."""
+"""The load test of `forecache bench serve`: the clients, and the report of what they saw."""
 
 import asyncio
 import ipaddress
@@ -7,77 +7,30 @@ import math
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 from rich.table import Table
 
+from forecache.cluster.cli.load_workloads import (
+    Conversation,
+    WorkloadSettings,
+    conversations,
+    poisson_arrivals_s,
+    prose,
+)
 from forecache.cluster.tenants import authorization
 from forecache.indexer.training.plots import PlotError
 from forecache.workers.errors import ForecacheError
 
-Workload = Literal["unique", "shared-prefix", "multi-turn"]
-
 SAMPLE_WORDS = 400
 PERCENTILES = (50, 90, 99)
-
-_SYLLABLES = ("ba", "co", "di", "fe", "gu", "ha", "ki", "lo", "mu", "ne", "pa", "ri", "so", "ta", "vu", "ze")
-
-
-@dataclass(frozen=True)
-class WorkloadSettings:
-    """What clients send. Sizes are in tokens of the served model.
-
-    ``prefixes``: number of documents that prompts share; ``turns``: turns of a conversation.
-    """
-
-    workload: Workload = "unique"
-    input_tokens: int = 1024
-    question_tokens: int = 64
-    prefixes: int = 4
-    turns: int = 4
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """User messages, one per turn; each waits for the answer to the previous one."""
-
-    turns: tuple[str, ...]
-
-
-def prose(words: int, generator: random.Random) -> str:
-    """Sentences of made-up words, so that no two documents share a prefix."""
-    made = []
-    for number in range(words):
-        word = "".join(generator.choices(_SYLLABLES, k=generator.randint(1, 3)))
-        made.append(word + ("." if number % 12 == 11 else ""))
-    return " ".join(made)
-
-
-def conversations(count: int, settings: WorkloadSettings, words_per_token: float) -> Sequence[Conversation]:
-    """``count`` conversations, a function of the settings."""
-    generator = random.Random(settings.seed)
-    document_words = max(1, round(settings.input_tokens * words_per_token))
-    question_words = max(1, round(settings.question_tokens * words_per_token))
-
-    def question() -> str:
-        return prose(question_words, generator)
-
-    if settings.workload == "unique":
-        return [Conversation((prose(document_words, generator),)) for _ in range(count)]
-    if settings.workload == "shared-prefix":
-        documents = [prose(document_words, generator) for _ in range(settings.prefixes)]
-        return [Conversation((f"{documents[i % settings.prefixes]} {question()}",)) for i in range(count)]
-    return [
-        Conversation((prose(document_words, generator), *(question() for _ in range(settings.turns - 1))))
-        for _ in range(count)
-    ]
 
 
 class LoadError(ForecacheError):
@@ -86,7 +39,11 @@ class LoadError(ForecacheError):
 
 @dataclass(frozen=True)
 class Target:
-    """The server. ``url``: up to `/v1`; ``timeout_s``: longest silence during a request."""
+    """The server. ``url``: up to `/v1`; ``timeout_s``: longest silence during a request.
+
+    ``keep_ratio``: forecache's parameter of each request; ``None``: the server's, and other servers know none.
+    ``ignore_eos``: answers are as long as asked; OpenAI's own API refuses this parameter, other servers take it.
+    """
 
     url: str
     model: str
@@ -94,13 +51,15 @@ class Target:
     output_tokens: int = 64
     keep_ratio: float | None = None
     timeout_s: float = 600.0
+    ignore_eos: bool = True
 
 
 @dataclass
 class Answered:
     """One request. Times are in seconds of ``time.monotonic``; ``due_s`` is when it should have been sent.
 
-    ``token_s``: arrival of each piece of text; ``status``: HTTP status, 0 without a response.
+    ``token_s``: arrival of each piece of text; ``status``: HTTP status, 0 without a response. ``cached_tokens`` and
+    ``keep_ratio`` are ``None`` if the server does not report them. The report groups requests by ``kind``.
     """
 
     due_s: float
@@ -110,10 +69,11 @@ class Answered:
     token_s: list[float] = field(default_factory=list)
     text: str = ""
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
-    keep_ratio: float = 1.0
+    keep_ratio: float | None = None
     error: str | None = None
+    kind: str = "request"
 
     @property
     def ok(self) -> bool:
@@ -154,18 +114,31 @@ def client(target: Target) -> httpx.AsyncClient:
 
 
 async def words_per_token(http: httpx.AsyncClient, target: Target, seed: int) -> float:
-    """Words per token of the served model, by its tokenizer.
+    """Words per token of the served model.
+
+    The server's `/v1/tokenize` or `/tokenize` counts the tokens of a sample; where neither exists, the ``usage`` of a
+    completion of one token does, which includes the few tokens of the chat template.
 
     Raises:
-        LoadError: the server does not count tokens.
+        LoadError: the server can't be reached, does not serve the model, or reports no usage.
     """
     text = prose(SAMPLE_WORDS, random.Random(seed))
-    try:
-        answer = await http.post(f"{target.url}/tokenize", json={"model": target.model, "prompt": text})
-        answer.raise_for_status()
-        return SAMPLE_WORDS / int(answer.json()["count"])
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        raise LoadError(f"{target.url} does not count tokens: {error}") from error
+    tokenize = {"model": target.model, "prompt": text}
+    complete = {"model": target.model, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    problem: Exception | None = None
+    for url, body in (
+        (f"{target.url}/tokenize", tokenize),
+        (f"{target.url.removesuffix('/v1')}/tokenize", tokenize),
+        (f"{target.url}/chat/completions", complete),
+    ):
+        try:
+            response = await http.post(url, json=body)
+            response.raise_for_status()
+            answer = response.json()
+            return SAMPLE_WORDS / int(answer["count"] if "count" in answer else answer["usage"]["prompt_tokens"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            problem = error
+    raise LoadError(f"{target.url} does not count tokens of {target.model}: {problem}") from problem
 
 
 async def converse(
@@ -176,10 +149,13 @@ async def converse(
     report: Callable[[Answered], None],
 ) -> None:
     """Run all turns of ``conversation``, the first due at ``due_s``, and pass each answer to ``report``."""
-    messages: list[dict[str, str]] = []
+    messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
     for turn, said in enumerate(conversation.turns):
+        if turn and conversation.pauses_s:
+            await asyncio.sleep(conversation.pauses_s[turn - 1])
+            due_s = time.monotonic()
         messages.append({"role": "user", "content": said})
-        answer = await ask(http, target, messages, due_s, turn)
+        answer = await ask(http, target, messages, due_s, turn, conversation.kind_of_turn(turn))
         report(answer)
         if not answer.ok:
             return
@@ -188,16 +164,21 @@ async def converse(
 
 
 async def ask(
-    http: httpx.AsyncClient, target: Target, messages: Sequence[dict[str, str]], due_s: float, turn: int
+    http: httpx.AsyncClient,
+    target: Target,
+    messages: Sequence[dict[str, str]],
+    due_s: float,
+    turn: int,
+    kind: str = "request",
 ) -> Answered:
     """Send one request and read its stream to the end."""
-    answer = Answered(due_s, turn)
+    answer = Answered(due_s, turn, kind=kind)
     body = {
         "model": target.model,
         "messages": messages,
         "max_tokens": target.output_tokens,
         "temperature": 0,
-        "ignore_eos": True,
+        **({"ignore_eos": True} if target.ignore_eos else {}),
         "stream": True,
         "stream_options": {"include_usage": True},
         **({} if target.keep_ratio is None else {"forecache": {"keep_ratio": target.keep_ratio}}),
@@ -212,7 +193,7 @@ async def ask(
                     if line.startswith("data: {"):
                         _take(json.loads(line.removeprefix("data: ")), answer)
                 if not answer.completion_tokens and answer.error is None:
-                    answer.error = "the stream ended early"
+                    answer.error = "the stream ended early, or the server ignores stream_options.include_usage"
     except (httpx.HTTPError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.end_s = time.monotonic()
@@ -228,8 +209,8 @@ def _take(event: dict[str, object], answer: Answered) -> None:
         answer.text += text
     if isinstance(usage, dict):
         answer.prompt_tokens, answer.completion_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        answer.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
-        answer.keep_ratio = usage["forecache"]["keep_ratio"]
+        answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        answer.keep_ratio = (usage.get("forecache") or {}).get("keep_ratio")
 
 
 async def open_loop(
@@ -241,11 +222,10 @@ async def open_loop(
     report: Callable[[Answered], None],
 ) -> None:
     """Start conversations as a Poisson process, whether or not earlier ones have ended."""
-    generator = random.Random(seed)
-    due_s = time.monotonic()
+    start_s = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        for conversation in asked:
-            due_s += generator.expovariate(rate_per_s)
+        for conversation, at_s in zip(asked, poisson_arrivals_s(rate_per_s, seed), strict=False):
+            due_s = start_s + at_s
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))
             group.create_task(converse(http, target, conversation, due_s, report))
 
@@ -299,7 +279,11 @@ class Slo:
 @dataclass(frozen=True)
 class Summary:
     """The figures of a run. Rates are per second of the whole run; times are in seconds, by percentile; ratios are
-    from 0 to 1."""
+    from 0 to 1. Figures that the server does not report are NaN or ``None``.
+
+    ``by_kind``: times to first token and between tokens of each kind of request. ``errors``: how often each message
+    came.
+    """
 
     duration_s: float
     requests: int
@@ -317,6 +301,11 @@ class Summary:
     refusal_s: dict[str, float]
     keep_ratio: float
     prefix_hit_ratio: float
+    prompt_tokens: int
+    cached_tokens: int | None
+    completion_tokens: int
+    by_kind: dict[str, dict[str, dict[str, float]]]
+    errors: dict[str, int]
 
 
 def summarize(answers: Sequence[Answered], slo: Slo) -> Summary:
@@ -327,6 +316,9 @@ def summarize(answers: Sequence[Answered], slo: Slo) -> Summary:
     duration_s = max(max((answer.end_s for answer in answers), default=0.0) - start, 1e-9)
     met = sum(slo.met(answer) for answer in answers)
     prompt = sum(answer.prompt_tokens for answer in good)
+    cached = [answer.cached_tokens for answer in good if answer.cached_tokens is not None]
+    kept = [answer.keep_ratio for answer in good if answer.keep_ratio is not None]
+    kinds = {kind: [answer for answer in good if answer.kind == kind] for kind in sorted({a.kind for a in good})}
     return Summary(
         duration_s=duration_s,
         requests=len(answers),
@@ -338,13 +330,24 @@ def summarize(answers: Sequence[Answered], slo: Slo) -> Summary:
         input_tokens_per_s=prompt / duration_s,
         goodput_per_s=met / duration_s,
         slo_met=met / len(answers) if answers else 0.0,
-        time_to_first_token_s=percentiles([answer.first_token_s for answer in good if answer.token_s]),
-        inter_token_s=percentiles([gap for answer in good for gap in answer.gaps_s]),
+        **_latencies(good),
         end_to_end_s=percentiles([answer.end_s - answer.due_s for answer in good]),
         refusal_s=percentiles([answer.end_s - answer.due_s for answer in refused]),
-        keep_ratio=sum(answer.keep_ratio for answer in good) / len(good) if good else math.nan,
-        prefix_hit_ratio=sum(answer.cached_tokens for answer in good) / prompt if prompt else math.nan,
+        keep_ratio=sum(kept) / len(kept) if kept else math.nan,
+        prefix_hit_ratio=sum(cached) / prompt if cached and prompt else math.nan,
+        prompt_tokens=prompt,
+        cached_tokens=sum(cached) if cached else None,
+        completion_tokens=sum(answer.completion_tokens for answer in good),
+        by_kind={kind: _latencies(answers) for kind, answers in kinds.items()},
+        errors=dict(Counter(answer.error for answer in answers if answer.error)),
     )
+
+
+def _latencies(answers: Sequence[Answered]) -> dict[str, dict[str, float]]:
+    return {
+        "time_to_first_token_s": percentiles([answer.first_token_s for answer in answers if answer.token_s]),
+        "inter_token_s": percentiles([gap for answer in answers for gap in answer.gaps_s]),
+    }
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -368,8 +371,15 @@ def table(summary: Summary, title: str) -> Table:
         values = getattr(summary, name)
         if values:
             drawn.add_row(f"{label}, ms: {' / '.join(values)}", " / ".join(f"{1e3 * v:.1f}" for v in values.values()))
-    drawn.add_row("keep ratio", f"{summary.keep_ratio:.3f}")
-    drawn.add_row("prompt tokens found in the cache", f"{summary.prefix_hit_ratio:.1%}")
+    for kind, latencies in summary.by_kind.items() if len(summary.by_kind) > 1 else ():
+        for name, label in (("time_to_first_token_s", "first token"), ("inter_token_s", "between tokens")):
+            if values := latencies[name]:
+                drawn.add_row(f"  {kind}, {label}", " / ".join(f"{1e3 * v:.1f}" for v in values.values()))
+    drawn.add_row("keep ratio", "not reported" if math.isnan(summary.keep_ratio) else f"{summary.keep_ratio:.3f}")
+    cached = "not reported"
+    if summary.cached_tokens is not None:
+        cached = f"{summary.cached_tokens} of {summary.prompt_tokens} ({summary.prefix_hit_ratio:.1%})"
+    drawn.add_row("prompt tokens found in the cache", cached)
     return drawn
 
 
@@ -381,6 +391,7 @@ def as_json(summary: Summary, settings: dict[str, Any], answers: Sequence[Answer
             "due_s": answer.due_s - start,
             "end_s": answer.end_s - start,
             "turn": answer.turn,
+            "kind": answer.kind,
             "status": answer.status,
             "error": answer.error,
             "prompt_tokens": answer.prompt_tokens,

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from stream_client import Connection
 
-from forecache.cluster.cli.load_test import prose
+from forecache.cluster.cli.load_workloads import prose
 
 REFUSED_GOAL_S, SLOWER_GOAL, GROWTH_GOAL = 0.1, 1.5, 1.05
 STOP_S = 60.0

@@ -17,15 +17,28 @@ def server(plain_server: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("flags", "requests", "hits"),
+    ("flags", "requests", "hits", "first_prompt"),
     [
-        (("--workload", "unique", "--rate", "20"), 8, False),
-        (("--workload", "shared-prefix", "--prefixes", "1", "--concurrency", "1"), 8, True),
-        (("--workload", "multi-turn", "--turns", "3", "--concurrency", "2"), 24, True),
+        (("--workload", "unique", "--rate", "20"), 8, False, (200, 450)),
+        (("--workload", "shared-prefix", "--prefixes", "1", "--concurrency", "1"), 8, True, (200, 450)),
+        (("--workload", "multi-turn", "--turns", "3", "--concurrency", "2"), 24, True, (200, 450)),
+        (
+            ("--workload", "agentic", "--turns", "3", "--system-tokens", "200", "--pause-s", "0.01"),
+            24,
+            True,
+            (400, 650),
+        ),
+        (("--workload", "mixed", "--document-tokens", "800", "--rate", "20"), 8, False, (200, 900)),
     ],
 )
 def test_a_run_of_each_workload(
-    server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], requests: int, hits: bool
+    server: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    requests: int,
+    hits: bool,
+    first_prompt: tuple[int, int],
 ) -> None:
     names = ("forecache_requests_finished_total", "forecache_prompt_tokens_total", "forecache_generation_tokens_total")
     before = [server.metric(name) for name in names]
@@ -39,8 +52,9 @@ def test_a_run_of_each_workload(
     prompt = sum(one["prompt_tokens"] for one in seen)
     assert grown == [requests, prompt, 6 * requests]
     first_turns = [one["prompt_tokens"] for one in seen if one["turn"] == 0]
-    assert all(200 < tokens < 450 for tokens in first_turns)
+    assert all(first_prompt[0] < tokens < first_prompt[1] for tokens in first_turns)
     assert (summary["prefix_hit_ratio"] > 0.3) if hits else (summary["prefix_hit_ratio"] < 0.1)
+    assert summary["prompt_tokens"] == prompt and summary["completion_tokens"] == 6 * requests
     assert 0 < summary["time_to_first_token_s"]["p50"] <= summary["end_to_end_s"]["p50"]
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
     assert "time to first token" in capsys.readouterr().out
