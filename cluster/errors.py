@@ -19,7 +19,7 @@ from forecache.workers.masking import mask_places
 logger = logging.getLogger(__name__)
 
 NAME_CHARS = 100
-"""Longest part of a name that an error repeats."""
+"""Error messages repeat at most this many characters of a name."""
 
 
 class StartError(ForecacheError):
@@ -35,15 +35,15 @@ class UnknownModelError(InvalidRequestError):
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """The body, or the headers, are longer than they may be."""
+    """The body or the headers exceed their limit."""
 
 
 class AuthenticationError(ForecacheError):
-    """No valid API key came with the request."""
+    """The request carries no valid API key."""
 
 
 class RetryLaterError(ForecacheError):
-    """Not now; ``retry_after_s`` says when it may be worth another try."""
+    """The request can't be served now; the client may retry after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -51,11 +51,11 @@ class RetryLaterError(ForecacheError):
 
 
 class TooManyRequestsError(RetryLaterError):
-    """As much waits or runs as may."""
+    """The queue is full, or the tenant's limit is reached."""
 
 
 class DrainingError(RetryLaterError):
-    """The server is being stopped and takes nothing new."""
+    """The server is being stopped and accepts no new requests."""
 
 
 class BodyDeadlineError(ForecacheError):
@@ -67,23 +67,23 @@ class DeadlineError(ForecacheError):
 
 
 class UnknownSessionError(InvalidRequestError):
-    """No request has named such a session, or it is long ago."""
+    """No request has named this session, or its record has expired."""
 
 
 class TierSilentError(ForecacheError):
-    """A memory tier that had to be told something did not answer."""
+    """A memory tier did not answer a call in time."""
 
 
 class PromptProcessError(ForecacheError):
-    """The process that reads large requests ended, or took too long, before a request was read."""
+    """The process that parses large requests ended or took too long before it had parsed the request."""
 
 
 class PinLimitError(InvalidRequestError):
-    """More would be pinned than may be. It does not help to wait: something has to be unpinned."""
+    """Pinning would exceed a limit. Waiting does not help: other sessions have to be unpinned first."""
 
 
 class AnswerFailedError(ForecacheError):
-    """A worker could not go on with one answer, such as for its grammar, and says why."""
+    """A worker could not continue an answer, for example because of its grammar; the message says why."""
 
 
 class WorkerLostError(ForecacheError):
@@ -91,11 +91,11 @@ class WorkerLostError(ForecacheError):
 
 
 class WorkerSilentError(WorkerLostError):
-    """The worker of a request says nothing about it, or knows that it does not get on."""
+    """The worker of a request sent no event for too long, or reported itself as hung."""
 
 
 class NoWorkerError(WorkerLostError):
-    """For too long there was no worker at all that could take a request."""
+    """No worker was running for ``replacement_deadline_s``."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ class ApiError:
 
 
 class RefusedError(InvalidRequestError):
-    """What was found wrong with a request where it was read, as :func:`from_exception` made it there."""
+    """A request that was refused in another process or thread, where :func:`from_exception` made the ``error``."""
 
-    def __init__(self, said: ApiError) -> None:
-        super().__init__(said.message, said.param)
-        self.said = said
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message, error.param)
+        self.error = error
 
 
 def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -131,7 +131,7 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
 
 
 def shortened(name: str) -> str:
-    """A name that a client chose, as far as an error needs to repeat it."""
+    """``name``, which a client chose, cut to ``NAME_CHARS`` for an error message."""
     return name if len(name) <= NAME_CHARS else f"{name[:NAME_CHARS]}…"
 
 
@@ -139,12 +139,12 @@ _VARIANTS = {"system", "developer", "user", "assistant", "tool", "json_object", 
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first fault pydantic found, named by its field."""
+    """The first fault that pydantic found, with the name of the field."""
     first = error.errors(include_url=False, include_input=False)[0]
-    # pydantic puts the tried variant of a union into the path, such as "str" or "list[int]": no field of the user's
+    # pydantic puts the tried variant of a union into the path, such as "str" or "list[int]", which is not a field
     path = [str(part) for part in first["loc"] if str(part).isidentifier() or str(part).isdigit()]
     path = [part for part in path if part not in ("str", "int", "float", "bool")]
-    # nor is the variant that a message's role or a format's type chose
+    # the variant that a message's role or a format's type chose is not a field either
     path = [part for at, part in enumerate(path) if part not in _VARIANTS and part not in path[at - 1 : at]]
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         path.append(first["ctx"]["discriminator"].strip("'"))
@@ -159,7 +159,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def from_http_status(status: int, method: str, path: str, detail: str) -> ApiError:
-    """Errors the web framework raised itself: no such path, method not allowed."""
+    """An error that the web framework raised: unknown path, method not allowed."""
     match status:
         case 404:
             return ApiError(404, f"no such path: {shortened(path)}", "invalid_request_error", code="unknown_url")
@@ -175,28 +175,28 @@ CATALOG_UNAVAILABLE = "the cluster's catalog does not answer now; send the reque
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """What a client sees of an exception. This is the one place that makes it.
+    """The error that a client sees. Every error object for an exception is made here.
 
-    Only errors about the request itself, or about waiting for it, speak to the client in their own words, and even
-    those without addresses, paths and keys. All others get a sentence from here; see :func:`tell`.
+    Only errors about the request itself, or about waiting for it, show their own message, with addresses, paths and
+    keys masked. All others show a general sentence; :func:`log_exception` logs the details.
     """
     if isinstance(error, RefusedError):
-        return error.said  # made here already, where the request was read
-    said = _from_exception(error)
-    return replace(said, message=mask_places(said.message))
+        return error.error
+    seen = _from_exception(error)
+    return replace(seen, message=mask_places(seen.message))
 
 
-def tell(error: BaseException, what: str) -> ApiError:
-    """:func:`from_exception`, with the details in the log where the client does not get them.
+def log_exception(error: BaseException, what: str) -> ApiError:
+    """:func:`from_exception`; logs the details that the client does not see.
 
-    ``what`` says what failed, such as the request's method and path.
+    ``what`` names what failed, for example the request's method and path.
     """
-    said = from_exception(error)
+    seen = from_exception(error)
     if not isinstance(error, ForecacheError | ValidationError):
         logger.error("%s failed", what, exc_info=error)
-    elif said.message != str(error) and not isinstance(error, ValidationError):
+    elif seen.message != str(error) and not isinstance(error, ValidationError):
         logger.warning("%s: %s: %s", what, type(error).__name__, error)
-    return said
+    return seen
 
 
 def _from_exception(error: BaseException) -> ApiError:
@@ -229,7 +229,7 @@ def _from_exception(error: BaseException) -> ApiError:
         case OverloadedError():
             return ApiError(503, str(error), "server_error", code="overloaded")
         case DeadlineError():
-            # of the request or of its server: neither is a failure of the server, and dashboards count 5xx
+            # the deadline of the request or of the server: no server failure, so not a 5xx, which dashboards count
             return ApiError(408, str(error), "timeout_error", code="deadline_exceeded")
         case PromptProcessError():
             return ApiError(503, str(error), "server_error", code="prompt_process_lost")

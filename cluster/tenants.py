@@ -1,4 +1,4 @@
-"""API keys: whose request is this? The file holds hashes; keys are long and random, so that one round is enough."""
+"""API keys and their tenants. The file holds SHA-256 hashes; keys are long and random, so they need no slow hash."""
 
 import hashlib
 import hmac
@@ -18,7 +18,7 @@ KEY_PREFIX = "fc-"
 
 
 class Tenant(BaseModel):
-    """Who a request is for. Tenants share no chunk: the name is part of their cache salt."""
+    """The owner of an API key, and its limits. Tenants share no chunks, because the name is part of the cache salt."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,18 +28,18 @@ class Tenant(BaseModel):
         None, ge=1, description="hot K/V that its requests may come to hold at once"
     )
 
-    def own(self, asked: str) -> str:
-        """What its cache salt or session of this name is called among those of all tenants."""
-        return f"{self.name}{TENANT_MARK}{asked}"
+    def scoped_name(self, name: str) -> str:
+        """``name`` of a cache salt or session, made unique among all tenants."""
+        return f"{self.name}{TENANT_MARK}{name}"
 
 
-class Anybody(Tenant):
-    """Where no keys are asked for."""
+class Anonymous(Tenant):
+    """The only tenant of a server without API keys."""
 
     name: str = ""
 
-    def own(self, asked: str) -> str:
-        return asked
+    def scoped_name(self, name: str) -> str:
+        return name
 
 
 class _Entry(BaseModel):
@@ -50,10 +50,10 @@ class _Entry(BaseModel):
 
 
 def entry(key_sha256: str, tenant: str) -> str:
-    """The line of a keys file for a key with this hash, of the tenant of this name.
+    """The line of a keys file for a key of ``tenant`` with this hash.
 
     Raises:
-        StartError: no tenant can have that name.
+        StartError: the name is not allowed.
     """
     try:
         made = _Entry(key_sha256=key_sha256, tenant=Tenant(name=tenant))
@@ -66,17 +66,17 @@ def entry(key_sha256: str, tenant: str) -> str:
 
 
 class Tenants:
-    """The keys of a file, or nobody's."""
+    """Finds the tenant of a request by its API key. ``entries``: (SHA-256 of a key, its tenant); None: no keys."""
 
     def __init__(self, entries: Sequence[tuple[str, Tenant]] | None) -> None:
         self._entries = entries
 
     @classmethod
     def load(cls, file: Path | None) -> "Tenants":
-        """The keys in ``file``; without one, everybody may come.
+        """Read the keys in ``file``. Without a file, requests need no key.
 
         Raises:
-            StartError: it can't be read, or is not a list of hashes and tenants.
+            StartError: the file can't be read, is not a list of hashes and tenants, or is empty.
         """
         if file is None:
             return cls(None)
@@ -94,13 +94,13 @@ class Tenants:
         return cls([(entry.key_sha256, entry.tenant) for entry in entries])
 
     def of(self, authorization: str | None) -> Tenant:
-        """Whose ``Authorization`` header this is. Takes as long for any key, known or not.
+        """The tenant of an ``Authorization`` header. Takes equally long for known and unknown keys.
 
         Raises:
-            AuthenticationError: no key, or none of ours.
+            AuthenticationError: the header has no key, or an unknown one.
         """
         if self._entries is None:
-            return Anybody()
+            return Anonymous()
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip())
         found = None
@@ -113,7 +113,7 @@ class Tenants:
 
 
 def read_key(file: Path | None) -> str | None:
-    """A client's key, if it has a file of one. Raises :class:`AuthenticationError` when that can't be read."""
+    """The API key in ``file``; None without a file. Raises :class:`AuthenticationError` if it can't be read."""
     if file is None:
         return None
     try:
@@ -123,12 +123,12 @@ def read_key(file: Path | None) -> str | None:
 
 
 def authorization(api_key: str | None) -> dict[str, str]:
-    """Headers of a client with this key, if it has one."""
+    """The HTTP headers of a client with ``api_key``; empty without one."""
     return {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
 
 def new_key() -> tuple[str, str]:
-    """A fresh key, and its hash for the file."""
+    """A new random key, and its hash for the keys file."""
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     return key, _digest(key)
 

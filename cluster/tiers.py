@@ -1,4 +1,4 @@
-"""The memory tiers of one start of the cluster, from wherever in it."""
+"""Finds and calls the memory tiers of a running cluster, from any process in it."""
 
 import logging
 import time
@@ -16,12 +16,12 @@ from forecache.workers.core.config import actor_name
 logger = logging.getLogger(__name__)
 
 INTERNAL_HOLDERS = frozenset({"transfer"})
-"""Holders that are no workers, but the tier itself."""
+"""Holders of chunks that are not workers: the tier itself, while it exchanges chunks."""
 
 
 @dataclass(frozen=True)
 class Tiers:
-    """Named actors of ``namespace`` whose names begin with ``run``; nothing is remembered from one call to the next."""
+    """The actors of ``namespace`` whose names begin with ``run``. Every call looks them up again."""
 
     namespace: str
     run: str
@@ -32,11 +32,11 @@ class Tiers:
         return actor_name(self.run, "tier", node_id)
 
     def actors(self) -> "dict[str, ActorHandle[Any]]":
-        """Tier id → actor, of all that have not died for good."""
+        """Tier id → actor, of all tiers that run or are being restarted."""
         return self._found(actor_name(self.run, "tier", ""))
 
     def node_actors(self) -> "dict[str, ActorHandle[Any]]":
-        """Name → actor of tiers and indexers alike."""
+        """Name → actor, of tiers and indexers."""
         return self._found(f"{self.run}-")
 
     def _found(self, prefix: str) -> "dict[str, ActorHandle[Any]]":
@@ -50,7 +50,10 @@ class Tiers:
         return found
 
     def ask(self, method: str, *args: object, only: "dict[str, ActorHandle[Any]] | None" = None) -> dict[str, Any]:
-        """Tier id → what it answers, of those that do within the deadline."""
+        """Call ``method`` on all tiers, or on those of ``only``.
+
+        Returns tier id → answer; tiers that don't answer within ``deadline_s`` are left out, and logged.
+        """
         actors = self.actors() if only is None else only
         refs = {name: getattr(actor, method).remote(*args) for name, actor in actors.items()}
         end_s = time.monotonic() + self.deadline_s
@@ -64,16 +67,16 @@ class Tiers:
 
 
 def actor_names(namespace: str | None = None) -> set[str]:
-    """Names of the living actors of a namespace, or of all."""
+    """The names of the living actors of a namespace, or of all namespaces."""
     actors: Sequence[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     return {actor["name"] for actor in actors if namespace is None or actor["namespace"] == namespace}
 
 
 def find_tiers(namespace: str, deadline_s: float = 10.0) -> Tiers:
-    """Those of the cluster that is running in the Ray that is joined.
+    """The tiers of the forecache cluster in ``namespace`` of the Ray cluster that this process has joined.
 
     Raises:
-        StartError: there is none, or more than one.
+        StartError: no forecache cluster runs there, more than one does, or its tiers don't answer.
     """
     runs = {name.partition("-tier-")[0] for name in actor_names(namespace) if "-tier-" in name}
     if len(runs) != 1:

@@ -1,8 +1,8 @@
-"""Who may come in: a bounded queue in requests and prompt tokens, limits of tenants, nobody while draining.
+"""Admits or refuses requests: limits on queued requests and prompt tokens, limits of each tenant, and draining.
 
-A request waits from its admission to its first token. What is refused costs nothing but the look at a few numbers.
-Where there are several ingresses the limits are those of all together: each counts its own requests to the last one,
-and those of the others as they were when it last asked, a second ago or less.
+A request counts as queued from its admission to its first token. Refusing one only compares a few numbers.
+With several ingresses the limits hold for all of them together: an ingress knows its own requests exactly, and those of
+the others as of the last exchange, at most a second ago.
 """
 
 import math
@@ -22,10 +22,10 @@ from forecache.workers.core.requests import CacheOptions
 from forecache.workers.errors import InvalidRequestError
 
 MEMORY_S = 30.0
-"""How long back the measured throughput reaches: what happened this long ago counts 1/e."""
+"""Time constant of the measured throughput: older measurements decay exponentially with it."""
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
-"""Told before anything was measured; told at most."""
+"""``Retry-After`` before anything was measured, and its maximum."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ResidentEstimate:
 
 @dataclass
 class Throughput:
-    """Requests and prompt tokens that get to their first token in a second, while any wait."""
+    """Measures how many requests and prompt tokens per second reach their first token while requests are queued."""
 
     clock: Callable[[], float] = time.monotonic
     _requests: float = 0.0
@@ -55,22 +55,23 @@ class Throughput:
     _busy_s: float = 0.0
     _seen_s: float | None = None
 
-    def waited(self, anybody: bool) -> None:
-        """Time has passed, during which ``anybody`` waited or nobody did."""
+    def elapse(self, queued: bool) -> None:
+        """Account for the time since the last call. ``queued``: requests were queued during it."""
         now = self.clock()
-        if self._seen_s is not None and anybody:
+        if self._seen_s is not None and queued:
             passed_s = now - self._seen_s
-            fading = math.exp(-passed_s / MEMORY_S)
-            self._requests, self._tokens = self._requests * fading, self._tokens * fading
-            self._busy_s = self._busy_s * fading + passed_s
+            decay = math.exp(-passed_s / MEMORY_S)
+            self._requests, self._tokens = self._requests * decay, self._tokens * decay
+            self._busy_s = self._busy_s * decay + passed_s
         self._seen_s = now
 
     def begun(self, tokens: int) -> None:
+        """Count a request with so many prompt ``tokens`` that reached its first token."""
         self._requests += 1
         self._tokens += tokens
 
     def seconds_for(self, requests: int, tokens: int) -> float:
-        """How long it takes until so many have begun."""
+        """Expected seconds until so many queued requests and prompt tokens have reached their first token."""
         if not self._requests or not self._busy_s:
             return FIRST_RETRY_S
         by_requests = requests * self._busy_s / self._requests
@@ -80,7 +81,7 @@ class Throughput:
 
 @dataclass
 class _Use:
-    """What one tenant has under way."""
+    """The running requests of one tenant, queued ones included."""
 
     requests: int = 0
     resident_bytes: int = 0
@@ -88,7 +89,7 @@ class _Use:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one ingress has let in. ``tenants``: name → (requests, bytes of hot K/V) under way."""
+    """The requests that one ingress has admitted. ``tenants``: name → (running requests, bytes of hot K/V)."""
 
     ingress: str
     queued_requests: int = 0
@@ -96,7 +97,7 @@ class Usage:
     tenants: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __add__(self, other: "Usage") -> "Usage":
-        """That of both."""
+        """The sum of both."""
         tenants = dict(self.tenants)
         for name, (requests, resident_bytes) in other.tenants.items():
             before = tenants.get(name, (0, 0))
@@ -106,7 +107,7 @@ class Usage:
 
 
 class Ticket:
-    """One HTTP request that was let in, with the prompt tokens of each of its choices. ``close`` it at its end."""
+    """An admitted HTTP request, with the prompt tokens of each of its choices. Call :meth:`close` when it ends."""
 
     def __init__(self, admission: "Admission", tenant: str, choices: Sequence[int], resident_bytes: int) -> None:
         self._admission = admission
@@ -116,13 +117,13 @@ class Ticket:
         self._open = True
 
     def begun(self, choice: int) -> None:
-        """The choice has its first token. Said again, it changes nothing."""
+        """The choice has its first token. Further calls change nothing."""
         tokens = self._waiting.pop(choice, None)
         if tokens is not None:
             self._admission.leave_queue(tokens, begun=True)
 
     def close(self) -> None:
-        """The request is over, in whatever way. May be said again."""
+        """The request has ended, for any reason. Further calls change nothing."""
         if self._open:
             self._open = False
             for tokens in self._waiting.values():
@@ -133,7 +134,7 @@ class Ticket:
 
 @dataclass
 class Admission:
-    """The door of one ingress. Belongs to its event loop."""
+    """Admits the requests of one ingress. Use it on the event loop only."""
 
     limits: LimitsConfig
     throughput: Throughput = field(default_factory=Throughput)
@@ -143,38 +144,39 @@ class Admission:
     in_flight: int = 0
     _entering: Counter[str] = field(default_factory=Counter)
     _uses: dict[str, _Use] = field(default_factory=dict)
-    _elsewhere: Usage = field(default_factory=lambda: Usage(""))
+    _remote: Usage = field(default_factory=lambda: Usage(""))
 
     def usage(self, ingress: str) -> Usage:
-        """What was let in here, for the other ingresses. ``ingress``: this one."""
+        """The requests admitted here, for the other ingresses. ``ingress``: the name of this one."""
         tenants = {name: (use.requests, use.resident_bytes) for name, use in self._uses.items()}
         return Usage(ingress, self.queued_requests, self.queued_tokens, tenants)
 
-    def hear(self, others: Sequence[Usage]) -> None:
-        """What the other ingresses have let in, all of them."""
-        self._elsewhere = sum(others, Usage(""))
+    def set_remote_usage(self, usages: Sequence[Usage]) -> None:
+        """Set the requests that all other ingresses have admitted."""
+        self._remote = sum(usages, Usage(""))
 
     def check_open(self, tenant: str = "") -> None:
-        """Before a body of ``tenant`` is read: is there any hope for it?
+        """Check whether a request of ``tenant`` can be admitted, before its body is received.
 
-        Where tenants have names, requests of others count for half of the places at most: none keeps another out.
+        Requests that are still being received hold a place in the queue. With named tenants, those of other tenants
+        count for at most half of the places, so that one tenant's uploads can't keep out another's.
 
         Raises:
             DrainingError: the server is being stopped.
-            TooManyRequestsError: as many wait as may.
+            TooManyRequestsError: the queue is full.
         """
         if self.draining:
             raise self._draining()
-        own = self._entering[tenant]
-        others = self._entering.total() - own
-        self._check_places(own + (min(others, self.limits.max_queued_requests // 2) if tenant else others))
+        same_tenant = self._entering[tenant]
+        other_tenants = self._entering.total() - same_tenant
+        counted = min(other_tenants, self.limits.max_queued_requests // 2) if tenant else other_tenants
+        self._check_places(same_tenant + counted)
 
     @contextmanager
     def entering(self, tenant: str = "") -> Iterator[None]:
-        """A place is kept for a request while it is read and until it is admitted. What finds none is refused before
-        that work, and does not stand in line for it.
+        """Hold a place in the queue for a request while it is parsed, until it is admitted.
 
-        Raises as :meth:`check_open` does.
+        A request without a place is refused before it is parsed. Raises as :meth:`check_open` does.
         """
         self.check_open(tenant)
         self._entering[tenant] += 1
@@ -186,27 +188,32 @@ class Admission:
                 del self._entering[tenant]
 
     def admit(self, tenant: Tenant, choices: Sequence[int], resident_bytes: int) -> Ticket:
-        """Let in a request whose choices have so many prompt tokens, and may come to hold ``resident_bytes`` hot.
+        """Admit a request.
+
+        Args:
+            choices: prompt tokens of each of its choices.
+            resident_bytes: hot K/V that it may hold at most.
 
         Raises:
-            DrainingError, TooManyRequestsError: as above; or the tenant has as much under way as it may.
-            InvalidRequestError: the request alone is more than its tenant may have.
+            DrainingError: the server is being stopped.
+            TooManyRequestsError: the queue is full, or the tenant's running requests reach its limit.
+            InvalidRequestError: the request alone exceeds the limit of its tenant.
         """
         if self.draining:
             raise self._draining()
         self._check_places(0)
         tokens = sum(choices)
-        waiting = self.queued_requests + self._elsewhere.queued_requests
-        waiting_tokens = self.queued_tokens + self._elsewhere.queued_tokens
+        waiting = self.queued_requests + self._remote.queued_requests
+        waiting_tokens = self.queued_tokens + self._remote.queued_tokens
         if waiting and waiting + len(choices) > self.limits.max_queued_requests:
             raise self._full(f"{waiting} requests wait already, and this one asks for {len(choices)}")
         if waiting and waiting_tokens + tokens > self.limits.max_queued_tokens:
             raise self._full(f"{waiting_tokens} prompt tokens wait already, and this request has {tokens}")
         use = self._uses.get(tenant.name) or _Use()
         self._check_tenant(tenant, use, len(choices), resident_bytes)
-        self.throughput.waited(self.queued_requests > 0)
+        self.throughput.elapse(self.queued_requests > 0)
         ticket = Ticket(self, tenant.name, choices, resident_bytes)
-        self._uses[tenant.name] = use  # from here on nothing fails: what is counted is given back by the ticket alone
+        self._uses[tenant.name] = use  # nothing can fail from here on: only the ticket subtracts what is counted now
         use.requests += len(choices)
         use.resident_bytes += resident_bytes
         self.queued_requests += len(choices)
@@ -215,13 +222,15 @@ class Admission:
         return ticket
 
     def leave_queue(self, tokens: int, *, begun: bool) -> None:
-        self.throughput.waited(self.queued_requests > 0)
+        """A choice with so many prompt ``tokens`` is not queued any more. ``begun``: it has its first token."""
+        self.throughput.elapse(self.queued_requests > 0)
         self.queued_requests -= 1
         self.queued_tokens -= tokens
         if begun:
             self.throughput.begun(tokens)
 
     def leave(self, tenant: str, requests: int, resident_bytes: int) -> None:
+        """A request of ``tenant`` with so many choices has ended."""
         use = self._uses[tenant]
         use.requests -= requests
         use.resident_bytes -= resident_bytes
@@ -229,15 +238,15 @@ class Admission:
         self._tidy(tenant)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when the sums are not those of the requests under way."""
+        """Raise ``AssertionError`` if the sums contradict each other."""
         assert 0 <= self.queued_requests <= sum(use.requests for use in self._uses.values())
         assert self.queued_tokens >= 0 and (self.queued_requests or not self.queued_tokens)
         assert all(use.requests > 0 and use.resident_bytes >= 0 for use in self._uses.values())
         assert (self.in_flight > 0) == bool(self._uses)
 
     def _check_places(self, taken: int) -> None:
-        """``taken``: places that are kept for others, and not yet in the queue."""
-        waiting = self.queued_requests + self._elsewhere.queued_requests + taken
+        """Raise if the queue is full. ``taken``: places held by requests that are not admitted yet."""
+        waiting = self.queued_requests + self._remote.queued_requests + taken
         if waiting >= self.limits.max_queued_requests:
             raise self._full(f"{waiting} requests wait already")
 
@@ -254,7 +263,7 @@ class Admission:
                 "shorten the prompt, lower max_tokens or forecache.keep_ratio",
                 "max_tokens",
             )
-        requests, used_bytes = self._elsewhere.tenants.get(tenant.name, (0, 0))
+        requests, used_bytes = self._remote.tenants.get(tenant.name, (0, 0))
         requests, used_bytes = requests + use.requests, used_bytes + use.resident_bytes
         if most is not None and requests + choices > most:
             raise self._full(f"your key has {requests} requests under way and may have {most}")
@@ -266,6 +275,6 @@ class Admission:
             del self._uses[tenant]
 
     def _full(self, why: str) -> TooManyRequestsError:
-        self.throughput.waited(self.queued_requests > 0)
+        self.throughput.elapse(self.queued_requests > 0)
         wait_s = self.throughput.seconds_for(self.queued_requests, self.queued_tokens)
         return TooManyRequestsError(f"{why}; come again in {math.ceil(wait_s)} s", wait_s)

@@ -1,4 +1,4 @@
-"""Which worker gets a request: the one whose first token is expected soonest, by what is stored where and by load."""
+"""Routes requests to the worker with the earliest expected first token, by stored prefixes and by load."""
 
 import asyncio
 import logging
@@ -34,19 +34,20 @@ Asked = TypeVar("Asked", ChannelRequest, GenerateRequest)
 
 CATALOG_RETRY_S = 5.0
 MOST_CHOICES = 10_000
+"""Requests whose chosen worker is remembered until a worker accepts them."""
 MOST_TRIED = 10_000
-"""Requests of which it is kept which workers had them: of those that are under way, with all that may wait."""
+"""Requests whose previous workers are remembered: more than run and wait at one time."""
 
 
 class PrefixMemory:
-    """Where chunks went: chunk key → names of workers, the least recently used forgotten first."""
+    """Remembers which workers computed which chunks (chunk key → workers), as an LRU cache."""
 
     def __init__(self, capacity_chunks: int = 200_000) -> None:
         self._capacity_chunks = capacity_chunks
         self._workers: OrderedDict[ChunkKey, frozenset[str]] = OrderedDict()
 
     def record(self, keys: Sequence[ChunkKey], worker: str) -> None:
-        """``worker`` computes, so will hold, the chunks ``keys``."""
+        """``worker`` will compute, and then hold, the chunks ``keys``."""
         for key in keys:
             self._workers[key] = self._workers.get(key, frozenset()) | {worker}
             self._workers.move_to_end(key)
@@ -54,7 +55,7 @@ class PrefixMemory:
             self._workers.popitem(last=False)
 
     def prefix_chunks(self, keys: Sequence[ChunkKey]) -> dict[str, int]:
-        """Worker → how many of ``keys``, from the first without a gap, it has seen."""
+        """Worker → the number of ``keys`` it has seen, counted from the first one to the first gap."""
         chunks: dict[str, int] = {}
         holding: frozenset[str] | None = None
         for at, key in enumerate(keys, start=1):
@@ -71,8 +72,7 @@ class PrefixMemory:
 
 @dataclass(frozen=True)
 class _Choice:
-    """The worker that a request is to go to since ``chosen_s``, the tokens that it would prefill there, and the keys
-    of its chunks."""
+    """The worker chosen for a request at ``chosen_s``, the tokens to prefill there, and the keys of its chunks."""
 
     worker: str
     chosen_s: float
@@ -81,11 +81,11 @@ class _Choice:
 
 
 class PrefixAffinityRouter(RequestRouter):
-    """Ray Serve's request router over decode workers, in the process of the handle that sends to them.
+    """Ray Serve's request router for decode workers. It runs in the process of the handle that sends to them.
 
-    A request goes where its first token is expected soonest, which :mod:`.first_token` reckons. How fast workers are
-    they report themselves. What is stored where it knows from the catalog, a hint that it does without when Redis does
-    not answer; what is on which GPU, from its own routing.
+    A request goes to the worker with the earliest expected first token (:mod:`.routing_cost`). The estimate uses the
+    speeds that workers report, the catalog's record of which node stores which chunks, and this router's memory of what
+    it sent to which GPU. When Redis does not answer, it works without the catalog.
     """
 
     def initialize_state(  # type: ignore[override]
@@ -108,9 +108,9 @@ class PrefixAffinityRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         if (channel := _argument(pending_request, ChannelRequest)) is not None:
-            # to its worker; where that is gone, to anyone, who says that it has nothing
-            meant = [r for r in candidate_replicas if _name(r.replica_id) == channel.worker_id]
-            return [meant or candidate_replicas]
+            # to its worker; if that is gone, to any other, which answers that it has no such channel
+            addressed = [r for r in candidate_replicas if _name(r.replica_id) == channel.worker_id]
+            return [addressed or candidate_replicas]
         request = _argument(pending_request, GenerateRequest)
         if request is None or len(candidate_replicas) < 2:
             return [candidate_replicas]
@@ -121,10 +121,10 @@ class PrefixAffinityRouter(RequestRouter):
         stored, now_s = self._stored(keys, run, reports), time.monotonic()
         tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
         if (before := self._choices.pop(request.request_id, None)) is not None:
-            self._take_back(before)  # Serve asks again when workers have refused, or have no room
+            self._undo_choice(before)  # Serve calls again after workers refused the request, or have no room
         loads: dict[str, int] = {}
         prices: dict[str, FirstToken] = {}
-        # of workers that are as good as each other, the one that was sent nothing for longest is first
+        # of equally good workers, the one that has received nothing for the longest time is first
         for name in sorted(replicas, key=lambda name: self._backlogs[name].last_s):
             loads[name] = self._loads[name].requests(now_s)
             queue_s = max(
@@ -132,20 +132,20 @@ class PrefixAffinityRouter(RequestRouter):
                 slot_wait_s(loads[name], reports[name], rates[name]),
             )
             prices[name] = first_token(tokens, self._chunk_tokens, stored[name], reports[name], rates[name], queue_s)
-        # one that has lost it, or hangs with it, has the least to do: it would get it again and again
+        # put workers that lost the request last: one that restarted or hangs has the least load, and would get it again
         tried = self._tried.get(first_try_id(request.request_id), ())
         best, *others = sorted(order(prices, loads, self._imbalance), key=lambda name: name in tried)
         self._backlogs[best].add(prices[best].prefill_tokens, now_s, rates[best])
         self._loads[best].chosen(now_s)
         self._choices[request.request_id] = _Choice(best, now_s, prices[best].prefill_tokens, keys)
         while len(self._choices) > MOST_CHOICES:
-            self._choices.popitem(last=False)  # of a request that was cancelled while it waited
+            self._choices.popitem(last=False)  # a request that was cancelled before a worker accepted it
         expected = {name: round(value, 3) for name, value in asdict(prices[best]).items()}
         logger.info("request routed", extra={"request_id": request.request_id, "worker": best, **expected})
         return [[replicas[name]] for name in (best, *others)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """A worker has accepted: mostly the one that was chosen."""
+        """A worker has accepted the request, usually the chosen one."""
         request, worker = _argument(pending_request, GenerateRequest), _name(replica_id)
         if request is not None:
             self._note_tried(first_try_id(request.request_id), worker)
@@ -153,46 +153,46 @@ class PrefixAffinityRouter(RequestRouter):
         if choice is None:
             return
         if choice.worker != worker:
-            self._take_back(choice)
+            self._undo_choice(choice)
             known = dict(zip(self._reports, measured_rates(self._reports.values()), strict=True))
             rates = known.get(worker, Rates())
             self._backlogs[worker].add(choice.prefill_tokens, time.monotonic(), rates)
         self._memory.record(choice.keys, worker)
 
     def _note_tried(self, request_id: str, worker: str) -> None:
-        """``worker`` has the request: where it goes on later, that is the last to be chosen."""
+        """Remember that ``worker`` got the request: a failover chooses it only if there is no other."""
         self._tried[request_id] = (*self._tried.pop(request_id, ()), worker)
         while len(self._tried) > MOST_TRIED:
             self._tried.popitem(last=False)
 
-    def _take_back(self, choice: _Choice) -> None:
-        """The worker that was chosen was not sent the request."""
+    def _undo_choice(self, choice: _Choice) -> None:
+        """Uncount a request that was not sent to the chosen worker."""
         if choice.worker in self._backlogs:
-            self._backlogs[choice.worker].take_back(choice.prefill_tokens)
-            self._loads[choice.worker].take_back(choice.chosen_s)
+            self._backlogs[choice.worker].subtract(choice.prefill_tokens)
+            self._loads[choice.worker].undo_choice(choice.chosen_s)
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
         self._loads[_name(replica_id)].sent()
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Serve's own count of what a worker has is not for long answers: it is forgotten after seconds of silence."""
+        """Count the request's end here too: Serve's queue lengths expire after seconds, but answers take minutes."""
         super().on_request_completed(replica_id, internal_request_id)
         self._loads[_name(replica_id)].ended()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        # one that is not among them any more may be draining: its answers go on, and it holds what they need. Once its
-        # process is gone the supervisor has the tiers reclaim what it held
+        # a missing worker may be draining: its requests run on, so its chunks stay held. When its process has ended,
+        # the supervisor has the tiers release them
         super().update_replicas(replicas)
-        self._hear({_name(replica.replica_id): WorkerReport.of(replica.routing_stats) for replica in replicas})
+        self._take_reports({_name(replica.replica_id): WorkerReport.of(replica.routing_stats) for replica in replicas})
 
-    def _hear(self, reports: dict[str, WorkerReport]) -> None:
-        """News of the workers that there are now."""
+    def _take_reports(self, reports: dict[str, WorkerReport]) -> None:
+        """Take the latest reports of all current workers."""
         now_s = time.monotonic()
         for (name, report), rates in zip(reports.items(), measured_rates(reports.values()), strict=True):
-            if report != self._reports.get(name):  # else it came again, with another worker's news
-                self._backlogs[name].hear(report.prefill_tokens_left, now_s, rates)
-                self._loads[name].hear(report.running + report.waiting)
+            if report != self._reports.get(name):  # else it is unchanged, and came with another worker's new report
+                self._backlogs[name].update(report.prefill_tokens_left, now_s, rates)
+                self._loads[name].update(report.running + report.waiting)
         self._reports = reports
         for of_workers in (self._backlogs, self._loads):
             for name in of_workers.keys() - reports.keys():
@@ -201,7 +201,7 @@ class PrefixAffinityRouter(RequestRouter):
     def _look_up(
         self, request: GenerateRequest, reports: Mapping[str, WorkerReport]
     ) -> tuple[list[ChunkKey], StoredRun | None]:
-        """Chunk keys of the prompt, and what the catalog has of them; ``None`` where there is none to ask."""
+        """The chunk keys of the prompt, and where the catalog says they are; ``None`` without a catalog."""
         layout = next((report.layout_fingerprint for report in reports.values() if report.layout_fingerprint), "")
         root = root_key(layout, request.cache.cache_salt)
         token_ids = (*request.prompt_token_ids, *request.resume_token_ids)
@@ -218,9 +218,9 @@ class PrefixAffinityRouter(RequestRouter):
     def _stored(
         self, keys: list[ChunkKey], run: StoredRun | None, reports: Mapping[str, WorkerReport]
     ) -> dict[str, Stored]:
-        """Where the prompt's chunks are, from each worker's point of view.
+        """Where the prompt's chunks are, as seen by each worker.
 
-        Without the catalog it is thought to have what was sent there, and nobody else's chunks.
+        Without the catalog, a worker is assumed to have only the chunks of requests that this router sent to it.
         """
         sent = self._memory.prefix_chunks(keys)
         if run is None:
@@ -231,7 +231,7 @@ class PrefixAffinityRouter(RequestRouter):
 
 
 def _argument(pending: PendingRequest | None, kind: type[Asked]) -> Asked | None:
-    """What a worker is asked, if it is of this kind."""
+    """The request's argument, if it is of this ``kind``."""
     if pending is None or not pending.args or not isinstance(pending.args[0], kind):
         return None
     return pending.args[0]

@@ -1,4 +1,4 @@
-"""When each worker would have a request's first token, in expected seconds, and who is asked first."""
+"""Estimates each worker's time to the first token of a request, and sorts the workers by it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -8,23 +8,24 @@ from statistics import fmean
 from forecache.workers.core.worker_report import WorkerReport
 
 CLOSE_SHARE, CLOSE_S = 0.1, 0.02
-"""First tokens that come this much after the earliest, or within this time, are as good: the shorter queue is taken."""
+"""Workers whose expected time exceeds the earliest by less than this share, or this time, count as equal: the one with
+the fewest requests is chosen."""
 
 ALIKE = 2.0
-"""A rate that differs less than by this factor from the mean is taken for it: the difference is what a worker had to do
-beside, or what else its machine did. Else noise would send all that comes to one worker, streams and all."""
+"""A rate within this factor of the mean counts as the mean: smaller differences come from other work on the machine.
+Else this noise would send all requests to one worker."""
 
 SHORTER = 4.0
-"""A prefill rate measured in prompts that were shorter by this factor than another worker's is not taken for its own:
-each step has a cost of its own, which is nearly all that short prompts measure."""
+"""A worker's prefill rate is ignored if its prompts were this many times shorter than another worker's: with short
+prompts it measures mostly the fixed cost of a step."""
 
 CHOICE_S = 1.0
-"""Who was chosen is sent the request at once. Later than this it went elsewhere, or was cancelled."""
+"""A request is sent to its chosen worker at once. After this time it went to another worker, or was cancelled."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one worker. The defaults stand until any worker has measured: a slow model, a slow network."""
+    """The speeds of one worker. The defaults, a slow model and a slow network, hold until some worker has measured."""
 
     prefill_tokens_per_s: float = 500.0
     recall_bytes_per_s: float = 1e9
@@ -34,8 +35,10 @@ class Rates:
 
 @dataclass(frozen=True)
 class Stored:
-    """Chunks of a prompt's beginning, from a worker's point of view: on its GPU, in its node's memory, on other nodes.
-    What follows them is prefilled."""
+    """Stored chunks of a prompt's prefix, as seen by a worker: in its hot pool, in its node's memory, on other nodes.
+
+    The rest of the prompt has to be prefilled.
+    """
 
     hot: int = 0
     local: int = 0
@@ -48,7 +51,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class FirstToken:
-    """Expected seconds until a request's first token at one worker, by what they are spent on."""
+    """The expected time to a request's first token at one worker, by cause."""
 
     queue_s: float
     prefill_tokens: int
@@ -62,12 +65,12 @@ class FirstToken:
 
 
 class Backlog:
-    """Prompt tokens that a worker was sent and should not have prefilled yet, at the rate that it does so now."""
+    """Estimates the prompt tokens that were sent to a worker and are not prefilled yet, by its current speed."""
 
     def __init__(self) -> None:
         self._tokens = 0.0
         self.last_s = 0.0
-        """When the worker was last sent something."""
+        """When the worker last received a request."""
 
     def tokens(self, now_s: float, rates: Rates) -> float:
         return max(self._tokens - (now_s - self.last_s) * rates.prefill_tokens_per_s, 0.0)
@@ -76,40 +79,42 @@ class Backlog:
         self._tokens = self.tokens(now_s, rates) + tokens
         self.last_s = now_s
 
-    def take_back(self, tokens: float) -> None:
-        """So many were not sent after all."""
+    def subtract(self, tokens: float) -> None:
+        """So many ``tokens`` were counted but not sent."""
         self._tokens = max(self._tokens - tokens, 0.0)
 
-    def hear(self, tokens_left: int, now_s: float, rates: Rates) -> None:
-        """The worker itself has so many left. It may not have seen the last ones yet, so that fewer say nothing."""
+    def update(self, tokens_left: int, now_s: float, rates: Rates) -> None:
+        """The worker reports ``tokens_left``. Fewer than expected are ignored: the last requests may not be in it."""
         behind = tokens_left - self.tokens(now_s, rates)
         if behind > 0:
             self.add(behind, now_s, rates)
 
 
 class Load:
-    """Requests at a worker, as one router knows them: its own to the last one, other routers' from what the worker
-    tells now and then of all that it has."""
+    """The number of requests at a worker, as one router knows it.
+
+    It counts the requests that it sent itself, and estimates those of other routers from the worker's reports.
+    """
 
     def __init__(self) -> None:
         self._sent = 0
         self._peaks = 0, 0
-        """The most of its own that there were at once, since the last report and between the two before."""
-        self._others = 0
+        """The most requests of this router at one time: since the last report, and between the two reports before."""
+        self._of_other_routers = 0
         self._chosen_s: deque[float] = deque()
-        """When the worker was chosen for requests that are not sent yet."""
+        """Times at which the worker was chosen for requests that are not sent yet."""
 
     def requests(self, now_s: float) -> int:
         while self._chosen_s and now_s - self._chosen_s[0] > CHOICE_S:
             self._chosen_s.popleft()
-        return len(self._chosen_s) + self._sent + self._others
+        return len(self._chosen_s) + self._sent + self._of_other_routers
 
     def chosen(self, now_s: float) -> None:
-        """What comes at the same moment must not all choose the same worker."""
+        """Count a request before it is sent, so that requests that arrive together don't all choose this worker."""
         self._chosen_s.append(now_s)
 
-    def take_back(self, chosen_s: float) -> None:
-        """What the worker was chosen for then is asked for again; it may have been sent meanwhile, and refused."""
+    def undo_choice(self, chosen_s: float) -> None:
+        """Uncount the request of ``chosen_s``, for which another worker is chosen now. It may be counted as sent."""
         if chosen_s in self._chosen_s:
             self._chosen_s.remove(chosen_s)
 
@@ -122,14 +127,14 @@ class Load:
     def ended(self) -> None:
         self._sent = max(self._sent - 1, 0)
 
-    def hear(self, requests: int) -> None:
-        """The worker had so many of late. As many as there were of this router's own may be these."""
-        self._others = max(requests - max(self._peaks), 0)
+    def update(self, requests: int) -> None:
+        """The worker reports so many ``requests``; those beyond this router's recent peak are other routers'."""
+        self._of_other_routers = max(requests - max(self._peaks), 0)
         self._peaks = self._sent, self._peaks[0]
 
 
 def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
-    """Each worker's rates: the mean of all that have measured, unless its own is far from that."""
+    """The rates of each worker: the mean of all measured ones, unless its own differs from it by ``ALIKE`` or more."""
     reports = list(reports)
     longest = max((report.prefill_tokens_per_prompt or 0 for report in reports), default=0)
 
@@ -140,8 +145,8 @@ def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
     def column(rate: Callable[[WorkerReport], float | None], default: float) -> list[float]:
         measured = [value for report in reports if (value := rate(report))]
         mean = fmean(measured) if measured else default
-        own = [rate(report) or mean for report in reports]
-        return [mean if mean / ALIKE <= value <= mean * ALIKE else value for value in own]
+        values = [rate(report) or mean for report in reports]
+        return [mean if mean / ALIKE <= value <= mean * ALIKE else value for value in values]
 
     default = Rates()
     columns = (
@@ -154,8 +159,10 @@ def measured_rates(reports: Iterable[WorkerReport]) -> list[Rates]:
 
 
 def slot_wait_s(load: int, report: WorkerReport, rates: Rates) -> float:
-    """Until a worker with ``load`` requests has room in its batch for one more: it lets in ``batch_size``, or as many
-    as run while some wait for hot slots."""
+    """Expected seconds until a worker with ``load`` requests has room for one more in its batch.
+
+    The batch has room for ``batch_size`` requests; while some wait for hot slots, for as many as run now.
+    """
     room = max(report.running, 1) if report.waiting else report.batch_size
     return max(load + 1 - room, 0) / rates.requests_per_s
 
@@ -163,7 +170,10 @@ def slot_wait_s(load: int, report: WorkerReport, rates: Rates) -> float:
 def first_token(
     tokens: int, chunk_tokens: int, stored: Stored, report: WorkerReport, rates: Rates, queue_s: float
 ) -> FirstToken:
-    """Of a prompt of so many ``tokens``, behind a queue of ``queue_s``. The last token is always computed."""
+    """The expected time to the first token of a prompt of ``tokens``, after ``queue_s`` in the queue.
+
+    The last token is always computed, even if it is stored.
+    """
     computed = max(tokens - stored.chunks * chunk_tokens, 1)
     return FirstToken(
         queue_s,
@@ -175,11 +185,11 @@ def first_token(
 
 
 def order(prices: Mapping[str, FirstToken], loads: Mapping[str, int], imbalance: int) -> list[str]:
-    """Workers, best first; of equal ones who comes first in ``prices``.
+    """Sort the workers, the best first; equal ones stay in the order of ``prices``.
 
-    The earliest first token wins, and of those that are as good as the earliest the shortest queue. Who has
-    ``imbalance`` more requests than the least loaded worker comes last, whatever it has stored: a prefix can be
-    computed again, while streams that share one worker stay slow.
+    The earliest first token wins; among those that count as equal to it, the fewest requests. Workers with
+    ``imbalance`` more requests than the least loaded one come last, whatever they have stored: a prefix can be computed
+    again, but streams that share one worker stay slow.
     """
     least = min(loads.values())
     crowded = {name for name in prices if loads[name] - least >= imbalance}

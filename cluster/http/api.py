@@ -20,7 +20,7 @@ from forecache.cluster.dispatch.admission import Admission, ResidentEstimate
 from forecache.cluster.dispatch.choice_requests import ChoiceRequests
 from forecache.cluster.dispatch.completion_stream import CompletionStream
 from forecache.cluster.dispatch.workers import ServeWorkers
-from forecache.cluster.errors import ApiError, UnknownModelError, from_http_status, shortened, tell
+from forecache.cluster.errors import ApiError, UnknownModelError, from_http_status, log_exception, shortened
 from forecache.cluster.http.body import Bodies, check_headers
 from forecache.cluster.http.openai_types import model_object
 from forecache.cluster.http.openapi import document
@@ -143,7 +143,8 @@ class Api:
         try:
             workers = await self._workers.stats()
         except ForecacheError as error:
-            return JSONResponse({"status": "not ready", "reason": tell(error, "GET /ready").message}, status_code=503)
+            reason = log_exception(error, "GET /ready").message
+            return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
         reached = [worker for worker in workers if worker.tier is not None]
         if not reached:
             return JSONResponse({"status": "not ready", "reason": "no memory tier answers"}, status_code=503)
@@ -215,8 +216,8 @@ class Api:
     def _admit(self, http: Request, request: ReadRequest, answer: AnswerFormat, tenant: Tenant) -> CompletionStream:
         """The stream of an admitted request. Raises what :meth:`.Admission.admit` raises."""
         prompts, per_prompt, asked = request.prompts, request.per_prompt, request.cache
-        session_id = None if asked.session_id is None else tenant.own(asked.session_id)
-        cache = replace(asked, cache_salt=tenant.own(asked.cache_salt), session_id=session_id)
+        session_id = None if asked.session_id is None else tenant.scoped_name(asked.session_id)
+        cache = replace(asked, cache_salt=tenant.scoped_name(asked.cache_salt), session_id=session_id)
         limits_s = [limit for limit in (request.timeout_s, self.limits.request_timeout_s) if limit is not None]
         ticket = self._admission.admit(
             tenant,
@@ -244,14 +245,14 @@ class Api:
 
     async def _http_error(self, http: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        said = from_http_status(error.status_code, http.method, http.url.path, str(error.detail))
-        return self._error(said, error.headers)
+        shown = from_http_status(error.status_code, http.method, http.url.path, str(error.detail))
+        return self._error(shown, error.headers)
 
     async def _client_left(self, http: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_LEFT_STATUS)  # for the log: the client is gone
 
     async def _failed(self, http: Request, error: Exception) -> Response:
-        return self._error(tell(error, f"{http.method} {http.url.path}"))
+        return self._error(log_exception(error, f"{http.method} {http.url.path}"))
 
     def _error(self, error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
         self._metrics.error(error.kind)

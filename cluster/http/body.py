@@ -1,4 +1,4 @@
-"""What a client sends, received within its limits."""
+"""Receives request bodies, within limits of size, memory and time."""
 
 import asyncio
 from collections import Counter
@@ -15,10 +15,11 @@ from forecache.cluster.http.request_reader import parse_json
 SHORT_BODY_BYTES = 4 << 10
 """Longest body that is parsed on the event loop."""
 RETRY_S = 5.0
+"""``Retry-After`` of a request that is refused for lack of memory for its body."""
 
 
 class Bodies:
-    """The bodies that one ingress has in memory. Belongs to its event loop."""
+    """Counts the bytes of all request bodies that one ingress holds in memory. Use it on the event loop only."""
 
     def __init__(self, limits: LimitsConfig) -> None:
         self._limits = limits
@@ -30,30 +31,30 @@ class Bodies:
 
     @asynccontextmanager
     async def received(self, http: Request, tenant: str) -> AsyncIterator[bytearray]:
-        """The body of a request, counted until the end of the block.
+        """Receive the body of a request. Its bytes count against the limits until the block ends.
 
         Raises:
-            BodyTooLargeError: too long.
-            BodyDeadlineError: it did not come in time.
-            TooManyRequestsError: bodies of others, or of this tenant, take all the room there is for them.
+            BodyTooLargeError: the body is longer than ``max_body_bytes``.
+            BodyDeadlineError: the body did not arrive within ``body_deadline_s``.
+            TooManyRequestsError: all bodies together, or this tenant's, would exceed their limit.
         """
-        taken = 0
+        counted_bytes = 0
         body = bytearray()
         try:
             async with _in_time(self._limits):
                 async for part in http.stream():
-                    self._take(tenant, len(part))
-                    taken += len(part)
+                    self._count(tenant, len(part))
+                    counted_bytes += len(part)
                     body += part
                     if len(body) > self._limits.max_body_bytes:
                         raise _too_long(self._limits.max_body_bytes)
             yield body
         finally:
-            self._held[tenant] -= taken
+            self._held[tenant] -= counted_bytes
             if not self._held[tenant]:
                 del self._held[tenant]
 
-    def _take(self, tenant: str, length: int) -> None:
+    def _count(self, tenant: str, length: int) -> None:
         most = max(self._limits.max_bodies_bytes, self._limits.max_body_bytes)
         if self._held.total() + length > most:
             raise TooManyRequestsError(f"{most} bytes of requests are being read already; try again later", RETRY_S)
@@ -63,7 +64,7 @@ class Bodies:
 
 
 def check_headers(http: Request, limits: LimitsConfig) -> None:
-    """Raise :class:`BodyTooLargeError` for a request target with headers, or an announced body, that are too long."""
+    """Raise :class:`BodyTooLargeError` if path, query and headers, or the ``Content-Length``, exceed their limits."""
     scope = http.scope
     target = len(scope.get("raw_path") or scope["path"].encode()) + len(scope.get("query_string", b""))
     length = target + sum(len(name) + len(value) + 4 for name, value in http.headers.raw)
@@ -75,12 +76,12 @@ def check_headers(http: Request, limits: LimitsConfig) -> None:
 
 
 async def read_short_json(http: Request, limits: LimitsConfig, *, empty: Any) -> Any:
-    """A body of a few fields as JSON; ``empty`` where there is none.
+    """Receive and parse a JSON body of a few fields. Returns ``empty`` if there is no body.
 
     Raises:
-        BodyTooLargeError: longer than such a body can be.
-        BodyDeadlineError: it did not come in time.
-        InvalidRequestError: not UTF-8, or not JSON.
+        BodyTooLargeError: the body is longer than ``SHORT_BODY_BYTES``.
+        BodyDeadlineError: the body did not arrive within ``body_deadline_s``.
+        InvalidRequestError: the body is not UTF-8, or not JSON.
     """
     body = bytearray()
     async with _in_time(limits):

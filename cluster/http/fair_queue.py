@@ -1,4 +1,4 @@
-"""Jobs that wait for a place to run: tenants take turns by cost, and a tenant's short jobs pass its long ones."""
+"""A queue that is fair between tenants by cost, and lets a tenant's short jobs overtake its long ones."""
 
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -8,7 +8,7 @@ Job = TypeVar("Job")
 
 @dataclass(eq=False)
 class Waiting(Generic[Job]):
-    """A job in line. ``rank`` orders the jobs of one tenant."""
+    """A queued job. ``rank`` orders the jobs of one tenant: the smallest is next."""
 
     job: Job
     tenant: str
@@ -18,14 +18,14 @@ class Waiting(Generic[Job]):
 
 @dataclass
 class FairQueue(Generic[Job]):
-    """Belongs to one thread.
+    """Not thread-safe.
 
-    Between tenants: start-time fair queueing. Each tenant has a clock that its jobs' costs move forward; the tenant
-    whose clock is furthest behind is next, and one that had nothing in line starts at the time of the others. So a
-    tenant with a hundred jobs delays another's first job by the job that runs, and no more.
+    Between tenants: start-time fair queueing. Each tenant has a virtual clock, which advances by the cost of its jobs.
+    The tenant whose clock is furthest behind is next. A tenant without queued jobs starts at the time of the others. So
+    a tenant with a hundred jobs delays another tenant's first job by the job that runs, and no more.
 
-    Within a tenant: the job with the least sum of its cost and of all that had been taken when it came. Short jobs pass
-    long ones, but a long one is passed only by as much work as it has itself.
+    Within a tenant: a job ranks by its cost plus the total cost that had been taken from the queue when it arrived.
+    Short jobs overtake long ones, but a long job waits for at most as much overtaking work as it costs itself.
     """
 
     _lines: dict[str, list[Waiting[Job]]] = field(default_factory=dict)
@@ -38,14 +38,14 @@ class FairQueue(Generic[Job]):
         return sum(len(line) for line in self._lines.values())
 
     def push(self, tenant: str, cost: int, job: Job) -> Waiting[Job]:
-        """Put ``job`` in line; give what is returned to :meth:`remove` if it is not wanted any more."""
+        """Queue ``job``. Returns its entry, with which :meth:`remove` cancels it."""
         self._numbers += 1
         waiting = Waiting(job, tenant, cost, (self._taken + cost, self._numbers))
         self._lines.setdefault(tenant, []).append(waiting)
         return waiting
 
     def pop(self, most_cost: int | None = None) -> Job | None:
-        """The job whose turn it is, of those that cost ``most_cost`` at most; None where there is none."""
+        """Take the next job among those that cost ``most_cost`` at most; None if there is none."""
         heads = [
             min(fitting, key=lambda waiting: waiting.rank)
             for line in self._lines.values()
@@ -61,7 +61,7 @@ class FairQueue(Generic[Job]):
         return head.job
 
     def remove(self, waiting: Waiting[Job]) -> None:
-        """``waiting`` is not wanted any more. Fine if it was taken already."""
+        """Remove a job that is not needed any more. Does nothing if it was taken already."""
         if waiting in self._lines.get(waiting.tenant, ()):
             self._leave(waiting)
 
@@ -74,5 +74,5 @@ class FairQueue(Generic[Job]):
         if not line:
             del self._lines[waiting.tenant]
         if len(self._clocks) > len(self._lines):
-            # who waits for nothing, and owes nothing, starts like a new one
+            # forget tenants without queued jobs whose clock is not ahead: they would start like new ones anyway
             self._clocks = {t: clock for t, clock in self._clocks.items() if t in self._lines or clock > self._now}

@@ -1,4 +1,4 @@
-"""The Serve deployment that speaks HTTP: builds one application in each of its replicas."""
+"""The Ray Serve deployment of the HTTP server: builds the application in each replica."""
 
 import asyncio
 import gc
@@ -28,10 +28,11 @@ from forecache.workers.models.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 SHARING_PERIOD_S = 0.5
+"""How often an ingress asks the others which requests they have admitted."""
 
 
 class Ingress:
-    """Holds what the HTTP application needs; Serve builds the application from it in the replica."""
+    """One replica: makes the parts of the HTTP application, which Serve then requests."""
 
     workers_class = ServeWorkers
 
@@ -61,8 +62,7 @@ class Ingress:
             max_grammar_bytes=config.limits.max_grammar_bytes,
         )
         encoder.start()
-        # a full collection looks at each object that is there: at those of the libraries for a third of a second, in
-        # which no stream goes on
+        # a full garbage collection would visit all objects of the libraries, and stop all streams for 0.3 s
         gc.collect()
         gc.freeze()
         self._api = Api(
@@ -87,11 +87,11 @@ class Ingress:
         return self._telemetry.target
 
     async def usage(self) -> Usage:
-        """What was let in here."""
+        """The requests that this ingress has admitted."""
         return self._admission.usage(serve.get_replica_context().replica_id.unique_id)
 
     async def _share_limits(self) -> None:
-        """Ask the other ingresses again and again what they have let in. One that does not answer has nothing."""
+        """Ask the other ingresses periodically which requests they have admitted. One that is silent counts as idle."""
         here = serve.get_replica_context()
         ingresses = serve.get_deployment_handle(here.deployment, here.app_name)
         while True:
@@ -99,13 +99,13 @@ class Ingress:
             try:
                 answers = await answers_in_time(ingresses.broadcast("usage"), STATS_DEADLINE_S)
             except Exception:
-                # whatever it was, the next time may be better, and without this all limits are of each ingress alone
-                logger.exception("other ingresses' requests are not counted")
+                # this task must not end: limits would then hold for each ingress alone
+                logger.exception("the requests of other ingresses are not counted until they answer again")
                 answers = []
             usages = [answer for answer in answers if isinstance(answer, Usage)]
-            self._admission.hear([one for one in usages if one.ingress != here.replica_id.unique_id])
+            self._admission.set_remote_usage([one for one in usages if one.ingress != here.replica_id.unique_id])
 
     async def drain(self) -> int:
-        """Take nothing new from now on; how many requests are still under way."""
+        """Refuse new requests from now on; returns how many are still running."""
         self._admission.draining = True
         return self._admission.in_flight

@@ -1,4 +1,4 @@
-"""Tools and response formats of OpenAI's API, and the grammars they ask for."""
+"""Tools and response formats of OpenAI's API, and the grammars that enforce them."""
 
 import json
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from forecache.workers.errors import InvalidRequestError
 MAX_TOOLS = 128
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
-# a model that is free to indent for ever may do so; calls are written in a line
+# without a limit on whitespace a model may indent endlessly; tool calls are written on one line
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{0,24}"}
 _CALL_OPTIONS: Any = {"whitespace_pattern": r"[ \n]?"}
 
 
 class Strict(BaseModel):
-    """No field beyond those named, no value of another type than theirs."""
+    """A model that refuses unknown fields and converts no types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _one_unknown(cls, values: Any) -> Any:
-        """Leaves one of the fields that are not named to be refused: pydantic would make an error of each."""
+        """Keep one unknown field, which pydantic refuses: it would make an error object for each of thousands."""
         if not isinstance(values, dict) or len(values) <= len(cls.model_fields):
             return values
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -70,8 +70,9 @@ class Tool(Strict):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        said = {"description": self.function.description or "", "parameters": self.schema_of_arguments()}
-        return {"type": "function", "function": {"name": self.function.name, **said}}
+        """The tool as chat templates expect it."""
+        fields = {"description": self.function.description or "", "parameters": self.schema_of_arguments()}
+        return {"type": "function", "function": {"name": self.function.name, **fields}}
 
     def schema_of_arguments(self) -> dict[str, Any]:
         return self.function.parameters or {"type": "object", "properties": {}}
@@ -102,7 +103,11 @@ class MadeCall(Strict):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """Templates want the arguments as an object; what is none stays text. Raises :class:`InvalidRequestError`."""
+        """The call as chat templates expect it: the arguments as an object, or as text if they are not valid JSON.
+
+        Raises:
+            InvalidRequestError: the arguments are nested too deep.
+        """
         try:
             arguments = json.loads(self.function.arguments)
         except ValueError:
@@ -118,7 +123,7 @@ def format_grammar(
     """The grammar of a response format; None for text.
 
     Raises:
-        InvalidRequestError: no answer matches the schema, or it is none, or has more than ``max_bytes``.
+        InvalidRequestError: the schema is invalid, matches no answer, or has more than ``max_bytes`` bytes.
     """
     if wanted is None or isinstance(wanted, TextFormat):
         return None
@@ -134,7 +139,7 @@ def format_grammar(
 
 
 def _json(schema: Any, param: str) -> str:
-    """A client's ``schema`` as text. Raises :class:`InvalidRequestError`."""
+    """``schema`` as JSON text. Raises :class:`InvalidRequestError` if it is nested too deep."""
     try:
         return json.dumps(schema)
     except RecursionError:
@@ -142,14 +147,14 @@ def _json(schema: Any, param: str) -> str:
 
 
 def _check_length(text: str, max_bytes: int, param: str) -> None:
-    if len(text) > max_bytes:  # JSON as we write it is ASCII
+    if len(text) > max_bytes:  # `json.dumps` writes ASCII, so characters are bytes
         raise InvalidRequestError(
             f"the schemas have {len(text)} bytes, and {max_bytes} are allowed (--max-grammar-bytes)", param
         )
 
 
 def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
-    """Of an answer that may call ``tools`` or not; None where there is nothing to follow."""
+    """The grammar of an answer that may call ``tools`` or not; None if every text is allowed."""
     calls = ["to_close"]
     if any(tool.function.strict for tool in tools):
         calls = [_strict_call(tool) for tool in tools]
@@ -168,7 +173,7 @@ def _free_grammar(tools: Sequence[Tool], *, parallel: bool) -> str | None:
 
 
 def _strict_call(tool: Tool) -> str:
-    """What follows the opening tag."""
+    """The grammar of a call of a strict tool, after the opening tag."""
     begin = f'\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
     schema = {**tool.schema_of_arguments(), "x-guidance": _CALL_OPTIONS}
     end = "}\n" + CLOSE
@@ -178,11 +183,13 @@ def _strict_call(tool: Tool) -> str:
 def tools_grammar(
     tools: Sequence[Tool], choice: ToolChoice, *, parallel: bool, max_bytes: int = DEFAULT_GRAMMAR_BYTES
 ) -> str | None:
-    """The grammar of an answer that may, or must, call ``tools``; None where the model is free.
+    """The grammar of an answer that may or must call ``tools``; None if every text is allowed.
 
-    With ``auto`` it is free to call or not; a call itself follows the schemas if one of the tools is strict. Unless
-    calls may be ``parallel`` the answer ends with the first. Raises :class:`InvalidRequestError` for more than
-    ``max_bytes``.
+    With ``auto`` the model may call tools or not, and its calls follow the schemas if one of the tools is strict.
+    Without ``parallel`` the answer ends after the first call.
+
+    Raises:
+        InvalidRequestError: the schemas have more than ``max_bytes`` bytes together.
     """
     if choice == "auto":
         if (grammar := _free_grammar(tools, parallel=parallel)) is not None:

@@ -1,4 +1,4 @@
-"""Requests and answers of OpenAI's API, as far as they are served. Types are strict: ``"1"`` is no number."""
+"""The requests and answers of OpenAI's API that are supported. Types are strict: ``"1"`` is not a number."""
 
 import secrets
 from typing import Annotated, Any, Literal, Self
@@ -31,7 +31,7 @@ MAX_LOGPROBS = 20
 MAX_WINDOW_STEPS = 65536
 DEFAULT_PIN_S, MAX_PIN_S = 3600.0, 30 * 24 * 3600.0
 
-# OpenAI's fields that ask for nothing here, with the values that ask for nothing. `...` takes any value.
+# fields of OpenAI's API that have no effect here, with the values that are accepted and ignored; `...`: any value
 _NEUTRAL: dict[str, Any] = {
     "user": ...,
     "metadata": ...,
@@ -53,7 +53,7 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def _encodable(text: str) -> str:
-    """JSON can hold halves of surrogate pairs, which are no text: no tokenizer takes them."""
+    """Refuse unpaired surrogates: JSON can contain them, but they are not Unicode, and tokenizers fail on them."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -65,7 +65,7 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 def _joined(content: Any) -> Any:
-    """Content may be a list of text parts; other parts (images, audio) are refused by name."""
+    """Join content that is a list of text parts; refuse other parts (images, audio) by name."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -81,7 +81,7 @@ Content = Annotated[Text, BeforeValidator(_joined)]
 
 
 def _nothing(value: Any) -> None:
-    """Official clients send back all fields of a message, also those that hold nothing."""
+    """Accept empty values only: official clients send back all fields of a message, also empty ones."""
     if value not in (None, [], {}, ""):
         raise ValueError("it is not supported; leave it out")
 
@@ -95,7 +95,7 @@ class SaidMessage(Strict):
     name: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it; they know no ``developer``."""
+        """The message as chat templates expect it. They have no ``developer`` role."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -134,8 +134,10 @@ Message = Annotated[SaidMessage | AssistantMessage | ToolMessage, Field(discrimi
 
 
 class ForecacheOptions(Strict):
-    """A request's wishes for its KV cache, and the longest it may take. ``window``: decode steps between two resident
-    sets; ``show_chunks``: the stream also tells where its chunks are."""
+    """Options of forecache: how the request uses the KV cache, and its time limit.
+
+    ``window``: decode steps between two resident sets. ``show_chunks``: the stream also reports where chunks are.
+    """
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
@@ -158,7 +160,7 @@ def _stop_tuple(stop: Any) -> Any:
 
 
 def _bounded(biases: Any) -> Any:
-    """Counts them first: a dictionary has no ``fail_fast``."""
+    """Check the number of entries before pydantic validates each: dictionaries have no ``fail_fast``."""
     if isinstance(biases, dict) and len(biases) > MAX_LOGIT_BIAS:
         raise ValueError(f"at most {MAX_LOGIT_BIAS} tokens can have a bias, not {len(biases)}")
     return biases
@@ -197,7 +199,7 @@ class _Request(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral(cls, values: Any) -> Any:
-        """Takes out fields that ask for nothing; one that asks for something not offered is refused by name."""
+        """Remove fields that have no effect here; refuse values that ask for something unsupported, by name."""
         if not isinstance(values, dict):
             raise InvalidRequestError("the body must be a JSON object")
         kept = {}
@@ -236,19 +238,22 @@ class _Request(Strict):
         return False
 
     def answer_tokens(self) -> int | None:
-        """Most tokens of the answer; None is as many as the context takes."""
+        """Tokens of the answer at most; None: until the context is full."""
         return self.max_tokens
 
     def logprobs_wanted(self) -> int | None:
-        """How many of the likeliest tokens are to be told beside each drawn one; None: no log-probabilities at all."""
+        """Number of likeliest tokens to return with each drawn token; None: return no log-probabilities."""
         raise NotImplementedError
 
     def grammar(self, max_bytes: int) -> str | None:
-        """What the answer must follow. Raises :class:`InvalidRequestError` for more than ``max_bytes`` of schemas."""
+        """The grammar that the answer must follow, if any.
+
+        Raises :class:`InvalidRequestError` if the schemas have more than ``max_bytes`` bytes.
+        """
         return format_grammar(self.response_format, max_bytes)
 
     def sampling(self, max_tokens: int, max_grammar_bytes: int = DEFAULT_GRAMMAR_BYTES) -> SamplingParams:
-        """OpenAI's defaults; a seed is drawn where none is given, so that a resumed stream goes on the same."""
+        """The sampling parameters, with OpenAI's defaults. Without a seed it draws one, for failovers to reuse."""
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -299,7 +304,7 @@ class ChatCompletionRequest(_Request):
 
     @property
     def tools_in_use(self) -> list[Tool]:
-        """Those that the answer may call."""
+        """The tools that the answer may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     def answer_tokens(self) -> int | None:
@@ -318,12 +323,12 @@ class ChatCompletionRequest(_Request):
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = Annotated[Text, Field(min_length=1)]
-# `fail_fast`: of a million wrong elements pydantic would else make a million errors
+# `fail_fast`: otherwise pydantic would make a million errors for a million wrong elements
 Prompts = Annotated[list[Prompt], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
 class TokenizeRequest(Strict):
-    """A prompt, or messages as the chat template lays them out, to be counted."""
+    """Tokenize a prompt, or messages by the chat template."""
 
     model: ModelName
     prompt: Prompt | None = None
@@ -380,7 +385,7 @@ class CompletionRequest(_Request):
 
 
 def usage(stats: SequenceStats) -> dict[str, Any]:
-    """OpenAI's ``usage`` and, under ``forecache``, the request's account of its context (sizes in bytes)."""
+    """OpenAI's ``usage`` object; its ``forecache`` part describes the request's context (sizes in bytes)."""
     return {
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the HTTP interface, from the models that parse its requests."""
+"""The OpenAPI document of the HTTP API, made from the pydantic models that parse its requests."""
 
 import re
 from typing import Any
@@ -25,7 +25,7 @@ _BODIES: dict[str, tuple[type[BaseModel], str]] = {
 _READS = {
     "/v1/models": "The model that is served",
     "/v1/models/{name}": "The model of this name",
-    _SESSION: "What is stored of a session",
+    _SESSION: "The stored chunks of a session",
     "/health": "This process is up",
     "/ready": "Requests can be served; 503 while they can't",
     "/metrics": "Prometheus series of the process that answers",
@@ -53,7 +53,7 @@ _ERROR: dict[str, Any] = {
 
 
 def document(model_name: str, version: str) -> dict[str, Any]:
-    """OpenAPI 3.1, for a server of ``model_name``."""
+    """The document (OpenAPI 3.1) of a server of ``model_name``."""
     models = [(model, "validation") for model, _ in _BODIES.values()]
     _, schemas = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components = {**schemas["$defs"], "Error": _ERROR}
@@ -67,13 +67,13 @@ def document(model_name: str, version: str) -> dict[str, Any]:
         streamed = "; server-sent events with `stream`" if "stream" in model.model_fields else ""
         answers = {"200": {"description": f"The answer{streamed}"}, "default": failed}
         required = any(field.is_required() for field in model.model_fields.values())
-        asked = {**body, "required": required}
-        paths[path] = {"post": {"summary": summary, "requestBody": asked, "responses": answers}}
+        request_body = {**body, "required": required}
+        paths[path] = {"post": {"summary": summary, "requestBody": request_body, "responses": answers}}
     for path, summary in _READS.items():
-        told = {"200": {"description": summary}, "default": {"description": "Not now"}}
-        paths.setdefault(path, {})["get"] = {"summary": summary, "responses": told}
-    gone = {"200": {"description": "It is forgotten"}, "default": failed}
-    paths[_SESSION]["delete"] = {"summary": "Let go of a session", "responses": gone}
+        answers = {"200": {"description": summary}, "default": {"description": "Not available now"}}
+        paths.setdefault(path, {})["get"] = {"summary": summary, "responses": answers}
+    deleted = {"200": {"description": "The session is deleted"}, "default": failed}
+    paths[_SESSION]["delete"] = {"summary": "Delete a session: unpin and forget it", "responses": deleted}
     for path, operations in paths.items():
         if named := re.findall(r"{(\w+)}", path):
             operations["parameters"] = [
@@ -84,11 +84,11 @@ def document(model_name: str, version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "forecache", "version": version},
         "paths": paths,
-        "security": [{"key": []}, {}],  # asked for where the server has a file of keys
+        "security": [{"key": []}, {}],  # a key is needed only if the server has a file of keys
         "components": {"schemas": components, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
 
 
 def _content(schema: dict[str, Any], description: str | None) -> dict[str, Any]:
-    said = {} if description is None else {"description": description}
-    return {**said, "content": {"application/json": {"schema": schema}}}
+    described = {} if description is None else {"description": description}
+    return {**described, "content": {"application/json": {"schema": schema}}}

@@ -1,8 +1,8 @@
-"""A process that reads request bodies for an ingress, whose event loop and interpreter lock stay free meanwhile.
+"""A child process that parses request bodies, so that the ingress' event loop and GIL stay free.
 
-It is a child of the ingress' process and talks to it through a pair of sockets: one job at a time, each a frame with
-its settings and its body, each answered by a frame. It ends when the other end of its socket is closed, and the kernel
-ends it with the parent's thread that started it, also while it reads a body.
+The two processes are connected by a pair of sockets. The ingress sends one job at a time, as a frame with the job and
+the body, and the child answers with a frame. The child ends when its socket is closed. The kernel kills it when the
+parent's thread that started it ends (``PR_SET_PDEATHSIG``), even while it parses a body.
 """
 
 import ctypes
@@ -17,38 +17,32 @@ import sys
 from dataclasses import dataclass
 
 from forecache.cluster.errors import PromptProcessError
-from forecache.cluster.http.request_reader import Outcome, RequestReader, Wanted
+from forecache.cluster.http.request_reader import Outcome, ReadJob, RequestReader
 from forecache.workers.errors import ForecacheError
 
 logger = logging.getLogger(__name__)
 
 JOB_DEADLINE_S = 120.0
-"""Longest time for one body, with the start of the process. The largest that is let in takes a fraction of it."""
+"""Longest time for one body, the start of the process included. The largest accepted body takes a fraction of it."""
 
 _PROGRAM = "from forecache.cluster.http.prompt_process import main; main()"
-"""Not `-m`: what this module's classes are called must be the same at both ends."""
+"""Not ``python -m``: its module is named ``__main__``, and pickle needs the same class names in both processes."""
 _PR_SET_PDEATHSIG = 1
 _LENGTHS = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
-class ReadJob:
-    """What is to be made of a body; see :meth:`.RequestReader.read`."""
-
-    wanted: Wanted
-    served: str | None
-
-
-@dataclass(frozen=True)
 class Failed:
-    """The job met an error that is none of the client's; ``reason`` names it."""
+    """The job failed with an unexpected error, which is not the client's fault; ``reason`` is the error's type."""
 
     reason: str
 
 
 class PromptProcess:
-    """The parent's end. All methods but :meth:`close` belong to one thread, which the process ends with; it starts with
-    its first job, or with :meth:`start`, and anew after it has died."""
+    """The parent's side: starts the child with the first job, or with :meth:`start`, and again after it died.
+
+    All methods but :meth:`close` must be called from one thread. The child ends with that thread.
+    """
 
     def __init__(self, reader: RequestReader) -> None:
         self._reader = pickle.dumps(reader)
@@ -61,7 +55,7 @@ class PromptProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Begin to start the process, if none lives; does not wait until it is up."""
+        """Start the process unless it runs. Does not wait until it is ready."""
         if self._process is not None and self._process.poll() is not None:
             logger.warning("the idle process that reads large requests ended (%d)", self._process.returncode)
             self._end()
@@ -78,29 +72,32 @@ class PromptProcess:
         self._socket = ours
         send_frame(ours, self._reader, b"")
 
-    def run(self, job: ReadJob, body: bytes | bytearray) -> Outcome:
-        """What the process makes of ``body``. Blocks, without the interpreter's lock.
+    def outcome(self, job: ReadJob, body: bytes | bytearray) -> Outcome:
+        """:meth:`.RequestReader.outcome` in the child. Blocks, with the GIL released.
 
         Raises:
-            PromptProcessError: it died, or took too long.
-            ForecacheError: it met an error that is none of the client's.
+            PromptProcessError: the process died, or took longer than ``JOB_DEADLINE_S``.
+            ForecacheError: the process met an unexpected error.
         """
         head = pickle.dumps(job)
         try:
-            _, answer = receive_frame(self._sent(head, body))
+            _, answer = receive_frame(self._send(head, body))
         except (OSError, EOFError) as error:
             self._end()
             raise PromptProcessError(
                 f"the process that reads large requests ended or took longer than {JOB_DEADLINE_S:g} s; "
                 "send the request again, and if that fails too, a smaller one"
             ) from error
-        said: Outcome | Failed = pickle.loads(answer)
-        if isinstance(said, Failed):
-            raise ForecacheError(f"the request could not be read: {said.reason}; the server's log has the details")
-        return said
+        outcome: Outcome | Failed = pickle.loads(answer)
+        if isinstance(outcome, Failed):
+            raise ForecacheError(f"the request could not be read: {outcome.reason}; the server's log has the details")
+        return outcome
 
-    def _sent(self, head: bytes, body: bytes | bytearray) -> socket.socket:
-        """Where the answer to a job will come. A process that ended before it had the whole job is replaced once."""
+    def _send(self, head: bytes, body: bytes | bytearray) -> socket.socket:
+        """Send a job; returns the socket that its answer will arrive at.
+
+        If the process ended before it received the whole job, a new one is started, once.
+        """
         try:
             self.start()
             send_frame(self._connection(), head, body)
@@ -117,7 +114,7 @@ class PromptProcess:
         return connection
 
     def close(self) -> None:
-        """End the process, whatever it does. Any thread may call."""
+        """Kill the process, even while it parses. Any thread may call."""
         self._closed = True
         self._end()
 
@@ -138,7 +135,7 @@ def send_frame(connection: socket.socket, head: bytes, body: bytes | bytearray) 
 
 
 def receive_frame(connection: socket.socket) -> tuple[bytes, bytes]:
-    """The head and the body that the other end sent. Raises ``EOFError`` when it is closed."""
+    """Receive a head and a body. Raises ``EOFError`` if the other process closed its socket."""
     head, body = _LENGTHS.unpack(_receive(connection, _LENGTHS.size))
     return _receive(connection, head), _receive(connection, body)
 
@@ -155,7 +152,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 
 def serve(connection: socket.socket) -> None:
-    """Answer jobs until the other end is closed."""
+    """Answer jobs until the parent closes its socket. Runs in the child."""
     try:
         head, _ = receive_frame(connection)
         reader: RequestReader = pickle.loads(head)
@@ -164,8 +161,8 @@ def serve(connection: socket.socket) -> None:
             job: ReadJob = pickle.loads(head)
             answer: Outcome | Failed
             try:
-                answer = reader.outcome(job.wanted, body, job.served)
-            except Exception as error:  # whatever it is ends this job, not the process
+                answer = reader.outcome(job, body)
+            except Exception as error:  # any error ends this job only, not the process
                 logger.exception("a request could not be read")
                 answer = Failed(type(error).__name__)
             send_frame(connection, b"", pickle.dumps(answer))
@@ -175,8 +172,9 @@ def serve(connection: socket.socket) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end ends this
+    """Entry point of the child; its arguments are the socket's file descriptor and the parent's process id."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and this process ends with it
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[2]):
-        return  # it ended before
+        return  # the parent ended before the call of prctl
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,15 +1,15 @@
-"""Reads requests off the event loop: each tenant in turn, small ones in a thread, large ones in processes.
+"""Parses requests off the event loop, in fair order between tenants: small bodies in a thread, large ones in processes.
 
-The event loop carries everybody's streams, and code that holds the interpreter's lock stops them from any thread:
-parsing, validation, templates. So only bodies too small to matter are read in this process.
+The event loop serves all streams. Parsing, validation and chat templates hold the GIL, so they would stop the streams
+from any thread of this process. A thread is used only for bodies so small that the pause does not matter.
 """
 
 import asyncio
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from forecache.cluster.config import DEFAULT_BODY_VALUES, DEFAULT_GRAMMAR_BYTES, DEFAULT_PROMPT_PROCESSES
@@ -23,20 +23,20 @@ from forecache.cluster.http.openai_types import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from forecache.cluster.http.prompt_process import PromptProcess, ReadJob
-from forecache.cluster.http.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted
+from forecache.cluster.http.prompt_process import PromptProcess
+from forecache.cluster.http.request_reader import Outcome, ReadJob, ReadRequest, Refusal, RequestReader, Wanted
 from forecache.workers.core.grammar import Grammars
 from forecache.workers.errors import InvalidRequestError
 
 SMALL_BODY_BYTES = 16 << 10
-"""A body that is read in a thread of this process: some milliseconds of work."""
+"""Largest body that is parsed in a thread of this process. It takes some milliseconds."""
 LONG_BODY_BYTES = 512 << 10
-"""Bodies beyond this may take seconds: where there are several processes, one is kept for shorter ones."""
+"""Larger bodies may take seconds to parse. If there are several processes, one is kept free for smaller bodies."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A body in line, and who waits for what comes of it."""
+    """A queued body, and the future that its result goes to."""
 
     job: ReadJob
     body: bytes | bytearray
@@ -44,19 +44,21 @@ class _Job:
 
 
 class _Lane:
-    """Where one body at a time is read: the thread of ``read``."""
+    """A thread that parses one body at a time, itself or by waiting for a process."""
 
-    def __init__(self, name: str, read: Callable[[ReadJob, bytes | bytearray], Outcome]) -> None:
+    def __init__(self, name: str, reader: RequestReader | PromptProcess) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self.read = read
+        self.reader = reader
         self.busy = False
 
 
 class PromptEncoder:
-    """Reads the requests of one model. Its async methods belong to one event loop.
+    """Parses and tokenizes the requests for one model. Use its async methods on one event loop only.
 
-    ``processes``: most processes for large bodies, each started when it is first needed; ``max_values``: most JSON
-    values in a body; ``max_grammar_bytes``: most bytes of a request's schemas.
+    Args:
+        processes: number of processes for large bodies at most; each is started when it is first needed.
+        max_values: JSON values in a body at most.
+        max_grammar_bytes: bytes of a request's JSON schemas at most.
     """
 
     def __init__(
@@ -75,98 +77,104 @@ class PromptEncoder:
         self._closed = False
         self._small = FairQueue[_Job]()
         self._large = FairQueue[_Job]()
-        self._near = _Lane("tokenizer", lambda job, body: reader.outcome(job.wanted, body, job.served))
-        self._far = [_Lane("prompt-process", process.run) for process in self._processes]
+        self._thread_lane = _Lane("tokenizer", reader)
+        self._process_lanes = [_Lane("prompt-process", process) for process in self._processes]
 
     def start(self) -> None:
-        """Begin to start a process for large bodies, and make what log-probabilities need. Takes a second."""
-        self._far[0].thread.submit(self._processes[0].start)
-        with suppress(InvalidRequestError):  # without a fast tokenizer each request for them is refused
+        """Start a process for large bodies, and prepare the token texts for log-probabilities. Takes a second."""
+        self._process_lanes[0].thread.submit(self._processes[0].start)
+        with suppress(InvalidRequestError):  # no fast tokenizer: requests for log-probabilities are refused one by one
             _ = self._grammars.tokenizer
 
     async def read(
         self, wanted: Wanted, body: bytes | bytearray, *, served: str | None = None, tenant: str = ""
     ) -> Any:
-        """The :class:`.ReadRequest` of a body, or the JSON of its answer, as :meth:`.RequestReader.read` makes it.
+        """Queue a body, and parse it by :meth:`.RequestReader.read`; returns what that returns.
 
         Raises:
-            RefusedError: the request is at fault; see there.
-            PromptProcessError: the body could not be read, for no fault of its own.
+            RefusedError: the request is invalid; it wraps the errors that :meth:`.RequestReader.read` raises.
+            PromptProcessError: the process that parsed the body died or took too long.
         """
         queue = self._small if len(body) <= SMALL_BODY_BYTES else self._large
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         waiting = queue.push(tenant, len(body), _Job(ReadJob(wanted, served), body, outcome))
         self._begin()
         try:
-            said = await outcome
+            result = await outcome
         finally:
-            queue.remove(waiting)  # who left meanwhile
-        if isinstance(said, Refusal):
-            raise RefusedError(said.said)
-        return said
+            queue.remove(waiting)  # the caller may have been cancelled while the body was queued
+        if isinstance(result, Refusal):
+            raise RefusedError(result.error)
+        return result
 
     async def encode(self, request: ChatCompletionRequest | CompletionRequest, tenant: str = "") -> list[EncodedPrompt]:
-        """The prompts of a request that was read elsewhere. Raises as :meth:`read` does."""
+        """Tokenize the prompts of a request that is parsed already. Raises as :meth:`read` does."""
         wanted = Wanted.CHAT if isinstance(request, ChatCompletionRequest) else Wanted.COMPLETION
         read: ReadRequest = await self.read(wanted, _body(request), tenant=tenant)
         return list(read.prompts)
 
     async def tokenize(self, request: TokenizeRequest, tenant: str = "") -> list[int]:
         """The token ids of a prompt or of messages, as :meth:`encode` makes them. Raises as it does."""
-        said: list[int] = json.loads(await self.read(Wanted.TOKENS, _body(request), tenant=tenant))["tokens"]
-        return said
+        tokens: list[int] = json.loads(await self.read(Wanted.TOKENS, _body(request), tenant=tenant))["tokens"]
+        return tokens
 
     async def detokenize(self, request: DetokenizeRequest, tenant: str = "") -> str:
         """The text of token ids. Raises as :meth:`encode` does."""
         return str(json.loads(await self.read(Wanted.TEXT, _body(request), tenant=tenant))["prompt"])
 
     async def token_texts(self) -> TokenTexts:
-        """The bytes of each token, to be asked for later and on any thread."""
-        loop = asyncio.get_running_loop()
-        tokenizer = await loop.run_in_executor(self._near.thread, lambda: self._grammars.tokenizer)
-        return lambda token: bytes(tokenizer.decode_bytes([token]))
+        """The texts of the vocabulary's tokens, for log-probabilities. Any thread may use the result.
+
+        Raises:
+            InvalidRequestError: the model has no fast tokenizer.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread_lane.thread, self._make_token_texts)
+
+    def _make_token_texts(self) -> TokenTexts:
+        return TokenTexts(self._grammars.tokenizer)
 
     def close(self) -> None:
-        """Read nothing more: who waits is cancelled."""
+        """Cancel all calls that wait, and end the processes."""
         self._closed = True
         for queue in (self._small, self._large):
             while (job := queue.pop()) is not None:
                 job.outcome.cancel()
         for process in self._processes:
             process.close()
-        for lane in (self._near, *self._far):
+        for lane in (self._thread_lane, *self._process_lanes):
             lane.thread.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> None:
-        """Start what can be started."""
+        """Start jobs on all idle lanes."""
         if self._closed:
             return
-        if not self._near.busy and (job := self._small.pop()) is not None:
-            self._run(self._near, job)
-        while idle := [lane for lane in self._far if not lane.busy]:
-            kept_free = len(self._far) > 1 and len(idle) == 1
+        if not self._thread_lane.busy and (job := self._small.pop()) is not None:
+            self._run(self._thread_lane, job)
+        while idle := [lane for lane in self._process_lanes if not lane.busy]:
+            kept_free = len(self._process_lanes) > 1 and len(idle) == 1
             job = self._large.pop(LONG_BODY_BYTES if kept_free else None)
             if job is None:
                 return
             self._run(idle[0], job)
 
     def _run(self, lane: _Lane, job: _Job) -> None:
+        """Parse the body of ``job`` on ``lane``, whose thread calls ``outcome``."""
         lane.busy = True
-        running = asyncio.get_running_loop().run_in_executor(lane.thread, lane.read, job.job, job.body)
+        running = asyncio.get_running_loop().run_in_executor(lane.thread, lane.reader.outcome, job.job, job.body)
+        running.add_done_callback(partial(self._ended, lane, job))
 
-        def done(read: "asyncio.Future[Outcome]") -> None:
-            lane.busy = False
-            error = None if read.cancelled() else read.exception()
-            if not job.outcome.done():
-                if read.cancelled():
-                    job.outcome.cancel()
-                elif error is not None:
-                    job.outcome.set_exception(error)
-                else:
-                    job.outcome.set_result(read.result())
-            self._begin()
-
-        running.add_done_callback(done)
+    def _ended(self, lane: _Lane, job: _Job, read: "asyncio.Future[Outcome]") -> None:
+        """Pass the result on, and start the next job."""
+        lane.busy = False
+        error = None if read.cancelled() else read.exception()
+        if not job.outcome.done():
+            if read.cancelled():
+                job.outcome.cancel()
+            elif error is not None:
+                job.outcome.set_exception(error)
+            else:
+                job.outcome.set_result(read.result())
+        self._begin()
 
 
 def _body(request: ChatCompletionRequest | CompletionRequest | TokenizeRequest | DetokenizeRequest) -> bytes:

@@ -1,7 +1,7 @@
-"""The body of a request → what workers are asked, or the answer: parsed, checked, laid out and tokenized.
+"""Turns a request body into a request for workers: parses, validates, applies the chat template and tokenizes.
 
-All of it may take seconds for a large body, so it runs off the event loop: in a thread for a small body, in a process
-for a large one (:mod:`.prompts`). What goes from process to process are frozen dataclasses.
+A large body may take seconds, so this runs off the event loop: in a thread for a small body, in a process for a large
+one (:mod:`.prompts`). Messages between the processes are frozen dataclasses.
 """
 
 import json
@@ -33,24 +33,25 @@ from forecache.cluster.http.openai_types import (
     Message,
     TokenizeRequest,
 )
-from forecache.cluster.http.tool_calls import template_knows_calls, written_out
+from forecache.cluster.http.tool_calls import template_supports_tools, tools_as_text
 from forecache.workers.core.grammar import check_grammar
 from forecache.workers.core.requests import CacheOptions, SamplingParams
 from forecache.workers.errors import ForecacheError, InvalidRequestError
 
 CHARS_PER_TOKEN = 16
-"""More than any tokenizer makes of real text."""
+"""More characters per token than real text has with any tokenizer."""
 
 PIECE_CHARS, SPLIT_TOKENS = 256 << 10, 16
-"""A text that is surely too long is counted in pieces of so many characters; where it was split, that many tokens more
-than in one piece are allowed for."""
+"""A very long text is tokenized in pieces of ``PIECE_CHARS`` until it exceeds the context. A split may add up to
+``SPLIT_TOKENS`` tokens, which the limit allows for."""
 
-# a string without an end takes the rest: else each of its escaped quotes would begin a string that is read to the end
+# a string without a closing quote matches to the end: else the search would start again at each of its escaped quotes,
+# in quadratic time
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 class Wanted(Enum):
-    """What is to be made of a body: a request to workers, or an answer."""
+    """The kind of request that a body holds, by the path that it was sent to."""
 
     CHAT = "chat"
     COMPLETION = "completion"
@@ -59,9 +60,19 @@ class Wanted(Enum):
 
 
 @dataclass(frozen=True)
+class ReadJob:
+    """How to read a body. ``served``: the model that the request must name; None: any."""
+
+    wanted: Wanted
+    served: str | None
+
+
+@dataclass(frozen=True)
 class ReadRequest:
-    """A chat or completion request without its text. ``scored``: log-probabilities are wanted; ``tools``: the answer
-    may call some."""
+    """A parsed and tokenized chat or completion request.
+
+    ``scored``: the client wants log-probabilities. ``tools``: the answer may call tools.
+    """
 
     prompts: tuple[EncodedPrompt, ...]
     sampling: SamplingParams
@@ -77,20 +88,19 @@ class ReadRequest:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that is refused, as its client gets it."""
+    """A request that is refused, with the error for its client."""
 
-    said: ApiError
+    error: ApiError
 
 
 Outcome = ReadRequest | bytes | Refusal
-"""A request to workers; or the JSON of an answer; or neither."""
+"""A request for workers; or the JSON of the answer, for a request that needs no worker; or the error."""
 
 
 class RequestReader:
-    """Reads bodies for one model. Picklable with its tokenizer. Not for two threads at once: fast tokenizers are not
-    safe to share.
+    """Reads bodies for one model. Picklable, with its tokenizer. Not thread-safe, because fast tokenizers are not.
 
-    A body may have ``max_values`` JSON values: each takes memory and time, whatever it is.
+    A body may have ``max_values`` JSON values, because each of them, even an empty one, takes memory and time.
     """
 
     def __init__(
@@ -103,47 +113,46 @@ class RequestReader:
         self.max_model_len = max_model_len
         self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
-        self._template_knows_calls = template_knows_calls(str(getattr(tokenizer, "chat_template", None) or ""))
+        self._template_supports_tools = template_supports_tools(str(getattr(tokenizer, "chat_template", None) or ""))
         self._max_values = max_values
         self._max_grammar_bytes = max_grammar_bytes
 
-    def outcome(self, wanted: Wanted, body: bytes | bytearray, served: str | None) -> Outcome:
-        """As :meth:`read`, with what refuses it as a value: exceptions don't go well from process to process."""
+    def outcome(self, job: ReadJob, body: bytes | bytearray) -> Outcome:
+        """:meth:`read`, with its errors as values: not all exceptions can be pickled."""
         try:
-            return self.read(wanted, body, served)
+            return self.read(job, body)
         except (ForecacheError, ValidationError) as error:
             return Refusal(from_exception(error))
 
-    def read(self, wanted: Wanted, body: bytes | bytearray, served: str | None) -> ReadRequest | bytes:
-        """What ``wanted`` says of ``body``. ``served``: the model that requests must name; None: any.
+    def read(self, job: ReadJob, body: bytes | bytearray) -> ReadRequest | bytes:
+        """Parse, validate and tokenize ``body``; returns the JSON of the answer for ``TOKENS`` and ``TEXT``.
 
         Raises:
-            BodyTooLargeError: more values than a body may have.
-            InvalidRequestError: not UTF-8, not JSON; the chat template refuses the messages; a token id is out of the
-                vocabulary; a schema is too long or costs too much.
-            ValidationError: JSON, but not such a request.
-            UnknownModelError: for another model.
+            BodyTooLargeError: the body has more than ``max_values`` JSON values.
+            InvalidRequestError: the body is not UTF-8 or not JSON; the chat template refuses the messages; a token id
+                is out of the vocabulary; a schema is too long or too complex.
+            ValidationError: the JSON is not a valid request.
+            UnknownModelError: the request names another model.
             ContextLengthError: prompt and answer don't fit the context.
         """
-        values = parse_json(body, self._max_values)
-        match wanted:
+        values, served = parse_json(body, self._max_values), job.served
+        match job.wanted:
             case Wanted.TOKENS:
-                counted = TokenizeRequest.model_validate(values)
-                _check_model(counted.model, served)
-                tokens = self._tokenize(counted)
-                said = {"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens.tolist()}
-                return to_json(said)
+                text = TokenizeRequest.model_validate(values)
+                _check_model(text.model, served)
+                tokens = self._tokenize(text)
+                return to_json({"count": len(tokens), "max_model_len": self.max_model_len, "tokens": tokens.tolist()})
             case Wanted.TEXT:
-                told = DetokenizeRequest.model_validate(values)
-                _check_model(told.model, served)
-                self._check_vocabulary(told.tokens, "tokens")
-                return to_json({"prompt": self._decode(told.tokens)})
-        kind = ChatCompletionRequest if wanted is Wanted.CHAT else CompletionRequest
+                ids = DetokenizeRequest.model_validate(values)
+                _check_model(ids.model, served)
+                self._check_vocabulary(ids.tokens, "tokens")
+                return to_json({"prompt": self._decode(ids.tokens)})
+        kind = ChatCompletionRequest if job.wanted is Wanted.CHAT else CompletionRequest
         request = kind.model_validate(values)
         _check_model(request.model, served)
         sampling = request.sampling(1, self._max_grammar_bytes)
         if sampling.grammar is not None:
-            # before a worker has it: there it is compiled once more, with the tokenizer
+            # refuse a bad grammar here, before a worker compiles it with its tokenizer
             in_tools = isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use)
             check_grammar(sampling.grammar, "tools" if in_tools else "response_format")
         return ReadRequest(
@@ -182,7 +191,7 @@ class RequestReader:
         return EncodedPrompt(tokens, room if wanted is None else wanted, echo)
 
     def _check_length(self, tokens: int, wanted: int | None, param: str) -> int:
-        """Tokens that the context has left for an answer."""
+        """Returns how many tokens the context has left for the answer. Raises :class:`ContextLengthError`."""
         room = self.max_model_len - tokens
         if room < 1 or (wanted is not None and wanted > room):
             asked = f"{tokens} in the {param} and {wanted or 1} for the answer"
@@ -209,15 +218,15 @@ class RequestReader:
             raise InvalidRequestError(
                 "this model has no chat template, so it takes no messages; use /v1/completions", "messages"
             )
-        told, described = [message.for_template() for message in messages], [tool.for_template() for tool in tools]
+        chat, described = [message.for_template() for message in messages], [tool.for_template() for tool in tools]
         try:
-            if not self._template_knows_calls:
-                told, described = written_out(told, described), []
+            if not self._template_supports_tools:
+                chat, described = tools_as_text(chat, described), []
             text = self._tokenizer.apply_chat_template(
-                told, tools=described or None, tokenize=False, add_generation_prompt=True
+                chat, tools=described or None, tokenize=False, add_generation_prompt=True
             )
         except (jinja2.TemplateError, LookupError, RecursionError, TypeError, ValueError) as error:
-            # a template is a program over what the client sent: it may expect of it what is not so
+            # templates are code, and may fail on unexpected client input
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error
@@ -228,7 +237,7 @@ class RequestReader:
 
     def _ids(self, text: str, param: str, *, add_special_tokens: bool) -> "array[int]":
         if len(text) > CHARS_PER_TOKEN * self.max_model_len:
-            # tokenizing 64 MiB takes half a minute: most often a part tells enough
+            # tokenizing 64 MiB takes half a minute; mostly the first pieces exceed the context already
             tokens = 0
             for start in range(0, CHARS_PER_TOKEN * self.max_model_len, PIECE_CHARS):
                 tokens += len(self._tokenized(text[start : start + PIECE_CHARS], add_special_tokens=False))
@@ -237,7 +246,7 @@ class RequestReader:
         return array("i", self._tokenized(text, add_special_tokens=add_special_tokens))
 
     def _tokenized(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # `verbose=False`: the tokenizer's own warning about long texts is our error
+        # `verbose=False`: the tokenizer would warn about long texts, which are refused with an error here
         encoded = self._tokenizer(
             text,
             add_special_tokens=add_special_tokens,
@@ -250,15 +259,15 @@ class RequestReader:
 
 
 def parse_json(body: bytes | bytearray, max_values: int) -> Any:
-    """The values that the JSON text ``body`` stands for.
+    """Parse the JSON text ``body``.
 
     Raises:
-        BodyTooLargeError: more than ``max_values`` of them.
-        InvalidRequestError: not UTF-8, or not JSON.
+        BodyTooLargeError: it holds more than ``max_values`` values.
+        InvalidRequestError: it is not UTF-8, or not JSON.
     """
     if _most_values(body) > max_values and (values := _most_values(_STRING.sub(b"", body))) > max_values:
         raise BodyTooLargeError(
-            f"the body holds {values} JSON values, each token id being one, and at most {max_values} are read: send "
+            f"the body holds {values} JSON values (each token id is one), and at most {max_values} are accepted: send "
             "fewer, or send prompts as text"
         )
     try:
@@ -272,11 +281,12 @@ def parse_json(body: bytes | bytearray, max_values: int) -> Any:
 
 
 def to_json(value: Any) -> bytes:
+    """Compact JSON, UTF-8."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
 def _most_values(text: bytes | bytearray) -> int:
-    """Each value but the first of all follows a comma or opens its array or object."""
+    """An upper bound of the number of JSON values in ``text``: each but the first follows a comma, ``[`` or ``{``."""
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 

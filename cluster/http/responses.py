@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from forecache.cluster.dispatch.completion_stream import CompletionStream, Turns
-from forecache.cluster.errors import tell
+from forecache.cluster.errors import log_exception
 from forecache.cluster.http.logprobs import (
     TextOffsets,
     TokenTexts,
@@ -361,10 +361,10 @@ async def server_sent_events(
         if answer.include_usage:
             yield _data(answer.usage_chunk(_total(writers, stream.per_prompt)))
         yield "data: [DONE]\n\n"
-    except Exception as error:  # noqa: BLE001 - `tell` logs it
-        said = tell(error, f"request {answer.id}")
-        metrics.error(said.kind)
-        yield _data(said.body())
+    except Exception as error:  # noqa: BLE001 - `log_exception` logs it
+        shown = log_exception(error, f"request {answer.id}")
+        metrics.error(shown.kind)
+        yield _data(shown.body())
     finally:
         stream.close()
 

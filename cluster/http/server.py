@@ -1,4 +1,4 @@
-"""HTTP connections of Serve's proxies: which protocol reads them, and how long a client may take for its headers."""
+"""The HTTP/1.1 protocol of Ray Serve's proxies: h11 instead of httptools, with a deadline for the headers."""
 
 import asyncio
 import json
@@ -15,19 +15,19 @@ from forecache.cluster.errors import ApiError, BodyTooLargeError, from_exception
 
 
 def use_protocol() -> list[Middleware]:
-    """Let uvicorn read connections with :class:`HttpProtocol`; adds no middleware.
+    """Make :class:`HttpProtocol` uvicorn's default protocol. Returns no middleware.
 
-    Serve calls it in each of its proxies before they listen (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``), and
-    leaves the choice of the protocol to uvicorn, whose table this changes.
+    Serve calls this in each of its proxies before they listen (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``). It has
+    no setting for the protocol, so this changes uvicorn's table of protocols.
     """
     uvicorn_config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HttpProtocol.__name__}"
     return []
 
 
 class _Connection(h11.Connection):
-    """h11's, whose requests name a path: of a whole URI, as for a forward proxy, what stands behind the host.
+    """An h11 connection that reduces absolute request URIs, as sent to forward proxies, to path and query.
 
-    ``answers_head``: the request that is to be answered is a HEAD, whose answer has no body.
+    ``answers_head``: the current request is a HEAD, whose response has no body.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class _Connection(h11.Connection):
         self.answers_head = event.method == b"HEAD"
         if event.target.startswith(b"/"):
             return event
-        # Serve knows no application for "*", and RFC 9110 (7.1) has no path mean the same
+        # Serve has no application for "*", and by RFC 9110 (7.1) an empty path means the same
         whole_server = event.method == b"OPTIONS" and event.target == b"*"
         target = b"/" if whole_server else _path_and_query(event.target)
         return h11.Request(
@@ -54,7 +54,7 @@ class _Connection(h11.Connection):
 
 
 def _path_and_query(uri: bytes) -> bytes:
-    """Of a whole URI. Raises ``h11.RemoteProtocolError`` if it is none of HTTP."""
+    """Path and query of an absolute URI. Raises ``h11.RemoteProtocolError`` if it is not an HTTP URI."""
     try:
         parts = urlsplit(uri)
     except ValueError as error:  # such as half an IPv6 address
@@ -65,13 +65,13 @@ def _path_and_query(uri: bytes) -> bytes:
 
 
 class HttpProtocol(H11Protocol):
-    """HTTP/1.1, also for a client that offers another protocol, and within a deadline for the headers.
+    """HTTP/1.1 that ignores offers to upgrade, and closes connections whose headers don't arrive in time.
 
-    uvicorn's usual parser, httptools, ends a request at its headers when they offer an upgrade (``Upgrade: h2c``), so
-    the body is lost. h11 reads on, as RFC 9110 (7.8) wants of a server that stays with HTTP/1.1.
+    uvicorn's default parser, httptools, ends a request at its headers if they offer an upgrade (``Upgrade: h2c``), so
+    the body is lost. h11 reads on, as RFC 9110 (7.8) requires of a server that stays with HTTP/1.1.
 
-    The deadline is ``timeout_keep_alive`` of the server. It runs from the connection, and on a kept connection from the
-    first byte after an answer, to the end of the headers. It also bounds the rest of a body whose answer is over.
+    The deadline is uvicorn's ``timeout_keep_alive``. It starts with the connection, or on a kept-alive connection with
+    the first byte after a response, and ends with the headers. It also limits the rest of a body after its response.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,9 +97,9 @@ class HttpProtocol(H11Protocol):
         return False
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP/1.1, by an answer where none has begun."""
+        """Refuse input that is not valid HTTP/1.1. Sends a response unless one has begun."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # its own answer can't follow this one
+            self.cycle.disconnected = True  # the response of the running request can't follow this one
             self.cycle.message_event.set()
         if len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES:
             self._refuse(from_exception(BodyTooLargeError("the headers are too long", "headers")))
@@ -107,7 +107,7 @@ class HttpProtocol(H11Protocol):
             self._refuse(invalid_request("the request is not valid HTTP/1.1", code="invalid_http"))
 
     def _watch(self) -> None:
-        """Run the timer exactly while no request is being answered."""
+        """Start the timer if no request is being answered, and stop it otherwise."""
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering or self.transport.is_closing():
             self._stop_watching()
@@ -128,7 +128,7 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer with ``error`` if nothing of an answer was sent yet, and close the connection."""
+        """Close the connection, after a response with ``error`` if no response has begun."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             body = json.dumps(error.body()).encode()
             length = str(len(body)).encode()

@@ -1,7 +1,7 @@
-"""Tool calls in the text of an answer: how the model is told to write them, and how they are read.
+"""Tool calls as text: puts tools into the prompt, and parses calls in the answer.
 
-The form is Hermes', which Qwen and others are trained on: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``. A
-model whose chat template knows it gets the tools from its template; any other gets them described in a system message.
+The format is Hermes', which Qwen and others are trained on: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``.
+If the model's chat template supports it, the template describes the tools, else a system message does.
 """
 
 import json
@@ -24,13 +24,14 @@ To call one, write nothing but a JSON object with its name and arguments inside 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """``arguments`` is JSON text."""
+    """A call that the model made. ``arguments`` is JSON text."""
 
     name: str
     arguments: str
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
 
     def whole(self) -> dict[str, Any]:
+        """As an OpenAI object."""
         return {
             "id": self.id,
             "type": "function",
@@ -39,28 +40,28 @@ class ToolCall:
 
 
 def parse_call(text: str) -> ToolCall | None:
-    """The call that ``text``, what stands between the tags, is; None when it is none."""
+    """Parse the text between the tags; None if it is not a call."""
     try:
-        said = json.loads(text)
+        call = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
-    arguments = said.get("arguments", said.get("parameters", {}))
+    arguments = call.get("arguments", call.get("parameters", {}))
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(said["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(call["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 class ToolCallParser:
-    """Divides an answer that comes in pieces into text and calls. What looks like a call but is none stays text."""
+    """Splits a streamed answer into text and calls. Tagged text that is not a valid call stays text."""
 
     def __init__(self) -> None:
         self._text = ""
         self.found = 0
 
     def push(self, text: str) -> tuple[str, list[ToolCall]]:
-        """The text that is certainly no part of a call, and the calls that are complete."""
+        """Append ``text``; returns the text that can't be part of a call, and the calls that are complete."""
         self._text += text
         content, calls = "", list[ToolCall]()
         while (start := self._text.find(OPEN)) >= 0 and (close := self._text.find(CLOSE, start)) >= 0:
@@ -74,13 +75,13 @@ class ToolCallParser:
                 self.found += 1
             self._text = self._text[end:]
         # held back: from a tag on, or what may become one, and the white space before either
-        held = start if start >= 0 else len(self._text) - _overlap(self._text, OPEN)
-        said = self._text[:held].rstrip()
-        self._text = self._text[len(said) :]
-        return content + said, calls
+        possible_call = start if start >= 0 else len(self._text) - _overlap(self._text, OPEN)
+        released = self._text[:possible_call].rstrip()
+        self._text = self._text[len(released) :]
+        return content + released, calls
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """What was held back: no more text comes. A call whose end tag was cut off counts."""
+        """End the answer; returns the text and calls that were held back. A call without its closing tag counts."""
         text, self._text = self._text, ""
         start = text.find(OPEN)
         call = parse_call(text[start + len(OPEN) :]) if start >= 0 else None
@@ -91,31 +92,33 @@ class ToolCallParser:
 
 
 def _overlap(text: str, tag: str) -> int:
+    """Length of the longest beginning of ``tag`` that ``text`` ends with."""
     return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)
 
 
-def template_knows_calls(template: str) -> bool:
+def template_supports_tools(template: str) -> bool:
+    """Whether a chat template describes tools and calls in this format."""
     return OPEN in template and "tools" in template
 
 
-def written_out(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """``messages`` for a template that knows no tools: they, calls and results as text of the three usual roles."""
-    told = []
+def tools_as_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``messages`` for a template without tools: tools, calls and results become text of system, assistant and user."""
+    chat = []
     for message in messages:
         if message["role"] == "tool":
             text = f"<tool_response>\n{message['content']}\n</tool_response>"
-            told.append({"role": "user", "content": text})
+            chat.append({"role": "user", "content": text})
             continue
         content = message["content"] or ""
         for call in message.get("tool_calls", ()):
-            said = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
-            content += f"\n{OPEN}\n{json.dumps(said, ensure_ascii=False)}\n{CLOSE}"
-        told.append({"role": message["role"], "content": content.lstrip()})
+            function = {"name": call["function"]["name"], "arguments": call["function"]["arguments"]}
+            content += f"\n{OPEN}\n{json.dumps(function, ensure_ascii=False)}\n{CLOSE}"
+        chat.append({"role": message["role"], "content": content.lstrip()})
     if tools:
         lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
         instructions = _INSTRUCTIONS.format(tools=lines)
-        if told and told[0]["role"] == "system":
-            told[0] = {"role": "system", "content": f"{told[0]['content']}\n\n{instructions}"}
+        if chat and chat[0]["role"] == "system":
+            chat[0] = {"role": "system", "content": f"{chat[0]['content']}\n\n{instructions}"}
         else:
-            told.insert(0, {"role": "system", "content": instructions})
-    return told
+            chat.insert(0, {"role": "system", "content": instructions})
+    return chat

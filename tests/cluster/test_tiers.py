@@ -362,7 +362,7 @@ def test_a_pin_that_promises_leave_no_room_for_is_refused(nodes: Nodes) -> None:
     nodes.wait_until_found(KEYS[:4])
     get(tier.reserve_quota.remote("w0/answer", nodes.stats(0).slots - 2))
     directory = SessionDirectory(nodes.all, chunk_tokens=16)
-    with pytest.raises(OverloadedError, match="2 can't be pinned now"):
+    with pytest.raises(OverloadedError, match="2 of the session's chunks can't be pinned now"):
         directory.pin("s", ttl_s=600)
     assert directory.describe("s")["pinned_until"] is None
     assert nodes.stats(0).pinned_slots == 0

@@ -8,7 +8,7 @@ from forecache.cluster.dispatch.admission import Admission
 from forecache.cluster.dispatch.completion_stream import CompletionStream
 from forecache.cluster.observe.metrics import Metrics
 from forecache.cluster.observe.request_record import RequestRecord
-from forecache.cluster.tenants import Anybody
+from forecache.cluster.tenants import Anonymous
 from forecache.indexer.serving.telemetry import SILENCE
 from forecache.workers.core.requests import GenerateRequest, TokenEvent
 
@@ -83,7 +83,7 @@ def stream_over(
     **settings: Any,
 ) -> CompletionStream:
     """A stream whose choices ask ``workers``."""
-    ticket = Admission(LimitsConfig(max_queued_requests=4096)).admit(Anybody(), [9] * (prompts * per_prompt), 0)
+    ticket = Admission(LimitsConfig(max_queued_requests=4096)).admit(Anonymous(), [9] * (prompts * per_prompt), 0)
     requests: Any = Requests(request, prompts, per_prompt)
     return CompletionStream(requests, workers, ticket, record or Record(), **settings)
 

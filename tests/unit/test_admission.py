@@ -16,7 +16,7 @@ from forecache.cluster.errors import (
     TooManyRequestsError,
     from_exception,
 )
-from forecache.cluster.tenants import Anybody, Tenant, Tenants, entry, new_key
+from forecache.cluster.tenants import Anonymous, Tenant, Tenants, entry, new_key
 from forecache.workers.errors import InvalidRequestError
 
 
@@ -35,7 +35,7 @@ def door(**limits: int) -> tuple[Admission, Clock]:
 
 def test_the_queue_is_bounded_in_requests_and_a_first_token_leaves_it() -> None:
     admission, _ = door(max_queued_requests=2)
-    first, second = (admission.admit(Anybody(), [10], 0) for _ in range(2))
+    first, second = (admission.admit(Anonymous(), [10], 0) for _ in range(2))
     with pytest.raises(TooManyRequestsError):
         admission.check_open()
     first.begun(0)
@@ -51,14 +51,14 @@ def test_the_queue_is_bounded_in_requests_and_a_first_token_leaves_it() -> None:
 def test_a_prompt_that_is_being_tokenized_has_its_place_already() -> None:
     admission, _ = door(max_queued_requests=2)
     with admission.entering():
-        ticket = admission.admit(Anybody(), [10], 0)  # its own place is not in its way
+        ticket = admission.admit(Anonymous(), [10], 0)  # its own place is not in its way
         for _ in range(3):
             with pytest.raises(TooManyRequestsError), admission.entering():
                 raise AssertionError("let in, though one waits and one is about to")
     with admission.entering():
-        other = admission.admit(Anybody(), [10], 0)
+        other = admission.admit(Anonymous(), [10], 0)
     with pytest.raises(TooManyRequestsError):
-        admission.admit(Anybody(), [10], 0)
+        admission.admit(Anonymous(), [10], 0)
     ticket.close()
     other.close()
     with pytest.raises(ValueError), admission.entering():
@@ -72,23 +72,23 @@ def test_a_prompt_that_is_being_tokenized_has_its_place_already() -> None:
 
 def test_the_queue_is_bounded_in_tokens_but_an_empty_one_takes_any_prompt() -> None:
     admission, _ = door(max_queued_tokens=100)
-    long = admission.admit(Anybody(), [5000], 0)
+    long = admission.admit(Anonymous(), [5000], 0)
     with pytest.raises(TooManyRequestsError, match="5000 prompt tokens"):
-        admission.admit(Anybody(), [1], 0)
+        admission.admit(Anonymous(), [1], 0)
     long.begun(0)
-    admission.admit(Anybody(), [60], 0)
+    admission.admit(Anonymous(), [60], 0)
     with pytest.raises(TooManyRequestsError):
-        admission.admit(Anybody(), [41], 0)
-    admission.admit(Anybody(), [40], 0)
+        admission.admit(Anonymous(), [41], 0)
+    admission.admit(Anonymous(), [40], 0)
 
 
 def test_several_answers_count_each() -> None:
     admission, _ = door(max_queued_requests=4)
-    ticket = admission.admit(Anybody(), [7, 7, 7], 0)
+    ticket = admission.admit(Anonymous(), [7, 7, 7], 0)
     with pytest.raises(TooManyRequestsError):
-        admission.admit(Anybody(), [1, 1], 0)
+        admission.admit(Anonymous(), [1, 1], 0)
     ticket.begun(1)
-    admission.admit(Anybody(), [1, 1], 0)
+    admission.admit(Anonymous(), [1, 1], 0)
     ticket.close()
     assert (admission.queued_requests, admission.queued_tokens) == (2, 2)
 
@@ -96,12 +96,12 @@ def test_several_answers_count_each() -> None:
 def test_retry_after_is_the_time_that_the_queue_takes_at_the_measured_pace() -> None:
     admission, clock = door(max_queued_requests=10)
     assert admission.throughput.seconds_for(10, 10) == FIRST_RETRY_S
-    tickets = [admission.admit(Anybody(), [100], 0) for _ in range(10)]
+    tickets = [admission.admit(Anonymous(), [100], 0) for _ in range(10)]
     for ticket in tickets[:5]:
         clock.now_s += 2.0
         ticket.begun(0)
     for _ in range(5):
-        admission.admit(Anybody(), [100], 0)
+        admission.admit(Anonymous(), [100], 0)
     with pytest.raises(TooManyRequestsError) as refused:
         admission.check_open()
     assert refused.value.retry_after_s == pytest.approx(10 * 2.0, rel=0.1)
@@ -111,10 +111,10 @@ def test_retry_after_is_the_time_that_the_queue_takes_at_the_measured_pace() -> 
 
 def test_time_in_which_nobody_waits_says_nothing_of_the_pace() -> None:
     admission, clock = door()
-    admission.admit(Anybody(), [100], 0).begun(0)
+    admission.admit(Anonymous(), [100], 0).begun(0)
     for _ in range(20):
         clock.now_s += 50.0
-        ticket = admission.admit(Anybody(), [100], 0)
+        ticket = admission.admit(Anonymous(), [100], 0)
         clock.now_s += 1.0
         ticket.begun(0)
         ticket.close()
@@ -124,10 +124,10 @@ def test_time_in_which_nobody_waits_says_nothing_of_the_pace() -> None:
 
 def test_draining_refuses_and_counts_down() -> None:
     admission, _ = door()
-    ticket = admission.admit(Anybody(), [1], 0)
+    ticket = admission.admit(Anonymous(), [1], 0)
     admission.draining = True
     with pytest.raises(DrainingError) as refused:
-        admission.admit(Anybody(), [1], 0)
+        admission.admit(Anonymous(), [1], 0)
     assert from_exception(refused.value).status == 503 and from_exception(refused.value).headers
     assert admission.in_flight == 1
     ticket.close()
@@ -256,10 +256,10 @@ def test_no_tenant_has_such_a_name(name: str) -> None:
 
 def test_without_a_file_everybody_comes_and_salts_are_their_own() -> None:
     anybody = Tenants.load(None).of(None)
-    assert anybody.own("s") == "s" and anybody.max_concurrent is None
-    salts = [Tenant(name=name).own(asked) for name, asked in (("a", "b"), ("a", ""), ("ab", ""), ("b", "a"))]
+    assert anybody.scoped_name("s") == "s" and anybody.max_concurrent is None
+    salts = [Tenant(name=name).scoped_name(asked) for name, asked in (("a", "b"), ("a", ""), ("ab", ""), ("b", "a"))]
     assert len({*salts, "", "b", "a"}) == 7
-    sessions = {Tenant(name=name).own("trip") for name in ("a", "b")} | {anybody.own("trip")}
+    sessions = {Tenant(name=name).scoped_name("trip") for name in ("a", "b")} | {anybody.scoped_name("trip")}
     assert len(sessions) == 3 and "trip" in sessions
 
 
@@ -285,7 +285,7 @@ def test_several_doors_keep_their_limits_together() -> None:
     def tell_each_other() -> None:
         usages = [one.usage(str(number)) for number, one in enumerate(doors)]
         for number, one in enumerate(doors):
-            one.hear([usage for usage in usages if usage.ingress != str(number)])
+            one.set_remote_usage([usage for usage in usages if usage.ingress != str(number)])
             one.check_integrity()
 
     tenant = Tenant(name="t", max_concurrent=3, max_resident_bytes=100)
@@ -315,6 +315,6 @@ def test_several_doors_keep_their_limits_together() -> None:
     with pytest.raises(TooManyRequestsError, match="5000 prompt tokens"):
         doors[0].admit(Tenant(name="u"), [1], 0)
     long.close()
-    doors[0].hear([])  # the others are gone, with all they had
+    doors[0].set_remote_usage([])  # the others are gone, with all they had
     doors[0].admit(Tenant(name="u"), [1], 0).close()
     doors[0].check_integrity()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from forecache.cluster.config import DEFAULT_GRAMMAR_BYTES, ServeConfig
 from forecache.cluster.errors import RefusedError
 from forecache.cluster.http.prompts import PromptEncoder
-from forecache.cluster.http.request_reader import ReadRequest, RequestReader, Wanted
+from forecache.cluster.http.request_reader import ReadJob, ReadRequest, RequestReader, Wanted
 from forecache.workers.core.grammar import Grammars
 from forecache.workers.core.requests import SamplingParams
 from forecache.workers.errors import InvalidRequestError
@@ -88,7 +88,7 @@ def test_what_is_too_long_or_too_costly_is_refused_where_it_is_read(tokenizer: A
     reader = RequestReader(tokenizer, 4096, MAX_VALUES)
     started_s = time.perf_counter()
     with pytest.raises(InvalidRequestError, match=reason) as refused:
-        reader.read(Wanted.CHAT, asked, "m")
+        reader.read(ReadJob(Wanted.CHAT, "m"), asked)
     assert refused.value.param == param
     assert time.perf_counter() - started_s < LONGEST_COMPILE_S
 
@@ -107,7 +107,7 @@ def test_the_longest_accepted_schemas_compile_in_bounded_time(tokenizer: Any, ma
     """At the ingress without the tokenizer, and in a worker with it."""
     reader, grammars = RequestReader(tokenizer, 4096, MAX_VALUES), Grammars(tokenizer, frozenset({256}))
     started_s = time.perf_counter()
-    read = reader.read(Wanted.CHAT, body(longest(make)), "m")
+    read = reader.read(ReadJob(Wanted.CHAT, "m"), body(longest(make)))
     assert isinstance(read, ReadRequest)
     matcher = grammars.matcher(read.sampling)
     assert matcher is not None
@@ -118,7 +118,7 @@ def test_a_grammar_that_costs_too_much_is_refused_whatever_its_length_may_be(tok
     """At an ingress that takes longer ones, in process, and where only the tokenizer shows what it costs."""
     reader = RequestReader(tokenizer, 4096, MAX_VALUES, max_grammar_bytes=4 << 20)
     with pytest.raises(InvalidRequestError, match=r"the grammar can't be followed: .*too big"):
-        reader.read(Wanted.CHAT, body(enum(100_000)), "m")
+        reader.read(ReadJob(Wanted.CHAT, "m"), body(enum(100_000)))
     grammars = Grammars(tokenizer, frozenset({256}))
     for schema in (enum(100_000), {"type": "integer", "multipleOf": 10**9 + 7}):
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
@@ -130,10 +130,10 @@ def test_the_limit_is_a_setting(tokenizer: Any) -> None:
     assert ServeConfig().limits.max_grammar_bytes == DEFAULT_GRAMMAR_BYTES
     strict = RequestReader(tokenizer, 4096, MAX_VALUES, max_grammar_bytes=1024)
     with pytest.raises(InvalidRequestError, match="1024 are allowed"):
-        strict.read(Wanted.CHAT, body(enum(200)), "m")
-    assert isinstance(strict.read(Wanted.CHAT, body(enum(20)), "m"), ReadRequest)
+        strict.read(ReadJob(Wanted.CHAT, "m"), body(enum(200)))
+    assert isinstance(strict.read(ReadJob(Wanted.CHAT, "m"), body(enum(20))), ReadRequest)
     wide = RequestReader(tokenizer, 4096, MAX_VALUES, max_grammar_bytes=1 << 20)
-    assert isinstance(wide.read(Wanted.CHAT, body(enum(6000)), "m"), ReadRequest)
+    assert isinstance(wide.read(ReadJob(Wanted.CHAT, "m"), body(enum(6000))), ReadRequest)
 
 
 def test_a_client_gets_400_and_the_event_loop_goes_on(tokenizer: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_client_gets_400_and_the_event_loop_goes_on(tokenizer: Any) -> None:
             encoder.close()
 
     error, turns = asyncio.run(refused())
-    assert (error.said.status, error.said.param, error.said.code) == (400, "response_format", "invalid_value")
+    assert (error.error.status, error.error.param, error.error.code) == (400, "response_format", "invalid_value")
     assert turns > 1
 
 
@@ -160,5 +160,5 @@ def test_tools_that_no_grammar_is_made_of_may_be_longer(tokenizer: Any) -> None:
     """Their schemas are text of the prompt alone."""
     free = tools(properties(3000)).replace(b'"required"}', b'"auto"}')
     assert len(free) > DEFAULT_GRAMMAR_BYTES
-    read = RequestReader(tokenizer, 1 << 20, MAX_VALUES).read(Wanted.CHAT, free, "m")
+    read = RequestReader(tokenizer, 1 << 20, MAX_VALUES).read(ReadJob(Wanted.CHAT, "m"), free)
     assert isinstance(read, ReadRequest) and read.sampling.grammar is None

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from forecache.cluster.dispatch.completion_stream import Turns
+from forecache.cluster.http.logprobs import TokenTexts
 from forecache.cluster.http.responses import AnswerFormat, ChoiceWriter, Echo, Piece
 from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.requests import GenerateRequest, SamplingParams, SequenceStats, TokenEvent, TokenLogprobs
@@ -100,9 +101,19 @@ def test_an_answer_that_goes_on_elsewhere_has_told_its_prompt(llm: LLM, prompts:
 LETTERS = {1: "a", 2: "é", 3: "c"}
 
 
+class FixedTexts(TokenTexts):
+    """Texts from a table instead of a tokenizer."""
+
+    def __init__(self, texts: dict[int, bytes]) -> None:
+        self._texts = texts
+
+    def text_bytes(self, token: int) -> bytes:
+        return self._texts[token]
+
+
 def written(stream: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The choice after a prompt of two tokens and an answer of one; or what a stream says of it."""
-    texts = lambda token: LETTERS[token].encode()  # noqa: E731
+    texts = FixedTexts({token: letter.encode() for token, letter in LETTERS.items()})
     answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=texts, echo=(Echo("aé", 1),))
     choice, pieces, told = ChoiceWriter(0, answer, answer.echo[0]), list[Piece](), list[dict[str, Any]]()
     assert choice.first() is None  # with its first token: the log-probabilities are not known before
@@ -143,7 +154,7 @@ def test_a_stream_says_the_same_piece_by_piece() -> None:
 def test_a_character_in_several_tokens_counts_once(stream: bool) -> None:
     smile = "😀".encode()
     parts = {1: smile[:1], 2: smile[1:3], 3: smile[3:], 4: b"x", 5: b"y"}
-    choice = ChoiceWriter(0, AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=parts.__getitem__))
+    choice = ChoiceWriter(0, AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=FixedTexts(parts)))
     texts = {3: "😀", 4: "x", 5: "y"}
     pieces = [
         choice.take(TokenEvent("r", (token,), texts.get(token, ""), logprobs=(TokenLogprobs(token, -1.0),)))

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -27,9 +28,16 @@ from forecache.cluster.http import request_reader as reader_module
 from forecache.cluster.http.api import Api
 from forecache.cluster.http.body import SHORT_BODY_BYTES
 from forecache.cluster.http.openai_types import ChatCompletionRequest, TokenizeRequest
-from forecache.cluster.http.prompt_process import ReadJob
 from forecache.cluster.http.prompts import LONG_BODY_BYTES, SMALL_BODY_BYTES, PromptEncoder
-from forecache.cluster.http.request_reader import Outcome, ReadRequest, Refusal, RequestReader, Wanted, parse_json
+from forecache.cluster.http.request_reader import (
+    Outcome,
+    ReadJob,
+    ReadRequest,
+    Refusal,
+    RequestReader,
+    Wanted,
+    parse_json,
+)
 from forecache.cluster.http.sessions import SessionRoutes
 from forecache.cluster.observe.metrics import Metrics
 from forecache.cluster.tenants import Tenants
@@ -101,7 +109,7 @@ async def test_a_large_body_is_read_elsewhere_and_as_here(
     wanted, text = LARGE[name]
     served = "another" if name == "no such model" else "m"
     assert len(text) > SMALL_BODY_BYTES
-    here: Outcome = reader.outcome(wanted, text, served)
+    here: Outcome = reader.outcome(ReadJob(wanted, served), text)
 
     def never(*_: object) -> None:
         raise AssertionError("a large body was read in this process")
@@ -110,8 +118,8 @@ async def test_a_large_body_is_read_elsewhere_and_as_here(
     if isinstance(here, Refusal):
         with pytest.raises(RefusedError) as refused:
             await encoder.read(wanted, text, served=served)
-        assert from_exception(refused.value) == here.said
-        assert 400 <= here.said.status < 500 and here.said.message
+        assert from_exception(refused.value) == here.error
+        assert 400 <= here.error.status < 500 and here.error.message
     else:
         assert await encoder.read(wanted, text, served=served) == here
 
@@ -216,10 +224,10 @@ async def test_a_process_that_dies_over_a_body_is_an_error_and_is_replaced(
 def test_a_process_ends_with_its_parent_whatever_it_does() -> None:
     program = """
 import os, signal, time, types
-from forecache.cluster.http.prompt_process import PromptProcess, ReadJob
-from forecache.cluster.http.request_reader import Wanted
-process = PromptProcess(types.SimpleNamespace(outcome="{}".format))
-assert process.run(ReadJob(Wanted.TEXT, None), b"") == str(Wanted.TEXT)
+from forecache.cluster.http.prompt_process import PromptProcess
+from forecache.cluster.http.request_reader import ReadJob, Wanted
+process = PromptProcess(types.SimpleNamespace(outcome="{0.wanted}".format))
+assert process.outcome(ReadJob(Wanted.TEXT, None), b"") == str(Wanted.TEXT)
 os.kill(process.pid, signal.SIGSTOP)  # it does not see that its socket is closed
 print(process.pid, flush=True)
 signal.pause()
@@ -241,7 +249,7 @@ async def test_what_fails_for_no_fault_of_the_client_does_not_end_the_process(en
     wanted, text = LARGE["tokenize"]
     first = await encoder.read(wanted, text)
     with pytest.raises(ForecacheError, match="could not be read: ") as failed:
-        encoder._processes[0].run("no job", b"{}")  # type: ignore[arg-type]
+        encoder._processes[0].outcome("no job", b"{}")  # type: ignore[arg-type]
     assert from_exception(failed.value).status == 500
     assert await encoder.read(wanted, text) == first
 
@@ -253,9 +261,9 @@ class Lanes:
         self.begun: list[bytes] = []
         self._gates: dict[int, threading.Semaphore] = {}
         self._news = threading.Condition()
-        for number, lane in enumerate((encoder._near, *encoder._far)):
+        for number, lane in enumerate((encoder._thread_lane, *encoder._process_lanes)):
             self._gates[number] = threading.Semaphore(0)
-            lane.read = self._reading(number)
+            lane.reader = SimpleNamespace(outcome=self._reading(number))  # type: ignore[assignment]
 
     def _reading(self, number: int) -> Any:
         def read(_: ReadJob, text: bytes) -> Outcome:

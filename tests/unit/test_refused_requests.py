@@ -24,7 +24,7 @@ from forecache.cluster.dispatch.channels import Channels, RequestCall
 from forecache.cluster.errors import WorkerLostError
 from forecache.cluster.http.api import Api
 from forecache.cluster.http.prompts import PromptEncoder
-from forecache.cluster.http.request_reader import ReadRequest, RequestReader, Wanted
+from forecache.cluster.http.request_reader import ReadJob, ReadRequest, RequestReader, Wanted
 from forecache.cluster.http.responses import AnswerFormat
 from forecache.cluster.http.responses import collect as collect_answer
 from forecache.cluster.observe.metrics import Metrics
@@ -390,7 +390,7 @@ def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path)
     api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), RESIDENT)
     http = Request({"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""})
     body = b'{"model": "m", "prompt": "abc", "max_tokens": 4, "n": 2}'
-    request = RequestReader(tokenizer, 4096, 100).read(Wanted.COMPLETION, body, "m")
+    request = RequestReader(tokenizer, 4096, 100).read(ReadJob(Wanted.COMPLETION, "m"), body)
     assert isinstance(request, ReadRequest)
     answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(3,))
     tenant = Tenants.load(None).of(None)

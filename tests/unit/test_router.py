@@ -228,9 +228,9 @@ class Routing:
             next(r.replica_id for r in self.replicas if r.replica_id.unique_id == name), ""
         )
 
-    def hear(self, **requests: int) -> None:
+    def report(self, **requests: int) -> None:
         """Workers tell how many they have."""
-        self.router._hear({name: WorkerReport(running=running) for name, running in requests.items()})
+        self.router._take_reports({name: WorkerReport(running=running) for name, running in requests.items()})
 
 
 def report(tier_id: str, **measured: Any) -> WorkerReport:
@@ -282,21 +282,21 @@ def test_a_backlog_is_worked_off_at_the_rate_of_the_day() -> None:
     backlog.add(100, 12.0, RATES)
     assert backlog.tokens(12.0, RATES) == 400 and backlog.tokens(13.0, RATES) == 300
     assert backlog.tokens(12.2, fast) == pytest.approx(200) and backlog.tokens(20.0, RATES) == 0
-    backlog.hear(100, 13.0, RATES)  # what was sent last it may not have seen yet
+    backlog.update(100, 13.0, RATES)  # what was sent last it may not have seen yet
     assert backlog.tokens(13.0, RATES) == 300
-    backlog.hear(700, 13.0, RATES)
+    backlog.update(700, 13.0, RATES)
     assert backlog.tokens(13.0, RATES) == 700 and backlog.last_s == 13.0
 
 
 def test_a_worker_that_is_behind_what_was_expected_says_so() -> None:
     idle, behind = report("ta"), report("tb", prefill_tokens_left=6400)
     routing = Routing([Replica("b", behind), Replica("a", idle)], None)
-    routing.router._hear({"a": idle, "b": behind})
+    routing.router._take_reports({"a": idle, "b": behind})
     assert [routing.send(tuple(range(number, number + 640))) for number in range(3)] == ["a"] * 3
     routing.router._backlogs["b"] = Backlog()
-    routing.router._hear({"a": idle, "b": behind})  # the same report once more is no news
+    routing.router._take_reports({"a": idle, "b": behind})  # the same report once more is no news
     assert routing.send(tuple(range(64))) == "b"
-    routing.router._hear({"a": idle})
+    routing.router._take_reports({"a": idle})
     assert list(routing.router._backlogs) == ["a"]
 
 
@@ -391,10 +391,10 @@ def test_a_report_of_answers_that_are_over_is_not_believed() -> None:
     assert [routing.send(next(prompts)) for _ in range(4)] == ["a", "b", "a", "b"]
     for name in "aabb":
         routing.end(name)
-    routing.hear(a=2, b=0)
+    routing.report(a=2, b=0)
     assert [routing.send(next(prompts)) for _ in range(4)] == ["a", "b", "a", "b"]
     # another ingress has sent it three more
-    routing.hear(a=5, b=2)
+    routing.report(a=5, b=2)
     assert [routing.send(next(prompts)) for _ in range(3)] == ["b", "b", "b"]
 
 
@@ -416,17 +416,17 @@ def test_a_load_is_what_was_chosen_and_sent_and_is_not_over() -> None:
     load.sent()
     load.chosen(20.1)
     load.chosen(20.2)
-    load.take_back(20.2)
-    load.take_back(20.2)  # sent meanwhile
+    load.undo_choice(20.2)
+    load.undo_choice(20.2)  # sent meanwhile
     assert load.requests(20.3) == 2
-    load.hear(4)
+    load.update(4)
     assert load.requests(22.0) == 4
     load.ended()
     assert load.requests(22.0) == 3
-    load.hear(4)  # the one that ended may be in it
+    load.update(4)  # the one that ended may be in it
     assert load.requests(22.0) == 3
     for _ in range(2):
-        load.hear(4)
+        load.update(4)
     assert load.requests(22.0) == 4
     load.ended()
     assert load.requests(22.0) == 4
@@ -467,17 +467,17 @@ def test_several_routers_know_of_each_other_s_requests_by_what_the_worker_tells(
     assert [load.requests(10.0) for load in loads] == sent
     for _ in range(3):
         for load in loads:
-            load.hear(sum(sent))
+            load.update(sum(sent))
     assert [load.requests(10.0) for load in loads] == [7, 7, 7]
     for _ in range(4):  # what ends here is known at once, what ends elsewhere with the next reports
         loads[0].ended()
     assert [load.requests(10.0) for load in loads] == [3, 7, 7]
     for _ in range(3):
         for load in loads:
-            load.hear(3)
+            load.update(3)
     assert [load.requests(10.0) for load in loads] == [3, 3, 3]
     del loads[0]  # its ingress has died, and its requests with it
     for _ in range(3):
         for load in loads:
-            load.hear(2)
+            load.update(2)
     assert [load.requests(10.0) for load in loads] == [2, 2]

@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from forecache.cluster.http.openai_tools import ChosenFunction, JsonSchemaFormat, Tool, format_grammar, tools_grammar
 from forecache.cluster.http.openai_types import ChatCompletionRequest
 from forecache.cluster.http.prompts import PromptEncoder
-from forecache.cluster.http.tool_calls import ToolCall, ToolCallParser, parse_call, template_knows_calls, written_out
+from forecache.cluster.http.tool_calls import (
+    ToolCall,
+    ToolCallParser,
+    parse_call,
+    template_supports_tools,
+    tools_as_text,
+)
 from forecache.workers.errors import InvalidRequestError
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "<tool_call>"}}\n</tool_call>'
@@ -67,7 +73,7 @@ def test_text_without_calls_is_untouched(text: str) -> None:
     assert read(list(text)) == (text, []) or "<tool_call>" in text
 
 
-def test_tools_are_written_out_for_templates_that_know_none() -> None:
+def test_tools_are_written_as_text_for_templates_that_know_none() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     messages = [
         {"role": "system", "content": "be brief"},
@@ -75,14 +81,16 @@ def test_tools_are_written_out_for_templates_that_know_none() -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "42", "tool_call_id": "c"},
     ]
-    told = written_out(messages, [{"type": "function", "function": {"name": "f"}}])
+    told = tools_as_text(messages, [{"type": "function", "function": {"name": "f"}}])
     assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
     assert told[0]["content"].startswith("be brief\n\n") and '"name": "f"' in told[0]["content"]
     assert read([told[2]["content"]]) == ("", [("f", '{"x": 1}')])
     assert told[3]["content"] == "<tool_response>\n42\n</tool_response>"
-    assert written_out(messages[1:2], []) == messages[1:2]
-    assert written_out(messages[1:2], [{}])[0]["role"] == "system"
-    assert template_knows_calls("{% if tools %}<tool_call>{% endif %}") and not template_knows_calls("{{ messages }}")
+    assert tools_as_text(messages[1:2], []) == messages[1:2]
+    assert tools_as_text(messages[1:2], [{}])[0]["role"] == "system"
+    assert template_supports_tools("{% if tools %}<tool_call>{% endif %}") and not template_supports_tools(
+        "{{ messages }}"
+    )
 
 
 @pytest.mark.parametrize(

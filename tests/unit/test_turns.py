@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from forecache.cluster.dispatch.completion_stream import MAX_RUNNING, OPENED_AT_ONCE, CompletionStream, Turns
 from forecache.cluster.http import responses as answers_module
+from forecache.cluster.http.logprobs import TokenTexts
 from forecache.cluster.http.responses import (
     PIECE_TOKENS,
     AnswerFormat,
@@ -24,6 +25,16 @@ from forecache.workers.core.requests import GenerateRequest, SequenceStats, Toke
 
 pytestmark = pytest.mark.anyio
 TOKENS = 3
+
+
+class SameText(TokenTexts):
+    """Every token's text is one character."""
+
+    def __init__(self) -> None:
+        pass
+
+    def text_bytes(self, token: int) -> bytes:
+        return b"t"
 
 
 class Ready:
@@ -149,12 +160,12 @@ async def test_log_probabilities_of_a_long_prompt_are_laid_out_in_pieces(
 ) -> None:
     gauge, lay_out, tokens = Gauge(), answers_module.completion_logprobs, 40 * PIECE_TOKENS
 
-    def counted(told: Any, *more: Any) -> Any:
-        gauge.count("laid out", len(told))
-        return lay_out(told, *more)
+    def counted(tokens: Any, *more: Any) -> Any:
+        gauge.count("laid out", len(tokens))
+        return lay_out(tokens, *more)
 
     monkeypatch.setattr(answers_module, "completion_logprobs", counted)
-    echoed = answer(chat=False, texts=lambda token: b"t", echo=(Echo("t" * (tokens + 1), 5),))
+    echoed = answer(chat=False, texts=SameText(), echo=(Echo("t" * (tokens + 1), 5),))
     stream_of_one = gauge.stream(1, prompt_logprobs=tokens)
 
     async def streamed() -> list[str]:
