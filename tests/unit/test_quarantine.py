@@ -56,7 +56,7 @@ class Worker:
 
     def reserve_slots(self, store: ArenaStore, holder: str, keys: list[bytes]) -> list[SlotRef]:
         number, news = self.writes.begin(), self.writes.news()
-        store.hear(news)
+        store.apply_report(news)
         places = store.reserve_slots(holder, keys, writer=news.writer, begun=news.begun)
         refs = [place.ref for place in places]
         self.writes.answered(number, holder, refs)
@@ -149,7 +149,7 @@ def test_a_writer_that_lives_says_when_it_has_ended(arena: Arena, how: str) -> N
     store, worker = ArenaStore(arena), Worker(arena)
     [ref] = worker.reserve_slots(store, "w/a", [KEYS[0]])
     store.release_prefix("w/")
-    store.hear(worker.writes.news())
+    store.apply_report(worker.writes.news())
     assert waiting(store) == 1, "it was told of before it was over"
     worker.write(ref, KEYS[0])
     if how == "commit":
@@ -161,7 +161,7 @@ def test_a_writer_that_lives_says_when_it_has_ended(arena: Arena, how: str) -> N
         store.drop(KEYS[0], ref)
     else:
         worker.writes.ended([ref])
-        store.hear(worker.writes.news())
+        store.apply_report(worker.writes.news())
     assert waiting(store) == 0 and store.keys() == []
     assert store.stats().used_slots == 0
 
@@ -172,16 +172,16 @@ def test_news_from_before_an_answer_came_free_nothing(arena: Arena) -> None:
     number, news = worker.writes.begin(), worker.writes.news()
     [place] = store.reserve_slots("w/a", [KEYS[0]], writer=news.writer, begun=news.begun)
     store.release_prefix("w/")
-    store.hear(worker.writes.news())
+    store.apply_report(worker.writes.news())
     assert waiting(store) == 1
     worker.writes.answered(number, "w/a", [place.ref])
     late_news = worker.writes.news()
     worker.writes.released("w/a")
-    store.hear(worker.writes.news())
+    store.apply_report(worker.writes.news())
     assert waiting(store) == 0
     worker.reserve_slots(store, "w/b", [KEYS[1]])
     store.release_prefix("w/")
-    store.hear(late_news)
+    store.apply_report(late_news)
     assert waiting(store) == 1, "news that were overtaken free nothing"
 
 
@@ -195,16 +195,16 @@ def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None
     assert store.keys() == [KEYS[0]], "who seals has written"
     assert waiting(store) == 1, "what the tier itself wrote is free, and what nobody wrote"
     worker.writes.ended([unsealed])
-    store.hear(news_of_the_former_life)
-    store.hear(other.writes.news())
+    store.apply_report(news_of_the_former_life)
+    store.apply_report(other.writes.news())
     assert waiting(store) == 1
     [ref] = worker.reserve_slots(store, "w/b", [KEYS[3]])  # tells that the one before has ended
     assert ref.slot != unsealed.slot and waiting(store) == 1
     worker.writes.ended([ref])
-    store.hear(worker.writes.news())
+    store.apply_report(worker.writes.news())
     assert waiting(store) == 1, "of the reservation a place is still open"
     worker.writes.ended([sealed])
-    store.hear(worker.writes.news())
+    store.apply_report(worker.writes.news())
     assert waiting(store) == 0
 
 

@@ -222,7 +222,7 @@ class Run:
         number, places = writes.begin(), list[Reservation]()
         try:
             news = writes.news()
-            self._call(actor, "hear", news)
+            self._call(actor, "apply_report", news)
             places = self._call(actor, "reserve_slots", holder, [key], writer=news.writer, begun=news.begun)
         except (ChunkLostError, OverloadedError):
             return False
@@ -282,7 +282,7 @@ class Run:
     def _check_end(self) -> None:
         """The workers that live have told that they write no more; those that don't have let go of the file."""
         for _, writes in self._writers.values():
-            self._store.hear(writes.news())
+            self._store.apply_report(writes.news())
         for name in ("w1/", "w2/", "r/"):
             self._store.release_prefix(name)
         self._store.check_integrity()
@@ -431,7 +431,7 @@ def seal_what_is_there(arena: Arena, ref: SlotRef, key: bytes, chunk: Bytes, ind
 
 
 def test_slots_that_wait_for_good_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Quarantine, "hear", lambda *_: [])
+    monkeypatch.setattr(Quarantine, "apply_report", lambda *_: [])
     monkeypatch.setattr(Quarantine, "written", lambda *_: False)
     monkeypatch.setattr(Quarantine, "released", lambda *_: [])
     with pytest.raises(AssertionError, match="quarantined_slots=1"), stepping() as (explorer, directory):

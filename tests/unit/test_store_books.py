@@ -290,7 +290,7 @@ def test_a_new_owner_waits_for_the_writers_of_what_was_not_sealed(store: ArenaSt
     assert successor.arena.writer_of(freed[0].ref.slot) == NO_WRITER
     writer = worker.writer
     assert successor.arena.life == 2
-    successor.hear(WriterNews(writer, 2, begun=2, ended_before=3))
+    successor.apply_report(WriterNews(writer, 2, begun=2, ended_before=3))
     assert successor.stats().quarantined_slots == 1
     del worker
     assert len(successor.reserve_slots("x", KEYS[4 : 4 + SLOTS], writer=OWNER)) == SLOTS, "nobody lives that writes"
@@ -363,9 +363,9 @@ def test_a_writer_that_has_ended_frees_its_slot(store: ArenaStore, arena: Arena,
     elif how == "start over":
         store.start_over("w/lost")
     else:
-        store.hear(WriterNews(worker.writer, arena.life, begun=5, ended_before=1))
+        store.apply_report(WriterNews(worker.writer, arena.life, begun=5, ended_before=1))
         assert store.stats().quarantined_slots == 2
-        store.hear(WriterNews(worker.writer, arena.life, begun=5, ended_before=2))
+        store.apply_report(WriterNews(worker.writer, arena.life, begun=5, ended_before=2))
     left = 1 if how in ("commit", "drop") else 0
     assert (store.stats().quarantined_slots, store.stats().used_slots) == (left, left)
     assert (store._failed(first.slot), store._failed(second.slot)) == (int(how == "drop"), 0)

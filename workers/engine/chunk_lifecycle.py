@@ -208,7 +208,7 @@ class ChunkLifecycle:
             state = self._snapshots.ended(seq)
             self._prefetcher.record_session(seq.cache.session_id, [chunk.key for chunk in seq.chunks], state)
 
-    def let_go(self, seq: TokenSequence) -> None:
+    def release(self, seq: TokenSequence) -> None:
         """Release every slot and hold of ``seq``. Not while a copy into its slots runs."""
         self._windows.forget(seq)
         self.withhold(seq)

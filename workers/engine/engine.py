@@ -356,7 +356,7 @@ class Engine:
             self._restart(seq, self._to_restart[seq])
         for seq in [seq for seq in self._leaving if not seq.residency.copying]:
             self._leaving.remove(seq)
-            self._chunks.let_go(seq)
+            self._chunks.release(seq)
 
     def _recalled(self, done: Recalled) -> None:
         self._counters.recall(done)
@@ -379,7 +379,7 @@ class Engine:
         self._to_restart.pop(seq, None)
         self._scheduler.remove(seq)
         self._runner.forget(seq)
-        self._chunks.let_go(seq)
+        self._chunks.release(seq)
         seq.start_over(self._new_holder(seq.request))
         self._scheduler.add(seq, first=True)
 
@@ -397,7 +397,7 @@ class Engine:
         if seq.residency.copying:
             self._leaving.append(seq)
         else:
-            self._chunks.let_go(seq)
+            self._chunks.release(seq)
 
     def _wait(self) -> None:
         start = time.perf_counter()

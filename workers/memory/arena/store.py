@@ -190,10 +190,10 @@ class ArenaStore:
                         self._copied.add(key)
                         self._claims.set(key, None)
 
-    def hear(self, news: WriterNews) -> None:
+    def apply_report(self, news: WriterNews) -> None:
         """Note which writes a process that maps the arena has finished; frees its quarantined slots."""
         with self._lock:
-            for slot in self._quarantine.hear(news, self._arena.life):
+            for slot in self._quarantine.apply_report(news, self._arena.life):
                 self._make_free(slot)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:

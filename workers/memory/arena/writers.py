@@ -117,7 +117,7 @@ class Quarantine:
             self._waiting[slot] = _Waiting(holder, living, begun, reserved is None and living == {writer})
         return bool(living)
 
-    def hear(self, news: WriterNews, life: int) -> list[int]:
+    def apply_report(self, news: WriterNews, life: int) -> list[int]:
         """Apply a writer's report; ``life`` is that of this owner. Returns the slots it has freed."""
         for waiting in self._waiting.values():
             if (

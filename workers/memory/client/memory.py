@@ -113,7 +113,7 @@ class RemoteMemory:
         self._begin(holder)
         number, places = self._writes.begin(), list[Reservation]()
         try:
-            places = cast(list[Reservation], self._call("reserve_slots", holder, keys, tells=True))
+            places = cast(list[Reservation], self._call("reserve_slots", holder, keys, reports_writes=True))
         finally:
             # a late answer is ignored
             self._writes.answered(number, holder, [place.ref for place in places if not place.stored])
@@ -123,7 +123,7 @@ class RemoteMemory:
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]]) -> None:
         """These reserved slots are written and sealed: from now on others find their chunks."""
         self._writes.ended([ref for _, ref in refs])
-        self._call("commit", holder, refs, tells=True)
+        self._call("commit", holder, refs, reports_writes=True)
         self._note(holder, [key for key, _ in refs])
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
@@ -154,7 +154,7 @@ class RemoteMemory:
             self._quotas.pop(holder, None)
         was_spread = self._spread is not None and self._spread.forget(holder)
         self._writes.released(holder)
-        self._call("release", holder, was_spread, tells=True)
+        self._call("release", holder, was_spread, reports_writes=True)
 
     def record_session(self, session_id: str, keys: Sequence[ChunkKey], state_keys: Sequence[ChunkKey] = ()) -> None:
         """A request of the session has ended with the chunks ``keys``; ``state_keys``: the pieces of its snapshot."""
@@ -242,11 +242,16 @@ class RemoteMemory:
                 self._held.get(holder, {}).pop(key, None)
 
     def _call(
-        self, method: str, *args: object, deadline_s: float | None = None, waits: bool = False, tells: bool = False
+        self,
+        method: str,
+        *args: object,
+        deadline_s: float | None = None,
+        waits: bool = False,
+        reports_writes: bool = False,
     ) -> object:
         """The answer of `MemoryTier.<method>`, in `tier/actor.py`; repeated while the tier is being restarted.
 
-        ``waits``: the call waits for other tiers, so its deadline is longer. ``tells``: pass the current
+        ``waits``: the call waits for other tiers, so its deadline is longer. ``reports_writes``: pass the current
         :class:`WriterNews` as the last argument, made anew for each try.
         """
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
@@ -256,9 +261,9 @@ class RemoteMemory:
         while True:
             try:
                 self._hold_again()
-                told = (self._writes.news(),) if tells else ()
+                report = (self._writes.news(),) if reports_writes else ()
                 # Process boundary: the tier is a Ray actor, and a restart may need a new handle.
-                return get_answer(getattr(self._tier, method).remote(*args, *told), whom, deadline_s)
+                return get_answer(getattr(self._tier, method).remote(*args, *report), whom, deadline_s)
             except TierAwayError as error:
                 if time.monotonic() > end_s:
                     raise ArenaError(f"the memory tier of this node does not come back: {error}") from error

@@ -152,12 +152,12 @@ class MemoryTier:
         """``news``: the report of the worker that will write there."""
         if news is None:
             return self._store.reserve_slots(holder, keys)
-        self._store.hear(news)
+        self._store.apply_report(news)
         return self._store.reserve_slots(holder, keys, writer=news.writer, begun=news.begun)
 
     def commit(self, holder: str, refs: Sequence[tuple[ChunkKey, SlotRef]], news: WriterNews | None = None) -> None:
         if news is not None:
-            self._store.hear(news)
+            self._store.apply_report(news)
         self._store.commit(holder, refs)
 
     def drop(self, key: ChunkKey, ref: SlotRef) -> None:
@@ -171,7 +171,7 @@ class MemoryTier:
 
     def release(self, holder: str, was_spread: bool = False, news: WriterNews | None = None) -> None:
         if news is not None:
-            self._store.hear(news)
+            self._store.apply_report(news)
         if self._exchange is not None:
             self._exchange.spread.end(holder, was_spread=was_spread)
         self._store.release(holder)
@@ -279,7 +279,7 @@ class MemoryTier:
     def stats(self, news: WriterNews | None = None) -> TierStats:
         """``news``: the report of the worker that asks."""
         if news is not None:
-            self._store.hear(news)
+            self._store.apply_report(news)
         stats = self._store.stats()
         if self._disk is not None:
             disk = self._disk.stats()

@@ -1,4 +1,4 @@
-"""Attention of DeepSeek-V4 over whole sequences, in plain PyTorch with gradients: what `dsv4_forward.py` is made of."""
+"""DeepSeek-V4's attention over whole sequences, in plain PyTorch with gradients, for `forward.py`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ SEGMENT = 2048
 
 @dataclass(frozen=True)
 class CsaCapture:
-    """What one CSA layer computed, for recordings: its ``number`` counts CSA layers from 0.
+    """Intermediate results of one CSA layer, for recordings. ``number`` counts CSA layers from 0.
 
     ``hidden``: [batch, tokens, hidden], the attention's input. ``index_keys``: [batch, entries, index_dim].
     ``queries``: [batch, tokens, heads, head_dim], rotated; ``entries``: [batch, entries, head_dim].
@@ -31,8 +31,10 @@ class CsaCapture:
 
 @dataclass
 class Entries:
-    """Compressed entries [batch, entries, head_dim], one for ``ratio`` tokens, and how they are selected: by
-    ``index``, queries, weights and keys of the Lightning Indexer, or not at all."""
+    """Compressed entries [batch, entries, head_dim], one per ``ratio`` tokens.
+
+    ``index``: queries, weights and keys of the Lightning Indexer, which selects ``topk`` entries; None: all are read.
+    """
 
     entries: Tensor
     ratio: int
@@ -40,7 +42,7 @@ class Entries:
     topk: int = 0
 
     def allowed(self, start: int, end: int) -> Tensor:
-        """Which entries each query of [start, end) sees: bool [1 or batch, queries, entries up to ``end``]."""
+        """The entries that each query of [start, end) attends to: bool [1 or batch, queries, entries up to ``end``]."""
         entries = end // self.ratio
         complete = (torch.arange(start, end, device=self.entries.device) + 1) // self.ratio
         causal = (torch.arange(entries, device=self.entries.device) < complete.unsqueeze(1)).unsqueeze(0)
@@ -53,8 +55,7 @@ class Entries:
 
 
 def keep_best(scores: Tensor, seen: Tensor, topk: int) -> Tensor:
-    """Of ``seen`` entries, bool [..., Q, E], those with the ``topk`` highest ``scores`` [..., Q, E], which are
-    overwritten. E > ``topk``."""
+    """The ``topk`` entries with the highest ``scores`` [..., Q, E] among ``seen``, bool [..., Q, E]. E > ``topk``."""
     best = scores.masked_fill_(~seen, -torch.inf).topk(topk, sorted=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True) & seen
 
@@ -80,10 +81,10 @@ def index_of(
 
 
 def index_loss(capture: CsaCapture, positions: Tensor, scale: float, ratio: int) -> Tensor:
-    """KL divergence of the indexer's choice from the attention that it should select, at some queries.
+    """KL divergence of the indexer's distribution over entries from the model's attention, at ``positions``.
 
-    The target is the attention on entries, summed over heads and normalised; queries count by the attention that
-    goes to entries at all.
+    The target is the attention on entries, summed over heads and normalised. Each query is weighted by the share of its
+    attention that goes to entries.
     """
 
     def at(x: Tensor) -> Tensor:
@@ -109,7 +110,9 @@ def index_loss(capture: CsaCapture, positions: Tensor, scale: float, ratio: int)
 def attend(
     q: Tensor, kv: Tensor, sinks: Tensor, window: int, scale: float, far: Entries | None, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention [batch, tokens, heads, head_dim] over window, entries and sinks; log-sum-exp of window and sink.
+    """Attention over window, entries and sinks.
+
+    Returns the output [batch, tokens, heads, head_dim], and the log-sum-exp of window and sink if ``wants_lse``.
 
     ``q``: [batch, tokens, heads, head_dim]; ``kv``: [batch, tokens, head_dim], keys and values of all heads.
     """

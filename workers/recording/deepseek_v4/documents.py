@@ -1,7 +1,7 @@
-"""Training documents for the small DeepSeek-V4: long prose with facts in it, and questions about them all over it.
+"""Training documents for the small DeepSeek-V4: long prose with inserted facts, and questions about these facts.
 
-Wording and tasks are those of `ruler.py`; replies name the subject, or the chain of subjects, before its number. The
-questions within the text make many examples of one document; the last one is the prompt of `ruler.py`.
+Wording and tasks are those of `ruler.py`, but replies name the subject, or the chain of subjects, before its number.
+The questions within the text turn one document into many examples. The last question is the prompt of `ruler.py`.
 """
 
 import itertools
@@ -21,9 +21,9 @@ from forecache.workers.evaluation.tasks import DIGITS
 Kind = Literal["needle", "multikey", "multivalue", "multiquery", "tracking"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TEXT, FACT, REPLY, NUMBER = range(4)
-"""What a token is: prose or a question; part of a fact, which nobody can foretell; of a reply; of a number in one."""
+"""Roles of tokens: prose or question; part of a fact, which is unpredictable; part of a reply; number in a reply."""
 PAIR_TOKENS = 50
-"""A document has at most one fact and question in so many tokens: the rest is prose."""
+"""A document has at most one fact and its question per so many tokens; the rest is prose."""
 Ids = NDArray[np.int64]
 
 
@@ -36,8 +36,8 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Riddle:
-    """A question, its facts in their order, and its reply, in which numbers are marked by what stands before them."""
+class _Exercise:
+    """A question, its facts in order, and its reply, which names the subject before each number."""
 
     question: str
     facts: tuple[str, ...]
@@ -45,7 +45,7 @@ class _Riddle:
 
 
 class DocumentMaker:
-    """Documents of one tokenizer over one kind of prose."""
+    """Makes documents with one tokenizer and one kind of prose."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prose: corpus.Kind) -> None:
         self._tokenizer = tokenizer
@@ -59,28 +59,29 @@ class DocumentMaker:
         }
 
     def document(self, rng: random.Random, tokens: int, kind: Kind | None = None) -> Document:
-        """``tokens`` tokens, the last of them the end of the last reply.
+        """A document of exactly ``tokens`` tokens that ends with the last reply.
 
-        ``kind``: only that last question, of this kind, as in evaluation; None: as many as fit, of all kinds.
+        ``kind``: it has only the last question, of this kind, as in evaluation. None: as many questions as fit, of all
+        kinds.
         """
         drawn = _Drawer(rng)
-        distractors: list[_Riddle] = []
+        distractors: list[_Exercise] = []
         if kind is None:
-            last = drawn.riddle(rng.choice(KINDS))
+            last = drawn.exercise(rng.choice(KINDS))
             within = [drawn.mixed() for _ in range(_questions(rng, tokens))]
         else:
-            last, within = drawn.riddle(kind), []
+            last, within = drawn.exercise(kind), []
             if kind == "multikey":
-                distractors = [drawn.riddle("needle") for _ in range(NEEDLES - 1)]
+                distractors = [drawn.exercise("needle") for _ in range(NEEDLES - 1)]
             elif kind == "tracking":
-                distractors = [drawn.riddle("tracking") for _ in range(CHAINS - 1)]
+                distractors = [drawn.exercise("tracking") for _ in range(CHAINS - 1)]
         head = self._encode(last.question, "text")
-        tail = [*self._exercise(last)]
+        tail = [*self._question_and_reply(last)]
         items: list[tuple[float, list[tuple[list[int], int]]]] = []
         room = tokens - len(head[0][0]) - _length(tail)
-        for riddle in [last, *distractors, *within]:
-            asked = riddle if riddle in within else None
-            made = self._items(riddle, asked, rng)
+        for exercise in [last, *distractors, *within]:
+            asked = exercise if exercise in within else None
+            made = self._items(exercise, asked, rng)
             size = sum(_length(parts) for _, parts in made)
             if size > room:
                 continue
@@ -110,18 +111,18 @@ class DocumentMaker:
         return filled
 
     def _items(
-        self, riddle: _Riddle, asked: _Riddle | None, rng: random.Random
+        self, exercise: _Exercise, asked: _Exercise | None, rng: random.Random
     ) -> list[tuple[float, list[tuple[list[int], int]]]]:
-        """Facts at ascending places, then, where it is asked within the text, the question."""
-        places = sorted(rng.random() for _ in riddle.facts)
-        items = [(at, self._encode(f"\n\n{fact}", "fact")) for at, fact in zip(places, riddle.facts, strict=True)]
+        """Facts at ascending places, then the question, if it is asked within the text."""
+        places = sorted(rng.random() for _ in exercise.facts)
+        items = [(at, self._encode(f"\n\n{fact}", "fact")) for at, fact in zip(places, exercise.facts, strict=True)]
         if asked is not None:
-            items.append((places[-1] + (1 - places[-1]) * rng.random() ** 2, self._exercise(riddle)))
+            items.append((places[-1] + (1 - places[-1]) * rng.random() ** 2, self._question_and_reply(exercise)))
         return items
 
-    def _exercise(self, riddle: _Riddle) -> list[tuple[list[int], int]]:
-        question = self._encode(f"\n\n{riddle.question}\n\nAnswer:", "text")
-        return [*question, *self._encode(riddle.reply, "reply"), ([self._tokenizer.eos_token_id], REPLY)]
+    def _question_and_reply(self, exercise: _Exercise) -> list[tuple[list[int], int]]:
+        question = self._encode(f"\n\n{exercise.question}\n\nAnswer:", "text")
+        return [*question, *self._encode(exercise.reply, "reply"), ([self._tokenizer.eos_token_id], REPLY)]
 
     def _encode(self, text: str, what: Literal["text", "fact", "reply"]) -> list[tuple[list[int], int]]:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -138,7 +139,7 @@ def _questions(rng: random.Random, tokens: int) -> int:
 
 
 class _Drawer:
-    """Riddles of one document: no subject and no number occurs in two of them."""
+    """Draws the exercises of one document. No two of them share a subject or a number."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -146,7 +147,7 @@ class _Drawer:
         for names in self._names.values():
             rng.shuffle(names)
         self._numbers: set[str] = set()
-        self._riddles: dict[Kind, Callable[[], _Riddle]] = {
+        self._exercises: dict[Kind, Callable[[], _Exercise]] = {
             "needle": self._needle,
             "multikey": self._needle,
             "multivalue": self._values,
@@ -154,19 +155,19 @@ class _Drawer:
             "tracking": self._tracking,
         }
 
-    def riddle(self, kind: Kind) -> _Riddle:
-        return self._riddles[kind]()
+    def exercise(self, kind: Kind) -> _Exercise:
+        return self._exercises[kind]()
 
-    def mixed(self) -> _Riddle:
-        """Mostly single facts, as long as there are names."""
+    def mixed(self) -> _Exercise:
+        """An exercise of a random kind, mostly about a single fact."""
         kind = self._rng.choices(KINDS, (6, 6, 1, 2, 3))[0]
-        return self.riddle(kind)
+        return self.exercise(kind)
 
     def _take(self, sort: str, wanted: int) -> list[str]:
         taken = []
         for _ in range(wanted):
             names = self._names[sort] or self._names["any"] or self._names["city"] or self._names["person"]
-            # once all are used up, made of two
+            # combine two nouns once all names are used
             taken.append(names.pop() if names else f"{self._rng.choice(NOUNS)} {self._rng.choice(NOUNS)}")
         return taken
 
@@ -180,28 +181,29 @@ class _Drawer:
     def _sort(self) -> str:
         return self._rng.choice(("city", "city", "person", "any", "any"))
 
-    def _needle(self) -> _Riddle:
+    def _needle(self) -> _Exercise:
         [name], number = self._take(self._sort(), 1), self._number()
-        return _Riddle(_question(name), (_fact(name, number),), f" {name} {number}.")
+        return _Exercise(_question(name), (_fact(name, number),), f" {name} {number}.")
 
-    def _query(self) -> _Riddle:
+    def _query(self) -> _Exercise:
         names, numbers = self._take("city", NEEDLES), [self._number() for _ in range(NEEDLES)]
         facts = [_fact(name, number) for name, number in zip(names, numbers, strict=True)]
         self._rng.shuffle(facts)
         question = f"What are the secret numbers of {', '.join(names[:-1])} and {names[-1]}?"
         pairs = (f"{name} {number}" for name, number in zip(names, numbers, strict=True))
-        return _Riddle(question, tuple(facts), f" {', '.join(pairs)}.")
+        return _Exercise(question, tuple(facts), f" {', '.join(pairs)}.")
 
-    def _values(self) -> _Riddle:
+    def _values(self) -> _Exercise:
         [name], numbers = self._take("city", 1), [self._number() for _ in range(NEEDLES)]
         facts = tuple(f"One of the secret numbers of {name} is {number}." for number in numbers)
-        return _Riddle(f"What are all the {NEEDLES} secret numbers of {name}?", facts, f" {name} {', '.join(numbers)}.")
+        question = f"What are all the {NEEDLES} secret numbers of {name}?"
+        return _Exercise(question, facts, f" {name} {', '.join(numbers)}.")
 
-    def _tracking(self) -> _Riddle:
+    def _tracking(self) -> _Exercise:
         names, number = self._take("person", HOPS + 1), self._number()
         facts = [_fact(names[0], number)]
         facts += [f"The secret number of {b} is the same as that of {a}." for a, b in itertools.pairwise(names)]
-        return _Riddle(_question(names[-1]), tuple(facts), f" {' '.join(reversed(names))} {number}.")
+        return _Exercise(_question(names[-1]), tuple(facts), f" {' '.join(reversed(names))} {number}.")
 
 
 def _fact(name: str, number: str) -> str:
@@ -215,7 +217,7 @@ def _question(name: str) -> str:
 def batches(
     maker: DocumentMaker, rng: random.Random, lengths: Callable[[], int], tokens_per_batch: int
 ) -> Iterator[tuple[Ids, NDArray[np.uint8]]]:
-    """Endless training batches, ids and roles [batch, tokens]; each as long as ``lengths`` says then."""
+    """Endless training batches, ids and roles [batch, tokens]. ``lengths`` returns the tokens of the next batch."""
     while True:
         tokens = lengths()
         documents = [maker.document(rng, tokens) for _ in range(max(1, tokens_per_batch // tokens))]

@@ -1,8 +1,8 @@
-"""A training forward of DeepSeek-V4: whole sequences, batched, over the modules and weights of transformers' model.
+"""A training forward of DeepSeek-V4 over batches of whole sequences, with the modules and weights of transformers.
 
-Same logits as `DeepseekV4ForCausalLM` without a cache, in plain PyTorch that is fast on a GPU, all experts of a small
-model at once. Unlike there, the Lightning Indexer can be left out (``sparse=False``: every entry is attended), and it
-has a loss.
+It gives the logits of `DeepseekV4ForCausalLM` without a cache, in plain PyTorch that is fast on a GPU; all experts of a
+small model run at once. In addition, the Lightning Indexer can be switched off (``sparse=False`` attends to every
+entry), and it has a loss.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,11 @@ from forecache.workers.recording.deepseek_v4.attention import (
 
 @dataclass(frozen=True)
 class Output:
-    """``hidden``: [batch, tokens, hidden], ready for the language head; ``index_loss``: a scalar, where asked for;
-    ``expert_loads``: of each layer that routes by content, its gate's bias and the share of tokens per expert."""
+    """The results of a forward.
+
+    ``hidden``: [batch, tokens, hidden], the input of the language head. ``index_loss``: a scalar, if requested.
+    ``expert_loads``: for each layer that routes by content, its gate's bias and the share of tokens per expert.
+    """
 
     hidden: Tensor
     index_loss: Tensor | None
@@ -36,7 +39,7 @@ class Output:
 
 @dataclass
 class _Pass:
-    """What one forward asks for and collects."""
+    """Options and collected results of one forward."""
 
     sparse: bool
     positions: Tensor | None
@@ -52,7 +55,7 @@ class _Pass:
 
 
 class TrainingForward(nn.Module):
-    """``model``: its parameters are used, and trained, in place. ``compiled``: pointwise parts by `torch.compile`."""
+    """Uses and trains the parameters of ``model`` in place. ``compiled``: compile the pointwise parts."""
 
     def __init__(self, model: DeepseekV4ForCausalLM, *, compiled: bool = False) -> None:
         super().__init__()
@@ -75,8 +78,8 @@ class TrainingForward(nn.Module):
     ) -> Output:
         """``ids``: int64 [batch, tokens], tokens a multiple of the sliding window.
 
-        ``index_positions``: int64 [batch, P], queries by which the indexer is trained. ``train_model``: False keeps
-        gradients to the indexer alone.
+        ``index_positions``: int64 [batch, P], the queries that the indexer's loss is computed for. ``train_model``:
+        False computes gradients for the indexer only.
         """
         assert ids.shape[1] % self.window == 0, f"{ids.shape[1]} tokens are no multiple of {self.window}"
         run = _Pass(sparse, index_positions, observe, train_model)
@@ -176,7 +179,7 @@ def _normalise(x: Tensor, eps: float) -> Tensor:
 def _enter(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, eps: float, iterations: int, hc_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hyper-connection before a block: how its output is spread, how the streams are mixed, its normalised input.
+    """The hyper-connection before a block: weights of its output, the mixing of the streams, its normalised input.
 
     ``streams``: [N, hc, hidden]. The mixing is made doubly stochastic by Sinkhorn-Knopp (DeepSeek-V4, §2.2).
     """
@@ -201,7 +204,7 @@ def _leave(streams: Tensor, out: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 def _collapse(head: Any, streams: Tensor) -> Tensor:
-    """The streams as one, after the last layer."""
+    """Merge the streams after the last layer."""
     with torch.autocast(streams.device.type, enabled=False):
         flat = _normalise(streams.float().flatten(1), head.input_norm.eps)
         pre = (flat @ head.hc_fn.float().T * head.hc_scale.float() + head.hc_base.float()).sigmoid() + head.eps
@@ -210,7 +213,7 @@ def _collapse(head: Any, streams: Tensor) -> Tensor:
 
 
 def _experts(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, limit: float) -> Tensor:
-    """Every expert on every token, by ``weights`` [N, experts]: for a few small ones the fastest way."""
+    """Run every expert on every token, weighted by ``weights`` [N, experts]: the fastest way for few small experts."""
     experts, doubled, _ = gate_up.shape
     gate, up = (x @ gate_up.flatten(0, 1).T).view(-1, experts, doubled).chunk(2, 2)
     hidden = nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

@@ -1,9 +1,9 @@
-"""Records what a DeepSeek-V4 model attends to among its compressed entries: training data of FlashMemory's retrievers.
+"""Records which compressed entries a DeepSeek-V4 model attends to, as training data for FlashMemory's retrievers.
 
-The forward is the training one, over whole documents. An entry's label is a retrieval event of any head
-within the model's own text that follows: what decoding will need. The published label, the nucleus of a layer's
-attention averaged over its heads (arXiv 2606.09079), is mostly noise of heads that retrieve nothing: the best possible
-choice of 10 % of the chunks held a quarter of it.
+It runs the training forward over whole documents. An entry is labelled positive if any head has a retrieval event on it
+within the reply tokens that follow, since these are the entries that decoding will need. The published label, the
+nucleus of a layer's attention averaged over its heads (arXiv 2606.09079), comes mostly from heads that retrieve
+nothing: the best possible choice of 10 % of the chunks held only a quarter of it.
 """
 
 import random
@@ -38,8 +38,11 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class EntryRecipe:
-    """``rows``: steps recorded of each document, half of them a reply's first. ``horizon``: the tokens of a window and
-    the lead before it. The other fields: :class:`EntryManifest`."""
+    """What to record; for the other fields see :class:`EntryManifest`.
+
+    ``rows``: steps recorded of each document, half of them the first steps of replies. ``horizon``: tokens of a window
+    and of the lead before it.
+    """
 
     documents: int = 96
     eval_documents: int = 24
@@ -63,10 +66,10 @@ def record_entries(
     part: tuple[int, int] = (1, 1),
     progress: Callable[[int, int], None] = lambda done, documents: None,
 ) -> EntryManifest:
-    """Record into ``out``; documents that are there already are kept, so a stopped recording goes on.
+    """Record into the directory ``out``. Existing documents are kept, so a stopped recording can be continued.
 
-    With ``part`` (k, n) every n-th document, beginning with the k-th: n processes that share ``out`` do all.
-    Raises :class:`UnsupportedModelError` if ``out`` holds a recording of another kind.
+    With ``part`` (k, n) it records every n-th document from the k-th on: n processes that share ``out`` record it
+    together. Raises :class:`UnsupportedModelError` if ``out`` holds a recording of another kind.
     """
     model: Any = DeepseekV4ForCausalLM.from_pretrained(str(path), dtype=torch.float32)
     model = model.to(device).eval()
@@ -79,15 +82,15 @@ def record_entries(
     forward = TrainingForward(model)
     makers = {"train": DocumentMaker(tokenizer, "docstrings"), "eval": DocumentMaker(tokenizer, "topics")}
     total = recipe.documents + recipe.eval_documents
-    mine = range(part[0] - 1, total, part[1])
-    for done, number in enumerate(mine, 1):
+    numbers = range(part[0] - 1, total, part[1])
+    for done, number in enumerate(numbers, 1):
         if not document_path(out, number).exists():
             rng = random.Random(f"{recipe.seed} record {number}")
             block = max(forward.window, CHUNK_TOKENS)
             tokens = max(1, rng.randint(recipe.min_tokens, recipe.max_tokens) // block) * block
             maker = makers["train" if number < recipe.documents else "eval"]
             write_document(out, number, _record(forward, maker.document(rng, tokens), recipe, manifest, rng))
-        progress(done, len(mine))
+        progress(done, len(numbers))
     return manifest
 
 
@@ -119,7 +122,7 @@ def _describe(model: Any, recipe: EntryRecipe, model_name: str) -> EntryManifest
 
 
 def _own_indexers(model: Any, manifest: EntryManifest) -> dict[str, Tensor]:
-    """The Lightning Indexers as retrievers: the same formula."""
+    """The weights of the model's Lightning Indexers, named as those of retrievers, which use the same formula."""
     attentions = [layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn.compressor, "indexer")]
     return {
         f"retrievers.l{number}.{name}": tensor.detach().cpu().contiguous()
@@ -167,7 +170,7 @@ def _record(
 
 
 def _positions(document: Document, recipe: EntryRecipe, rng: random.Random) -> list[int]:
-    """Ascending steps from which the model writes: half of them the first of a reply, which the prompt's end is."""
+    """Ascending positions to record, each followed by a token of a reply, half of them by its first."""
     first = max(2 * CHUNK_TOKENS, recipe.steps)
     following = [at for at in range(first, len(document.ids) - 1) if document.roles[at + 1] >= REPLY]
     begins = [at for at in following if document.roles[at] < REPLY]
@@ -176,7 +179,7 @@ def _positions(document: Document, recipe: EntryRecipe, rng: random.Random) -> l
 
 
 def _written(document: Document, positions: list[int], horizon: int) -> list[list[int]]:
-    """Of each step: itself, and what the model goes on to read of the same reply, ``horizon`` tokens at most."""
+    """For each position: itself, and the positions after it in the same reply, ``horizon`` at most."""
     spans = []
     for at in positions:
         end = at + 1
@@ -187,8 +190,10 @@ def _written(document: Document, positions: list[int], horizon: int) -> list[lis
 
 
 def _events(capture: CsaCapture, at: Tensor, manifest: EntryManifest, forward: TrainingForward) -> Tensor:
-    """Entries on which a head of this layer puts ``event_share`` of its attention, for tokens ``at``: bool [tokens,
-    entries]."""
+    """Entries on which any head of this layer puts at least ``event_share`` of its attention, for the tokens ``at``.
+
+    Returns bool [tokens, entries].
+    """
     entries = capture.entries[0]
     seen = torch.arange(len(entries), device=at.device) < ((at + 1) // manifest.ratio).unsqueeze(1)
     if len(entries) > forward.topk:
