@@ -223,7 +223,7 @@ class CompletionStream:
             async with asyncio.timeout(deadline_s):
                 event = await anext(choice.call)
         except TimeoutError as error:
-            raise WorkerSilentError(f"the worker said nothing for {deadline_s:g} s") from error
+            raise WorkerSilentError(f"the worker sent nothing for {deadline_s:g} s") from error
         except StopAsyncIteration:
             raise WorkerLostError("the worker ended the answer early") from None
         if event.waiting:

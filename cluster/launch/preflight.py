@@ -60,7 +60,7 @@ def check_placement(config: ServeConfig) -> None:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before its weights are loaded.
+    """Facts about a model that are known before its weights are loaded.
 
     ``max_model_len``: longest prompt and answer, in tokens; ``has_manifest``: its retrieval heads are known;
     ``chunk_bytes``: one chunk in the hot pool.
@@ -119,15 +119,15 @@ def check_tokenizer(path: Path) -> None:
 
 
 def notes(model: ModelFacts, config: ServeConfig) -> tuple[str, ...]:
-    """Sentences that the operator should read: what is missing or limited with this model and these settings."""
-    said = []
+    """Warnings for the operator about this model with these settings."""
+    warnings = []
     if model.trained_digest is None and config.indexer.checkpoint not in ("auto", "none"):
-        said.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
+        warnings.append(NO_CHECKPOINT.format(config.indexer.checkpoint, config.engine.model))
     if model.trained_digest is None and not model.has_manifest and config.indexer.manifest != "none":
-        said.append(NO_MANIFEST.format(config.engine.model))
+        warnings.append(NO_MANIFEST.format(config.engine.model))
     if model.cold_limit is not None:
-        said.append(COLD_LIMIT.format(model.cold_limit))
-    return tuple(said)
+        warnings.append(COLD_LIMIT.format(model.cold_limit))
+    return tuple(warnings)
 
 
 def settle(path: Path, config: ServeConfig) -> ServeConfig:

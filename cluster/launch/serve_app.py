@@ -57,8 +57,10 @@ def read_config(files: list[Path]) -> ServeConfig:
     values: dict[str, Any] = {}
     for file in files:
         values |= read_yaml(file)
-    if mine := [name for name in NOT_SERVES_TO_SAY if name in values]:
-        raise ConfigError(f"{', '.join(mine)}: leave out, since the Serve config or the Ray cluster decides that here")
+    if decided_elsewhere := [name for name in NOT_SERVES_TO_SAY if name in values]:
+        raise ConfigError(
+            f"{', '.join(decided_elsewhere)}: leave out, since the Serve config or the Ray cluster decides that here"
+        )
     try:
         config = ServeConfig.model_validate(values | {"address": "auto"})
     except ValidationError as error:

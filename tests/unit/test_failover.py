@@ -130,7 +130,7 @@ def test_every_worker_is_watched_from_when_it_has_the_request(begun: tuple[Token
     async def fails() -> float:
         with pytest.raises(WorkerLostError, match="3 workers hung or fell silent on it") as failure:
             await events_of(silent, ResumeConfig(token_deadline_s=DEADLINE_S))
-        assert f"said nothing for {DEADLINE_S:g} s" in str(failure.value)
+        assert f"sent nothing for {DEADLINE_S:g} s" in str(failure.value)
         return now_s()
 
     took_s = run(fails())
@@ -559,7 +559,7 @@ def test_a_long_step_that_gets_on_is_no_silence_and_a_hung_one_is(
         assert not any(one.done() for one in pulled) and len(asked) == requests
         await asyncio.sleep(2 * deadline_s)
         for one in pulled:
-            with pytest.raises(WorkerLostError, match="said nothing for 120 s"):
+            with pytest.raises(WorkerLostError, match="sent nothing for 120 s"):
                 await one
         gate.opened.set()
         await asyncio.to_thread(engine.close)

@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"keys \[1, 4, 8, 24\] and values \[1, 4, 8, 16\] of layer 0 differ in shape",
     ),
     "gemma3n": ("Gemma3nText", GEMMA3N, "shares keys between layers"),
-    "doge": ("Doge", {}, "a mask or bias of its own to the attention logits of layer 0"),
+    "doge": ("Doge", {}, "a custom mask or bias to the attention logits of layer 0"),
     "diffllama": ("DiffLlama", {}, "has 3 layers but made 6 attention calls"),
     "stablelm": ("StableLm", {}, "does not hand the arguments of its forward on"),
     "falcon-alibi": ("Falcon", {"num_key_value_heads": ..., "alibi": True}, "3 layers but made 0 attention calls"),
@@ -302,7 +302,7 @@ def test_verification_notices_wrong_attention(tiny_model: Path) -> None:
         ("softcap", "soft-capped attention logits"),
         ("position_bias", "a position bias on attention logits"),
         ("indices", "attention to selected tokens"),
-        ("unheard_of", "an attention of its own"),
+        ("unheard_of", "a custom attention"),
     ],
 )
 def test_arguments_that_attention_does_not_honour_are_refused_by_name(

@@ -198,7 +198,7 @@ def test_workers_that_hang_are_bounded_whatever_comes_between() -> None:
     answer.fail(r"it hangs. It was not tried again: 2 workers hung or fell silent on it \(--max-silent-workers\)")
     assert answer.asked_s == pytest.approx([0, 60.1])
     answer = Answer(Worker(hangs=True), token_deadline_s=60, max_silent_workers=1)
-    answer.fail("said nothing for 60 s. .* 1 workers hung")
+    answer.fail("sent nothing for 60 s. .* 1 workers hung")
     lost = Answer(Worker(LOST), Worker(LOST), Worker(token(1), token(2), END), max_silent_workers=1)
     assert lost.hear() == [1, 2, 3]  # these did not hang
 

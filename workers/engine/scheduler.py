@@ -232,8 +232,8 @@ class Scheduler:
     def _prefill_tokens(self, seq: TokenSequence, budget: int, slots: int, *, shared: bool) -> int:
         """Prompt tokens of ``seq`` in the next step.
 
-        A step of its own is as large as ``budget``, in tokens, and the hot ``slots`` for its chunks allow; it can be
-        aborted between layers. A step ``shared`` with other sequences should take ``prefill_slice_s``.
+        Alone in a step it gets as many as ``budget``, in tokens, and the hot ``slots`` for its chunks allow; such a
+        step can be aborted between layers. A step ``shared`` with other sequences should take ``prefill_slice_s``.
         """
         tokens = min(seq.prefill_target - seq.num_computed, budget)
         if seq.scores_prompt:

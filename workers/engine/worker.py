@@ -146,7 +146,7 @@ class DecodeWorker:
         return self._telemetry.target
 
     async def integrity(self) -> str:
-        """Check the engine between two steps; returns what is wrong, or an empty string."""
+        """Check the engine between two steps; returns a description of the inconsistency, or an empty string."""
         try:
             await self._engine.check_integrity()
         except AssertionError as error:

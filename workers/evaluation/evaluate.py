@@ -105,7 +105,7 @@ class Backend(Protocol):
 
 
 class Records:
-    """The answers of a run, on disk, so that a repeated run asks only what is missing.
+    """The answers of a run, on disk, so that a repeated run asks only the missing ones.
 
     ``identity``: settings that the answers depend on; ``of_columns``: column name → settings that only its answers
     depend on. Refuses a directory with answers of other settings. Processes with different plans may share one.

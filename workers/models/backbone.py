@@ -123,7 +123,7 @@ def load_backbone(
     ``load_format`` "dummy" reads only the configuration there and draws the weights from ``seed``. Chunks hold K/V in
     ``dtype``, or with ``kv_dtype`` "fp8" in float8_e4m3fn.
 
-    Raises :class:`UnsupportedModelError` with what is in the way.
+    Raises :class:`UnsupportedModelError` with the reason if the model can't be served.
     """
     config = load_config(path)
     own_limit = int(config.max_position_embeddings)
@@ -247,7 +247,7 @@ def weights_fingerprint(path: Path, config: Any) -> str:
 
 
 def dummy_fingerprint(config: Any, dtype: torch.dtype, device: torch.device, seed: int) -> str:
-    """Name of random weights: ``dummy-`` and what they are drawn from. Devices have generators of their own."""
+    """Name of random weights: ``dummy-`` and a digest of everything that determines them, the device type included."""
     digest = _config_digest(config)
     digest.update(repr((str(dtype), device.type, seed, torch.__version__)).encode())
     return f"dummy-{digest.hexdigest()}"

@@ -1,6 +1,6 @@
-"""What is in a checkpoint's files, read before transformers loads them, and why it can't be served where it can't.
+"""Reads the headers of a checkpoint's files before transformers loads them, and refuses checkpoints that don't fit.
 
-transformers fills what it does not find with random numbers and drops what it does not know: the model would answer,
+transformers initialises missing weights with random numbers and drops unknown ones, so the model would run, but answer
 wrongly.
 """
 
@@ -98,7 +98,7 @@ def weight_files(path: Path) -> list[Path]:
         shards = {name for name in stored if _SHARD.fullmatch(name)}
         if shards:
             raise InvalidModelError(
-                f"{path} has shards ({some(shards)}) but no file named {INDEX_FILE}, which says what is in them: "
+                f"{path} has shards ({some(shards)}) but no file named {INDEX_FILE}, which lists their contents: "
                 "download it too."
             )
         raise InvalidModelError(
@@ -152,7 +152,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
 
 
 def quant_method(config: Any) -> str | None:
-    """How ``config.json`` says that the weights are quantised; None where it says nothing."""
+    """The quantisation method that ``config.json`` names; None without one."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -165,11 +165,11 @@ def quant_method(config: Any) -> str | None:
 
 
 def check_files(path: Path, config: Any) -> dict[str, StoredTensor]:
-    """What can be known of the weights at ``path`` without loading them; returns their tensors.
+    """Check the weight files at ``path`` without loading them; returns their tensors by name.
 
     Raises:
         InvalidModelError: files are missing, damaged or contradict one another.
-        UnsupportedModelError: the weights are quantised in a way that can't be read, or there are adapters beside.
+        UnsupportedModelError: the weights are quantised in an unsupported way, or the directory also has adapters.
     """
     refuse_adapters(path)
     if (other := getattr(config, "transformers_weights", None)) is not None:

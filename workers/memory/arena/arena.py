@@ -351,7 +351,7 @@ class Arena:
 
     @staticmethod
     def _copy(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
-        """A step of its own for tests: other processes may see any part of it done."""
+        """A separate method, which tests interrupt: other processes may see a part of the bytes copied."""
         np.copyto(target, source)
 
     def _check_is_ours(self, ref: SlotRef) -> None:

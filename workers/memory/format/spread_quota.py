@@ -1,4 +1,4 @@
-"""The slots of its own node's arena that a spread sequence gets: one that does not fit into that arena as a whole."""
+"""The quota of arena slots on its own node for a spread sequence, one that does not fit into that arena as a whole."""
 
 from dataclasses import dataclass
 

@@ -70,8 +70,8 @@ class MemoryTier:
     A tier that is restarted under the same ``tier_id`` adopts the file of its former life, if that fits, with all
     sealed chunks but without holds. Before that it deletes the arena files of owners that are gone.
 
-    Calls of other tiers run in threads of their own and never call a tier, so that tiers can't wait for each other in a
-    circle. See :data:`LANES`.
+    Calls of other tiers run in separate threads and never call a tier, so that tiers can't deadlock by waiting for each
+    other. See :data:`LANES`.
     """
 
     def __init__(self, settings: TierSettings, tier_id: str) -> None:

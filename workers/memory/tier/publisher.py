@@ -1,4 +1,4 @@
-"""Publishes in the catalog what a tier stores, from a thread of its own."""
+"""Publishes a tier's stored chunks in the catalog, in a background thread."""
 
 import logging
 import threading

@@ -92,4 +92,4 @@ def _put(store: ArenaStore, name: str, batch: ChunkBatch, row: int, *, copied_on
         else:
             store.commit(name, [(key, place.ref)], copied=cached)
             return
-    raise ChunkLostError(f"chunk {key.hex()} was not stored: {PLACES} slots do not hold what is written to them")
+    raise ChunkLostError(f"chunk {key.hex()} was not stored: {PLACES} slots returned other bytes than were written")

@@ -1,8 +1,8 @@
 """Decode steps of a DeepSeek-V4 model as CUDA graphs; `dense/graph.py` has those of other decoders.
 
-A graph has fixed shapes, so every row writes the entry that its token belongs to at every step, and not only at the one
-that completes it: before, nobody reads that place. Rows beyond the batch repeat its first row, and write the same. What
-is drawn from the logits stays outside.
+A graph has fixed shapes, so every row writes its token's entry at every step, not only at the step that completes the
+entry: an entry is not read before it is complete. Padding rows repeat the first row, and write the same values. Drawing
+tokens from the logits is not part of the graph.
 """
 
 import logging
@@ -61,7 +61,7 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
         """Of the last run, as in :class:`.step.V4Batch`."""
         self._refused = False
         if self._captures:
-            # no sequence has a line, a slot or a page yet: what these steps write is read by nobody
+            # no sequence has a line, a slot or a page yet, so nothing reads what these steps write
             for bucket in reversed(self._buckets):
                 self._ready(bucket)
 
@@ -101,8 +101,10 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
             hca_table[number, : len(row.pages)] = row.pages
 
     def _ready(self, bucket: int) -> bool:
-        """Whether there is a graph for ``bucket`` now: captured, or captured anew as the pages have moved since. False
-        for good where that failed once, which is said. What the inputs ask for is computed on the way."""
+        """Capture the graph for ``bucket``, unless it exists and its pages have not moved; returns whether it exists.
+
+        If a capture fails, this is logged, and no further one is tried. A capture also computes the current inputs.
+        """
         pages = self._empty.states.pages
         if self._pages is not pages:
             self._graphs.clear()  # they would read the old pages, and all move at once

@@ -117,8 +117,7 @@ class DeepseekV4Runner(Runner):
         )
 
     def wipe(self, seq: TokenSequence) -> None:
-        """What the last step computed of ``seq`` is not finite: whoever gets the place of its state next must not find
-        that there."""
+        """Zero the state of ``seq``, whose last step was not finite, before another sequence gets its place."""
         self._states.wipe(seq)
 
     def forget(self, seq: TokenSequence) -> None:
@@ -204,8 +203,10 @@ class DeepseekV4Runner(Runner):
         ]
 
     def _wanted(self, seq: TokenSequence, first: int, stop: int) -> list[int]:
-        """Positions behind which a step over ``first`` to ``stop`` of ``seq`` is to keep a snapshot: every so many
-        tokens for everybody, and the last end of a chunk for its session."""
+        """Positions after which a step over ``first`` to ``stop`` of ``seq`` keeps a snapshot.
+
+        These are every ``snapshot_tokens`` for all sequences, and the last end of a chunk for the sequence's session.
+        """
         size = self._chunk_tokens
         every = range((first // self._snapshot_tokens + 1) * self._snapshot_tokens, stop + 1, self._snapshot_tokens)
         wanted = set(every)

@@ -1,8 +1,8 @@
-"""What a DeepSeek-V4 sequence keeps beside its chunks: sliding windows, compressors' inputs, and all HCA entries.
+"""The state of DeepSeek-V4 sequences outside chunks: sliding windows, inputs of the compressors, and all HCA entries.
 
-It lives on the device, a line per sequence, written where it arises. Rings are indexed by position, so a decode step
-that is made once more writes the same. At the end of a chunk all of it but the HCA entries, which are in the chunks
-too, is a *snapshot*: with it and the chunks before, a sequence can be gone on with, exactly.
+It lives on the device, one line per sequence, and the layers write it directly. Rings are indexed by position, so a
+repeated decode step writes the same values. At the end of a chunk, the state without the HCA entries, which are in the
+chunks too, is a *snapshot*: from it and the chunks before it a sequence can be continued exactly.
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class SequenceStates:
         """``seq`` left, or starts over; a step of it may still be under way."""
         line = self._lines.pop(seq.request_id, None)
         if line is not None:
-            # whoever gets them writes to them in a later step
+            # safe while a step runs: the next owner writes to them in a later step
             self._free.append(line.number)
             self._free_pages += line.pages
 

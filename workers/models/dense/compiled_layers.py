@@ -1,8 +1,8 @@
 """Decoder layers through ``torch.compile``: their norms, rotary embeddings and activations become few kernels.
 
-Attention itself is not traced: :func:`.attention.attend` breaks the graph, so no layer's number gets into compiled code
-and all layers share it, for any number of tokens but one (which compilers make a case of its own: steps of one token
-are padded to two). What is compiled is compiled at start: afterwards nothing is.
+Attention itself is not traced: :func:`.attention.attend` breaks the graph. So compiled code contains no layer's number,
+and all layers share it. It works for any number of tokens except one, which compilers specialise: steps of one token
+are padded to two. Everything is compiled at start, and nothing later.
 """
 
 import torch

@@ -130,6 +130,6 @@ class DecodeGraphs(StepGraphs[Replayed]):
         histories = self._histories
         if histories is None:
             return None
-        # padding rows write to nobody's line
+        # padding rows write to the spare line
         places = inputs[POSITION] % histories.steps
         return HiddenRows(histories.ring, histories.layers, None, inputs[LINE], places)

@@ -171,7 +171,7 @@ def _unequal(name: str, layer: int | None, key: tuple[int, ...], value: tuple[in
 def _other_layers(name: str, layers: int, calls: int) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{name} has {layers} layers but made {calls} attention calls through transformers' AttentionInterface: its "
-        "layers do something else (recurrence, convolution, attention of their own)."
+        "layers do something else (recurrence, convolution, custom attention)."
     )
 
 
@@ -188,14 +188,14 @@ def _judge(name: str, model: PreTrainedModel, calls: list[_Call]) -> Geometry:
                 "step's chunks can't reach it."
             )
         if call.refused:
-            uses = MEANINGS.get(call.refused[0], "an attention of its own")
+            uses = MEANINGS.get(call.refused[0], "a custom attention")
             raise UnsupportedModelError(
                 f"{name} uses {uses} ({', '.join(call.refused)} of layer {call.layer}), which forecache's attention "
                 "does not compute."
             )
         if call.masked:
             raise UnsupportedModelError(
-                f"{name} adds a mask or bias of its own to the attention logits of layer {call.layer}, which "
+                f"{name} adds a custom mask or bias to the attention logits of layer {call.layer}, which "
                 "forecache's attention does not compute."
             )
         if call.key != call.value:

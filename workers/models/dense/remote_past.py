@@ -1,6 +1,6 @@
-"""The past of a stream that lies on other nodes: one layer of many chunks at a time, asked for ahead.
+"""Reads a stream's past from other nodes: one layer of many chunks at a time, requested ahead.
 
-Whole chunks would each have to come once for every layer, or all of them to lie here at once.
+Fetching whole chunks would mean to transfer each chunk once per layer, or to store all of them here at once.
 """
 
 from collections import deque

@@ -27,7 +27,7 @@ from forecache.workers.models.dense.prompt_probe import MassProbe
 from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
 from forecache.workers.models.step.architecture import Backbone
-from forecache.workers.models.step.hidden_history import NOBODYS_LINE, HiddenHistory
+from forecache.workers.models.step.hidden_history import SPARE_LINE, HiddenHistory
 from forecache.workers.models.step.in_flight_step import CapturedTensors
 from forecache.workers.models.step.packing import PackedStep, pack, padded, put
 from forecache.workers.models.step.runner import Forward, Runner
@@ -41,9 +41,9 @@ WARM_UP_TOKENS = (37, 101)
 class ModelRunner(Runner):
     """The model on its device, with the pool it writes into and the arena it may stream from.
 
-    ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, where it is not the pool's;
-    ``remote`` reads chunks of other nodes.
-    ``spec``: the model's own retrieval heads; ``lookahead``: the trained indexer that scores beside them.
+    ``max_rows`` sequences at most are sampled in one step; ``cold_layout`` is the arena's, if it differs from the
+    pool's; ``remote`` reads chunks of other nodes.
+    ``spec``: the model's own retrieval heads; ``lookahead``: the trained indexer that scores in addition to them.
     """
 
     def __init__(
@@ -153,7 +153,8 @@ class ModelRunner(Runner):
         if self._lookahead is None or self._histories is None:
             positions = torch.full((len(mine),), position, device=self._device)
             return CapturedTensors(mine, self._local_lse(request, mine, positions), records)
-        # an older query also saw what is complete by now; where that is not hot any more, nobody knows how much
+        # older queries also attended to chunks that were open then. Leave out queries whose open chunk is not hot any
+        # more: their attention to it can't be computed
         steps = self._histories.length(request.sequence, position)
         steps = min(steps, position + 2 - request.first_recent * self._spec.chunk_tokens)
         hidden = self._histories.last(request.sequence, position, steps)
@@ -162,8 +163,10 @@ class ModelRunner(Runner):
         return CapturedTensors(rows, lse, records, hidden[-1], steps)
 
     def _local_lse(self, request: Capture, queries: Tensor, positions: Tensor) -> Tensor:
-        """Log-sum-exp of ``queries`` [rows, head_dim], made at ``positions`` [rows], over the tokens that each saw
-        beside the chunks that were complete then: float32 [rows]."""
+        """Log-sum-exp of each query over the tokens that were not in a complete chunk at its position: float32 [rows].
+
+        ``queries`` [rows, head_dim] were made at ``positions`` [rows].
+        """
         size, first = self._spec.chunk_tokens, request.first_recent * self._spec.chunk_tokens
         keys = torch.cat([self._index_keys(slot) for slot in request.recent_slots], 1)
         keys = keys[:, : request.position + 1 - first].float()
@@ -201,7 +204,7 @@ class ModelRunner(Runner):
 
     def _line(self, seq: TokenSequence) -> int:
         at, histories = seq.num_computed, self._histories
-        return NOBODYS_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
+        return SPARE_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
 
     def _lay_out(
         self, plan: Plan, aborted: Callable[[], bool]

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def choose_scorer(config: IndexerConfig, model: str, backbone: Backbone) -> ChosenScorer:
     """The trained indexer that ``config`` names, if it fits the model, else what :func:`choose_index_spec` finds.
 
-    A checkpoint that is missing, damaged or another model's is said, and costs nothing but its help: prediction is a
-    hint. Which scorer serves is logged. Raises :class:`UnsupportedModelError` as :func:`choose_index_spec` does.
+    A checkpoint that is missing, damaged or for another model is logged and ignored: predictions are only hints. The
+    chosen scorer is logged too. Raises :class:`UnsupportedModelError` as :func:`choose_index_spec` does.
     """
     lookahead = _trained(config, model, backbone)
     if lookahead is None:
@@ -44,7 +44,7 @@ def _how(chosen: ChosenScorer) -> str:
 
 def _trained(config: IndexerConfig, model: str, backbone: Backbone) -> LookaheadScorer | None:
     if config.checkpoint == "auto" and config.manifest != "auto":
-        return None  # whoever names heads, or none, means them
+        return None  # the setting names a manifest of heads, or none: use that instead of a trained indexer
     try:
         path = find_checkpoint(config.checkpoint, model_facts(backbone, model))
         return None if path is None else LookaheadScorer(*load_checkpoint(path))

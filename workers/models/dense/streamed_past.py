@@ -65,7 +65,7 @@ class StreamedPast:
         device: torch.device,
         remote: RemotePast | None = None,
     ) -> "StreamedPast":
-        """Where the past of ``seq`` is now; ``remote`` reads what is on other nodes."""
+        """Find where the past of ``seq`` is now; ``remote`` reads chunks of other nodes."""
         in_pool: list[tuple[int, int]] = []
         in_arena: list[Chunk] = []
         on_others: list[Chunk] = []

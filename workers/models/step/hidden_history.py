@@ -1,6 +1,7 @@
-"""What the trained indexer makes its queries from: inputs of the query projections at each sequence's last steps.
+"""Hidden states of each sequence's last steps, from which the trained indexer computes its queries.
 
-They stay on the device, in a ring per sequence, and are written where they arise: also within CUDA graphs.
+They are the inputs of the query projections. They stay on the device, in a ring per sequence; the layers write them
+directly, also within CUDA graphs.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.models.step.attention_modules import attention_modules
 
-NOBODYS_LINE = 0
-"""Ring line for rows that are padding, or whose history nobody asks for."""
+SPARE_LINE = 0
+"""Ring line for padding rows, and for rows whose history is not needed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class HiddenHistory:
         self.layers = {layer: number for number, layer in enumerate(layers)}
         shape = (sequences + 1, steps, len(layers), int(model.config.hidden_size))
         self.ring = torch.zeros(shape, dtype=torch.float16, device=model.device)
-        self._free = list(range(sequences, NOBODYS_LINE, -1))
+        self._free = list(range(sequences, SPARE_LINE, -1))
         self._kept: dict[str, _Kept] = {}
         modules = attention_modules(model)
         for layer in layers:
@@ -70,7 +71,7 @@ class HiddenHistory:
         # of a prompt only the end matters
         first = max(first, stop - self.steps, seq.prefill_target - self.steps)
         if seq.policy != "lookahead" or seq.residency.streamed or first >= stop:
-            return NOBODYS_LINE, range(0)
+            return SPARE_LINE, range(0)
         kept = self._kept.get(seq.request_id)
         if kept is None:
             kept = self._kept[seq.request_id] = _Kept(self._free.pop(), seq.restarts, first, first)
@@ -104,7 +105,7 @@ class HiddenHistory:
         """``seq`` left, or starts over; a step of it may still be under way."""
         kept = self._kept.pop(seq.request_id, None)
         if kept is not None:
-            # whoever gets the line writes to it in a later step
+            # safe while a step runs: the line's next owner writes to it in a later step
             self._free.append(kept.line)
 
     def check_integrity(self) -> None:

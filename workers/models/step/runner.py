@@ -140,4 +140,4 @@ class Runner(ABC):
         self._adjuster.forget(seq.request_id)
 
     def check_integrity(self) -> None:  # noqa: B027 - nothing to do without state
-        """Raise ``AssertionError`` when what is kept of sequences contradicts itself."""
+        """Raise ``AssertionError`` if the per-sequence state is inconsistent."""

@@ -1,7 +1,7 @@
-"""From logits to tokens. What is drawn depends on (seed, position) alone, never on the rest of the batch.
+"""Draws tokens from logits. A token depends on (seed, position) only, never on the rest of the batch.
 
-Nothing here waits for the device: what is drawn can be the next step's input before the host knows it. Rows are drawn
-together with those that cut their distribution the same way, never one by one.
+Nothing here waits for the device: a drawn token can be the next step's input before the host reads it. Rows with the
+same kind of truncation (top-k, top-p, both or none) are drawn together.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from forecache.workers.core.requests import SamplingParams
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The next tokens for ``logits``: float32 [rows, vocab], to stand at ``positions`` of their sequences.
+    """The next tokens for ``logits``, float32 [rows, vocab], at ``positions`` of their sequences.
 
-    Returns tokens, int64 [rows], and the largest logit of each row, float32 [rows]: where that is not finite there is
-    no distribution to draw from, and the token means nothing. See :func:`draw_rows` for what is drawn; rows of
-    temperature 0 are greedy (ties: the lowest id).
+    Returns tokens, int64 [rows], and the largest logit of each row, float32 [rows]. If the latter is not finite, the
+    row has no distribution, and its token is meaningless. Rows of temperature 0 are greedy (ties: the lowest id);
+    :func:`draw_rows` draws the others.
     """
     best, tokens = logits.max(dim=-1)
     draw_rows(logits, params, positions, tokens)
