@@ -30,6 +30,29 @@ def sparse_decode(
     return reference.sparse_decode(q, kv, layer, block_table, context_lens, scale, k_scale=k_scale, v_scale=v_scale)
 
 
+def ragged_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    block_table: Tensor,
+    past_lens: Tensor,
+    starts: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.ragged_prefill`."""
+    backend = reference.ragged_prefill
+    if q.is_cuda:
+        from forecache.kernels.attention import ragged_prefill as triton_kernel
+
+        backend = triton_kernel.ragged_prefill
+    return backend(q, k, v, kv, layer, block_table, past_lens, starts, scale, k_scale=k_scale, v_scale=v_scale)
+
+
 def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.merge_partials`."""
     if out_a.is_cuda:

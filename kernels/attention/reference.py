@@ -17,6 +17,8 @@ from forecache.kernels.common import checks
 
 _FUSED_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_LOGITS = 1 << 26
+_PIECE_TOKENS = 16384
+"""Tokens of the past that `ragged_prefill` gathers at once."""
 
 
 def sparse_decode(
@@ -61,6 +63,73 @@ def sparse_decode(
         grouped_out, grouped_lse = attend_grouped(row.reshape(kv_heads, -1, head_dim), k, v, scale)
         out[i] = grouped_out.reshape(heads, head_dim)
         lse[i] = grouped_lse.reshape(heads)
+    return out, lse
+
+
+def ragged_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    block_table: Tensor,
+    past_lens: Tensor,
+    starts: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the new tokens of several sequences, packed one after another, over their past and themselves.
+
+    Args:
+        q: ``[tokens, heads, head_dim]``.
+        k, v: ``[tokens, kv_heads, head_dim]`` of ``q``'s dtype, the new tokens' own keys and values. A token sees
+            those of its sequence up to its own; the pool need not contain them.
+        block_table: int32 ``[sequences, max_chunks]`` of slots. ``max_chunks`` may be 0.
+        past_lens: int32 ``[sequences]``, earlier tokens, all of which the new ones see. They fill the chunks in the
+            first ``ceil(len / chunk_tokens)`` entries of the row, in any order; the last chunk holds the remainder.
+        starts: int32 ``[sequences + 1]``, not decreasing: sequence ``s`` has the tokens ``starts[s]`` to
+            ``starts[s + 1]`` (exclusive). Tokens before ``starts[0]`` and from ``starts[-1]`` on have no sequence.
+        scale: factor of the logits.
+        k_scale, v_scale: float32 ``[slots, layers, kv_heads]``, factors of fp8 keys and values in the pool.
+
+    Returns:
+        out like ``q`` and lse float32 ``[tokens, heads]``, the natural log of the sum of exp(scaled logits), which
+        `merge_partials` needs for attention to more of the past. Tokens without a sequence have out 0 and lse -inf.
+    """
+    checks.ragged(q, k, v, kv, layer, block_table, past_lens, starts, k_scale, v_scale)
+    kv_heads, chunk_tokens = kv.shape[3:5]
+    group = q.shape[1] // kv_heads
+    piece = max(1, _PIECE_TOKENS // chunk_tokens)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float32, device=q.device)
+    bounds = starts.tolist()
+    for i, past in enumerate(past_lens.tolist()):
+        own = slice(bounds[i], bounds[i + 1])
+        if own.start == own.stop:
+            continue
+        rows = q[own].transpose(0, 1)
+        own_k, own_v = (x[own].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
+        part_out, part_lse = attend_causal(rows, own_k, own_v, scale)
+        # [kv_heads, tokens * group], so that one product reads K/V once for a group's heads; sums in float32
+        rows, total_out, total_lse = (
+            x.transpose(0, 1).unflatten(1, (kv_heads, group)).transpose(0, 1).flatten(1, 2)
+            for x in (rows, part_out.float(), part_lse)
+        )
+        slots = block_table[i, : -(-past // chunk_tokens)].long()
+        for first in range(0, len(slots), piece):
+            part = slots[first : first + piece]
+            past_k, past_v = gather_layer(kv, layer, part)
+            if k_scale is not None and v_scale is not None:
+                past_k = _dequantize(past_k, k_scale[part, layer], chunk_tokens)
+                past_v = _dequantize(past_v, v_scale[part, layer], chunk_tokens)
+            keys = slice(past - first * chunk_tokens)
+            partial = attend_grouped(rows, past_k[:, keys].to(q.dtype), past_v[:, keys].to(q.dtype), scale)
+            total_out, total_lse = merge_partials(total_out, total_lse, *partial)
+        tokens = own.stop - own.start
+        for result, total in ((out, total_out), (lse, total_lse)):
+            result[own] = total.unflatten(1, (tokens, group)).transpose(0, 1).flatten(1, 2).to(result.dtype)
     return out, lse
 
 
@@ -215,6 +284,20 @@ def attend_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         )
         return cast(Tensor, out[0]), cast(Tensor, lse[0])
     return attend_exact(q, k, v, scale)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention among the tokens of one sequence: token ``i`` sees the keys 0 to ``i``.
+
+    ``q``, ``k``, ``v``: ``[heads, tokens, head_dim]`` with ``tokens > 0``. Returns out like ``q``, lse float32
+    ``[heads, tokens]``.
+    """
+    if q.device.type == "cpu" and q.dtype in _FUSED_CPU_DTYPES:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), 0.0, True, scale=scale
+        )
+        return cast(Tensor, out[0]), cast(Tensor, lse[0])
+    return attend_exact(q, k, v, scale, torch.arange(q.shape[1], device=q.device))
 
 
 def attend_exact(

@@ -74,6 +74,48 @@ def store(
         flags(non_finite, tokens)
 
 
+def ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv: Tensor,
+    layer: int | Tensor,
+    block_table: Tensor,
+    past_lens: Tensor,
+    starts: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Arguments of `ragged_prefill`."""
+    tokens, heads, head_dim = q.shape
+    kv_heads = kv.shape[3]
+    assert kv.shape[2] == 2 and kv.shape[5] == head_dim, f"q {tuple(q.shape)} does not fit kv {tuple(kv.shape)}"
+    assert heads % kv_heads == 0, f"{heads} query heads do not divide into {kv_heads} groups"
+    assert k.shape == v.shape == (tokens, kv_heads, head_dim), f"k {tuple(k.shape)}, v {tuple(v.shape)}"
+    assert q.dtype == k.dtype == v.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "heads must be contiguous"
+    pool(kv, layer, block_table, k_scale, v_scale)
+    sequences = block_table.shape[0]
+    assert past_lens.shape == (sequences,) and starts.shape == (sequences + 1,), (
+        f"{sequences} rows of the block table, {tuple(past_lens.shape)} lengths, {tuple(starts.shape)} starts"
+    )
+    assert past_lens.dtype == starts.dtype == torch.int32 and past_lens.is_contiguous() and starts.is_contiguous()
+
+
+def pool(kv: Tensor, layer: int | Tensor, block_table: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """A pool, what is read of it through a block table, and its scales."""
+    slots, layers, parts, kv_heads = kv.shape[:4]
+    assert parts == 2 and _heads_are_contiguous(kv), "heads must be contiguous"
+    assert not isinstance(layer, int) or 0 <= layer < layers, f"layer {layer} of {layers}"
+    assert block_table.dim() == 2 and block_table.dtype == torch.int32, f"block table {block_table.dtype}"
+    assert block_table.stride(1) == 1 or block_table.shape[1] <= 1, "rows of the block table must be contiguous"
+    assert (k_scale is None) == (v_scale is None), "keys and values are both scaled or neither is"
+    if k_scale is not None and v_scale is not None:
+        assert k_scale.shape == v_scale.shape == (slots, layers, kv_heads), f"scales {tuple(k_scale.shape)}"
+        assert k_scale.stride() == v_scale.stride(), "scales of keys and values have different strides"
+        assert k_scale.dtype == v_scale.dtype == torch.float32, f"scales are {k_scale.dtype}"
+
+
 def flags(non_finite: Tensor, tokens: int) -> None:
     """Argument ``non_finite`` of several kernels."""
     assert non_finite.dtype == torch.uint8 and non_finite.shape == (tokens,) and non_finite.is_contiguous()

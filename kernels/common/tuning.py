@@ -1,4 +1,7 @@
-"""Launch settings of the decode kernels, found with `tests/benchmarks/bench_kernels.py --sweep`.
+"""Launch settings of the attention kernels.
+
+Those of decode were found with `tests/benchmarks/bench_kernels.py --sweep`. Those of prefill are to be compared with
+`tests/benchmarks/bench_ragged_prefill.py`.
 
 The server itself tunes nothing, so that no request waits for a search.
 """
@@ -60,6 +63,48 @@ def decode_config(dtype: torch.dtype, head_dim: int, group: int, family: str) ->
     if group >= _LARGE_GROUP and key in _DECODE_LARGE_GROUP:
         return _DECODE_LARGE_GROUP[key]
     return _DECODE.get(key, _DEFAULT)
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Launch settings of `ragged_prefill`.
+
+    ``rows``: (token, query head) pairs of a program, a power of two; ``block_tokens``: keys read at once, a power of
+    two, of one chunk or of two; ``num_stages``: a program loads ``num_stages - 1`` times as many ahead.
+    ``descriptors``: K/V is copied by the GPU's tensor memory accelerator where its strides allow that.
+    """
+
+    rows: int
+    block_tokens: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+
+
+PREFILL_VARIANTS = {
+    "wide": PrefillConfig(128, 128, 8, 2),
+    "wide-tma": PrefillConfig(128, 128, 8, 2, descriptors=True),
+    "narrow": PrefillConfig(128, 64, 8, 3),
+    "two-programs": PrefillConfig(64, 64, 4, 3),
+}
+"""Candidates for 16-bit queries and pools with heads of 128: a benchmark compares them."""
+# Key: (GPU family, bytes of a query's element, padded head dim). Not measured yet: chosen so that queries and
+# `num_stages` times the keys and values read at once fit into the 227 KiB of shared memory of a multiprocessor.
+_PREFILL = {
+    ("hopper", 2, 64): PrefillConfig(128, 128, 8, 3),
+    ("hopper", 2, 128): PREFILL_VARIANTS["wide"],
+    ("hopper", 2, 256): PrefillConfig(128, 64, 8, 2),
+    ("hopper", 4, 64): PrefillConfig(64, 32, 4, 2),
+    ("hopper", 4, 128): PrefillConfig(64, 32, 8, 2),
+    ("hopper", 4, 256): PrefillConfig(32, 32, 8, 2),
+}
+_PREFILL_DEFAULT = PrefillConfig(64, 32, 4, 2)
+
+
+def prefill_config(dtype: torch.dtype, head_dim: int, family: str) -> PrefillConfig:
+    """Settings for queries of ``dtype`` on a GPU of ``family``."""
+    key = (family, dtype.itemsize, max(64, 1 << (head_dim - 1).bit_length()))
+    return _PREFILL.get(key, _PREFILL_DEFAULT)
 
 
 @cache
