@@ -109,14 +109,12 @@ def ragged_prefill(
         own = slice(bounds[i], bounds[i + 1])
         if own.start == own.stop:
             continue
-        rows = q[own].transpose(0, 1)
+        heads_q = q[own].transpose(0, 1)
         own_k, own_v = (x[own].transpose(0, 1).repeat_interleave(group, 0) for x in (k, v))
-        part_out, part_lse = attend_causal(rows, own_k, own_v, scale)
-        # [kv_heads, tokens * group], so that one product reads K/V once for a group's heads; sums in float32
-        rows, total_out, total_lse = (
-            x.transpose(0, 1).unflatten(1, (kv_heads, group)).transpose(0, 1).flatten(1, 2)
-            for x in (rows, part_out.float(), part_lse)
-        )
+        part_out, part_lse = attend_causal(heads_q, own_k, own_v, scale)
+        # [kv_heads, group * tokens], so that one product reads K/V once for a group's heads; sums in float32
+        rows, total_out = (x.reshape(kv_heads, -1, x.shape[2]) for x in (heads_q, part_out.float()))
+        total_lse = part_lse.reshape(kv_heads, -1)
         slots = block_table[i, : -(-past // chunk_tokens)].long()
         for first in range(0, len(slots), piece):
             part = slots[first : first + piece]
@@ -127,9 +125,8 @@ def ragged_prefill(
             keys = slice(past - first * chunk_tokens)
             partial = attend_grouped(rows, past_k[:, keys].to(q.dtype), past_v[:, keys].to(q.dtype), scale)
             total_out, total_lse = merge_partials(total_out, total_lse, *partial)
-        tokens = own.stop - own.start
-        for result, total in ((out, total_out), (lse, total_lse)):
-            result[own] = total.unflatten(1, (tokens, group)).transpose(0, 1).flatten(1, 2).to(result.dtype)
+        out[own] = total_out.view(part_out.shape).transpose(0, 1).to(q.dtype)
+        lse[own] = total_lse.view(part_lse.shape).T
     return out, lse
 
 
