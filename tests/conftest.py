@@ -66,7 +66,7 @@ def logging_restored() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """A team of threads costs what is as small as a test's tensors, or its DeepSeek-V4, more than it gives."""
+    """Run torch on one thread: for tensors as small as in tests, more threads cost more time than they save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

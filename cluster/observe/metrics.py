@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from forecache.indexer.serving.protocol import IndexerStats
 from forecache.indexer.serving.telemetry import Component
 from forecache.workers.core.requests import TokenEvent
-from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats, WorkerStats
+from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineCounters, WorkerStats
 from forecache.workers.memory.arena.stats import TierStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -121,7 +121,7 @@ class StatsCollector(Collector):
 
     def _worker(self, stats: WorkerStats) -> Iterable[Metric]:
         engine = stats.engine
-        yield from self._counters(_ENGINE_COUNTERS, engine)
+        yield from self._counters(_ENGINE_COUNTERS, engine.counters)
         yield self._gauge("forecache_num_requests_running", "Requests in the batch.", engine.running)
         yield self._gauge("forecache_num_requests_waiting", "Requests that wait for admission.", engine.waiting)
         yield self._gauge(
@@ -134,7 +134,7 @@ class StatsCollector(Collector):
             "Mean of resident chunks / all chunks over running sequences; 1 if none runs.",
             engine.resident_ratio,
         )
-        yield self._recall_seconds(engine)
+        yield self._recall_seconds(engine.counters)
         yield self._counter(
             "forecache_indexer_fallbacks",
             "Predictions that a worker made itself because its indexer actor did not answer.",
@@ -207,15 +207,15 @@ class StatsCollector(Collector):
         family.add_metric([self._model_name], value)
         return family
 
-    def _recall_seconds(self, engine: EngineStats) -> Metric:
+    def _recall_seconds(self, counters: EngineCounters) -> Metric:
         family = HistogramMetricFamily(
             "forecache_recall_seconds",
             "Duration of one recall of a few chunks: copy and verify.",
             labels=["model_name"],
         )
         bounds = [*map(str, RECALL_BOUNDS_S), "+Inf"]
-        buckets = list(zip(bounds, accumulate(map(float, engine.recall_buckets)), strict=True))
-        family.add_metric([self._model_name], cast(Any, buckets), engine.recall_s)
+        buckets = list(zip(bounds, accumulate(map(float, counters.recall_buckets)), strict=True))
+        family.add_metric([self._model_name], cast(Any, buckets), counters.recall_s)
         return family
 
 

@@ -140,7 +140,7 @@ def main() -> int:
         scraper = Scraper(f"http://127.0.0.1:{server.server_port}/metrics", args.interval_s)
         decoding = Decoding(llm, args.requests, args.prompt_tokens, metrics)
         warm = WARM_UP_TOKENS * args.requests
-        decoding.until(lambda: llm.engine.stats().generated_tokens >= warm, observe=False)
+        decoding.until(lambda: llm.engine.stats().counters.generated_tokens >= warm, observe=False)
         rows = []
         for pair in range(args.pairs):
             rates: dict[bool, float] = {}

@@ -16,7 +16,7 @@ from synthetic import SyntheticIndexer, make_template, scored_chunks, store_prom
 
 from forecache.indexer.serving.config import SelectionConfig
 from forecache.indexer.serving.selection import budget_chunks
-from forecache.workers.core.stats import EngineStats
+from forecache.workers.core.stats import EngineCounters
 from forecache.workers.llm import LLM
 
 SYNTHETIC = "synthetic, one template chunk"
@@ -80,11 +80,11 @@ class Bench:
     def prefill(self, context: int) -> Iterator[Row]:
         """One prompt of which nothing is stored."""
         self._begin()
-        before = self.llm.engine.stats()
+        before = self.llm.engine.stats().counters
         track = self.client.add(self._prompt(context, 0, fresh=True), 1)
         self.client.finish()
         stats, ttft_s = track.account, track.account.time_to_first_token_s
-        stall_s = self.llm.engine.stats().prefetch_stall_s - before.prefetch_stall_s
+        stall_s = self.llm.engine.stats().counters.prefetch_stall_s - before.prefetch_stall_s
         self._begin()
         share = None
         if self.device.type == "cuda":
@@ -190,9 +190,9 @@ class Bench:
             print(f"{name} {context}: {len(tracks)} requests decode", flush=True)
         first_window = self.llm.config.window_steps
         self.client.run_until(lambda: _over(tracks) or all(len(track.token_s) > first_window for track in tracks))
-        settled_from = self.llm.engine.stats()
+        settled_from = self.llm.engine.stats().counters
         self.client.run_until(lambda: _over(tracks))
-        settled_to = self.llm.engine.stats()
+        settled_to = self.llm.engine.stats().counters
         self.client.finish()
         if kv == SYNTHETIC:
             self._check_cached(tracks, context - 1)
@@ -226,7 +226,9 @@ class Bench:
             **values,
         )
 
-    def _turnover(self, settled: Steady, concurrency: int, before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    def _turnover(
+        self, settled: Steady, concurrency: int, before: EngineCounters, after: EngineCounters
+    ) -> dict[str, Any]:
         """What was recalled in the settled time, whose statistics at its begin and end are given."""
         turns = [turn for turn in self.indexer.turns if settled.start_s <= turn.at_s <= settled.end_s]
         windows = concurrency * len(settled.gaps_s) / self.llm.config.window_steps

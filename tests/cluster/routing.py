@@ -147,7 +147,7 @@ class Watch:
         self._fetched_before = self.fetched()
 
     def finished(self) -> Counter[str]:
-        return Counter({worker.worker_id: worker.engine.finished_requests for worker in self._stats()})
+        return Counter({worker.worker_id: worker.engine.counters.finished_requests for worker in self._stats()})
 
     def fetched(self) -> int:
         """Chunks that came from other nodes, since start; every worker has a node of its own."""

@@ -97,7 +97,7 @@ async def test_many_callers_get_their_own_answers(llm: LLM, prompts: list[list[i
         # again, after the engine has gone to sleep
         await until(lambda: llm.engine.idle)
         assert await answer(engine, request("later", prompts[0])) == expected[0]
-        assert engine.stats().finished_requests == 13
+        assert engine.stats().counters.finished_requests == 13
         assert engine.alive
         engine.check_health()
 
@@ -137,7 +137,7 @@ async def test_closing_the_generator_cancels(llm: LLM, prompts: list[list[int]],
         other = asyncio.create_task(answer(engine, request("other", prompts[1])))
         async with aclosing(engine.generate(request("left", prompts[0], ENDLESS))) as events:
             await until_tokens(events)
-        await until(lambda: engine.stats().cancelled_requests == 1)
+        await until(lambda: engine.stats().counters.cancelled_requests == 1)
         assert await other == reference(prompts[1], TOKENS)
         await until(lambda: llm.engine.idle)
         assert engine.stats().running == 0
@@ -151,7 +151,7 @@ async def test_a_cancelled_task_cancels_its_request(llm: LLM, prompts: list[list
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: engine.stats().cancelled_requests == 1)
+        await until(lambda: engine.stats().counters.cancelled_requests == 1)
 
 
 async def test_a_task_cancelled_before_the_engine_saw_it_leaves_nothing(llm: LLM, prompts: list[list[int]]) -> None:
@@ -175,7 +175,7 @@ async def test_a_generator_that_is_dropped_cancels(llm: LLM, prompts: list[list[
 
         await listen_a_little()
         gc.collect()
-        await until(lambda: engine.stats().cancelled_requests == 1)
+        await until(lambda: engine.stats().counters.cancelled_requests == 1)
 
 
 async def test_cancel_from_elsewhere_ends_the_stream(llm: LLM, prompts: list[list[int]]) -> None:

@@ -200,7 +200,6 @@ def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck
     assert count == 1 and states.load(store.arena, KEYS[2], refs) is not None
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("cold_chunks", [70, 600])
 def test_an_answer_loses_two_chunks_at_most_to_a_bad_slot(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold_chunks: int
@@ -243,7 +242,7 @@ def test_an_answer_loses_two_chunks_at_most_to_a_bad_slot(
             if reason is not None:
                 break
         assert (tokens, reason) == (400, "length")
-        lost = llm.engine.stats().lost_chunks
+        lost = llm.engine.stats().counters.lost_chunks
         assert 1 <= lost <= 2 and llm.memory.stats().dropped_chunks == lost
         assert llm.memory.stats().bad_slots == (lost == 2)
         llm.engine.check_integrity()

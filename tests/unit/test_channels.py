@@ -249,7 +249,7 @@ async def test_who_reads_late_finds_all_in_order(
         first = await until_begun(late)
         quick = [answer(client.ask(str(n), prompts[n])) for n in range(4)]
         assert await asyncio.gather(*quick) == [reference(prompts[n], TOKENS) for n in range(4)]
-        await until(lambda: client.workers["a"].engine.stats().finished_requests == 5)
+        await until(lambda: client.workers["a"].engine.stats().counters.finished_requests == 5)
         await until(lambda: not client.channels._pumps)
         assert "late" in client.moved()
         assert [*first.token_ids, *await answer(late)] == reference(prompts[0], TOKENS)

@@ -314,7 +314,7 @@ def generate(model: Path, device: str) -> Indexer:
         prompt = [3 + number * number % 250 for number in range(340)]
         answer = llm.generate([prompt], max_tokens=40, ignore_eos=True)[0]
         assert len(answer.token_ids) == 40
-        assert llm.engine.stats().windows > 0 and llm.engine.stats().failed_predictions == 0
+        assert llm.engine.stats().counters.windows > 0 and llm.engine.stats().counters.failed_predictions == 0
         return llm._indexer
 
 

@@ -33,9 +33,6 @@ SCORE_GAP = 1e-5
 STEPS = 256
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest) -> Path | None:
     """The directory of a trained model, where one is given."""

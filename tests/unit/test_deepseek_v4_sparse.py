@@ -47,9 +47,6 @@ SPEC = IndexSpec(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: MakeDeepseekV4) -> Path:
     directory = tmp_path_factory.mktemp("tiny-deepseek-v4")
@@ -185,7 +182,7 @@ def test_a_checkpoint_of_retrievers_serves(path: Path, arena_dir: Path, tmp_path
         assert llm.scorer.name == "trained"
         assert llm.index_spec.kv_heads == ((0, 0), (2, 0))
         llm.generate([prompt_of(2000)], max_tokens=40, ignore_eos=True)
-        assert llm.engine.stats().failed_predictions == 0
+        assert llm.engine.stats().counters.failed_predictions == 0
         # what scores on a GPU answers the same, from the arena and then from what it kept of it
         with closing(
             CudaIndexer(llm.index_spec, llm.memory.arena, torch.device("cpu"), 1 << 20, RegisteredMemory)

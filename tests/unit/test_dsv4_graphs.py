@@ -21,9 +21,6 @@ EXACT, ROUNDED = 1e-4, 0.05
 """Error of logits, relative to the largest: in float32; in bfloat16, where splits of a sum differ."""
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..., object]) -> Path:
     directory = tmp_path_factory.mktemp("tiny-deepseek-v4")

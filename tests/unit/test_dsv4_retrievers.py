@@ -25,9 +25,6 @@ SHORTEST, LONGEST = 1536, 1792
 DOCUMENTS = ["--documents", "2", "--eval-documents", "1", "--min-tokens", f"{SHORTEST}", "--max-tokens", f"{LONGEST}"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights, and a recording of it by the command."""

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
 from forecache.workers.evaluation.ruler import Generator, Task, score
 from forecache.workers.llm import LLM
@@ -16,9 +14,6 @@ TOKENS = 4096
 SAMPLES = 2
 NAMED: tuple[Task, ...] = ("needle", "multikey", "multiquery")
 """Kinds whose question names all that is to be found; of a chain the next link is known only once the last was read."""
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_lookahead_answers_and_recency_does_not(arena_dir: Path) -> None:

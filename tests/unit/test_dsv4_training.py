@@ -30,9 +30,6 @@ CPU = torch.device("cpu")
 PHASES: tuple[Phase, ...] = ("dense", "indexer", "sparse")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()

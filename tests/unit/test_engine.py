@@ -127,7 +127,7 @@ def test_after_every_hot_slot_was_evicted(
         settle(llm)
         before = llm.engine.stats()
         assert before.prefilled_tokens == sum(map(len, prompts)) and before.prefilled_prompts == len(prompts)
-        assert 0 < before.prefill_s < before.step_s
+        assert 0 < before.prefill_s < before.counters.step_s
         assert llm.engine.pool.evict_all() > 0
         assert llm.engine.pool.used == 0
         answers = llm.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
@@ -199,7 +199,7 @@ def test_a_chunk_damaged_while_running_restarts_its_sequence(
         settle(llm)
         llm.engine.pool.evict_all()
         assert run(llm, [prompts[2]])[0] == expected[2]
-        assert llm.engine.stats().lost_chunks == 1
+        assert llm.engine.stats().counters.lost_chunks == 1
         assert len(recalls) == 1  # the sound ones were hot already when the sequence started over
 
 
@@ -226,9 +226,9 @@ def test_requests_choose_their_windows(tiny_model: Path, prompts: list[list[int]
     """As many turns as boundaries: 2, 4, 8 and every window, the first of them earlier by a stagger."""
 
     def turns(llm: LLM, window_steps: int | None) -> int:
-        before = llm.engine.stats().windows
+        before = llm.engine.stats().counters.windows
         llm.generate([prompts[2]], max_tokens=65, ignore_eos=True, window_steps=window_steps)
-        return llm.engine.stats().windows - before
+        return llm.engine.stats().counters.windows - before
 
     with open_llm(tiny_model, keep_ratio=0.2, late_policy="wait", hot_chunks=40) as llm:
         assert 15 <= turns(llm, 4) <= 17

@@ -24,7 +24,6 @@ from forecache.workers.core.requests import CacheOptions, GenerateRequest, Polic
 from forecache.workers.core.sequence import State
 from forecache.workers.llm import LLM
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 CHUNK_TOKENS = 16
 LONGEST = 320

@@ -52,7 +52,6 @@ from forecache.workers.memory.hot.remote_chunks import RemoteTransfers
 from forecache.workers.models.dense import attention
 
 T = TypeVar("T")
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 DEADLINE_S = 60.0
 REQUEST = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=3))

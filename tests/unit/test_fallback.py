@@ -164,7 +164,7 @@ def test_low_coverage_doubles_the_budget_and_brings_the_chunks_in(
             sizes[seq.residency.decode_steps] = (len(seq.residency.slots), seq.residency.reserved_slots)
             llm.engine.check_integrity()
         assert stats.coverage == 0.0 and stats.fallbacks == 1
-        assert llm.engine.stats().event_misses == 1
+        assert llm.engine.stats().counters.event_misses == 1
     first, widest, last = sizes[1], max(sizes.values()), sizes[80 - 1]
     assert first[0] <= FIRST_BUDGET
     # at once: not only at the second step, its boundary
@@ -256,7 +256,7 @@ def test_a_pool_without_spare_slots_refuses_and_nobody_suffers(
     # two sequences of 8 + 4 + 3 slots each: nothing is left over, and either could grow to 27 if it were alone
     with opened(tiny_model, arena_dir, at_first(9), hot_chunks=30, max_batch_size=2) as llm:
         answers = generate(llm, [prompts[2], prompts[2][1:]], tokens=20)
-        assert llm.engine.stats().refused_fallbacks > 0
+        assert llm.engine.stats().counters.refused_fallbacks > 0
     assert [len(answer.token_ids) for answer in answers] == [20, 20]
     assert all(answer.stats.coverage < 1 for answer in answers)
 

@@ -152,7 +152,7 @@ def test_without_predictions_a_sequence_goes_on_within_its_budget(
         end = finish(llm, {"long"})["long"]
     assert end.finish_reason == "length" and end.stats is not None
     assert end.stats.resident_chunks <= 8 + 16 // 16 + 3
-    assert llm.engine.stats().failed_predictions > 300 // 16
+    assert llm.engine.stats().counters.failed_predictions > 300 // 16
 
 
 def test_a_damaged_prefix_while_its_owner_is_away(

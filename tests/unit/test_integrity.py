@@ -50,8 +50,6 @@ DEVICES = [
 ]
 MOST_STEPS = 3000
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tiny_dsv4(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..., Any]) -> Path:
@@ -188,7 +186,7 @@ def test_streamed_past(architecture: Architecture, device: str, phase: str) -> N
     with architecture.open(device) as llm:
         assert answer(llm, prompt, meddle, policy="full").is_that_of(expected)
         assert len(flipped) > 1
-        assert llm.engine.stats().lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
+        assert llm.engine.stats().counters.lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
         assert_nothing_wrong_is_stored(llm, clean)
         llm.engine.pool.evict_all()
         assert answer(llm, prompt, policy="full").is_that_of(expected)
@@ -214,7 +212,7 @@ def test_streamed_prefix(architecture: Architecture, device: str) -> None:
 
         again = answer(llm, prompt, meddle, policy="full")
         assert again.is_that_of(expected) and len(flipped) == 3
-        assert llm.engine.stats().lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
+        assert llm.engine.stats().counters.lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
         assert_nothing_wrong_is_stored(llm, clean)
 
 
@@ -380,7 +378,7 @@ def test_index_records(architecture: Architecture, device: str) -> None:
     with architecture.open(device, **settings) as llm:
         assert answer(llm, architecture.prompt, meddle, tokens=40).is_that_of(expected)
         assert len(flipped) == 2
-        assert llm.engine.stats().lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
+        assert llm.engine.stats().counters.lost_chunks == llm.memory.stats().dropped_chunks == len(flipped)
 
 
 def test_record_of_a_chunk_on_another_node(tmp_path: Path) -> None:
@@ -426,7 +424,7 @@ def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(ChunkLifecycle, "located", damaged_now)
         assert answer(llm, architecture.prompt).is_that_of(expected)
         assert flips == llm.memory.stats().dropped_chunks == 1
-        assert llm.engine.stats().lost_chunks == 0, "found before anything was computed with it"
+        assert llm.engine.stats().counters.lost_chunks == 0, "found before anything was computed with it"
         assert_nothing_wrong_is_stored(llm, clean)
 
 

@@ -11,8 +11,8 @@ from forecache.cluster.observe.metrics_targets import MergedPages, service_disco
 from forecache.indexer.serving.protocol import IndexerStats
 from forecache.indexer.serving.telemetry import Component, MetricsTarget
 from forecache.workers.core.requests import FinishReason, SequenceStats, TokenEvent
-from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats, ScorerStats, WorkerStats
-from forecache.workers.engine.counters import EngineCounters
+from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineCounters, EngineStats, ScorerStats, WorkerStats
+from forecache.workers.engine.counters import count_recall
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.hot.completions import Recalled
 
@@ -101,9 +101,8 @@ def test_every_series_is_there_before_any_request() -> None:
 
 
 def test_a_worker() -> None:
-    stats = EngineStats(
-        running=3, hot_slots=30, hot_slots_referenced=6, resident_ratio=0.1, recalled_chunks=9, fallbacks=2
-    )
+    counters = EngineCounters(recalled_chunks=9, fallbacks=2)
+    stats = EngineStats(counters, running=3, hot_slots=30, hot_slots_referenced=6, resident_ratio=0.1)
     found = samples_of(page("worker", worker(stats)))
     assert found["forecache_num_requests_running"] == 3
     assert found["forecache_recalled_chunks_total[local]"] == 9
@@ -128,8 +127,8 @@ def test_recalls_are_counted_by_their_time() -> None:
     counters = EngineCounters()
     times = (0.0, RECALL_BOUNDS_S[0], RECALL_BOUNDS_S[3] * 1.01, RECALL_BOUNDS_S[-1] + 1)
     for duration_s in times:
-        counters.recall(Recalled(0, (), 100, duration_s, 2))
-    text = page("worker", worker(EngineStats(recall_buckets=counters.recall_buckets, recall_s=counters.recall_s)))
+        count_recall(counters, Recalled(0, (), 100, duration_s, 2))
+    text = page("worker", worker(EngineStats(counters)))
     found = samples_of(text)
     assert found["forecache_recall_seconds_sum"] == sum(times) and found["forecache_recall_seconds_count"] == 4
     [family] = [one for one in text_string_to_metric_families(text) if one.name == "forecache_recall_seconds"]
@@ -196,8 +195,8 @@ def test_service_discovery_lists_each_process() -> None:
 
 def test_pages_are_merged_and_nothing_is_added_up() -> None:
     one, two, gone = targets([("worker", "w1"), ("worker", "w2"), ("tier", "t1")])
-    pages = [(one, page("worker", worker(EngineStats(recalled_chunks=3)))), (gone, None)]
-    pages.append((two, page("worker", worker(EngineStats(recalled_chunks=4)))))
+    pages = [(one, page("worker", worker(EngineStats(EngineCounters(recalled_chunks=3))))), (gone, None)]
+    pages.append((two, page("worker", worker(EngineStats(EngineCounters(recalled_chunks=4))))))
     merged = generate_latest(MergedPages(pages)).decode()  # type: ignore[arg-type]
     families = {family.name: family for family in text_string_to_metric_families(merged)}
     assert merged.count("# HELP forecache_recalled_chunks_total ") == 1

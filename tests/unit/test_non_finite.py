@@ -28,8 +28,6 @@ DEVICES = [
 WRONG = [float("nan"), float("inf")]
 MOST_STEPS = 2000
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def tiny_dsv4(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..., Any]) -> Path:
@@ -181,14 +179,14 @@ def test_one_step_of_a_prompt(path: Path, kind: str, device: str) -> None:
         add(llm, "a", prompt, 6)
         tokens, last = finish(llm)["a"]
         assert fault.hits == 1 and last.finish_reason == "length" and tokens == expected
-        assert llm.engine.stats().non_finite_steps == 1
+        assert llm.engine.stats().counters.non_finite_steps == 1
         assert_all_is_finite(llm)
         llm.engine.pool.evict_all()
         add(llm, "b", prompt[:200] + prompt_of(40, 2), 4)
         assert finish(llm)["b"][1].finish_reason == "length"
         add(llm, "c", prompt, 6)
         assert finish(llm)["c"][0] == expected
-        assert llm.engine.stats().non_finite_steps == 1
+        assert llm.engine.stats().counters.non_finite_steps == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -212,7 +210,7 @@ def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, 
             add(llm, name, prompt, 40)
         answers = finish(llm)
         fault.mend()
-        assert fault.hits == 1 and llm.engine.stats().non_finite_steps == 1
+        assert fault.hits == 1 and llm.engine.stats().counters.non_finite_steps == 1
         assert {name: tokens for name, (tokens, _) in answers.items()} == {
             name: tokens for name, (tokens, _) in expected.items()
         }
@@ -227,7 +225,7 @@ def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, 
         assert last.non_finite and "the model gave" in str(last.error) and "once more" in str(last.error)
         for name in ("a", "c"):
             assert answers[name][1].finish_reason == "length" and answers[name][0] == expected[name][0]
-        assert llm.engine.stats().non_finite_steps == 2
+        assert llm.engine.stats().counters.non_finite_steps == 2
         add(llm, "again", prompts["b"], 40)
         assert finish(llm)["again"][0] == expected["b"][0]
 
@@ -264,7 +262,7 @@ def test_compiled_layers_and_graphs_of_decode_steps_are_watched_too(path: Path, 
         for name, prompt in prompts.items():
             add(llm, name + "2", prompt, 40)
         answers = finish(llm)
-        assert poisoned and llm.engine.stats().non_finite_steps == 1
+        assert poisoned and llm.engine.stats().counters.non_finite_steps == 1
         assert {name: tokens for name, (tokens, _) in answers.items()} == {
             name + "2": tokens for name, tokens in expected.items()
         }
@@ -313,7 +311,7 @@ def test_a_sequence_whose_next_set_is_on_its_way_starts_over_once_that_is_there(
             if any(event.finish_reason for event in events):
                 break
         assert waited and fault.hits == 1 and events[-1].finish_reason == "length"
-        assert llm.engine.stats().non_finite_steps == 1
+        assert llm.engine.stats().counters.non_finite_steps == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -338,7 +336,7 @@ def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap:
             if last is not None and last.finish_reason is not None:
                 break
         assert fault.hits == 1 and last is not None and last.finish_reason == "length"
-        assert llm.engine.stats().non_finite_steps == 1
+        assert llm.engine.stats().counters.non_finite_steps == 1
 
 
 def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path) -> None:
@@ -361,12 +359,12 @@ def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path)
             for event in llm.engine.step():
                 last = event
             if fault.hits and seq.restarts == 1:
-                assert llm.engine.stats().lost_chunks == 1
+                assert llm.engine.stats().counters.lost_chunks == 1
                 assert pool.memory.view(torch.float32).isfinite().all()
             if last is not None and last.finish_reason is not None:
                 break
         assert fault.hits == 1 and last is not None and last.finish_reason == "length"
-        assert llm.engine.stats().non_finite_steps == 0
+        assert llm.engine.stats().counters.non_finite_steps == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -388,7 +386,7 @@ def test_what_a_sequence_has_left_is_no_fault_of_the_next(path: Path, device: st
             for name, tokens in (("a", 120), ("b", 21)):
                 add(llm, name, prompt_of(tokens, 31), 12)
             answers.append({name: tokens for name, (tokens, _) in finish(llm).items()})
-            assert llm.engine.stats().non_finite_steps == 0
+            assert llm.engine.stats().counters.non_finite_steps == 0
     assert answers[0] == answers[1]
 
 

@@ -40,7 +40,7 @@ from forecache.workers.errors import ForecacheError, InvalidRequestError
 from forecache.workers.llm import LLM
 from forecache.workers.models.tokenizer import load_tokenizer
 
-pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.anyio
 CHUNK_BYTES = 2 * 2 * 2 * 16 * 16 * 4
 ROOT = Path(engine_module.__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("cluster", "workers", "indexer", "kernels"))

@@ -17,7 +17,6 @@ from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.format.keys import ChunkKey
 from forecache.workers.memory.format.slots import Reservation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MOST_STEPS = 1500
 
 

@@ -25,7 +25,7 @@ from forecache.cluster.dispatch.routing_cost import (
     slot_wait_s,
 )
 from forecache.workers.core.requests import ChannelRequest, GenerateRequest
-from forecache.workers.core.stats import EngineStats
+from forecache.workers.core.stats import EngineCounters, EngineStats
 from forecache.workers.core.worker_report import MovingRate, Reporter, WorkerReport
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.format.keys import prefix_keys, root_key
@@ -94,10 +94,10 @@ def test_a_report_says_what_was_measured_and_comes_through_serve_as_it_was() -> 
     reporter = Reporter("layout", "tier", chunk_bytes=1000, batch_size=4)
     first = reporter.report(EngineStats(), None)
     assert first == WorkerReport("layout", "tier", 1000, 4)
+    counters = EngineCounters(recall_bytes=900, recall_s=3.0, finished_requests=6, step_s=12.0)
     engine = EngineStats(
-        running=3, waiting=2, prefill_tokens_left=70, prefilled_tokens=500, prefilled_prompts=4, prefill_s=2.0,
-        recall_bytes=900, recall_s=3.0, finished_requests=6, step_s=12.0,
-    )  # fmt: skip
+        counters, running=3, waiting=2, prefill_tokens_left=70, prefilled_tokens=500, prefilled_prompts=4, prefill_s=2.0
+    )
     tier = TierStats(10, 0, 0, 0, 0, 0, fetched_bytes=80, fetch_s=4.0)
     report = reporter.report(engine, tier)
     assert report == WorkerReport("layout", "tier", 1000, 4, 3, 2, 70, 250.0, 125.0, 300.0, 20.0, 0.5)

@@ -301,7 +301,7 @@ def test_it_serves_where_little_is_kept(tiny_model: Path, checkpoint: Path, aren
         answers = llm.generate([text(400, 4), text(523, 5)], max_tokens=70, ignore_eos=True)
         assert [len(answer.token_ids) for answer in answers] == [70, 70]
         assert all(answer.stats.resident_chunks < answer.stats.context_chunks / 2 for answer in answers)
-        stats = llm.engine.stats()
+        stats = llm.engine.stats().counters
         assert stats.windows > 10 and stats.failed_predictions == 0
     assert all(answer.result(30).missing == () for answer in recorder.answers)
 

@@ -1,6 +1,6 @@
 """Numbers that a worker exposes; `cluster/observe/metrics.py` maps them to Prometheus metrics."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from forecache.workers.memory.arena.stats import TierStats
@@ -8,32 +8,18 @@ from forecache.workers.memory.arena.stats import TierStats
 ScorerName = Literal["trained", "training-free", "bounds"]
 
 RECALL_BOUNDS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-"""Upper bounds of the buckets of :attr:`EngineStats.recall_buckets`, by a recall's duration."""
+"""Upper bounds of the buckets of :attr:`EngineCounters.recall_buckets`, by a recall's duration."""
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """Gauges are current, counters count since start. Chunks and slots are counts; other names end in their unit.
+@dataclass
+class EngineCounters:
+    """Sums since start. The engine's thread adds to them; :class:`EngineStats` has a copy.
 
     Attributes:
-        prefill_tokens_left: tokens left to prefill, of admitted prompts.
-        prefilled_tokens, prefilled_prompts: what prefill has computed, in steps of ``prefill_s`` together, which may
-            include decode rows.
         recall_buckets: recalls by duration, not cumulative; one bucket more than there are bounds.
     """
 
-    running: int = 0
-    waiting: int = 0
-    prefill_tokens_left: int = 0
-    hot_slots: int = 0
-    hot_slots_used: int = 0
-    hot_slots_referenced: int = 0
-    chunk_bytes: int = 0
-    resident_ratio: float = 1.0
     prompt_tokens: int = 0
-    prefilled_tokens: int = 0
-    prefilled_prompts: int = 0
-    prefill_s: float = 0.0
     generated_tokens: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -44,7 +30,6 @@ class EngineStats:
     written_back_chunks: int = 0
     written_back_bytes: int = 0
     write_back_s: float = 0.0
-    evicted_chunks: int = 0
     windows: int = 0
     late_windows: int = 0
     failed_predictions: int = 0
@@ -60,6 +45,33 @@ class EngineStats:
     failed_requests: int = 0
     steps: int = 0
     step_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine's numbers. Chunks and slots are counts; other names end in their unit.
+
+    Attributes:
+        counters: a copy of the engine's counters.
+        prefill_tokens_left: tokens left to prefill, of admitted prompts.
+        prefilled_tokens, prefilled_prompts: computed by prefill since start, in steps that took ``prefill_s`` together
+            and may include decode rows.
+        evicted_chunks: since start.
+    """
+
+    counters: EngineCounters = field(default_factory=EngineCounters)
+    running: int = 0
+    waiting: int = 0
+    prefill_tokens_left: int = 0
+    prefilled_tokens: int = 0
+    prefilled_prompts: int = 0
+    prefill_s: float = 0.0
+    hot_slots: int = 0
+    hot_slots_used: int = 0
+    hot_slots_referenced: int = 0
+    evicted_chunks: int = 0
+    chunk_bytes: int = 0
+    resident_ratio: float = 1.0
 
 
 @dataclass(frozen=True)

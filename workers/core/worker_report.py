@@ -83,8 +83,8 @@ class Reporter:
         if engine.prefilled_prompts > self._prefilled_prompts:  # a long prompt spans several reports
             self._prompt.observe(engine.prefilled_tokens, engine.prefilled_prompts)
             self._prefilled_prompts = engine.prefilled_prompts
-        self._recall.observe(engine.recall_bytes, engine.recall_s)
-        self._requests.observe(engine.finished_requests, engine.step_s)
+        self._recall.observe(engine.counters.recall_bytes, engine.counters.recall_s)
+        self._requests.observe(engine.counters.finished_requests, engine.counters.step_s)
         if tier is not None:
             self._fetch.observe(tier.fetched_bytes, tier.fetch_s)
         return WorkerReport(

@@ -12,8 +12,8 @@ from forecache.indexer.serving.cuda_scorer import CudaIndexer
 from forecache.indexer.serving.protocol import Indexer
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.grammar import Grammars
+from forecache.workers.core.stats import EngineCounters
 from forecache.workers.engine.chunk_lifecycle import ChunkLifecycle
-from forecache.workers.engine.counters import EngineCounters
 from forecache.workers.engine.detokenize import OutputProcessor
 from forecache.workers.engine.engine import Engine
 from forecache.workers.engine.pulse import Pulse

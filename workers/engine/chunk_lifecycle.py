@@ -8,7 +8,7 @@ import numpy as np
 
 from forecache.workers.core.requests import FinishReason
 from forecache.workers.core.sequence import Chunk, State, TokenSequence
-from forecache.workers.engine.counters import EngineCounters
+from forecache.workers.core.stats import EngineCounters
 from forecache.workers.engine.snapshots import Snapshots
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.keys import ChunkKey

@@ -3,11 +3,11 @@
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 
 from forecache.workers.core.requests import FinishReason, SequenceStats
 from forecache.workers.core.sequence import State, TokenSequence
-from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineStats
+from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineCounters, EngineStats
 from forecache.workers.engine.scheduler import Scheduler
 from forecache.workers.memory.hot.completions import Recalled
 from forecache.workers.memory.hot.pool import HotPool
@@ -51,85 +51,49 @@ def check_references(pool: HotPool, sequences: Iterable[TokenSequence]) -> None:
         )
 
 
-@dataclass
-class EngineCounters:
-    """Sums since start, named as in :class:`EngineStats`. The engine's thread writes them, any may read a snapshot."""
+def count_recall(counters: EngineCounters, done: Recalled) -> None:
+    """Add a recall to ``counters``."""
+    counters.recalled_chunks += done.recalled_chunks
+    counters.recall_bytes += done.recalled_bytes
+    counters.recall_s += done.duration_s
+    at, counts = bisect_left(RECALL_BOUNDS_S, done.duration_s), counters.recall_buckets
+    counters.recall_buckets = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
+    counters.lost_chunks += len(done.lost)
 
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    recalled_chunks: int = 0
-    recall_bytes: int = 0
-    recall_s: float = 0.0
-    recall_buckets: tuple[int, ...] = (0,) * (len(RECALL_BOUNDS_S) + 1)
-    written_back_chunks: int = 0
-    written_back_bytes: int = 0
-    write_back_s: float = 0.0
-    lost_chunks: int = 0
-    non_finite_steps: int = 0
-    windows: int = 0
-    late_windows: int = 0
-    failed_predictions: int = 0
-    event_hits: int = 0
-    event_misses: int = 0
-    fallbacks: int = 0
-    refused_fallbacks: int = 0
-    prefetch_stall_s: float = 0.0
-    finished_requests: int = 0
-    cancelled_requests: int = 0
-    failed_requests: int = 0
-    steps: int = 0
-    step_s: float = 0.0
 
-    def step(self, duration_s: float) -> None:
-        """Count a step."""
-        self.steps += 1
-        self.step_s += duration_s
+def count_end(counters: EngineCounters, seq: TokenSequence, reason: FinishReason) -> None:
+    """Add a request that ended for ``reason`` to ``counters``."""
+    counters.windows += seq.counters.windows
+    counters.late_windows += seq.counters.late_windows
+    counters.failed_predictions += seq.counters.failed_predictions
+    counters.event_hits += seq.counters.event_hits
+    counters.event_misses += seq.counters.event_misses
+    counters.fallbacks += seq.counters.fallbacks
+    counters.refused_fallbacks += seq.counters.refused_fallbacks
+    if reason == "cancelled":
+        counters.cancelled_requests += 1
+    elif reason == "error":
+        counters.failed_requests += 1
+    else:
+        counters.finished_requests += 1
 
-    def recall(self, done: Recalled) -> None:
-        """Count a recall."""
-        self.recalled_chunks += done.recalled_chunks
-        self.recall_bytes += done.recalled_bytes
-        self.recall_s += done.duration_s
-        at, counts = bisect_left(RECALL_BOUNDS_S, done.duration_s), self.recall_buckets
-        self.recall_buckets = (*counts[:at], counts[at] + 1, *counts[at + 1 :])
-        self.lost_chunks += len(done.lost)
 
-    def leave(self, seq: TokenSequence, reason: FinishReason) -> None:
-        """Count a request that ended for ``reason``."""
-        self.windows += seq.counters.windows
-        self.late_windows += seq.counters.late_windows
-        self.failed_predictions += seq.counters.failed_predictions
-        self.event_hits += seq.counters.event_hits
-        self.event_misses += seq.counters.event_misses
-        self.fallbacks += seq.counters.fallbacks
-        self.refused_fallbacks += seq.counters.refused_fallbacks
-        if reason == "cancelled":
-            self.cancelled_requests += 1
-        elif reason == "error":
-            self.failed_requests += 1
-        else:
-            self.finished_requests += 1
-
-    def snapshot(self, pool: HotPool, scheduler: Scheduler) -> EngineStats:
-        """The counters, with gauges of ``pool`` and ``scheduler``."""
-        running = list(scheduler.running)
-        ratios = [seq.resident_share for seq in running if seq.residency.decode_steps]
-        return EngineStats(
-            running=len(running),
-            waiting=len(scheduler.waiting),
-            prefill_tokens_left=sum(
-                seq.prefill_target - seq.num_computed for seq in running if seq.state is State.PREFILL
-            ),
-            prefilled_tokens=scheduler.prefilled_tokens,
-            prefilled_prompts=scheduler.prefilled_prompts,
-            prefill_s=scheduler.prefill_s,
-            hot_slots=pool.num_slots,
-            hot_slots_used=pool.used,
-            hot_slots_referenced=pool.referenced,
-            chunk_bytes=pool.layout.nbytes,
-            resident_ratio=sum(ratios) / len(ratios) if ratios else 1.0,
-            evicted_chunks=pool.evicted_chunks,
-            **vars(self),
-        )
+def engine_stats(counters: EngineCounters, pool: HotPool, scheduler: Scheduler) -> EngineStats:
+    """A snapshot of ``counters``, with gauges of ``pool`` and ``scheduler``."""
+    running = list(scheduler.running)
+    ratios = [seq.resident_share for seq in running if seq.residency.decode_steps]
+    return EngineStats(
+        running=len(running),
+        waiting=len(scheduler.waiting),
+        prefill_tokens_left=sum(seq.prefill_target - seq.num_computed for seq in running if seq.state is State.PREFILL),
+        prefilled_tokens=scheduler.prefilled_tokens,
+        prefilled_prompts=scheduler.prefilled_prompts,
+        prefill_s=scheduler.prefill_s,
+        hot_slots=pool.num_slots,
+        hot_slots_used=pool.used,
+        hot_slots_referenced=pool.referenced,
+        chunk_bytes=pool.layout.nbytes,
+        resident_ratio=sum(ratios) / len(ratios) if ratios else 1.0,
+        evicted_chunks=pool.evicted_chunks,
+        counters=replace(counters),
+    )

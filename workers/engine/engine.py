@@ -4,16 +4,17 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Set
 from contextlib import ExitStack, nullcontext
 
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.grammar import Grammars, Matcher
 from forecache.workers.core.requests import FinishReason, GenerateRequest, TokenEvent
 from forecache.workers.core.sequence import State, TokenSequence
-from forecache.workers.core.stats import EngineStats
+from forecache.workers.core.stats import EngineCounters, EngineStats
 from forecache.workers.core.step_plan import Plan, Sampled, StepOutput
 from forecache.workers.engine.chunk_lifecycle import ChunkLifecycle
-from forecache.workers.engine.counters import EngineCounters, check_references
+from forecache.workers.engine.counters import check_references, count_end, count_recall, engine_stats
 from forecache.workers.engine.detokenize import NO_OUTPUT, Output, OutputProcessor
 from forecache.workers.engine.pulse import Pulse
 from forecache.workers.engine.scheduler import Scheduler
@@ -37,6 +38,23 @@ logger = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.05
 NON_FINITE_RETRIES = 1
 """How often a request starts over because the model computed a value that is not finite."""
+
+
+class AbortCheck:
+    """Called between the layers of a step: shows that the step advances, and returns whether to abort it.
+
+    A step is aborted when the id of one of its ``members`` is in ``cancelled``: a long step takes as long as many
+    short ones.
+    """
+
+    def __init__(self, pulse: Pulse, cancelled: Set[str], members: Set[str]) -> None:
+        self._pulse = pulse
+        self._cancelled = cancelled
+        self._members = members
+
+    def __call__(self) -> bool:
+        self._pulse.beat()
+        return not self._cancelled.isdisjoint(self._members)
 
 
 class Engine:
@@ -202,17 +220,12 @@ class Engine:
         members = {part.sequence.request_id for part in plan.streams if part.tokens > 1}
         self._launched_s = time.perf_counter()
         try:
-            return self._runner.launch(plan, lambda: self._between_layers(members))
+            return self._runner.launch(plan, AbortCheck(self.pulse, self._cancelled, members))
         except StepAbortedError:
             return None
         except PastLostError as error:
             self._restart(self._sequences[error.request_id], "chunks on other nodes could not be read")
             return None
-
-    def _between_layers(self, members: set[str]) -> bool:
-        """Whether to abort the step; called between its layers, since a long step takes as long as many short ones."""
-        self.pulse.beat()
-        return not self._cancelled.isdisjoint(members)
 
     def _finish_in_flight(self) -> bool:
         """Finish the step in flight; returns whether there was one."""
@@ -294,7 +307,8 @@ class Engine:
         ``void``: sequences that the step is void for.
         """
         now = time.perf_counter()
-        self._counters.step(now - max(self._launched_s, self._finished_s))
+        self._counters.steps += 1
+        self._counters.step_s += now - max(self._launched_s, self._finished_s)
         self._finished_s = now
         void = void | self._drop_non_finite(output)
         self._chunks.show()
@@ -359,7 +373,7 @@ class Engine:
             self._chunks.release(seq)
 
     def _recalled(self, done: Recalled) -> None:
-        self._counters.recall(done)
+        count_recall(self._counters, done)
         if (seq := self.windows.recalled(done)) is not None and seq.state is not State.FINISHED:
             self._restart(seq, f"{len(done.lost)} chunks were gone or damaged when they were recalled")
 
@@ -385,7 +399,7 @@ class Engine:
 
     def _end(self, seq: TokenSequence, reason: FinishReason, output: Output = NO_OUTPUT) -> None:
         """End the request of ``seq``; its slots are released once no copy into them runs."""
-        self._counters.leave(seq, reason)
+        count_end(self._counters, seq, reason)
         self._to_restart.pop(seq, None)
         self._chunks.withhold(seq)
         self._chunks.record_session(seq, reason)
@@ -418,7 +432,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's numbers. Any thread may call."""
-        return self._counters.snapshot(self.pool, self._scheduler)
+        return engine_stats(self._counters, self.pool, self._scheduler)
 
     def check_integrity(self) -> None:
         """Raise ``AssertionError`` if the pool's references are not exactly those of the sequences."""
