@@ -1,4 +1,4 @@
-"""A small model for servers in tests: noise, a token a byte."""
+"""Makes a small random model whose tokens are bytes, for servers in tests."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A small model and servers of it, for tests of the serving surface."""
+"""Starts Ray clusters and `forecache serve` with a small model, for all tests of this folder."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A cluster of several nodes answers while its parts are killed, one after the other. A script:
+"""Kills the parts of a cluster of several nodes one after another while it answers requests. A script:
 
     python tests/cluster/faults.py --keep-ratio 1.0 --out tests/benchmarks/results/faults.json
 

@@ -1,4 +1,4 @@
-"""Ten thousand requests that schemathesis makes of the server's own OpenAPI document, sound and unsound. A script:
+"""Sends ten thousand valid and invalid requests that schemathesis makes from the OpenAPI document. A script:
 
     python tests/cluster/fuzz.py [--cases 10000] [--limit-s 900] [--seed N]
 

@@ -1,4 +1,4 @@
-"""Which processes a process has started, and those of Ray's actors."""
+"""Finds and kills child processes and Ray actors."""
 
 import os
 import time

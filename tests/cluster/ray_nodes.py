@@ -1,4 +1,4 @@
-"""Arguments for small nodes of Ray, with the settings of a Ray that `forecache serve` starts."""
+"""Arguments that start small Ray nodes with the settings that `forecache serve` uses."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Our router (the earliest expected first token) beside Ray Serve's own, power of two choices. A script:
+"""Compares our router (earliest expected first token) with Ray Serve's default, power of two choices. A script:
 
     python tests/cluster/routing.py --out tests/benchmarks/results/routing.json
 

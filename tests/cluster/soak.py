@@ -1,4 +1,4 @@
-"""A cluster of several nodes at 80 % of what it can do: does any process grow? A script:
+"""Runs a cluster of several nodes at 80 % of its capacity, and checks that no process grows. A script:
 
     python tests/cluster/soak.py --minutes 10 --out tests/benchmarks/results/soak.json
 

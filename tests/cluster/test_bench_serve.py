@@ -1,4 +1,4 @@
-"""`forecache bench serve` against a real server: what it counts is what the server counts."""
+"""`forecache bench serve` against a real server: its counts equal the server's metrics."""
 
 import json
 from pathlib import Path

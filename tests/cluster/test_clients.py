@@ -1,4 +1,4 @@
-"""Programs that were made for OpenAI's service, and one that tries to break any service, against a real server."""
+"""Clients made for OpenAI's API (openai, lm-eval, schemathesis) against a real server."""
 
 import json
 from pathlib import Path

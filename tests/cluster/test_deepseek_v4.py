@@ -1,4 +1,4 @@
-"""A tiny DeepSeek-V4 behind the whole cluster: its answers are the engine's own, across turns and workers."""
+"""A tiny DeepSeek-V4 in a whole cluster: its answers equal the engine's, across turns and workers."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""A worker that drains, as at a scale-down or a rolling update, goes on with its answer and with what that holds."""
+"""A worker that drains, at a scale-down or rolling update, finishes its answer and keeps its holds until then."""
 
 import json
 import threading

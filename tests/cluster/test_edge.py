@@ -1,5 +1,5 @@
-"""What stands between a client and a server: proxies in the environment, offers of HTTP/2, headers that do not come,
-and requests that are wrong. One server, in whose environment a proxy is named that never answers."""
+"""HTTP edge cases through one real server: proxies in the environment, upgrades to HTTP/2, late headers, invalid
+requests. The server's environment names a proxy that never answers."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""`forecache eval --url` against `forecache serve`: the answers are those of the same evaluation in process."""
+"""`forecache eval --url` against `forecache serve` gives the answers of the same evaluation in one process."""
 
 import json
 import pydoc_data.topics

@@ -1,4 +1,4 @@
-"""`forecache serve` as a client sees it: a tiny random model behind the whole cluster."""
+"""`forecache serve` through its HTTP API, with a tiny random model in a whole cluster."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""The indexer in a process of its own, over a real arena."""
+"""The indexer actor, in a separate process, scores the chunks of a real arena."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Several ingresses, on two nodes: what one takes along when it dies, and limits that they keep together."""
+"""Several ingresses on two nodes: the death of one ends only its streams, and limits hold for all together."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a server takes on and what it refuses, whose request it is, and how it ends: through a real one."""
+"""Admission limits, API keys, tenants and deadlines, through a real server."""
 
 import concurrent.futures
 import http.client

@@ -1,4 +1,4 @@
-"""What OpenAI's interface promises beyond one plain answer, through its own client."""
+"""Features of OpenAI's API beyond a plain answer, through OpenAI's client."""
 
 import json
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-"""What an operator sees of a running server. A real Prometheus, with the shipped configuration, scrapes it: dashboards
-and rules have data; a real OTLP receiver gets its traces; logs and `forecache top` tell the same."""
+"""Observability of a real server: Prometheus with the shipped configuration scrapes it, dashboards and rules have
+data, an OTLP receiver gets its traces, and logs and `forecache top` show the same requests."""
 
 import gzip
 import itertools

@@ -1,4 +1,4 @@
-"""The embedded Redis answers, keeps nothing, and never outlives its owner."""
+"""The embedded Redis server answers, stores nothing on disk, and ends with the process that started it."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Sequences that are more than the arena of their node, decoded on real nodes beside runs that have all at hand."""
+"""Sequences larger than their node's arena: on real nodes they give the same tokens as with one large arena."""
 
 import os
 import signal

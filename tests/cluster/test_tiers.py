@@ -1,4 +1,4 @@
-"""Memory tiers of several nodes, each with an arena of its own, around one Redis."""
+"""Memory tiers on several nodes, each with its own arena, that share one Redis."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Streams of completions over workers that tests make up."""
+"""Fakes of workers and requests, for tests of completion streams."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""An LLM in the test's process that must leave nothing behind."""
+"""An in-process LLM that checks at its end that nothing is left referenced, dirty or held."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

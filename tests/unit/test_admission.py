@@ -1,4 +1,4 @@
-"""The door: what is let in, what is told to come again and when, and that every sum comes back to nothing."""
+"""Admission: limits, `Retry-After`, tenants, draining; the counts return to zero."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What architectures say about a model before it is loaded is what they store once it is."""
+"""An architecture's predictions before loading (layout, state size) equal the loaded model's."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The arena's file: where its arrays lie, how many slots fit, who owns it, and what is left when it goes wrong."""
+"""The arena's file: layout of its arrays, number of slots, ownership, and clean-up after errors."""
 
 import errno
 import gc

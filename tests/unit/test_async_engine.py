@@ -1,4 +1,4 @@
-"""The engine behind an asyncio program: many callers, some of whom leave, and an engine that ends under them."""
+"""The asyncio engine: many callers, cancellations, and an engine that ends while requests run."""
 
 import asyncio
 import gc

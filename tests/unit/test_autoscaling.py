@@ -1,4 +1,4 @@
-"""How many workers and memory nodes are wanted."""
+"""The number of workers and memory nodes that autoscaling asks for."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A slot whose memory is bad: what is written there is other bytes when it is read, or already when it is compared."""
+"""Slots with bad memory: wrong bytes are found at the write or at a read, and the slot is retired."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`forecache bench decode` on a tiny random model: what it counts, writes and prints. No speed is asserted."""
+"""`forecache bench decode` on a tiny random model: its counts, files and output. No speed is asserted."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Top-1 tokens in bfloat16, teacher-forced over real prose, beside those of transformers' own attention backends.
+"""Top-1 tokens in bfloat16, teacher-forced over real prose, against transformers' own attention backends.
 
 Every document goes through the model runner twice over: a step computes a few more tokens of all documents over their
 past (the prefill path), and from some point on one more token of each over the block table (the decode path, with

@@ -1,4 +1,4 @@
-"""Calibration on a small random model, against the attention weights that transformers itself gives."""
+"""Calibration of a small random model, against the attention weights that transformers returns."""
 
 import pydoc_data.topics
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Channels between clients and workers: real engines, both ends, and calls between them that end as Serve's do."""
+"""Channels between clients and workers: real engines and both ends, with calls that end as Ray Serve's do."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator

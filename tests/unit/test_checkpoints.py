@@ -1,4 +1,4 @@
-"""Checkpoints that would load wrongly are refused with the tensors' names; every failure to load is a typed sentence.
+"""Checkpoints that would load wrongly are refused with the tensors' names; every failure to load has a typed error.
 
 All are real files: a tiny model saved by transformers, then changed as people and tools change checkpoints.
 """

@@ -1,4 +1,4 @@
-"""Where chunks are, as people who watch a request are told."""
+"""The letters that show clients where each chunk is."""
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""No error of any type shows a client an address, a path or a password, and no log line shows a password or a key."""
+"""No error message shows an address, path or secret to a client, and no log line shows a secret."""
 
 import asyncio
 import importlib

@@ -1,4 +1,4 @@
-"""What a client does wrong is no failure of the server: nothing is raised for the web server to log."""
+"""Faults of clients are no server errors: no exception reaches the web server's log."""
 
 import asyncio
 from typing import Any

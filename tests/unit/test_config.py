@@ -1,4 +1,4 @@
-"""Settings come from flags and from YAML, flags win, and what is wrong is named as the user wrote it."""
+"""Settings from flags and YAML files: flags win, and errors use the names that the user wrote."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Copies between a hot pool and an arena, on the CPU and (marked gpu) through side streams: order, contents, damage."""
+"""Copies between hot pool and arena, on the CPU and (marked gpu) on side streams: order, contents, damage."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Prediction with a cache of records, on the GPU where there is one, beside what the CPU answers."""
+"""Predictions with a cache of index records, on the GPU if there is one, equal those of the CPU."""
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""DeepSeek-V4 at keep ratio 1.0: logits are those of transformers, wherever chunks and states were meanwhile.
+"""DeepSeek-V4 at keep ratio 1.0: logits equal transformers', wherever chunks and states were stored meanwhile.
 
 With random weights; with ``--dsv4-model DIR`` with those of a model that `train_small_deepseek_v4.train` has trained.
 """

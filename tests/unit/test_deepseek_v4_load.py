@@ -1,4 +1,4 @@
-"""Which DeepSeek-V4 models load, and what is refused by name."""
+"""Which DeepSeek-V4 configurations load, and the errors for the others."""
 
 import json
 from collections.abc import Callable

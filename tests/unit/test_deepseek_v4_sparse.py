@@ -1,4 +1,4 @@
-"""DeepSeek-V4 over a part of its chunks: scores of level 1, resident sets within their budget, level 2 among these."""
+"""DeepSeek-V4 over partial resident sets: chunk scores, budgets, and the selection of entries within the set."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Decode steps of fixed shapes, which a GPU captures as graphs, compute what steps of any shape do; here on a CPU."""
+"""Decode steps of fixed shape, as CUDA graphs need them, give the results of other steps. Runs on a CPU."""
 
 from pathlib import Path
 from typing import Any

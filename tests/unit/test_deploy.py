@@ -1,4 +1,4 @@
-"""The manifests say what the code does: flags, settings, paths, sizes, names, and the CRD's schema."""
+"""Kubernetes manifests agree with the code: flags, settings, paths, sizes, names, and the CRD's schema."""
 
 import argparse
 import re

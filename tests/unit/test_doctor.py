@@ -1,4 +1,4 @@
-"""What the doctor says of this machine, and of machines that lack something."""
+"""`forecache doctor` on this machine, and on machines that lack something."""
 
 import importlib.metadata
 import re

@@ -1,4 +1,4 @@
-"""Decode steps of DeepSeek-V4 of fixed shape: on a GPU as CUDA graphs, on a CPU the same step run eagerly."""
+"""DeepSeek-V4's decode steps of fixed shape: as CUDA graphs on a GPU, run eagerly on a CPU."""
 
 from collections.abc import Callable
 from pathlib import Path

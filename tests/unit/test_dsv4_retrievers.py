@@ -1,4 +1,4 @@
-"""FlashMemory's retrievers: recorded from a small DeepSeek-V4, trained, judged; formula and labels written plainly."""
+"""FlashMemory's retrievers: recorded, trained and evaluated on a small DeepSeek-V4; formula and labels as written."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""The trained small DeepSeek-V4 of this repository over a fifth of its chunks: its retrievers find what is asked."""
+"""The small trained DeepSeek-V4 of this repository with a fifth of its chunks: retrievers find the answers."""
 
 from pathlib import Path
 from typing import Any

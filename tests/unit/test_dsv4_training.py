@@ -1,4 +1,4 @@
-"""The small DeepSeek-V4: its tokenizer and documents, the curriculum, and that training trains what it should."""
+"""The small DeepSeek-V4: its tokenizer, documents and curriculum, and which weights each stage trains."""
 
 import json
 import random

@@ -1,5 +1,5 @@
-"""The sets of a sequence's first window are waited for, a little, and what one of them had stays: most answers begin
-there."""
+"""The first window of a sequence: its sets are waited for briefly, and chunks that scored highly once stay, because
+most answers begin there."""
 
 import dataclasses
 import threading

@@ -1,4 +1,4 @@
-"""The engine in-process on a tiny model: exact against transformers, and sound whatever happens to it."""
+"""The engine in one process on a tiny model: exact against transformers, and consistent after any fault."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Random requests in random engines: greedy answers are transformers', whatever else runs, and nothing is left.
+"""Random requests in random engines: greedy answers equal transformers', and nothing is left behind.
 
 A case is one engine, drawn from its number: a pool from one slot on, windows from one step on, steps that overlap or
 not, prompts of ragged lengths that share beginnings, mixed policies and budgets, answers that go on from elsewhere,

@@ -1,4 +1,4 @@
-"""`forecache eval` on a tiny random model: what is asked, kept, asked again and never asked again, and the figures."""
+"""`forecache eval` on a tiny random model: which answers it asks for, stores and repeats, and its figures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Intervals and tests against published values and computations by hand."""
+"""Confidence intervals and tests, against published values and hand computations."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Generated tasks: the same again for the same seed, within their length, and answers where they are said to be."""
+"""Generated tasks: reproducible by seed, within their length, with answers at the stated positions."""
 
 import pydoc_data.topics
 import re

@@ -1,4 +1,4 @@
-"""The default model at keep ratio 1.0: token for token what transformers' `generate` gives, wherever the chunks were.
+"""The default model at keep ratio 1.0: the tokens of transformers' `generate`, wherever the chunks were stored.
 
 The tests share one engine and run in the order of the file: later ones find the chunks that earlier ones stored.
 """

@@ -1,4 +1,4 @@
-"""What several tiers do at once: none waits for another in a circle, and of a chunk's copies one is answered for."""
+"""Concurrent operations of several tiers: no deadlocks, and one owner for each chunk's copies."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

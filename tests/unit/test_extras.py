@@ -1,4 +1,4 @@
-"""What `make demo` and `make test` install: no more than they need."""
+"""The packages that `make demo` and `make test` install: no more than needed."""
 
 import ast
 import re

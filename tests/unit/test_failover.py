@@ -1,4 +1,4 @@
-"""No silence is without an end: whoever hangs is noticed, tries are bounded, and the client hears an error of ours.
+"""Workers that hang or fall silent are noticed, failovers are limited, and clients get a typed error.
 
 Clocks are the tests' own: event loops jump to their next timer, engines ask a clock that is set by hand.
 """

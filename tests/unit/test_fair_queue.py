@@ -1,4 +1,4 @@
-"""Whose job is next: tenants in turn by cost, short ones before long ones, none left behind."""
+"""The fair queue: tenants take turns by cost, short jobs overtake long ones, and no job starves."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Coverage of the retrieval heads' events, budgets that double where it is low, and full attention as the last step."""
+"""Fallback: coverage of retrieval events, budgets that double when it is low, and full attention in the end."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What goes wrong around the engine ends one request at most: full or absent cold memory, failed predictions, races."""
+"""Faults around the engine (full or missing cold memory, failed predictions, races) end one request at most."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""A thousand stored chunks, each with one flipped bit: a thousand are found, none is served."""
+"""A thousand stored chunks with one flipped bit each: all are detected, and none is used."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Projections of one input as one product: the same numbers, and no weight twice."""
+"""Projections of the same input fused into one: equal numbers, and no weight stored twice."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dashboards, rules and runbook agree with each other and with the series that there are."""
+"""Dashboards, alert rules and runbook agree with each other and with the exported series."""
 
 import json
 import re

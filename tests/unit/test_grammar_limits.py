@@ -1,4 +1,4 @@
-"""A schema costs a server little, whatever it is: too long or too costly ones are refused before a worker has them."""
+"""The cost of schemas is limited: schemas too long or too complex are refused before a worker gets them."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Headers of slots as they lie in the file: each byte of them, and what they say to those who ask."""
+"""Slot headers in the arena's file: every byte of them, and what their readers return."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""A completed chunk that is held back is read where it lies: the host has not read yet whether it is finite."""
+"""Chunks that are held back until the host knows that they are finite: their own sequence can read them."""
 
 from typing import Any
 

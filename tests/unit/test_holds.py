@@ -1,4 +1,4 @@
-"""Every hold has an owner that lives, or is let go of: calls between two tiers that come late, twice or not at all."""
+"""Every hold has a living owner or is released, even if calls between tiers come late, twice or never."""
 
 import random
 import tempfile

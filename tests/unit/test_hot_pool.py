@@ -1,4 +1,4 @@
-"""The hot pool against a plain model of it, under random operations."""
+"""The hot pool against a simple model of it, under random operations."""
 
 import torch
 from hypothesis import settings

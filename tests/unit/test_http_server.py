@@ -1,4 +1,4 @@
-"""Connections as Serve's proxies read them: offers of other protocols, headers that come slowly, what is no HTTP."""
+"""The HTTP protocol of Serve's proxies: offers of other protocols, slow headers, and invalid HTTP."""
 
 import asyncio
 import json

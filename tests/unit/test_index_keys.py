@@ -1,4 +1,4 @@
-"""Index records and their scores, against plain attention in float64, and prediction over an arena."""
+"""Index records and their scores against attention in float64, and predictions over an arena."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future

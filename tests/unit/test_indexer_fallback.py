@@ -1,4 +1,4 @@
-"""Indexers that share sequences, and one that does not answer."""
+"""Sequences are assigned to indexer actors, and the worker scores when one does not answer."""
 
 from concurrent.futures import Future
 

@@ -1,4 +1,4 @@
-"""The published indexer's format against its formula written out anew in float64 numpy, and what is refused."""
+"""FlashMemory's checkpoint format against its formula in float64 numpy, and refused checkpoints."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recording a small random model: exact shares, labels' events and queries against transformers' full matrices."""
+"""Recordings of a small random model: shares, events and queries against transformers' attention matrices."""
 
 import pydoc_data.topics
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Labels, dual encoder, training and evaluation on made-up recordings: causal, equal to serving, resumable, alone."""
+"""Labels, dual encoder, training and evaluation on synthetic recordings: causal, equal to serving, resumable."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""One flipped bit on each path that reads cold memory: no wrong token comes of it, and nothing wrong is stored.
+"""One flipped bit on each path that reads cold memory: no wrong token results, and nothing wrong is stored.
 
 `docs/integrity.md` lists the paths, the function that verifies each, and the test of each.
 """

@@ -1,4 +1,4 @@
-"""K/V in fp8, in the hot pool or in cold memory only: half the bytes, and nearly the same answers."""
+"""K/V in fp8, in the hot pool or only in cold memory: half the bytes, and nearly the same answers."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""In-process use: an answer that is broken off leaves nothing behind."""
+"""The in-process `LLM`: an answer that is interrupted leaves nothing behind."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The load tool's arithmetic: workloads, percentiles, goodput, and whom it may ask."""
+"""The load test's arithmetic (workloads, percentiles, goodput), and which servers it accepts."""
 
 import json
 import math

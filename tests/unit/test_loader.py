@@ -1,4 +1,4 @@
-"""From what the user typed to a loaded model: what can be wrong with a directory, fingerprints, and GGUF."""
+"""From the model's name to a loaded model: faulty directories, fingerprints, and GGUF files."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Searches for stored prefixes: which wait for which, how many run at once, and in what order."""
+"""Searches for stored prefixes: their order, how many run at once, and which wait for which."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

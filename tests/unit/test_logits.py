@@ -1,4 +1,4 @@
-"""Biases, penalties, masks and log-probabilities: against the same arithmetic written out, and through the engine."""
+"""Biases, penalties, masks and log-probabilities: against the formulas, and through the engine."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Log lines of a process, and names of holders, by which a tier tells whose request it works for."""
+"""Log lines of processes, and holder names, by which tiers log whose request they serve."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The long-context benchmark on a model of two layers: what its rows say is what happened."""
+"""The long-context benchmark on a model of two layers: its rows agree with the run."""
 
 import csv
 import importlib

@@ -1,4 +1,4 @@
-"""The trained indexer as served: its scores are those of training, wherever records lie and whoever asks beside."""
+"""The trained indexer in serving gives the scores of training, wherever records are and in any batch."""
 
 import mmap
 import threading

@@ -1,4 +1,4 @@
-"""What masking costs, and what it leaves of long texts: clients choose them, and event loops mask them."""
+"""The cost of masking secrets in long texts, and its result: clients choose the texts, event loops mask them."""
 
 import io
 import json

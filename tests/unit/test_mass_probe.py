@@ -1,4 +1,4 @@
-"""What the last tokens of a prompt attend to, against plain causal attention, however prefill is cut into steps."""
+"""The attention of a prompt's last tokens, against plain causal attention, for any split of prefill into steps."""
 
 from collections.abc import Iterator
 from itertools import pairwise

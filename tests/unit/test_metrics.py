@@ -1,4 +1,4 @@
-"""The series, their names, and how the stats of each kind of process become them."""
+"""Prometheus series: their names, and how they are made from the statistics of each kind of process."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""The mutation tool changes one place at a time, and leaves alone what no test can see."""
+"""The mutation tool changes one place at a time, and skips changes that no test can notice."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""A step that computes infinity or no number: nothing of it is stored or shared, and it ends its own request alone."""
+"""Steps that compute infinity or NaN: nothing of them is stored or shared, and only their request ends."""
 
 import threading
 from collections.abc import Callable, Iterator

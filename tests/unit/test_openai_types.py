@@ -1,4 +1,4 @@
-"""What requests may hold, and that what may not is refused by name."""
+"""Which requests are valid, and that invalid fields are refused by name."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What pins may keep of memory: a share for each tenant and for all, so that the rest always serves requests."""
+"""Limits of pins: shares of memory for each tenant and for all, so that the rest serves requests."""
 
 from pathlib import Path
 

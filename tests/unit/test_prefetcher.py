@@ -1,4 +1,4 @@
-"""The copy thread: order of jobs, batches, and what it says when cold memory refuses, forgets or fails."""
+"""The copy thread: order of jobs, batches, and errors when cold memory refuses, forgets or fails."""
 
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The copy thread over a store, at random, against a model of both, with cold chunks as in the pool and in fp8."""
+"""The copy thread under random operations, against a simple model, with equal and with fp8 cold chunks."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory

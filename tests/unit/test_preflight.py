@@ -1,4 +1,4 @@
-"""What a model's configuration and the settings tell before anything starts."""
+"""What preflight learns from a model's configuration and the settings before anything starts."""
 
 from pathlib import Path
 

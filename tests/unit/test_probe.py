@@ -1,4 +1,4 @@
-"""Which models are served, and what is said of the others: tiny random ones of many families, made on the spot."""
+"""Which models are accepted, and the errors for the others: tiny random models of many families."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens: those of transformers, whatever is stored, hot, shared or begun again."""
+"""Log-probabilities of prompt tokens equal transformers', even with stored or hot prefixes and restarts."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Where requests are read, in which order, within which limits, and that it makes no difference to what is read."""
+"""Where and in which order request bodies are parsed, their limits, and that threads and processes agree."""
 
 import asyncio
 import json

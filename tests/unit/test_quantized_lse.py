@@ -1,4 +1,4 @@
-"""Log-sum-exps with queries of two bytes: as near to those in float32 as rounding allows, and these where it fails."""
+"""Log-sum-exps with 16-bit queries: accurate up to rounding, and float32 where 16 bits fail."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A slot that was taken back from a worker which may still write there: no other gets it before that is over."""
+"""Slots taken back from a worker that may still write to them: they are reused only when it has finished."""
 
 import signal
 import subprocess

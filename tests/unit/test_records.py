@@ -1,4 +1,4 @@
-"""Index records of chunks on other nodes, under random operations, and what sequences over several nodes hold."""
+"""Index records of chunks on other nodes, under random operations, and the holds of spread sequences."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A request that is refused leaves nothing behind, whatever refused it and wherever.
+"""A refused request leaves nothing behind, wherever it is refused.
 
 The steps of taking a request in are not listed here: a test makes each call that is made on the way fail in turn.
 """

@@ -1,4 +1,4 @@
-"""A worker asks its tier in the name of holders that it knows: else a sweep would take their holds away."""
+"""A worker asks its tier in the name of holders it knows: otherwise a sweep would release their holds."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""A replica that is silent takes nobody else's answer away."""
+"""A replica that does not answer does not delay or lose the answers of the others."""
 
 import asyncio
 import threading

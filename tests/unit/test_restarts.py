@@ -1,4 +1,4 @@
-"""What a sequence was before it started over, and what others hold of its chunks, changes nothing of its answer."""
+"""A restarted sequence, or one whose chunks others share, gives the answer of an undisturbed one."""
 
 import threading
 from collections.abc import Sequence

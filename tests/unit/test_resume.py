@@ -1,4 +1,4 @@
-"""An answer that outlives its worker: other engines go on with it, and nobody can tell from its tokens."""
+"""An answer that outlives its worker: other engines continue it with the same tokens."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator

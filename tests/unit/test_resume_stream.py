@@ -1,4 +1,4 @@
-"""A stream over one worker after another: which request each is sent, when, and what the client hears.
+"""A stream that fails over: which request each worker gets, when, and the events that the client receives.
 
 The event loop's clock jumps to its next timer, and pauses have no chance in them.
 """

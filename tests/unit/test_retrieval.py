@@ -1,4 +1,4 @@
-"""The default model over real prose, with a hot pool too small for it: what is hidden is found again."""
+"""The default model over real prose, with a hot pool smaller than the context: it finds hidden sentences."""
 
 from collections.abc import Iterator
 from pathlib import Path

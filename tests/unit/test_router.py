@@ -1,4 +1,4 @@
-"""A request goes where its first token is expected soonest, and never where far more others are."""
+"""The router: the earliest expected first token wins, except at workers with far more requests."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""From logits to tokens: the right distribution, nothing outside of it, and the same token for the same seed."""
+"""Sampling: the right distribution, no tokens outside of it, and the same token for the same seed."""
 
 import math
 

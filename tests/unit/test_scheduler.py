@@ -1,4 +1,4 @@
-"""Admission and steps: what is promised fits, first come is first served, prefill leaves room for running streams."""
+"""Admission and step plans: reservations fit the pool, requests start in order, decode goes on during prefill."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Chunks of one sequence: their names, who may share them, and starting over."""
+"""Chunks of one sequence: their keys, who may share them, and restarts."""
 
 import pytest
 from hypothesis import given

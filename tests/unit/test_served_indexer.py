@@ -1,4 +1,4 @@
-"""A trained indexer behind the engine: what it is asked, against transformers' own hidden states and keys."""
+"""A trained indexer behind the engine: its requests, against transformers' hidden states and keys."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What needs no key and asks every process is asked once a second, however many ask for it."""
+"""Answers that need no key but ask every process are shared: one question a second for all callers."""
 
 import asyncio
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Every order in which two writers, a reader and a tier can take turns at an arena's slots, up to a number of switches.
+"""Interleavings of two writers, a reader and a tier at an arena's slots, up to a number of context switches.
 
 The product's own functions run: `ArenaStore`, `Arena`, `Headers`, `CpuCopies` and `OpenWrites`, with a step before each
 statement that touches what processes share, and copies cut in two. At each step any other of them may go on instead,

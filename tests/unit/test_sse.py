@@ -1,4 +1,4 @@
-"""Events of a request become an answer or a stream, and whatever ends a response ends its request."""
+"""From a request's events to a JSON response or an event stream; the end of a response ends its request."""
 
 import asyncio
 import json

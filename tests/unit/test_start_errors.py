@@ -1,4 +1,4 @@
-"""What stops a command is one sentence on stderr and status 2, soon, without a traceback."""
+"""A command that can't start prints one sentence to stderr and exits with status 2, without a traceback."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What the owner of an arena counts, keeps, frees and says, one call after another: see `ArenaStore`."""
+"""The bookkeeping of `ArenaStore`, one call after another: counts, holds, eviction and errors."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Text in pieces is the text in one piece, characters are never cut, and stop strings stop."""
+"""Incremental detokenization: equal to decoding at once, no split characters, and stop strings work."""
 
 from collections.abc import Sequence
 from pathlib import Path

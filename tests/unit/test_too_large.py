@@ -1,4 +1,4 @@
-"""A request that memory can never hold is the client's to change: it is not told to try again later."""
+"""A request that memory can never hold gets an error that the client can act on, not a retry hint."""
 
 import tempfile
 from collections.abc import Iterator

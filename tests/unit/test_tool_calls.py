@@ -1,4 +1,4 @@
-"""Calls in answers: read the same however the text is cut, and told to models of any template."""
+"""Tool calls: parsed the same however the text is split, and described to models of any chat template."""
 
 import asyncio
 import itertools

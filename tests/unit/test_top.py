@@ -1,4 +1,4 @@
-"""`forecache top`: rates between two readings, whatever starts and ends meanwhile."""
+"""`forecache top`: rates between two readings, also when processes start or end in between."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What is long on the event loop of an ingress is done in pieces, with turns for others between them."""
+"""Long work on an ingress' event loop is done in pieces, so that other tasks run in between."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The window cycle by itself: which set is asked for when, and what becomes of an answer.
+"""The window cycle alone: when it requests predictions, and what it does with their results.
 
 The pool, the arena and the copy thread are real. The indexer answers what a test says, when it says it.
 """

@@ -1,4 +1,4 @@
-"""Event loops whose clock jumps to the next timer: a test of deadlines takes no time."""
+"""Event loops whose clock jumps to the next timer, so that tests of deadlines take no time."""
 
 import asyncio
 import selectors
