@@ -14,7 +14,7 @@ TEMPLATE = (
 
 
 def write_byte_tokenizer(path: Path) -> int:
-    """A token a byte; token 0 ends an answer. Returns how many there are."""
+    """Write a tokenizer with one token per byte; token 0 ends an answer. Returns the size of its vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -26,7 +26,7 @@ def write_byte_tokenizer(path: Path) -> int:
 
 
 def write_byte_model(path: Path) -> Path:
-    """Two layers of noise and a tokenizer of bytes, in the directory ``path``."""
+    """Write a model of two random layers and a byte tokenizer into the directory ``path``."""
     tokens = write_byte_tokenizer(path)
     torch.manual_seed(0)
     config = LlamaConfig(

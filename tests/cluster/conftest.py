@@ -31,7 +31,7 @@ STOP_S = 60.0
 
 @pytest.fixture(scope="module")
 def by_value(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is defined in the test's module runs in Ray's processes too, which can't import it."""
+    """Pickle the test module's classes by value: Ray's processes run them, but can't import the module."""
     cloudpickle: Any = ray.cloudpickle
     cloudpickle.register_pickle_by_value(request.module)
     yield
@@ -44,20 +44,20 @@ _ends: dict[str, Callable[[], None]] = {}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a cluster follow each other, behind those that share none; else the order stays."""
+    """Order tests: those without a shared cluster first, then those of each shared cluster together."""
     items.sort(key=lambda item: [name in _fixtures(item) for name in SHARED])
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(nextitem: pytest.Item | None) -> Iterator[None]:
-    """End what no later test shares: a session's fixtures would last to its end."""
+    """End a session fixture once no later test uses it."""
     yield
     for name in _ends.keys() - _fixtures(nextitem):
         _ends.pop(name)()
 
 
 def pytest_sessionfinish() -> None:
-    """A session that is interrupted has tests left that share them."""
+    """End fixtures that an interrupted session left running."""
     while _ends:
         _ends.popitem()[1]()
 
@@ -68,14 +68,14 @@ def _fixtures(item: pytest.Item | None) -> set[str]:
 
 @pytest.fixture(scope="session")
 def one_node() -> None:
-    """Ray on this machine alone."""
+    """A Ray cluster of one node."""
     ray.init("local", log_to_driver=False, **{**HEAD, "num_cpus": 2})
     _ends["one_node"] = ray.shutdown
 
 
 @pytest.fixture(scope="session")
 def two_nodes() -> Any:
-    """A Ray cluster, not joined, whose second node is too small for a worker."""
+    """A Ray cluster that this process has not joined. Its second node is too small for a worker."""
     cluster: Any = Cluster(initialize_head=True, head_node_args={**HEAD, "num_cpus": 2})
     _ends["two_nodes"] = cluster.shutdown
     cluster.add_node(**{**NODE, "num_cpus": 0})
@@ -84,7 +84,7 @@ def two_nodes() -> Any:
 
 @pytest.fixture(scope="session")
 def cluster() -> Any:
-    """A Ray cluster of three nodes, joined. Tests that take a node away put another in its place."""
+    """A Ray cluster of three nodes that this process has joined. Tests that remove a node add another."""
     cluster: Any = Cluster(initialize_head=True, head_node_args=HEAD)
 
     def end() -> None:
@@ -100,7 +100,7 @@ def cluster() -> Any:
 
 @pytest.fixture(scope="session")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory named `bytes`, whose model is noise."""
+    """The directory `bytes` with the small random model."""
     return write_byte_model(tmp_path_factory.mktemp("models") / "bytes")
 
 
@@ -129,8 +129,10 @@ class Server:
         return self.http.stream("POST", path, json=body, **options)
 
     def stored_session(self, session_id: str, chunks: int, within_s: float = 30) -> dict[str, Any]:
-        """What the server tells of the session once so many of its chunks, which get there in the background, are
-        stored."""
+        """Wait until ``chunks`` chunks of the session are stored, which happens in the background.
+
+        Returns the server's description of the session.
+        """
         start = time.monotonic()
         while True:
             told = self.get(f"/v1/sessions/{session_id}")
@@ -141,18 +143,18 @@ class Server:
             time.sleep(0.05)
 
     def metric(self, name: str) -> float:
-        """Sum of the samples of a series over its labels and processes."""
+        """The sum of a series over its labels and processes."""
         return sum(self.samples(name))
 
     def samples(self, name: str) -> list[float]:
-        """One for each label set and process, as the processes count now: `/metrics/cluster` may be a second old."""
+        """The current samples of a series, one per label set and process. (`/metrics/cluster` may be a second old.)"""
         pattern = re.compile(rf"^{name}(?:{{[^}}]*}})? (\S+)$", re.MULTILINE)
         found = [float(value) for _, page in self.pages() for value in pattern.findall(page)]
         assert found, f"no series {name}"
         return found
 
     def pages(self) -> Iterator[tuple[dict[str, str], str]]:
-        """Of every process that is there: its labels and its `/metrics`."""
+        """The labels and the `/metrics` of every process."""
         for group in self.get("/metrics/targets").json():
             [address] = group["targets"]
             try:
@@ -161,7 +163,7 @@ class Server:
                 continue  # the list may be a second old too, and name a process that was killed
 
     def wait_for_metric(self, name: str, value: float, within_s: float) -> float:
-        """Seconds until the series has the value. Fails when it takes longer."""
+        """Wait until the series has the value; returns the seconds it took. Fails after the deadline."""
         start = time.monotonic()
         while (now := self.metric(name)) != value:
             assert time.monotonic() - start < within_s, f"{name} is {now}, not {value}, after {within_s} s"
@@ -169,13 +171,13 @@ class Server:
         return time.monotonic() - start
 
     def kill_worker(self, *, of: int) -> None:
-        """SIGKILL to one of as many decode workers as ``of``."""
+        """Kill one of ``of`` decode workers with SIGKILL."""
         workers = [pid for pid, name in processes_below(self.process.pid).items() if "DecodeWorker" in name]
         assert len(workers) == of
         os.kill(min(workers), signal.SIGKILL)
 
     def end(self) -> None:
-        """Stop it as an operator does. Neither a process nor an arena may be left."""
+        """Stop the server with SIGTERM, and check that no process and no arena is left."""
         try:
             processes = processes_below(self.process.pid)
             assert len(processes) >= 5, "Ray's, Redis, the actors"
@@ -195,7 +197,7 @@ Start = Callable[..., Server]
 
 @pytest.fixture(scope="session")
 def serve_command() -> Command:
-    """The command of a server of ``model`` whose arenas are in ``arena_dir``, with more flags."""
+    """The command line of a server of ``model`` with its arenas in ``arena_dir``, and with extra flags."""
 
     def command(model: Path, arena_dir: Path, *flags: str) -> list[str]:
         return [
@@ -208,7 +210,7 @@ def serve_command() -> Command:
 
 
 def launch(command: list[str], arena_dir: Path, environment: dict[str, str] | None = None) -> Server:
-    """Start a server with more in its environment, and wait until it is ready."""
+    """Start a server with extra environment variables, and wait until it is ready."""
     environ = {**os.environ, **(environment or {})}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
     assert process.stdout is not None
@@ -224,7 +226,7 @@ def launch(command: list[str], arena_dir: Path, environment: dict[str, str] | No
 
 @pytest.fixture(scope="module")
 def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts servers of the small model with more flags, and more in their environment; they end with the module."""
+    """Starts servers of the small model with extra flags and environment variables. They end with the module."""
     started: list[Server] = []
 
     def start(*flags: str, environment: dict[str, str] | None = None) -> Server:
@@ -245,7 +247,7 @@ def start_server(byte_model: Path, serve_command: Command, tmp_path_factory: pyt
 
 @pytest.fixture(scope="session")
 def plain_server(byte_model: Path, serve_command: Command, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    """A server of the small model with no more flags, for all modules; its end is a test as well."""
+    """A server of the small model with default flags, shared by all modules. Its end is tested too."""
     arena_dir = tmp_path_factory.mktemp("arena")
     server = launch(serve_command(byte_model, arena_dir), arena_dir)
     _ends["plain_server"] = server.end

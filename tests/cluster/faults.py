@@ -47,7 +47,7 @@ VOCABULARY = 257
 
 @dataclass(frozen=True)
 class Turn:
-    """One request: new tokens behind all that was said in its session before. ``order`` is among all requests."""
+    """One request: new tokens after the conversation of its session so far. ``order`` counts all requests."""
 
     order: int
     session: int
@@ -69,7 +69,7 @@ class Answer:
     cached_tokens: int
 
     def difference(self, expected: "Answer") -> dict[str, Any]:
-        """Where this one goes another way, and what there was to see of it from outside."""
+        """The place where this answer differs from the expected one, with what its client saw."""
         ours, theirs = self.text.encode(), expected.text.encode()
         parts = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
         return {
@@ -89,7 +89,7 @@ class Kill:
 
 
 def make_model(path: Path, hidden_size: int = 64, layers: int = 2) -> None:
-    """Layers of noise, a token a byte."""
+    """Write a model of random layers with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -114,7 +114,7 @@ def make_model(path: Path, hidden_size: int = 64, layers: int = 2) -> None:
 
 
 def plan(requests: int, sessions: int, seed: int) -> list[list[Turn]]:
-    """For each session its turns: short and long questions, short and long answers."""
+    """The turns of each session: short and long questions, short and long answers."""
     rng = random.Random(seed)
     turns: list[list[Turn]] = [[] for _ in range(sessions)]
     for number in range(requests):
@@ -125,7 +125,7 @@ def plan(requests: int, sessions: int, seed: int) -> list[list[Turn]]:
 
 
 class Client:
-    """Asks the turns of all sessions side by side."""
+    """Sends the turns of all sessions, with the sessions in parallel."""
 
     def __init__(self, url: str, keep_ratio: float, salt: str) -> None:
         self._url = url
@@ -179,8 +179,11 @@ class Client:
         before: Callable[[Turn], None] = lambda turn: None,
         said: dict[tuple[int, int], Answer] | None = None,
     ) -> dict[tuple[int, int], Answer]:
-        """Every turn's answer. What was said before is taken from ``said`` where given, so that one other answer does
-        not make others of all that follow."""
+        """The answers to all turns.
+
+        With ``said``, conversations continue with these answers, so that one different answer does not change all later
+        ones.
+        """
         answers: dict[tuple[int, int], Answer] = {}
 
         def talk(turns: list[Turn]) -> None:
@@ -204,7 +207,7 @@ NAMES = {"tier": "ray::MemoryTier", "indexer": "ray::IndexerActor", "worker": "D
 
 
 class Killer:
-    """Kills a role, and waits until it is ready again."""
+    """Kills a process of a role, and waits until the role is ready again."""
 
     def __init__(self, cluster: Any, tiers: Tiers, url: str, nodes: int, seed: int) -> None:
         self._cluster = cluster
@@ -240,7 +243,7 @@ class Killer:
         return {pid for pid, name in processes_below(os.getpid()).items() if role in NAMES and NAMES[role] in name}
 
     def ready(self, role: str = "node", others: set[int] | None = None) -> bool:
-        """Is there another of the role beside ``others``, and does it answer? A node: do all?"""
+        """Whether a process of the role that is not among ``others`` answers; for a node, whether all do."""
         if role == "redis":
             try:
                 with redis.from_url(self._tiers.redis_url, socket_timeout=1) as client:
@@ -263,7 +266,7 @@ class Killer:
 
 
 def leaked_holds(tiers: Tiers, within_s: float = 60.0) -> list[str]:
-    """Nothing runs: for whom tiers still hold or promise something, or index records, after ``within_s``."""
+    """The holders that tiers still hold, reserve or keep records for ``within_s`` after the last request."""
     end_s = time.monotonic() + within_s
     while True:
         leaked = [f"{name} holds for {holder}" for name, told in tiers.ask("holders").items() for holder in told]
@@ -273,7 +276,7 @@ def leaked_holds(tiers: Tiers, within_s: float = 60.0) -> list[str]:
 
 
 def left_over(url: str, tiers: Tiers, arena_dir: Path) -> list[str]:
-    """What should not be there when nothing runs."""
+    """Everything that is left over although no request runs."""
     wrong = []
     stats = tiers.ask("stats")
     held = {name: tier.held_slots for name, tier in stats.items() if tier.held_slots}
@@ -346,7 +349,7 @@ def faulty(
     expected: dict[tuple[int, int], Answer],
     url: str,
 ) -> dict[str, Any]:
-    """All again, in step with the kills: each is made while some of the requests have just begun."""
+    """Send all requests again while parts are killed: each kill happens when some requests have just begun."""
     over = threading.Event()
 
     def before(turn: Turn) -> None:

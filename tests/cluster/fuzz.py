@@ -62,7 +62,7 @@ def try_cases(url: str, interface: Any, path: str, mode: GenerationMode, cases: 
 
 
 def check_events(text: str) -> None:
-    """``text`` is a whole stream of well-formed events that has come to its end."""
+    """Check that ``text`` is a complete stream of well-formed events."""
     events = text.split("\n\n")
     assert events.pop() == "", "the last event is not complete"
     for event in events:
@@ -73,7 +73,7 @@ def check_events(text: str) -> None:
 
 
 def check_well(url: str, model: str) -> None:
-    """The server has nothing left of what was asked, and answers."""
+    """Check that the server has no request and no hold left, and answers."""
     deadline_s = time.monotonic() + 30
     while True:
         text = httpx.get(f"{url}/metrics", timeout=30).text
@@ -94,7 +94,7 @@ def check_well(url: str, model: str) -> None:
 
 
 def run(url: str, model: str, cases: int, limit_s: float, first_seed: int) -> int:
-    """Rounds until ``cases`` are made; returns how many were."""
+    """Run rounds until ``cases`` are made; returns how many there were."""
     interface = schemathesis.openapi.from_url(f"{url}/openapi.json")
     start, done, turn = time.monotonic(), 0, 0
     kinds = [(path, mode) for path in PATHS for mode in GenerationMode]

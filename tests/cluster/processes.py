@@ -16,7 +16,7 @@ def process_of(actor: Any) -> int:
 
 
 def kill_for_good(actor: Any) -> None:
-    """`ray.kill`, and wait for the end: it only asks for it, and a call that follows at once may still be answered."""
+    """Kill an actor and wait for its end. `ray.kill` alone does not wait: the actor may still answer a call."""
     pid = process_of(actor)
     ray.kill(actor)
     end_s = time.monotonic() + END_S
@@ -26,7 +26,7 @@ def kill_for_good(actor: Any) -> None:
 
 
 def processes_below(pid: int) -> dict[int, str]:
-    """Process id → command line, of all below the process ``pid`` that still run."""
+    """Process id → command line, of all living descendants of the process ``pid``."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -46,7 +46,7 @@ def processes_below(pid: int) -> dict[int, str]:
 
 
 def still_running(pids: Iterable[int]) -> set[int]:
-    """Those of ``pids`` that have not ended; a zombie has."""
+    """The ``pids`` that have not ended; zombies have."""
     running = set()
     for pid in pids:
         try:

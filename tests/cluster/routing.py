@@ -57,8 +57,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one router; seconds and tokens. ``most_ahead``: requests that the busiest worker had more than the least busy
-    one, at worst; ``spread``: requests that each worker answered."""
+    """The results of one router, in seconds and tokens.
+
+    ``most_ahead``: the largest difference in requests between the busiest and the least busy worker. ``spread``:
+    requests answered by each worker.
+    """
 
     router: str
     requests: int
@@ -94,7 +97,7 @@ def plan(args: argparse.Namespace) -> list[Request]:
 
 
 class Clients:
-    """Asks every request at its time."""
+    """Sends every request at its scheduled time."""
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self._client = httpx.Client(base_url=url, timeout=300, limits=httpx.Limits(max_connections=None))
@@ -136,7 +139,7 @@ class Clients:
 
 
 class Watch:
-    """How many requests each worker has, now and then; from the workers' own stats."""
+    """Samples how many requests each worker has, from the workers' statistics."""
 
     def __init__(self) -> None:
         self._handle = serve.get_deployment_handle("DecodeWorker", "forecache")
@@ -150,7 +153,7 @@ class Watch:
         return Counter({worker.worker_id: worker.engine.counters.finished_requests for worker in self._stats()})
 
     def fetched(self) -> int:
-        """Chunks that came from other nodes, since start; every worker has a node of its own."""
+        """Chunks fetched from other nodes since the start. Every worker runs on a separate node."""
         return sum(worker.tier.fetched_chunks for worker in self._stats() if worker.tier is not None)
 
     def __enter__(self) -> "Watch":
@@ -162,12 +165,12 @@ class Watch:
         self._thread.join()
 
     def spread(self) -> tuple[int, ...]:
-        """Requests that each worker answered since."""
+        """The requests that each worker has answered since the start."""
         now = self.finished()
         return tuple(sorted((now[worker] - self._before[worker] for worker in now), reverse=True))
 
     def fetched_chunks(self) -> int:
-        """Those since."""
+        """The counts since the start."""
         return self.fetched() - self._fetched_before
 
     def _stats(self) -> list[Any]:

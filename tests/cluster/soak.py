@@ -50,7 +50,7 @@ CAPACITY_S, SAMPLE_S = 20.0, 2.0
 
 @dataclass(frozen=True)
 class Growth:
-    """Means of RssAnon, bytes, over a process's samples in the second and in the last quarter."""
+    """Mean RssAnon of a process in bytes, over its samples of the second and of the last quarter."""
 
     role: str
     pid: int
@@ -66,7 +66,7 @@ class Growth:
 
 
 class Load:
-    """Requests out of a fixed set, and how many were answered."""
+    """Sends requests from a fixed set, and counts the answers."""
 
     def __init__(self, url: str, prompts: int, max_tokens: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -106,7 +106,7 @@ class Load:
                 self.answered += 1
 
     def side_by_side(self, clients: int, duration_s: float) -> float:
-        """Requests a second of so many clients that each ask again at once."""
+        """Requests per second with so many clients that each send one after the other."""
         end_s, before, start_s = time.monotonic() + duration_s, self.answered, time.monotonic()
 
         def client() -> None:
@@ -121,7 +121,7 @@ class Load:
         return (self.answered - before) / (time.monotonic() - start_s)
 
     def at_rate(self, requests_per_s: float, duration_s: float) -> int:
-        """Ask at random times; returns how many were asked. Ends when all are answered."""
+        """Send requests at random times; returns how many. Returns when all are answered."""
         start_s, asked = time.monotonic(), 0
         under_way: list[threading.Thread] = []
         due_s = start_s
@@ -138,7 +138,7 @@ class Load:
 
 
 class MemorySampler:
-    """Samples RssAnon of this process and of all below it, in a thread."""
+    """A thread that samples RssAnon of this process and its descendants."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, dict[int, int]]] = []
@@ -162,7 +162,7 @@ class MemorySampler:
             self.samples.append((time.monotonic() - start_s, {pid: rss_anon(pid) for pid in found}))
 
     def growth(self) -> list[Growth]:
-        """Of each process that is there in all of the second and the last quarter, by role."""
+        """The growth of each process that lived through the second and the last quarter, by role."""
         end_s = self.samples[-1][0]
         second = [sample for at_s, sample in self.samples if end_s / 4 <= at_s < end_s / 2]
         last = [sample for at_s, sample in self.samples if at_s >= 3 * end_s / 4]
@@ -179,7 +179,7 @@ class MemorySampler:
         return sorted((g for g in found if g.second_quarter > 0), key=lambda g: (g.role, g.pid))
 
     def gone(self) -> list[str]:
-        """Roles of processes that were there in the second quarter and are not at the end: nothing should die."""
+        """Roles of processes that lived in the second quarter and have ended since: none should."""
         end_s = self.samples[-1][0]
         before = {pid for at_s, sample in self.samples if end_s / 4 <= at_s < end_s / 2 for pid in sample}
         return sorted(self.roles[pid] for pid in before - set(self.samples[-1][1]) if self.roles[pid] in ROLES.values())
@@ -193,7 +193,7 @@ def role_of(name: str) -> str:
 
 
 def rss_anon(pid: int) -> int:
-    """Bytes; 0 for one that has just gone."""
+    """RssAnon in bytes; 0 for a process that has just ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -38,7 +38,7 @@ def llm(server: Any) -> ChatOpenAI:
 
 
 class Trip(BaseModel):
-    """Nothing in it is free text: a model of noise would fill that to the end of its context."""
+    """No field is free text, which a random model would write until its context is full."""
 
     city: Literal["Bern", "Rome"]
     days: Literal[1, 2]
@@ -46,7 +46,7 @@ class Trip(BaseModel):
 
 @tool
 def weather(city: Literal["Bern", "Rome"]) -> str:
-    """The weather of a city."""
+    """The arguments of a tool call."""
     return "rain"
 
 
@@ -69,7 +69,7 @@ def test_langchain_gets_structured_answers_and_calls(llm: ChatOpenAI) -> None:
 
 
 def evaluate(server: Any, folder: Path, task: str, **model_args: Any) -> list[Any]:
-    """The samples of a task of lm-eval about six sums; ``task`` is the rest of its description."""
+    """The samples of an lm-eval task with six sums; ``task`` is the rest of its description."""
     documents = [
         {"question": f"{i} and {i} make", "answer": str(2 * i), "choices": [str(2 * i), "a lot"], "right": 0}
         for i in range(6)
@@ -111,7 +111,7 @@ def test_lm_eval_runs_a_task_over_local_completions(server: Any, tmp_path: Path)
 
 
 def test_lm_eval_gets_the_likelihood_of_choices(server: Any, byte_model: Path, tmp_path: Path) -> None:
-    """That of one forward pass of transformers over context and choice."""
+    """The log-likelihood by one forward pass of transformers over context and choice."""
     task = (
         "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: right\n"
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
@@ -141,7 +141,7 @@ def interface(server: Any) -> Any:
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=str)
 @pytest.mark.parametrize("path", fuzz.PATHS)
 def test_no_request_is_a_server_error(server: Any, interface: Any, path: str, mode: GenerationMode) -> None:
-    """And none hangs: each has its time limit. A stream, whatever was asked, holds well-formed events alone."""
+    """Every request ends within its time limit, and every stream has well-formed events only."""
     fuzz.try_cases(server.url, interface, path, mode, CASES)
 
 

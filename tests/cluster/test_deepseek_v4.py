@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[.
 
 @pytest.fixture(scope="module")
 def llm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """The engine alone, with the settings of the server."""
+    """An engine in this process, with the server's settings."""
     sizes = {"cold_bytes": 64 << 20, "hot_bytes": 8 << 20}
     with LLM(str(model), arena_dir=tmp_path_factory.mktemp("arena"), **SETTINGS, **sizes) as llm:
         yield llm
@@ -60,7 +60,7 @@ def body(prompt: list[int], max_tokens: int = STEPS, **fields: Any) -> dict[str,
 
 
 def ask(server: Any, prompt: list[int], max_tokens: int = STEPS, **context: Any) -> tuple[str, Any]:
-    """The answer's text, and its usage."""
+    """The text and the usage of an answer."""
     answer = server.post("/v1/completions", body(prompt, max_tokens, forecache=context))
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["text"], answer.json()["usage"]
@@ -77,7 +77,7 @@ def test_an_answer_is_the_engines_own(server: Any, llm: LLM, keep_ratio: float) 
 
 
 def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(server: Any, llm: LLM) -> None:
-    """At another length than where everybody's states lie, so that the session's own one is what is found."""
+    """The prompt ends where no shared snapshot is stored, so only the session's snapshot can be found."""
     prompt, path = prompt_of(1, 1400), "/v1/sessions/talk"
     [first] = llm.generate([prompt], max_tokens=STEPS, ignore_eos=True, session_id="talk")
     assert ask(server, prompt, session_id="talk")[0] == first.text
@@ -96,7 +96,7 @@ def test_a_second_turn_goes_on_behind_the_first_and_sessions_are_told_in_chunks(
 
 
 def test_a_worker_that_is_killed_costs_a_pause(server: Any, llm: LLM) -> None:
-    """The last test of this server."""
+    """Must run last: it ends the server."""
     prompts = [prompt_of(3), prompt_of(4)]
     tokens = 8 * STEPS  # seconds, so that both still run when the worker is killed
     whole = [answer.text for answer in llm.generate(prompts, max_tokens=tokens, ignore_eos=True)]

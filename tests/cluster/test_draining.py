@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool], what: str, within_s: float = WITHI
 
 
 def counting(directory: Path) -> type[DecodeWorker]:
-    """Workers that tell, as they end, how many tokens they have prefilled."""
+    """Workers that write the number of their prefilled tokens to a file when they end."""
 
     class CountingWorker(DecodeWorker):
         def __del__(self) -> None:
@@ -48,7 +48,7 @@ def counting(directory: Path) -> type[DecodeWorker]:
 
 
 class Answer(threading.Thread):
-    """One that is read as it comes."""
+    """A streamed answer that is read as it arrives."""
 
     def __init__(self, url: str, prompt: str) -> None:
         super().__init__(daemon=True)

@@ -40,7 +40,7 @@ public class Ask {
 
 @pytest.fixture(scope="module")
 def black_hole() -> Iterator[socket.socket]:
-    """A port of this machine at which connections are taken and nothing is answered."""
+    """A local port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as hole:
         yield hole
 
@@ -65,7 +65,7 @@ def connect(server: Any) -> socket.socket:
 
 
 def raw(server: Any, data: bytes) -> bytes:
-    """What a connection gets for ``data`` until the server ends it, or the time is over."""
+    """The bytes that the server sends in reply to ``data`` before it closes the connection or the time is over."""
     with connect(server) as connection:
         connection.sendall(data)
         got = b""
@@ -81,7 +81,7 @@ def post(content: bytes, *headers: str, length: int | None = None) -> bytes:
 
 
 def test_a_server_answers_though_its_environment_names_a_proxy(server: Any) -> None:
-    """Ingress, workers and Serve's proxies speak gRPC with each other, which would take it for all of that."""
+    """gRPC between ingress, workers and Serve's proxies must not use the proxy of the environment."""
     assert server.get("/health", timeout=ANSWER_S).json() == {"status": "ok"}
     assert server.get("/ready", timeout=ANSWER_S).status_code == 200
     answer = server.post("/v1/chat/completions", body(), timeout=ANSWER_S)
@@ -98,7 +98,7 @@ def test_an_offer_of_http_2_is_answered_in_http_1_1(server: Any) -> None:
 
 
 def test_javas_client_is_answered(server: Any, tmp_path: Path) -> None:
-    """Its default asks for HTTP/2 by an upgrade."""
+    """By default this client offers an upgrade to HTTP/2."""
     if (java := shutil.which("java")) is None:
         pytest.skip("no Java on this machine")
     source = tmp_path / "Ask.java"
@@ -127,7 +127,7 @@ def test_headers_that_come_slowly_are_cut(server: Any) -> None:
 
 
 def logs(server: Any) -> str:
-    """What Serve's processes of this server have written, warnings and errors alone: the level is set so."""
+    """The log lines of this server's Serve processes, which log only warnings and errors."""
     command = next(line for line in processes_below(server.process.pid).values() if "raylet/raylet" in line)
     session = next(Path(word.partition("=")[2]) for word in command.split() if word.startswith("--session_dir="))
     files = [*session.glob("logs/serve/*.log"), *session.glob("logs/worker-*.err")]
@@ -136,7 +136,7 @@ def logs(server: Any) -> str:
 
 
 def test_a_request_that_is_wrong_is_no_error_in_the_log(server: Any) -> None:
-    """The last test of the module: of all requests before it, too."""
+    """Must run last: it reads the log of all requests before it."""
     wrong: list[dict[str, Any]] = [
         {"n": 0},
         {"model": "other"},

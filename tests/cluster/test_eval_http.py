@@ -27,7 +27,7 @@ STOP_S = 60.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights and a tokenizer."""
+    """A model of two random layers with a tokenizer."""
     path = tmp_path_factory.mktemp("models") / "tiny-eval"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `--api-key-file` reads; `keys.yaml` beside it is the server's."""
+    """The file for `--api-key-file`. The server's file, `keys.yaml`, is in the same directory."""
     path = tmp_path_factory.mktemp("keys") / "key"
     key, digest = new_key()
     path.write_text(f"{key}\n")
@@ -63,7 +63,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, key_file: Path) -> Iterator[str]:
-    """Of a server that asks for the key."""
+    """The URL of a server that needs the key."""
     sizes = ("--cold-bytes", "64MiB", "--hot-bytes", "16MiB", "--threads", "1", "--late-policy", "wait")
     serve = (sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(model), "--port", "0")
     keys = ("--api-keys-file", str(key_file.with_name("keys.yaml")))

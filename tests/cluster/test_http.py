@@ -51,7 +51,7 @@ def chat_body(content: str = "hello", **fields: Any) -> dict[str, Any]:
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error object, checked to be one of OpenAI's."""
+    """The error object of a response, checked against OpenAI's format."""
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
     return error
@@ -365,7 +365,7 @@ print("ended")
 
 
 def test_a_signal_that_nobody_saw_during_the_start_ends_it_all_the_same(byte_model: Path, tmp_path: Path) -> None:
-    """It came while a callback of a library ran, which drops exceptions."""
+    """The signal arrives while a callback of a library runs, which drops exceptions."""
     command = [sys.executable, "-c", SWALLOWED, str(byte_model), str(tmp_path)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=START_S + STOP_S, check=True)
     assert done.stdout.splitlines() == ["loading the model", "ended"]
@@ -373,7 +373,7 @@ def test_a_signal_that_nobody_saw_during_the_start_ends_it_all_the_same(byte_mod
 
 
 def said(line: str) -> str:
-    """The text in a line of a stream of chat chunks, which must not be an error."""
+    """The text in one line of a stream of chat chunks. Fails if the line is an error."""
     if not line.startswith("data: {"):
         return ""
     event = json.loads(line.removeprefix("data: "))
@@ -382,15 +382,14 @@ def said(line: str) -> str:
 
 
 def text_of(stream: Iterable[str]) -> str:
-    """What the lines of a stream of chat chunks say; it has to end in order."""
+    """The text of a stream of chat chunks, which must end properly."""
     lines = [line for line in stream if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]", lines[-1]
     return "".join(map(said, lines))
 
 
 def begun(lines: Iterator[str]) -> str:
-    """The first line of a stream of chat chunks that has text: a worker holds memory for it now. A stream may begin
-    before, when its worker takes its time."""
+    """Read a stream up to its first line with text: from then on a worker holds memory for it."""
     line = next(filter(said, lines), None)
     assert line is not None, "the stream ended without text"
     return line
@@ -398,13 +397,12 @@ def begun(lines: Iterator[str]) -> str:
 
 @pytest.fixture(scope="module")
 def two_workers(start_server: Any) -> Any:
-    """Of one arena of 768 chunks, 12,288 tokens."""
+    """A server with one arena of 768 chunks, 12,288 tokens."""
     return start_server("--workers", "2", "--keep-ratio", "1.0", "--cold-bytes", "8MiB", "--max-pinned-fraction", "1.0")
 
 
 def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_workers: Any) -> None:
-    """A pinned session takes so much that there is no room for the second answer even when the first is over, as it may
-    be on a slow day."""
+    """A pinned session leaves no room for the second answer, even after the first has ended."""
     server, path = two_workers, "/v1/chat/completions"
     kept = chat_body("p" * 7500, forecache={"session_id": "kept"})
     chunks = server.post(path, kept).json()["usage"]["forecache"]["context_chunks"] - 1
@@ -430,8 +428,7 @@ def test_what_memory_has_no_room_for_is_refused_and_what_runs_goes_on(two_worker
 
 
 def test_a_worker_that_is_killed_costs_a_pause(two_workers: Any) -> None:
-    """Plain answers and those under a grammar, one of each on either worker, go on as if nothing had happened. The last
-    test of this server."""
+    """One plain answer and one with a grammar on each worker continue after a failure. Must run last."""
     server = two_workers
     try:
         path = "/v1/chat/completions"

@@ -24,7 +24,7 @@ REPLACED_S = 180.0
 
 
 class HangingWorker(DecodeWorker):
-    """Its step hangs for good where a prompt of a certain length is in it."""
+    """A worker whose step hangs when a prompt of a certain length is in it."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         super().__init__(settings)
@@ -40,7 +40,7 @@ class HangingWorker(DecodeWorker):
 
 
 def bytes_of(seq: Any) -> str:
-    """The prompt of the small model, whose tokens are bytes in the order of its tokenizer's alphabet."""
+    """A prompt for the small model, whose tokens are bytes in the order of its tokenizer's alphabet."""
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -71,7 +71,7 @@ def test_a_worker_whose_step_hangs_is_replaced_and_its_clients_hear_an_error(url
         heard: dict[str, Any] = {}
 
         def other() -> None:
-            """Behind the one that hangs: of the same worker, and through no fault of its own."""
+            """Another request on the same worker, which must not be blamed."""
             heard["other"] = http.post("/v1/completions", json=body("hello", max_tokens=2000))
 
         waits = threading.Thread(target=other)

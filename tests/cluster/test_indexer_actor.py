@@ -47,7 +47,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
 
 @pytest.fixture
 def request_of_stored_chunks(arena: Arena) -> PredictRequest:
-    """Chunks with random index keys, stored as a worker stores them; the third one is hot only."""
+    """Chunks with random index keys, stored as a worker does; the third one is only in the hot pool."""
     store = ArenaStore(arena)
     reservations = store.reserve_slots("worker/s", [bytes([number]) * 16 for number in range(1, CHUNKS + 1)])
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def test_an_actor_that_hangs_is_given_up_at_the_deadline(request_of_stored_chunk
 
 
 def test_an_actor_that_dies_is_stood_in_for_and_asked_again(request_of_stored_chunks: PredictRequest) -> None:
-    """Killed in the middle of a run: no prediction is lost, and once Ray has restarted it, it scores again."""
+    """The actor is killed while requests run: no prediction is lost, and it scores again once Ray has restarted it."""
     actor_class: Any = IndexerActor
     actor = actor_class.options(max_restarts=-1).remote(SPEC, 1, Arena.attach)
     ray.get(actor.ready.remote(), timeout=60)
@@ -174,7 +174,7 @@ def test_an_actor_that_dies_is_stood_in_for_and_asked_again(request_of_stored_ch
 
 
 def test_actors_share_sequences(request_of_stored_chunks: PredictRequest) -> None:
-    """A sequence always asks the same one; with one of two gone, only its sequences are scored here."""
+    """A sequence always uses the same actor. With one of two gone, the worker scores only that one's sequences."""
     started = [start() for _ in range(2)]
     shared = SharedIndexers([remote for _, remote in started], lambda: LocalIndexer(SPEC, 1, Arena.attach))
     requests = [replace(request_of_stored_chunks, sequence_id=f"s{number}") for number in range(16)]

@@ -54,7 +54,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 def first_tokens(server: Any) -> Counter[str]:
-    """Ingress → streams that have begun there."""
+    """Ingress → the streams that have begun there."""
     return Counter({
         labels["process"]: int(sample.value)
         for labels, page in server.pages()
@@ -66,7 +66,7 @@ def first_tokens(server: Any) -> Counter[str]:
 
 
 class Stream(threading.Thread):
-    """Reads a streamed answer, and tells whether it came to its ``end``."""
+    """Reads a streamed answer, and records whether it reached its ``end``."""
 
     def __init__(self, server: Any) -> None:
         super().__init__(daemon=True)
@@ -90,7 +90,7 @@ class Stream(threading.Thread):
 
 
 def begun_streams(server: Any, count: int) -> list[Stream]:
-    """All have a first token."""
+    """Wait until all streams have a first token."""
     streams = [Stream(server) for _ in range(count)]
     for stream in streams:
         stream.start()
@@ -99,7 +99,7 @@ def begun_streams(server: Any, count: int) -> list[Stream]:
 
 
 def ingresses() -> list[int]:
-    """Their processes."""
+    """The processes of the ingresses."""
     names = processes_below(os.getpid())
     return [pid for pid, name in names.items() if "ServeReplica:forecache:Ingress" in name]
 
@@ -112,7 +112,10 @@ def test_both_are_listed_and_each_on_a_node_of_its_own(server: Any) -> None:
 
 
 def begun_stream(server: Any, streams: ExitStack) -> httpx.Response:
-    """Of a tenant that may have few. Refused while an ingress has not heard that the other's request has ended."""
+    """Start a stream of a tenant with a low limit.
+
+    Retry while it is refused: an ingress may not know yet that the other ingress' request has ended.
+    """
     end_s = time.monotonic() + 30
     while True:
         answer = server.stream("/v1/completions", body(stream=True), headers=headers("few"))

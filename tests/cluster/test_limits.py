@@ -124,8 +124,10 @@ def test_tenants_share_no_chunk(server: Any) -> None:
 
 
 def test_the_time_to_a_first_token_does_not_tell_what_others_have(server: Any) -> None:
-    """Prompts that another tenant has, and prompts that nobody has, in turns: a rank test sees no difference; for the
-    tenant itself it does."""
+    """Compare times of prompts that another tenant has stored with times of new ones.
+
+    A rank test must find no difference; for the tenant that stored them it must find one.
+    """
     generator = random.Random(1)
     prompts = ["".join(generator.choices("abcdefgh ", k=1500)) for _ in range(24)]
     known, unknown = prompts[::2], prompts[1::2]
@@ -232,7 +234,7 @@ def test_who_finds_no_place_is_told_so_before_its_body_has_come(server: Any) -> 
 
 
 def test_a_signal_lets_what_runs_finish_and_nothing_new_in(server: Any) -> None:
-    """The last test of the module: the server is gone after it."""
+    """Must run last: it stops the server."""
     with stream(server, max_tokens=4000, ignore_eos=True) as running:
         lines = running.iter_lines()
         next(lines)

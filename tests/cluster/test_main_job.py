@@ -22,7 +22,7 @@ CHUNK_TOKENS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 6000, 100
 
 @pytest.fixture(scope="module")
 def server(start_server: Any) -> Iterator[Any]:
-    """One cluster for the module; its end is a test as well."""
+    """One cluster for the module. Its end is tested too."""
     running = start_server("--hot-bytes", str(HOT_BYTES), "--keep-ratio", "0.2")
     yield running
     running.end()
@@ -40,7 +40,7 @@ def body(prompt: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def first(server: Any, document: str) -> dict[str, Any]:
-    """The answer to the first turn, once all its chunks are in CPU memory."""
+    """The answer to the first turn, after all its chunks were stored in CPU memory."""
     answer = server.post("/v1/completions", body(document))
     assert answer.status_code == 200, answer.text
     server.stored_session(SESSION, (PROMPT_TOKENS + ANSWER_TOKENS - 1) // CHUNK_TOKENS)

@@ -45,7 +45,7 @@ SHARPER = 20.0
 
 
 class Collector:
-    """An OTLP receiver: what it was sent, as (service, span). ``url`` without a path."""
+    """An OTLP receiver that keeps what it gets as (service, span). ``url`` has no path."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
@@ -73,7 +73,7 @@ class Collector:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def trace(self, trace_id: str, spans: int) -> dict[str, tuple[str, Span]]:
-        """Name of each span of a trace → (service, span), once there are so many."""
+        """Wait for ``count`` spans of a trace; returns name → (service, span)."""
         start = time.monotonic()
         while True:
             found = {span.name: (service, span) for service, span in self.spans if span.trace_id.hex() == trace_id}
@@ -99,7 +99,7 @@ def collector() -> Iterator[Collector]:
 def server(
     start_server: Any, byte_model: Path, collector: "Collector", tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """Of a model whose attention is sharp enough for retrieval events, all of its heads called retrieval heads."""
+    """A server of a model with sharp attention, so that retrieval events occur; all its heads are retrieval heads."""
     folder = tmp_path_factory.mktemp("sharp")
     shutil.copytree(byte_model, folder / "bytes")
     model = LlamaForCausalLM.from_pretrained(byte_model, dtype=torch.float32)
@@ -129,7 +129,7 @@ class Prometheus:
         self._url = url
 
     def get(self, path: str, **params: str) -> Any:
-        """``data`` of an answer of its API."""
+        """The ``data`` field of a response of Prometheus' API."""
         answer = httpx.get(f"{self._url}/api/v1/{path}", params=params, timeout=30)
         said = answer.json()
         assert said["status"] == "success", f"{params}: {said.get('error')}"
@@ -137,7 +137,7 @@ class Prometheus:
         return said["data"]
 
     def values(self, expression: str) -> list[float]:
-        """The vector's values, NaN left out."""
+        """The values of a vector without NaN."""
         found = [float(one["value"][1]) for one in self.get("query", query=expression)["result"]]
         return [value for value in found if value == value]
 
@@ -148,7 +148,7 @@ class Prometheus:
             time.sleep(0.2)
 
     def wait_for_rules(self) -> None:
-        """Until every rule was evaluated over what is stored now."""
+        """Wait until every rule was evaluated after the data were stored."""
         start, now = time.monotonic(), datetime.now(UTC)
         while any(datetime.fromisoformat(x["lastEvaluation"]) < now for x in self.get("rules")["groups"]):
             assert time.monotonic() - start < DATA_WITHIN_S, "rules are not evaluated"
@@ -157,7 +157,7 @@ class Prometheus:
 
 @pytest.fixture
 def prometheus(server: Any, tmp_path: Path) -> Iterator[Prometheus]:
-    """The shipped configuration but for the server's address and a shorter interval, on a port the system chose."""
+    """The shipped configuration with the server's address, a shorter interval, and a port that the system chose."""
     shipped = GRAFANA / "prometheus"
     config = yaml.safe_load((shipped / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = dict.fromkeys(("scrape_interval", "scrape_timeout", "evaluation_interval"), f"{INTERVAL_S}s")
@@ -188,7 +188,7 @@ def prometheus(server: Any, tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def queries() -> dict[str, str]:
-    """Every query of the dashboards as Grafana would ask it, and every rule: where it stands → PromQL."""
+    """Every query of the dashboards, as Grafana would send it, and every rule: place → PromQL."""
     found = {}
     for path in sorted((GRAFANA / "dashboards").glob("*.json")):
         for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]:
@@ -211,8 +211,10 @@ def ask(server: Any, text: str) -> dict[str, Any]:
 
 @contextmanager
 def load(server: Any) -> Iterator[list[dict[str, Any]]]:
-    """Two clients, each with two documents that it asks about again and again: more than the hot pool holds, so chunks
-    are recalled. What was said of usage is complete after the block."""
+    """Two clients that ask about two documents each, again and again.
+
+    The documents exceed the hot pool, so chunks are recalled. The list of usages is complete after the block.
+    """
     usages: list[dict[str, Any]] = []
     done = threading.Event()
 

@@ -20,7 +20,7 @@ START_S, STOP_S = 180.0, 60.0
 
 
 def serve_config(settings: Path, port: int) -> dict[str, object]:
-    """That of the overlay, at a port and with settings of the test's own."""
+    """The Serve config of the overlay, with another port and test settings."""
     manifest = yaml.safe_load((ROOT / "deploy/multi-node/rayservice.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     config["http_options"] = {"host": "127.0.0.1", "port": port}
@@ -75,7 +75,7 @@ def test_the_manifests_serve_config_serves(
 
 
 def check_metrics(url: str) -> None:
-    """Every process of both nodes is listed, and serves series of its own."""
+    """Every process of both nodes is listed, and serves its series."""
     listed = httpx.get(f"{url}/metrics/targets", timeout=30).json()
     components = [group["labels"]["component"] for group in listed]
     assert components == ["indexer", "ingress", "ingress", "tier", "tier", "worker"]

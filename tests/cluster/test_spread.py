@@ -57,7 +57,7 @@ def load(model: Path) -> tuple[Backbone, IndexSpec]:
 
 
 class Worker:
-    """A decode worker without Serve: an engine over the memory tier of its node."""
+    """A decode worker without Ray Serve: an engine that uses the memory tier of its node."""
 
     def __init__(self, name: str, tier: Any, model: Path, hot_chunks: int) -> None:
         torch.set_num_threads(1)
@@ -79,11 +79,11 @@ class Worker:
         return os.getpid()
 
     def progress(self) -> int:
-        """Tokens of the answer under way."""
+        """The tokens so far of the running answer."""
         return self.tokens
 
     def run(self, number: int, prompt: list[int], keep_ratio: float, tokens: int = ANSWER) -> tuple[list[int], Any]:
-        """The answer, and what it cost; then nothing is left here."""
+        """Run a request to its end; returns the answer and its statistics, and checks that nothing is left."""
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         cache = CacheOptions(keep_ratio=keep_ratio, cache_salt=f"{keep_ratio}")
         self.engine.add_request(GenerateRequest(f"r{number}", tuple(prompt), sampling, cache))
@@ -114,7 +114,7 @@ def wait_until(condition: Callable[[], bool], within_s: float = 40) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of noise, loud enough that greedy tokens vary."""
+    """A model of two random layers with weights so large that greedy tokens vary."""
     path = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -134,7 +134,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Nodes:
-    """Tiers with arenas of so many slots, one on each node, and workers beside them."""
+    """Tiers with arenas of so many slots, one on each node, each with a worker."""
 
     def __init__(self, cluster: Any, directory: Path, redis_url: str, model: Path) -> None:
         self.cluster = cluster
@@ -178,7 +178,7 @@ class Nodes:
         return Tiers(NAMESPACE, self.directory.name, self.redis_url, 20)
 
     def check(self) -> None:
-        """Nobody holds anything, and all agree."""
+        """Check that nothing is held on any node, and that all books agree."""
         living = sum(tier is not None for tier in self.tiers)
 
         def free() -> bool:

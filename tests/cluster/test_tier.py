@@ -32,7 +32,7 @@ def settings(config: MemoryConfig, redis_url: str | None = None) -> TierSettings
 
 
 class Worker:
-    """What a decode worker does with cold memory, in a process of its own. A chunk's bytes follow from its key."""
+    """The cold-memory calls of a decode worker, in a separate process. A chunk's bytes follow from its key."""
 
     def __init__(self, name: str, tier: Any) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class Worker:
         return os.getpid()
 
     def write(self, sequence: str, keys: list[bytes], *, commit: bool = True) -> list[bool]:
-        """Reserve and write ``keys``, and keep them held. True for each that was stored already."""
+        """Reserve and write ``keys``, and keep them held. Returns for each whether it was stored before."""
         holder = f"{self.name}/{sequence}"
         reservations = self.memory.reserve_slots(holder, keys)
         arena = self.memory.arena
@@ -56,7 +56,7 @@ class Worker:
         return [r.stored for r in reservations]
 
     def read(self, sequence: str, keys: list[bytes]) -> list[int]:
-        """The first byte of each chunk of the stored prefix, which stays held; -1 where the checksum is wrong."""
+        """The first byte of each chunk of the stored prefix, which stays held; -1 if a checksum is wrong."""
         arena = self.memory.arena
         refs = self.memory.hold_prefix(f"{self.name}/{sequence}", keys)
         values = [int(arena.chunks[ref.slot][0]) for ref in refs]
@@ -64,7 +64,7 @@ class Worker:
         return [value if is_good else -1 for value, is_good in zip(values, good, strict=True)]
 
     def read_cut(self) -> int:
-        """Touch the last chunk, whatever has become of the file."""
+        """Read the last byte of the mapped file, which may have been truncated."""
         return int(self.memory.arena.chunks[-1, -1])
 
     def release(self, sequence: str) -> None:
@@ -90,7 +90,7 @@ StartTier = Callable[..., Any]
 
 @pytest.fixture
 def start_tier(arena_dir: Path, redis_server: Any) -> Iterator[StartTier]:
-    """Starts tiers; each is shut down and has freed its file when the test ends."""
+    """Starts tiers. When the test ends, each is shut down and must have removed its file."""
     started = []
 
     def start(tier_id: str = "tier", cold_bytes: int = (2 << 20) + SLOTS * LAYOUT.nbytes, **options: Any) -> Any:

@@ -41,7 +41,7 @@ KEYS = [bytes([i]) * 16 for i in range(1, 250)]
 
 
 class Client:
-    """What a decode worker does with cold memory, in a process on a tier's node. Bytes follow from keys."""
+    """The cold-memory calls of a decode worker, in a process on a tier's node. Bytes follow from keys."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -68,7 +68,7 @@ class Client:
                 self.memory.release(holder)
 
     def read(self, keys: list[bytes], *, keep: bool = False) -> list[int]:
-        """First bytes of the chunks of the longest stored prefix; -1 for one that is not what was written."""
+        """The first bytes of the chunks of the longest stored prefix; -1 for wrong bytes."""
         holder, arena = f"{self.name}/read", self.memory.arena
         refs = self.memory.hold_prefix(holder, keys)
         found = []
@@ -105,7 +105,7 @@ def heads(keys: list[bytes]) -> list[int]:
 
 
 class Clients:
-    """One on each node: tests take them over from each other, and each gives them a tier of its own."""
+    """A client process on each node, shared by tests; each test connects them to its tiers."""
 
     def __init__(self) -> None:
         self._clients: dict[str, Any] = {}
@@ -120,7 +120,7 @@ class Clients:
         return client, client.begin.remote(tier)
 
     def end(self) -> None:
-        """Those of nodes that were taken away are gone."""
+        """Remove clients of nodes that were removed."""
         ended = {node_id: client.end.remote() for node_id, client in self._clients.items()}
         for node_id, done in ended.items():
             try:
@@ -135,7 +135,7 @@ def clients() -> Clients:
 
 
 class Nodes:
-    """Tiers on the nodes of the cluster, the head's first, and clients beside them."""
+    """Tiers on the cluster's nodes, the head's first, each with a client."""
 
     def __init__(self, cluster: Any, directory: Path, redis_url: str, clients: Clients) -> None:
         self.cluster = cluster
@@ -196,7 +196,7 @@ class Nodes:
 
 
 def own_file(path: Path) -> bool:
-    """Whether nobody owns the arena at ``path``, which is removed then."""
+    """Whether the arena at ``path`` has no owner; then it is removed."""
     remove_abandoned(path.parent)
     return not path.exists()
 
@@ -373,7 +373,7 @@ def test_a_pin_that_promises_leave_no_room_for_is_refused(nodes: Nodes) -> None:
 
 
 def doctor(cluster: Any) -> tuple[int, str]:
-    """Exit status and words of `forecache doctor --cluster`."""
+    """The exit status and output of `forecache doctor --cluster`."""
     command = [sys.executable, "-m", "forecache.cluster.cli.main", "doctor", "--cluster", "--address", cluster.address]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in ended.stderr, ended.stderr
@@ -418,8 +418,10 @@ def test_without_redis_each_node_goes_on_alone(nodes: Nodes, redis_server: Any) 
 
 
 def note_waits(tier: Any) -> None:
-    """In a tier's process: note whom it waits for, and how long at most. Who did not answer is left alone for long, as
-    on a machine that is never busy with something else for longer than the pause."""
+    """Record which tiers a tier waits for, and for how long at most.
+
+    The pause after a tier that did not answer is long, so that a busy machine does not change the result.
+    """
     tier.waits = waits = []
     ask = peers.get_answer
 
@@ -452,7 +454,7 @@ def test_a_tier_that_does_not_answer_costs_its_chunks_and_no_more_than_a_deadlin
 
 @contextmanager
 def stopped(tier: Any) -> Iterator[None]:
-    """The tier's process is there and does nothing."""
+    """Stop the tier's process with SIGSTOP."""
     pid = get(tier.__ray_call__.remote(lambda self: os.getpid()))
     os.kill(pid, signal.SIGSTOP)
     try:

@@ -24,7 +24,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touc
 
 @pytest.fixture(scope="module")
 def server(start_server: Any) -> Any:
-    """A pool smaller than the document: chunks have to come and go."""
+    """A server with a hot pool smaller than the document, so that chunks are evicted and recalled."""
     return start_server("--hot-bytes", "1MiB", "--keep-ratio", "0.2")
 
 
@@ -39,8 +39,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page in a context with the options given. At the end nothing may have gone wrong in any, and nothing
-    may have been asked of another host."""
+    """Opens the page in a browser context with the given options.
+
+    At its end no page may have logged an error, or sent a request to another host.
+    """
     contexts, said, asked = [], [], []
 
     def opened(**options: Any) -> Any:
@@ -62,13 +64,13 @@ def open_page(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
 
 
 def to_the_end(route: Any) -> None:
-    """The model is noise: only so does it always say the same, and as much as it may."""
+    """Send a fixed seed: answers of a random model are then reproducible, and as long as allowed."""
     route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True, "seed": 1}))
 
 
 @pytest.fixture(scope="module")
 def artifacts() -> Path:
-    """Where screenshots are kept."""
+    """The directory for screenshots."""
     folder = Path(__file__).parents[2] / "build" / "test-artifacts"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -156,7 +158,7 @@ def test_what_the_server_refuses_is_said(open_page: Callable[..., Any], browser:
 def test_labels_and_contrast(
     open_page: Callable[..., Any], artifacts: Path, scheme: str, device: dict[str, Any]
 ) -> None:
-    """axe-core finds nothing, and nothing is wider than the screen."""
+    """axe-core finds no violation, and nothing is wider than the screen."""
     page = open_page(color_scheme=scheme, bypass_csp=True, **device)  # axe is put into the page
     page.get_by_text("Settings").click()
     page.get_by_label("Question").fill("short?")
