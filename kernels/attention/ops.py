@@ -53,6 +53,28 @@ def ragged_prefill(
     return backend(q, k, v, kv, layer, block_table, past_lens, starts, scale, k_scale=k_scale, v_scale=v_scale)
 
 
+def chunk_mass(
+    q: Tensor,
+    lse: Tensor,
+    kv: Tensor,
+    layers: Tensor,
+    kv_heads: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+) -> Tensor:
+    """See `reference.chunk_mass`."""
+    backend = reference.chunk_mass
+    if q.is_cuda:
+        from forecache.kernels.attention import chunk_mass as triton_kernel
+
+        backend = triton_kernel.chunk_mass
+    return backend(q, lse, kv, layers, kv_heads, block_table, positions, starts, scale, k_scale=k_scale)
+
+
 def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.merge_partials`."""
     if out_a.is_cuda:

@@ -130,6 +130,62 @@ def ragged_prefill(
     return out, lse
 
 
+def chunk_mass(
+    q: Tensor,
+    lse: Tensor,
+    kv: Tensor,
+    layers: Tensor,
+    kv_heads: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    scale: float,
+    *,
+    k_scale: Tensor | None = None,
+) -> Tensor:
+    """The largest share of attention that some tokens of a sequence, at some heads, put on each of its chunks.
+
+    Args:
+        q: ``[rows, pairs, head_dim]``, queries of tokens at pairs of a layer and a query head.
+        lse: float32 ``[rows, pairs]``, the natural log of the sum of exp(scaled logits) of a row's whole attention.
+        layers, kv_heads: integer ``[pairs]``, the layer of a pair and the KV head of its query head.
+        block_table: int32 ``[sequences, max_chunks]``, slots of all chunks of a sequence, in the order of its tokens.
+            Entries of chunks that none of its rows sees are not read.
+        positions: integer ``[rows]``, a row's position in its sequence: it sees the tokens up to and including it,
+            which are all in the pool.
+        starts: int32 ``[sequences + 1]``, not decreasing: sequence ``s`` has the rows ``starts[s]`` to
+            ``starts[s + 1]`` (exclusive).
+        scale: factor of the logits.
+        k_scale: float32 ``[slots, layers, kv_heads]``, factors of fp8 keys.
+
+    Returns:
+        float32 ``[sequences, max_chunks]``, rounded to three decimals: many shares are nearly 1, and rounding errors,
+        which depend on where a prompt was cut into steps, must not choose among them. Chunks that no row sees have 0.
+    """
+    checks.mass(q, lse, kv, layers, kv_heads, block_table, positions, starts, k_scale)
+    chunk_tokens = kv.shape[4]
+    mass = torch.zeros(block_table.shape, dtype=torch.float32, device=q.device)
+    bounds = starts.tolist()
+    for i in range(block_table.shape[0]):
+        rows = slice(bounds[i], bounds[i + 1])
+        if rows.start == rows.stop:
+            continue
+        last = positions[rows]
+        count = int(last.max()) // chunk_tokens + 1
+        slots = block_table[i, :count].long()
+        hidden = torch.arange(count * chunk_tokens, device=q.device) > last.unsqueeze(1)
+        for pair, (layer, head) in enumerate(zip(layers.tolist(), kv_heads.tolist(), strict=True)):
+            pool = kv[:, layer, 0, head]
+            # indexing reads bytes, not fp8
+            keys = (pool.view(torch.uint8)[slots].view(kv.dtype) if kv.dtype.itemsize == 1 else pool[slots]).float()
+            if k_scale is not None:
+                keys *= k_scale[slots, layer, head].view(-1, 1, 1)
+            logits = (q[rows, pair].float() @ keys.flatten(0, 1).T * scale).masked_fill(hidden, -math.inf)
+            shares = (logits.view(-1, count, chunk_tokens).logsumexp(2) - lse[rows, pair].unsqueeze(1)).exp()
+            mass[i, :count] = torch.maximum(mass[i, :count], shares.amax(0))
+    return mass.round(decimals=3)
+
+
 def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets, from the attention over each.
 

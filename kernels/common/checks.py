@@ -102,6 +102,28 @@ def ragged(
     assert past_lens.dtype == starts.dtype == torch.int32 and past_lens.is_contiguous() and starts.is_contiguous()
 
 
+def mass(
+    q: Tensor,
+    lse: Tensor,
+    kv: Tensor,
+    layers: Tensor,
+    kv_heads: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    k_scale: Tensor | None,
+) -> None:
+    """Arguments of `chunk_mass`."""
+    rows, pairs, head_dim = q.shape
+    assert kv.shape[5] == head_dim and q.stride(2) == 1, f"q {tuple(q.shape)} does not fit kv {tuple(kv.shape)}"
+    assert pairs > 0 and layers.shape == kv_heads.shape == (pairs,), f"{pairs} pairs, layers {tuple(layers.shape)}"
+    assert lse.shape == (rows, pairs) and lse.dtype == torch.float32, f"lse {tuple(lse.shape)} of {lse.dtype}"
+    assert positions.shape == (rows,) and starts.shape == (block_table.shape[0] + 1,)
+    assert all(x.is_contiguous() for x in (lse, layers, kv_heads, positions, starts))
+    assert starts.dtype == torch.int32, f"starts are {starts.dtype}"
+    pool(kv, 0, block_table, k_scale, k_scale)
+
+
 def pool(kv: Tensor, layer: int | Tensor, block_table: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
     """A pool, what is read of it through a block table, and its scales."""
     slots, layers, parts, kv_heads = kv.shape[:4]

@@ -32,9 +32,11 @@ driver.set_active(Hopper())
 JITFunction.run = compile_only
 
 from forecache.kernels.csa import decode as csa_decode
+from forecache.kernels.attention import chunk_mass
 from forecache.kernels.attention import flag_non_finite
 from forecache.kernels.attention import gather_layer
 from forecache.kernels.attention import merge_partials
+from forecache.kernels.attention import ragged_prefill
 from forecache.kernels.chunks import quantize_chunks
 from forecache.kernels.chunks import score_chunks
 from forecache.kernels.csa import score_entries
@@ -124,6 +126,29 @@ def splits():
     decode(torch.float32, 80, 1, DecodeConfig(32, 8, 3, 2), q_dtype=torch.float32)
 
 
+def prefill(dtype, head_dim, group, q_dtype=BF16, **options):
+    scales = {"k_scale": scale[:, :, 0], "v_scale": scale[:, :, 1]} if dtype == FP8 else {}
+    packed = torch.zeros(9, 2 * group + 4, head_dim, dtype=q_dtype)
+    ragged_prefill.ragged_prefill(*packed.split((2 * group, 2, 2), 1), pool(dtype, head_dim), layer,
+        where[None].int().expand(2, 2), where.int(), torch.zeros(3, dtype=torch.int32), 0.1, **scales, **options)
+
+
+def prefills():
+    prefill(BF16, 128, 4, config=tuning.PREFILL_VARIANTS["wide-tma"])
+    prefill(FP8, 128, 4)
+    prefill(BF16, 96, 3)
+    prefill(torch.float32, 64, 1, torch.float32)
+
+
+def masses():
+    heads, starts = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+    table = torch.zeros(2, 5, dtype=torch.int32)
+    for dtype, q_dtype in ((BF16, BF16), (BF16, torch.float32), (FP8, BF16)):
+        k_scale = scale[:, :, 0] if dtype == FP8 else None
+        chunk_mass.chunk_mass(torch.zeros(2, 2, 128, dtype=q_dtype), torch.zeros(2, 2), pool(dtype), heads, heads,
+            table, heads, starts, 0.1, k_scale=k_scale)
+
+
 def streams():
     config = DecodeConfig(64, 4, 3, 3, stream=True, pairs=True)
     decode(BF16, 128, 4, config)
@@ -137,7 +162,16 @@ def streams():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not there on this platform")
 @pytest.mark.parametrize(
     ("group", "kernels"),
-    [("copies", 9), ("fp8", 9), ("scores", 14), ("csa", 13), ("splits", 10), ("streams", 10)],
+    [
+        ("copies", 9),
+        ("fp8", 9),
+        ("scores", 14),
+        ("csa", 13),
+        ("splits", 10),
+        ("streams", 10),
+        ("prefills", 4),
+        ("masses", 3),
+    ],
 )
 def test_kernels_compile(group: str, kernels: int, tmp_path: Path) -> None:
     done = subprocess.run(
