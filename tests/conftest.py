@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def logging_restored() -> Iterator[None]:
-    """Undo what a test, a fixture, or a command that they run in this process, sets up for forecache's loggers."""
+    """Restore forecache's loggers after a test, a fixture or a command in this process has configured them."""
     yield
     logging.setLogRecordFactory(logging.LogRecord)
     logger = logging.getLogger("forecache")
@@ -74,7 +74,7 @@ def one_thread() -> Iterator[None]:
 
 
 class RedisServer:
-    """A real Redis on a unix socket, without persistence: what was in it is gone after ``kill`` and ``start``."""
+    """A real Redis on a unix socket, without persistence: ``kill`` and ``start`` lose its data."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -120,7 +120,7 @@ def _executable() -> str:
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    """A running Redis of the test's own, with ``url``, ``kill()`` and ``start()``."""
+    """A running Redis for one test, with ``url``, ``kill()`` and ``start()``."""
     server = RedisServer(tmp_path)
     server.start()
     yield server
@@ -129,10 +129,10 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture(scope="session")
 def make_deepseek_v4() -> "Callable[..., DeepseekV4ForCausalLM]":
-    """Saves a random DeepSeek-V4 at a path: six layers of all kinds, more entries than are selected from 100 tokens on.
+    """Saves a random DeepSeek-V4: six layers of all kinds, which select entries from 100 tokens on.
 
-    Keyword arguments change its configuration. What transformers begins with zeros is random too: sinks, position
-    biases, the experts of tokens.
+    Keyword arguments change its configuration. Parameters that transformers initialises with zeros (sinks, position
+    biases, the experts of tokens) are random too.
     """
     sliding, csa, hca = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
     settings: dict[str, Any] = {

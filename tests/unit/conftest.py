@@ -16,7 +16,7 @@ Reference = Callable[[list[int], int], list[int]]
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone(one_thread: None) -> None:
-    """Tensors are small here: threads would only wait for each other."""
+    """Run torch on one thread: tensors here are small, so more threads would only wait for each other."""
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def arena_dir() -> Iterator[Path]:
-    """A folder in shared memory: CUDA registers no file that lies on a disk."""
+    """A directory in shared memory, since CUDA can't register files on a disk."""
     with TemporaryDirectory(prefix="arena-test-", dir="/dev/shm") as directory:
         yield Path(directory)
 
@@ -55,7 +55,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(tiny_model: Path) -> Reference:
-    """Greedy continuation by transformers' own ``generate``."""
+    """Returns the greedy continuation by transformers' ``generate``."""
     model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     def generate(prompt: list[int], tokens: int) -> list[int]:

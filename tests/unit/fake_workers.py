@@ -17,7 +17,7 @@ ONE_TRY = ResumeConfig(resume_attempts=0)
 
 
 class Workers:
-    """In the place of ``ServeWorkers``: ``start`` makes the call that a request gets. Some worker always runs."""
+    """A fake ``ServeWorkers`` whose workers always run: ``start`` makes the call for a request."""
 
     def __init__(self, start: Callable[[GenerateRequest], Any], config: ResumeConfig = ONE_TRY) -> None:
         self.start = start
@@ -28,7 +28,7 @@ class Workers:
 
 
 class Requests:
-    """In the place of ``ChoiceRequests``: the request ``r`` for one choice, ``r-0`` and so on for several."""
+    """A fake ``ChoiceRequests``: the request ``r`` for one choice; ``r-0``, ``r-1`` and so on for several."""
 
     def __init__(self, request: GenerateRequest, prompts: int, per_prompt: int) -> None:
         self._request = request
@@ -42,7 +42,7 @@ class Requests:
 
 
 class Record(RequestRecord):
-    """Keeps what it observes."""
+    """A fake request record that keeps everything it observes."""
 
     def __init__(self, metrics: Metrics | None = None) -> None:
         super().__init__(metrics or Metrics("m"), SILENCE, "r", "/", "", 9, "")
@@ -62,7 +62,7 @@ class Record(RequestRecord):
 
 
 class Errors(Metrics):
-    """Keeps the kinds of errors that it counts."""
+    """Fake metrics that keep the kinds of errors they count."""
 
     def __init__(self) -> None:
         super().__init__("m")
@@ -82,7 +82,7 @@ def stream_over(
     record: RequestRecord | None = None,
     **settings: Any,
 ) -> CompletionStream:
-    """A stream whose choices ask ``workers``."""
+    """A completion stream that sends its choices to ``workers``."""
     ticket = Admission(LimitsConfig(max_queued_requests=4096)).admit(Anonymous(), [9] * (prompts * per_prompt), 0)
     requests: Any = Requests(request, prompts, per_prompt)
     return CompletionStream(requests, workers, ticket, record or Record(), **settings)

@@ -14,7 +14,10 @@ CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 
 @contextmanager
 def checked_llm(model: Path, **settings: Any) -> Iterator[LLM]:
-    """Without a tokenizer, its arena in shared memory. Checks at the end that no slot is referenced, dirty or held."""
+    """An LLM without a tokenizer, with its arena in shared memory.
+
+    Checks at its end that no slot is referenced, dirty or held.
+    """
     with (
         TemporaryDirectory(prefix="llm-test-", dir="/dev/shm") as directory,
         LLM(str(model), skip_tokenizer=True, arena_dir=Path(directory), **settings) as llm,
@@ -28,7 +31,7 @@ def checked_llm(model: Path, **settings: Any) -> Iterator[LLM]:
 
 
 def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> AbstractContextManager[LLM]:
-    """A ``checked_llm`` of ``tiny_model`` that keeps all chunks, of 16 tokens, unless ``settings`` says otherwise."""
+    """A ``checked_llm`` of ``tiny_model`` with 16-token chunks that are all kept; ``settings`` change that."""
     defaults: dict[str, Any] = {
         "keep_ratio": 1.0,
         "chunk_tokens": 16,

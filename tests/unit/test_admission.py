@@ -160,7 +160,7 @@ def test_a_tenant_has_its_share_and_no_more() -> None:
 
 
 class Doors(RuleBasedStateMachine):
-    """Requests of three tenants come, begin and end in any order."""
+    """Requests of three tenants arrive, reach their first token and end in any order."""
 
     @initialize()
     def start(self) -> None:

@@ -277,7 +277,7 @@ def test_the_arena_of_a_killed_owner_is_adopted_or_removed(tmp_path: Path) -> No
 
 
 def test_the_checksums_are_those_of_the_source(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process writes to the slot while it is filled: what it leaves there is not sealed."""
+    """Another process writes to the slot while it is filled: its bytes must not be sealed."""
     other = Arena.attach(arena.path)
     chunk, index = np.full(LAYOUT.nbytes, 0x22, np.uint8), np.full(INDEX_NBYTES, 0x33, np.uint8)
     ref = SlotRef(1, arena.renew(1))
@@ -300,7 +300,7 @@ def test_the_checksums_are_those_of_the_source(arena: Arena, monkeypatch: pytest
 
 
 def test_a_late_writer_can_not_seal(arena: Arena) -> None:
-    """It has compared the generation, and is stopped before it writes the header."""
+    """The writer has compared the generation, and is stopped before it writes the header."""
     stale = SlotRef(1, arena.renew(1))
     other = Arena.attach(arena.path)
     arena.renew(1)
@@ -332,7 +332,7 @@ def test_a_header_of_two_writers_is_not_sealed(arena: Arena, field: str) -> None
 
 
 def test_a_renewed_slot_is_open(arena: Arena) -> None:
-    """Also where the old generation is written back, as a late writer might see it."""
+    """Also after a late writer has written the old generation back."""
     ref = write(arena, 1, KEY)
     arena.renew(1)
     assert arena.headers()[1]["seal"] == OPEN
@@ -341,7 +341,7 @@ def test_a_renewed_slot_is_open(arena: Arena) -> None:
 
 
 def test_check_compares_the_generation_after_the_checksums(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slot is given away, and gets other bytes, once its old ones were summed up."""
+    """The slot gets another owner and other bytes after its checksums were computed."""
     ref = write(arena, 1, KEY)
     digests = Arena.digests
 

@@ -176,7 +176,7 @@ def test_fingerprints_fill_the_first_page_at_most(tmp_path: Path) -> None:
 def test_a_file_that_can_not_be_reserved_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_gone: bool
 ) -> None:
-    """The reason is told, also where somebody has removed the name by then."""
+    """The error has the reason, even if the file was removed meanwhile."""
     stat = os.statvfs(tmp_path)
     free_bytes = stat.f_bavail * stat.f_frsize
 
@@ -266,7 +266,7 @@ def test_closing_lets_go_of_file_and_lock(tmp_path: Path) -> None:
 
 
 def test_a_process_without_standard_input_has_arenas_too(tmp_path: Path) -> None:
-    """Their file may get number 0."""
+    """The arena's file descriptor may be 0."""
     kept = os.dup(0)
     try:
         os.close(0)

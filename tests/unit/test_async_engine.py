@@ -27,7 +27,7 @@ DEADLINE_S = 30.0
 
 @pytest.fixture
 def llm(tiny_model: Path, arena_dir: Path) -> Any:
-    """Owner of the engine's memory. It is not closed: the engine is, by the tests, and can be only once."""
+    """The owner of the engine's memory. It is not closed: tests close the engine, which works only once."""
     llm = LLM(
         str(tiny_model),
         skip_tokenizer=True,
@@ -44,7 +44,7 @@ def llm(tiny_model: Path, arena_dir: Path) -> Any:
 
 @asynccontextmanager
 async def serving(llm: LLM) -> AsyncIterator[AsyncEngine]:
-    """An engine at work for at most ``DEADLINE_S``, closed at the end; then nothing may be held."""
+    """An engine that runs for at most ``DEADLINE_S``; after it is closed, nothing may be held."""
     engine = AsyncEngine(llm.engine)
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -77,7 +77,7 @@ async def every(events: AsyncIterator[TokenEvent]) -> list[TokenEvent]:
 
 
 async def until_tokens(events: AsyncIterator[TokenEvent]) -> None:
-    """Listen until the answer has begun."""
+    """Read events until the first token."""
     async for event in events:
         if event.token_ids:
             return
@@ -264,7 +264,7 @@ async def test_requests_that_race_with_the_close_get_an_answer_or_an_error(llm: 
 
 
 async def test_a_failing_engine_tells_every_caller(llm: LLM, prompts: list[list[int]]) -> None:
-    """The failure is a real one: a weight that no longer fits its layer."""
+    """The failure is real: a weight whose shape no longer fits its layer."""
     engine = AsyncEngine(llm.engine)
     async with asyncio.timeout(DEADLINE_S):
         tasks = [asyncio.create_task(answer(engine, request(str(n), prompts[n % 4], ENDLESS))) for n in range(6)]

@@ -51,7 +51,7 @@ def put(store: ArenaStore, holder: str, key: bytes) -> SlotRef:
 
 
 def fail(store: ArenaStore, key: bytes) -> int:
-    """Store a chunk, flip a bit of it, and have readers find that. Returns its slot."""
+    """Store a chunk, flip a bit of it, and let a reader find that. Returns its slot."""
     ref = put(store, "w", key)
     store.release("w")
     store.arena.chunks[ref.slot, 9] ^= 4
@@ -115,7 +115,7 @@ def test_slots_may_turn_out_bad_after_they_were_promised(store: ArenaStore) -> N
 
 
 def test_a_reader_that_reads_wrongly_retires_no_slot(store: ArenaStore, caplog: pytest.LogCaptureFixture) -> None:
-    """The tier finds the bytes that were sealed: the chunk is stored anew, and each slot serves on."""
+    """The tier finds the sealed bytes unchanged, so the chunk is stored again and no slot is retired."""
     for key in KEYS[:3]:
         ref = put(store, "w", key)
         store.hold("r", [key])
@@ -140,7 +140,7 @@ def test_a_reader_that_reads_wrongly_retires_no_slot(store: ArenaStore, caplog: 
 
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """Slots of which a bit does not become what is written to it."""
+    """Slots with a bit that does not keep the value written to it."""
     slots: set[int] = set()
     copy, arenas = Arena._copy, list[Arena]()
     init = Arena.__init__
@@ -184,7 +184,7 @@ def test_what_a_tier_takes_in_goes_to_another_slot(tmp_path: Path, stuck: set[in
 
 
 def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck: set[int]) -> None:
-    """Each snapshot that it was to be a piece of is left out; after two the slot is used no more."""
+    """The snapshots with a piece in this slot are not stored; after two failures the slot is retired."""
     store, states = ArenaStore(small_arena(tmp_path)), SnapshotStore(pieces=SLOTS, every_chunks=1)
     stuck.add(1)
     snapshot = torch.arange(SLOTS * LAYOUT.nbytes, dtype=torch.int32).to(torch.uint8)
@@ -204,7 +204,7 @@ def test_a_slot_that_does_not_keep_a_snapshot_is_found_bad(tmp_path: Path, stuck
 def test_an_answer_loses_two_chunks_at_most_to_a_bad_slot(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cold_chunks: int
 ) -> None:
-    """Its memory forgets what was written there, each time. An arena that is nearly full has to use it once more."""
+    """The slot's memory loses its bytes every time. A nearly full arena has to use the slot a second time."""
     bad: set[int] = set()
     commit = ArenaStore.commit
 

@@ -23,7 +23,7 @@ TOKENS = TURN_STEPS + 4
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a tokenizer of one token for each byte."""
+    """The tiny model with a tokenizer of one token per byte."""
     path = tmp_path_factory.mktemp("bench") / "tiny"
     shutil.copytree(tiny_model, path)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -81,7 +81,7 @@ def test_everything_kept_is_the_same_work_and_half_is_less(model: Path) -> None:
 
 
 def test_an_end_of_sequence_does_not_end_it(model: Path, tmp_path: Path, reference: Reference) -> None:
-    """What the model says first is made its end of sequence: the work stays as long."""
+    """The model's first token is made its end of sequence; the benchmark must decode on."""
     path = tmp_path / "ends"
     shutil.copytree(model, path)
     prompt = list(range(3, 200))

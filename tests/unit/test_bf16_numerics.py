@@ -35,8 +35,10 @@ MARGIN = 0.005
 
 @dataclass(frozen=True)
 class Schedule:
-    """Documents of ``tokens`` tokens: the first ``start`` in one step, then ``stride`` a step, at last ``decode_steps``
-    steps of one."""
+    """How documents of ``tokens`` tokens are cut into steps.
+
+    The first step has ``start`` tokens, the next ones ``stride``, and the last ``decode_steps`` steps one token each.
+    """
 
     documents: int
     tokens: int
@@ -54,7 +56,7 @@ class Schedule:
 
 
 class Feeder:
-    """Feeds given tokens through a model runner, all documents in one batch."""
+    """Runs given tokens through a model runner, all documents in one batch."""
 
     def __init__(self, backbone: Backbone, documents: Sequence[list[int]]) -> None:
         chunk_tokens = backbone.layout.chunk_tokens
@@ -80,7 +82,7 @@ class Feeder:
         ]
 
     def feed(self, stop: int, *, decode: bool) -> list[int]:
-        """Compute up to ``stop`` tokens of every document; the most likely next token of each."""
+        """Compute up to ``stop`` tokens of every document; returns the most likely next token of each."""
         for seq, tokens in zip(self._sequences, self._documents, strict=True):
             seq.token_ids = tokens[:stop]
             seq.prefill_target = stop
@@ -120,7 +122,7 @@ def ours(backbone: Backbone, documents: Sequence[list[int]], schedule: Schedule)
 def theirs(
     path: Path, documents: Sequence[list[int]], backend: Literal["eager", "sdpa"], dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one of transformers' backends: top-1 tokens and the lead of the best logit, both [documents, tokens]."""
+    """Top-1 tokens and the lead of the best logit with one of transformers' backends, both [documents, tokens]."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=backend).to(device)
     tokens, leads = [], []
     for document in documents:
@@ -131,7 +133,7 @@ def theirs(
 
 
 def at(values: torch.Tensor, stops: range) -> torch.Tensor:
-    """Columns of the tokens after which a path stopped."""
+    """The columns of the tokens that end a step of a path."""
     return values[:, torch.tensor(stops) - 1]
 
 
@@ -165,7 +167,7 @@ def share_of(differs: torch.Tensor) -> float:
 
 
 def differences(schedule: Schedule, device: str) -> dict[str, Difference]:
-    """Of the default model's ``prefill`` and ``decode`` path."""
+    """The differences of the default model's ``prefill`` and ``decode`` path."""
     path = resolve_model("smollm2-135m")
     documents = prose(path, schedule)
     eager, _ = theirs(path, documents, "eager", torch.bfloat16, device)

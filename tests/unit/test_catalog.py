@@ -242,7 +242,7 @@ def test_publisher_outlives_redis_and_publishes_all_again(
 def test_all_is_published_though_the_answer_to_a_heartbeat_got_lost(
     catalog: Catalog, publisher: CatalogPublisher, store: ArenaStore, redis_server: Any
 ) -> None:
-    """Redis came back empty, heard the tier, and the tier did not hear that it was unknown."""
+    """Redis was restarted empty and got a heartbeat, but its reply, that the tier is unknown, was lost."""
     publisher.start(store)
     put(store, KEYS[:3])
     wait_until(lambda: catalog.stored_run(KEYS) == StoredRun(3, {"a": 3}))
@@ -337,7 +337,7 @@ def session_keys(number: int, chunks: int = 100) -> tuple[ChunkKey, ...]:
 
 
 def sum_of_sizes(url: str) -> tuple[int, int]:
-    """What the catalog says that sessions take, and what Redis does."""
+    """The bytes of sessions by the catalog's count, and by Redis'."""
     with redis.Redis.from_url(url) as client:
         total = int(client.get(SESSION_KEYS[2]) or 0)
         assert total == sum(map(int, client.hvals(SESSION_KEYS[1])))
@@ -400,7 +400,7 @@ def test_a_full_redis_forgets_entries_of_chunks_and_no_tier_or_session(tmp_path:
 
 
 class OtherTiers:
-    """Stores of this process in place of tiers on other nodes; those that are ``away`` don't answer."""
+    """In-process stores that stand for tiers on other nodes; those in ``away`` don't answer."""
 
     def __init__(self, catalog: Catalog, stores: dict[str, ArenaStore]) -> None:
         self.catalog = catalog
@@ -426,7 +426,7 @@ def others(catalog: Catalog, tmp_path: Path) -> OtherTiers:
 def exchange_of(
     catalog: Catalog, others: Any, directory: Path, disk: ArenaStore | None = None, **options: Any
 ) -> tuple[ArenaStore, ChunkExchange]:
-    """Of the tier "self"; its rounds are the test's."""
+    """The exchange of the tier "self"; the test runs its rounds."""
     store = ArenaStore(small_arena(directory, "self", slots=80), lambda key, stored: exchange.changed(key, stored))
     exchange = ChunkExchange("self", store, catalog, others, MemoryConfig(**options), lambda keys: None, disk)
     return store, exchange
@@ -510,7 +510,7 @@ def test_a_chunk_that_has_gone_from_the_disk_goes_first_no_longer(
 def test_a_pin_that_comes_after_the_session_was_changed_or_deleted_pins_nothing(
     catalog: Catalog, store: ArenaStore
 ) -> None:
-    """The call that told the tier was given up, and comes all the same."""
+    """The caller gave the call up, but the call still arrives later."""
     put(store, KEYS[:2])
     sessions = SessionPins(store, catalog, 1 << 20)
     pinned = SessionRecord("s", tuple(KEYS[:2]), time.time() + 6000)

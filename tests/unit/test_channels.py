@@ -38,7 +38,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def llms(tiny_model: Path, arena_dir: Path) -> Iterator[list[LLM]]:
-    """Two, whose engines the tests close."""
+    """Two LLMs; the tests close their engines."""
     made = []
     for name in ("a", "b"):
         (arena_dir / name).mkdir()
@@ -60,7 +60,7 @@ def llms(tiny_model: Path, arena_dir: Path) -> Iterator[list[LLM]]:
 
 
 class Call:
-    """What a worker says, as by Serve: read as it comes, whoever listens; ``cancel`` reaches the worker."""
+    """A call of a worker's method, as Ray Serve makes it: it runs whether it is read or not, and can be cancelled."""
 
     def __init__(self, said: AsyncGenerator[Any, None]) -> None:
         self._came: asyncio.Queue[Any] = asyncio.Queue()
@@ -101,7 +101,7 @@ class Call:
 
 
 class Worker:
-    """As :class:`DecodeWorker` answers, in this process."""
+    """An in-process worker with the methods of :class:`DecodeWorker`."""
 
     def __init__(self, name: str, llm: LLM) -> None:
         self.llm = llm
@@ -118,7 +118,7 @@ class Worker:
 
 
 class Client:
-    """An ingress' way to workers: requests go to ``chosen``, channels to the worker of that name, or to ``chosen``."""
+    """An ingress' client: sends requests to ``chosen``, and channels to the worker that they name or to ``chosen``."""
 
     def __init__(self, workers: dict[str, Worker]) -> None:
         self.workers = workers
@@ -151,7 +151,7 @@ class Client:
 
 
 class OpenedBy(ClientChannels):
-    """Channels that ``client`` opens."""
+    """A client's channels, opened through ``client``."""
 
     def __init__(self, client: Client) -> None:
         super().__init__(None)
@@ -163,7 +163,7 @@ class OpenedBy(ClientChannels):
 
 @asynccontextmanager
 async def serving(llms: list[LLM]) -> AsyncIterator[Client]:
-    """Two workers and a client; at the end nothing may be left of any request or channel at either end."""
+    """Two workers and a client. At the end neither side may have a request or channel left."""
     workers = {name: Worker(name, llm) for name, llm in zip(("a", "b"), llms, strict=True)}
     client = Client(workers)
     try:
@@ -211,7 +211,7 @@ async def until_begun(stream: Reader) -> TokenEvent:
 
 
 async def alone(client: Client, prompts: list[list[int]]) -> list[list[int]]:
-    """The long answers to ``prompts``, one after the other: no channel has to do with them."""
+    """The long answers to ``prompts``, requested one after another, so without channels."""
     return [await answer(client.ask(f"alone{n}", prompt, LONG)) for n, prompt in enumerate(prompts)]
 
 
@@ -243,7 +243,7 @@ async def test_one_request_alone_needs_no_channel(
 async def test_who_reads_late_finds_all_in_order(
     llms: list[LLM], prompts: list[list[int]], reference: Reference
 ) -> None:
-    """The channel has ended long before one reader takes its first event."""
+    """One reader takes its first event long after the channel has ended."""
     async with serving(llms) as client:
         late = client.ask("late", prompts[0])
         first = await until_begun(late)
@@ -306,7 +306,7 @@ async def test_an_engine_that_ends_is_gone_on_from_elsewhere(llms: list[LLM], pr
 async def test_a_channel_that_came_to_the_wrong_worker_is_none(
     llms: list[LLM], prompts: list[list[int]], reference: Reference
 ) -> None:
-    """As when its own is gone: events come by the requests' own calls."""
+    """The router sent the channel to another worker because its own is gone: events come by the requests' calls."""
     async with serving(llms) as client:
         expected = await alone(client, prompts)
         first = client.ask("first", prompts[0], LONG)

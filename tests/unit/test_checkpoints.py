@@ -55,7 +55,7 @@ def llama(**settings: Any) -> LlamaConfig:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound Llama of two layers, with a tokenizer."""
+    """A valid Llama checkpoint of two layers, with a tokenizer."""
     path = save(tmp_path_factory.mktemp("plain"), llama())
     _write_tokenizer(path)
     return path
@@ -85,7 +85,7 @@ def tensors(change: Callable[[Tensors], object]) -> Spoil:
 
 
 def settings(**changes: Any) -> Spoil:
-    """Change config.json; None removes a key."""
+    """Change entries of config.json; None removes an entry."""
 
     def spoil(path: Path) -> None:
         written = json.loads((path / "config.json").read_text()) | changes
@@ -108,7 +108,7 @@ def write(name: str, content: str) -> Spoil:
 
 
 def quantise(loaded: Tensors, *, scales: str | None, block: int | None = None) -> None:
-    """Linear weights as float8_e4m3fn, with a scale per tensor, or per ``block`` by ``block`` numbers."""
+    """Store linear weights as float8_e4m3fn, with one scale per tensor, or per ``block`` × ``block`` numbers."""
     for name, weight in list(loaded.items()):
         if not name.endswith("_proj.weight"):
             continue
@@ -340,7 +340,7 @@ def _cut(file: Path, size: int) -> None:
 
 
 def load(path: Path) -> None:
-    """As a worker and the ingress do."""
+    """Load the model and its tokenizer as worker and ingress do."""
     load_backbone(resolve_model(str(path)), dtype="bfloat16")
     load_tokenizer(path)
 
@@ -447,7 +447,7 @@ def test_the_weights_once_more_in_the_vendors_form_are_left_alone(plain: Path, c
 def test_layers_of_multi_token_prediction_are_left_out_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As GLM-4.5 is published: one more layer, with parts that predict the token after the next."""
+    """GLM-4.5's format: one more layer, with modules that predict the token after the next."""
     config = Glm4MoeConfig(
         vocab_size=128,
         hidden_size=64,
@@ -477,7 +477,7 @@ def test_layers_of_multi_token_prediction_are_left_out_and_logged(
 
 
 def test_a_family_that_makes_an_empty_tokenizer_of_nothing_is_refused(tmp_path: Path) -> None:
-    """transformers' Qwen2 tokenizer needs no files: it then turns every text into no tokens at all."""
+    """transformers' Qwen2 tokenizer loads without files, and then turns every text into no tokens."""
     path = save(
         tmp_path,
         Qwen2Config(

@@ -50,7 +50,7 @@ OPTIONAL = {"matplotlib", "opentelemetry", "triton"}
 
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokens are bytes."""
+    """A model with one token per byte."""
     spec = importlib.util.spec_from_file_location("byte_model", Path(__file__).parents[1] / "cluster" / "byte_model.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -70,7 +70,7 @@ def _modules() -> Iterator[str]:
 
 
 def _error_types() -> list[type[BaseException]]:
-    """Every exception of ours, wherever it is defined."""
+    """All exception types that the package defines."""
     for name in sorted(set(_modules())):
         try:
             importlib.import_module(name)
@@ -129,7 +129,7 @@ def _assert_safe(text: str) -> None:
 
 @pytest.fixture
 def log() -> io.StringIO:
-    """What forecache's loggers write, in JSON, of a process that is configured as all are."""
+    """The JSON log of a process that is configured as all processes are."""
     stream = io.StringIO()
     logs.configure(TelemetryConfig(log_format="json", log_level="info"), "ingress", "1", stream)
     return stream
@@ -139,7 +139,7 @@ RESIDENT = ResidentEstimate(EngineConfig(), SelectionConfig(), 1000)
 
 
 class Failing:
-    """Workers that fail with one error, in the place of those of a cluster."""
+    """Fake workers that fail with a given error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -227,7 +227,7 @@ def test_error_events_of_a_stream_and_the_log_are_safe(log: io.StringIO, error: 
 
 
 def test_log_lines_of_any_library_are_masked() -> None:
-    """Also those of Ray and Serve, whose handlers and formatters are not ours: in a process of its own."""
+    """Also log lines of Ray and Serve, with their handlers and formatters; in a separate process."""
     program = f"""
 import logging, sys
 from forecache.cluster.observe import logs
@@ -251,7 +251,7 @@ for name in ("ray.serve", "ray.worker", "forecache.workers", "uvicorn.error", ""
 
 
 def test_the_catalog_does_not_name_its_password() -> None:
-    """The fault as it was seen: the text of a 503 held the Redis password."""
+    """A fault that occurred: the text of a 503 contained the Redis password."""
     with (
         Catalog("redis://:hunter2@127.0.0.1:1/0", timeout_s=0.5) as catalog,
         pytest.raises(CatalogUnavailableError, match=r"Redis at redis://…@127\.0\.0\.1:1/0 does not answer") as lost,

@@ -18,7 +18,7 @@ from forecache.workers.errors import InvalidRequestError, OverloadedError
 
 @pytest.mark.parametrize("gone", [{"type": "http.disconnect"}, TaskCancelledError()], ids=["disconnect", "cancelled"])
 def test_a_client_that_leaves_while_it_sends_is_no_error(gone: Any) -> None:
-    """By the web framework's word for it, or by Serve's: the application must not raise it again."""
+    """The web framework or Serve raises its exception for this; the application must not raise it again."""
     parts: Any = None  # it leaves before they are needed
     api = Api(parts, parts, Metrics("m"), Admission(LimitsConfig()), Tenants.load(None), parts)
     messages = [{"type": "http.request", "body": b"{", "more_body": True}, gone]
@@ -47,7 +47,7 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(gone: Any) -> None:
 def test_what_a_worker_refuses_is_raised_at_the_client_of_its_call(
     error: InvalidRequestError | OverloadedError,
 ) -> None:
-    """At the worker it is a message, since Serve logs what is raised there as the worker's failure."""
+    """The worker sends a message, since Serve would log an exception as the worker's failure."""
 
     async def said() -> Any:
         yield Accepted("worker")

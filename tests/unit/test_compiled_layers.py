@@ -17,7 +17,7 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve layers: more than dynamo would compile one by one."""
+    """Twelve layers: more than dynamo's limit for separate compilations."""
     path = tmp_path_factory.mktemp("twelve-layers")
     torch.manual_seed(5)
     config = LlamaConfig(

@@ -42,7 +42,7 @@ def layout_of(dtype: torch.dtype) -> ChunkLayout:
 
 @dataclass(frozen=True)
 class Setup:
-    """A pool and an arena of ``cold`` chunks, with what moves between them."""
+    """A pool, an arena of ``cold`` chunks, and the copies between them."""
 
     pool: HotPool
     arena: Arena
@@ -54,20 +54,20 @@ class Setup:
         return self.pool.view("kv")
 
     def item(self, slot: int, place: int) -> CopyItem:
-        """Of a chunk named after ``place``."""
+        """A copy item of the chunk named after ``place``."""
         return CopyItem(key_of(place), SlotRef(place, self.arena.generation_of(place)), slot)
 
     def items(self, count: int, first_slot: int = 0) -> list[CopyItem]:
         return [self.item(first_slot + number, number) for number in range(count)]
 
     def store(self, items: list[CopyItem], after: Mark = None) -> None:
-        """All of them, in batches."""
+        """Store all items, in batches."""
         marks = [after if after is not None else self.copies.mark()]
         for start in range(0, len(items), BATCH_CHUNKS):
             assert self.copies.store(items[start : start + BATCH_CHUNKS], marks).lost == ()
 
     def lost(self, items: list[CopyItem]) -> list[int]:
-        """Slots of the items that a recall reports as lost."""
+        """The slots of the items that a recall reports as lost."""
         return [item.slot for item in self.copies.recall(items, [self.copies.mark()]).lost]
 
 
@@ -76,7 +76,7 @@ def key_of(number: int) -> bytes:
 
 
 def record_of(kv: torch.Tensor) -> Callable[[int], torch.Tensor]:
-    """An index record that tells of a chunk: its first bytes."""
+    """A test index record: the first bytes of its chunk."""
 
     def record(slot: int) -> torch.Tensor:
         return kv[slot].flatten()[: INDEX_NBYTES // kv.dtype.itemsize].view(torch.uint8)
@@ -88,7 +88,7 @@ def record_of(kv: torch.Tensor) -> Callable[[int], torch.Tensor]:
 def open_copies(
     device: str, hot: ChunkLayout, cold_dtype: ColdDtype = "auto", *, slots: int = 24, places: int = 24
 ) -> Iterator[Setup]:
-    """``slots`` of the pool are filled with random numbers, ``places`` of the arena are free."""
+    """Open copies between a pool, whose ``slots`` hold random numbers, and ``places`` free arena slots."""
     cold = cold_layout(hot, cold_dtype)
     with ExitStack() as cleanup:
         # a GPU takes no page-locked memory of other file systems
@@ -124,7 +124,7 @@ def cold_dtype(request: pytest.FixtureRequest) -> ColdDtype:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU two chunks at a time, so that buffers are used again and again."""
+    """Copy two chunks at a time on a GPU, so that staging buffers are reused."""
     monkeypatch.setattr(cuda_copies, "PIECE_CHUNKS", 2)
 
 
@@ -155,7 +155,7 @@ def test_what_is_stored_comes_back(device: str, dtype: torch.dtype, cold_dtype: 
 
 
 def test_cold_bytes_are_those_of_the_reference(device: str, small_pieces: None) -> None:
-    """Also the padding behind the scales, which is zero: whoever reads an arena counts on it."""
+    """The padding after the scales must be zero, since it is part of the checksum."""
     with open_copies(device, layout_of(torch.bfloat16), "fp8") as setup:
         setup.store(setup.items(7))
         expected = torch.zeros(7, setup.cold.nbytes, dtype=torch.uint8)
@@ -244,7 +244,7 @@ def test_an_arena_of_another_layout_is_refused(device: str) -> None:
 def test_a_foreign_write_during_the_copy_is_found(
     device: str, cold_dtype: ColdDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A writer that lost the slot writes to it once more, between the copy and the seal."""
+    """A writer that lost the slot writes to it again, between the copy and the seal."""
     with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
         items = setup.items(4)
         foreign = Arena.attach(setup.arena.path)
@@ -266,7 +266,7 @@ def test_a_foreign_write_during_the_copy_is_found(
 def test_a_slot_that_changes_while_it_is_recalled_is_lost(
     device: str, cold_dtype: ColdDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is given away and written anew before the copy, though after any look at it that came before the copy."""
+    """The slot gets another owner and other bytes before the copy, but after any check that precedes the copy."""
     with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
         items = setup.items(1)
         setup.store(items)
@@ -354,7 +354,7 @@ class TestStreams:
             assert_same(setup.kv[4:8], setup.kv[:4], cold_dtype)
 
     def test_copies_wait_for_nothing_that_was_asked_for_later(self, device: str, cold_dtype: ColdDtype) -> None:
-        """The engine's stream goes on for long after the mark; the copies are done before it is."""
+        """The engine's stream still runs long after the mark, and the copies end before it does."""
         with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
             items = setup.items(4)
             setup.store(items)  # whatever is made at the first call is there
@@ -369,7 +369,7 @@ class TestStreams:
             torch.cuda.synchronize()
 
     def test_the_copy_thread_comes_after_the_steps_before_a_job(self, device: str, cold_dtype: ColdDtype) -> None:
-        """As the engine does it: a step is launched, its chunks are sent off, the next step reads the slots."""
+        """The engine's order: it launches a step, queues its write-backs, and the next step reads the slots."""
         with open_copies(device, layout_of(torch.float32), cold_dtype) as setup:
             prefetcher = Prefetcher(setup.pool, ArenaStore(setup.arena), record_of(setup.kv), setup.cold)
             late = torch.randn_like(setup.kv[:20])

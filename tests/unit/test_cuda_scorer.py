@@ -36,7 +36,7 @@ ALL = 1 << 20
 
 
 class Table:
-    """The index part of an arena of ``SLOTS`` slots; ``overwrites`` slots change hands while they are read."""
+    """A fake arena with ``SLOTS`` index records; ``overwrites`` slots are overwritten while they are read."""
 
     def __init__(self, spec: IndexSpec) -> None:
         self.spec = spec
@@ -54,7 +54,7 @@ class Table:
         return encode_chunks(self.spec, torch.randn(shape, generator=self._random))[:count]
 
     def renew(self, slot: int) -> None:
-        """The slot is given away and written anew."""
+        """Overwrite a slot, as for a new owner."""
         self.generations[slot] += 1
         self.index[slot] = self.new_records(1)[0]
 
@@ -72,7 +72,7 @@ class Table:
         return now
 
     def request(self, slots: Sequence[int], records: Sequence[torch.Tensor] = (), seed: int = 1) -> PredictRequest:
-        """``records`` are for the slots given as -1."""
+        """A prediction request; ``records`` belong to the slots given as -1."""
         index_slots = np.array(slots, dtype=np.int64)
         heads, generator = len(self.spec.query_heads), torch.Generator().manual_seed(seed)
         nothing = torch.zeros(0, self.spec.nbytes, dtype=torch.uint8)
@@ -99,7 +99,7 @@ def opened(table: Table, device_bytes: int, graph_chunks: int = 0) -> Iterator[C
 
 
 def expect_local_answer(indexer: CudaIndexer, table: Table, request: PredictRequest) -> None:
-    """``indexer`` says what a `LocalIndexer` says of the same table."""
+    """Check that ``indexer`` gives the result of a `LocalIndexer` on the same table."""
     local = LocalIndexer(table.spec, 1, lambda _path: table)
     expected = local.predict(request).result(30)
     local.close()
@@ -293,7 +293,7 @@ def test_predictions_are_made_where_the_model_is_unless_told_otherwise(device: s
 
 
 def generate(model: Path, device: str) -> Indexer:
-    """The indexer of an engine that has answered one prompt of 21 chunks, of which it kept a few."""
+    """Run one prompt of 21 chunks with a small budget; returns the engine's indexer."""
     with (
         TemporaryDirectory(prefix="indexer-test-", dir="/dev/shm") as directory,
         LLM(

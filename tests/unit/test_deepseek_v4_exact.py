@@ -35,7 +35,7 @@ STEPS = 256
 
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest) -> Path | None:
-    """The directory of a trained model, where one is given."""
+    """The directory of a trained model, if the option names one."""
     given = request.config.getoption("--dsv4-model")
     return None if given is None else Path(given)
 
@@ -56,21 +56,24 @@ def model(path: Path, trained: Path | None, make_deepseek_v4: MakeDeepseekV4) ->
 
 
 def indexers(model: DeepseekV4ForCausalLM) -> list[Any]:
-    """Lightning Indexers of its CSA layers."""
+    """The Lightning Indexers of the model's CSA layers."""
     attentions = [layer.self_attn for layer in model.model.layers]
     return [attention.compressor.indexer for attention in attentions if attention.layer_type == CSA]
 
 
 def lower_entries_first(_module: Any, _inputs: Any, scores: Tensor) -> Tensor:
-    """Ranks in place of ``scores``. transformers leaves ties open; trained scores are often exactly 0, all heads being
-    rectified, and then other entries would be selected than by the rule here, that lower ones come first."""
+    """Replace ``scores`` by ranks that break ties in favour of lower entries.
+
+    transformers does not define the order of ties. Trained scores are often exactly 0, when the ReLU of every head is
+    0, and it would select other entries than this implementation, which takes lower ones first.
+    """
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return -order.argsort(-1).to(scores.dtype)
 
 
 @pytest.fixture(scope="module")
 def prompt_of(trained: Path | None) -> PromptOf:
-    """Makes prompts of so many tokens: noise for random weights, the end of a document of facts and questions else."""
+    """Makes prompts of a given length: random tokens for random weights, else the end of a document with questions."""
     if trained is None:
         return noise
     maker = DocumentMaker(AutoTokenizer.from_pretrained(trained), "topics")
@@ -98,7 +101,7 @@ def reference_logits(model: DeepseekV4ForCausalLM, tokens: list[int], first: int
 
 @contextmanager
 def open_llm(path: Path, **settings: Any) -> Iterator[LLM]:
-    """An LLM that stores a state every two chunks; checks at the end that nothing leaked."""
+    """An LLM that stores a snapshot every two chunks; checks at the end that nothing leaked."""
     defaults = {"keep_ratio": 1.0, "dtype": "float32", "cold_bytes": 32 << 20, "hot_bytes": 4 << 20, "threads": 1}
     with (
         TemporaryDirectory(prefix="dsv4-test-", dir="/dev/shm") as directory,
@@ -117,7 +120,7 @@ def open_llm(path: Path, **settings: Any) -> Iterator[LLM]:
 
 
 def settle(llm: LLM) -> None:
-    """Let copies and releases finish; then everything must fit together."""
+    """Wait for copies and releases, and check all books."""
     llm.engine.flush()
     llm.engine.flush()
     llm.engine.check_integrity()
@@ -132,7 +135,7 @@ def llm(path: Path, model: DeepseekV4ForCausalLM) -> Iterator[LLM]:
 
 @contextmanager
 def recorded(llm: LLM) -> Iterator[dict[str, dict[int, Tensor]]]:
-    """Logits of every step made meanwhile: request → position of the token they follow → float32 [vocab]."""
+    """Record the logits of every step: request → position of the preceding token → float32 [vocab]."""
     found: dict[str, dict[int, Tensor]] = {}
     runner = llm.engine._runner
     launch = runner.launch
@@ -212,8 +215,10 @@ def test_prefill_and_decode_across_chunks_and_the_entries_selected(
 
 @pytest.fixture
 def fixed(path: Path, model: DeepseekV4ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
-    """Its decode steps have the fixed shapes of a CUDA graph, and run eagerly here; its pages of HCA entries are small,
-    and move when they become more."""
+    """Decode steps have the fixed shapes of a CUDA graph, but run eagerly.
+
+    Pages of HCA entries are small, so that they move when more are needed.
+    """
     for module in ("state", "layout", "graph"):
         monkeypatch.setattr(f"forecache.workers.models.deepseek_v4.{module}.PAGE_ENTRIES", 2)
     monkeypatch.setattr("forecache.workers.models.deepseek_v4.state.FIRST_PAGES", 1)
@@ -223,7 +228,7 @@ def fixed(path: Path, model: DeepseekV4ForCausalLM, monkeypatch: pytest.MonkeyPa
 
 
 def test_steps_of_fixed_shape(fixed: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
-    """Alone and three of four rows, over the ends of chunks and of a page of HCA entries, through evict and recall."""
+    """One row, and three of four rows, across ends of chunks and of a page of HCA entries, with recalls."""
     steps: list[int] = []
     runner = fixed.engine._runner
     run = runner._fixed.run
@@ -249,7 +254,7 @@ def test_steps_of_fixed_shape(fixed: LLM, model: DeepseekV4ForCausalLM, prompt_o
 def test_steps_that_are_too_large_for_a_fixed_shape(
     fixed: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
 ) -> None:
-    """From one to the other while answers are under way: five sequences, then four; nine chunks."""
+    """Batches grow beyond the fixed shapes and shrink again: five sequences, then four; nine chunks."""
     # with seed 9 one logit in a few runs is 2.8e-3 off at step 10, always the same: where prefill is cut decides it
     check(fixed, model, [prompt_of(count, seed=count) for count in (5, 6, 7, 8)] + [prompt_of(2040, seed=19)], 24)
 
@@ -259,7 +264,7 @@ def test_batch_of_four_lengths(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of
 
 
 def test_through_evict_and_recall(llm: LLM, model: DeepseekV4ForCausalLM, prompt_of: PromptOf) -> None:
-    """The second time everything before the last stored state comes from cold memory, recalled or read there."""
+    """The second time, everything before the last snapshot is recalled or read from cold memory."""
     prompt = prompt_of(900, seed=5)
     check(llm, model, [prompt], 4)
     settle(llm)
@@ -287,7 +292,7 @@ def test_a_session_goes_on_behind_its_last_chunk(llm: LLM, model: DeepseekV4ForC
 def test_a_step_that_came_to_nothing_costs_no_session_its_state(
     path: Path, model: DeepseekV4ForCausalLM, prompt_of: PromptOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one is launched before the last token is read, and completes a chunk that the answer does not have."""
+    """The step after the last token was launched already, and completes a chunk that is not part of the answer."""
     prompt = prompt_of(4 * CHUNK_TOKENS - 4, seed=12)
     with open_llm(path, overlap_steps=True) as llm:
         [whole] = llm.generate([prompt], max_tokens=8, ignore_eos=True, cache_salt="another")

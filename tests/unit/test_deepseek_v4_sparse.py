@@ -141,14 +141,14 @@ def test_resident_sets_stay_within_the_budget_and_answers_differ_from_dense(path
 
 
 def generations(llm: LLM, request: PredictRequest) -> npt.NDArray[np.int64]:
-    """Of the slots of ``request``, as they are now: its chunks stay where they were."""
+    """The current generations of the request's slots, whose chunks have not moved."""
     now = llm.memory.arena.generation(np.maximum(request.index_slots, 0)).astype(np.int64)
     assert (now == request.generations)[request.index_slots >= 0].all()
     return now
 
 
 def record_tables(llm: LLM) -> list[int]:
-    """Lengths of the block tables of decode steps from now on."""
+    """Record the lengths of the block tables of decode steps."""
     lengths: list[int] = []
     layout = llm.engine._runner._layout  # type: ignore[attr-defined]
     rows = layout.rows
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_retrievers_serves(path: Path, arena_dir: Path, tmp_path
     asked: list[tuple[PredictRequest, Future[Prediction]]] = []
 
     class Watched:
-        """The LLM's own indexer, of which everything is kept."""
+        """The LLM's indexer, with all its requests and results recorded."""
 
         def __init__(self, own: Indexer) -> None:
             self._own = own
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_retrievers_serves(path: Path, arena_dir: Path, tmp_path
 def test_the_last_steps_ask_together_at_the_end_of_the_prompt_too(
     path: Path, arena_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries of three steps, those across the prompt's end among them; the first set by the prompt's last three."""
+    """Predictions use the queries of three steps, also across the end of the prompt."""
     torch.manual_seed(5)
     save_retrievers(tmp_path / "r.safetensors", (0, 2), steps=3)
     indexer = IndexerConfig(checkpoint=str(tmp_path / "r.safetensors"))

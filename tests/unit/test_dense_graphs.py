@@ -29,10 +29,10 @@ Rows = dict[tuple[str, int], torch.Tensor]
 def answers(
     path: Path, arena_dir: Path, *, fixed: bool, **sampling: Any
 ) -> tuple[list[list[int]], Rows, Rows, int, int]:
-    """Tokens; logits, and queries, of decode steps; how many steps those were, and how many had a fixed shape.
+    """Tokens, logits and queries of decode steps, the number of steps, and how many had a fixed shape.
 
-    Which sequences share a step depends on when predictions come, so rows are compared one by one. Steps of fixed shape
-    compute queries always, others only for the indexer.
+    Which sequences share a step depends on when predictions arrive, so rows are compared one by one. Steps of fixed
+    shape always compute queries, others only for the indexer.
     """
     logits: Rows = {}
     queries: Rows = {}
@@ -75,7 +75,7 @@ def answers(
 
 
 def test_steps_of_fixed_shape_compute_what_others_do(tiny_model: Path, tmp_path: Path) -> None:
-    """Batches of one to three rows in buckets of 2 and 4, resident sets that change, over the ends of chunks."""
+    """Batches of one to three rows in buckets of 2 and 4, with changing resident sets, across ends of chunks."""
     tokens, logits, queries, steps, count = answers(tiny_model, tmp_path, fixed=True)
     expected_tokens, expected_logits, expected_queries, _, none = answers(tiny_model, tmp_path, fixed=False)
     assert none == 0 and count == steps > 15
@@ -88,7 +88,7 @@ def test_steps_of_fixed_shape_compute_what_others_do(tiny_model: Path, tmp_path:
 
 
 def test_tokens_are_drawn_alike(tiny_model: Path, tmp_path: Path) -> None:
-    """With a temperature, penalties and biases, which change logits after the step."""
+    """With temperature, penalties and biases, which change logits after the step."""
     sampling = {"temperature": 0.8, "top_p": 0.9, "seed": 5, "frequency_penalty": 0.5, "logit_bias": {3: 2.0}}
     tokens, *_, count = answers(tiny_model, tmp_path, fixed=True, **sampling)
     assert count > 15

@@ -39,7 +39,7 @@ def documents(file: Path) -> list[dict[str, Any]]:
 
 
 def resources(folder: Path) -> list[dict[str, Any]]:
-    """Every object of a kustomization, as its files have it."""
+    """All objects of a kustomization, as written in its files."""
     [kustomization] = documents(folder / "kustomization.yaml")
     found: list[dict[str, Any]] = []
     for name in kustomization.get("resources", []):
@@ -59,7 +59,7 @@ def one(overlay: str, kind: str, name: str) -> dict[str, Any]:
 
 
 def below(value: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping in ``value``."""
+    """All mappings within ``value``."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
@@ -69,7 +69,7 @@ def below(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def pods(overlay: str) -> list[dict[str, Any]]:
-    """Pod templates."""
+    """All pod templates."""
     return [x["template"] for x in below(resources(DEPLOY / overlay)) if "spec" in x.get("template", {})]
 
 
@@ -86,7 +86,7 @@ def nbytes(quantity: str) -> int:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
-    """Of the multi-node overlay, with the Redis URL of its Secret."""
+    """The settings of the multi-node overlay, with the Redis URL of its Secret."""
     redis = tmp_path_factory.mktemp("secret") / "redis.yaml"
     redis.write_text("redis_url: redis://:password@forecache-redis:6379/1\n")
     return serve_app.read_config([DEPLOY / "multi-node/serve.yaml", redis])
@@ -157,7 +157,7 @@ def test_kustomize_renders_the_same_objects(overlay: str) -> None:
 
 
 def strict(schema: Any) -> Any:
-    """An OpenAPI schema as JSON Schema, where a field that it does not know is an error, as with `kubectl apply`."""
+    """An OpenAPI schema as JSON Schema that refuses unknown fields, as `kubectl apply` does."""
     if isinstance(schema, list):
         return [strict(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -245,21 +245,21 @@ def test_shared_memory_holds_arena_and_object_store(settings: ServeConfig, ray_s
 
 
 def check_memory(pod: dict[str, Any], used: int) -> None:
-    """What is in `/dev/shm` counts as the pod's memory, and Ray kills workers when 95 % of that is used."""
+    """Files in `/dev/shm` count as the pod's memory, and Ray kills workers when 95 % of it is used."""
     size = shared_memory(pod)
     assert used <= size
     assert size + (4 << 30) < 0.95 * memory_limit(pod)
 
 
 def shared_memory(pod: dict[str, Any]) -> int:
-    """Size of its `/dev/shm`, in bytes."""
+    """The size of the pod's `/dev/shm` in bytes."""
     [shared] = [x for x in pod["spec"]["volumes"] if x["name"] == "shared-memory"]
     assert shared["emptyDir"]["medium"] == "Memory"
     return nbytes(shared["emptyDir"]["sizeLimit"])
 
 
 def memory_limit(pod: dict[str, Any]) -> int:
-    """In bytes; what the pod requests is as much, or it may be scheduled where that is not."""
+    """The pod's memory limit in bytes. Its request must be equal: else it may be scheduled on a node with less."""
     [container] = pod["spec"]["containers"]
     limit = nbytes(container["resources"]["limits"]["memory"])
     assert nbytes(container["resources"]["requests"]["memory"]) == limit
@@ -267,7 +267,7 @@ def memory_limit(pod: dict[str, Any]) -> int:
 
 
 def single_gpu_config() -> ServeConfig:
-    """What the Deployment's arguments come to, with the file that is mounted."""
+    """The settings that result from the Deployment's arguments and the mounted file."""
     [container] = one("single-gpu", "Deployment", "forecache")["spec"]["template"]["spec"]["containers"]
     arguments = [str(DEPLOY / "single-gpu/serve.yaml") if x == SETTINGS_MOUNT else x for x in container["args"]]
     assert arguments != container["args"], "the settings file is not where it is mounted"
@@ -423,8 +423,7 @@ def test_the_image_is_built_from_what_is_there() -> None:
 
 
 def test_the_table_of_sizes_adds_up(settings: ServeConfig) -> None:
-    """Bytes per token are those of K and V; the overlay's nodes hold a hundred contexts of 128K tokens, and their
-    index keys, once."""
+    """Bytes per token are those of K/V; the overlay's nodes hold 100 contexts of 128K tokens, with index keys, once."""
     readme = (DEPLOY / "README.md").read_text(encoding="utf-8")
     row = r"^\| ([\w.-]+) \| (\d+) \S (\d+) \S (\d+) \| (\w+) \| (\d+) KiB \| ([\d.]+) GiB \| (\d+) \|$"
     rows = re.findall(row, readme, re.MULTILINE)

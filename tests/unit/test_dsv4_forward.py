@@ -10,7 +10,7 @@ from forecache.workers.recording.deepseek_v4.forward import TrainingForward
 
 
 def tiny(topk: int) -> DeepseekV4ForCausalLM:
-    """All kinds of layers, every weight random, norms and biases too."""
+    """A model with all kinds of layers; all weights are random, norms and biases too."""
     torch.manual_seed(3)
     config = DeepseekV4Config(
         vocab_size=97,

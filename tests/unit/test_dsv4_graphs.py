@@ -30,7 +30,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages of HCA entries are small, and move whenever they become more."""
+    """Use small pages of HCA entries, which move whenever more are needed."""
     for module in ("state", "layout", "graph"):
         monkeypatch.setattr(f"forecache.workers.models.deepseek_v4.{module}.PAGE_ENTRIES", 2)
     monkeypatch.setattr("forecache.workers.models.deepseek_v4.state.FIRST_PAGES", 1)
@@ -57,7 +57,7 @@ def prompt_of(tokens: int) -> list[int]:
 
 
 class Compared:
-    """Computes every decode step of ``llm`` twice, as one of any shape first, which writes what the other writes."""
+    """Computes every decode step of ``llm`` twice: eagerly with its actual shape, then with the fixed shape."""
 
     def __init__(self, llm: LLM) -> None:
         self.errors: list[float] = []
@@ -121,7 +121,7 @@ def test_steps_of_fixed_shape_compute_what_others_do(path: Path, arena_dir: Path
 
 @pytest.mark.gpu
 def test_answers_by_graphs_begin_like_those_without(path: Path, arena_dir: Path) -> None:
-    """What one graph writes the next one reads. Rounding parts answers of random weights sooner or later."""
+    """The next graph reads what the previous one wrote. With random weights, rounding makes answers differ later."""
     prompts = [prompt_of(count) for count in (300, 400, 500, 600)]
     answers = []
     for graphs in (True, False):

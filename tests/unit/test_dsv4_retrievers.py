@@ -27,7 +27,7 @@ DOCUMENTS = ["--documents", "2", "--eval-documents", "1", "--min-tokens", f"{SHO
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights, and a recording of it by the command."""
+    """A random model, and a recording of it made by the command."""
     base = tmp_path_factory.mktemp("retrievers")
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

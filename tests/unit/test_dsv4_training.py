@@ -71,7 +71,8 @@ def test_documents_have_their_length_and_answers_that_are_in_them(
 def test_questions_are_those_of_the_evaluation(
     maker: DocumentMaker, tokenizer: PreTrainedTokenizerFast, kind: Any
 ) -> None:
-    """The end of a document, reply left out, is what `forecache eval` ends a prompt with, and the reply scores."""
+    """The end of a document without its reply is the end of a prompt of `forecache eval`, which scores the reply as
+    right."""
     sample = Generator(tokenizer).sample(kind, 1024, 3)
     prompt = tokenizer.decode(sample.prompt_token_ids)
     document = maker.document(random.Random(2), 1024, kind)
@@ -145,7 +146,7 @@ def test_the_small_model_fits_five_megabytes(tokenizer: PreTrainedTokenizerFast,
 
 
 def test_no_shape_of_a_step_follows_from_data_and_nothing_is_read_back(tokenizer: PreTrainedTokenizerFast) -> None:
-    """What a CUDA graph of it needs: tensors without data refuse both."""
+    """CUDA graphs need this: with tensors that have no data, data-dependent shapes and reads fail."""
     model = three_layers(tokenizer)
     with FakeTensorMode(allow_non_fake_inputs=True):
         trainer = Trainer(TrainingForward(model), TrainConfig(), CPU)

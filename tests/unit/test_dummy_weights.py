@@ -92,7 +92,7 @@ def test_deep_models_stay_finite(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_wide_models_pass_the_check_of_logits_in_half_precision(tmp_path: Path) -> None:
-    """With transformers' own initial weights rounding grows with the width: 2 % at 1,024, 4 % at 2,048, and so on."""
+    """With transformers' initial weights, rounding grows with the width: 2 % at 1,024, 4 % at 2,048."""
     wide = LlamaConfig(**{**SHAPE, "num_hidden_layers": 16, "hidden_size": 768, "intermediate_size": 2048})
     backbone = dummy(save(tmp_path / "wide", wide), dtype="bfloat16")
     for layer in backbone.model.model.layers:

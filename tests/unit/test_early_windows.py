@@ -25,7 +25,7 @@ TOKENS = 40
 
 
 class Slow:
-    """Answers as ``inner`` does, but only after ``delay_s``; never for ``None``."""
+    """Returns the result of ``inner`` after ``delay_s``; never, if that is ``None``."""
 
     def __init__(self, inner: Indexer, delay_s: float | None) -> None:
         self._inner = inner
@@ -94,7 +94,7 @@ def test_nobody_waits_for_ever(
 
 
 class Fickle:
-    """Scores one chunk more than the others, the next one at each prediction: from the third on."""
+    """Scores one chunk higher than the others, and another one at each prediction, from the third on."""
 
     def __init__(self, inner: Indexer) -> None:
         self._inner = inner

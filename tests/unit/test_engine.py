@@ -28,7 +28,7 @@ TOKENS = 40
 
 @pytest.fixture(scope="module", params=[False, True], ids=["alone", "overlapping"], autouse=True)
 def overlap_steps(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test runs with steps one by one, and with each launched before the last one's tokens are read."""
+    """Run every test with sequential steps, and with overlapping steps."""
     defaults = EngineConfig.for_device
 
     def for_device(config: EngineConfig, device: str) -> EngineConfig:
@@ -67,7 +67,7 @@ def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[
 
 
 def settle(llm: LLM) -> None:
-    """Let copies and releases that are under way finish; then nothing may run."""
+    """Wait for running copies and releases; then nothing may run."""
     llm.engine.flush()
     llm.engine.flush()  # a sequence leaves only after its recall, and its release follows then
     stats = llm.engine.stats()
@@ -98,7 +98,7 @@ def test_in_one_batch(tiny_model: Path, prompts: list[list[int]], expected: list
 def test_a_request_id_that_comes_again_names_another_sequence(
     tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """What is kept on the device for one is not taken for the other's."""
+    """State on the device is not mistaken for that of an earlier request with the same id."""
     with open_llm(tiny_model) as llm:
         runner, tables = llm.engine._runner, dict[object, bytes]()
         assert isinstance(runner, ModelRunner)
@@ -223,7 +223,7 @@ def test_waiting_windows_are_reproducible(tiny_model: Path, prompts: list[list[i
 
 
 def test_requests_choose_their_windows(tiny_model: Path, prompts: list[list[int]]) -> None:
-    """As many turns as boundaries: 2, 4, 8 and every window, the first of them earlier by a stagger."""
+    """One set per boundary: at 2, 4, 8 and every window, the first of them staggered."""
 
     def turns(llm: LLM, window_steps: int | None) -> int:
         before = llm.engine.stats().counters.windows

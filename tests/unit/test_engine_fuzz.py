@@ -37,14 +37,14 @@ POLICIES: tuple[Policy, ...] = ("lookahead", "recency", "random", "full")
 
 @dataclass(frozen=True)
 class Greedy:
-    """What transformers says: ``tokens``, and by how much each one's logit was above the next best."""
+    """transformers' answer: its ``tokens``, and each token's lead over the second-best logit."""
 
     tokens: list[int]
     margins: list[float]
 
 
 class Reference:
-    """Prompts that all cases share, with their answers, each computed once."""
+    """Prompts shared by all cases, with their answers, each computed once."""
 
     def __init__(self, model: Path) -> None:
         self._model = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -68,7 +68,7 @@ class Reference:
 
 @dataclass
 class Asked:
-    """A request under way, and what came of it."""
+    """A running request and its results."""
 
     request: GenerateRequest
     prompt: int
@@ -142,7 +142,10 @@ def open_llm(model: Path, **settings: Any) -> Iterator[LLM]:
 
 
 def run_case(model: Path, reference: Reference, case: int) -> int:
-    """How many requests it had. Raises ``AssertionError`` when one got what it should not, or left something."""
+    """Run a case; returns its number of requests.
+
+    Raises ``AssertionError`` if a request got a wrong result, or something is left.
+    """
     draw = random.Random(case)
     settings = settings_of(draw)
     asked = requests_of(draw, reference, settings["keep_ratio"], settings["policy"])
@@ -178,7 +181,7 @@ def run_case(model: Path, reference: Reference, case: int) -> int:
 
 
 def may_restart(llm: LLM, seq: Any) -> bool:
-    """Whether it can turn out now that chunks of ``seq`` are lost."""
+    """Whether the engine may find now that chunks of ``seq`` are lost."""
     return seq is not None and seq.state in (State.PREFILL, State.DECODE) and not seq.residency.copying
 
 

@@ -24,7 +24,7 @@ COLUMN_NAMES = ("full", "lookahead", "bounds", "recency", "random")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of random weights and a tokenizer."""
+    """A model of two random layers with a tokenizer."""
     path = tmp_path_factory.mktemp("models") / "tiny-eval"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -164,7 +164,10 @@ def test_contexts_too_long_or_too_short_are_refused(
 
 
 class Oracle:
-    """Knows the answers; the column `recency` forgets them for every second sample, `full` for the task words."""
+    """A backend that knows the answers.
+
+    It gives none for the task `words`, and none for every second sample in the column `recency`.
+    """
 
     def group_size(self, tokens: int) -> int:
         return 3

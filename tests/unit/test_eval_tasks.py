@@ -58,7 +58,7 @@ def of(generator: Generator, task: Task, tokens: int = 3000, count: int = 8) -> 
 
 
 def parts(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
-    """(question, paragraphs between the two times it is asked)."""
+    """(question, the paragraphs between its two occurrences)."""
     prompt = str(tokenizer.decode(list(sample.prompt_token_ids)))
     message, _, reply = prompt.removeprefix("<user>").partition("<assistant>")
     question, *text, again = message.split("\n\n")

@@ -57,10 +57,10 @@ def catalog(redis_server: Any) -> Iterator[Catalog]:
 
 
 class Nodes:
-    """Tiers of this process, each with threads for the calls of the others, as the actors have: `RemotePeers`.
+    """In-process tiers, each with threads for the calls of others, as in the actors: `RemotePeers`.
 
-    ``gate`` is passed by each call of `store_batch` before it is put into the other tier's line, ``within`` by each
-    after it was done there.
+    Each call of `store_batch` passes ``gate`` before it is queued at the other tier, and ``within`` after it was done
+    there.
     """
 
     deadline_s = 3.0
@@ -192,7 +192,7 @@ Step = Callable[[], None]
 
 
 def sending(source: ArenaStore, target: ArenaStore) -> list[Step]:
-    """`ChunkExchange._move_away` of the chunk, in its steps."""
+    """The steps of `ChunkExchange._move_away` of the chunk."""
     passed: dict[str, Any] = {}
 
     def note() -> None:
@@ -207,7 +207,7 @@ def sending(source: ArenaStore, target: ArenaStore) -> list[Step]:
 
 
 def fetching(source: ArenaStore, target: ArenaStore) -> list[Step]:
-    """`ChunkFetcher.bring` of the chunk, in its steps; the last one, which it does not wait for, may come late."""
+    """The steps of `ChunkFetcher.bring` of the chunk; it does not wait for the last one, which may come late."""
     passed: dict[str, Any] = {}
     return [
         lambda: passed.update(batch=read(source, [KEY])),
@@ -217,7 +217,7 @@ def fetching(source: ArenaStore, target: ArenaStore) -> list[Step]:
 
 
 def caching(source: ArenaStore, target: ArenaStore) -> list[Step]:
-    """As :func:`fetching`, for a sequence that is spread: the source goes on to answer for it."""
+    """As :func:`fetching`, for a spread sequence: the source stays the owner."""
     passed: dict[str, Any] = {}
     return [
         lambda: passed.update(batch=read(source, [KEY])),
@@ -226,7 +226,7 @@ def caching(source: ArenaStore, target: ArenaStore) -> list[Step]:
 
 
 def interleavings(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Every order of the steps of several that have so many each: the numbers of those whose turn it is."""
+    """All orders of the steps of several operations, as the numbers of those whose step is next."""
     if not any(lengths):
         yield []
     for number, left in enumerate(lengths):
@@ -237,7 +237,7 @@ def interleavings(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def test_in_every_order_of_three_exchanges_somebody_answers_for_the_chunk(tmp_path: Path) -> None:
-    """Three tiers, of which two have the chunk at first: any two sendings or fetchings, and some of three."""
+    """Three tiers, two of which have the chunk: any two transfers, and some of three, in all orders."""
     stores = [ArenaStore(arena(tmp_path, name)) for name in "abc"]
     a, b, c = stores
     pairs = [(a, b), (b, a), (b, c), (c, a)]

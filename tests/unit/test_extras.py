@@ -18,7 +18,7 @@ LOCAL = {name for path in (ROOT / "tests").rglob("*.py") for name in (path.stem,
 
 
 def asked_for(extra: str) -> list[Requirement]:
-    """What pyproject.toml asks for: the runtime's requirements and those of one extra, of the extras in it too."""
+    """The requirements in pyproject.toml: the runtime's, and those of one extra with the extras that it includes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     found, left = [], [*project["dependencies"], *project["optional-dependencies"].get(extra, ())]
     while left:
@@ -31,7 +31,7 @@ def asked_for(extra: str) -> list[Requirement]:
 
 
 def installed_by(extra: str) -> set[str]:
-    """Names of the distributions that these requirements bring, with what those need themselves."""
+    """The distributions that these requirements install, with their dependencies."""
     left, seen = asked_for(extra), set[tuple[str, frozenset[str]]]()
     while left:
         one = left.pop()
@@ -51,7 +51,7 @@ def installed_by(extra: str) -> set[str]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Top-level names of the modules that a file imports."""
+    """The top-level names of a file's imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -90,8 +90,7 @@ def test_the_runtime_and_its_extras_bring_all_that_the_package_imports() -> None
 
 @pytest.mark.parametrize("extra", ["", "test", "clients", "lint", "dev"])
 def test_versions_of_what_is_asked_for_are_fixed(extra: str) -> None:
-    """`make` installs the same today and tomorrow: constraints.txt has each requirement but torch, which has a choice
-    of builds."""
+    """constraints.txt fixes every requirement except torch, which has several builds, so `make` is reproducible."""
     text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     fixed = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", text, flags=re.MULTILINE)}
     assert {canonicalize_name(one.name) for one in asked_for(extra)} - fixed == {"torch"}

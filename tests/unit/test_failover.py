@@ -67,7 +67,7 @@ END = token(3, finish_reason="length", stats=LAST)
 
 
 class Told:
-    """A worker's stream of given events; an exception is raised, a number is a silence in seconds. Silent then."""
+    """A worker's stream of given events, then silence: an exception is raised, a number is a pause in seconds."""
 
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
@@ -94,7 +94,7 @@ class Told:
 
 
 class Asked:
-    """Workers that are asked one after the other; the last of them again and again."""
+    """Workers that get the request one after another; the last one gets all further tries."""
 
     def __init__(self, *workers: Callable[[], Told]) -> None:
         self._workers = workers
@@ -123,7 +123,7 @@ def tokens_of(asked: Asked, config: ResumeConfig | None = None) -> list[int]:
 
 @pytest.mark.parametrize("begun", [(), (token(1),), (TokenEvent("r", (), "", prefill_tokens_done=1),)])
 def test_every_worker_is_watched_from_when_it_has_the_request(begun: tuple[TokenEvent, ...]) -> None:
-    """Also before the first token, and the second one after a failover."""
+    """Deadlines apply before the first token too, and to the second worker after a failover."""
     silent = Asked(lambda: Told(*begun), lambda: Told())
 
     async def fails() -> float:
@@ -146,7 +146,7 @@ def test_the_second_and_the_third_worker_go_on() -> None:
 
 
 def test_a_request_that_waits_for_its_turn_is_not_silent() -> None:
-    """However long it is: as long as its worker says so. Who reads the answer does not hear of it."""
+    """A queued request may wait for any time, as long as its worker sends waiting events."""
     signs = [step for _ in range(500) for step in (SIGN_OF_LIFE_S, WAITING)]
     asked = Asked(lambda: Told(*signs, token(1), *signs, token(2), END))
     assert tokens_of(asked) == [1, 2, 3] and len(asked.requests) == 1
@@ -181,7 +181,7 @@ def test_losses_in_a_row_are_bounded_and_those_that_hang_are_counted_apart() -> 
 
 @pytest.mark.parametrize("wrong", [0, 2, 5])
 def test_a_token_of_the_wrong_position_is_not_passed_on(wrong: int) -> None:
-    """A worker that goes on behind other tokens than it should is left, and what it said is not heard."""
+    """A worker that continues at a wrong position is left, and its tokens are dropped."""
     other = TokenEvent("r", (99,), "x", position=wrong)
     asked = Asked(lambda: Told(token(1), WorkerLostError("gone")), lambda: Told(other), lambda: Told(token(2), END))
     assert tokens_of(asked) == [1, 2, 3]
@@ -201,7 +201,7 @@ class ClientChannels(Channels):
 
 
 class Call:
-    """A call that no worker has, until ``assigned``; then it says ``Accepted``, and nothing else."""
+    """A call without a worker until ``assigned``; then it sends ``Accepted``, and nothing else."""
 
     def __init__(self) -> None:
         self.assigned = False
@@ -254,7 +254,7 @@ def test_the_queue_before_the_workers_is_no_silence_and_a_worker_that_took_it_is
 
 
 def test_a_request_does_not_wait_without_end_where_no_worker_runs_at_all() -> None:
-    """Nor is it tried again then. As long as one runs, though full, it waits: the time begins anew."""
+    """The request is not retried then. While a worker runs, even a full one, it waits, and the deadline restarts."""
 
     async def wait() -> None:
         calls, up = list[Call](), True
@@ -325,7 +325,7 @@ FORMAT = AnswerFormat("id", 1, "m", chat=True, prompt_tokens=(2,))
 
 
 def test_the_client_hears_an_error_in_the_end() -> None:
-    """An event with an error object in a stream, and a status before it."""
+    """In a stream an event with an error object; before its first byte a status."""
 
     async def streamed() -> list[str]:
         failed = Errors()
@@ -372,7 +372,7 @@ def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[
 
 
 class Clock:
-    """Seconds, set by hand."""
+    """A clock that the test sets, in seconds."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -382,7 +382,7 @@ class Clock:
 
 
 class Gate:
-    """Lets the layer that comes to it wait."""
+    """Blocks the layer that reaches it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shut, self.reached, self.opened = False, threading.Event(), threading.Event()
@@ -398,7 +398,7 @@ class Gate:
 
 
 def wound(llm: LLM) -> Clock:
-    """The engine's clock from now on."""
+    """Set the engine's clock."""
     clock = Clock()
     llm.engine.pulse.clock = clock
     llm.engine.pulse.beat()
@@ -462,7 +462,7 @@ def test_a_step_that_hangs_fails_the_health_check_and_ends_all_requests(
 def test_a_long_step_with_layers_that_end_is_no_hang(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, reference: Any
 ) -> None:
-    """Three layers of 100 s each; nor is an engine with nothing to do for hours."""
+    """Neither a step of three layers of 100 s each, nor an engine that is idle for hours."""
 
     async def slow(llm: LLM) -> None:
         engine, clock = AsyncEngine(llm.engine), wound(llm)
@@ -488,7 +488,7 @@ def test_a_long_step_with_layers_that_end_is_no_hang(
 
 
 class WorkerCall:
-    """A call of a worker in this process."""
+    """A call of an in-process worker."""
 
     assigned = True
 
@@ -527,8 +527,10 @@ async def served(engine: AsyncEngine, worker: WorkerChannels, asked: GenerateReq
 def test_a_long_step_that_gets_on_is_no_silence_and_a_hung_one_is(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
-    """Those in the step, and those that came later and which the engine has not looked at, with and without a channel:
-    a layer every 100 s for more than an hour, and then none."""
+    """A step has a layer every 100 s for more than an hour, then none.
+
+    This holds for requests in the step and for later ones that the engine has not admitted, with and without a channel.
+    """
     gate = Gate(monkeypatch)
     deadline_s = 120.0
 
@@ -610,7 +612,7 @@ def test_only_those_of_whom_there_is_no_news_hear_that_the_engine_gets_on(
 def test_restarts_for_lost_chunks_are_bounded(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, max_restarts: int, streamed: bool
 ) -> None:
-    """Memory in which nothing is found as it was written: the request ends, names the cause, and holds nothing."""
+    """Every stored chunk is damaged: the request ends with an error that names the cause, and holds nothing."""
     prompt = list(range(3, 253)) * 2
     kept: dict[str, Any] = {"hot_chunks": 8} if streamed else {"hot_chunks": 24, "keep_ratio": 0.2}
     with open_llm(tiny_model, max_restarts=max_restarts, cold_bytes=8 << 20, **kept) as llm:
@@ -657,7 +659,7 @@ def test_lost_chunks_are_an_error_of_the_memory_to_the_client() -> None:
 
 
 class Away:
-    """Another node that is away: a call of it takes 20 s of ``clock``, and fails."""
+    """A node that does not answer: each call to it takes 20 s of ``clock``, and fails."""
 
     def __init__(self, clock: Clock, pulse: Pulse) -> None:
         self._clock, self._pulse = clock, pulse
@@ -689,7 +691,7 @@ class Away:
 
 
 def test_a_node_that_is_away_is_no_hang_of_those_who_ask_it() -> None:
-    """Ten groups of two tries each: 400 s in all, and never more than one call without a beat."""
+    """Ten groups of two tries: 400 s in all, with a beat after every call."""
     clock = Clock()
     pulse = Pulse(clock)
     away: Any = Away(clock, pulse)

@@ -35,7 +35,7 @@ Events = Callable[[int, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 
 def unlooked_for(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Events on the chunk of the first half with the smallest score, which is not resident."""
+    """Retrieval events on the chunk of the first half with the smallest score, which is not resident."""
     events = np.zeros(len(scores), dtype=np.float32)
     events[2 + np.argmin(scores[2 : len(scores) // 2])] = 2
     return events
@@ -46,13 +46,13 @@ def none(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def at_first(times: int) -> Events:
-    """Events where nothing is resident in the first ``times`` predictions, and then none."""
+    """Events on chunks that are not resident in the first ``times`` predictions, and then none."""
     return lambda number, scores: unlooked_for(scores) if number < times else none(scores)
 
 
 @dataclass
 class Eventful:
-    """Answers as ``inner`` does, but with made-up ``events``, which the scores then follow."""
+    """Returns the result of ``inner`` with synthetic ``events``, which its scores then follow."""
 
     inner: Indexer
     events: Events
@@ -200,7 +200,7 @@ def test_a_model_without_retrieval_heads_is_not_measured(
 
 
 def manifest(path: Path) -> Path:
-    """Calls three heads of the tiny model retrieval heads."""
+    """A manifest that names three heads of the tiny model."""
     calibration = CalibrationRecord(
         documents=0, tasks=(), min_tokens=0, max_tokens=0, chunk_tokens=CHUNK, seed=0, events=0.0,
         torch_version="", transformers_version="", date="",
@@ -216,7 +216,7 @@ def manifest(path: Path) -> Path:
 def test_coverage_is_that_of_the_set_which_the_step_read(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing made up: heads of the tiny model, and what each step had in its block table."""
+    """Real events of heads of the tiny model, compared with each step's block table."""
     captured, shares = WindowCycle.captured, []
 
     def note(self: WindowCycle, found: Captured) -> None:
@@ -262,7 +262,7 @@ def test_a_pool_without_spare_slots_refuses_and_nobody_suffers(
 
 
 def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: list[list[int]], arena_dir: Path) -> None:
-    """From where the sets of a large pool hold everything, a small one that streams gives the same tokens."""
+    """Once the sets of a large pool hold all chunks, a small pool that streams gives the same tokens."""
     tokens, chunks = {}, -(-(len(prompts[2]) + TOKENS) // CHUNK)
     for hot_chunks in (64, chunks):
         with opened(
@@ -288,7 +288,7 @@ def test_the_last_step_is_full_attention_streamed(tiny_model: Path, prompts: lis
 def test_an_answer_that_began_to_be_streamed_is_gone_on_with(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path
 ) -> None:
-    """What was decoded before that is decoded again, and so is what was streamed since."""
+    """The tokens decoded before the switch are decoded again, and so are the streamed ones."""
     chunks = -(-(len(prompts[2]) + TOKENS) // CHUNK)
     with opened(tiny_model, arena_dir, at_first(1), keep_ratio=0.58, hot_chunks=chunks) as llm:
         tokens: dict[str, list[int]] = {}
@@ -333,7 +333,7 @@ def test_others_go_on_while_one_is_streamed(tiny_model: Path, prompts: list[list
 def test_a_step_that_is_aborted_costs_nobody_the_prediction_it_was_to_bring(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, fallback: bool
 ) -> None:
-    """One client leaves while a long step runs in which others ask what to keep: they ask again."""
+    """A client disconnects during a long step that would bring predictions for others: they request them again."""
     with opened(tiny_model, arena_dir, lambda _, scores: none(scores), fallback=fallback, hot_chunks=200) as llm:
         [expected] = generate(llm, [prompts[2]])
         engine, aborted = llm.engine, list[Plan]()
@@ -387,7 +387,7 @@ def test_sound_whatever_the_heads_look_for(
     overlap_steps: bool,
     seed: int,
 ) -> None:
-    """Every request ends, whole or cancelled, within its promise of slots, while budgets double, halve and stream."""
+    """Every request ends, complete or cancelled, within its reserved slots, while budgets double, halve and stream."""
 
     def events(number: int, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         rng = np.random.default_rng([seed, number, len(scores)])

@@ -33,7 +33,7 @@ def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int, policy: Policy 
 
 
 def finish(llm: LLM, names: set[str]) -> dict[str, TokenEvent]:
-    """Step until all of ``names`` have ended; their last events."""
+    """Step until all of ``names`` have ended; returns their last events."""
     last: dict[str, TokenEvent] = {}
     for _ in range(MOST_STEPS):
         for event in llm.engine.step():
@@ -94,7 +94,7 @@ def test_a_full_cold_memory_ends_who_could_not_store_and_not_who_shares_the_pref
 def test_news_of_a_request_that_has_left_is_no_news(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is cancelled while chunks are copied in for it; only then it turns out that one could not be stored."""
+    """The request is cancelled during a recall; only later does a write-back of it fail."""
     reserve, entered, gate = ArenaStore.reserve_slots, threading.Event(), threading.Event()
 
     def fails_late(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
@@ -189,7 +189,7 @@ def test_a_start_that_fails_leaves_no_arena(tiny_model: Path, tmp_path: Path) ->
 def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
     tiny_model: Path, prompts: list[list[int]], reference: Any
 ) -> None:
-    """A tier that was restarted knows nothing of holds, and gives the slots to others."""
+    """A restarted tier knows no holds, and gives the slots to others."""
     prompt = prompts[2]
     with open_llm(tiny_model, hot_chunks=4, prefill_chunk_tokens=16) as llm:
         add(llm, "a", prompt, 30, "full")
@@ -230,7 +230,7 @@ def test_sequences_with_an_equal_beginning_part(tiny_model: Path, prompts: list[
 def test_a_request_that_the_memory_of_its_node_has_no_room_for_is_refused_and_says_why(
     tiny_model: Path, prompts: list[list[int]]
 ) -> None:
-    """Another worker of the node was promised the room; what runs goes on, and later there is room again."""
+    """Another worker has reserved the room. Running requests continue, and later there is room again."""
     with open_llm(tiny_model) as llm:
         add(llm, "runs", prompts[1], 40)
         while not any(event.token_ids for event in llm.engine.step()):
@@ -249,7 +249,7 @@ def test_a_request_that_the_memory_of_its_node_has_no_room_for_is_refused_and_sa
 def test_a_request_waits_for_the_memory_of_one_that_has_left(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a finished request held is given back behind its write-backs: the next one must not be refused till then."""
+    """A finished request is released after its write-backs; the next request must wait, not fail, until then."""
     release = ArenaStore.release
     released: list[str] = []
 

@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> ArenaStore:
 
 
 def flip_a_bit_of_each(store: ArenaStore) -> None:
-    """Anywhere in the chunk's bytes or in those of its index record."""
+    """Flip one bit per chunk, in its bytes or in its index record."""
     rng = np.random.default_rng(2)
     for ref in store.hold("flip", KEYS):
         assert ref is not None
@@ -85,7 +85,7 @@ def test_none_is_recalled(store: ArenaStore) -> None:
 
 
 def test_none_is_found(store: ArenaStore) -> None:
-    """Each is the first chunk of a prefix."""
+    """Each damaged chunk is the first of a prefix."""
     prefetcher = Prefetcher(HotPool(LAYOUT, 1, torch.device("cpu")), store, None)
     flip_a_bit_of_each(store)
     for number, key in enumerate(KEYS):

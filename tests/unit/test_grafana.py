@@ -42,7 +42,7 @@ def rules(kind: str) -> list[dict[str, Any]]:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where each PromQL expression stands, and the expression."""
+    """Place → PromQL expression, for all dashboards and rules."""
     for path in DASHBOARDS:
         for panel in json.loads(path.read_text(encoding="utf-8"))["panels"]:
             for target in panel["targets"]:
@@ -72,7 +72,7 @@ def labels_of_series() -> dict[str, set[str]]:
 
 
 def series_in(expression: str) -> set[str]:
-    """Names of the series in PromQL: words that are neither labels, functions nor keywords."""
+    """The series in a PromQL expression: words that are neither labels, functions nor keywords."""
     bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^]]*\]', " ", expression)
     bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
     return set(re.findall(r"(?<![\w.:$])[a-zA-Z_:][\w:]*(?![\w:])(?!\s*\()", bare)) - WORDS
@@ -121,7 +121,7 @@ def test_every_expression_names_series_that_are_there() -> None:
 
 
 def test_every_series_is_shown() -> None:
-    """What nobody looks at is not worth its place; a histogram is shown by its buckets or its sum and count."""
+    """Every exported series is used in a dashboard; histograms by their buckets, or by sum and count."""
     shown = set().union(*(series_in(expression) for _, expression in expressions()))
     families = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in labels_of_series()}
     seen = {name.removesuffix("_bucket").removesuffix("_sum").removesuffix("_count") for name in shown}
@@ -169,7 +169,7 @@ def test_every_alert_has_a_summary_a_description_and_its_page_of_the_runbook() -
 
 
 def test_every_alert_and_every_recorded_series_has_a_unit_test() -> None:
-    """A test that an alert fires names it among what it expects; so does one of a recorded series."""
+    """The tests of rules expect every alert and every recorded series."""
     expected = set()
     for test in load(PROMETHEUS / "rules_test.yml")["tests"]:
         for case in test.get("promql_expr_test", []):

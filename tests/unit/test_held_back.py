@@ -18,7 +18,7 @@ DEVICE = torch.device("cpu")
 
 
 def held_back() -> tuple[TokenSequence, HotPool, int]:
-    """A sequence of one chunk, which is neither resident nor found by its key."""
+    """A sequence with one held-back chunk, which is neither resident nor found by its key."""
     request = GenerateRequest("r", tuple([5] * (CHUNK + 3)), SamplingParams(max_tokens=9))
     seq = TokenSequence(request, holder="r", root=root_key("x"), chunk_tokens=CHUNK, keep_ratio=0.5, policy="lookahead")
     pool = HotPool(LAYOUT, 4, DEVICE)

@@ -64,9 +64,9 @@ def write(store: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> None:
 
 
 class Nodes:
-    """Tier `here`, whose sequences are spread, and tier `there`, which hosts them: both real, joined by direct calls.
+    """Tier `here`, with spread sequences, and tier `there`, which hosts their chunks: both real, with direct calls.
 
-    ``around`` is given each call between them, by name, and what does it.
+    ``around`` gets the name of each call between them, and a function that makes it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -78,7 +78,7 @@ class Nodes:
         self.start("there")
 
     def start(self, tier_id: str) -> None:
-        """The tier begins a life: what was held in its last one is held no more, what was stored still is."""
+        """Start a new life of the tier: its holds are gone, its stored chunks remain."""
         self.lives[tier_id] += 1
         slots, records = (HERE_SLOTS, RECORDS) if tier_id == "here" else (THERE_SLOTS, 0)
         if self.lives[tier_id] == 1:
@@ -158,7 +158,7 @@ class Nodes:
             self.spread.tick(self.others())
 
     def held(self) -> dict[str, object]:
-        """All that anybody holds or was promised, anywhere."""
+        """Everything that is held or reserved, on both tiers."""
         self.store.check_integrity()
         self.there.check_integrity()
         self.records.check_integrity()
@@ -180,7 +180,7 @@ def nodes(tmp_path: Path) -> Nodes:
 
 
 class NamesMachine(RuleBasedStateMachine):
-    """Released names of one worker against the set of them."""
+    """The released names of one worker, against a plain set of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ LATE = ("reserve_quota", "hold", "store_batch")
 @pytest.mark.parametrize("method", LATE)
 @pytest.mark.parametrize("when", ["the answer", "the call", "the call, and twice"])
 def test_what_comes_after_a_release_leaves_nothing_held(nodes: Nodes, method: str, when: str) -> None:
-    """The worker's call of its tier has timed out, and it has released the sequence, while the other tier is slow."""
+    """The worker's call timed out and it released the sequence, while the call to the other tier still runs."""
     holder, keys = name(0), keys_of(0)
     write(nodes.there, "w2/past", keys)
     nodes.there.release("w2/past")
@@ -299,7 +299,7 @@ def test_what_comes_after_a_release_leaves_nothing_held(nodes: Nodes, method: st
 
 
 def test_a_tier_that_did_not_answer_in_time_is_told_of_the_release(nodes: Nodes) -> None:
-    """It has done what it was asked for, and nobody here knows."""
+    """The other tier executed the call, but its answer was lost."""
     holder = name(0)
 
     def around(called: str, call: Callable[[], object]) -> object:
@@ -383,7 +383,7 @@ def test_one_that_does_not_fit_its_node_begins_again_with_nothing_held(nodes: No
 
 
 def test_a_release_that_was_lost_is_made_up_for(nodes: Nodes) -> None:
-    """This tier dies between the worker's release and its next round: other tiers hold for nobody."""
+    """This tier dies after the worker's release and before it told the other tiers, which then hold for no owner."""
     gone, living = name(0), name(1)
     for holder in (gone, living):
         nodes.begin(holder, 20)
@@ -438,7 +438,7 @@ def test_tiers_that_hold_nothing_are_not_asked_all_the_time(nodes: Nodes) -> Non
 
 
 class TwoTiers(RuleBasedStateMachine):
-    """Sequences of one worker over two tiers, whose calls come, come late or are lost, and which die."""
+    """Sequences of one worker over two tiers that may die; calls arrive, arrive late or are lost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -549,7 +549,7 @@ class TwoTiers(RuleBasedStateMachine):
 
     @rule()
     def restart_here(self) -> None:
-        """The worker, which knows who lives, has them held again."""
+        """The worker repeats the holds of its living sequences."""
         places = {
             holder: {key: "there" for key in keys_of(serial) if self.nodes.spread.places(holder, [key]) == ["there"]}
             for holder, serial in self.living.items()

@@ -12,7 +12,7 @@ LAYOUT = attention_layout("m", layers=1, kv_heads=1, head_dim=4, chunk_tokens=4,
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Holders take, complete, clean and drop slots; what they reference must never change under them."""
+    """Holders take, complete, clean and drop slots. A referenced slot must never change."""
 
     def __init__(self) -> None:
         super().__init__()

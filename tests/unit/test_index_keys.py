@@ -179,7 +179,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 class Table:
-    """An arena's index part in ordinary memory; ``overwrites`` slots change hands while they are read."""
+    """A fake arena with index records; ``overwrites`` slots are overwritten while they are read."""
 
     def __init__(self, spec: IndexSpec, keys: torch.Tensor) -> None:
         self.index_fingerprint = spec.fingerprint
@@ -203,7 +203,7 @@ class Table:
 
 
 def make_request(table: Table, slots: list[int], records: Sequence[torch.Tensor] = ()) -> PredictRequest:
-    """``records`` are for the slots given as -1."""
+    """A prediction request; ``records`` belong to the slots given as -1."""
     index_slots = np.array(slots, dtype=np.int64)
     generations = np.where(index_slots >= 0, table.generations[index_slots].astype(np.int64), 0)
     queries = random_queries(len(QUERY_HEADS)).numpy()
