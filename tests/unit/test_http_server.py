@@ -23,7 +23,7 @@ WEBSOCKET = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: AA
 
 
 class Timer:
-    """A call that the test makes itself, if it was not cancelled."""
+    """A timer that the test fires, unless it was cancelled."""
 
     def __init__(self, delay_s: float, call: Callable[[], None]) -> None:
         self.delay_s = delay_s
@@ -40,7 +40,7 @@ class Timer:
 
 
 class Loop:
-    """Time stands still: timers are kept for the test."""
+    """A fake event loop whose timers the test fires."""
 
     def __init__(self) -> None:
         self.timers: list[Timer] = []
@@ -58,7 +58,7 @@ class Loop:
 
 
 class Wire(asyncio.Transport):
-    """The server's end of a connection; ``sent`` is what the client got."""
+    """A fake transport of the server; ``sent`` holds the bytes that the client received."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Wire(asyncio.Transport):
 
 
 class Client:
-    """A connection to an application that answers with what it was asked: path, query, and length of the body."""
+    """A client's connection to an application that returns path, query and length of the body."""
 
     def __init__(self) -> None:
         self.loop, self.wire = Loop(), Wire()
@@ -136,7 +136,7 @@ def request(body: bytes, *headers: bytes, target: bytes = b"/v1/chat/completions
 @pytest.mark.parametrize("offer", [JAVA, CURL, WEBSOCKET, b""], ids=["java", "curl", "websocket", "none"])
 @pytest.mark.parametrize("pieces", [1, 3, 1000])
 def test_who_offers_another_protocol_is_answered_in_http_1_1(offer: bytes, pieces: int) -> None:
-    """Body and all, on a connection that stays, in whatever pieces it comes."""
+    """The body arrives whole, in pieces of any size, and the connection stays open."""
 
     async def talk() -> None:
         client = Client()
@@ -181,7 +181,7 @@ def test_headers_that_do_not_come_are_not_waited_for() -> None:
 
 
 def test_no_deadline_runs_while_a_request_is_read_or_answered() -> None:
-    """The body has its own."""
+    """The body has a separate deadline."""
 
     async def talk() -> None:
         client = Client()
@@ -348,7 +348,7 @@ def test_a_body_that_breaks_while_it_is_answered_ends_the_connection_alone(caplo
     [(b"http://x:8000/a/b?c=d", b"/a/b?c=d"), (b"http://x", b"/?"), (b"/a?http://x", b"/a?http://x")],
 )
 def test_a_whole_uri_names_a_path(target: bytes, seen: bytes) -> None:
-    """As a client says it that takes the server for its proxy."""
+    """Clients send absolute URIs when they take the server for a proxy."""
 
     async def talk() -> bytes:
         client = Client()

@@ -25,7 +25,7 @@ CHUNK_TOKENS = 8
 def score_chunks(
     spec: IndexSpec, records: torch.Tensor, queries: torch.Tensor, local_lse: torch.Tensor
 ) -> torch.Tensor:
-    """Scores of chunks by their records, float32 [chunks]."""
+    """The scores of chunks from their records, float32 [chunks]."""
     return scores_and_events(spec, chunk_lse(spec, records, queries), local_lse)[0]
 
 

@@ -15,7 +15,7 @@ def request(sequence_id: str) -> PredictRequest:
 
 
 class Peer:
-    """Answers, or fails with ``error``."""
+    """An indexer that answers, or fails with ``error``."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

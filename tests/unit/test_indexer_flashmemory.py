@@ -24,7 +24,7 @@ Array = npt.NDArray[np.float64]
 
 
 def yarn_frequencies() -> tuple[float, ...]:
-    """Of DeepSeek-V4's compressed entries: YaRN (arXiv 2309.00071), base 160,000, factor 16 over 65,536 tokens."""
+    """RoPE frequencies of DeepSeek-V4's entries: YaRN (arXiv 2309.00071), base 160,000, factor 16 of 65,536 tokens."""
 
     def correction(turns: float) -> float:
         return 64 * math.log(65_536 / (turns * 2 * math.pi)) / (2 * math.log(160_000))
@@ -71,7 +71,7 @@ def of_layer(weights: dict[str, torch.Tensor], layer: int) -> dict[str, Array]:
 
 
 def reference_logit(w: dict[str, Array], x: Array, position: int, keys: Array) -> Array:
-    """One step's logits of one layer, by the formula, a pair of dimensions at a time."""
+    """The logits of one step and layer, by the formula, one pair of dimensions at a time."""
     low = w["wq_a.weight"] @ x
     low = low / math.sqrt(float(np.mean(low**2)) + 1e-6) * w["q_norm_weight"]
     q = (w["wq_b.weight"] @ low).reshape(128, 128)
@@ -88,7 +88,7 @@ def reference_logit(w: dict[str, Array], x: Array, position: int, keys: Array) -
 
 
 def logits_of(indexer: FlashMemoryIndexer, layer: int, hidden: torch.Tensor, keys: Array) -> Array:
-    """Logits [steps, entries] as the server computes them: of keys before the Walsh-Hadamard transform."""
+    """The server's logits [steps, entries], from keys before the Walsh-Hadamard transform."""
     q, w = indexer.queries(layer, hidden, torch.tensor(POSITIONS))
     plain = torch.from_numpy(keys @ HADAMARD).to(q.dtype)
     steps = [largest_logits(q[step : step + 1], w[step : step + 1], plain) for step in range(len(hidden))]

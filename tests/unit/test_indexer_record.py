@@ -75,7 +75,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def heads_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A manifest that calls three heads retrieval heads."""
+    """A manifest that names three retrieval heads."""
     calibration = CalibrationRecord(
         documents=1,
         tasks=("needle",),
@@ -115,7 +115,7 @@ def recording(folder: Path) -> Recording:
 
 
 def source_of(recording: Recording, number: int, model_path: Path) -> SourceDocument:
-    """The document that was recorded as ``number``, made again: of the length that gives the steps that were kept."""
+    """Make the document that was recorded as ``number`` again, with the recorded length."""
     document = recording.document(number)
     tokenizer = load_tokenizer(model_path)
     for tokens in range(RECIPE.min_tokens, RECIPE.max_tokens + 1):
@@ -135,7 +135,7 @@ def source_of(recording: Recording, number: int, model_path: Path) -> SourceDocu
 
 @pytest.fixture(scope="module", params=[0, 1, 2, 4])
 def replayed(request: Any, recording: Recording, model_path: Path) -> tuple[RecordedDocument, list[int], Any]:
-    """A document, its tokens by transformers' own greedy decoding, and the whole attention of each layer."""
+    """A document, its greedy tokens by transformers, and the attention matrices of every layer."""
     document = recording.document(request.param)
     source = source_of(recording, request.param, model_path)
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="eager")
@@ -202,7 +202,8 @@ def test_the_answer_step_writes_the_answer(recording: Recording, model_path: Pat
 
 
 def test_queries_and_keys_come_back(recording: Recording, model_path: Path) -> None:
-    """From hidden states and index records the retrieval heads' attention is what it was, up to int8 and float16."""
+    """The retrieval heads' attention, rebuilt from hidden states and index records, equals the original up to int8 and
+    float16 rounding."""
     document, described = recording.document(1), recording.manifest
     assert described.query_heads == ((2, 4), (0, 1), (2, 5), (0, 0), (0, 2), (2, 3))
     assert described.index_kv_heads == ((0, 0), (2, 1)) and described.target_layers == (0, 2)
@@ -296,7 +297,7 @@ def test_bounds_are_never_below_a_logit() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_records_and_trains_the_same(model_path: Path, heads_file: str, folder: Path, tmp_path: Path) -> None:
-    """In float32 documents, steps and shares are those of the CPU; training and evaluation run there too."""
+    """In float32, documents, steps and shares equal those of the CPU; training and evaluation run on the GPU too."""
     out = tmp_path / "data"
     recipe = replace(RECIPE, documents=8)
     record(model_path, out, recipe, model_name="tiny", manifest=heads_file, device="cuda", dtype="float32")

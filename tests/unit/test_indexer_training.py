@@ -88,8 +88,11 @@ def manifest(documents: int) -> ShardManifest:
 
 
 def make_document(number: int, split: str) -> RecordedDocument:
-    """Ten steps in the text and thirty at its end. One chunk is looked at throughout: its keys hold the marker that the
-    hidden states hold, which the queries of the retrieval heads do not ask for, but those of the other heads do."""
+    """A document with ten steps in its text and thirty at its end, which attend to one chunk.
+
+    The chunk's keys hold a marker that the hidden states hold too. The queries of the retrieval heads do not ask for
+    it, but those of other heads do.
+    """
     generator = torch.Generator().manual_seed(number)
     spec = manifest(1).index_spec
     tokens = CHUNKS * CHUNK_TOKENS - 3
@@ -194,7 +197,7 @@ def test_labels_count_heads_in_the_window_and_never_the_future(seed: int, row: i
 @settings(max_examples=10, deadline=None)
 @given(row=st.integers(4, 39), seed=st.integers(0, 1000))
 def test_what_comes_later_changes_no_prediction(recording: Path, row: int, seed: int) -> None:
-    """Keys of later tokens, hidden states of later steps: a prediction must not read them."""
+    """A prediction must not use keys of later tokens or hidden states of later steps."""
     opened = Recording(recording)
     torch.manual_seed(seed)
     indexer = new_indexer(opened, EncoderShape(history=(0, 3)))
@@ -383,7 +386,7 @@ print(json.dumps({"status": status, "modules": sorted(sys.modules), "opened": op
 
 
 def test_training_needs_torch_and_the_shards_alone(recording: Path, tmp_path: Path) -> None:
-    """Neither transformers nor the engine is imported, and of tensors only the recording's and its own are opened."""
+    """Training imports neither transformers nor the engine, and opens only its own files and the recording."""
     command = [sys.executable, "-c", ALONE, str(recording), str(tmp_path / "indexer.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout.splitlines()[-1])
@@ -396,7 +399,7 @@ def test_training_needs_torch_and_the_shards_alone(recording: Path, tmp_path: Pa
 
 
 def test_two_processes_train_one_indexer(recording: Path, tmp_path: Path) -> None:
-    """`torchrun` with two processes on the CPU: both see every gradient, the first one writes."""
+    """`torchrun` with two CPU processes: both apply all gradients, and the first one writes the checkpoint."""
     out = tmp_path / "indexer.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "forecache.cluster.cli.main", "indexer", "train", "--data", str(recording), "--out", str(out)]

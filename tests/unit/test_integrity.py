@@ -60,7 +60,7 @@ def tiny_dsv4(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callab
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model, and settings with which the past of a prompt of ``tokens`` tokens is read from cold memory."""
+    """A model, with settings by which the past of a prompt of ``tokens`` tokens is read from cold memory."""
 
     path: Path
     chunk_tokens: int
@@ -97,7 +97,7 @@ def architecture(request: pytest.FixtureRequest, tiny_model: Path, tiny_dsv4: Pa
 
 @dataclass
 class Answer:
-    """Tokens, their log-probabilities, and how it ended."""
+    """An answer's tokens, their log-probabilities, and how it ended."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -116,7 +116,10 @@ class Answer:
 def answer(
     llm: LLM, prompt: list[int], meddle: Callable[[LLM], bool] = lambda _: True, *, tokens: int = 10, **cache: Any
 ) -> Answer:
-    """Of ``prompt``; ``meddle`` is called between steps until it has done what it is for, which it must."""
+    """The answer to ``prompt``.
+
+    ``meddle`` is called between steps until it returns true, which must happen.
+    """
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0)
     llm.engine.add_request(GenerateRequest("a", tuple(prompt), sampling, CacheOptions(**cache)))
     found, done = Answer(), False
@@ -132,7 +135,7 @@ def answer(
 
 
 def chunks_of(llm: LLM) -> dict[ChunkKey, Tensor]:
-    """Bytes of all that is stored."""
+    """The bytes of all stored chunks."""
     llm.engine.flush()
     keys = llm.memory.keys()
     refs = [ref for ref in llm.memory.find(keys) if ref is not None]
@@ -141,7 +144,7 @@ def chunks_of(llm: LLM) -> dict[ChunkKey, Tensor]:
 
 
 def assert_nothing_wrong_is_stored(llm: LLM, clean: dict[ChunkKey, Tensor]) -> None:
-    """Of all chunks, those that were computed once more too, up to rounding."""
+    """Check all stored chunks, recomputed ones too, against the expected ones, up to rounding."""
     stored = chunks_of(llm)
     assert stored.keys() == clean.keys()
     for key, chunk in stored.items():
@@ -149,7 +152,7 @@ def assert_nothing_wrong_is_stored(llm: LLM, clean: dict[ChunkKey, Tensor]) -> N
 
 
 def cold_chunks(llm: LLM, first: int = 0) -> list[SlotRef]:
-    """Places of the chunks of request ``a`` from number ``first`` on that are in cold memory alone."""
+    """Slots of request ``a``'s chunks from number ``first`` on that are only in cold memory."""
     seq = llm.engine._sequences["a"]
     cold = [
         c for c in seq.chunks[first:] if llm.engine.pool.lookup(c.key) is None and c.number not in seq.residency.slots
@@ -158,7 +161,7 @@ def cold_chunks(llm: LLM, first: int = 0) -> list[SlotRef]:
 
 
 def flip(llm: LLM, refs: list[SlotRef]) -> None:
-    """One bit of each, at another place in each: of an exponent, so that it matters."""
+    """Flip one exponent bit of each chunk, at different places."""
     for number, ref in enumerate(refs):
         words = llm.memory.arena.chunks.shape[1] // 4
         llm.memory.arena.chunks[ref.slot, 4 * (number * 97 % (words // 2)) + 3] ^= 0x02
@@ -167,7 +170,8 @@ def flip(llm: LLM, refs: list[SlotRef]) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_streamed_past(architecture: Architecture, device: str, phase: str) -> None:
-    """Chunks that the sequence wrote itself, read where they lie: all that are damaged go, and the answer is right."""
+    """Damaged chunks that the sequence wrote itself and streams from the arena: all are dropped, and the answer is
+    right."""
     prompt = architecture.prompt
     with architecture.open(device) as llm:
         expected = answer(llm, prompt, policy="full")
@@ -194,7 +198,7 @@ def test_streamed_past(architecture: Architecture, device: str, phase: str) -> N
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_streamed_prefix(architecture: Architecture, device: str) -> None:
-    """Chunks of an earlier request, damaged after they were found: DeepSeek-V4's too."""
+    """Chunks of an earlier request are damaged after the search has found them; also for DeepSeek-V4."""
     prompt = architecture.prompt
     with architecture.open(device) as llm:
         expected = answer(llm, prompt, policy="full")
@@ -218,7 +222,7 @@ def test_streamed_prefix(architecture: Architecture, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_prefix_search(architecture: Architecture, device: str) -> None:
-    """A prefix with several damaged chunks: all of them go, and the hot copies of those behind them stay."""
+    """A prefix with several damaged chunks: all of them are dropped, and hot copies of later ones stay."""
     prompt = architecture.prompt
     with architecture.open(device, hot_chunks=64) as llm:
         expected = answer(llm, prompt, policy="full")
@@ -245,7 +249,7 @@ def store_of(directory: Path, name: str) -> ArenaStore:
 
 
 def batch_of(keys: list[ChunkKey], store: ArenaStore) -> ChunkBatch:
-    """Chunks of ``keys`` as ``store`` sends them, after it stored them."""
+    """Store ``keys``, and return them as ``store`` sends them."""
     places = store.reserve_slots("writer", keys)
     for place in places:
         store.arena.chunks[place.ref.slot] = place.key[0]
@@ -318,7 +322,7 @@ def test_held_for_another_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [True, False], ids=["at the first layer", "later"])
 def test_layer_for_another_node(tmp_path: Path, first: bool) -> None:
-    """Damaged before it is read for the first time, or between two of its layers."""
+    """The chunk is damaged before its first read, or between two of its layers."""
     store = store_of(tmp_path, "store")
     hosted = HostedSequences(store, LAYOUT, lambda _holder, _keys: 0)
     batch_of(KEYS[:3], store)
@@ -347,7 +351,7 @@ def test_layer_that_is_damaged_on_its_way() -> None:
     sent.rows[0, 9] ^= 1
 
     class Peers:
-        """Another tier whose answer is damaged on its way."""
+        """Another tier whose answer is damaged in transit."""
 
         def wait(self, tier_id: str, ref: object, timeout_s: float) -> LayerBatch:
             return sent
@@ -359,7 +363,7 @@ def test_layer_that_is_damaged_on_its_way() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_index_records(architecture: Architecture, device: str) -> None:
-    """Damaged while an answer is written whose sets are chosen by them: its chunks go, and so does what was chosen."""
+    """Records are damaged while they choose an answer's sets: their chunks are dropped, and so is the choice."""
     settings: dict[str, Any] = {"hot_chunks": 48, "keep_ratio": 0.3, "late_policy": "wait", "window_steps": 8}
     settings["indexer"] = IndexerConfig(device_bytes=0)  # a GPU reads the arena at each prediction too
     with architecture.open(device, **settings) as llm:
@@ -406,7 +410,7 @@ def test_record_of_a_chunk_on_another_node(tmp_path: Path) -> None:
 
 
 def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged between the search, which compares them, and the copy of what every later token reads of them."""
+    """The chunks are damaged after the search has compared them, and before their HCA entries are copied."""
     architecture = Architecture(tiny_dsv4, 128, 1300, {"snapshot_tokens": 512})
     located, flips = ChunkLifecycle.located, 0
     with architecture.open(hot_chunks=16) as llm:
@@ -429,8 +433,7 @@ def test_entries_of_a_prefix(tiny_dsv4: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_parts_that_layers_read_add_up_to_the_checksum_of_a_chunk() -> None:
-    """As on a GPU, whose sums are of what was copied there: DeepSeek-V4's layers, and the field that none of them
-    reads."""
+    """As on a GPU, where each read adds to a checksum: DeepSeek-V4's layers, and the field that no layer reads."""
     fields = tuple(
         Field(name, shape, torch.bfloat16)
         for name, shape in (("entries", (3, 8, 20)), ("index", (3, 8, 4)), ("hca", (2, 1, 20)))
@@ -454,7 +457,7 @@ def test_the_parts_that_layers_read_add_up_to_the_checksum_of_a_chunk() -> None:
 
 
 def listed_readers() -> list[list[str]]:
-    """Rows of the table "Readers" of the page."""
+    """The rows of the page's table "Readers"."""
     text = (ROOT / "docs" / "integrity.md").read_text(encoding="utf-8")
     section = text.partition("## Readers")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
@@ -463,7 +466,7 @@ def listed_readers() -> list[list[str]]:
 
 
 def functions_of(path: Path) -> set[str]:
-    """Names of functions, those of classes with their class."""
+    """The names of a module's functions and methods (`Class.method`)."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
@@ -475,7 +478,7 @@ def functions_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("row", listed_readers(), ids=lambda row: row[0])
 def test_what_the_page_names_is_there(row: list[str]) -> None:
-    """Functions that read and verify, and the test that flips a bit there."""
+    """The functions that read and verify, and the tests that flip a bit there, exist."""
     _, reads, verifies, _, tests = row
     for cell, least in ((reads, 1), (verifies, 1), (tests, 1)):
         named = re.findall(r"`([\w/]+\.py):([\w.]+)`", cell)

@@ -62,7 +62,7 @@ def test_keys_agree_just_as_far_as_whole_chunks_of_tokens_do(
 
 
 def test_names_stay_the_same_from_version_to_version() -> None:
-    """Nodes find each other's chunks by them: to change them is to change a format."""
+    """Nodes find each other's chunks by these keys, so changing them changes a format."""
     root = root_key("layout", "salt")
     assert root.hex() == "ff4dc197f464a47ee87fb1e0f7a373fa"
     assert child_key(root, [1, 70_000]).hex() == "4e601616ecc28cab4dabf8b08c5372ac"

@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def logits_of(model: Path, tokens: list[int], kv_dtype: Any) -> torch.Tensor:
-    """float32 [4, vocab]: after two thirds of the tokens as one stream, then another one over it, then decode steps."""
+    """Logits, float32 [4, vocab], after a stream of two thirds of the tokens, one more stream, and decode steps."""
     backbone = load_backbone(model, dtype="float32", device=DEVICE, chunk_tokens=CHUNK, kv_dtype=kv_dtype)
     pool = HotPool(backbone.layout, -(-len(tokens) // CHUNK), backbone.device)
     runner = ModelRunner(backbone, pool, None, choose_index_spec("none", "tiny", backbone))
@@ -51,7 +51,7 @@ def logits_of(model: Path, tokens: list[int], kv_dtype: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def gentle_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights small enough that attention is no choice between two keys, which any rounding may tip."""
+    """A model with weights so small that attention is never close to a choice between two keys."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=256,
@@ -83,7 +83,7 @@ def test_fp8_in_the_pool_costs_little_and_not_nothing(gentle_model: Path) -> Non
 def test_answers_through_an_evicted_pool(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, formats: dict[str, Any]
 ) -> None:
-    """What comes back from cold memory is what went there; and the arena holds twice as many chunks."""
+    """Recalled chunks equal the stored ones, and the arena holds twice as many."""
     slots = {}
     for settings in ({}, formats):
         with LLM(

@@ -124,7 +124,7 @@ def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
 
 
 class OtherServer(BaseHTTPRequestHandler):
-    """A server of OpenAI's API that has nothing of forecache: a token is a word, and the usage is the bare one."""
+    """A server of OpenAI's API without forecache's extensions; a token is a word."""
 
     counts_tokens = True
     bodies: list[dict[str, object]]

@@ -31,7 +31,7 @@ Spoil = Callable[[Path], object]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home directory: nothing was converted before."""
+    """An empty home directory, without converted models."""
     path = tmp_path / "home"
     path.mkdir()
     monkeypatch.setenv("HOME", str(path))
@@ -40,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def copy(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model in a directory of the test's own."""
+    """A copy of the tiny model for one test."""
     return Path(shutil.copytree(tiny_model, tmp_path / "copy"))
 
 
@@ -293,7 +293,7 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing(home: Path, tmp_path: 
 
 
 def _convert(file: str, start: Any, results: Any) -> None:
-    """In a process of its own: what it was told, and the fingerprint of what it got."""
+    """Run in a separate process: the progress messages, and the fingerprint of the result."""
     torch.set_num_threads(1)
     said: list[str] = []
     start.wait()
@@ -317,7 +317,7 @@ def test_two_processes_convert_once(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_built_in_model(home: Path) -> None:
-    """The real one, whole: what the package carries, with RoPE stretched to 32K positions."""
+    """The real built-in model from its package, with RoPE stretched to 32K positions."""
     said: list[str] = []
     path = resolve_model("smollm2-135m", said.append)
     assert path == cache_dir() / "smollm2-135m"

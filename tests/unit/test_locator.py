@@ -31,7 +31,7 @@ def key_of(number: int) -> ChunkKey:
 
 
 class TwoNodes(ArenaStore):
-    """A node's memory, and another node that has what ``far`` holders look for. Its answers wait for ``arrive``."""
+    """One node's memory, and another node that has the chunks of ``far`` holders. Its answers wait for ``arrive``."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena)
@@ -57,7 +57,7 @@ class TwoNodes(ArenaStore):
 
 
 class Bench:
-    """A locator over :class:`TwoNodes`, whose news come through ``next``."""
+    """A prefix search over :class:`TwoNodes`; ``next`` returns its completions."""
 
     def __init__(self, directory: Path) -> None:
         arena = Arena.create(
@@ -84,7 +84,7 @@ class Bench:
         self.locator.start(holder, tuple(keys), None, chunks)
 
     def next(self) -> PrefixHeld:
-        """What is told next."""
+        """The next completion."""
         assert self._news.acquire(timeout=WAIT_S), self.failures
         return self._told.pop(0)
 
@@ -157,7 +157,7 @@ def test_what_was_dropped_is_not_found_by_any_later_search(bench: Bench) -> None
 
 
 def test_a_long_line_for_room_waits_no_longer_than_a_short_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that wait for room have waited since they asked, not since those before them gave up."""
+    """The deadline of every waiting search starts when it is queued, not when those before it gave up."""
     monkeypatch.setattr(locator_module, "QUOTA_WAIT_S", 0.0)
     for number in range(3):
         bench.search(f"near {number}", chunks=PLACES + 1)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class EvenOnly:
-    """A matcher that allows even tokens, in words shorter than the vocabulary's."""
+    """A matcher that allows only even tokens, with a mask shorter than the vocabulary's."""
 
     def fill_mask(self, words: np.ndarray) -> None:
         words[:2] = 0x55555555
@@ -31,7 +31,7 @@ def sequence(name: str, prompt: int = 3, **sampling: object) -> TokenSequence:
 
 
 def expected(logits: torch.Tensor, seq: TokenSequence) -> torch.Tensor:
-    """OpenAI's formula, a token at a time."""
+    """OpenAI's formula, one token at a time."""
     want, sampling = logits.clone(), seq.sampling
     for token, count in Counter(seq.output_ids).items():
         want[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
@@ -133,7 +133,7 @@ def llm(tiny_model: Path) -> LLM:  # type: ignore[misc]
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_engine_draws_what_the_formula_says(tiny_model: Path, prompts: list[list[int]], overlap: bool) -> None:
-    """Greedy with penalties, teacher-forced: each token is the best of its own logits, by the engine's logprobs."""
+    """Greedy with penalties, teacher-forced: each token has the largest adjusted logit, by the engine's logprobs."""
     penalty, bias = 8.0, {17: 3.0, 40: -100.0}
     with LLM(
         str(tiny_model), skip_tokenizer=True, chunk_tokens=16, hot_bytes=1 << 20, cold_bytes=1 << 22,

@@ -40,12 +40,12 @@ def bench(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any
 
 @pytest.fixture(scope="module")
 def decoded(bench: Any) -> list[tuple[Any, list[Any]]]:
-    """A row for each turnover, with the predictions that were imposed."""
+    """Run the benchmark: one row per turnover, with the imposed predictions."""
     return [(row, list(bench.indexer.turns)) for row in bench.decode(CONTEXT)]
 
 
 def scored(chunks: int) -> int:
-    """Chunks that scores bring in, by the selection's documented budget: a third of it is recency, one is a sink."""
+    """The number of chunks chosen by score: the budget without a third for recency and one sink."""
     budget = budget_chunks(chunks, KEEP_RATIO, SelectionConfig())
     return budget - 1 - budget // 3
 

@@ -31,7 +31,7 @@ SHAPE = EncoderShape(history=(0, 1, 3, 11, 20), context=4, units=8, reach=1)
 
 
 def make_scorer() -> LookaheadScorer:
-    """Random weights throughout, so that everything counts."""
+    """A scorer with random weights, so that every weight has an effect."""
     torch.manual_seed(0)
     manifest = CheckpointManifest(
         model_type="llama",
@@ -75,7 +75,7 @@ SCORER = make_scorer()
 
 
 def make_document() -> RecordedDocument:
-    """Steps at every position; only what predictions read is there."""
+    """A document with a step at every position, and only the fields that predictions read."""
     generator = torch.Generator().manual_seed(1)
     nothing = torch.zeros(0)
     return RecordedDocument(
@@ -121,7 +121,7 @@ class Table:
 
 
 def request_at(position: int, *, local: Sequence[int] = ()) -> PredictRequest:
-    """What a worker asks after the step at ``position``; the records of chunks ``local`` come along."""
+    """A worker's request after the step at ``position``; it includes the records of the chunks ``local``."""
     steps = min(SCORER.steps, position + 1)
     own = torch.randn(2, HEAD_DIM, generator=torch.Generator().manual_seed(position))
     queries = torch.cat([SCORER.queries(DOCUMENT.hidden[position + 1 - steps : position + 1], position), own])
@@ -168,7 +168,7 @@ def as_trained(position: int) -> torch.Tensor:
 
 @both
 def test_scores_are_those_of_training(make: Make) -> None:
-    """From the first complete chunk on, at every place within a chunk, whatever lies where."""
+    """From the first complete chunk on, at every place within a chunk, wherever records are."""
     indexer = make(Table())
     for position in [*range(7, 70), TOKENS - 2, TOKENS - 1]:
         chunks = (position + 1) // CHUNK_TOKENS
@@ -187,7 +187,7 @@ def test_a_short_history_is_stood_for_by_its_oldest_step() -> None:
 
 
 def test_the_models_own_heads_are_the_last_rows() -> None:
-    """What they say alone is the training-free score, over the same records."""
+    """Alone they give the training-free score over the same records."""
     assert SCORER.own.query_heads == ((3, 0), (1, 2)) and SCORER.own.fingerprint == SCORER.spec.fingerprint
     asked = request_at(50)
     own = replace(asked, queries=asked.queries[-2:], local_lse=asked.local_lse[-2:], state=None)
@@ -242,7 +242,7 @@ def test_no_chunk_has_no_score(make: Make) -> None:
 
 
 def test_requests_that_wait_are_answered_together_as_they_would_be_alone() -> None:
-    """Contexts of all lengths in one pass; wrong ones and withdrawn ones among them."""
+    """One pass over contexts of all lengths, with invalid and withdrawn requests among them."""
     passes: list[int] = []
 
     class Counted(LookaheadScorer):
@@ -304,7 +304,7 @@ def test_requests_for_another_indexer_are_refused(make: Make) -> None:
 
 @pytest.mark.gpu
 def test_graphs_of_all_sizes_answer_as_single_launches_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences of all lengths in turns, also longer ones than the largest graph, and other records each time."""
+    """Sequences of all lengths in turn, also longer than the largest graph, with changing records."""
     monkeypatch.setattr("forecache.indexer.serving.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16))
     requests = []
     for position in np.random.default_rng(0).permutation(np.arange(7, TOKENS)).tolist():
@@ -328,7 +328,7 @@ NEEDS_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA GPU")
 @pytest.mark.gpu
 @NEEDS_GPU
 def test_a_graph_computes_exactly_what_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request twice, by its graph and by the launches that the graph is made of; in between others."""
+    """Every request by its graph and by separate launches, with other requests in between."""
     monkeypatch.setattr("forecache.indexer.serving.static_prediction.CHUNK_BUCKETS", (2, 4, 8, 16, 32))
     indexer = as_graphs(Table())
     assert indexer._static is not None
@@ -351,7 +351,7 @@ def test_a_graph_computes_exactly_what_was_captured(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @NEEDS_GPU
 def test_graphs_are_captured_and_replayed_beside_other_work() -> None:
-    """Another thread allocates, launches and waits all the time, as decode steps do."""
+    """Another thread allocates, launches and synchronizes meanwhile, as decode steps do."""
     stop, rounds = threading.Event(), [0]
 
     def work() -> None:

@@ -44,7 +44,7 @@ for piece in pieces:
 
 
 def test_masking_takes_time_linear_in_the_text() -> None:
-    """A pattern that reads 64 KiB again from each of its starts takes minutes; all of these texts take seconds."""
+    """Patterns that rescan 64 KiB from each start would take minutes; all of these texts take seconds."""
     command = [sys.executable, "-c", WORK, repr(PIECES), str(LENGTH)]
     subprocess.run(command, timeout=120, check=True, cwd=Path(__file__).parents[2])
 

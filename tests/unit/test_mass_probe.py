@@ -19,7 +19,7 @@ SCALE = 1.5
 
 
 def expected_mass(q: Tensor, k: Tensor) -> np.ndarray:
-    """Largest share that one of the last tokens, at one of the heads, puts on each chunk: float64 [chunks]."""
+    """The largest share that any of the last tokens puts on each chunk, over all heads: float64 [chunks]."""
     tokens = len(q)
     keys = k.double().repeat_interleave(HEADS // KV_HEADS, 1)[:, LOOKED_AT]
     logits = torch.einsum("qhd,khd->hqk", q.double()[:, LOOKED_AT], keys) * SCALE
@@ -29,7 +29,7 @@ def expected_mass(q: Tensor, k: Tensor) -> np.ndarray:
 
 
 def past_of(k: Tensor, v: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Keys and values [kv_heads, tokens, dim] before ``start``, as a stream reads them: whole chunks, the open one."""
+    """K/V [kv_heads, tokens, dim] before ``start``, as a stream reads them: whole chunks, then the open one."""
     whole = start // CHUNK * CHUNK
     if whole:
         yield torch.arange(whole // CHUNK), k[:, :whole], v[:, :whole]

@@ -63,7 +63,7 @@ NAMES: dict[Component, set[str]] = {
 
 
 def samples_of(page: str) -> dict[str, float]:
-    """Sample name (and kind or source) → value; every sample has the model's name."""
+    """Sample name (with kind or source) → value; every sample has the label of the model."""
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
         assert family.documentation

@@ -38,7 +38,7 @@ def tiny_dsv4(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callab
 
 @contextmanager
 def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
-    """Checks at the end that nothing leaked, and that all that is stored is finite."""
+    """An LLM that checks at its end that nothing leaked, and that everything stored is finite."""
     chunk_tokens = 16 if "llama" in path.name else 128
     nbytes = expected_layout(load_config(path), chunk_tokens=chunk_tokens, dtype=torch.float32).nbytes
     defaults: dict[str, Any] = {
@@ -59,7 +59,7 @@ def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
 
 
 def assert_all_is_finite(llm: LLM) -> None:
-    """All stored chunks and snapshots, and all that others could find in the pool."""
+    """Check all stored chunks and snapshots, and all chunks that others can find in the pool."""
     llm.engine.flush()
     pool, fp8 = llm.engine.pool, llm.cold_layout != llm.engine.pool.layout
     found = [slots[0] for slots in pool._slots_of.values()]
@@ -81,7 +81,7 @@ def add(llm: LLM, name: str, prompt: list[int], tokens: int, **cache: Any) -> No
 
 
 def finish(llm: LLM) -> dict[str, tuple[list[int], TokenEvent]]:
-    """Tokens of all requests, and their last events."""
+    """Run to the end; returns the tokens of all requests, and their last events."""
     tokens: dict[str, list[int]] = {}
     last: dict[str, TokenEvent] = {}
     for _ in range(MOST_STEPS):
@@ -95,8 +95,7 @@ def finish(llm: LLM) -> dict[str, tuple[list[int], TokenEvent]]:
 
 
 class Fault:
-    """One value of a module's output becomes ``wrong``, in ``times`` of the steps for whose plan ``row`` gives a row of
-    it."""
+    """Sets one value of a module's output to ``wrong``, in ``times`` of the steps in which ``row`` returns a row."""
 
     def __init__(self, llm: LLM, module: Any, wrong: float, row: Callable[[Plan], int | None], times: int = 1) -> None:
         self.hits, self._times = 0, times
@@ -126,13 +125,13 @@ class Fault:
 
 
 def row_of(name: str, plan: Plan) -> int | None:
-    """Of request ``name`` in a step that only decodes, some others too."""
+    """The row of request ``name`` in a step that only decodes, together with others."""
     names = [seq.request_id for seq in plan.decode]
     return names.index(name) if name in names and len(names) > 1 and not plan.streams else None
 
 
 def module_of(llm: LLM, kind: str) -> Any:
-    """A layer's projection of keys or values, what DeepSeek-V4 keeps beside its chunks or in them, or the head."""
+    """A module to corrupt: a layer's projection of keys or values, DeepSeek-V4's state or entries, or the head."""
     model = llm.engine._backbone.model
     if kind == "lm_head":
         return model.lm_head
@@ -164,7 +163,7 @@ def path(request: pytest.FixtureRequest, tiny_model: Path, tiny_dsv4: Path) -> P
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("path", "kind"), KINDS, indirect=["path"])
 def test_one_step_of_a_prompt(path: Path, kind: str, device: str) -> None:
-    """It is computed once more, and nobody notices; the prefix stays of use."""
+    """The step is repeated without an effect on the client, and the prefix stays usable."""
     prompt = prompt_of(300, 1)
     with open_llm(path, device, prefill_chunk_tokens=128) as llm:
         add(llm, "before", prompt, 6)
@@ -198,7 +197,7 @@ def test_one_step_of_a_prompt(path: Path, kind: str, device: str) -> None:
     indirect=["path"],
 )
 def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, device: str) -> None:
-    """The second of three requests goes wrong while it decodes, again and again: it ends, and the others don't."""
+    """The second of three requests fails in every decode step: it ends, and the others continue."""
     prompts = {name: prompt_of(250 + number, 10 + number) for number, name in enumerate("abc")}
     with open_llm(path, device, overlap_steps=overlap) as llm:
         for name, prompt in prompts.items():
@@ -233,7 +232,7 @@ def test_one_row_of_a_batch(path: Path, kind: str, wrong: float, overlap: bool, 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
 def test_compiled_layers_and_graphs_of_decode_steps_are_watched_too(path: Path, device: str) -> None:
-    """With default settings: the embedding of one token, which one request alone has, is no number for one step."""
+    """With default settings; the embedding of a token that only one request has is NaN for one step."""
     prompts = {"a": prompt_of(250, 21), "b": prompt_of(251, 22)}
     defaults: dict[str, Any] = {"cuda_graphs": None, "torch_compile": True}
     with open_llm(path, device, **defaults) as llm:
@@ -270,7 +269,7 @@ def test_compiled_layers_and_graphs_of_decode_steps_are_watched_too(path: Path, 
 
 @pytest.mark.parametrize("settings", [{"kv_dtype": "fp8"}, {"cold_dtype": "fp8"}, {"dtype": "bfloat16"}], ids=str)
 def test_where_numbers_are_kept_in_fewer_bits(tiny_model: Path, settings: dict[str, Any]) -> None:
-    """An infinity would fit an fp8 pool as its largest number, and be found by nobody."""
+    """In an fp8 pool an infinity would be stored as the largest number, and not be noticed."""
     with open_llm(tiny_model, **settings) as llm:
         fault = Fault(llm, module_of(llm, "k_proj"), float("inf"), lambda plan: 5 if plan.streams else None, times=2)
         add(llm, "a", prompt_of(100, 1), 4)
@@ -280,7 +279,7 @@ def test_where_numbers_are_kept_in_fewer_bits(tiny_model: Path, settings: dict[s
 
 
 def test_a_sequence_whose_next_set_is_on_its_way_starts_over_once_that_is_there(tiny_model: Path) -> None:
-    """Until then chunks are copied into its slots."""
+    """Until then a recall copies chunks into its slots."""
     nbytes = expected_layout(load_config(tiny_model), chunk_tokens=16, dtype=torch.float32).nbytes
     with open_llm(tiny_model, keep_ratio=0.2, hot_bytes=24 * nbytes, overlap_steps=True) as llm:
         prefetcher: Any = llm.engine._prefetcher
@@ -318,7 +317,7 @@ def test_a_sequence_whose_next_set_is_on_its_way_starts_over_once_that_is_there(
 @pytest.mark.parametrize("overlap", [False, True], ids=["one by one", "overlapping"])
 @pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
 def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap: bool, device: str) -> None:
-    """Where steps overlap, the next one is launched before it is known that this one went wrong."""
+    """When steps overlap, the next step is launched before the fault of this one is known."""
     kind = "v_proj" if "llama" in path.name else "entries"
     with open_llm(path, device, overlap_steps=overlap) as llm:
         size = llm.engine.config.chunk_tokens
@@ -340,7 +339,7 @@ def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap:
 
 
 def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path) -> None:
-    """It starts over since the chunk was lost, and leaves nothing of the step in the slots that it gives back."""
+    """The sequence starts over because the chunk was lost, and its released slots must not keep the step's values."""
     with open_llm(tiny_model, prefill_chunk_tokens=64) as llm:
         pool = llm.engine.pool
         fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), lambda plan: 5 if armed else None)
@@ -370,8 +369,11 @@ def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("path", ["dense", "dsv4"], indirect=True)
 def test_what_a_sequence_has_left_is_no_fault_of_the_next(path: Path, device: str) -> None:
-    """Free slots and states are not wiped when a request is cancelled before its last step is read. Of fixed steps,
-    each writes an entry that few of them complete."""
+    """The values that a sequence leaves behind must not affect the next owner of its slots and state.
+
+    A request that is cancelled before its last step was read leaves them unwiped, and steps of fixed shape write
+    entries at every step.
+    """
     answers = []
     for left in (0, 255):
         with open_llm(path, device, cuda_graphs=None) as llm:

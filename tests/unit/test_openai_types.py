@@ -349,7 +349,7 @@ MANY = 5000
     ],
 )
 def test_what_is_wrong_many_times_is_said_a_few_times(kind: type[BaseModel], body: Any) -> None:
-    """Errors cost memory each, many times that of what is wrong: a body of some MiB could end the ingress."""
+    """Each validation error takes far more memory than the value, so a body of some MiB could exhaust the ingress."""
     with pytest.raises(ValidationError) as raised:
         kind.model_validate(body)
     assert raised.value.error_count() <= 4

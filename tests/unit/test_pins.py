@@ -93,7 +93,7 @@ def test_the_share_holds_for_chunks_that_come_later_and_for_sessions_that_grow(s
 
 
 def test_what_a_sequence_holds_counts(store: ArenaStore) -> None:
-    """Its chunks are no idle ones now, and will be."""
+    """Chunks that a sequence holds count, since they will be idle and pinned later."""
     few = SLOTS // 4
     store.hold("w/runs", keys(0, few))
     assert store.pin(ALICE.scoped_name("s"), keys(0, few)) == 0

@@ -37,7 +37,7 @@ def key_of(number: int) -> ChunkKey:
 
 
 class RoomElsewhere:
-    """Other nodes that promise room, and need not give any: what is spread here has its chunks in the arena."""
+    """Other nodes that reserve room but never use it: all chunks of spread sequences are in this arena."""
 
     def begin(self, holder: str, chunks: int) -> None:
         pass
@@ -56,8 +56,7 @@ class RoomElsewhere:
 
 
 class WatchedStore(ArenaStore):
-    """Tells what was asked of it, refuses what it is to refuse, and lets a test hold up the copy thread: with the
-    release of GATE."""
+    """A store that records its calls, refuses chosen ones, and can block the copy thread until GATE is released."""
 
     def __init__(self, arena: Arena) -> None:
         super().__init__(arena)
@@ -89,7 +88,7 @@ class WatchedStore(ArenaStore):
 
 
 class Bench:
-    """A pool whose slot n is filled with n + 1, a store of ``places``, and the prefetcher between them."""
+    """A pool whose slot n is filled with n + 1, a store of ``places`` slots, and a prefetcher between them."""
 
     def __init__(self, directory: str, places: int, slots: int, cold: ChunkLayout, *, spread: bool = False) -> None:
         arena = Arena.create(
@@ -112,7 +111,7 @@ class Bench:
 
     @contextmanager
     def held_up(self) -> Iterator[None]:
-        """What is posted inside waits in the queue."""
+        """Jobs that are posted inside the block wait in the queue."""
         self.store.entered.clear()
         self.store.gate.clear()
         self.prefetcher.release_holder(GATE)
@@ -121,12 +120,12 @@ class Bench:
         self.store.gate.set()
 
     def write_back(self, holder: str, numbers: Sequence[int]) -> None:
-        """Chunk n lies in slot n."""
+        """Write chunks back; chunk n is in slot n."""
         for number in numbers:
             self.prefetcher.write_back(holder, key_of(number), number)
 
     def done(self) -> list[Completion]:
-        """What has been copied or found once everything posted so far is done; releases are in ``released``."""
+        """All completions after everything posted so far is done; releases go to ``released``."""
         self.prefetcher.flush()
         self.prefetcher.flush()  # what was put back for want of room is behind the first one
         news = self.prefetcher.drain()
@@ -162,7 +161,7 @@ def open_bench(
 
 
 def numbers_of(news: Sequence[Completion]) -> list[int]:
-    """Chunk numbers of those that reached cold memory."""
+    """The numbers of the chunks that reached cold memory."""
     written = [done for done in news if isinstance(done, WrittenBack) and done.ref is not None]
     return [int.from_bytes(done.key, "little") for done in written]
 
@@ -296,7 +295,7 @@ def test_what_is_dropped_is_not_held_afterwards() -> None:
 
 
 def test_a_place_given_away_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tier was restarted: that chunk is written to another place, and the rest of the batch where it was."""
+    """The tier was restarted: the chunk is written to another slot, the rest of the batch stays where it was."""
     with open_bench() as bench:
         put, renewed = Arena.put, []
 
@@ -388,7 +387,7 @@ def test_closing_finishes_what_was_posted() -> None:
 
 
 def test_closing_searches_for_those_that_wait_for_what_is_stored_before_them() -> None:
-    """A sequence that starts over while write-backs are under way: it has left when they are done."""
+    """A sequence restarts during write-backs, and has left when they are done."""
     with open_bench() as bench:
         bench.store.reserve_quota("leaving", 3)
         with bench.held_up():
@@ -426,7 +425,7 @@ def test_closing_raises_what_nobody_has_heard_of() -> None:
 
 
 def news_of(bench: Bench, kind: type[Completion], count: int = 1) -> list[Completion]:
-    """Without :meth:`Prefetcher.flush`: as soon as there are ``count`` of ``kind``."""
+    """Wait for ``count`` completions of ``kind``, without :meth:`Prefetcher.flush`."""
     found: list[Completion] = []
     while len(found) < count:
         assert bench.prefetcher.wait(WAIT_S)
@@ -435,14 +434,14 @@ def news_of(bench: Bench, kind: type[Completion], count: int = 1) -> list[Comple
 
 
 def spread(bench: Bench, holder: str, numbers: Sequence[int] = ()) -> None:
-    """``holder`` gets room on other nodes, and the stored chunks ``numbers``."""
+    """Give ``holder`` a quota on other nodes, and the stored chunks ``numbers``."""
     bench.prefetcher.find_prefix(holder, [key_of(n) for n in numbers], chunks=bench.store.arena.slots + 1)
     [held] = bench.done()
     assert isinstance(held, PrefixHeld) and held.quota is not None and len(held.refs) == len(numbers)
 
 
 class OtherNode(RoomElsewhere):
-    """Takes chunks and gives back those of ``found``, once ``gate`` is open."""
+    """Another node, which stores chunks, and returns those of ``found`` once ``gate`` is open."""
 
     def __init__(self, stays: int) -> None:
         self.local_chunks = stays
@@ -501,7 +500,7 @@ def test_the_copy_thread_and_no_other_has_one_thread_for_its_operators() -> None
 def test_the_number_of_threads_is_set_back_after_the_copy_thread_has_set_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the other order, threads that start later would have one for their operators."""
+    """In the opposite order, threads that start later would get one thread for their operators."""
     order: list[str] = []
     set_back = threading.Event()
     set_num_threads, work = torch.set_num_threads, Prefetcher._work

@@ -29,7 +29,7 @@ def key_of(number: int) -> ChunkKey:
 
 
 def through_cold(hot: torch.Tensor, cold: ChunkLayout) -> torch.Tensor:
-    """What chunks [slots, nbytes] of the pool are like once they have been cold."""
+    """The chunks [slots, nbytes] of the pool after a round trip through cold memory."""
     if cold == HOT:
         return hot.clone()
     slots, back = torch.arange(len(hot)), torch.zeros_like(hot)
@@ -41,7 +41,7 @@ def through_cold(hot: torch.Tensor, cold: ChunkLayout) -> torch.Tensor:
 
 
 class PrefetcherMachine(RuleBasedStateMachine):
-    """Holders write chunks back, find prefixes, recall and let go; chunks get damaged. Nothing wrong is recalled."""
+    """Holders write chunks back, find prefixes, recall and release; chunks get damaged. No wrong bytes are recalled."""
 
     cold_dtype: Literal["auto", "fp8"] = "auto"
 

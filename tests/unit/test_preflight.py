@@ -30,14 +30,14 @@ def test_the_context_is_the_models_where_cold_memory_holds_it(tiny_model: Path) 
 
 
 def test_the_context_is_what_cold_memory_holds_where_that_is_less(tiny_model: Path, tmp_path: Path) -> None:
-    """Else a request that leaves its `max_tokens` open would ask for more than any worker takes."""
+    """Otherwise a request without `max_tokens` would ask for more than any worker accepts."""
     facts = check_model(tiny_model, settings(tiny_model, 3 << 20))
     with LLM(str(tiny_model), skip_tokenizer=True, chunk_tokens=16, cold_bytes=3 << 20, arena_dir=tmp_path) as llm:
         assert facts.max_model_len == facts.cold_limit == llm.memory.arena.slots * 16 < 2048
 
 
 def test_workers_without_a_place_are_refused(tiny_model: Path) -> None:
-    """Ray would wait for one until the start's deadline."""
+    """Otherwise Ray would wait for resources until the start's deadline."""
     config = settings(tiny_model, 8 << 20)
     preflight.check_placement(config.model_copy(update={"workers": 2, "ray_num_cpus": 2}))
     with pytest.raises(StartError, match="--ray-num-cpus 2"):
@@ -83,7 +83,8 @@ def test_bytes_per_token_are_those_of_the_attention(
 
 
 def test_deepseek_v4_stores_entries_and_index_keys() -> None:
-    """Per token: of each CSA layer a quarter of an entry and its index key, of each HCA layer 1/128 of an entry."""
+    """Bytes per token: in each CSA layer a quarter of an entry and of its index key, in each HCA layer 1/128 of an
+    entry."""
     config = AutoConfig.for_model("deepseek_v4")
     kinds = list(config.layer_types)
     csa = kinds.count("compressed_sparse_attention") * (config.head_dim + config.index_head_dim) / 4

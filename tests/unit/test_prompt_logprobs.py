@@ -39,7 +39,7 @@ def events_of(llm: LLM) -> list[TokenEvent]:
 
 
 def check(model: Path, prompt: list[int], events: list[TokenEvent]) -> None:
-    """They come once, with the first token, and are those of one forward pass in float32."""
+    """Log-probabilities come once, with the first token, and equal one forward pass in float32."""
     (told,) = [event for event in events if event.prompt_logprobs]
     assert told.token_ids and told.position == 0
     backbone = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -112,7 +112,7 @@ class FixedTexts(TokenTexts):
 
 
 def written(stream: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The choice after a prompt of two tokens and an answer of one; or what a stream says of it."""
+    """A choice after a prompt of two tokens, with an answer of one token: as one object, or as a stream's chunks."""
     texts = FixedTexts({token: letter.encode() for token, letter in LETTERS.items()})
     answer = AnswerFormat("id", 1, "m", chat=False, prompt_tokens=(2,), texts=texts, echo=(Echo("aé", 1),))
     choice, pieces, told = ChoiceWriter(0, answer, answer.echo[0]), list[Piece](), list[dict[str, Any]]()

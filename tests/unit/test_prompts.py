@@ -152,7 +152,7 @@ def test_values_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch
 
 
 def _kill(pid: int) -> None:
-    """End a child, and wait until it has; it stays to be reaped."""
+    """Kill a child process and wait until it is a zombie."""
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -200,7 +200,7 @@ async def test_a_process_that_dies_before_it_has_a_body_is_replaced_once(
 async def test_a_process_that_dies_over_a_body_is_an_error_and_is_replaced(
     encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The body may be why, so it is not tried again."""
+    """It is not retried, because the body may be the cause."""
     wanted, text = LARGE["tokenize"]
     first = await encoder.read(wanted, text)
     [process] = encoder._processes
@@ -255,7 +255,7 @@ async def test_what_fails_for_no_fault_of_the_client_does_not_end_the_process(en
 
 
 class Lanes:
-    """The lanes of an encoder, whose reading waits for ``finish``; ``begun`` has the bodies in the order of reading."""
+    """An encoder's lanes whose parsing waits for ``finish``; ``begun`` lists the bodies in order."""
 
     def __init__(self, encoder: PromptEncoder) -> None:
         self.begun: list[bytes] = []
@@ -280,7 +280,7 @@ class Lanes:
             self._gates[lane].release()
 
     async def until(self, count: int) -> list[bytes]:
-        """What has begun, once so much has."""
+        """Wait until ``count`` bodies were begun; returns them."""
 
         def wait() -> bool:
             with self._news:
@@ -443,7 +443,7 @@ async def test_the_target_of_a_request_counts_as_its_headers_do(api: tuple[Api, 
 
 
 def test_strings_without_an_end_are_read_once() -> None:
-    """A pattern that begins again at each quote takes hours for this text."""
+    """A pattern that restarts at each quote would take hours for this text."""
     text = b"[" + b"," * 20 + b'"' + b'\\"' * (1 << 20)
     for end in (b"", b"\\"):
         with pytest.raises(InvalidRequestError, match="JSON values"):

@@ -26,7 +26,7 @@ def records() -> torch.Tensor:
 
 @pytest.fixture
 def queries() -> torch.Tensor:
-    """Some small, some large, one with a component that is larger than all others."""
+    """Queries of different sizes; one has a component much larger than the others."""
     queries = torch.randn(len(QUERY_HEADS), DIM, generator=torch.Generator().manual_seed(1))
     queries *= torch.tensor([0.1, 1, 2, 3, 1, 4, 0]).unsqueeze(1)
     queries[1, 5] = 20
@@ -42,7 +42,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def expect_near(lse: torch.Tensor, records: torch.Tensor, queries: torch.Tensor) -> None:
-    """No further from the exact ones than a query whose components are all half a step off, in the worst direction."""
+    """Check that errors are at most those of queries whose components are all off by half a step, the worst way."""
     exact = exact_chunk_lse(SPEC, records, queries)
     sums = decode_records(SPEC, records).abs().sum(2).view(len(KV_HEADS), -1, TOKENS).amax(2)
     steps = queries.abs().amax(1, keepdim=True) * SPEC.scale / 127 / 254
@@ -69,7 +69,7 @@ def test_slots_pick_rows_of_a_table(records: torch.Tensor, queries: torch.Tensor
 def test_where_float32_ends_the_exact_ones_are_taken(
     records: torch.Tensor, queries: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits of hundreds, in one chunk of either sign, and everywhere."""
+    """Logits of several hundred: in one chunk, of either sign, and in all chunks."""
     monkeypatch.setattr("forecache.indexer.records.scores.serves", lambda *_given: True)
     keys = torch.randn(CHUNKS, len(KV_HEADS), TOKENS, DIM)
     keys[7] = 40 * queries[5].sign()

@@ -48,7 +48,7 @@ def arena(tmp_path: Path) -> Arena:
 
 
 class Worker:
-    """A process with the arena mapped, as `RemoteMemory` tells its tier of its writes."""
+    """A process that maps the arena, and reports its writes as `RemoteMemory` does."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = Arena.attach(arena.path)
@@ -67,7 +67,7 @@ class Worker:
 
 
 def restarted(store: ArenaStore) -> ArenaStore:
-    """Its process died, another one adopts its file."""
+    """The tier's process died, and another one adopts its file."""
     store.arena.close()
     return ArenaStore(Arena.adopt(store.arena.path))
 
@@ -80,8 +80,10 @@ def waiting(store: ArenaStore) -> int:
 @pytest.mark.parametrize("is_restarted", [False, True])
 @pytest.mark.parametrize("is_numbered", [False, True])
 def test_a_late_copy_never_reaches_the_slot_of_another(arena: Arena, is_restarted: bool, is_numbered: bool) -> None:
-    """The first writer's hold is taken back, by its tier's end or as that of a dead worker. Its memcpy ends at the
-    worst moment, while the second writer copies."""
+    """The first writer's slot is taken back, and its memcpy ends at the worst moment, while the second writer copies.
+
+    It is taken back because the tier died, or because the writer counts as a dead worker.
+    """
     store, first, second = ArenaStore(arena), Worker(arena), Worker(arena)
     pools = [HotPool(LAYOUT, 1, torch.device("cpu")) for _ in range(3)]
     pools[0].memory[:], pools[1].memory[:] = 0x11, 0x22
@@ -111,7 +113,7 @@ def test_a_late_copy_never_reaches_the_slot_of_another(arena: Arena, is_restarte
 
 
 def test_the_end_of_a_process_frees_what_it_wrote(arena: Arena) -> None:
-    """Whatever ends it; here it is killed."""
+    """The process may end in any way; here it is killed."""
     store = ArenaStore(arena)
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(arena.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -167,7 +169,7 @@ def test_a_writer_that_lives_says_when_it_has_ended(arena: Arena, how: str) -> N
 
 
 def test_news_from_before_an_answer_came_free_nothing(arena: Arena) -> None:
-    """The tier has given a slot away, and the answer is on its way; the worker tells of its writes meanwhile."""
+    """The tier has reserved a slot, and the worker reports its writes before the answer arrives."""
     store, worker = ArenaStore(arena), Worker(arena)
     number, news = worker.writes.begin(), worker.writes.news()
     [place] = store.reserve_slots("w/a", [KEYS[0]], writer=news.writer, begun=news.begun)
@@ -211,7 +213,7 @@ def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None
 def test_a_release_in_another_thread_does_not_free_what_the_tier_writes(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of another node come for a sequence that ends meanwhile."""
+    """Chunks of another node arrive for a sequence that ends meanwhile."""
     store, reader = ArenaStore(arena), Worker(arena)
     for key in KEYS[:2]:
         [ref] = reader.reserve_slots(store, "w/a", [key])

@@ -46,7 +46,7 @@ def batch_of(keys: list[bytes]) -> RecordBatch:
 
 
 class RecordsMachine(RuleBasedStateMachine):
-    """Holders against a model: who holds which keys."""
+    """Operations of several holders, against a model of who holds which keys."""
 
     @initialize()
     def open(self) -> None:
@@ -101,7 +101,7 @@ class RecordsMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        """A new owner finds the records; who needs them has to say so again."""
+        """A new owner finds the records without holds; holders repeat theirs."""
         self.records = RecordSlots(self.arena)
         for holder, keys in self.held.items():
             assert None not in self.records.hold(holder, sorted(keys))

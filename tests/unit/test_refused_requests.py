@@ -49,11 +49,11 @@ MOST_CALLS = 500
 
 
 class InjectedError(Exception):
-    """The call that it was this call's turn to break."""
+    """Raised by the call whose turn it is to fail."""
 
 
 class Breaking:
-    """Lets the call number ``at`` fail that is made of this project's functions while it is entered."""
+    """Makes the ``at``-th call of this project's functions fail, while it is entered."""
 
     def __init__(self, at: int) -> None:
         self._left = at
@@ -97,7 +97,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory, byte_model: ModuleType)
 
 @contextmanager
 def open_llm(model: Path) -> Iterator[LLM]:
-    """With a tokenizer; the pool is smaller than an answer's chunks, and steps so far are made again."""
+    """An LLM with a tokenizer, a pool smaller than an answer's chunks, and decode steps that are replayed."""
     with (
         TemporaryDirectory(prefix="refused-test-", dir="/dev/shm") as directory,
         LLM(
@@ -114,7 +114,7 @@ def open_llm(model: Path) -> Iterator[LLM]:
 
 
 def demanding(llm: LLM, name: str = "a") -> tuple[GenerateRequest, Matcher | None]:
-    """A request that uses all there is: stop strings, a grammar, an answer that another worker has begun, a session."""
+    """A request with all features: stop strings, a grammar, an answer begun by another worker, a session."""
     sampling = SamplingParams(
         max_tokens=12,
         ignore_eos=True,
@@ -214,7 +214,7 @@ def test_a_grammar_that_does_not_allow_what_another_worker_said(text_model: Path
 
 @pytest.mark.parametrize("token", [-1, 257, 2**40])
 def test_tokens_of_another_worker_are_checked_as_the_prompts(text_model: Path, token: int) -> None:
-    """The tokenizer raises for them, or the model does, in a step that others share."""
+    """Invalid ones would make the tokenizer raise, or the model in a step that others share."""
     with open_llm(text_model) as llm:
         bad = GenerateRequest("a", (5, 6), SamplingParams(max_tokens=8), resume_token_ids=(7, token))
         with pytest.raises(InvalidRequestError, match="vocabulary") as refused:
@@ -236,7 +236,7 @@ def test_a_second_request_of_an_id_leaves_the_first_as_it_is(text_model: Path) -
 
 
 async def test_each_call_may_fail_in_the_engines_thread(text_model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each ends its own request, with an error of ours; the engine and the others go on."""
+    """Each failure ends its own request with a typed error; engine and other requests continue."""
     with open_llm(text_model) as llm:
         add, breaking = llm.engine.add_request, Breaking(MOST_CALLS)
 
@@ -266,7 +266,7 @@ async def collect(engine: AsyncEngine, request: GenerateRequest) -> list[int]:
 
 
 async def test_each_call_may_fail_before_the_engines_thread(text_model: Path) -> None:
-    """In the event loop: until the request is posted, and while its refusal or its first event comes."""
+    """Failures in the event loop: until the request is posted, and until its refusal or first event arrives."""
     with open_llm(text_model) as llm:
         engine = AsyncEngine(llm.engine)
         request = GenerateRequest("a", demanding(llm)[0].prompt_token_ids, SamplingParams(max_tokens=6))
@@ -289,7 +289,7 @@ async def test_each_call_may_fail_before_the_engines_thread(text_model: Path) ->
 
 
 async def closed(engine: AsyncEngine, llm: LLM) -> None:
-    """End it, with nothing under way."""
+    """Close it, and check that nothing is left."""
     await until(lambda: llm.engine.idle)
     await engine.check_integrity()
     await asyncio.to_thread(engine.close)
@@ -305,7 +305,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class DirectCall:
-    """What a worker says to a call that reaches it directly; ``cancel`` ends it."""
+    """A direct call of a worker; ``cancel`` ends it."""
 
     assigned = True
 
@@ -323,7 +323,7 @@ class DirectCall:
 
 
 async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(text_model: Path) -> None:
-    """Of the stream that outlives its worker, the client's channels, and the worker's; then its reader leaves it."""
+    """Failures of the stream that fails over, of the client's channels and of the worker's; then the client leaves."""
     with open_llm(text_model) as llm:
         engine, worker = AsyncEngine(llm.engine), WorkerChannels("w")
         client = Channels(None)  # opens none: one request alone needs none
@@ -372,7 +372,7 @@ RESIDENT = ResidentEstimate(EngineConfig(), SelectionConfig(), 1000)
 
 
 class Nobody:
-    """Workers that are never reached: the request fails before."""
+    """Workers that are never called, because the request fails before."""
 
     failover_config = ONE_TRY
 
@@ -384,7 +384,7 @@ class Nobody:
 
 
 def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path) -> None:
-    """Its place in the queue, and what its tenant may have, are given back; so they are if no stream can be opened."""
+    """Its place in the queue and its tenant's share are released, also if no stream can be opened."""
     admission = Admission(LimitsConfig(max_queued_requests=4))
     tokenizer = load_tokenizer(text_model)
     api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), RESIDENT)

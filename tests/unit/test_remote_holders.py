@@ -25,7 +25,7 @@ HOLDER = HoldId("w", "request", 0).name
 
 
 class Tier:
-    """The store of a memory tier behind calls as an actor's are, which are made when their answer is asked for."""
+    """A memory tier's store behind calls like an actor's, which run when their result is fetched."""
 
     def __init__(self, store: ArenaStore) -> None:
         self.store = store
@@ -171,7 +171,7 @@ def test_who_begins_again_holds_nothing_and_goes_on(memory: RemoteMemory, store:
 
 
 def test_each_call_of_a_tier_names_a_method_of_its_actor() -> None:
-    """Calls cross a process boundary by name, which no type checker sees."""
+    """Calls cross a process boundary by name, which mypy does not check."""
     source = inspect.getsource(remote) + inspect.getsource(peers)
     named = set(re.findall(r'\._(?:call|ask)\(\s*(?:tier_id, )?"(\w+)"', source))
     named |= set(re.findall(r"\btier\.(\w+)\.remote\(", source)) | set(re.findall(r"\b_tier\.(\w+)\.remote\(", source))

@@ -30,7 +30,7 @@ GONE = RayActorError()
 
 @dataclass
 class Replica:
-    """Answers ``said``, raises it, or is silent."""
+    """A replica that returns ``said``, raises it, or stays silent."""
 
     said: Any
     given_up: bool = False
@@ -48,7 +48,7 @@ class Replica:
 
 @dataclass
 class Handle:
-    """A deployment with these replicas."""
+    """A handle of a deployment with these replicas."""
 
     replicas: list[Replica]
     deployment_id: Any = field(default_factory=lambda: SimpleNamespace(name="D"))
@@ -124,7 +124,7 @@ async def test_one_silent_ingress_does_not_erase_what_the_others_have_let_in(mon
 
 
 class Draining:
-    """Ingresses that say these numbers, one list after the other, the last again and again."""
+    """Ingresses that return these numbers, one list per call, and the last one for all further calls."""
 
     def __init__(self, *answers: list[Any]) -> None:
         self.answers = list(answers)

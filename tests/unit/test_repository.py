@@ -50,7 +50,7 @@ def test_imports_only_go_down(path: Path) -> None:
 
 
 def test_the_picture_of_the_architecture_is_the_codes() -> None:
-    """Arrows are imports; dotted ones go to the process that has the method, whose caller names it."""
+    """Solid arrows are imports. Dotted arrows end at the process that has the method, and start where it is called."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     picture = re.search(r"```mermaid\n(.*?)\n```", text, flags=re.DOTALL)
     assert picture is not None
@@ -70,7 +70,7 @@ def test_the_picture_of_the_architecture_is_the_codes() -> None:
 
 
 def _listed_places() -> dict[str, int]:
-    """Of `docs/sub-packages.md`: sub-package, or file, and its line in the order, from the top."""
+    """Sub-package or file → its line in the order of `docs/sub-packages.md`, from the top."""
     text = (ROOT / "docs" / "sub-packages.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.*?`) \| ", text, flags=re.MULTILINE)
     return {place: number for number, row in enumerate(rows) for place in re.findall(r"`(.*?)`", row)}
@@ -118,7 +118,7 @@ def test_architectures_do_not_know_each_other() -> None:
 
 
 def _asks_for_the_model(tree: ast.AST) -> Iterator[str]:
-    """Code that depends on which model it serves: names of an architecture, and comparisons of model types."""
+    """Code that depends on the model: names of an architecture, and comparisons of model types."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]

@@ -28,7 +28,7 @@ def paths() -> dict[str, list[str]]:
 
 
 def function(cell: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    """The definition that a cell lists. Raises ``AssertionError`` if there is none."""
+    """The definition of the function that a cell lists. Raises ``AssertionError`` if there is none."""
     match = FUNCTION.fullmatch(cell)
     assert match is not None, f"{cell} is neither a function nor a boundary"
     body: list[ast.stmt] = ast.parse((ROOT / match[1]).read_text(encoding="utf-8")).body

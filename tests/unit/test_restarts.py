@@ -27,7 +27,7 @@ def add(llm: LLM, name: str, prompt: Sequence[int], tokens: int, **cache: Any) -
 
 
 def step(llm: LLM, tokens: list[int]) -> None:
-    """One step; of one request, whose tokens come in order."""
+    """Run one step, and check that the tokens of each request come in order."""
     for event in llm.engine.step():
         assert not event.token_ids or event.position == len(tokens)
         tokens += event.token_ids
@@ -46,7 +46,7 @@ def finish(llm: LLM, tokens: list[int]) -> list[int]:
 def test_a_token_of_a_step_before_a_restart_is_void(
     tiny_model: Path, prompts: list[list[int]], reference: Any, restarts: int
 ) -> None:
-    """Steps overlap: one is under way when it turns out that chunks are lost. What it draws is drawn again."""
+    """With overlapping steps, a step is in flight when chunks are found lost. Its token is void, and drawn again."""
     with open_llm(tiny_model, overlap_steps=True) as llm:
         tokens: list[int] = []
         seq = add(llm, "a", prompts[1], 24)
@@ -61,7 +61,7 @@ def test_a_token_of_a_step_before_a_restart_is_void(
 def test_a_prediction_of_an_earlier_try_is_not_used(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries that were captured before a restart are of chunks that are gone, though it is at the same boundary."""
+    """Queries captured before a restart belong to lost chunks, even for the same boundary."""
     with open_llm(tiny_model, keep_ratio=0.2, overlap_steps=True) as llm:
         windows, captured = llm.engine.windows, llm.engine.windows.captured
         early: list[Captured] = []
@@ -91,8 +91,10 @@ def test_a_prediction_of_an_earlier_try_is_not_used(
 def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back_for_this_one_too(
     tiny_model: Path, prompts: list[list[int]], reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one's copies are in cold memory and it has left; the slots must not go to others before the second
-    holds them there: until then it has no other place to read them from."""
+    """A hot chunk must stay hot until cold memory holds it for the second sequence.
+
+    The first sequence has stored it and left, so until then the second one could not read it anywhere else.
+    """
     reserve, second_may = ArenaStore.reserve_slots, threading.Event()
 
     def second_later(self: ArenaStore, holder: str, keys: Sequence[ChunkKey]) -> list[Reservation]:
@@ -133,7 +135,7 @@ def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back
 def test_a_set_waits_for_slots_that_others_chunks_are_in(
     tiny_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    """Nothing of it is brought in before there is room for all of it."""
+    """No chunk of the set is recalled before there is room for all of it."""
     with open_llm(tiny_model, keep_ratio=0.2, late_policy="wait") as llm:
         windows, pool, bring_in = llm.engine.windows, llm.engine.pool, llm.engine.windows._bring_in
         waited: list[int] = []

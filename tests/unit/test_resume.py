@@ -23,7 +23,7 @@ CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 
 @contextmanager
 def open_llm(model: Path, **settings: Any) -> Iterator[LLM]:
-    """16-token chunks; a hot pool in which not everything stays."""
+    """An LLM with 16-token chunks and a hot pool that is too small for everything."""
     defaults = {"chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16, "hot_bytes": 40 * CHUNK_BYTES}
     with (
         TemporaryDirectory(prefix="resume-test-", dir="/dev/shm") as directory,
@@ -57,7 +57,7 @@ def request_for(prompt: list[int], tokens: int, resume: tuple[int, ...] = (), **
 def test_another_engine_goes_on_where_one_stopped(
     tiny_model: Path, prompts: list[list[int]], cache: dict[str, Any], sent: int
 ) -> None:
-    """Over partial sets too: with ``late_policy="wait"`` the steps so far are made again over the same sets."""
+    """Also over partial sets: with ``late_policy="wait"`` earlier steps are replayed over the same sets."""
     settings: dict[str, Any] = {"late_policy": "wait", "seed": 0}
     with open_llm(tiny_model, **settings) as llm:
         whole = tokens_of(llm, request_for(prompts[2], 60, **cache))
@@ -74,7 +74,7 @@ def test_another_engine_goes_on_where_one_stopped(
 def test_what_is_streamed_through_a_small_pool_is_gone_on_with(
     tiny_model: Path, prompts: list[list[int]], sent: int
 ) -> None:
-    """Its answer so far was made over its whole past: nothing of it has to be decoded again."""
+    """The answer so far was computed over all chunks, so nothing has to be replayed."""
     settings: dict[str, Any] = {"late_policy": "wait", "hot_bytes": 16 * CHUNK_BYTES}
     with open_llm(tiny_model, **settings) as llm:
         whole = tokens_of(llm, request_for(prompts[2], 40, keep_ratio=0.5))
@@ -111,7 +111,7 @@ def steps_of(llm: LLM) -> Iterator[TokenEvent]:
 
 
 class EngineStream:
-    """A worker's stream, as the ingress has it through Ray Serve."""
+    """A worker's stream, as the ingress gets it through Ray Serve."""
 
     def __init__(self, engine: AsyncEngine, request: GenerateRequest) -> None:
         self.assigned = True
@@ -175,7 +175,7 @@ def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> 
             asked = 0
 
             class Silent(EngineStream):
-                """Nothing comes after the fifth event, of a worker that lives."""
+                """A living worker that sends nothing after the fifth event."""
 
                 events = 0
 
@@ -202,7 +202,7 @@ def test_a_silent_worker_is_left(tiny_model: Path, prompts: list[list[int]]) -> 
 
 
 class Told:
-    """A worker's stream of given events; an exception among them is raised, a number is a silence in seconds."""
+    """A worker's stream of given events: an exception is raised, a number is a pause in seconds."""
 
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
@@ -225,7 +225,7 @@ class Told:
 
 
 def tokens_through(*workers: Told, config: ResumeConfig) -> list[int]:
-    """Of an answer that one worker after the other goes on with."""
+    """The tokens of an answer that several workers continue in turn."""
 
     async def ask() -> list[int]:
         left = list(workers)
@@ -256,7 +256,7 @@ def test_a_next_worker_without_room_is_not_the_end() -> None:
 
 
 def test_tokens_that_are_decoded_again_are_told_of(tiny_model: Path, prompts: list[list[int]]) -> None:
-    """Who waits for the answer to go on sees that its worker lives: an event without tokens for each."""
+    """While tokens are replayed, an event without tokens for each shows that the worker lives."""
     with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
         whole = tokens_of(llm, request_for(prompts[2], 42))
     with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
@@ -287,7 +287,7 @@ def test_no_worker_at_all_is_an_error_in_the_end(tiny_model: Path, prompts: list
 
 @pytest.mark.parametrize("lost_by_itself", [False, True])
 def test_what_a_client_has_left_is_begun_nowhere_else(lost_by_itself: bool) -> None:
-    """A call that is cancelled ends like one whose worker is lost; and a worker may be lost just before."""
+    """A cancelled call ends like one whose worker is lost; a worker may also be lost just before the cancellation."""
     begun: list[GenerateRequest] = []
 
     class Source:
@@ -324,8 +324,10 @@ def test_what_a_client_has_left_is_begun_nowhere_else(lost_by_itself: bool) -> N
 
 
 def test_a_session_is_gone_on_with_over_what_it_decoded(tiny_model: Path, prompts: list[list[int]]) -> None:
-    """The second turn finds the chunks of the first one's answer; outside the session, and where the answer must be
-    exact, it finds the prompt's alone."""
+    """The second turn finds the chunks of the first answer.
+
+    Requests outside the session, or with exact answers, find only those of the prompt.
+    """
     with open_llm(tiny_model, late_policy="wait", keep_ratio=0.2) as llm:
 
         def cached(prompt: list[int], **options: Any) -> tuple[int, list[int]]:

@@ -23,13 +23,15 @@ LOST = WorkerLostError("it died")
 
 
 def token(number: int, position: int | None = None, **more: Any) -> TokenEvent:
-    """The ``number``-th token, counted from 1, as a worker names its request."""
+    """The ``number``-th token, counted from 1, as a worker sends it."""
     return TokenEvent("some try", (number,), str(number), position=number - 1 if position is None else position, **more)
 
 
 class Worker:
-    """Says the given events in turn; raises an exception among them; is silent for a number of seconds. Then it ends,
-    or, with ``hangs``, says nothing more."""
+    """A worker that sends the given events; an exception is raised, a number is a pause in seconds.
+
+    Then its stream ends, or with ``hangs`` stays silent.
+    """
 
     def __init__(self, *steps: TokenEvent | Exception | float, hangs: bool = False) -> None:
         self._steps = list(steps)
@@ -57,7 +59,7 @@ class Worker:
 
 
 class Answer:
-    """What a client hears, what the workers were asked, and when, in seconds."""
+    """A client's events, and the requests to workers with their times in seconds."""
 
     def __init__(self, *workers: Worker, **settings: Any) -> None:
         self.workers = workers
@@ -80,7 +82,7 @@ class Answer:
         return Reader(stream_over(Workers(self._start, self._config), REQUEST, record=self.record))
 
     def hear(self) -> list[int]:
-        """All of it. Raises what the client gets."""
+        """Read all events; returns the tokens. Raises the client's error."""
 
         async def hear() -> None:
             stream = self.stream()
@@ -253,7 +255,7 @@ def test_an_error_of_the_request_is_passed_on() -> None:
 
 
 def leave_after(answer: Answer, after_s: float) -> None:
-    """A client leaves ``after_s`` after it began to wait; then a minute goes by."""
+    """A client disconnects after ``after_s`` of waiting; then a minute passes."""
 
     async def leave() -> None:
         stream = answer.stream()
@@ -269,7 +271,7 @@ def leave_after(answer: Answer, after_s: float) -> None:
 
 
 def test_what_a_client_has_left_is_begun_nowhere_else() -> None:
-    """A call that is cancelled looks like a lost one; or it was lost before, and the pause is not over."""
+    """A cancelled call looks like a lost one. Also: it was lost before, and the pause is not over."""
     answer = Answer(Worker(1.0, LOST), Worker(END))
     leave_after(answer, 0.5)
     assert [worker.cancelled for worker in answer.workers] == [1, 0]
@@ -279,7 +281,7 @@ def test_what_a_client_has_left_is_begun_nowhere_else() -> None:
 
 
 class SwallowsCancellation(Worker):
-    """As a call of Ray Serve may: the cancelled task that reads it gets an error like that of a lost worker."""
+    """The task that reads a cancelled call gets an error like that of a lost worker, as may happen with Ray Serve."""
 
     async def __anext__(self) -> TokenEvent:
         try:

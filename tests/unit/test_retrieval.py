@@ -25,7 +25,7 @@ def model_path() -> Path:
 
 @pytest.fixture(scope="module", params=[3000, pytest.param(6500, marks=pytest.mark.long)])
 def found(request: pytest.FixtureRequest, model_path: Path) -> Iterator[dict[str, list[bool]]]:
-    """Policy → for each depth, whether the answer has the number. All policies share the prefill of a prompt."""
+    """Policy → for each depth, whether the answer has the number. All policies share a prompt's prefill."""
     tokenizer = load_tokenizer(model_path)
     tasks = [
         make_task("needle", tokenizer, tokens=request.param, depth=depth, seed=seed)

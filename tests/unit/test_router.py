@@ -140,8 +140,10 @@ def test_what_was_not_measured_is_as_at_other_workers() -> None:
 
 
 def test_a_rate_of_much_shorter_prompts_is_not_held_against_a_worker() -> None:
-    """A step has a cost of its own, which is nearly all that short prompts measure. What a worker is thought slow for
-    it is not sent, so that it would never show that it is not."""
+    """Each step has a fixed cost, which dominates the rate measured with short prompts.
+
+    A worker that seems slow gets no requests, so it could never correct its rate.
+    """
     long = WorkerReport(prefill_tokens_per_s=9000, prefill_tokens_per_prompt=7000)
     short = WorkerReport(prefill_tokens_per_s=700, prefill_tokens_per_prompt=40)
     slow = WorkerReport(prefill_tokens_per_s=700, prefill_tokens_per_prompt=2000)
@@ -183,7 +185,7 @@ def test_who_is_far_busier_than_others_comes_last() -> None:
 
 
 class Replica:
-    """What the router reads of one of Ray Serve's."""
+    """The attributes of a Ray Serve replica that the router reads."""
 
     def __init__(self, name: str, report: WorkerReport | None) -> None:
         self.replica_id = ReplicaID(name, DeploymentID("DecodeWorker", "forecache"))
@@ -192,7 +194,7 @@ class Replica:
 
 
 class Routing:
-    """A router over replicas."""
+    """A router with fake replicas."""
 
     def __init__(self, replicas: list[Replica], redis_url: str | None, imbalance: int = 8) -> None:
         self.replicas: list[Any] = list(replicas)
@@ -204,7 +206,7 @@ class Routing:
     def send(
         self, prompt: tuple[int, ...] = PROMPT, *, name: str = "", arrives: bool = True, accepted_by: str = ""
     ) -> str:
-        """Whom the router asks first, which has one more request then; or ``accepted_by`` another one."""
+        """Route a request; returns the first choice, which gets it, unless it is ``accepted_by`` another."""
         request = GenerateRequest(name or f"r{next(NUMBERS)}", prompt)
 
         async def choose() -> tuple[PendingRequest, Any]:
@@ -223,13 +225,13 @@ class Routing:
         return str(best.unique_id)
 
     def end(self, name: str) -> None:
-        """A request of the worker is over."""
+        """End a request of the worker."""
         self.router.on_request_completed(
             next(r.replica_id for r in self.replicas if r.replica_id.unique_id == name), ""
         )
 
     def report(self, **requests: int) -> None:
-        """Workers tell how many they have."""
+        """Workers report how many requests they have."""
         self.router._take_reports({name: WorkerReport(running=running) for name, running in requests.items()})
 
 
@@ -321,7 +323,7 @@ def test_a_request_that_is_asked_for_again_counts_once() -> None:
 
 
 def test_a_request_that_goes_on_goes_on_at_a_worker_that_did_not_have_it() -> None:
-    """One that hangs with it has nothing else to do, and would be the first to be asked."""
+    """The worker that hangs has the least load, so it would be chosen first."""
     routing = Routing([Replica(name, SLOW) for name in "abc"], None)
     had = [routing.send(name="one")]
     for epoch in (1, 2):
@@ -372,7 +374,7 @@ def test_one_prefix_does_not_pile_up(catalog: Catalog, redis_server: Any) -> Non
 
 
 def test_answers_that_take_minutes_are_counted_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve's own count of them is forgotten after ten seconds in which none comes or goes."""
+    """Serve's queue length of a replica expires after ten seconds without a change."""
     routing = Routing([Replica("a", report("ta")), Replica("b", report("tb"))], None)
     sent = [routing.send(tuple(range(number, number + 64))) for number in (0, 1000)]
     assert sorted(sent) == ["a", "b"]
@@ -385,7 +387,10 @@ def test_answers_that_take_minutes_are_counted_all_the_time(monkeypatch: pytest.
 
 
 def test_a_report_of_answers_that_are_over_is_not_believed() -> None:
-    """It takes a second or two to come. Who says two is thought free all the same, if all may have been our own."""
+    """Reports are a second or two old.
+
+    A reported load is ignored if it may consist of this router's ended requests.
+    """
     routing = Routing([Replica("a", None), Replica("b", None)], None)
     prompts = iter([tuple(range(number, number + 64)) for number in range(0, 20_000, 1000)])
     assert [routing.send(next(prompts)) for _ in range(4)] == ["a", "b", "a", "b"]
@@ -399,7 +404,7 @@ def test_a_report_of_answers_that_are_over_is_not_believed() -> None:
 
 
 def test_what_comes_at_once_is_shared() -> None:
-    """They all choose before any is sent: looking up takes a moment. Queueing behind one of them is nothing."""
+    """All choose before any is sent, because the lookup takes a moment. Queueing takes almost no time here."""
     fast = {"prefill_tokens_per_s": 1e6}
     routing = Routing([Replica("a", report("ta", **fast)), Replica("b", report("tb", **fast))], None)
     routing.send(tuple(range(9000, 9064)))
@@ -457,7 +462,7 @@ def test_a_channel_goes_to_the_worker_that_it_is_for_and_to_anyone_when_that_is_
 
 
 def test_several_routers_know_of_each_other_s_requests_by_what_the_worker_tells() -> None:
-    """Each ingress has a router, which counts its own requests to the last one."""
+    """Each ingress' router counts its own requests exactly."""
     loads = [Load() for _ in range(3)]
     sent = [5, 2, 0]
     for load, count in zip(loads, sent, strict=True):

@@ -16,21 +16,21 @@ DRAWS = 4000
 
 
 def one(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    """The token for one row, whose logits are sound."""
+    """Sample one row with finite logits."""
     tokens, best = sample(logits.unsqueeze(0), [params], [position])
     assert math.isfinite(best)
     return int(tokens)
 
 
 def draw(logits: torch.Tensor, *, draws: int = DRAWS, **params: float) -> np.ndarray:
-    """How often each token comes at positions 0 … ``draws``: int64 [vocab]."""
+    """The counts of each token at positions 0 … ``draws``: int64 [vocab]."""
     settings = SamplingParams(**({"temperature": 1.0} | params))  # type: ignore[arg-type]
     tokens = [one(logits, settings, position) for position in range(draws)]
     return np.bincount(tokens, minlength=len(logits))
 
 
 def chi_squared(counts: np.ndarray, probabilities: torch.Tensor) -> float:
-    """Pearson's statistic over the tokens that can come; the others must not have."""
+    """Pearson's statistic over the possible tokens; impossible ones must not occur."""
     expected = probabilities.double().numpy() * counts.sum()
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -39,7 +39,7 @@ def chi_squared(counts: np.ndarray, probabilities: torch.Tensor) -> float:
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """float32 [12], shuffled; the likeliest token has 0.33, the next ones 0.22, 0.15, …"""
+    """Logits, float32 [12], shuffled; the likeliest token has 0.33, the next ones 0.22, 0.15, …"""
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     return (torch.arange(12) * 0.4)[order]
 
@@ -66,7 +66,7 @@ def test_draws_follow_the_softmax(logits: torch.Tensor, temperature: float) -> N
 
 
 def test_draws_of_other_seeds_are_independent(logits: torch.Tensor) -> None:
-    """One position of many seeds is as good a sample as many positions of one seed."""
+    """One position with many seeds is as good a sample as many positions with one seed."""
     tokens = [one(logits, SamplingParams(temperature=1.0, seed=seed), 17) for seed in range(DRAWS)]
     assert chi_squared(np.bincount(tokens, minlength=12), logits.softmax(-1)) < CHI_SQUARED_999[11]
 
@@ -97,7 +97,7 @@ def test_top_p_that_one_token_reaches_keeps_one(logits: torch.Tensor) -> None:
 
 
 def test_top_p_counts_within_top_k() -> None:
-    """After top-k leaves two equals, half of what is left is one token."""
+    """Top-k leaves two equal tokens, and half of their mass is one token."""
     logits = torch.tensor([0.0, 3.0, 3.0, 1.0])
     assert np.count_nonzero(draw(logits, draws=100, top_k=2, top_p=0.5)) == 1
     assert np.count_nonzero(draw(logits, draws=100, top_k=2, top_p=0.51)) == 2
@@ -134,7 +134,7 @@ def test_tokens_of_no_probability_never_come() -> None:
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_that_are_no_distribution_are_told(bad: list[float], temperature: float) -> None:
-    """And cost the other rows nothing."""
+    """Other rows are not affected."""
     params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(3)]
     good = torch.tensor([0.5, 2.0, 1.0])
     tokens, best = sample(torch.stack([good, torch.tensor(bad), good]), params, [4, 9, 5])

@@ -18,7 +18,7 @@ def sequence(tokens: int, *, holder: str = "me", max_tokens: int = 8, root: byte
 
 
 def compute(seq: TokenSequence, tokens: int) -> None:
-    """As the engine does after a step of ``tokens``."""
+    """Count ``tokens`` as computed, as the engine does after a step."""
     seq.num_computed += tokens
     while seq.tail_tokens >= CHUNK:
         seq.complete_chunk()
@@ -41,7 +41,7 @@ def test_lengths(prompt: int, max_tokens: int) -> None:
 
 @given(steps=st.lists(st.integers(1, 50), max_size=8))
 def test_exact_chunks_have_the_names_of_their_prefix(steps: list[int]) -> None:
-    """However the work was cut into steps, and whoever did it."""
+    """The keys don't depend on how the work was split, or on the worker."""
     seq = sequence(sum(steps) + 1)
     for step in steps:
         compute(seq, step)
@@ -71,7 +71,7 @@ def test_a_chunk_with_an_approximate_token_is_private_and_so_are_those_after_it(
 
 
 def test_no_prompt_spells_the_name_of_private_chunks() -> None:
-    """Token ids of bytes, and a chunk of as many tokens as the name has letters."""
+    """Even a chunk of the name's length, with byte values as token ids."""
     holder = "a holder"
     mine, other = sequence(3 * CHUNK, holder=holder), sequence(4 * CHUNK)
     other.token_ids[CHUNK:] = [*f"private {holder}".encode(), *mine.token_ids[CHUNK:]]
@@ -131,7 +131,7 @@ def test_starting_over_computes_everything_again_exactly() -> None:
 
 
 def test_a_session_finds_what_it_decoded_and_nobody_else_does() -> None:
-    """Behind the exact chunks, in every later request of the session, whoever serves it."""
+    """The session's later requests find them after the exact chunks, on any worker."""
 
     def turn(tokens: int, session_id: str | None, holder: str) -> TokenSequence:
         cache = CacheOptions(session_id=session_id)

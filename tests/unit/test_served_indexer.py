@@ -49,7 +49,7 @@ DEVICES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An indexer for the tiny model whose every weight matters, as training would leave one."""
+    """A checkpoint of an indexer for the tiny model, with random weights instead of initial ones."""
     backbone = load_backbone(tiny_model, dtype="float32", device="cpu", chunk_tokens=CHUNK_TOKENS)
     calibration = CalibrationRecord(
         documents=1, tasks=("needle",), min_tokens=1, max_tokens=1, chunk_tokens=CHUNK_TOKENS, seed=0, events=0,
@@ -74,7 +74,7 @@ def checkpoint(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 class Recorder:
-    """Keeps requests and answers."""
+    """Records requests and predictions."""
 
     def __init__(self, inner: Indexer) -> None:
         self.inner = inner
@@ -92,7 +92,7 @@ class Recorder:
 
 @contextmanager
 def opened(model: Path, checkpoint: Path | str, arena_dir: Path, **settings: Any) -> Iterator[tuple[LLM, Recorder]]:
-    """Eight chunks are kept whatever the ratio: steps over no more than these are exact."""
+    """An LLM whose least budget is eight chunks, so steps over up to eight chunks are exact."""
     recorders: list[Recorder] = []
 
     def wrap(inner: Indexer) -> Indexer:
@@ -120,7 +120,7 @@ def opened(model: Path, checkpoint: Path | str, arena_dir: Path, **settings: Any
 
 
 class Model:
-    """transformers' own forward of one text."""
+    """transformers' forward of one text."""
 
     def __init__(self, model: Path, tokens: list[int], scorer: LookaheadScorer) -> None:
         self.scorer = scorer
@@ -135,7 +135,7 @@ class Model:
         self.keys = torch.stack([cache.layers[layer].keys[0, head] for layer, head in manifest.index_kv_heads])
 
     def document(self, start: int) -> RecordedDocument:
-        """As if recorded from position ``start`` on."""
+        """A document as if recorded from position ``start`` on."""
         tokens = len(self.hidden)
         padded = torch.nn.functional.pad(self.keys, (0, 0, 0, -tokens % CHUNK_TOKENS))
         by_chunk = padded.view(len(padded), -1, CHUNK_TOKENS, padded.shape[2]).transpose(0, 1)
@@ -148,7 +148,7 @@ class Model:
         )  # fmt: skip
 
     def check(self, request: PredictRequest, prediction: Prediction, *, start: int) -> None:
-        """``request`` and its answer are what they must be for a history that begins at ``start``."""
+        """Check ``request`` and its prediction for a history that begins at ``start``."""
         scorer, state = self.scorer, request.state
         assert state is not None
         position, steps = state.position, min(state.position + 1 - start, scorer.steps)
@@ -179,8 +179,10 @@ def text(tokens: int, seed: int = 0) -> list[int]:
 def check_exact(
     path: Path, llm: LLM, recorder: Recorder, texts: dict[str, list[int]], begins: Callable[[StepState, str], int]
 ) -> list[int]:
-    """Check the requests of up to eight chunks, where all are resident, so that transformers computes the same; a
-    history ``begins`` somewhere. Returns the places within their chunks of the steps that asked."""
+    """Check the requests for up to eight chunks, which are all resident, so transformers computes the same.
+
+    A history ``begins`` at some position. Returns the places of the requesting steps within their chunks.
+    """
     assert llm.scorer.lookahead is not None
     scorer = llm.scorer.lookahead.to(torch.device("cpu"))
     models = {name: Model(path, tokens, scorer) for name, tokens in texts.items()}
@@ -201,7 +203,7 @@ def check_exact(
 def test_it_is_asked_what_training_asked(
     tiny_model: Path, checkpoint: Path, arena_dir: Path, overlap_steps: bool, device: str
 ) -> None:
-    """From the first boundaries on, whose history lies in the prompt; prompts of several lengths side by side."""
+    """From the first boundaries on, whose history is in the prompt; with prompts of several lengths together."""
     prompts = [text(size, size) for size in (83, 64, 47, 30, 90)]
     with opened(tiny_model, checkpoint, arena_dir, overlap_steps=overlap_steps, device=device) as (llm, recorder):
         assert llm.scorer.name == "trained" and llm.scorer.digest == llm.scorer.lookahead.manifest.digest  # type: ignore[union-attr]
@@ -222,7 +224,7 @@ def test_it_is_asked_what_training_asked(
 def test_behind_a_stored_prefix_the_history_is_whole(
     tiny_model: Path, checkpoint: Path, arena_dir: Path, device: str
 ) -> None:
-    """So that an answer does not depend on what is stored."""
+    """An answer must not depend on which chunks are stored."""
     prompt = text(5 * CHUNK_TOKENS + 3)
     with opened(tiny_model, checkpoint, arena_dir, device=device, prefill_chunk_tokens=32) as (llm, recorder):
         first = llm.generate([prompt], max_tokens=60, ignore_eos=True)[0]
@@ -236,7 +238,7 @@ def test_behind_a_stored_prefix_the_history_is_whole(
 
 
 def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:
-    """More than the batch holds, some cancelled on the way, one restarted: lines are handed on, histories are not."""
+    """More sequences than the batch holds, some cancelled, one restarted: ring lines are reused, histories are not."""
     with opened(tiny_model, checkpoint, arena_dir, max_batch_size=2, overlap_steps=True) as (llm, recorder):
         texts: dict[str, list[int]] = {}
         for number in range(5):
@@ -266,7 +268,7 @@ def test_sequences_come_and_go_and_keep_their_histories(tiny_model: Path, checkp
 
 
 def test_an_aborted_prefill_costs_no_other_its_history(tiny_model: Path, checkpoint: Path, arena_dir: Path) -> None:
-    """Steps that were given up half way are computed again, over what they had already written."""
+    """Aborted steps are computed again, over the values that they had written."""
     aborts: list[int] = []
     with opened(tiny_model, checkpoint, arena_dir) as (llm, recorder):
         launch = llm.engine._runner.launch
@@ -351,7 +353,7 @@ def test_the_package_s_own_is_found(
 def test_before_anything_is_loaded_it_is_known_who_will_serve(
     tiny_model: Path, checkpoint: Path, arena_dir: Path
 ) -> None:
-    """For the length of contexts, for notes at start, and for what an evaluation's answers depend on."""
+    """The maximum length, the warnings at start and the identity of an evaluation depend on it."""
     digest = load_checkpoint(checkpoint)[1].digest
 
     def found(*, chunk_tokens: int = CHUNK_TOKENS, **indexer: str) -> str | None:

@@ -26,7 +26,7 @@ class Clock:
 
 
 class Question:
-    """Answers with its number once it may; or raises."""
+    """A question that returns its number once it may, or raises."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -92,7 +92,7 @@ async def test_nobody_waits_and_the_answer_is_an_error_all_the_same(caplog: pyte
 
 
 class Directory:
-    """Of one process, which is not there; counts how often it is asked for."""
+    """A directory with one process that does not exist; counts how often it is asked for."""
 
     asked = 0
 

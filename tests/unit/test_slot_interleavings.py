@@ -59,7 +59,7 @@ SUITE_RANDOM_ORDERS = 60
 
 @dataclass(frozen=True)
 class Scenario:
-    """``writes``: the keys that each writer stores, one after another; ``events``: what befalls them at any step."""
+    """A scenario: the keys that each writer stores, one after another, and ``events`` that occur at any step."""
 
     name: str
     slots: int
@@ -88,7 +88,7 @@ class TierDied(Exception):  # noqa: N818 - what a call meets in the middle
 
 @dataclass(eq=False)
 class Actor:
-    """One process, or one event. ``wants_tier``: its next step is a call of the tier, which serves one at a time."""
+    """A process or an event. ``wants_tier``: its next step is a call of the tier, which serves one at a time."""
 
     name: str
     is_event: bool = False
@@ -106,7 +106,7 @@ Choice = tuple[int, int]
 
 
 class Run:
-    """One order, chosen by ``choices`` and, behind them, by ``pick(options)``."""
+    """One interleaving: ``choices``, then what ``pick(options)`` chooses."""
 
     def __init__(
         self, scenario: Scenario, directory: Path, switches: int, choices: Sequence[int], pick: Callable[[int], int]
@@ -141,7 +141,7 @@ class Run:
         self._actors.append(actor)
 
     def go(self) -> None:
-        """Raises AssertionError when something is wrong."""
+        """Run to the end. Raises AssertionError if a rule is broken."""
         try:
             last: Actor | None = None
             while options := self._options(last):
@@ -163,7 +163,7 @@ class Run:
             self._arena.close()
 
     def _options(self, last: Actor | None) -> list[Actor]:
-        """Who may go on, the one who did last first."""
+        """The actors that can run, the current one first."""
         able = [actor for actor in self._actors if self._is_able(actor)]
         if last in able and self._switches <= 0:
             return [last]
@@ -179,7 +179,7 @@ class Run:
         return not waits or self._busy in (None, actor)
 
     def step(self) -> None:
-        """Others may go on now. Called from within the product's functions."""
+        """Let other actors run. The product's functions call this."""
         actor = next((actor for actor in self._actors if actor.body is getcurrent()), None)
         if actor is not None and not actor.is_event:
             self._main.switch()
@@ -188,7 +188,7 @@ class Run:
                 raise TierDied
 
     def _call(self, actor: Actor, method: str, *args: Any, **named: Any) -> Any:
-        """The tier does it when it comes to it; the answer takes a while, too."""
+        """Queue a call of the tier; its answer arrives some steps later."""
         actor.wants_tier = True
         self._main.switch()
         actor.wants_tier, self._busy = False, actor
@@ -203,7 +203,7 @@ class Run:
         return answer
 
     def _write(self, actor: Actor, keys: Sequence[bytes]) -> None:
-        """As `RemoteMemory` and the copy thread do it."""
+        """Write as `RemoteMemory` and the copy thread do."""
         mapped, writes = self._writers[actor.name]
         pool = HotPool(LAYOUT, 1, torch.device("cpu"))
         for key in keys:
@@ -280,7 +280,7 @@ class Run:
         assert writer not in self._arena.writers(), "what the model kills lives on"
 
     def _check_end(self) -> None:
-        """The workers that live have told that they write no more; those that don't have let go of the file."""
+        """At the end, living workers have reported that they don't write, and dead ones have unmapped the file."""
         for _, writes in self._writers.values():
             self._store.apply_report(writes.news())
         for name in ("w1/", "w2/", "r/"):
@@ -299,7 +299,7 @@ class Run:
 
 
 class Explorer:
-    """Runs a scenario in one order after another."""
+    """Runs a scenario in one interleaving after another."""
 
     def __init__(self) -> None:
         self.orders = 0
@@ -327,7 +327,7 @@ class Explorer:
         return run.taken
 
     def all_orders(self, scenario: Scenario, directory: Path, switches: int) -> None:
-        """All with so many switches at most, away from who could have gone on."""
+        """All interleavings with at most so many switches away from an actor that could continue."""
         choices: list[int] = []
         while True:
             taken = self.run(scenario, directory, switches, choices, lambda _: 0)
@@ -338,7 +338,7 @@ class Explorer:
             choices = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
 
     def some_orders(self, scenario: Scenario, directory: Path, count: int, seed: int) -> None:
-        """``count`` random ones, with any number of switches, now few, now many."""
+        """``count`` random interleavings, with few or many switches."""
         generator = random.Random(seed)
         for _ in range(count):
             share = generator.choice([0.03, 0.1, 0.3, 1.0])
@@ -351,7 +351,7 @@ class Explorer:
 
 @contextmanager
 def stepping() -> Iterator[tuple[Explorer, Path]]:
-    """The product's functions make steps, and its files are small."""
+    """Add steps to the product's functions, and make its files small."""
     explorer = Explorer()
 
     def copy_in_two(target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
@@ -377,7 +377,7 @@ def stepping() -> Iterator[tuple[Explorer, Path]]:
 
 
 def with_steps(function: Callable[..., Any], step: Callable[[], None]) -> Callable[..., Any]:
-    """``function``, calling ``step`` before each of its statements."""
+    """A copy of ``function`` that calls ``step`` before each of its statements."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 
     class AddSteps(ast.NodeTransformer):
@@ -415,7 +415,8 @@ def test_no_random_order_serves_wrong_bytes_or_loses_a_slot(scenario: Scenario) 
 def test_a_tier_that_hands_slots_out_at_once_and_seals_what_is_there_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As it was: the checksum is of what the slot holds, and who lost the slot may still write there."""
+    """An earlier version: it sealed the checksum of the slot's bytes, and a writer that lost the slot could still
+    write."""
     monkeypatch.setattr(Quarantine, "add", lambda *_: False)
     monkeypatch.setattr(Arena, "_write", seal_what_is_there)
     found = r"was read as|holds|its header does not say so"

@@ -38,7 +38,7 @@ def event(
 
 
 class Script:
-    """A token stream of given events; an exception among them is raised, a number is a pause in seconds."""
+    """A stream of given events: an exception is raised, a number is a pause in seconds."""
 
     def __init__(self, *steps: TokenEvent | Exception | float) -> None:
         self._steps = list(steps)
@@ -78,7 +78,7 @@ def chat(include_usage: bool = False) -> AnswerFormat:
 
 
 def stream_of(*sources: Script, prompts: int | None = None, **settings: Any) -> CompletionStream:
-    """A request's choices; each a prompt's only one unless there are fewer ``prompts``."""
+    """A completion stream with these choices, one per prompt unless there are fewer ``prompts``."""
 
     def start(request: GenerateRequest) -> Script:
         return sources[int(request.request_id.partition("-")[2] or 0)]
@@ -88,7 +88,7 @@ def stream_of(*sources: Script, prompts: int | None = None, **settings: Any) -> 
 
 
 def every_second(start_s: int = 1) -> Callable[[], float]:
-    """A clock that is a second further each time it is read."""
+    """A clock that advances by a second at each reading."""
     return map(float, count(start_s)).__next__
 
 
@@ -127,7 +127,7 @@ def test_stream() -> None:
 
 
 def test_comments_come_every_few_seconds_at_most() -> None:
-    """Some clients stop at 300 lines in a row without data, a comment and its empty line each."""
+    """Some clients give up after 300 lines in a row without data; a comment and its empty line are two."""
     steps = [event(prefilled=done) for done in range(1, 601)]
     lines, _ = asyncio.run(sse(Script(*steps, event("a", "stop")), chat(), clock=every_second()))
     comments = [line for line in lines if line.startswith(":")]
@@ -137,7 +137,7 @@ def test_comments_come_every_few_seconds_at_most() -> None:
 
 
 def test_silences_of_several_choices_are_told_of_together() -> None:
-    """Each choice that is silent says so; the client reads one line for all."""
+    """Each silent choice sends an event, but the client gets one comment for all."""
 
     async def told() -> list[str]:
         sources = [Script(0.5, event("a", "stop")) for _ in range(4)]
@@ -224,7 +224,7 @@ def test_an_error_is_raised_for_an_answer_at_once(
     ],
 )
 def test_start_raises_what_refuses_the_request(step: TokenEvent | Exception, raised: type[Exception]) -> None:
-    """As an exception, or as an event: there is no answer yet, so that there can be a status."""
+    """A refusal by an exception or by an event: before the first byte the response can still have a status."""
     record = Record()
     with pytest.raises(raised):
         asyncio.run(stream_of(Script(step), record=record).start(wait_s=60))
@@ -233,7 +233,7 @@ def test_start_raises_what_refuses_the_request(step: TokenEvent | Exception, rai
 
 @pytest.mark.parametrize("wait_s", [0.001, 60])
 def test_start_loses_no_event_and_waits_no_longer_than_told(wait_s: float) -> None:
-    """An answer of a single event too."""
+    """Also an answer with a single event."""
 
     async def answered(*events: TokenEvent) -> list[str]:
         record = Record()
@@ -263,7 +263,7 @@ def test_a_cancelled_collect_cancels_the_request() -> None:
 
 @pytest.mark.parametrize("after_events", [0, 1, 3])
 def test_a_disconnect_cancels_the_request(after_events: int) -> None:
-    """The client leaves before the first byte, or in mid-stream."""
+    """The client disconnects before the first byte, or in mid-stream."""
 
     async def leave() -> bool:
         source = Script(*(event(text, position=at) for at, text in enumerate("abcd")), 60.0)
@@ -303,7 +303,7 @@ def test_closing_after_the_end_cancels_nothing() -> None:
 
 @pytest.mark.parametrize(("prompts", "per_prompt"), [(1, 3), (2, 1), (2, 2)])
 def test_choices_of_a_prompt_follow_its_first(prompts: int, per_prompt: int) -> None:
-    """Every choice says all of its own, and a prompt's others are opened with its first one's first token."""
+    """Every choice is complete, and the other choices of a prompt open with its first choice's first token."""
     choices = prompts * per_prompt
     opened: list[int] = []
     record = Record()
@@ -368,7 +368,7 @@ def test_a_deadline_ends_the_request(steps: Sequence[Any]) -> None:
 
 @pytest.mark.parametrize("wait_s", [0.05, 60])
 def test_a_deadline_holds_before_a_stream_begins(wait_s: float) -> None:
-    """There can be a status then."""
+    """The response can still have a status then."""
     source = Script(3600.0)
     stream = stream_of(source, deadline_s=0.05)
     with pytest.raises(DeadlineError, match=r"0\.05 s"):

@@ -24,7 +24,7 @@ Serve = Callable[..., str]
 
 
 def sentence(status: int, stderr: str) -> str:
-    """What a command said that could not be carried out."""
+    """The error that a command printed."""
     [line] = filter(None, stderr.splitlines())  # a progress bar that was cleared leaves an empty one
     assert status == 2 and line.startswith("forecache") and len(line) > 30
     return line
@@ -32,7 +32,7 @@ def sentence(status: int, stderr: str) -> str:
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Serve:
-    """What `forecache serve` says with these flags."""
+    """The error of `forecache serve` with these flags."""
 
     def run(*flags: str) -> str:
         command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--arena-dir", str(tmp_path)]
@@ -116,7 +116,7 @@ def test_a_flag_that_is_wrong(flags: list[str], capsys: pytest.CaptureFixture[st
     ids=" ".join,
 )
 def test_other_commands(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a model or measurement: what is wrong is known before."""
+    """The error comes before a model is loaded or anything is measured."""
     try:
         status = cli.main(command)
     except SystemExit as end:
@@ -131,7 +131,7 @@ def test_a_ray_that_is_not_there(serve: Serve) -> None:
 
 
 def test_what_listens_may_be_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the connection and says nothing, as a web server that waits for a request."""
+    """The port accepts connections and stays silent, as a web server that waits for a request."""
     monkeypatch.setattr(machine, "GCS_ANSWER_S", 0.5)
     with socket.create_server(("0.0.0.0", 0)) as silent, pytest.raises(StartError, match="not a Ray head"):
         machine.check_ray(f"127.0.0.1:{silent.getsockname()[1]}")
@@ -172,7 +172,7 @@ def test_a_keys_file_that_is_wrong(text: str, tmp_path: Path) -> None:
 
 
 def test_a_home_that_cannot_be_written_to(tmp_path: Path) -> None:
-    """There the built-in model would be converted to."""
+    """The built-in model would be converted into that directory."""
     command = [sys.executable, "-m", "forecache.cluster.cli.main", "bench", "decode", "--context", "100"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=2 * SOON_S, env={**os.environ, "HOME": "/dev/null"}

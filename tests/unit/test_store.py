@@ -47,7 +47,7 @@ def write(arena: Arena, key: ChunkKey, ref: SlotRef) -> None:
 
 
 def store_chunks(store: ColdMemory, holder: str, keys: list[ChunkKey]) -> list[SlotRef]:
-    """Reserve, write and commit; the slots stay held."""
+    """Reserve, write and commit; the chunks stay held."""
     reservations = store.reserve_slots(holder, keys)
     fresh = [(r.key, r.ref) for r in reservations if not r.stored]
     for key, ref in fresh:
@@ -62,7 +62,7 @@ def store(tmp_path: Path) -> ArenaStore:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Several holders against a model: what is stored, who holds what, what each holder has still to write."""
+    """Several holders, against a model of stored chunks, holds, and reserved slots."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def seal(store: ArenaStore, key: ChunkKey, ref: SlotRef) -> None:
 
 
 def hold_new(store: ArenaStore, holder: str, keys: list[ChunkKey], *, copied: bool = False) -> list[SlotRef]:
-    """Store ``keys``; they stay held."""
+    """Store and hold ``keys``."""
     places = store.reserve_slots(holder, keys, writer=OWNER)
     for place in places:
         seal(store, place.key, place.ref)
@@ -61,7 +61,7 @@ def hold_new(store: ArenaStore, holder: str, keys: list[ChunkKey], *, copied: bo
 
 
 def keep(store: ArenaStore, keys: list[ChunkKey], *, copied: bool = False) -> None:
-    """Store ``keys``, one after another, so that the first is the coldest."""
+    """Store ``keys`` one after another, so that the first is evicted first."""
     for key in keys:
         hold_new(store, "past", [key], copied=copied)
         store.release("past")
@@ -75,14 +75,14 @@ def adopted(store: ArenaStore, listener: Callable[[ChunkKey, bool], None] | None
 
 
 def quarantine(store: ArenaStore, worker: Arena, keys: list[ChunkKey], begun: int | None = 1) -> list[SlotRef]:
-    """Places that a worker may still write, taken back from it."""
+    """Take slots back from a worker that may still write to them."""
     places = store.reserve_slots("w/lost", keys, writer=worker.writer, begun=begun)
     store.release_prefix("w/")
     return [place.ref for place in places]
 
 
 def make_bad(store: ArenaStore, key: ChunkKey) -> int:
-    """Have two chunks of one slot found wrong, with all other slots in use. Returns the slot."""
+    """Let a slot lose two chunks to wrong bytes, while all other slots are in use. Returns the slot."""
     others = store.reserve_slots("others", [bytes([200 + n]) * 16 for n in range(store.room - 1)], writer=OWNER)
     slots = set()
     for _ in range(2):

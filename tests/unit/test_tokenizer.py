@@ -25,7 +25,7 @@ REPLACEMENT = "�"
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2, Llama 3, Qwen and SmolLM have it: rare characters are several tokens."""
+    """Byte-level BPE, as in GPT-2, Llama 3, Qwen and SmolLM: rare characters take several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,8 +40,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """SentencePiece as Llama 2, Mistral and Gemma have it: "▁" for spaces, the first of which is stripped; bytes where
-    the vocabulary ends."""
+    """SentencePiece as in Llama 2, Mistral and Gemma: "▁" for spaces, the first one stripped, and byte tokens."""
     letters = sorted({letter for line in CORPUS[:2] for letter in line.replace(" ", "▁")})
     pieces = [EOS, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = [("▁", letter) for letter in letters if letter.isalpha()]
@@ -77,7 +76,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 def pieces_of(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: tuple[str, ...] = ()
 ) -> tuple[list[str], str, bool]:
-    """The piece of each token, the rest, and whether a stop string came."""
+    """The text of each token, the rest at the end, and whether a stop string occurred."""
     detokenizer = Detokenizer(tokenizer, stop)
     pieces = [detokenizer.push(token) for token in tokens]
     return pieces, detokenizer.flush(), detokenizer.stopped
@@ -101,7 +100,7 @@ def test_pieces_make_the_text(name: str, text: str) -> None:
 
 @given(tokens=st.lists(st.integers(0, 329), max_size=60))
 def test_pieces_of_any_bytes_make_what_they_decode_to(tokens: list[int]) -> None:
-    """Also of tokens that are no text: a sampled model writes such things."""
+    """Also for tokens that are not valid text, which sampled models write."""
     tokenizer = TOKENIZERS["byte-level"]
     pieces, rest, _ = pieces_of(tokenizer, tokens)
     assert "".join(pieces) + rest == decode(tokenizer, tokens)
@@ -131,7 +130,7 @@ def contains(text: str, stops: tuple[str, ...]) -> bool:
 
 @given(text=TEXT)
 def test_a_stop_string_is_never_begun_in_vain(text: str) -> None:
-    """What could still become a stop string is held back, no more and no less, and comes once it can't."""
+    """Text that may still become a stop string is held back, exactly that, and is released once it can't."""
     tokenizer = TOKENIZERS["byte-level"]
     stop = "the fox"
     detokenizer, out, tokens = Detokenizer(tokenizer, (stop,)), "", encode(tokenizer, text + " the fo")

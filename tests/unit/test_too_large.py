@@ -23,7 +23,7 @@ CHUNK_TOKENS, SLOTS = 128, 12
 
 @pytest.fixture
 def one_of_many_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """As in a cluster with ``--address``: the arena has record slots, and there are other nodes to spread over."""
+    """As in a cluster with ``--address``: the arena has record slots, and chunks can be spread over other nodes."""
     create = Arena.create
     monkeypatch.setattr(Arena, "create", lambda *args, **kwargs: create(*args, **{**kwargs, "record_bytes": 1 << 22}))
     monkeypatch.setattr(ArenaStore, "spread", object())
@@ -32,7 +32,7 @@ def one_of_many_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_deepseek_v4_request_larger_than_its_node_is_refused_for_good(one_of_many_nodes: Path) -> None:
-    """Its sequences are not spread over nodes: their states would have to be there too."""
+    """DeepSeek-V4's sequences can't be spread, because other nodes have no room for their states."""
     nbytes = expected_layout(load_config(DSV4), chunk_tokens=CHUNK_TOKENS, dtype=torch.float32).nbytes
     sizes: dict[str, Any] = {"cold_bytes": (2 << 20) + SLOTS * nbytes, "hot_bytes": 20 * nbytes, "threads": 1}
     with LLM(

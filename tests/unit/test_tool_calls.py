@@ -122,7 +122,7 @@ def tool(name: str, **extra: object) -> Tool:
 
 
 def accepts(grammar: str | None, text: str) -> bool:
-    """Whether ``text`` is a whole answer of ``grammar``, over a tokenizer of single bytes."""
+    """Whether ``grammar`` accepts ``text``, with a tokenizer of single bytes."""
     assert grammar is not None
     matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
     assert not matcher.is_error(), matcher.get_error()

@@ -38,7 +38,7 @@ class SameText(TokenTexts):
 
 
 class Ready:
-    """A stream whose events are all there."""
+    """A stream whose events are all available."""
 
     def __init__(self, gauge: "Gauge", tokens: int = TOKENS, prompt_logprobs: int = 0) -> None:
         self._gauge = gauge
@@ -72,7 +72,7 @@ class Ready:
 
 
 class Gauge:
-    """How much happened between two turns of another task, and how many streams were open."""
+    """Measures the most work between two turns of another task, and the most open streams."""
 
     def __init__(self) -> None:
         self.open = self.most_open = self.opened = 0
@@ -85,7 +85,7 @@ class Gauge:
         self.most[what] = max(self.most.get(what, 0), self._now[what])
 
     async def others(self) -> None:
-        """The other task, which has a turn whenever there is one."""
+        """The other task, which runs whenever the event loop lets it."""
         while True:
             self._now.clear()
             self.turns += 1
@@ -126,7 +126,7 @@ async def test_many_choices_are_opened_a_few_at_a_time(per_prompt: int) -> None:
 
 
 async def test_each_event_costs_as_much_however_many_choices_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No event looks at all tasks that are waited for."""
+    """An event does not cost time for every waiting task."""
     gauge = Gauge()
 
     async def no_wait(tasks: Any, **settings: Any) -> Any:

@@ -44,7 +44,7 @@ Scores = npt.NDArray[np.float32]
 
 
 class Scripted:
-    """Answers when a test does."""
+    """An indexer that answers when the test says so."""
 
     def __init__(self) -> None:
         self.asked: list[PredictRequest] = []
@@ -59,13 +59,13 @@ class Scripted:
 
 
 class Spare(Reservations):
-    """As many spare slots as a test says."""
+    """Budgets with as many spare slots as the test says."""
 
     spare_slots = 0
 
 
 class Bench:
-    """A window cycle, and what an engine does around it."""
+    """A window cycle with the parts of an engine that it needs."""
 
     def __init__(self, directory: str, slots: int, history_steps: int | None, settings: dict[str, Any]) -> None:
         self.arena = Arena.create(
@@ -105,7 +105,7 @@ class Bench:
         seed: int = 0,
         show_chunks: bool = False,
     ) -> TokenSequence:
-        """A sequence whose prompt is prefilled: its chunks are in cold memory, and ``tail`` tokens follow."""
+        """A prefilled sequence: its chunks are in cold memory, and ``tail`` tokens follow."""
         prompt = tuple((number * 7 + ord(name[0])) % 250 for number in range(CHUNKS * CHUNK + tail))
         sampling = SamplingParams(max_tokens=160, seed=seed)
         seq = TokenSequence(
@@ -144,7 +144,7 @@ class Bench:
         self.prefetcher.write_back(seq.holder, chunk.key, slot)
 
     def store(self) -> list[Recalled]:
-        """Copies are done; what was recalled is passed on."""
+        """Wait for the copies, and pass completed recalls on."""
         self.prefetcher.flush()
         recalls = []
         for done in self.prefetcher.drain():
@@ -159,13 +159,13 @@ class Bench:
         return recalls
 
     def begin(self, seq: TokenSequence, *best: int, retrieval_heads: bool = False, share: float = 0.1) -> None:
-        """The first set, of the chunks ``best`` and those that are always resident, takes over."""
+        """Begin: the first set takes over, with the chunks ``best`` and the always resident ones."""
         self.windows.begin(seq, scores_of(len(seq.chunks), *best, high=share), retrieval_heads=retrieval_heads)
         self.store()
         assert self.windows.poll(seq) == ()
 
     def step(self, seq: TokenSequence, *, answered: bool = True) -> Capture | None:
-        """One decode step: its queries go to the indexer, unless they are not ``answered``."""
+        """Run a decode step; its queries go to the indexer unless ``answered`` is false."""
         capture = self.windows.capture(3, seq)
         seq.num_computed += 1
         if seq.tail_tokens == CHUNK:
@@ -182,7 +182,7 @@ class Bench:
         return capture
 
     def steps_until_asked(self, seq: TokenSequence) -> int:
-        """Decode steps made when a prediction was asked for."""
+        """The decode steps at which a prediction was requested."""
         asked = len(self.indexer.asked)
         for _ in range(200):
             self.step(seq)
@@ -194,8 +194,10 @@ class Bench:
     def answer(
         self, seq: TokenSequence, *best: int, events: dict[int, float] | None = None, missing: tuple[int, ...] = ()
     ) -> tuple[int, ...]:
-        """The last prediction says that the chunks ``best`` are needed, more than any before; the copies are done.
-        ``events``: the event mass of some chunks."""
+        """Answer the last prediction with the highest scores so far for ``best``, and wait for the copies.
+
+        ``events``: the event mass of some chunks.
+        """
         chunks = len(self.indexer.asked[-1].index_slots)
         self.high += 0.1
         mass = None if events is None else masses(chunks, events)
@@ -206,7 +208,7 @@ class Bench:
         return missing
 
     def turn(self, seq: TokenSequence, *best: int) -> int:
-        """A whole turn. Returns after how many steps it was over."""
+        """Run one window; returns the number of steps until it ended."""
         self.steps_until_asked(seq)
         self.answer(seq, *best)
         return self.until_swapped(seq)
@@ -253,7 +255,7 @@ def bench() -> Iterator[Bench]:
 
 
 def scores_of(chunks: int, *best: int, high: float = 0.1) -> Scores:
-    """``best`` from the largest on; every other chunk scores nothing."""
+    """Scores that decrease over ``best``, and are zero for other chunks."""
     scores = np.zeros(chunks, dtype=np.float32)
     for rank, number in enumerate(best):
         scores[number] = high * (1 - rank / 1000)
@@ -273,7 +275,7 @@ def captured(capture: Capture, **more: Any) -> Captured:
 
 
 def kept(*best: int, chunks: int = CHUNKS) -> list[int]:
-    """The set that the scores of ``best`` choose."""
+    """The set that scores with ``best`` choose."""
     return sorted([0, *best, chunks - 2, chunks - 1])
 
 
@@ -359,7 +361,8 @@ def test_a_lost_chunk_is_named_and_its_slot_is_not_to_be_found(bench: Bench) -> 
 
 
 def test_predictions_are_asked_for_ahead_of_boundaries_that_double(bench: Bench) -> None:
-    """2, 4, 8 and 16, the window; each is asked for when the one before is over, and four steps ahead at most."""
+    """Boundaries 2, 4, 8 and 16, the window: each prediction starts after the boundary before, at most four steps
+    ahead."""
     seq = bench.add()
     bench.begin(seq, *FIRST)
     asked, swapped = [], []
@@ -375,7 +378,7 @@ def test_predictions_are_asked_for_ahead_of_boundaries_that_double(bench: Bench)
 
 @pytest.mark.parametrize("name", ["a", "b", "c"])
 def test_later_boundaries_are_a_window_apart_and_staggered(name: str) -> None:
-    """By up to half a window, once, as the whole prompt says."""
+    """By up to half a window, once, depending on the prompt."""
     with opened() as bench:
         seq = bench.add(name)
         bench.begin(seq, *FIRST)
@@ -504,7 +507,7 @@ def test_without_a_prediction_the_old_set_stays(bench: Bench, wrong: Exception |
 
 
 def test_an_answer_that_is_late_takes_over_when_it_is_there(bench: Bench) -> None:
-    """And the next boundary is not behind."""
+    """The next boundary does not move."""
     seq = bench.add()
     bench.begin(seq, *FIRST)
     bench.steps_until_asked(seq)
@@ -546,7 +549,7 @@ def test_chunks_of_other_nodes_are_asked_for_earlier(remote: int, lead: int) -> 
 
 
 def test_a_boundary_is_not_asked_after_before_the_one_in_front_of_it() -> None:
-    """A set that came early changes nothing of that."""
+    """This also holds after a set that took over early."""
     with opened(fallback=True, lead_steps=12) as bench:
         bench.reservations.spare_slots = 60
         seq = bench.add()
@@ -679,7 +682,7 @@ def test_waiting_policy_waits_at_every_boundary(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("fallback", [False, True])
 def test_what_may_be_urgent_is_waited_for_from_when_it_was_asked(fallback: bool) -> None:
-    """Where runs are reproducible. After the first window nothing is urgent."""
+    """With reproducible runs. After the first window nothing is urgent."""
     with opened(late_policy="wait", fallback=fallback) as bench:
         bench.reservations.spare_slots = 60
         seq = bench.add()
@@ -739,7 +742,7 @@ def test_a_late_set_that_is_hot_takes_over_at_once(bench: Bench) -> None:
 
 
 def test_who_leaves_gives_everything_back(bench: Bench) -> None:
-    """Slots of a set in the making, a prediction that is awaited, and what its scores were."""
+    """Slots of the pending set, the awaited prediction, and early scores."""
     seq = bench.add()
     bench.begin(seq, *FIRST)
     bench.turn(seq, *SECOND)
@@ -772,7 +775,7 @@ def test_where_its_chunks_are_is_shown_to_those_who_watch(bench: Bench) -> None:
 
 @pytest.mark.parametrize("reserved, spare, incoming", [(4, 0, 3), (4, 2, 5), (1, 0, 0), (0, 0, 0)])
 def test_a_first_set_is_as_large_as_there_are_slots_for(bench: Bench, reserved: int, spare: int, incoming: int) -> None:
-    """The chunk that fills has one; those that score most come first."""
+    """The open chunk has a slot; the chunks with the highest scores come first."""
     seq = bench.add()
     seq.residency.reserved_slots, bench.reservations.spare_slots = reserved, spare
     bench.begin(seq, 11, 3, 9, 5, 7)
@@ -789,7 +792,7 @@ def test_a_first_set_leaves_slots_for_the_tokens_of_the_coming_step(bench: Bench
 
 @pytest.mark.parametrize("tail, filling", [(13, 1), (14, 2)])
 def test_a_set_leaves_slots_for_the_tokens_up_to_its_boundary(bench: Bench, tail: int, filling: int) -> None:
-    """The boundary is a step away, and the step behind it needs one more."""
+    """The boundary is one step away, and the step after it needs one more slot."""
     seq = bench.add(tail=tail, policy="random")
     bench.windows.begin(seq, None, retrieval_heads=False)
     bench.store()
@@ -853,7 +856,7 @@ def test_a_first_set_that_is_too_small_for_its_events_is_doubled(share: float, h
 
 @pytest.mark.parametrize("slots, spare, refused", [(90, 0, 1), (50, 60, 0), (90, 60, 0)])
 def test_a_first_set_is_doubled_as_often_as_there_is_room(slots: int, spare: int, refused: int) -> None:
-    """Not beyond the pool, and not into slots that others were promised."""
+    """But not beyond the pool, and not into reserved slots of others."""
     with opened(slots, fallback=True, coverage_floor=1.0, keep_ratio=0.2) as bench:
         bench.reservations.spare_slots = spare
         seq = bench.add()
@@ -871,7 +874,7 @@ def test_a_first_set_is_doubled_as_often_as_there_is_room(slots: int, spare: int
 
 
 def urgent(bench: Bench, seq: TokenSequence, turns: int) -> None:
-    """``turns`` sets without events, and one for which a head looks at what is not resident."""
+    """``turns`` sets without events, then one with an event on a chunk that is not resident."""
     bench.begin(seq, *FIRST)
     for best in (SECOND, THIRD, FIRST, SECOND, THIRD)[:turns]:
         bench.turn(seq, *best)
@@ -932,7 +935,7 @@ HALF, REST = (10, 12, 14, 16, 18), (23, 25, 27, 29, 31)
 
 
 def widened(bench: Bench) -> TokenSequence:
-    """A sequence with twice its first budget: ``HALF`` and ``REST``, of which ``HALF`` scored more."""
+    """A sequence with twice its first budget: the chunks ``HALF``, with higher scores, and ``REST``."""
     bench.reservations.spare_slots = 60
     seq = bench.add()
     urgent(bench, seq, 0)
@@ -947,7 +950,7 @@ def widened(bench: Bench) -> TokenSequence:
 
 @pytest.mark.parametrize("looked_at, narrowed", [(HALF[-1], True), (REST[0], False)])
 def test_a_budget_halves_when_half_of_it_would_do(looked_at: int, narrowed: bool) -> None:
-    """Twice in a row: when what heads look at is in the better half of the set."""
+    """It halves when, twice in a row, all events fell on the better half of the set."""
     with opened(fallback=True) as bench:
         seq = widened(bench)
         reserved = seq.residency.reserved_slots

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class _Jumps(selectors.DefaultSelector):
-    """Waits for nothing: where nothing is ready, the time of the next timer has come."""
+    """A selector that never waits: if nothing is ready, the clock jumps to the next timer."""
 
     now_s = 0.0
 
@@ -21,7 +21,7 @@ class _Jumps(selectors.DefaultSelector):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` in virtual time, which begins at 0 s."""
+    """``asyncio.run`` in virtual time that starts at 0 s."""
 
     def make_loop() -> asyncio.AbstractEventLoop:
         jumps = _Jumps()
