@@ -19,14 +19,28 @@ def prefill_attention(
     ``past``: segments (k, v) of earlier tokens, each ``[kv_heads, n, head_dim]``, in any order; they are read one
     at a time. Returns out like ``q``, lse float32 ``[tokens, heads]``.
     """
-    tokens, kv_heads = q.shape[0], k.shape[0]
-    out, lse = attend_block(q, k, v, scale, causal=True)
-    # sums in float32: over many segments the rounding errors of bfloat16 would accumulate
-    rows, out, lse = _fold(q, kv_heads), _fold(out.float(), kv_heads), _fold(lse, kv_heads)
-    for past_k, past_v in past:
-        if past_k.shape[1]:
-            out, lse = merge_partials(out, lse, *_fused(rows, past_k, past_v, scale, causal=False))
-    return _unfold(out.to(q.dtype), tokens), _unfold(lse, tokens)
+    return add_segments(q, *attend_block(q, k, v, scale, causal=True), past, scale)
+
+
+def add_segments(
+    q: Tensor, out: Tensor, lse: Tensor, segments: Iterable[tuple[Tensor, Tensor]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Extend the attention ``out``, ``lse`` of a block of tokens by ``segments`` that all its tokens see.
+
+    ``q``, ``out``: ``[tokens, heads, head_dim]``; ``lse``: float32 ``[tokens, heads]``; ``segments``: (k, v), each
+    ``[kv_heads, n, head_dim]``, in any order; they are read one at a time. Returns out like ``q``, and lse.
+    """
+    tokens, kv_heads = q.shape[0], 0
+    rows, dtype = q, out.dtype
+    for k, v in segments:
+        if k.shape[1] == 0:
+            continue
+        if not kv_heads:
+            kv_heads = k.shape[0]
+            # sums in float32: over many segments the rounding errors of bfloat16 would accumulate
+            rows, out, lse = _fold(q, kv_heads), _fold(out.float(), kv_heads), _fold(lse, kv_heads)
+        out, lse = merge_partials(out, lse, *_fused(rows, k, v, scale, causal=False))
+    return (_unfold(out.to(dtype), tokens), _unfold(lse, tokens)) if kv_heads else (out, lse)
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,11 @@ class Feeder:
         self._runner = ModelRunner(backbone, self._pool, None, spec, max_rows=len(documents))
         if backbone.device.type == "cuda":
             self._runner.warm_up(
-                max_batch_size=len(documents), max_chunks=chunks + 1, cuda_graphs=True, torch_compile=True
+                max_batch_size=len(documents),
+                max_step_tokens=chunks * chunk_tokens,
+                max_chunks=chunks + 1,
+                cuda_graphs=True,
+                torch_compile=True,
             )
         self._sequences = [
             TokenSequence(

@@ -223,7 +223,9 @@ def fixed(path: Path, model: DeepseekV4ForCausalLM, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(f"forecache.workers.models.deepseek_v4.{module}.PAGE_ENTRIES", 2)
     monkeypatch.setattr("forecache.workers.models.deepseek_v4.state.FIRST_PAGES", 1)
     with open_llm(path) as llm:
-        llm.engine._runner.warm_up(max_batch_size=4, max_chunks=8, cuda_graphs=True, torch_compile=False)
+        llm.engine._runner.warm_up(
+            max_batch_size=4, max_step_tokens=64, max_chunks=8, cuda_graphs=True, torch_compile=False
+        )
         yield llm
 
 

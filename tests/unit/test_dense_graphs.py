@@ -1,4 +1,4 @@
-"""Decode steps of fixed shape, as CUDA graphs need them, give the results of other steps. Runs on a CPU."""
+"""Steps of fixed shape, as CUDA graphs need them, give the results of other steps. Runs on a CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def answers(
         runner: Any = llm.engine._runner
         launch = runner.launch
         if fixed:
-            runner.warm_up(max_batch_size=8, max_chunks=16, cuda_graphs=True, torch_compile=False)
+            runner.warm_up(max_batch_size=8, max_step_tokens=200, max_chunks=16, cuda_graphs=True, torch_compile=False)
             replay = runner._graphs.replay
 
             def counted(rows: Any) -> Any:
@@ -96,3 +96,65 @@ def test_tokens_are_drawn_alike(tiny_model: Path, tmp_path: Path) -> None:
     penalty = {"presence_penalty": 1.0}
     greedy = answers(tiny_model, tmp_path, fixed=True, **penalty)[0]
     assert greedy == answers(tiny_model, tmp_path, fixed=False, **penalty)[0]
+
+
+def mixed_steps(
+    path: Path, arena_dir: Path, *, fixed: bool, evict: bool = False
+) -> tuple[list[list[int]], Rows, int, int]:
+    """Tokens; logits of every drawn token by request and position; how many steps had prompt tokens, and how many of
+    these a fixed shape. Prompts arrive while answers run, in slices, several in one step. The last ones continue the
+    first ones, whose chunks are still in the pool unless ``evict``."""
+    logits: Rows = {}
+    steps = count = 0
+    settings = {**SETTINGS, "prefill_chunk_tokens": 48}
+    with LLM(str(path), skip_tokenizer=True, arena_dir=arena_dir, device="cpu", **settings) as llm:
+        runner: Any = llm.engine._runner
+        launch = runner.launch
+        if fixed:
+            runner.warm_up(max_batch_size=8, max_step_tokens=200, max_chunks=16, cuda_graphs=True, torch_compile=False)
+            replay = runner._mixed.replay
+
+            def counted(*args: Any) -> Any:
+                nonlocal count
+                count += 1
+                return replay(*args)
+
+            runner._mixed.replay = counted
+
+        def watched(plan: Plan, *args: Any) -> RunningStep:
+            nonlocal steps
+            steps += bool(plan.streams)
+            step: RunningStep = launch(plan, *args)
+            for (seq, _), row in zip(step._sampled, step.logits, strict=True):
+                logits[seq.request_id, seq.num_computed + plan.tokens_of(seq)] = row.clone()
+            return step
+
+        runner.launch = watched
+        found = llm.generate([*PROMPTS, *PROMPTS[::-1]], max_tokens=24, ignore_eos=True)
+        if evict:
+            llm.engine.flush()
+            assert llm.engine.pool.evict_all() > 0
+        found += llm.generate([prompt + [9] * 40 for prompt in PROMPTS], max_tokens=8, ignore_eos=True)
+        llm.engine.flush()
+        llm.engine.check_integrity()
+    return [one.token_ids for one in found], logits, steps, count
+
+
+def test_mixed_steps_of_fixed_shape_compute_what_others_do(tiny_model: Path, tmp_path: Path) -> None:
+    tokens, logits, steps, count = mixed_steps(tiny_model, tmp_path, fixed=True)
+    expected_tokens, expected, _, none = mixed_steps(tiny_model, tmp_path, fixed=False)
+    assert none == 0 and count == steps > 10
+    assert tokens == expected_tokens
+    assert logits.keys() == expected.keys() and len(logits) > 100
+    for key, row in logits.items():
+        torch.testing.assert_close(row, expected[key], rtol=1e-4, atol=1e-4 * float(expected[key].abs().max()))
+
+
+def test_steps_that_read_outside_the_pool_have_no_fixed_shape(tiny_model: Path, tmp_path: Path) -> None:
+    tokens, logits, steps, count = mixed_steps(tiny_model, tmp_path, fixed=True, evict=True)
+    expected_tokens, expected, *_ = mixed_steps(tiny_model, tmp_path, fixed=False, evict=True)
+    assert 0 < count < steps
+    assert tokens == expected_tokens
+    assert logits.keys() == expected.keys()
+    for key, row in logits.items():
+        torch.testing.assert_close(row, expected[key], rtol=1e-4, atol=1e-4 * float(expected[key].abs().max()))

@@ -34,8 +34,7 @@ def test_in_a_stream_of_a_llama() -> None:
     seq, pool, slot = held_back()
     hot: Any = None  # of no use to where chunks are
     past = StreamedPast.of(seq, pool, None, hot, None, DEVICE)
-    [segment] = past.segments
-    assert (segment.slots.tolist(), segment.chunks.tolist()) == ([slot], [0])
+    assert past.hot == {0: slot} and past.segments == ()
 
 
 def test_in_a_stream_of_deepseek_v4() -> None:

@@ -379,7 +379,9 @@ def test_what_a_sequence_has_left_is_no_fault_of_the_next(path: Path, device: st
         with open_llm(path, device, cuda_graphs=None) as llm:
             runner: Any = llm.engine._runner
             if "llama" not in path.name and device == "cpu":
-                runner.warm_up(max_batch_size=2, max_chunks=4, cuda_graphs=True, torch_compile=False)
+                runner.warm_up(
+                    max_batch_size=2, max_step_tokens=64, max_chunks=4, cuda_graphs=True, torch_compile=False
+                )
             llm.engine.pool.memory.fill_(left)
             if "llama" not in path.name:
                 states = runner._states

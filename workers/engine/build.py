@@ -146,6 +146,7 @@ def build_engine(
     if on_gpu:
         runner.warm_up(
             max_batch_size=config.max_batch_size,
+            max_step_tokens=scheduler.max_step_tokens,
             max_chunks=windows.budgets.widest_table(backbone.max_model_len),
             cuda_graphs=config.cuda_graphs,
             torch_compile=config.torch_compile,

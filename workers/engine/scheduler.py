@@ -85,6 +85,7 @@ class Scheduler:
         assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "call for_device first"
         self._prefill_chunk_tokens = config.prefill_chunk_tokens
         self._prefill_slice_s = config.prefill_slice_s
+        self.max_step_tokens = config.prefill_chunk_tokens + config.max_batch_size
         self._steps = 0
         self._lane_opens_s = 0.0
         self.rate = PrefillRate(linear_equal)

@@ -91,7 +91,15 @@ class DeepseekV4Runner(Runner):
         return Forward(sampled, logits, batch.non_finite, cold=cold, probes=probes)
 
     @torch.inference_mode()
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
+    def warm_up(
+        self,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_chunks: int,
+        cuda_graphs: bool | None,
+        torch_compile: bool,
+    ) -> None:
         """On a GPU, capture decode steps, so that no request waits for it; layers are not compiled."""
         if torch_compile:
             logger.info("layers of DeepSeek-V4 are not compiled: --torch-compile changes nothing")

@@ -1,7 +1,9 @@
 """The attention that transformers calls in every layer, registered under the name ``forecache``.
 
 All tokens of a step are packed into one row: first the decode rows (one token each, reading resident chunks through a
-block table), then the streams (several tokens of one sequence each, reading its whole past, gathered per layer).
+block table), then the streams (several tokens of one sequence each, reading its whole past). One call attends from all
+streams to each other's own tokens and to their past in the hot pool; past outside the pool is gathered per layer, and
+merged.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from forecache.kernels.attention import ops
-from forecache.kernels.attention.prefill import prefill_attention
+from forecache.kernels.attention.prefill import add_segments
 from forecache.workers.core.step_plan import DecodeRows
 from forecache.workers.models.dense.prompt_probe import MassProbe
 from forecache.workers.models.dense.streamed_past import PastReader, Store
@@ -24,17 +26,27 @@ ATTENTION_NAME = "forecache"
 
 
 @dataclass(frozen=True)
-class StreamRows:
-    """Packed tokens ``start:stop`` of one sequence, after a past of full chunks and ``open_tokens`` tokens more.
+class PromptRows:
+    """The streams of a step on the device; see `ops.ragged_prefill`.
 
-    ``open_slot``: int64 [1], the pool slot those are in; ``first_open_chunk`` its chunk number.
+    ``block_table``: int32 [streams, chunks], hot slots of each stream's full chunks in the pool, then of its open chunk
+    if that has tokens. ``past_lens``: int32 [streams], tokens in them. ``starts``: int32 [streams + 1], the packed
+    tokens of stream *i* are ``starts[i]:starts[i + 1]``.
     """
 
+    block_table: Tensor
+    past_lens: Tensor
+    starts: Tensor
+
+
+@dataclass(frozen=True)
+class StreamRows:
+    """Packed tokens ``start:stop`` of stream ``number``, which needs more than the call for all streams: some of its
+    past is outside the hot pool, or ``probe`` wants to know what it attends to."""
+
+    number: int
     start: int
     stop: int
-    open_slot: Tensor
-    open_tokens: int
-    first_open_chunk: int
     probe: MassProbe | None = None
 
 
@@ -53,6 +65,24 @@ class QueryCapture:
 
 
 @dataclass
+class ProbeCapture:
+    """Keeps what a :class:`.prompt_probe.MassProbe` needs of the packed tokens ``rows``, int64 [probed].
+
+    By layer: their queries at ``heads`` [probed, heads, head_dim], and the log-sum-exp of their attention, float32
+    [probed, heads]."""
+
+    rows: Tensor
+    heads: dict[int, Tensor]
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    lse: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, q: Tensor, lse: Tensor) -> None:
+        heads = self.heads.get(layer)
+        if heads is not None:
+            self.queries[layer], self.lse[layer] = q[self.rows][:, heads], lse[self.rows][:, heads]
+
+
+@dataclass
 class StepBatch:
     """One forward pass. ``token_ids``, ``positions``, ``slots``, ``offsets``: int64 [tokens], in packed order.
 
@@ -68,9 +98,11 @@ class StepBatch:
     logits_rows: Tensor
     pool: Store
     decode: DecodeRows | None
+    prompts: PromptRows | None = None
     streams: tuple[StreamRows, ...] = ()
     past: PastReader | None = None
     capture: QueryCapture | None = None
+    probe: ProbeCapture | None = None
     hidden: HiddenRows | None = None
     non_finite: Tensor | None = None
     aborted: Callable[[], bool] = lambda: False
@@ -101,17 +133,19 @@ def attend(
     ops.store_kv(k, v, pool.kv, layer, batch.slots, batch.offsets, scale=pool.scale, non_finite=batch.non_finite)
     if batch.capture is not None:
         batch.capture.add(layer, q)
-    rows = 0 if batch.decode is None else len(batch.decode.context_lens)
-    if batch.decode is not None and rows == len(q):
+    if batch.prompts is None:
+        assert batch.decode is not None
         return _attend_rows(q, layer, pool, batch.decode, scaling).unsqueeze(0), None
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out, lse = _attend_prompts(q, k, v, layer, pool, batch.prompts, scaling)
     if batch.decode is not None:
-        out[:rows] = _attend_rows(q[:rows], layer, pool, batch.decode, scaling)
-    for number, stream in enumerate(batch.streams):
-        own = slice(stream.start, stream.stop)
-        assert batch.past is not None
-        past = _past(layer, number, batch.past, pool, stream, q.dtype)
-        out[own] = _attend_stream(q[own], k[own], v[own], layer, stream, past, scaling)
+        rows = len(batch.decode.context_lens)
+        decoded = _attend_rows(q[:rows], layer, pool, batch.decode, scaling)
+        # rows of fixed shapes that are not decode rows have no context
+        out[:rows] = torch.where((batch.decode.context_lens > 0).view(-1, 1, 1), decoded, out[:rows])
+    if batch.probe is not None:
+        batch.probe.add(layer, q, lse)
+    for stream in batch.streams:
+        _finish_stream(q, out, lse, layer, stream, batch, scaling)
     return out.unsqueeze(0), None
 
 
@@ -131,47 +165,43 @@ def _attend_rows(q: Tensor, layer: int, pool: Store, rows: DecodeRows, scaling: 
     return out
 
 
-def _attend_stream(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layer: int,
-    stream: StreamRows,
-    past: Iterator[tuple[Tensor, Tensor, Tensor]],
-    scaling: float,
-) -> Tensor:
-    """Exact attention of one sequence's new tokens to themselves and to all before them."""
-    probe = stream.probe if stream.probe is not None and stream.probe.begin(layer, q) else None
-    own_k, own_v = k.transpose(0, 1), v.transpose(0, 1)
-    open_k = own_k[:, :0]
+def _attend_prompts(
+    q: Tensor, k: Tensor, v: Tensor, layer: int, pool: Store, prompts: PromptRows, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """All packed tokens over the new tokens before them in their stream, and over its past in the pool."""
+    scale = pool.scale
+    return ops.ragged_prefill(
+        q,
+        k,
+        v,
+        pool.kv,
+        layer,
+        prompts.block_table,
+        prompts.past_lens,
+        prompts.starts,
+        scaling,
+        k_scale=None if scale is None else scale[:, :, 0],
+        v_scale=None if scale is None else scale[:, :, 1],
+    )
+
+
+def _finish_stream(
+    q: Tensor, out: Tensor, lse: Tensor, layer: int, stream: StreamRows, batch: StepBatch, scaling: float
+) -> None:
+    """Merge what ``stream`` has outside the pool into ``out`` and ``lse``, and show its attention to its probe."""
+    own = slice(stream.start, stream.stop)
+    probe = stream.probe if stream.probe is not None and stream.probe.begin(layer, q[own]) else None
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        nonlocal open_k
-        for chunks, past_k, past_v in past:
-            if len(chunks) == 0:
-                open_k = past_k
-            elif probe is not None:
+        assert batch.past is not None
+        for chunks, past_k, past_v in batch.past.read(stream.number, layer):
+            if probe is not None:
                 probe.see(layer, chunks, past_k)
             yield past_k, past_v
 
-    out, lse = prefill_attention(q, own_k, own_v, pieces(), scaling)
+    out[own], lse[own] = add_segments(q[own], out[own], lse[own], pieces(), scaling)
     if probe is not None:
-        # the open chunk's older tokens complete the new ones to whole chunks
-        keys = torch.cat((open_k, own_k), dim=1)
-        count = -(-keys.shape[1] // probe.chunk_tokens)
-        probe.see(layer, torch.arange(count, device=k.device) + stream.first_open_chunk, keys, own=True)
-        probe.finish(layer, lse)
-    return out
-
-
-def _past(
-    layer: int, number: int, reader: PastReader, pool: Store, stream: StreamRows, dtype: torch.dtype
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(chunk numbers, k, v) of what came before stream ``number``; the open chunk comes last, without a number."""
-    yield from reader.read(number, layer)
-    if stream.open_tokens:
-        k, v = ops.gather_layer(pool.kv, layer, stream.open_slot, scale=pool.scale, dtype=dtype)
-        yield stream.open_slot[:0], k[:, : stream.open_tokens], v[:, : stream.open_tokens]
+        probe.finish(layer, batch.pool, lse[own])
 
 
 # transformers calls it in every layer of a model that ModelRunner._forward runs

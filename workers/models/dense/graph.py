@@ -14,7 +14,7 @@ from torch import Tensor
 from forecache.workers.core.step_plan import DecodeRow, DecodeRows
 from forecache.workers.models.dense.attention import QueryCapture, StepBatch
 from forecache.workers.models.dense.streamed_past import Store
-from forecache.workers.models.step.graphs import HostInputs, StepGraphs, batch_buckets, input_tokens
+from forecache.workers.models.step.graphs import BlockTables, HostInputs, StepGraphs, batch_buckets, input_tokens
 from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
@@ -60,7 +60,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         self._last_tokens = last_tokens
         self._histories = histories
         self._inputs[SLOT] = -1
-        self._versions: list[object] = [None] * self._buckets[-1]
+        self._block_tables = BlockTables(self._tables[0])
         if self._captures:
             for bucket in reversed(self._buckets):
                 self._capture(bucket)
@@ -75,13 +75,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         bucket = self._bucket(count)
         host = self._next_host()
         self._fill(host, rows, bucket)
-        [table], [host_table] = self._tables, host.tables
-        for index, row in enumerate(rows):
-            if self._versions[index] != row.version:
-                self._versions[index] = row.version
-                width = len(row.table)
-                host_table.numpy()[index, :width] = row.table
-                table[index, :width].copy_(host_table[index, :width], non_blocking=True)
+        self._block_tables.update(host.tables[0], [(row.version, row.table) for row in rows])
         self._inputs.copy_(host.inputs, non_blocking=True)
         output = self._run(bucket)
         queries = {layer: q[:count] for layer, q in output.queries.items()}

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from forecache.workers.core.step_plan import Capture, DecodeRow, DecodeRows, Pla
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.dense.attention import QueryCapture, StepBatch, StreamRows
+from forecache.workers.models.dense.attention import PromptRows, QueryCapture, StepBatch, StreamRows
 from forecache.workers.models.dense.compiled_layers import (
     MIN_TOKENS,
     check_compiled_once,
@@ -23,6 +24,7 @@ from forecache.workers.models.dense.compiled_layers import (
     compiled_graphs,
 )
 from forecache.workers.models.dense.graph import DecodeGraphs
+from forecache.workers.models.dense.mixed_graph import MixedGraphs, PackedTokens, PromptTable
 from forecache.workers.models.dense.prompt_probe import MassProbe
 from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
@@ -66,6 +68,7 @@ class ModelRunner(Runner):
         self._cold = None if arena is None else _store(cold_layout or backbone.layout, arena.chunks)
         self._spec = spec
         self._graphs: DecodeGraphs | None = None
+        self._mixed: MixedGraphs | None = None
         self._min_tokens = 1
         self._query_heads = _heads_by_layer(spec, self._device)
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
@@ -86,15 +89,77 @@ class ModelRunner(Runner):
                 replayed = self._graphs.replay(rows)
                 sampled = list(plan.decode)
                 return Forward(sampled, replayed.logits, replayed.non_finite, replayed.best, replayed.queries)
-        batch, packed, pasts, probes = self._lay_out(plan, aborted)
+        packed = pack(plan, self._last_rows, self._histories)
+        pasts = [self._past(part.sequence) for part in plan.streams]
+        probes = {
+            part.sequence.request_id: self._probe(part, past)
+            for part, past in zip(plan.streams, pasts, strict=True)
+            if part.probe
+        }
+        if plan.streams and (forward := self._replay_mixed(plan, packed, pasts, probes)) is not None:
+            return forward
+        batch = self._lay_out(plan, packed, pasts, probes, aborted)
         logits = self._forward(batch)
         queries = {} if batch.capture is None else batch.capture.queries
         assert batch.non_finite is not None
         cold = [past.cold for past in pasts]
         return Forward(packed.sampled, logits, batch.non_finite, queries=queries, cold=cold, probes=probes)
 
+    def _replay_mixed(
+        self,
+        plan: Plan,
+        packed: PackedStep,
+        pasts: Sequence[StreamedPast],
+        probes: Mapping[str, MassProbe],
+    ) -> Forward | None:
+        """Run ``plan`` as a step of fixed shape; ``None`` if it has none."""
+        if self._mixed is None or packed.scored_rows or any(past.segments for past in pasts):
+            return None
+        rows = [self._decode_row(seq) for seq in plan.decode]
+        prompts = [
+            PromptTable(np.array(slots, np.int32), past_len, start, start + part.tokens, part.probe)
+            for part, start, (slots, past_len) in zip(
+                plan.streams, packed.starts, self._prompt_pasts(plan.streams, pasts), strict=True
+            )
+        ]
+        if not self._mixed.takes(rows, prompts, len(packed.logits_rows)):
+            return None
+        output = self._mixed.replay(self._packed_tokens(plan, packed), rows, prompts, packed.logits_rows)
+        first = 0
+        for part in plan.streams:
+            if part.probe:
+                last = first + part.probe
+                probes[part.sequence.request_id].see_captured(
+                    {layer: q[first:last] for layer, q in output.probe_queries.items()},
+                    {layer: lse[first:last] for layer, lse in output.probe_lse.items()},
+                    self._hot,
+                    self._backbone.geometry.heads,
+                )
+                first = last
+        return Forward(
+            packed.sampled, output.logits, output.non_finite, output.best, queries=output.queries, probes=probes
+        )
+
+    def _packed_tokens(self, plan: Plan, packed: PackedStep) -> PackedTokens:
+        count = len(packed.tokens)
+        sources, lines = np.full(count, -1), np.full(count, SPARE_LINE)
+        for at, row in packed.awaited:
+            sources[at] = row
+        for at, line, _ in packed.kept:
+            lines[at] = line
+        slots, offsets = _places(plan)
+        return PackedTokens(np.array(packed.tokens), sources, np.array(packed.positions), slots, offsets, lines)
+
     @torch.inference_mode()
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
+    def warm_up(
+        self,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_chunks: int,
+        cuda_graphs: bool | None,
+        torch_compile: bool,
+    ) -> None:
         """On a GPU, compile the layers and capture decode steps, so that no request waits for either.
 
         Raises :class:`ForecacheError` when batch sizes or layers can't share what was compiled.
@@ -115,6 +180,17 @@ class ModelRunner(Runner):
                 self._last_tokens,
                 max_batch_size=max_batch_size,
                 max_chunks=max_chunks,
+                histories=self._histories,
+            )
+            self._mixed = MixedGraphs(
+                self._model,
+                self._hot,
+                self._query_heads,
+                self._last_tokens,
+                max_tokens=max_step_tokens,
+                max_rows=max_batch_size,
+                max_chunks=max_chunks,
+                max_prompt_chunks=-(-self._backbone.max_model_len // self._spec.chunk_tokens),
                 histories=self._histories,
             )
         if torch_compile:
@@ -207,55 +283,39 @@ class ModelRunner(Runner):
         return SPARE_LINE if histories is None else histories.begin(seq, at, at + 1)[0]
 
     def _lay_out(
-        self, plan: Plan, aborted: Callable[[], bool]
-    ) -> tuple[StepBatch, PackedStep, list[StreamedPast], dict[str, MassProbe]]:
-        packed = pack(plan, self._last_rows, self._histories)
-        owners = [*((seq, 1) for seq in plan.decode), *((part.sequence, part.tokens) for part in plan.streams)]
-        places = [
-            (seq.open_slots[position // seq.chunk_tokens], position % seq.chunk_tokens)
-            for seq, count in owners
-            for position in range(seq.num_computed, seq.num_computed + count)
+        self,
+        plan: Plan,
+        packed: PackedStep,
+        pasts: Sequence[StreamedPast],
+        probes: Mapping[str, MassProbe],
+        aborted: Callable[[], bool],
+    ) -> StepBatch:
+        streams = [
+            StreamRows(number, start, start + part.tokens, probes.get(part.sequence.request_id))
+            for number, (part, past, start) in enumerate(zip(plan.streams, pasts, packed.starts, strict=True))
+            if past.segments or part.probe
         ]
-        streams: list[StreamRows] = []
-        pasts: list[StreamedPast] = []
-        probes: dict[str, MassProbe] = {}
-        for part, start in zip(plan.streams, packed.starts, strict=True):
-            if part.probe:
-                probes[part.sequence.request_id] = self._probe(part)
-            streams.append(self._stream_rows(part, start, probes.get(part.sequence.request_id)))
-            pasts.append(
-                StreamedPast.of(
-                    part.sequence, self._pool, self._arena, self._hot, self._cold, self._device, self._remote
-                )
-            )
         padding = max(self._min_tokens - len(packed.tokens), 0)
-        slots, offsets = put(np.array([*places, *[(-1, 0)] * padding]).T, self._device)
+        slots, offsets = _places(plan)
         capture = None
         if plan.captures:
             capture = QueryCapture(torch.arange(len(plan.decode), device=self._device), self._query_heads)
-        past = None
-        if streams:
-            if self._device.type == "cuda" and self._buffers is None:
-                geometry = self._backbone.geometry
-                self._buffers = PieceBuffers(geometry.kv_heads, geometry.head_dim, self._backbone.dtype, self._device)
-            segments = [past.segments for past in pasts]
-            past = PastReader(segments, self._backbone.geometry.layers, self._backbone.dtype, self._buffers)
-        batch = StepBatch(
+        return StepBatch(
             token_ids=packed.token_ids(self._last_tokens, padding=padding),
             positions=put([*packed.positions, *[0] * padding], self._device),
-            slots=slots,
-            offsets=offsets,
+            slots=put(np.pad(slots, (0, padding), constant_values=-1), self._device),
+            offsets=put(np.pad(offsets, (0, padding)), self._device),
             logits_rows=put(packed.logits_rows + packed.scored_rows, self._device),
             pool=self._hot,
             decode=self._decode_rows(plan.decode) if plan.decode else None,
+            prompts=self._prompt_rows(plan.streams, pasts, packed) if plan.streams else None,
             streams=tuple(streams),
-            past=past,
+            past=self._past_reader(pasts) if streams else None,
             capture=capture,
             hidden=None if self._histories is None else self._histories.rows(packed.kept),
             non_finite=torch.zeros(len(packed.tokens) + padding, dtype=torch.uint8, device=self._device),
             aborted=aborted,
         )
-        return batch, packed, pasts, probes
 
     def _padding(self, tokens: int) -> StepBatch:
         """A batch that computes and keeps nothing."""
@@ -268,16 +328,58 @@ class ModelRunner(Runner):
         lens = [_context_len(seq, len(table)) for seq, table in zip(sequences, tables, strict=True)]
         return DecodeRows(padded(tables, self._device), put(lens, self._device, np.int32))
 
-    def _stream_rows(self, part: StreamPart, start: int, probe: MassProbe | None) -> StreamRows:
-        seq = part.sequence
-        slots = [seq.open_slots[len(seq.chunks)]] if seq.tail_tokens else []
-        open_slot = put(slots, self._device)
-        return StreamRows(start, start + part.tokens, open_slot, seq.tail_tokens, len(seq.chunks), probe)
+    def _past(self, seq: TokenSequence) -> StreamedPast:
+        return StreamedPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._remote)
 
-    def _probe(self, part: StreamPart) -> MassProbe:
+    def _past_reader(self, pasts: Sequence[StreamedPast]) -> PastReader:
+        geometry = self._backbone.geometry
+        if self._device.type == "cuda" and self._buffers is None:
+            self._buffers = PieceBuffers(geometry.kv_heads, geometry.head_dim, self._backbone.dtype, self._device)
+        segments = [past.segments for past in pasts]
+        return PastReader(segments, geometry.layers, self._backbone.dtype, self._buffers)
+
+    def _prompt_rows(
+        self, streams: Sequence[StreamPart], pasts: Sequence[StreamedPast], packed: PackedStep
+    ) -> PromptRows:
+        tables, lens = zip(*self._prompt_pasts(streams, pasts), strict=True)
+        starts = [*packed.starts, packed.starts[-1] + streams[-1].tokens]
+        return PromptRows(
+            padded(tables, self._device), put(lens, self._device, np.int32), put(starts, self._device, np.int32)
+        )
+
+    @staticmethod
+    def _prompt_pasts(streams: Sequence[StreamPart], pasts: Sequence[StreamedPast]) -> Iterator[tuple[list[int], int]]:
+        """Slots in the pool that each stream reads, its open chunk's last, and the tokens in them."""
+        for part, past in zip(streams, pasts, strict=True):
+            seq = part.sequence
+            open_slot = [seq.open_slots[len(seq.chunks)]] if seq.tail_tokens else []
+            yield [*past.hot.values(), *open_slot], len(past.hot) * seq.chunk_tokens + seq.tail_tokens
+
+    def _probe(self, part: StreamPart, past: StreamedPast) -> MassProbe:
         seq = part.sequence
-        chunks = -(-(seq.num_computed + part.tokens) // seq.chunk_tokens)
-        return MassProbe(self._query_heads, part.probe, chunks, seq.chunk_tokens, self._backbone.geometry.scale)
+        return MassProbe(
+            self._query_heads,
+            part.probe,
+            past.hot | seq.open_slots,
+            seq.num_computed + part.tokens,
+            seq.chunk_tokens,
+            self._backbone.geometry.scale,
+            self._device,
+        )
+
+
+def _places(plan: Plan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pool slot of each packed token, and its place in the slot's chunk: int64 [tokens] each."""
+    owners = [*((seq, 1) for seq in plan.decode), *((part.sequence, part.tokens) for part in plan.streams)]
+    slots, offsets = [], []
+    for seq, count in owners:
+        size = seq.chunk_tokens
+        positions = np.arange(seq.num_computed, seq.num_computed + count)
+        first, last = positions[0] // size, positions[-1] // size
+        of_chunk = np.array([seq.open_slots[number] for number in range(first, last + 1)])
+        slots.append(of_chunk[positions // size - first])
+        offsets.append(positions % size)
+    return np.concatenate(slots), np.concatenate(offsets)
 
 
 def _context_len(seq: TokenSequence, table: int) -> int:

@@ -1,7 +1,8 @@
-"""The past of streamed tokens: full chunks of the hot pool and of the arena, a layer at a time, in pieces.
+"""Where the past of prompt tokens is, and how the part outside the hot pool is read: a layer at a time, in pieces.
 
-On a GPU the next piece is gathered on a side stream while the present one is attended to; what lies in the arena comes
-over PCIe, read where it is by the gathering kernel, and is verified by its checksum once all layers have been read.
+The attention kernel reads full chunks in the hot pool by their slots. On a GPU the next piece of the others is gathered
+on a side stream while the present one is attended to; what lies in the arena comes over PCIe, read where it is by the
+gathering kernel, and is verified by its checksum once all layers have been read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,9 @@ class Store:
 
 @dataclass(frozen=True)
 class Segment:
-    """Full chunks of one store. ``slots``, ``chunks`` (their numbers): int64 [n]. ``sums``: int64 [n] on the GPU, to
-    which reading adds each chunk's checksum, or ``None``. ``remote``: the chunks lie on other nodes, and ``slots`` and
-    ``store`` say nothing of them."""
+    """Full chunks outside the hot pool. ``slots``, ``chunks`` (their numbers): int64 [n]. ``sums``: int64 [n] on the
+    GPU, to which reading adds each chunk's checksum, or ``None``. ``remote``: the chunks lie on other nodes, and
+    ``slots`` and ``store`` say nothing of them."""
 
     store: Store
     slots: Tensor
@@ -48,9 +49,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class StreamedPast:
-    """The full chunks before a stream's tokens: the hot ones, those that are read where they lie in the arena, which
-    are ``cold``, and those on other nodes."""
+    """The full chunks before a stream's tokens: ``hot``, chunk number → slot in the pool, and the others in
+    ``segments``, of which the arena's are also in ``cold``."""
 
+    hot: dict[int, int]
     segments: tuple[Segment, ...]
     cold: ColdReads
 
@@ -66,19 +68,17 @@ class StreamedPast:
         remote: RemotePast | None = None,
     ) -> "StreamedPast":
         """Find where the past of ``seq`` is now; ``remote`` reads chunks of other nodes."""
-        in_pool: list[tuple[int, int]] = []
+        hot_slots: dict[int, int] = {}
         in_arena: list[Chunk] = []
         on_others: list[Chunk] = []
         for chunk in seq.chunks:
             slot = seq.hot_slot(chunk.number, pool)
             if slot is not None:
-                in_pool.append((slot, chunk.number))
+                hot_slots[chunk.number] = slot
             else:
                 assert chunk.ref is not None, f"chunk {chunk.number} of {seq.request_id} is neither hot nor cold"
                 (on_others if chunk.ref.remote else in_arena).append(chunk)
         segments = []
-        if in_pool:
-            segments.append(Segment(hot, *_columns(in_pool, device)))
         sums = None
         if in_arena:
             assert cold is not None and arena is not None, "chunks are cold but there is no arena"
@@ -91,7 +91,7 @@ class StreamedPast:
             places = [(-1, chunk.number) for chunk in on_others]
             there = remote.chunks(seq, tuple(chunk.key for chunk in on_others))
             segments.append(Segment(hot, *_columns(places, device), remote=there))
-        return cls(tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
+        return cls(hot_slots, tuple(segments), ColdReads.of(seq.request_id, in_arena, sums))
 
 
 def _columns(entries: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""Decode steps of fixed shapes as CUDA graphs: one launch a step instead of some hundreds.
+"""Steps of fixed shapes as CUDA graphs: one launch a step instead of some hundreds.
 
-What every architecture shares: which batch sizes are captured, the capture, and the host memory that inputs come from.
+What every architecture shares: which batch sizes or token counts are captured, the capture, and the host memory that
+inputs come from.
 Decisions stay outside a graph: it reads its inputs from buffers that are filled before each replay, and leaves what it
 computes in buffers that stand until the next replay.
 """
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +20,13 @@ WARM_UPS = 2
 """Eager runs before a capture: lazy initialisation (cuBLAS handles, Triton compilation) must be over by then."""
 
 Output = TypeVar("Output")
+
+
+def token_buckets(max_tokens: int) -> list[int]:
+    """Token counts to capture: powers of two from 128 and the sizes half-way between them, up to ``max_tokens``."""
+    sizes = [128 << power for power in range(max(max_tokens // 128, 1).bit_length())]
+    between = [size * 3 // 2 for size in sizes]
+    return [*(size for size in sorted([*sizes, *between]) if size < max_tokens), max_tokens]
 
 
 def batch_buckets(max_batch_size: int) -> list[int]:
@@ -35,32 +45,42 @@ class CapturedGraph(Generic[Output]):
 class HostInputs:
     """Host memory for one step's inputs, page-locked on request; fill it through numpy.
 
-    ``inputs``: int64 [fields, rows]; ``tables``: int32 [rows, width], one for each of ``widths``.
+    ``inputs``: int64 [fields, rows]; ``tables``: int32 [table rows, width], one for each of ``widths``.
     """
 
-    def __init__(self, fields: int, rows: int, widths: Sequence[int], *, pinned: bool) -> None:
+    def __init__(self, fields: int, rows: int, table_rows: int, widths: Sequence[int], *, pinned: bool) -> None:
         self.inputs = torch.zeros(fields, rows, dtype=torch.int64, pin_memory=pinned)
-        self.tables = [torch.zeros(rows, width, dtype=torch.int32, pin_memory=pinned) for width in widths]
+        self.tables = [torch.zeros(table_rows, width, dtype=torch.int32, pin_memory=pinned) for width in widths]
 
 
 class StepGraphs(ABC, Generic[Output]):
     """Steps of ``buckets`` rows, ascending: on CUDA as graphs, elsewhere eagerly over the same fixed shapes.
 
-    ``inputs``: int64 [fields, largest bucket], and ``tables``: int32 [largest bucket, width], on the device.
+    ``inputs``: int64 [fields, largest bucket], and ``tables``: int32 [table rows, width], on the device. ``table_rows``
+    is the largest bucket where it is not given.
     """
 
     capture_error_mode: ClassVar[Literal["global", "thread_local"]] = "global"
     """Which CUDA calls of other threads break a capture; see ``torch.cuda.graph``."""
 
-    def __init__(self, buckets: Sequence[int], fields: int, widths: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[int],
+        fields: int,
+        widths: Sequence[int],
+        device: torch.device,
+        *,
+        table_rows: int | None = None,
+    ) -> None:
         self._buckets = buckets
+        rows = buckets[-1] if table_rows is None else table_rows
         self._device = device
         self._captures = device.type == "cuda"
         # two host copies in turn: while one is on its way to the device, the next step fills the other
-        self._host = [HostInputs(fields, buckets[-1], widths, pinned=self._captures) for _ in range(2)]
+        self._host = [HostInputs(fields, buckets[-1], rows, widths, pinned=self._captures) for _ in range(2)]
         self._turn = 0
         self._inputs = torch.zeros(fields, buckets[-1], dtype=torch.int64, device=device)
-        self._tables = [torch.zeros(buckets[-1], width, dtype=torch.int32, device=device) for width in widths]
+        self._tables = [torch.zeros(rows, width, dtype=torch.int32, device=device) for width in widths]
         self._graphs: dict[int, CapturedGraph[Output]] = {}
 
     @abstractmethod
@@ -97,6 +117,23 @@ class StepGraphs(ABC, Generic[Output]):
         with torch.cuda.graph(graph, pool=memory, capture_error_mode=self.capture_error_mode):
             output = self._forward(bucket)
         self._graphs[bucket] = CapturedGraph(graph, output)
+
+
+class BlockTables:
+    """A table of chunk slots on the device, int32 [rows, width], whose rows are copied only when they have changed."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self._versions: list[object] = [None] * len(table)
+
+    def update(self, host: Tensor, rows: Sequence[tuple[object, npt.NDArray[np.int32]]]) -> None:
+        """Enqueue the copies that make row *i* the slots of ``rows[i]``, each with a version that changes with its
+        slots. ``host``: int32 [rows, width], page-locked, unchanged until the copies are done."""
+        for index, (version, slots) in enumerate(rows):
+            if self._versions[index] != version:
+                self._versions[index] = version
+                host.numpy()[index, : len(slots)] = slots
+                self.table[index, : len(slots)].copy_(host[index, : len(slots)], non_blocking=True)
 
 
 def input_tokens(tokens: Tensor, source: Tensor, last_tokens: Tensor) -> Tensor:

@@ -112,7 +112,15 @@ class Runner(ABC):
         """Queries and records for the indexer, after ``forward``."""
 
     @abstractmethod
-    def warm_up(self, *, max_batch_size: int, max_chunks: int, cuda_graphs: bool | None, torch_compile: bool) -> None:
+    def warm_up(
+        self,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        max_chunks: int,
+        cuda_graphs: bool | None,
+        torch_compile: bool,
+    ) -> None:
         """On a GPU, before the first request."""
 
     @abstractmethod
