@@ -277,8 +277,16 @@ def measure_rows(
                 continue
             course = runner.run(row, column, rate_per_s)
             figures = {"row": row, "column": column, "rate_per_s": rate_per_s, **course.figures()}
-            results.add({**figures, **common, "date": now()})
+            results.add({**figures, **common, "gpu_used_bytes": gpu_used_bytes(), "date": now()})
             print(json.dumps(figures), flush=True)
+
+
+def gpu_used_bytes() -> int | None:
+    """GPU memory in use by all processes, which is this one's when it is alone."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def choose(engine: MeasuredEngine, column: str, keep_ratios: Sequence[float]) -> None:
