@@ -43,7 +43,7 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_call() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's start in a fixture has put one of its own
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's start in a fixture has installed its handler
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

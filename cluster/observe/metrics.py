@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from forecache.indexer.serving.protocol import IndexerStats
-from forecache.indexer.serving.telemetry import Component
 from forecache.workers.core.requests import TokenEvent
 from forecache.workers.core.stats import RECALL_BOUNDS_S, EngineCounters, WorkerStats
 from forecache.workers.memory.arena.stats import TierStats
@@ -100,8 +99,7 @@ _INDEXER_COUNTERS = (
 class StatsCollector(Collector):
     """Series of one process, made from ``stats()`` at each scrape, in the thread of the scrape."""
 
-    def __init__(self, component: Component, model_name: str, stats: Callable[[], object]) -> None:
-        self._component = component
+    def __init__(self, model_name: str, stats: Callable[[], object]) -> None:
         self._model_name = model_name
         self._stats = stats
 
@@ -230,7 +228,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp for each series, which nothing uses
         self.model_name = model_name
         self.registry = CollectorRegistry(auto_describe=True)
-        self.registry.register(StatsCollector("ingress", model_name, lambda: None))
+        self.registry.register(StatsCollector(model_name, lambda: None))
         self._first_token_s = self._histogram(
             "forecache_time_to_first_token_seconds", "Time from request to first token."
         )
@@ -275,11 +273,11 @@ class Metrics:
         return family.labels(self.model_name)
 
 
-def registry_of(component: Component, model_name: str, stats: Callable[[], object]) -> CollectorRegistry:
+def registry_of(model_name: str, stats: Callable[[], object]) -> CollectorRegistry:
     """The registry of a process other than an ingress."""
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    registry.register(StatsCollector(component, model_name, stats))
+    registry.register(StatsCollector(model_name, stats))
     return registry
 
 

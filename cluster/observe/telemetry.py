@@ -45,7 +45,7 @@ class ClusterTelemetry:
 
     def start(self, component: Component, process: str, node: str, stats: Callable[[], object]) -> RunningTelemetry:
         """Start the telemetry of a process. Raises :class:`.errors.StartError` when no port is free."""
-        return self.start_with(registry_of(component, self.model_name, stats), component, process, node)
+        return self.start_with(registry_of(self.model_name, stats), component, process, node)
 
     def start_with(
         self, registry: CollectorRegistry, component: Component, process: str, node: str

@@ -135,7 +135,7 @@ def main() -> int:
     metrics = Metrics(args.model)
     with LLM(args.model, threads=args.threads) as llm:
         scorer = ScorerStats("bounds", "", 0)
-        registry = registry_of("worker", args.model, lambda: WorkerStats("w", "n", llm.engine.stats(), None, scorer))
+        registry = registry_of(args.model, lambda: WorkerStats("w", "n", llm.engine.stats(), None, scorer))
         server, _ = start_http_server(0, "127.0.0.1", registry)
         scraper = Scraper(f"http://127.0.0.1:{server.server_port}/metrics", args.interval_s)
         decoding = Decoding(llm, args.requests, args.prompt_tokens, metrics)

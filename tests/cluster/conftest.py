@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-sys.path.insert(0, str(Path(__file__).parent))  # what tests share with the scripts beside them
+sys.path.insert(0, str(Path(__file__).parent))  # modules that tests share with the scripts in this folder
 
 from byte_model import write_byte_model
 from processes import processes_below, still_running

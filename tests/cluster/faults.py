@@ -285,7 +285,7 @@ def left_over(url: str, tiers: Tiers, arena_dir: Path) -> list[str]:
     wrong += [f"{name} has {count} pinned slots" for name, count in pinned.items()]
     files = {path.name for path in arena_dir.glob("forecache-*")}
     # the file of a node that was killed stays until a tier starts on that machine
-    wrong += [f"{name} is the arena of nobody" for name in files - {f"forecache-{tier}" for tier in stats}]
+    wrong += [f"{name} is an arena without an owner" for name in files - {f"forecache-{tier}" for tier in stats}]
     metrics = httpx.get(f"{url}/metrics/cluster", timeout=30).text
     for series in ("forecache_num_requests_running", "forecache_hot_pool_usage_perc"):
         values = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(series)]
@@ -414,7 +414,7 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=10)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=20.0, help="no kill after that")
-    parser.add_argument("--nodes", type=int, default=3, help="beside the head")
+    parser.add_argument("--nodes", type=int, default=3, help="in addition to the head")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument(
         "--cold-bytes",

@@ -271,7 +271,7 @@ def table(found: list[Figures]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="each on a node of its own")
+    parser.add_argument("--workers", type=int, default=2, help="each on a separate node")
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--prefixes", type=int, default=12, help="beginnings that are shared")

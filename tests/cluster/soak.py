@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--share", type=float, default=0.8, help="of the capacity")
     parser.add_argument("--allowed", type=float, default=0.03, help="growth from the second to the last quarter")
-    parser.add_argument("--nodes", type=int, default=2, help="beside the head")
+    parser.add_argument("--nodes", type=int, default=2, help="in addition to the head")
     parser.add_argument("--clients", type=int, default=8, help="that measure the capacity")
     parser.add_argument("--prompts", type=int, default=120)
     parser.add_argument("--max-tokens", type=int, default=60)

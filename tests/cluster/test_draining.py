@@ -132,7 +132,7 @@ def test_a_worker_that_drains_keeps_what_its_answer_holds(
         wait_until(lambda: not holding(), "all holds are given back")
         assert check_integrity(tiers, settle_s=30) == []
 
-        # a hold that nobody owns is named, and then let go of
+        # a hold without an owner is reported, and then released
         [living] = both - {ended.name}
         [tier] = tiers.actors().values()
         ray.get(tier.reserve_quota.remote(f"{living}/ghost#{10**9}", 3))

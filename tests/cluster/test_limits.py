@@ -143,12 +143,12 @@ def test_the_time_to_a_first_token_does_not_tell_what_others_have(server: Any) -
     while not cached_tokens(ask(server, "alpha", content=known[-1])):
         assert time.monotonic() < deadline
     pairs = [(first_token_s("beta", a), first_token_s("beta", b)) for a, b in zip(known, unknown, strict=True)]
-    others, nobodys = [a for a, _ in pairs], [b for _, b in pairs]
+    stored, unstored = [a for a, _ in pairs], [b for _, b in pairs]
     own = [first_token_s("alpha", prompt) for prompt in known]
     # Mann-Whitney's U: the share of pairs in which one is quicker; 1/2 where nothing can be told
-    share = statistics.mean(float(a < b) for a in others for b in nobodys)
-    own_share = statistics.mean(float(a < b) for a in own for b in nobodys)
-    assert 0.15 < share < 0.85, f"quicker in {share:.2f} of pairs: {others} {nobodys}"
+    share = statistics.mean(float(a < b) for a in stored for b in unstored)
+    own_share = statistics.mean(float(a < b) for a in own for b in unstored)
+    assert 0.15 < share < 0.85, f"quicker in {share:.2f} of pairs: {stored} {unstored}"
     assert own_share > 0.85
 
 

@@ -93,6 +93,6 @@ def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: str) -> 
             if httpx.get(f"{url}/ready", timeout=10).status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # nobody listens yet
+            pass  # the server does not listen yet
         assert process.poll() is None and time.monotonic() < end_s, Path(log).read_text()
         time.sleep(0.5)

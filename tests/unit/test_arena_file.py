@@ -98,7 +98,7 @@ def test_a_new_file_holds_nothing_but_its_first_page(arena: Arena) -> None:
     content = arena.path.read_bytes()
     assert content.count(0, 4096) == len(content) - 4096
     other = Arena.attach(arena.path)
-    assert content == arena.path.read_bytes(), "whoever attaches changes nothing"
+    assert content == arena.path.read_bytes(), "attaching changes nothing"
     assert not other.owner and other.writer >= FIRST_WRITER
     assert (arena.owner, arena.writer, arena.slots, arena.record_slots) == (True, OWNER, SLOTS, RECORDS)
     assert (other.layout_fingerprint, other.index_fingerprint) == (LAYOUT.fingerprint, "index")

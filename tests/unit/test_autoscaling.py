@@ -48,7 +48,7 @@ def test_memory_nodes_by_what_is_promised_and_pinned() -> None:
     target = round(100 * PROMISED_TARGET)
     assert memory_nodes(2, [tier(target), tier(target)], 9) == 2
     assert memory_nodes(2, [tier(0), tier(0)], 9) == 2, "full of what may go"
-    assert memory_nodes(2, [tier(100), tier(100, held=10)], 9) == 3, "nobody more is admitted, whatever is held"
+    assert memory_nodes(2, [tier(100), tier(100, held=10)], 9) == 3, "a full tier admits no more, whatever is held"
     assert memory_nodes(2, [tier(target), tier(target, pinned=10)], 9) == 3
     assert memory_nodes(2, [tier(100), tier(100), tier(100)], 9) == 4, "a GPU node's tier is full too"
     assert memory_nodes(2, [tier(100)] * 9, 3) == 3

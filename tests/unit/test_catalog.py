@@ -370,7 +370,7 @@ def test_sessions_take_no_more_than_they_may_and_pinned_ones_stay(
         catalog.set_session(SessionRecord(str(number), session_keys(number), now_s + 600, changed_unix_s=now_s))
     pinned = ["0", "20", "21", "22", "23", "24", "25", "3"]
     catalog.set_session(SessionRecord("late", session_keys(9), changed_unix_s=now_s - 1), 4 * one)
-    assert [record.session_id for record in catalog.sessions()] == pinned  # there is no room beside what is pinned
+    assert [record.session_id for record in catalog.sessions()] == pinned  # there is room for the pinned ones only
     for name in pinned:
         catalog.remove_session(name)
     assert sum_of_sizes(redis_server.url)[0] == 0

@@ -313,7 +313,7 @@ async def test_a_channel_that_came_to_the_wrong_worker_is_none(
         begun = await until_begun(first)
         client.chosen, client.misled = "b", True
         other = client.ask("other", prompts[1], LONG)
-        client.workers["b"].channels._worker_id = "c"  # whom nobody can reach
+        client.workers["b"].channels._worker_id = "c"  # a worker that does not exist
         rest = await asyncio.gather(*(answer(stream) for stream in (first, other)), answer(client.ask("2", prompts[2])))
         assert [*begun.token_ids, *rest[0]] == expected[0]
         assert rest[1:] == [expected[1], reference(prompts[2], TOKENS)]

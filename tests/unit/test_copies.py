@@ -31,7 +31,7 @@ CUDA = pytest.param(
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
 )
 INDEX_NBYTES = 64
-SLEEP_CYCLES = 200_000_000  # about a tenth of a second: long beside every copy here
+SLEEP_CYCLES = 200_000_000  # about 0.1 s, far longer than any copy here
 
 ColdDtype = Literal["auto", "fp8"]
 

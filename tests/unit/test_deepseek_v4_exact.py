@@ -359,7 +359,7 @@ def test_full_attention_streams_through_a_small_pool(
 def test_cold_memory_without_room_for_states_serves_without_them(
     path: Path, model: DeepseekV4ForCausalLM, prompt_of: PromptOf
 ) -> None:
-    # beside a chunk lie its index record and header
+    # each chunk also has an index record and a header
     with open_llm(path, cold_bytes=(2 << 20) + int(6.4 * chunk_nbytes(path))) as llm:
         assert 4 <= llm.memory.arena.slots < 8
         prompt = prompt_of(1000, seed=11)

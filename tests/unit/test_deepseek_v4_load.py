@@ -85,7 +85,7 @@ def test_what_a_start_knows_before_the_weights_are_read(path: Path) -> None:
     facts = check_model(path, config)
     backbone = load_backbone(path, dtype="float32", chunk_tokens=config.engine.chunk_tokens)
     assert facts.chunk_bytes == backbone.layout.nbytes
-    assert facts.has_manifest, "nobody has to calibrate it"
+    assert facts.has_manifest, "it needs no calibration"
     set_by_hand = ServeConfig.model_validate({"engine": {"model": str(path), "chunk_tokens": 128}})
     assert settle(path, set_by_hand).engine.chunk_tokens == 128
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from forecache.cluster.observe.metrics import Metrics, registry_of
 from forecache.cluster.observe.metrics_targets import service_discovery
 from forecache.indexer.serving.protocol import IndexerStats
-from forecache.indexer.serving.telemetry import Component, MetricsTarget
+from forecache.indexer.serving.telemetry import MetricsTarget
 from forecache.workers.core.stats import EngineStats, ScorerStats, WorkerStats
 from forecache.workers.memory.arena.stats import TierStats
 
@@ -57,12 +57,8 @@ def labels_of_series() -> dict[str, set[str]]:
     metrics = Metrics("m")
     metrics.error("k")
     worker = WorkerStats("w", "n", EngineStats(), None, ScorerStats("bounds", "", 0))
-    others: tuple[tuple[Component, object], ...] = (
-        ("worker", worker),
-        ("tier", TierStats(1, 0, 0, 0, 0, 0)),
-        ("indexer", IndexerStats()),
-    )
-    registries = [registry_of(kind, "m", lambda stats=stats: stats) for kind, stats in others]
+    others: tuple[object, ...] = (worker, TierStats(1, 0, 0, 0, 0, 0), IndexerStats())
+    registries = [registry_of("m", lambda stats=stats: stats) for stats in others]
     for registry in [metrics.registry, *registries]:
         for family in text_string_to_metric_families(generate_latest(registry).decode()):
             suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}.get(family.type, ("",))

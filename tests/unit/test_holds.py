@@ -570,7 +570,7 @@ class TwoTiers(RuleBasedStateMachine):
         for holder, serial in self.living.items():
             spread = self.nodes.spread
             if self.nodes.spread._incarnations.get("there") != f"{self.nodes.lives['there']}":
-                return  # it is told to hold again with the next round
+                return  # the next round repeats its holds
             for key in keys_of(serial):
                 if spread.places(holder, [key]) == ["there"] and self.nodes.there.stored([key]) == [True]:
                     assert holder in self.nodes.there.holders(), "a sequence that lives lost its holds"

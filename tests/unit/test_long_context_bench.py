@@ -65,7 +65,7 @@ def test_decode_rows_have_the_asked_turnover(decoded: list[tuple[Any, list[Any]]
         per_window = row.recalled_chunks / mean / row.windows
         assert row.turnover_per_window == pytest.approx(per_window, rel=0.01)
         assert all(turn.asked_s <= turn.at_s for turn in turns) and row.predict_p50_ms > 0
-    # a budget that grows asks for a chunk of its own; at 100 % a turn brings in no more than was reserved for it
+    # a growing budget recalls one more chunk; at 100 % turnover a set recalls no more than was reserved
     still, fifth, whole = (row for row, _ in decoded)
     assert still.recalled_chunks <= still.concurrency and not any(turn.replaced for turn in decoded[0][1])
     assert fifth.turnover == pytest.approx(0.2, abs=0.05)

@@ -78,8 +78,8 @@ def samples(metrics: Metrics) -> dict[str, float]:
     return samples_of(metrics.render().decode())
 
 
-def page(component: Component, stats: object) -> str:
-    return generate_latest(registry_of(component, "m", lambda: stats)).decode()
+def page(stats: object) -> str:
+    return generate_latest(registry_of("m", lambda: stats)).decode()
 
 
 def worker(engine: EngineStats) -> WorkerStats:
@@ -88,9 +88,9 @@ def worker(engine: EngineStats) -> WorkerStats:
 
 def test_every_series_is_there_before_any_request() -> None:
     found = {
-        "worker": samples_of(page("worker", worker(EngineStats()))),
-        "tier": samples_of(page("tier", TIER)),
-        "indexer": samples_of(page("indexer", IndexerStats())),
+        "worker": samples_of(page(worker(EngineStats()))),
+        "tier": samples_of(page(TIER)),
+        "indexer": samples_of(page(IndexerStats())),
         "ingress": samples(Metrics("m")),
     }
     for component, names in NAMES.items():
@@ -103,20 +103,20 @@ def test_every_series_is_there_before_any_request() -> None:
 def test_a_worker() -> None:
     counters = EngineCounters(recalled_chunks=9, fallbacks=2)
     stats = EngineStats(counters, running=3, hot_slots=30, hot_slots_referenced=6, resident_ratio=0.1)
-    found = samples_of(page("worker", worker(stats)))
+    found = samples_of(page(worker(stats)))
     assert found["forecache_num_requests_running"] == 3
     assert found["forecache_recalled_chunks_total[local]"] == 9
     assert found["forecache_fallbacks_total"] == 2 and found["forecache_indexer_fallbacks_total"] == 2
     assert found["forecache_hot_pool_usage_perc"] == 0.2
     assert found["forecache_resident_ratio"] == 0.1
-    text = page("worker", worker(stats))
+    text = page(worker(stats))
     assert 'forecache_indexer_info{checkpoint="abc",model_name="m",scorer="trained"} 1.0' in text
 
 
 def test_a_tier_without_disk() -> None:
-    found = samples_of(page("tier", TIER))
+    found = samples_of(page(TIER))
     assert found["forecache_memory_tier_usage_perc"] == 0.4 and found["forecache_memory_tier_held_perc"] == 0.1
-    assert found["forecache_memory_tier_promised_perc"] == 0.7, "promised, and pinned beside it"
+    assert found["forecache_memory_tier_promised_perc"] == 0.7, "reserved and pinned slots"
     assert found["forecache_memory_tier_moved_chunks_total"] == 3
     assert found["forecache_memory_tier_quarantined_slots"] == 2
     assert found["forecache_memory_tier_bad_slots"] == 5 and found["forecache_memory_tier_disk_bad_slots"] == 7
@@ -128,7 +128,7 @@ def test_recalls_are_counted_by_their_time() -> None:
     times = (0.0, RECALL_BOUNDS_S[0], RECALL_BOUNDS_S[3] * 1.01, RECALL_BOUNDS_S[-1] + 1)
     for duration_s in times:
         count_recall(counters, Recalled(0, (), 100, duration_s, 2))
-    text = page("worker", worker(EngineStats(counters)))
+    text = page(worker(EngineStats(counters)))
     found = samples_of(text)
     assert found["forecache_recall_seconds_sum"] == sum(times) and found["forecache_recall_seconds_count"] == 4
     [family] = [one for one in text_string_to_metric_families(text) if one.name == "forecache_recall_seconds"]
@@ -138,7 +138,7 @@ def test_recalls_are_counted_by_their_time() -> None:
 
 
 def test_an_indexer() -> None:
-    found = samples_of(page("indexer", IndexerStats(7, 1, 0.5, 3)))
+    found = samples_of(page(IndexerStats(7, 1, 0.5, 3)))
     assert found["forecache_indexer_predictions_total"] == 7 and found["forecache_indexer_failed_total"] == 1
     assert found["forecache_indexer_predict_seconds_total"] == 0.5 and found["forecache_indexer_waiting"] == 3
 
@@ -195,8 +195,8 @@ def test_service_discovery_lists_each_process() -> None:
 
 def test_pages_are_merged_and_nothing_is_added_up() -> None:
     one, two, gone = targets([("worker", "w1"), ("worker", "w2"), ("tier", "t1")])
-    pages = [(one, page("worker", worker(EngineStats(EngineCounters(recalled_chunks=3))))), (gone, None)]
-    pages.append((two, page("worker", worker(EngineStats(EngineCounters(recalled_chunks=4))))))
+    pages = [(one, page(worker(EngineStats(EngineCounters(recalled_chunks=3))))), (gone, None)]
+    pages.append((two, page(worker(EngineStats(EngineCounters(recalled_chunks=4))))))
     merged = generate_latest(MergedPages(pages)).decode()  # type: ignore[arg-type]
     families = {family.name: family for family in text_string_to_metric_families(merged)}
     assert merged.count("# HELP forecache_recalled_chunks_total ") == 1

@@ -188,7 +188,7 @@ def test_a_batch_is_of_one_holder_and_ends_at_other_jobs() -> None:
             bench.write_back("a", [5, 6])
         assert numbers_of(bench.done()) == list(range(7))
         assert bench.store.reserved == [("a", 2), ("b", 1), ("a", 2), ("a", 2)]
-        assert "a" in bench.released, "who leaves is told when its room is free again"
+        assert "a" in bench.released, "a holder that left gets a completion when its room is free"
         assert bench.store.stats().held_slots == 3, "what was written after the release is held"
 
 

@@ -112,7 +112,7 @@ class PrefetcherMachine(RuleBasedStateMachine):
             RecallItem(key_of(number), self.places[holder, number], CHUNKS + i)
             for i, (holder, number) in enumerate(chosen)
         ]
-        # whoever noticed the damage first had it forgotten; its other holders keep the place
+        # the first reader that found the damage dropped the chunk; its other holders keep the slot
         wrong = [item for item in items if self.is_damaged(item.ref) or not self.arena.is_sealed(item.ref, item.key)]
         self.prefetcher.recall(items)
         [recalled] = self.done()

@@ -147,7 +147,7 @@ def test_gpt2_is_served(tmp_path: Path) -> None:
 
 
 def test_smollm3_has_layers_without_positions(tmp_path: Path) -> None:
-    """What makes that family worth a case of its own is there, not left out by the tiny configuration."""
+    """The tiny configuration keeps the feature that this family is tested for."""
     made = load_config(save(tmp_path, config("SmolLM3", num_hidden_layers=4)))
     assert made.no_rope_layers == [1, 1, 1, 0]
 
@@ -367,7 +367,7 @@ def test_wrong_attention_of_a_mixture_of_experts_is_noticed(tmp_path: Path, name
 
 
 def test_what_transformers_own_backends_differ_by_is_accepted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """JetMoE's layers choose experts in a way of their own, so that the choice can't be kept equal."""
+    """JetMoE's layers use a custom router, so the choice of experts can't be fixed for the comparison."""
     made = config("JetMoe", num_key_value_heads=4, num_attention_heads=..., num_local_experts=4, kv_channels=16)
     backbone = load_backbone(save(tmp_path, made), dtype="bfloat16")
     with caplog.at_level(logging.INFO, logger="forecache"):

@@ -195,7 +195,7 @@ def test_after_a_restart_writers_say_what_they_still_write(arena: Arena) -> None
     news_of_the_former_life = worker.writes.news()
     store = restarted(store)
     assert store.keys() == [KEYS[0]], "who seals has written"
-    assert waiting(store) == 1, "what the tier itself wrote is free, and what nobody wrote"
+    assert waiting(store) == 1, "slots written by the tier itself, and unwritten ones, are free"
     worker.writes.ended([unsealed])
     store.apply_report(news_of_the_former_life)
     store.apply_report(other.writes.news())

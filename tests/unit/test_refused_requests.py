@@ -347,9 +347,9 @@ async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(t
                     stream.close()
                 for call in calls:
                     await call._said.aclose()
-                gc.collect()  # an iteration that nobody closed
+                gc.collect()  # closes abandoned iterators
                 await until(lambda: not engine._streams and not llm.engine._sequences)
-                if stream is not None:  # else there is nobody who could leave it
+                if stream is not None:  # else there is no stream to leave
                     client.check_idle()
                 worker.check_idle()
                 continue
@@ -371,7 +371,7 @@ async def test_each_call_may_fail_on_the_way_through_both_ends_of_the_channels(t
 RESIDENT = ResidentEstimate(EngineConfig(), SelectionConfig(), 1000)
 
 
-class Nobody:
+class NoWorkers:
     """Workers that are never called, because the request fails before."""
 
     failover_config = ONE_TRY
@@ -387,7 +387,7 @@ def test_each_call_may_fail_while_the_server_lets_a_request_in(text_model: Path)
     """Its place in the queue and its tenant's share are released, also if no stream can be opened."""
     admission = Admission(LimitsConfig(max_queued_requests=4))
     tokenizer = load_tokenizer(text_model)
-    api = Api(Nobody(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), RESIDENT)
+    api = Api(NoWorkers(), PromptEncoder(tokenizer, 4096), Metrics("m"), admission, Tenants.load(None), RESIDENT)
     http = Request({"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""})
     body = b'{"model": "m", "prompt": "abc", "max_tokens": 4, "n": 2}'
     request = RequestReader(tokenizer, 4096, 100).read(ReadJob(Wanted.COMPLETION, "m"), body)

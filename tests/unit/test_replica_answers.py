@@ -72,7 +72,7 @@ async def test_the_answers_of_those_that_answer_are_kept() -> None:
     assert await answers_in_time(handle, 0.01) == [1, GONE, 0, None]
     await asyncio.sleep(0)
     assert handle.replicas[1].given_up
-    assert await answers_in_time(handle_of(1, 2), 1000.0) == [1, 2], "nobody is waited for"
+    assert await answers_in_time(handle_of(1, 2), 1000.0) == [1, 2], "the deadline is not waited for"
     assert await answers_in_time(handle_of(), 1000.0) == []
 
 

@@ -190,7 +190,7 @@ def check_exact(
     for request, answer in zip(recorder.requests, recorder.answers, strict=True):
         assert request.state is not None
         if answer.cancelled():
-            continue  # nobody waited for it any more when the engine was closed
+            continue  # the engine was closed before this prediction
         if request.state.position < 8 * CHUNK_TOKENS:
             start = begins(request.state, request.sequence_id)
             models[request.sequence_id].check(request, answer.result(30), start=start)
@@ -334,7 +334,7 @@ def test_the_package_s_own_is_found(
     assert "scored by the trained indexer" in caplog.text
     assert name_with(IndexerConfig(checkpoint="none")) == "bounds"
     assert "no trained indexer serves" in caplog.text
-    assert name_with(IndexerConfig(manifest="none")) == "bounds", "whoever asks for bounds gets them"
+    assert name_with(IndexerConfig(manifest="none")) == "bounds", "manifest none asks for bounds"
     assert name_with(IndexerConfig(manifest="none", checkpoint=str(checkpoint))) == "trained"
     assert name_with(IndexerConfig(), chunk_tokens=32) == "bounds"
     # a path that does not fit is said, and costs nothing else

@@ -52,7 +52,7 @@ async def test_who_asks_at_the_same_time_gets_the_same_answer_and_one_that_is_ol
     shared = SharedAnswer(question, fresh_s=1.0, clock=clock)
     callers = [asyncio.create_task(shared.get()) for _ in range(100)]
     await turn()
-    clock.now_s += 60  # it takes its time, and nobody asks a second time
+    clock.now_s += 60  # a slow answer is not asked for a second time
     callers += [asyncio.create_task(shared.get()) for _ in range(100)]
     await turn()
     callers[0].cancel()

@@ -293,7 +293,7 @@ def test_a_new_owner_waits_for_the_writers_of_what_was_not_sealed(store: ArenaSt
     successor.apply_report(WriterNews(writer, 2, begun=2, ended_before=3))
     assert successor.stats().quarantined_slots == 1
     del worker
-    assert len(successor.reserve_slots("x", KEYS[4 : 4 + SLOTS], writer=OWNER)) == SLOTS, "nobody lives that writes"
+    assert len(successor.reserve_slots("x", KEYS[4 : 4 + SLOTS], writer=OWNER)) == SLOTS, "no writer lives"
 
 
 def test_a_call_of_another_holder_commits_nothing(store: ArenaStore) -> None:

@@ -102,7 +102,7 @@ class Gauge:
         return stream_over(Workers(start), prompts=prompts, per_prompt=per_prompt)
 
 
-async def beside(gauge: Gauge, work: Any) -> Any:
+async def run_with_other_task(gauge: Gauge, work: Any) -> Any:
     task = asyncio.ensure_future(gauge.others())
     try:
         return await work
@@ -117,7 +117,7 @@ def answer(**settings: Any) -> AnswerFormat:
 @pytest.mark.parametrize("per_prompt", [1, 4])
 async def test_many_choices_are_opened_a_few_at_a_time(per_prompt: int) -> None:
     gauge, prompts = Gauge(), 512 // per_prompt
-    whole = json.loads(await beside(gauge, collect(gauge.stream(prompts, per_prompt), answer())))
+    whole = json.loads(await run_with_other_task(gauge, collect(gauge.stream(prompts, per_prompt), answer())))
     assert [choice["index"] for choice in whole["choices"]] == list(range(512))
     assert all(choice["message"]["content"] == "x" * TOKENS for choice in whole["choices"])
     assert gauge.opened == 512 and gauge.open == 0
@@ -150,7 +150,7 @@ async def test_events_that_are_there_together_are_written_with_turns_between(mon
         body = server_sent_events(gauge.stream(300), answer(), Errors())
         return len([line async for line in body])
 
-    assert await beside(gauge, read()) >= 300 * (TOKENS + 1)
+    assert await run_with_other_task(gauge, read()) >= 300 * (TOKENS + 1)
     assert gauge.most["taken"] <= 2 * OPENED_AT_ONCE
 
 
@@ -172,11 +172,17 @@ async def test_log_probabilities_of_a_long_prompt_are_laid_out_in_pieces(
         return [line async for line in server_sent_events(stream_of_one, echoed, Errors())]
 
     if stream:
-        told = [json.loads(line.removeprefix("data: ")) for line in await beside(gauge, streamed()) if "{" in line]
+        told = [
+            json.loads(line.removeprefix("data: "))
+            for line in await run_with_other_task(gauge, streamed())
+            if "{" in line
+        ]
         logprobs = next(chunk["choices"][0]["logprobs"] for chunk in told if chunk["choices"][0]["logprobs"])
         assert len(logprobs["tokens"]) == tokens + 1
     else:
-        logprobs = json.loads(await beside(gauge, collect(stream_of_one, echoed)))["choices"][0]["logprobs"]
+        logprobs = json.loads(await run_with_other_task(gauge, collect(stream_of_one, echoed)))["choices"][0][
+            "logprobs"
+        ]
         assert len(logprobs["tokens"]) == tokens + 1 + TOKENS
     assert logprobs["token_logprobs"][:2] == [None, -1.0]
     assert logprobs["text_offset"] == list(range(len(logprobs["tokens"])))
@@ -204,6 +210,6 @@ async def test_turns_come_after_so_much_work() -> None:
             gauge.count("work")
             await turns.did()
 
-    await beside(gauge, work())
+    await run_with_other_task(gauge, work())
     assert gauge.most["work"] <= 10
     assert OPENED_AT_ONCE <= MAX_RUNNING

@@ -424,7 +424,7 @@ def test_a_prediction_is_asked_with_what_its_step_captured(bench: Bench) -> None
     bench.prefetcher.drain()
     assert not bench.prefetcher.wait(0)
     bench.indexer.answers[0].set_result(Prediction("a", scores_of(CHUNKS, *SECOND)))
-    assert bench.prefetcher.wait(0)  # whoever sleeps until something comes is woken
+    assert bench.prefetcher.wait(0)  # a thread that waits for completions is woken
 
 
 def test_the_history_that_an_indexer_wants_is_captured() -> None:

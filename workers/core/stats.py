@@ -56,7 +56,6 @@ class EngineStats:
         prefill_tokens_left: tokens left to prefill, of admitted prompts.
         prefilled_tokens, prefilled_prompts: computed by prefill since start, in steps that took ``prefill_s`` together
             and may include decode rows.
-        evicted_chunks: since start.
     """
 
     counters: EngineCounters = field(default_factory=EngineCounters)
@@ -67,10 +66,7 @@ class EngineStats:
     prefilled_prompts: int = 0
     prefill_s: float = 0.0
     hot_slots: int = 0
-    hot_slots_used: int = 0
     hot_slots_referenced: int = 0
-    evicted_chunks: int = 0
-    chunk_bytes: int = 0
     resident_ratio: float = 1.0
 
 

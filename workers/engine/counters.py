@@ -90,10 +90,7 @@ def engine_stats(counters: EngineCounters, pool: HotPool, scheduler: Scheduler) 
         prefilled_prompts=scheduler.prefilled_prompts,
         prefill_s=scheduler.prefill_s,
         hot_slots=pool.num_slots,
-        hot_slots_used=pool.used,
         hot_slots_referenced=pool.referenced,
-        chunk_bytes=pool.layout.nbytes,
         resident_ratio=sum(ratios) / len(ratios) if ratios else 1.0,
-        evicted_chunks=pool.evicted_chunks,
         counters=replace(counters),
     )

@@ -28,7 +28,6 @@ class HotPool:
         self.layout = layout
         self.num_slots = slots
         self.memory = torch.zeros(slots, layout.nbytes, dtype=torch.uint8, device=device)
-        self.evicted_chunks = 0
         self._references = [0] * slots
         self._keys: list[ChunkKey | None] = [None] * slots
         self._dirty = [0] * slots
@@ -78,7 +77,6 @@ class HotPool:
         elif self._cached:
             slot, _ = self._cached.popitem(last=False)
             self._forget(slot)
-            self.evicted_chunks += 1
         else:
             return None
         self._references[slot] = 1
@@ -156,7 +154,6 @@ class HotPool:
             slot, _ = self._cached.popitem(last=False)
             self._forget(slot)
             self._free.append(slot)
-        self.evicted_chunks += count
         return count
 
     def _count_dirty(self, slot: int) -> None:
