@@ -1,12 +1,72 @@
 """Which chunks the last tokens of a prompt attend to: the first resident set is chosen by it (docs/architecture.md)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from forecache.kernels.attention import ops
 from forecache.workers.models.dense.streamed_past import Store
+from forecache.workers.models.step.packing import padded, put
+
+
+@dataclass(frozen=True)
+class ChunkMass:
+    """``mass``: float32 [chunks], as :class:`MassProbe` has it."""
+
+    mass: Tensor
+
+
+@dataclass(frozen=True)
+class ProbedPrompt:
+    """A prompt that is wholly in the pool after a step: ``slots`` int32 [chunks] in order, ``stop`` tokens in them, of
+    which the last ``queries`` are probed."""
+
+    slots: npt.NDArray[np.int32]
+    stop: int
+    queries: int
+
+
+class ProbedHeads:
+    """The heads whose attention is probed, as `ops.chunk_mass` takes them.
+
+    ``heads``: layer → int64 [heads]; ``group``: query heads of a KV head.
+    """
+
+    def __init__(self, heads: Mapping[int, Tensor], group: int, scale: float, device: torch.device) -> None:
+        self._scale = scale
+        self._device = device
+        self._layers = torch.cat([torch.full_like(of_layer, layer) for layer, of_layer in heads.items()])
+        self._kv_heads = torch.cat([of_layer // group for of_layer in heads.values()])
+        self._order = list(heads)
+
+    def masses(
+        self,
+        queries: Mapping[int, Tensor],
+        lse: Mapping[int, Tensor],
+        prompts: Sequence[ProbedPrompt],
+        pool: Store,
+    ) -> list[ChunkMass]:
+        """What each of ``prompts`` attends to. By layer: ``queries`` [rows, heads, head_dim] of their probed tokens,
+        one prompt after another, and ``lse`` float32 [rows, heads]."""
+        counts = [prompt.queries for prompt in prompts]
+        positions = np.concatenate([np.arange(prompt.stop - prompt.queries, prompt.stop) for prompt in prompts])
+        mass = ops.chunk_mass(
+            torch.cat([queries[layer] for layer in self._order], 1),
+            torch.cat([lse[layer] for layer in self._order], 1),
+            pool.kv,
+            self._layers,
+            self._kv_heads,
+            padded([prompt.slots for prompt in prompts], self._device),
+            put(positions, self._device),
+            put([0, *np.cumsum(counts)], self._device, np.int32),
+            self._scale,
+            k_scale=None if pool.scale is None else pool.scale[:, :, 0],
+        )
+        return [ChunkMass(row[: len(prompt.slots)]) for row, prompt in zip(mass, prompts, strict=True)]
 
 
 class MassProbe:
@@ -51,31 +111,17 @@ class MassProbe:
         self._seen = []
         return True
 
-    def see_captured(
-        self, queries: Mapping[int, Tensor], lse: Mapping[int, Tensor], pool: Store, all_heads: int
-    ) -> None:
-        """All layers at once, after the step: of its probed tokens, by layer, ``queries`` [queries, heads, head_dim]
-        and ``lse`` float32 [queries, heads], of a model with ``all_heads`` query heads. The whole past is in ``pool``.
-        """
-        for layer, q in queries.items():
-            self._q, self._all_heads, self._seen = q.transpose(0, 1), all_heads, []
-            self._finish(layer, pool, lse[layer])
-
     def see(self, layer: int, chunks: Tensor, k: Tensor) -> None:
         """Keys ``k`` [kv_heads, n, head_dim] of whole ``chunks``, int64, outside the pool; read before it returns."""
         self._seen.append((chunks, self._by_chunk(self._logits(layer, k))))
 
     def finish(self, layer: int, pool: Store, lse: Tensor) -> None:
         """The layer is over: its new keys are in ``pool``. ``lse``: float32 [tokens, heads], of the whole attention."""
-        self._finish(layer, pool, lse[-self.queries :][:, self.heads[layer]])
-
-    def _finish(self, layer: int, pool: Store, lse: Tensor) -> None:
-        """``lse``: float32 [queries, heads to look at]."""
         assert self._q is not None
         k, _ = ops.gather_layer(pool.kv, layer, self._slots, scale=pool.scale, dtype=self._q.dtype)
         logits = self._logits(layer, k).masked_fill(self._later, -torch.inf)
         self._seen.append((self._numbers, self._by_chunk(logits)))
-        whole = lse.T.unsqueeze(-1)
+        whole = lse[-self.queries :][:, self.heads[layer]].T.unsqueeze(-1)
         for chunks, chunk_lse in self._seen:
             mass = (chunk_lse - whole).exp().amax(dim=(0, 1)).round(decimals=3)
             self.mass[chunks] = torch.maximum(self.mass[chunks], mass)

@@ -25,7 +25,7 @@ from forecache.workers.models.dense.compiled_layers import (
 )
 from forecache.workers.models.dense.graph import DecodeGraphs
 from forecache.workers.models.dense.mixed_graph import MixedGraphs, PackedTokens, PromptTable
-from forecache.workers.models.dense.prompt_probe import MassProbe
+from forecache.workers.models.dense.prompt_probe import ChunkMass, MassProbe, ProbedHeads, ProbedPrompt
 from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
 from forecache.workers.models.step.architecture import Backbone
@@ -71,6 +71,10 @@ class ModelRunner(Runner):
         self._mixed: MixedGraphs | None = None
         self._min_tokens = 1
         self._query_heads = _heads_by_layer(spec, self._device)
+        geometry = backbone.geometry
+        self._probed_heads = ProbedHeads(
+            self._query_heads, geometry.heads // geometry.kv_heads, geometry.scale, self._device
+        )
         self._key_layers = torch.tensor([layer for layer, _ in spec.kv_heads], device=self._device)
         self._key_heads = torch.tensor([head for _, head in spec.kv_heads], device=self._device)
         rows = spec if lookahead is None else lookahead.spec
@@ -91,13 +95,13 @@ class ModelRunner(Runner):
                 return Forward(sampled, replayed.logits, replayed.non_finite, replayed.best, replayed.queries)
         packed = pack(plan, self._last_rows, self._histories)
         pasts = [self._past(part.sequence) for part in plan.streams]
+        if plan.streams and (forward := self._replay_mixed(plan, packed, pasts)) is not None:
+            return forward
         probes = {
             part.sequence.request_id: self._probe(part, past)
             for part, past in zip(plan.streams, pasts, strict=True)
             if part.probe
         }
-        if plan.streams and (forward := self._replay_mixed(plan, packed, pasts, probes)) is not None:
-            return forward
         batch = self._lay_out(plan, packed, pasts, probes, aborted)
         logits = self._forward(batch)
         queries = {} if batch.capture is None else batch.capture.queries
@@ -105,13 +109,7 @@ class ModelRunner(Runner):
         cold = [past.cold for past in pasts]
         return Forward(packed.sampled, logits, batch.non_finite, queries=queries, cold=cold, probes=probes)
 
-    def _replay_mixed(
-        self,
-        plan: Plan,
-        packed: PackedStep,
-        pasts: Sequence[StreamedPast],
-        probes: Mapping[str, MassProbe],
-    ) -> Forward | None:
+    def _replay_mixed(self, plan: Plan, packed: PackedStep, pasts: Sequence[StreamedPast]) -> Forward | None:
         """Run ``plan`` as a step of fixed shape; ``None`` if it has none."""
         if self._mixed is None or packed.scored_rows or any(past.segments for past in pasts):
             return None
@@ -125,17 +123,12 @@ class ModelRunner(Runner):
         if not self._mixed.takes(rows, prompts, len(packed.logits_rows)):
             return None
         output = self._mixed.replay(self._packed_tokens(plan, packed), rows, prompts, packed.logits_rows)
-        first = 0
-        for part in plan.streams:
-            if part.probe:
-                last = first + part.probe
-                probes[part.sequence.request_id].see_captured(
-                    {layer: q[first:last] for layer, q in output.probe_queries.items()},
-                    {layer: lse[first:last] for layer, lse in output.probe_lse.items()},
-                    self._hot,
-                    self._backbone.geometry.heads,
-                )
-                first = last
+        probes: dict[str, ChunkMass] = {}
+        probed = [(part, past) for part, past in zip(plan.streams, pasts, strict=True) if part.probe]
+        if probed:
+            of_prompts = [_probed_prompt(part, past) for part, past in probed]
+            masses = self._probed_heads.masses(output.probe_queries, output.probe_lse, of_prompts, self._hot)
+            probes = {part.sequence.request_id: mass for (part, _), mass in zip(probed, masses, strict=True)}
         return Forward(
             packed.sampled, output.logits, output.non_finite, output.best, queries=output.queries, probes=probes
         )
@@ -366,6 +359,13 @@ class ModelRunner(Runner):
             self._backbone.geometry.scale,
             self._device,
         )
+
+
+def _probed_prompt(part: StreamPart, past: StreamedPast) -> ProbedPrompt:
+    seq, stop = part.sequence, part.sequence.num_computed + part.tokens
+    slots = past.hot | seq.open_slots
+    chunks = range(-(-stop // seq.chunk_tokens))
+    return ProbedPrompt(np.array([slots[number] for number in chunks], np.int32), stop, part.probe)
 
 
 def _places(plan: Plan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
