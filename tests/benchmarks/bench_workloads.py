@@ -19,6 +19,10 @@ Rows:
   at once, which a short run understates; `--bisect-runs` then searches upward for the rate at which the queue grows.
   Without vLLM it is forecache's own.
 
+- `STREAMS@PROMPT`, such as `32@32768`: a prompt that is sent when so many streams decode (512 tokens each, answers of
+  2,048): its first token, and the gaps between tokens of the streams before and during its prefill. `1x32768+1` is the
+  same prompt alone. A target for the time between tokens is a setting of forecache: `--set`, and another `--out`.
+
 The model has random weights in the shape of Llama-3.1-8B (`--shape`), or is `--model`. Answers ignore the end of
 sequence. forecache has a column for each of `--keep-ratios`; 1 has everything resident. Every other setting is each
 engine's default (vLLM: that of its server), unless `--set` or `--vllm-set` say otherwise. A row's time runs from the

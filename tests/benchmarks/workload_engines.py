@@ -204,10 +204,31 @@ class Course:
             "first_token_s_by_kind": {
                 kind: percentiles([track.first_token_s for track in good if track.kind == kind]) for kind in kinds
             },
+            "beside": self._beside(),
             "after_last_first_token_s": round(self.total_s - max(first_tokens_s, default=0.0), 3),
             "steps": len(self.step_s),
             "step_p50_ms": round(statistics.median(self.step_s) * 1e3, 3),
             "longest_steps_s": [round(step_s, 3) for step_s in sorted(self.step_s)[-LONGEST_STEPS:]],
+        }
+
+    def _beside(self) -> dict[str, Any] | None:
+        """Gaps between tokens of the streams before the document was sent, and those that overlap its prefill.
+
+        ``None`` if the row has no streams, or the document no answer.
+        """
+        streams = [track for track in self.tracks if track.kind == "stream" and track.error is None]
+        documents = [track for track in self.tracks if track.kind == "document" and track.error is None]
+        if not streams or not documents:
+            return None
+        sent_s, first_token_s = documents[0].due_s, documents[0].token_s[0]
+        gaps = [gap for track in streams for gap in pairwise(track.token_s)]
+        return {
+            "gaps_before_s": percentiles([later - earlier for earlier, later in gaps if later <= sent_s]),
+            "gaps_during_s": percentiles(
+                [later - earlier for earlier, later in gaps if later > sent_s and earlier < first_token_s]
+            ),
+            "streams_that_lasted": sum(track.token_s[-1] >= first_token_s for track in streams),
+            "document_first_token_s": round(documents[0].first_token_s, 6),
         }
 
 
@@ -228,14 +249,20 @@ def drive(engine: MeasuredEngine, sessions: Sequence[Session], prompts: Prompts,
     token includes. A session ends at its first error. ``run``: part of all request ids.
     """
     running = [_Progress(session, [prompts.draw(turn.new_tokens) for turn in session.turns]) for session in sessions]
-    due = [(session.start_s, number) for number, session in enumerate(sessions)]
+    due = [(session.start_s, number) for number, session in enumerate(sessions) if session.after_tokens is None]
     heapq.heapify(due)
+    waiting = {number: session.after_tokens for number, session in enumerate(sessions) if session.after_tokens}
     tracks: list[Track] = []
     live: dict[str, tuple[int, Track]] = {}
     step_s: list[float] = []
     begun = time.perf_counter()
     now_s = 0.0
     while due or live:
+        if waiting and not due:
+            fewest = min(len(track.token_ids) for track in tracks)
+            for number in [number for number, tokens in waiting.items() if fewest >= tokens]:
+                del waiting[number]
+                heapq.heappush(due, (now_s, number))
         while due and due[0][0] <= now_s:
             due_s, number = heapq.heappop(due)
             progress = running[number]

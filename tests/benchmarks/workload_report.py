@@ -81,8 +81,16 @@ FIGURES = (
     ("first token p99, s", lambda result: result["first_token_s"].get("p99")),
     ("between tokens p50, ms", lambda result: _ms(result["between_tokens_s"].get("p50"))),
     ("between tokens p99, ms", lambda result: _ms(result["between_tokens_s"].get("p99"))),
+    ("beside streams: first token, s", lambda result: (result["beside"] or {}).get("document_first_token_s")),
+    ("streams before: between tokens p50, ms", lambda result: _beside_ms(result, "gaps_before_s", "p50")),
+    ("streams during its prefill: p50, ms", lambda result: _beside_ms(result, "gaps_during_s", "p50")),
+    ("streams during its prefill: p99, ms", lambda result: _beside_ms(result, "gaps_during_s", "p99")),
     ("prompt tokens cached", lambda result: _share(result["cached_tokens"], result["prompt_tokens"])),
 )
+
+
+def _beside_ms(result: dict[str, Any], part: str, percentile: str) -> float | None:
+    return None if result["beside"] is None else _ms(result["beside"][part].get(percentile))
 
 
 def _ms(seconds: float | None) -> float | None:
@@ -102,6 +110,8 @@ def table(results: Results, rows: Sequence[str], columns: Sequence[str]) -> str:
             continue
         for name, figure in FIGURES:
             values = {column: None if result is None else figure(result) for column, result in found.items()}
+            if not any(value is not None for value in values.values()):
+                continue
             cells = [_cell(values[column], None if column == PEER else values.get(PEER)) for column in columns]
             lines.append(f"| {row} | {name} | {' | '.join(cells)} |")
         errors = {column: sum(result["errors"].values()) for column, result in found.items() if result is not None}

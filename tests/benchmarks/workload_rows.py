@@ -12,6 +12,7 @@ from forecache.cluster.cli.load_workloads import mixed_sizes, poisson_arrivals_s
 
 PERCENTILES = (50, 90, 99, 100)
 BURST = re.compile(r"(\d+)x(\d+)\+(\d+)")
+BESIDE = re.compile(r"(\d+)@(\d+)")
 FIRST_TOKEN_ID = 10
 """Smaller ids are left to special tokens."""
 
@@ -28,12 +29,15 @@ class Turn:
 class Session:
     """Turns that grow one history; each is sent when the previous answer is complete.
 
-    ``start_s``: when the first one is sent, in seconds from the start of the row.
+    Attributes:
+        start_s: when the first one is sent, in seconds from the start of the row.
+        after_tokens: instead, it is sent when every other session has so many tokens of its answer.
     """
 
     turns: tuple[Turn, ...]
     start_s: float = 0.0
     kind: str = "request"
+    after_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -43,7 +47,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the rows `sessions` and `mixed`, in tokens."""
+    """Sizes of the rows `sessions` and `mixed`, and of the streams of `STREAMS@PROMPT`, in tokens."""
 
     sessions: int
     history_tokens: int
@@ -53,12 +57,14 @@ class Sizes:
     mixed_requests: int
     chat_tokens: int
     document_tokens: int
+    stream_prompt_tokens: int
+    stream_answer_tokens: int
     document_share: float = 0.25
 
 
 SIZES = {
-    "full": Sizes(12, 65536, 6, 256, 256, 128, 2048, 32768),
-    "small": Sizes(3, 384, 3, 32, 8, 12, 32, 512),
+    "full": Sizes(12, 65536, 6, 256, 256, 128, 2048, 32768, 512, 2048),
+    "small": Sizes(3, 384, 3, 32, 8, 12, 32, 512, 48, 256),
 }
 ROWS = {
     "full": ("64x2048+256", "8x32768+256", "4x131072+256", "sessions", "mixed"),
@@ -81,6 +87,19 @@ def burst(row: str) -> list[Session] | None:
     return [Session((Turn(prompt, answer),))] * requests
 
 
+def beside(row: str, sizes: Sizes) -> list[Session] | None:
+    """`STREAMS@PROMPT`: a prompt that is sent when so many streams decode; ``None`` if ``row`` is not of this form."""
+    found = BESIDE.fullmatch(row)
+    if found is None:
+        return None
+    streams, prompt = (int(number) for number in found.groups())
+    if not streams or not prompt:
+        raise RowError(f"{row} is empty: STREAMS@PROMPT are numbers above 0")
+    stream = Session((Turn(sizes.stream_prompt_tokens, sizes.stream_answer_tokens),), kind="stream")
+    settled = sizes.stream_answer_tokens // 8
+    return [*[stream] * streams, Session((Turn(prompt, 1),), kind="document", after_tokens=settled)]
+
+
 def sessions_of(row: str, sizes: Sizes, seed: int, rate_per_s: float | None) -> list[Session]:
     """The sessions of a row, a function of its arguments.
 
@@ -92,6 +111,8 @@ def sessions_of(row: str, sizes: Sizes, seed: int, rate_per_s: float | None) -> 
     """
     if (sent_at_once := burst(row)) is not None:
         return sent_at_once
+    if (streams := beside(row, sizes)) is not None:
+        return streams
     if row == "sessions":
         later = [Turn(sizes.turn_tokens, sizes.answer_tokens)] * (sizes.turns - 1)
         first = Turn(sizes.history_tokens + sizes.turn_tokens, sizes.answer_tokens)
@@ -106,7 +127,7 @@ def sessions_of(row: str, sizes: Sizes, seed: int, rate_per_s: float | None) -> 
             Session((Turn(tokens, sizes.answer_tokens),), start_s, kind)
             for (kind, tokens), start_s in zip(lengths, starts_s, strict=True)
         ]
-    raise RowError(f"there is no row {row}: give sessions, mixed or REQUESTSxPROMPT+ANSWER")
+    raise RowError(f"there is no row {row}: give sessions, mixed, REQUESTSxPROMPT+ANSWER or STREAMS@PROMPT")
 
 
 def most_tokens(sessions: Sequence[Session]) -> int:

@@ -36,7 +36,7 @@ def test_a_burst_is_unique_prompts_at_once(rows: Any) -> None:
     assert rows.most_tokens(sessions) == 33024
 
 
-@pytest.mark.parametrize("row", ["session", "8x32768", "0x5+5", "4x5+0", "-1x5+5", ""])
+@pytest.mark.parametrize("row", ["session", "8x32768", "0x5+5", "4x5+0", "-1x5+5", "", "0@5", "3@0"])
 def test_rows_that_do_not_exist(rows: Any, row: str) -> None:
     with pytest.raises(rows.RowError):
         rows.sessions_of(row, rows.SIZES["full"], 0, None)
@@ -148,6 +148,32 @@ def test_the_driver_sends_turns_in_order_and_the_answers_are_the_engines(
     assert set(figures["first_token_s_by_kind"]) == {"session", "late"}
 
 
+def test_a_prompt_beside_streams_is_sent_when_they_decode(
+    scripts: dict[str, Any], rows: Any, tiny_model: Path, arena_dir: Path
+) -> None:
+    settings = dict(setting.split("=") for setting in SMALL)
+    engine = scripts["workload_engines"].ForecacheEngine(
+        str(tiny_model), None, None, {**settings, "arena_dir": str(arena_dir)}
+    )
+    sizes = rows.SIZES["small"]
+    sessions = rows.sessions_of("2@700", sizes, 0, None)
+    assert [session.kind for session in sessions] == ["stream", "stream", "document"]
+    try:
+        course = scripts["workload_engines"].drive(engine, sessions, rows.Prompts(256, 0, "x"), "x")
+    finally:
+        engine.close()
+    *streams, document = course.tracks
+    assert document.kind == "document" and len(document.token_ids) == 1 and document.prompt_tokens == 700
+    assert all(stream.token_s[31] <= document.due_s for stream in streams)
+    assert all(len(stream.token_ids) == sizes.stream_answer_tokens for stream in streams)
+    figures = course.figures()["beside"]
+    assert figures["streams_that_lasted"] == 2
+    assert figures["document_first_token_s"] == pytest.approx(document.first_token_s, abs=1e-5)
+    before = [gap for stream in streams for gap in stream.gaps_s if gap > 0]
+    assert 0 <= figures["gaps_before_s"]["p50"] <= max(before)
+    assert figures["gaps_during_s"]["p100"] <= max(before) + 1e-5
+
+
 def test_a_refused_request_is_an_error_of_the_row_and_ends_its_session(
     scripts: dict[str, Any], rows: Any, tiny_model: Path, arena_dir: Path
 ) -> None:
@@ -172,8 +198,43 @@ def result(row: str, column: str, total_s: float, **more: Any) -> dict[str, Any]
     times = {"p50": total_s / 4, "p90": total_s / 3, "p99": total_s / 2, "p100": total_s}
     return {
         "row": row, "column": column, "total_s": total_s, "first_token_s": times, "between_tokens_s": times,
-        "cached_tokens": 30, "prompt_tokens": 120, "errors": {}, "rate_per_s": None, **more,
+        "cached_tokens": 30, "prompt_tokens": 120, "errors": {}, "rate_per_s": None, "beside": None, **more,
     }  # fmt: skip
+
+
+def test_gaps_of_streams_are_told_apart_by_the_prefill_beside_them(scripts: dict[str, Any]) -> None:
+    engines = scripts["workload_engines"]
+
+    def track(kind: str, due_s: float, token_s: list[float]) -> Any:
+        return engines.Track(kind, 0, due_s, 10, len(token_s), list(range(len(token_s))), token_s, 0)
+
+    streams = [track("stream", 0.0, [1.0, 1.1, 1.2, 2.2, 3.7, 3.8, 3.9]), track("stream", 0.0, [1.0, 1.2])]
+    course = engines.Course([*streams, track("document", 1.25, [3.65])], 4.0, [0.1])
+    assert course.figures()["beside"] == {
+        "gaps_before_s": pytest.approx({"p50": 0.1, "p90": 0.18, "p99": 0.198, "p100": 0.2}),
+        "gaps_during_s": pytest.approx({"p50": 1.25, "p90": 1.45, "p99": 1.495, "p100": 1.5}),
+        "streams_that_lasted": 1,
+        "document_first_token_s": 2.4,
+    }
+    assert engines.Course(streams, 4.0, [0.1]).figures()["beside"] is None
+
+
+def test_the_rate_is_vllms_where_it_runs(scripts: dict[str, Any], tmp_path: Path) -> None:
+    bench, report = scripts["bench_workloads"], scripts["workload_report"]
+    args = bench.arguments(["--out", str(tmp_path / "r.json"), "--engines", "vllm", "forecache", "--rows", "mixed"])
+    results = bench.open_results(args)
+    assert bench.rate_of(args, results, "vllm") is None is bench.rate_of(args, results, "forecache")
+    results.set_rate(report.Rate(4.0, "forecache", "at once"))
+    assert bench.rate_of(args, results, "vllm") is None, "its own is still to be measured"
+    assert bench.rate_of(args, results, "forecache") == 3.2
+    results.add(result("mixed", "forecache, keep ratio 0.135", 5.0, rate_per_s=3.2))
+    results.add(result("mixed", "forecache, keep ratio 1", 5.0, rate_per_s=3.2))
+    assert not bench.missing(args, results, "forecache", ["mixed"])
+    results.set_rate(report.Rate(5.0, "vllm", "at once"))
+    assert bench.rate_of(args, results, "vllm") == bench.rate_of(args, results, "forecache") == 4.0
+    assert bench.missing(args, results, "forecache", ["mixed"]), "measured at another rate"
+    args.rate = 3.2
+    assert not bench.missing(args, results, "forecache", ["mixed"])
 
 
 def test_the_table_has_the_ratio_to_vllm(scripts: dict[str, Any], tmp_path: Path) -> None:
