@@ -140,6 +140,7 @@ class LLM:
         cache_salt: str = "",
         session_id: str | None = None,
         window_steps: int | None = None,
+        min_resident_tokens: int | None = None,
     ) -> list[Completion]:
         """Complete every prompt in one batch; answers come in the prompts' order.
 
@@ -154,7 +155,7 @@ class LLM:
             max_tokens, temperature, top_p, top_k, seed, tuple(stop), ignore_eos,
             presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()), logprobs, grammar,
         )  # fmt: skip
-        cache = CacheOptions(policy, keep_ratio, cache_salt, session_id, window_steps)
+        cache = CacheOptions(policy, keep_ratio, cache_salt, session_id, window_steps, min_resident_tokens)
         ids: list[str] = []
         done: dict[str, Completion] = {}
         try:

@@ -29,6 +29,7 @@ from forecache.workers.evaluation.corpus import Kind
 from forecache.workers.evaluation.evaluate import (
     COLUMNS,
     LEAST_ACCURACY,
+    REFERENCE,
     Answer,
     Backend,
     CellResult,
@@ -49,13 +50,12 @@ from forecache.workers.models.tokenizer import load_tokenizer
 
 KI = 1024
 NOT_IN_ANSWERS = {
-    *("model", "device", "dtype", "keep_ratio", "seed", "policy"),  # recorded separately, or part of a column
+    *("model", "device", "dtype", "keep_ratio", "seed"),  # recorded separately
+    *("policy", "min_resident_tokens"),  # part of a column
     *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
     *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that do not change answers: a run may continue with other values."""
-TRAINED_COLUMN = "lookahead"
-"""The only column whose answers depend on the weights of the trained indexer."""
 DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")
 LONGEST_WAIT_S = 1800.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -95,7 +95,11 @@ class HttpBackend:
             "max_tokens": sample.max_tokens,
             "temperature": 0,
             "seed": 0,
-            "forecache": {"policy": column.policy, "keep_ratio": self._keep_ratio},
+            "forecache": {
+                "policy": column.policy,
+                "keep_ratio": self._keep_ratio,
+                "min_resident_tokens": column.min_resident_tokens,
+            },
         }
         found = self._ask("/v1/completions", body)
         usage = found["usage"]
@@ -139,7 +143,7 @@ def main(argv: list[str]) -> int:
     plan = Plan(
         tasks=tuple(args.tasks),
         lengths=tuple(sorted(set(args.lengths))),
-        columns=_columns(args),
+        columns=_columns(args, config),
         samples=args.samples,
         skip_hopeless=args.skip_hopeless,
     )
@@ -156,12 +160,21 @@ def main(argv: list[str]) -> int:
     return 0 if done else 1
 
 
-def _columns(args: argparse.Namespace) -> tuple[Column, ...]:
-    """The columns of ``--columns``; by default :data:`DEFAULT_COLUMNS`, of which a server answers only some."""
-    if args.columns is not None:
-        return tuple(COLUMNS[name] for name in dict.fromkeys(args.columns))
-    columns = tuple(COLUMNS[name] for name in DEFAULT_COLUMNS)
-    return columns if args.url is None else tuple(column for column in columns if not column.indexer)
+def _columns(args: argparse.Namespace, config: ServeConfig) -> tuple[Column, ...]:
+    """The columns of ``--columns``, at each of ``--min-resident-tokens``.
+
+    By default those of :data:`DEFAULT_COLUMNS`, of which a server answers only some.
+    """
+    columns = [COLUMNS[name] for name in dict.fromkeys(args.columns or DEFAULT_COLUMNS)]
+    if args.columns is None and args.url is not None:
+        columns = [column for column in columns if not column.indexer]
+    sizes = sorted(set(args.min_resident_tokens or [config.engine.min_resident_tokens]))
+    return tuple(same for column in columns for same in column.at(sizes))
+
+
+def _trained(column: Column) -> bool:
+    """Whether the answers of ``column`` depend on the weights of the trained indexer."""
+    return column.policy == "lookahead" and not column.indexer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-limit-s", type=above_zero, help="stop within this many seconds (default: no limit)")
     parser.add_argument("--batch", type=positive, default=16, help="concurrent sequences or requests (default: 16)")
     _setting(parser, "--keep-ratio", "engine.keep_ratio", "resident / all chunks (default: 0.135)")
+    parser.add_argument(
+        "--min-resident-tokens",
+        nargs="+",
+        type=_tokens,
+        metavar="TOKENS",
+        help="tokens that stay resident whatever the keep ratio; several: a column for each (default: as served)",
+    )
     _setting(parser, "--threads", "engine.threads", "CPU threads of the model (default: all cores)")
     _setting(parser, "--device", "engine.device", "auto, cpu, cuda or cuda:N (default: auto)")
     _setting(parser, "--dtype", "engine.dtype", "auto, float32, bfloat16 or float16 (default: auto)")
@@ -233,6 +253,11 @@ def _length(text: str) -> int:
     return positive(text[:-1]) * KI if text[-1:] in ("k", "K") else positive(text)
 
 
+def _tokens(text: str) -> int:
+    """A number of tokens, or 0."""
+    return 0 if text == "0" else _length(text)
+
+
 Say = Callable[[str, int, int], None]
 """Called with the current activity, the number of new answers, and the number of answers in total."""
 
@@ -265,11 +290,16 @@ def _run(
     path = resolve_model(model, lambda text: say(text, 0, 0))
     generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
     identity = _identity(args, config, generator, server, model, path)
-    of_columns = {}
-    if server is None and any(column.name == TRAINED_COLUMN for column in plan.columns):
-        of_columns[TRAINED_COLUMN] = {"trained_indexer": _trained_digest(config, path)}
+    weights = {}
+    if server is None and any(_trained(column) for column in plan.columns):
+        weights = {"trained_indexer": _trained_digest(config, path)}
+    of_columns = {
+        column.name: {"min_resident_tokens": column.min_resident_tokens} | (weights if _trained(column) else {})
+        for column in plan.columns
+    }
     records = Records(args.out, identity, of_columns)
-    identity |= of_columns.get(TRAINED_COLUMN, {})
+    sizes = {column.name: column.min_resident_tokens for column in plan.columns if column.policy != REFERENCE}
+    identity |= weights | {"min_resident_tokens": sizes}
     total = records.missing(plan, plan.columns)
 
     def ask(columns: Sequence[Column], backend: Backend) -> bool:

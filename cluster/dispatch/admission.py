@@ -40,8 +40,10 @@ class ResidentEstimate:
         """Most bytes that a sequence of ``tokens`` tokens may hold with the request's ``cache`` options."""
         chunks = -(-tokens // self.engine.chunk_tokens)
         if (cache.policy or self.engine.policy) != "full":
-            keep_ratio = self.engine.keep_ratio if cache.keep_ratio is None else cache.keep_ratio
-            chunks = budget_chunks(chunks, keep_ratio, self.selection)
+            engine, least_tokens = self.engine, cache.min_resident_tokens
+            keep_ratio = engine.keep_ratio if cache.keep_ratio is None else cache.keep_ratio
+            least_tokens = engine.min_resident_tokens if least_tokens is None else least_tokens
+            chunks = budget_chunks(chunks, keep_ratio, self.selection, -(-least_tokens // engine.chunk_tokens))
         return chunks * self.chunk_bytes
 
 
@@ -260,7 +262,7 @@ class Admission:
         if most_bytes is not None and resident_bytes > most_bytes:
             raise InvalidRequestError(
                 f"the request may come to hold {resident_bytes} bytes of K/V, but your key may have {most_bytes}: "
-                "shorten the prompt, lower max_tokens or forecache.keep_ratio",
+                "shorten the prompt, lower max_tokens, forecache.keep_ratio or forecache.min_resident_tokens",
                 "max_tokens",
             )
         requests, used_bytes = self._remote.tenants.get(tenant.name, (0, 0))

@@ -136,11 +136,13 @@ Message = Annotated[SaidMessage | AssistantMessage | ToolMessage, Field(discrimi
 class ForecacheOptions(Strict):
     """Options of forecache: how the request uses the KV cache, and its time limit.
 
-    ``window``: decode steps between two resident sets. ``show_chunks``: the stream also reports where chunks are.
+    ``min_resident_tokens``: tokens that stay resident whatever ``keep_ratio`` is. ``window``: decode steps between two
+    resident sets. ``show_chunks``: the stream also reports where chunks are.
     """
 
     policy: Policy | None = None
     keep_ratio: float | None = Field(None, gt=0, le=1)
+    min_resident_tokens: int | None = Field(None, ge=0)
     window: int | None = Field(None, ge=1, le=MAX_WINDOW_STEPS)
     cache_salt: Text = Field("", max_length=1024)
     session_id: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
@@ -272,7 +274,14 @@ class _Request(Strict):
 
     def cache(self) -> CacheOptions:
         options = self.forecache or ForecacheOptions()
-        return CacheOptions(options.policy, options.keep_ratio, options.cache_salt, options.session_id, options.window)
+        return CacheOptions(
+            options.policy,
+            options.keep_ratio,
+            options.cache_salt,
+            options.session_id,
+            options.window,
+            options.min_resident_tokens,
+        )
 
 
 class ChatCompletionRequest(_Request):

@@ -17,12 +17,13 @@ def recency_chunks(budget: int, config: SelectionConfig) -> int:
     return max(1, int(config.recency_fraction * budget)) if config.recency_fraction else 0
 
 
-def budget_chunks(chunks: int, keep_ratio: float, config: SelectionConfig) -> int:
+def budget_chunks(chunks: int, keep_ratio: float, config: SelectionConfig, least_chunks: int = 0) -> int:
     """Resident chunks of a sequence of ``chunks`` chunks.
 
-    max(⌈keep_ratio·n⌉, sink + recency + 4, min_chunks), at most n; recency is itself a share of the budget.
+    max(⌈keep_ratio·n⌉, sink + recency + 4, min_chunks, least_chunks), at most n; recency is itself a share of the
+    budget.
     """
-    budget = max(math.ceil(keep_ratio * chunks), config.min_chunks)
+    budget = max(math.ceil(keep_ratio * chunks), config.min_chunks, least_chunks)
     while budget < chunks and budget - recency_chunks(budget, config) < config.sink_chunks + LEAST_SCORED_CHUNKS:
         budget += 1
     return min(chunks, budget)

@@ -34,6 +34,7 @@ def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> AbstractC
     """A ``checked_llm`` of ``tiny_model`` with 16-token chunks that are all kept; ``settings`` change that."""
     defaults: dict[str, Any] = {
         "keep_ratio": 1.0,
+        "min_resident_tokens": 0,
         "chunk_tokens": 16,
         "cold_bytes": 4 << 20,
         "hot_bytes": hot_chunks * CHUNK_BYTES,

@@ -222,6 +222,7 @@ def test_an_answer_loses_two_chunks_at_most_to_a_bad_slot(
         str(tiny_model),
         skip_tokenizer=True,
         keep_ratio=0.2,
+        min_resident_tokens=0,
         chunk_tokens=16,
         dtype="float32",
         hot_bytes=24 * layout.nbytes,

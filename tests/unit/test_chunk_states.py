@@ -20,6 +20,7 @@ CHUNK = 16
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> Iterator[LLM]:
     settings: dict[str, Any] = {"chunk_tokens": CHUNK, "cold_bytes": 1 << 22, "late_policy": "wait", "window_steps": 16}
+    settings["min_resident_tokens"] = 0
     # 18 slots: fewer than the prompt has chunks
     with LLM(str(tiny_model), skip_tokenizer=True, hot_bytes=18 * 3 * 2 * 2 * CHUNK * 16 * 4, **settings) as llm:
         yield llm

@@ -303,6 +303,7 @@ def generate(model: Path, device: str) -> Indexer:
             chunk_tokens=16,
             window_steps=16,
             keep_ratio=0.4,
+            min_resident_tokens=0,
             hot_bytes=64 * 3 * 2 * 2 * 16 * 16 * 4,
             cold_bytes=4 << 20,
             arena_dir=Path(directory),

@@ -103,6 +103,7 @@ def reference_logits(model: DeepseekV4ForCausalLM, tokens: list[int], first: int
 def open_llm(path: Path, **settings: Any) -> Iterator[LLM]:
     """An LLM that stores a snapshot every two chunks; checks at the end that nothing leaked."""
     defaults = {"keep_ratio": 1.0, "dtype": "float32", "cold_bytes": 32 << 20, "hot_bytes": 4 << 20, "threads": 1}
+    defaults["min_resident_tokens"] = 0
     with (
         TemporaryDirectory(prefix="dsv4-test-", dir="/dev/shm") as directory,
         LLM(

@@ -56,6 +56,7 @@ def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: MakeDeepsee
 
 def open_llm(path: Path, arena_dir: Path, **settings: Any) -> LLM:
     defaults = {"dtype": "float32", "cold_bytes": 32 << 20, "hot_bytes": 2 << 20, "threads": 1, "window_steps": 8}
+    defaults["min_resident_tokens"] = 0
     return LLM(str(path), skip_tokenizer=True, arena_dir=arena_dir, selection=SELECTION, **(defaults | settings))
 
 

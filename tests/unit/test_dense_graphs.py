@@ -16,6 +16,7 @@ SETTINGS: dict[str, Any] = {
     "cold_bytes": 32 << 20,
     "max_batch_size": 8,
     "keep_ratio": 0.5,
+    "min_resident_tokens": 0,
     "window_steps": 4,
     "lead_steps": 1,
     "late_policy": "wait",

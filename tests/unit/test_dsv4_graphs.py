@@ -46,6 +46,7 @@ def open_llm(path: Path, arena_dir: Path, device: str, **settings: Any) -> LLM:
         "window_steps": 8,
         "max_batch_size": ROWS,
         "keep_ratio": 0.5,
+        "min_resident_tokens": 0,
         "late_policy": "wait",
     }
     selection = SelectionConfig(min_chunks=2, recency_fraction=0.25)

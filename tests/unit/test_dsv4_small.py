@@ -21,6 +21,7 @@ def test_lookahead_answers_and_recency_does_not(arena_dir: Path) -> None:
     generator = Generator(load_tokenizer(MODEL))
     samples = [generator.sample(kind, TOKENS, number) for kind in NAMED for number in range(SAMPLES)]
     settings: dict[str, Any] = {"dtype": "float32", "chunk_tokens": 128, "threads": 1, "late_policy": "wait"}
+    settings["min_resident_tokens"] = 0
     found = {}
     with LLM(
         str(MODEL),

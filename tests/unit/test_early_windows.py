@@ -63,6 +63,7 @@ def opened(
         device="cpu",
         chunk_tokens=16,
         keep_ratio=keep_ratio,
+        min_resident_tokens=0,
         hot_bytes=4 << 20,
         cold_bytes=4 << 20,
         wrap_indexer=wrap_indexer,
@@ -118,7 +119,12 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
     tiny_model: Path, prompts: list[list[int]], arena_dir: Path, window_steps: int
 ) -> None:
     """Predictions are for boundaries 2, 4, 8 and so on: with windows of 8 steps the fourth is of the second window."""
-    settings: dict[str, Any] = {"keep_ratio": 0.4, "window_steps": window_steps, "late_policy": "wait"}
+    settings: dict[str, Any] = {
+        "keep_ratio": 0.4,
+        "min_resident_tokens": 0,
+        "window_steps": window_steps,
+        "late_policy": "wait",
+    }
     with opened(tiny_model, arena_dir, Fickle, **settings) as llm:
         request = GenerateRequest(
             "r", tuple(prompts[2]), SamplingParams(max_tokens=TOKENS, ignore_eos=True), CacheOptions()

@@ -44,6 +44,7 @@ def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[
     """An LLM with 16-token chunks; checks at the end that nothing leaked."""
     defaults: dict[str, Any] = {
         "keep_ratio": 1.0,
+        "min_resident_tokens": 0,
         "dtype": "float32",
         "chunk_tokens": 16,
         "cold_bytes": 4 << 20,

@@ -83,6 +83,7 @@ class Asked:
 def settings_of(draw: random.Random) -> dict[str, Any]:
     return {
         "keep_ratio": draw.choice([0.1, 0.3, 1.0]),
+        "min_resident_tokens": draw.choice([0, 0, 100, 4096]),
         "policy": draw.choice(POLICIES),
         "hot_bytes": draw.choice([1, 2, 3, 5, 8, 13, 21, 34, 80]) * CHUNK_BYTES,
         "max_model_len": LONGEST,
@@ -111,6 +112,7 @@ def requests_of(draw: random.Random, reference: Reference, keep_ratio: float, po
             cache_salt=draw.choice(["", "", "", "salt"]),
             session_id=draw.choice([None, None, "s", "t"]),
             window_steps=draw.choice([None, None, 1, 3]),
+            min_resident_tokens=draw.choice([None, None, 0, 60]),
         )
         greedy = draw.random() < 0.8
         sampling = SamplingParams(most, 0.0 if greedy else 0.8, seed=number, ignore_eos=True)

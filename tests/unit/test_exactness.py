@@ -85,6 +85,11 @@ def test_full_attention_with_a_pool_smaller_than_the_prompt(
     prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     with LLM(
-        "smollm2-135m", keep_ratio=0.135, dtype="float32", threads=torch.get_num_threads(), hot_bytes=14 * CHUNK_BYTES
+        "smollm2-135m",
+        keep_ratio=0.135,
+        min_resident_tokens=0,
+        dtype="float32",
+        threads=torch.get_num_threads(),
+        hot_bytes=14 * CHUNK_BYTES,
     ) as llm:
         assert generate(llm, prompts[:1], policy="full") == expected[:1]

@@ -358,6 +358,7 @@ def test_a_deadline_within_which_a_healthy_worker_may_make_no_progress_is_refuse
 @contextmanager
 def open_llm(model: Path, *, hot_chunks: int = 64, **settings: Any) -> Iterator[LLM]:
     defaults: dict[str, Any] = {"keep_ratio": 1.0, "chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16}
+    defaults["min_resident_tokens"] = 0
     with (
         TemporaryDirectory(prefix="failover-test-", dir="/dev/shm") as directory,
         LLM(

@@ -82,6 +82,7 @@ class Eventful:
 def opened(model: Path, arena_dir: Path, events: Events, *, hot_chunks: int = 100, **more: Any) -> Iterator[LLM]:
     defaults: dict[str, Any] = {
         "keep_ratio": 0.2,
+        "min_resident_tokens": 0,
         "dtype": "float32",
         "device": "cpu",
         "chunk_tokens": CHUNK,
@@ -241,6 +242,7 @@ def test_coverage_is_that_of_the_set_which_the_step_read(
         chunk_tokens=CHUNK,
         window_steps=8,
         keep_ratio=0.2,
+        min_resident_tokens=0,
         late_policy="wait",
         cold_bytes=4 << 20,
         indexer=IndexerConfig(manifest=str(manifest(arena_dir / "heads.json"))),

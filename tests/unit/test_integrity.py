@@ -76,6 +76,7 @@ class Architecture:
         nbytes = expected_layout(config, chunk_tokens=self.chunk_tokens, dtype=torch.float32).nbytes
         defaults: dict[str, Any] = {
             "keep_ratio": 1.0,
+            "min_resident_tokens": 0,
             "dtype": "float32",
             "chunk_tokens": self.chunk_tokens,
             "prefill_chunk_tokens": self.chunk_tokens,

@@ -43,6 +43,7 @@ def open_llm(path: Path, device: str = "cpu", **settings: Any) -> Iterator[LLM]:
     nbytes = expected_layout(load_config(path), chunk_tokens=chunk_tokens, dtype=torch.float32).nbytes
     defaults: dict[str, Any] = {
         "keep_ratio": 1.0,
+        "min_resident_tokens": 0,
         "dtype": "float32",
         "chunk_tokens": chunk_tokens,
         "snapshot_tokens": chunk_tokens,

@@ -20,6 +20,7 @@ from forecache.workers.llm import LLM
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> Iterator[LLM]:
     settings: dict[str, Any] = {"chunk_tokens": 16, "hot_bytes": 1 << 20, "cold_bytes": 1 << 22, "keep_ratio": 0.3}
+    settings["min_resident_tokens"] = 0
     with LLM(str(tiny_model), skip_tokenizer=True, **settings) as llm:
         yield llm
 

@@ -106,6 +106,7 @@ def open_llm(model: Path) -> Iterator[LLM]:
             hot_bytes=40 * CHUNK_BYTES,
             cold_bytes=4 << 20,
             keep_ratio=0.3,
+            min_resident_tokens=0,
             late_policy="wait",
             arena_dir=Path(directory),
         ) as llm,

@@ -25,6 +25,7 @@ CHUNK_BYTES = 3 * 2 * 2 * 16 * 16 * 4
 def open_llm(model: Path, **settings: Any) -> Iterator[LLM]:
     """An LLM with 16-token chunks and a hot pool that is too small for everything."""
     defaults = {"chunk_tokens": 16, "cold_bytes": 4 << 20, "window_steps": 16, "hot_bytes": 40 * CHUNK_BYTES}
+    defaults["min_resident_tokens"] = 0
     with (
         TemporaryDirectory(prefix="resume-test-", dir="/dev/shm") as directory,
         LLM(str(model), skip_tokenizer=True, arena_dir=Path(directory), **(defaults | settings)) as llm,

@@ -36,6 +36,7 @@ def found(request: pytest.FixtureRequest, model_path: Path) -> Iterator[dict[str
     with LLM(
         "smollm2-135m",
         keep_ratio=KEEP_RATIO,
+        min_resident_tokens=0,
         late_policy="wait",
         hot_bytes=HOT_CHUNKS[request.param] * 64 * 30 * 2 * 3 * 64 * 4,
         cold_bytes=3 << 30,

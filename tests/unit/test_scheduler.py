@@ -31,6 +31,7 @@ SLOTS = 64
 def opened(model: Path, tmp_path: Path, **settings: Any) -> Iterator[LLM]:
     defaults: dict[str, Any] = {
         "keep_ratio": 0.25,
+        "min_resident_tokens": 0,
         "chunk_tokens": CHUNK,
         "cold_bytes": 4 << 20,
         "window_steps": 32,

@@ -108,6 +108,7 @@ def opened(model: Path, checkpoint: Path | str, arena_dir: Path, **settings: Any
         window_steps=16,
         lead_steps=2,
         keep_ratio=0.2,
+        min_resident_tokens=0,
         hot_bytes=4 << 20,
         arena_dir=arena_dir,
         indexer=IndexerConfig(checkpoint=str(checkpoint)),

@@ -53,6 +53,7 @@ class CacheOptions:
 
     Requests with equal ``cache_salt`` share stored prefixes. Those with equal ``session_id`` also share chunks that
     were decoded over partial resident sets. ``window_steps``: decode steps between two resident sets.
+    ``min_resident_tokens``: tokens that stay resident whatever ``keep_ratio`` is.
     """
 
     policy: Policy | None = None
@@ -60,6 +61,7 @@ class CacheOptions:
     cache_salt: str = ""
     session_id: str | None = None
     window_steps: int | None = None
+    min_resident_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class TokenSequence:
         request: as the client sent it; ``matcher`` follows its grammar.
         holder: the name under which cold memory holds its chunks; a new one each time it starts over.
         root: the parent key of its first chunk.
-        keep_ratio, policy: the request's, or the server's where the request names none.
+        keep_ratio, policy, min_resident_tokens: the request's, or the server's where the request names none.
         state: where it is; see :class:`State`.
         token_ids: the prompt, then the generated tokens that the host has read.
         prompt_len: tokens of the prompt.
@@ -117,6 +117,7 @@ class TokenSequence:
         chunk_tokens: int,
         keep_ratio: float,
         policy: Policy,
+        min_resident_tokens: int = 0,
         matcher: Matcher | None = None,
     ) -> None:
         self.request = request
@@ -128,6 +129,7 @@ class TokenSequence:
         self.chunk_tokens = chunk_tokens
         self.keep_ratio = keep_ratio
         self.policy = policy
+        self.min_resident_tokens = min_resident_tokens
         self.state = State.WAITING
         self.token_ids = [*request.prompt_token_ids, *request.resume_token_ids]
         self.prompt_len = len(request.prompt_token_ids)

@@ -143,13 +143,16 @@ class Engine:
         with ExitStack() as undo:  # every call may fail: then the effects of those before it are undone
             holder = self._new_holder(request)
             undo.callback(self._prefetcher.release_holder, holder)
+            cache, config = request.cache, self.config
+            least_tokens = cache.min_resident_tokens
             seq = TokenSequence(
                 request,
                 holder=holder,
-                root=root_key(self._fingerprint, request.cache.cache_salt),
-                chunk_tokens=self.config.chunk_tokens,
-                keep_ratio=self.config.keep_ratio if request.cache.keep_ratio is None else request.cache.keep_ratio,
-                policy=request.cache.policy or self.config.policy,
+                root=root_key(self._fingerprint, cache.cache_salt),
+                chunk_tokens=config.chunk_tokens,
+                keep_ratio=config.keep_ratio if cache.keep_ratio is None else cache.keep_ratio,
+                policy=cache.policy or config.policy,
+                min_resident_tokens=config.min_resident_tokens if least_tokens is None else least_tokens,
                 matcher=matcher,
             )
             seq.state_slots = self._snapshots.slots(seq)

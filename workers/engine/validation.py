@@ -37,6 +37,11 @@ def check_request(request: GenerateRequest, backbone: Backbone, cold_slots: int,
     keep_ratio = request.cache.keep_ratio
     if keep_ratio is not None and not 0 < keep_ratio <= 1:
         raise InvalidRequestError(f"keep_ratio must be in (0, 1], not {keep_ratio}", param="forecache.keep_ratio")
+    least_tokens = request.cache.min_resident_tokens
+    if least_tokens is not None and least_tokens < 0:
+        raise InvalidRequestError(
+            f"min_resident_tokens must be 0 or more, not {least_tokens}", param="forecache.min_resident_tokens"
+        )
     window_steps = request.cache.window_steps
     if window_steps is not None and window_steps < 1:
         raise InvalidRequestError(f"window must be at least 1 step, not {window_steps}", param="forecache.window")

@@ -50,6 +50,7 @@ class EngineBackend:
             [sample.prompt_token_ids for sample in samples],
             max_tokens=max(sample.max_tokens for sample in samples),
             policy=column.policy,
+            min_resident_tokens=column.min_resident_tokens,
         )
         return [
             Answer(

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
@@ -27,11 +27,26 @@ SIGNIFICANT = 0.01
 
 @dataclass(frozen=True)
 class Column:
-    """One way to choose resident sets. ``indexer``: fields of :class:`IndexerConfig` that it overrides."""
+    """One way to choose resident sets.
+
+    ``indexer``: fields of :class:`IndexerConfig` that it overrides. ``min_resident_tokens``: of its requests; ``None``
+    takes the engine's setting.
+    """
 
     name: str
     policy: Policy
     indexer: Mapping[str, Any] = field(default_factory=dict)
+    min_resident_tokens: int | None = None
+
+    def at(self, sizes: Sequence[int]) -> "list[Column]":
+        """This column with each of these ``min_resident_tokens``; a name ends in ``@N`` if there are several.
+
+        Full attention keeps all chunks, so it stays one column.
+        """
+        if self.policy == "full":
+            return [self]
+        names = [self.name] if len(sizes) == 1 else [f"{self.name}@{size}" for size in sizes]
+        return [replace(self, name=name, min_resident_tokens=size) for name, size in zip(names, sizes, strict=True)]
 
 
 COLUMNS = {

@@ -23,10 +23,11 @@ from forecache.workers.errors import InvalidRequestError
 from forecache.workers.evaluation import corpus
 from forecache.workers.evaluation.tasks import DIGITS, JOINT_TOKENS, render_prompt, secret_number, user_message
 
-Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions"]
+Task = Literal["needle", "multikey", "multivalue", "multiquery", "tracking", "words", "questions", "extract", "table"]
 """needle: a number hidden in prose; multikey: one of four such numbers; multivalue: all four numbers of one subject;
 multiquery: the numbers of four subjects; tracking: a number that a chain of people passes on; words: the most frequent
-words of a list; questions: one of four descriptions of library functions."""
+words of a list; questions: one of four descriptions of library functions; extract: all seven numbers spread over
+prose, the first of them given; table: all rows of one city in a table that fills the context, one given."""
 
 VERSION = 1
 """Version of the tasks. Raise it when a task changes, so that stored answers to old tasks are not reused."""
@@ -34,6 +35,11 @@ VERSION = 1
 NEEDLES = 4
 HOPS = 2
 CHAINS = 2
+EXTRACTED = 6
+ROWS = 8
+"""Rows of a table that the answer lists, besides the one that the reply begins with."""
+TABLE_CITIES = 12
+CODE_DIGITS = 4
 COMMON_WORDS = 5
 LISTED_WORDS = 35
 COMMON_FACTOR = 30
@@ -51,6 +57,8 @@ ANSWER_TOKENS: dict[Task, int] = {
     "tracking": 24,
     "words": 48,
     "questions": 40,
+    "extract": 88,
+    "table": 96,
 }
 
 _CITIES = """
@@ -75,7 +83,8 @@ CITIES, PEOPLE, NOUNS = tuple(_CITIES.split()), tuple(_PEOPLE.split()), tuple(_N
 class Sample:
     """One question about a long text; a correct reply contains all ``answers``.
 
-    ``tokens``: the context length; the prompt leaves room for a reply of ``max_tokens``.
+    ``tokens``: the context length; the prompt leaves room for a reply of ``max_tokens``. ``given``: the answer with
+    which the prompt begins the reply, if it does; it is not among ``answers``.
     """
 
     task: Task
@@ -84,6 +93,7 @@ class Sample:
     prompt_token_ids: tuple[int, ...]
     answers: tuple[str, ...]
     max_tokens: int
+    given: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,7 +123,8 @@ class Pieces:
 class Riddle:
     """A question, its answers, and the text that hides them: ``facts`` go to random places of the filler, in order.
 
-    ``filler``: makes a text of at most so many tokens; ``reply``: start of the reply, which the prompt contains.
+    ``filler``: makes a text of at most so many tokens; ``reply``: start of the reply, which the prompt contains, and
+    ``given``: the answer in it.
     """
 
     question: str
@@ -122,12 +133,27 @@ class Riddle:
     filler: Callable[[int], list[str]]
     separator: str = "\n\n"
     reply: str = ""
+    given: str = ""
 
 
 def score(sample: Sample, reply: str) -> float:
-    """Share of the answers that ``reply`` contains as whole words, ignoring case (RULER's metric)."""
+    """Share of the answers that ``reply`` contains as whole words, ignoring case (RULER's metric).
+
+    Dense tasks are scored more strictly: `extract` takes the first value of each name, and each number that does not
+    belong in the list of `table` counts as one more answer that is not right.
+    """
+    if sample.task == "extract":
+        values = dict(reversed(_STATED.findall(reply)))  # of equal names the first wins
+        stated = [f"{name} is {value}" for name, value in values.items()]
+        return len(set(stated) & set(sample.answers)) / len(sample.answers)
+    if sample.task == "table":
+        listed = set(_NUMBER.findall(reply)) - {sample.given}
+        return len(listed & set(sample.answers)) / len(listed | set(sample.answers))
     found = f" {_plain(reply)} "
     return sum(f" {_plain(answer)} " in found for answer in sample.answers) / len(sample.answers)
+
+
+_STATED, _NUMBER = re.compile(r"(\w+) is (\d+)"), re.compile(r"\d+")
 
 
 def _plain(text: str) -> str:
@@ -153,6 +179,8 @@ class Generator:
             "tracking": self._tracking,
             "words": self._words,
             "questions": self._questions,
+            "extract": self._extract,
+            "table": self._table,
         }
 
     @property
@@ -177,7 +205,7 @@ class Generator:
                 raise InvalidRequestError(f"a context of {tokens} tokens is too short for the task '{task}'")
             prompt = self._encode(riddle, places, filler)
             if len(prompt) <= room:
-                return Sample(task, tokens, number, prompt, riddle.answers, ANSWER_TOKENS[task])
+                return Sample(task, tokens, number, prompt, riddle.answers, ANSWER_TOKENS[task], riddle.given)
             fixed += len(prompt) - room  # joined pieces have more tokens than their sum
 
     def _encode(self, riddle: Riddle, places: Sequence[float], filler: Sequence[str]) -> tuple[int, ...]:
@@ -229,6 +257,37 @@ class Generator:
         question = f"What is the secret number of {chains[0][-1]}?"
         return Riddle(question, (numbers[0],), tuple(facts), self._hidden_in_prose(rng))
 
+    def _extract(self, rng: random.Random) -> Riddle:
+        """Asks for all numbers that are spread over the text. The reply begins with the first one."""
+        cities = rng.sample(CITIES, EXTRACTED + 1)
+        codes = _codes(rng, EXTRACTED + 1)
+        pairs = [f"{city} is {code}" for city, code in zip(cities, codes, strict=True)]
+        facts = [secret_number(city, code) for city, code in zip(cities, codes, strict=True)]
+        return Riddle(
+            "What are all the secret numbers in the text, in order?",
+            tuple(pairs[1:]),
+            tuple(facts),
+            self._hidden_in_prose(rng),
+            reply=f"{facts[0]}\nThe secret number of",
+            given=pairs[0],
+        )
+
+    def _table(self, rng: random.Random) -> Riddle:
+        """Asks for all rows of one city in a table of several. The reply begins with one of them."""
+        city, *others = rng.sample(CITIES, TABLE_CITIES)
+        codes = _codes(rng, 10**CODE_DIGITS // 2)
+        asked, rest = codes[: ROWS + 1], codes[ROWS + 1 :]
+        rows = Pieces.of([f"{rng.choice(others)}: {code}" for code in rest], "\n", self._tokenizer)
+        return Riddle(
+            f"Which numbers does the list have for {city}?",
+            tuple(asked[1:]),
+            tuple(f"{city}: {code}" for code in asked),
+            lambda tokens: rows.fill(range(len(rest)), tokens),
+            separator="\n",
+            reply=f"{city}: {asked[0]}\n{city}:",
+            given=asked[0],
+        )
+
     def _words(self, rng: random.Random) -> Riddle:
         listed = rng.sample(range(len(NOUNS)), LISTED_WORDS)
         weights = [COMMON_FACTOR if place < COMMON_WORDS else 1 for place in range(LISTED_WORDS)]
@@ -256,6 +315,11 @@ class Generator:
             # otherwise a small model explains the name
             reply=f'The description of {name} is: "',
         )
+
+
+def _codes(rng: random.Random, wanted: int) -> list[str]:
+    """Distinct numbers of ``CODE_DIGITS`` digits."""
+    return [str(code) for code in rng.sample(range(10 ** (CODE_DIGITS - 1), 10**CODE_DIGITS), wanted)]
 
 
 @cache

@@ -91,7 +91,7 @@ class Budgets:
         """The budget that ``seq`` starts decoding with, if it has ``chunks`` chunks."""
         if seq.policy == "full":
             return chunks
-        return budget_chunks(chunks, seq.keep_ratio, self._selection)
+        return budget_chunks(chunks, seq.keep_ratio, self._selection, self._least_chunks(seq))
 
     def window_steps(self, seq: TokenSequence) -> int:
         """Decode steps between two resident sets of ``seq``."""
@@ -110,7 +110,7 @@ class Budgets:
         everything = seq.max_chunks + 1
         if budget >= seq.max_chunks:
             return everything
-        return min(everything, budget + -(-budget // 2) + self.window_steps(seq) // seq.chunk_tokens + 2)
+        return min(everything, budget + -(-budget // 2) + self._window_slots(seq))
 
     def widest_table(self, max_tokens: int) -> int:
         """Slots that a decode step of a sequence of ``max_tokens`` tokens usually reads at most.
@@ -120,7 +120,8 @@ class Budgets:
         """
         config = self._config
         chunks = -(-max_tokens // config.chunk_tokens)
-        budget = budget_chunks(chunks, config.keep_ratio, self._selection)
+        least_chunks = -(-config.min_resident_tokens // config.chunk_tokens)
+        budget = budget_chunks(chunks, config.keep_ratio, self._selection, least_chunks)
         if config.fallback:
             budget = min(budget * GRAPH_WIDENINGS, chunks)
         widest = budget + 2 * (config.window_steps // config.chunk_tokens) + 4
@@ -190,6 +191,21 @@ class Budgets:
         """Give back the slots that a halved budget no longer needs, once its smaller set has taken over."""
         residency = seq.residency
         residency.reserved_slots = min(residency.reserved_slots, self.slots(seq, residency.widening))
+
+    def _least_chunks(self, seq: TokenSequence) -> int:
+        """Chunks that ``seq`` keeps whatever its keep ratio is, as far as the pool can hold them.
+
+        A pool that is too small shrinks the set; streaming the sequence instead would slow its steps many times.
+        """
+        least, pool_slots = -(-seq.min_resident_tokens // seq.chunk_tokens), self._reservations.pool_slots
+        if seq.max_chunks <= least and seq.max_chunks < pool_slots:
+            return least  # attended whole, so its set is never swapped
+        # the largest budget whose `slots` are at most those of the pool
+        return min(least, max(pool_slots - self._window_slots(seq), 0) * 2 // 3)
+
+    def _window_slots(self, seq: TokenSequence) -> int:
+        """Hot slots for the chunks that ``seq`` completes during a window, and for its open chunk."""
+        return self.window_steps(seq) // seq.chunk_tokens + 2
 
     def _measure(
         self, seq: TokenSequence, event_mass: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]

@@ -94,6 +94,9 @@ class WindowCycle:
         residency = seq.residency
         residency.decode_steps += 1
         if not self._due(seq, done=True):
+            over = residency.decode_steps >= residency.boundary
+            if over and residency.pending is None and self._outgrows_budget(seq) and self._keeps_all(seq):
+                residency.boundary = self._following(seq, residency.boundary)
             return
         if seq.policy == "lookahead":
             residency.awaited_boundary = residency.boundary
@@ -202,13 +205,27 @@ class WindowCycle:
         residency = seq.residency
         if residency.streamed or residency.pending is not None:
             return False
-        if self.budgets.first(seq, seq.max_chunks) >= seq.max_chunks:
-            return False  # all chunks are always resident
+        if not self._outgrows_budget(seq) or self._keeps_all(seq):
+            return False
         boundary = residency.boundary
         window = self.budgets.window_steps(seq)
         previous = boundary // 2 if boundary <= window else boundary - window
         lead = max(self._config.lead_steps, self._config.remote_lead_steps if seq.remote_chunks else 0)
         return residency.decode_steps + (0 if done else 1) >= max(previous, boundary - lead)
+
+    def _outgrows_budget(self, seq: TokenSequence) -> bool:
+        """Whether ``seq`` may come to have more chunks than its first budget keeps."""
+        return self.budgets.first(seq, seq.max_chunks) < seq.max_chunks
+
+    def _keeps_all(self, seq: TokenSequence) -> bool:
+        """Whether all chunks are resident now, and the set of the next boundary would keep them all.
+
+        Then no set is predicted: ``seq`` may outgrow its budget only much later, or end before.
+        """
+        if seq.residency.streamed or seq.partial:
+            return False
+        chunks = (seq.prefill_target + seq.residency.boundary) // seq.chunk_tokens
+        return self.budgets.first(seq, chunks) >= chunks
 
     def _predicted(self, seq: TokenSequence, pending: PendingSet, future: Future[Prediction]) -> tuple[int, ...]:
         """Choose the set by the prediction, and return the chunks that it has no records of.
