@@ -85,6 +85,7 @@ def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> 
     command = [sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", model, "--port", "0"]
     command += ["--served-model-name", MODEL_NAME, "--chunk-tokens", str(CHUNK_TOKENS)]
     command += ["--hot-bytes", str(hot_bytes), "--cold-bytes", "1GiB", "--keep-ratio", str(keep_ratio)]
+    command += ["--min-resident-tokens", "0"]  # the document is short: the keep ratio alone decides
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

@@ -149,6 +149,7 @@ def engine_settings(args: argparse.Namespace, longest: int) -> dict[str, Any]:
         "skip_tokenizer": True,
         "max_model_len": longest + max(args.max_tokens, SUFFIX_TOKENS + 1),
         "keep_ratio": args.keep_ratio,
+        "min_resident_tokens": 0,
     }
     if args.tiny:
         settings |= {

@@ -96,7 +96,8 @@ class Worker:
         self._memory = RemoteMemory(lambda: tier, deadline_s=60, peers=RemotePeers(NAMESPACE, 60))
         self._indexer = SyntheticIndexer(LocalIndexer(spec, 1, Arena.attach), keep_ratio, SelectionConfig())
         config = EngineConfig(
-            model=str(directory), dtype="float32", chunk_tokens=CHUNK_TOKENS, keep_ratio=keep_ratio, threads=threads,
+            model=str(directory), dtype="float32", chunk_tokens=CHUNK_TOKENS, keep_ratio=keep_ratio,
+            min_resident_tokens=0, threads=threads,
             hot_bytes=hot_chunks * backbone.layout.nbytes,
         )  # fmt: skip
         self._engine = build_engine(

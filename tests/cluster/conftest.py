@@ -203,7 +203,8 @@ def serve_command() -> Command:
         return [
             *(sys.executable, "-m", "forecache.cluster.cli.main", "serve", "--model", str(model), "--port", "0"),
             *("--arena-dir", str(arena_dir), "--cold-bytes", "128MiB", "--hot-bytes", "8MiB"),
-            *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S), *flags),
+            *("--threads", "1", "--chunk-tokens", "16", "--start-deadline-s", str(START_S)),
+            *("--min-resident-tokens", "0", *flags),  # prompts are short, and most tests are of partial sets
         ]
 
     return command

@@ -198,7 +198,7 @@ def measure(args: argparse.Namespace, router: str, model: Path, directory: Path)
             "router": router,
             "engine": {
                 "model": str(model), "chunk_tokens": 64, "hot_bytes": args.hot_bytes, "threads": 1,
-                "max_batch_size": 8, "keep_ratio": 0.2,
+                "max_batch_size": 8, "keep_ratio": 0.2, "min_resident_tokens": 0,
             },
             "memory": {"cold_bytes": args.cold_bytes, "arena_dir": arena_dir},
             "indexer": {"manifest": "none"},

@@ -214,7 +214,7 @@ def run(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
             "address": cluster.address, "port": 0, "workers": args.nodes, "proxy_location": "HeadOnly",
             "engine": {
                 "model": str(model), "chunk_tokens": 16, "hot_bytes": "2MiB", "threads": 1, "max_batch_size": 8,
-                "keep_ratio": 0.2,
+                "keep_ratio": 0.2, "min_resident_tokens": 0,
             },
             "memory": {"cold_bytes": "16MiB", "arena_dir": arena_dir},
             "indexer": {"manifest": "none"},

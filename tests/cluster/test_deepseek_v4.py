@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "chunk_tokens": CHUNK_TOKENS,
     "snapshot_tokens": SNAPSHOT_TOKENS,
     "keep_ratio": 0.5,
+    "min_resident_tokens": 0,
     "late_policy": "wait",
     "window_steps": 16,
     "dtype": "float32",

@@ -80,6 +80,7 @@ def url(model: Path, key_file: Path) -> Iterator[str]:
 
 def run(model: Path, out: Path, *more: str) -> int:
     asked = ("--tasks", "needle", "--lengths", "1K", "--samples", "4", "--batch", "2", "--columns", *COLUMNS)
+    asked = (*asked, "--min-resident-tokens", "0")
     return cli.main(["eval", "--model", str(model), "--out", str(out), "--threads", "1", *asked, *more])
 
 

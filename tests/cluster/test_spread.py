@@ -47,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "window_steps": 16,
     "lead_steps": 16,
     "late_policy": "wait",
+    "min_resident_tokens": 0,
     "threads": 1,
 }
 

@@ -51,6 +51,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, out: Path, *more: str, columns: Sequence[str] = COLUMN_NAMES) -> int:
     sizes = ("--lengths", "1K", "1536", "--samples", "3", "--batch", "4", "--threads", "1")
     asked = ("--tasks", *TASKS, "--columns", *columns)
+    if "--min-resident-tokens" not in more:
+        more = (*more, "--min-resident-tokens", "0")
     return cli.main(["eval", "--model", str(model), "--out", str(out), *sizes, *asked, *more])
 
 
@@ -124,6 +126,26 @@ def test_answers_of_other_settings_are_not_mixed(
     assert run(model, finished, "--keep-ratio", "0.5") == 2
     assert "keep_ratio is 0.135 there and 0.5 here" in capsys.readouterr().err
     assert run(model, finished, "--seed", "1") == 2
+
+
+def test_several_numbers_of_resident_tokens_are_several_columns(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("full", "lookahead", "recency")
+    assert run(model, tmp_path, "--min-resident-tokens", "2K", "0", "--tasks", "needle", columns=columns) == 0
+    texts: dict[str, list[str]] = {}
+    for line in answers(tmp_path):
+        texts.setdefault(line["column"], []).append(line["answer"]["text"])
+    assert set(texts) == {"full", *(f"{name}@{size}" for name in columns[1:] for size in (0, 2048))}
+    # all contexts are shorter than 2048 tokens, so these are exact
+    assert texts["lookahead@2048"] == texts["recency@2048"] == texts["full"] != texts["recency@0"]
+    for row in rows(tmp_path):
+        assert (float(row["keep_ratio"]) == 1.0) == (not row["column"].endswith("@0"))
+    sizes = summary(tmp_path)["settings"]["min_resident_tokens"]
+    assert sizes == {f"{name}@{size}": size for name in columns[1:] for size in (0, 2048)}
+    assert run(model, tmp_path, "--min-resident-tokens", "0", columns=("full", "lookahead")) == 0, "other columns"
+    assert run(model, tmp_path, "--min-resident-tokens", "1K", columns=("full", "lookahead")) == 2
+    assert "min_resident_tokens is 0 there and 1024 here" in capsys.readouterr().err
 
 
 def test_a_run_out_of_time_goes_on_where_it_stopped(

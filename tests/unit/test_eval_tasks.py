@@ -14,8 +14,11 @@ from forecache.workers.evaluation.corpus import definitions, paragraphs
 from forecache.workers.evaluation.ruler import (
     COMMON_FACTOR,
     COMMON_WORDS,
+    EXTRACTED,
     HOPS,
     NEEDLES,
+    ROWS,
+    TABLE_CITIES,
     Generator,
     Sample,
     Task,
@@ -86,7 +89,11 @@ def test_the_answer_fits_the_reply(samples: list[Sample], tokenizer: PreTrainedT
 def test_all_answers_are_in_the_text(samples: list[Sample], tokenizer: PreTrainedTokenizerBase) -> None:
     for sample in samples:
         question, text = parts(sample, tokenizer)
-        assert score(sample, "\n".join(text)) == 1
+        stated = "\n".join(text)
+        if sample.task == "table":
+            city = question.rstrip("?").split()[-1]
+            stated = "\n".join(row for row in stated.split("\n") if row.startswith(f"{city}: "))
+        assert score(sample, stated) == 1
         assert score(sample, question) == 0
 
 
@@ -179,6 +186,75 @@ def test_common_words_are_the_most_frequent_by_far(generator: Generator, tokeniz
         counts = Counter(", ".join(text).split(", ")).most_common()
         assert {word for word, _ in counts[:COMMON_WORDS]} == set(sample.answers)
         assert counts[COMMON_WORDS - 1][1] > COMMON_FACTOR / 4 * counts[COMMON_WORDS][1]
+
+
+def test_extract_asks_for_all_numbers_in_the_order_of_the_text(
+    generator: Generator, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for sample in of(generator, "extract"):
+        _, text = parts(sample, tokenizer)
+        stated = re.findall(r"The secret number of (\w+ is \d{4})\.", "\n\n".join(text))
+        assert tuple(stated) == (sample.given, *sample.answers)
+        assert len({fact.split()[0] for fact in stated}) == EXTRACTED + 1
+        prompt = str(tokenizer.decode(list(sample.prompt_token_ids)))
+        assert prompt.endswith(f"<assistant>The secret number of {sample.given}.\nThe secret number of")
+
+
+def test_extracted_numbers_are_spread_over_the_text(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:
+    depths = []
+    for sample in of(generator, "extract", count=20):
+        _, text = parts(sample, tokenizer)
+        depths += [place / len(text) for place, piece in enumerate(text) if piece.startswith("The secret number of")]
+    for low in (0, 0.25, 0.5, 0.75):
+        assert sum(low <= depth < low + 0.25 for depth in depths) > len(depths) / 8
+
+
+def test_table_asks_for_all_rows_of_one_city(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:
+    for sample in of(generator, "table"):
+        question, text = parts(sample, tokenizer)
+        city = question.rstrip("?").split()[-1]
+        rows = [row.split(": ") for row in "\n".join(text).split("\n")]
+        assert [word for name, word in rows if name == city] == [sample.given, *sample.answers]
+        assert len(sample.answers) == ROWS == len(set(sample.answers))
+        counts = Counter(name for name, _ in rows)
+        assert len(counts) == TABLE_CITIES and counts[city] == ROWS + 1 < len(rows) / TABLE_CITIES
+        prompt = str(tokenizer.decode(list(sample.prompt_token_ids)))
+        assert prompt.endswith(f"<assistant>{city}: {sample.given}\n{city}:")
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        (" Oslo is 1234.\nThe secret number of Lima is 5678.", 1.0),
+        (" Oslo is 5678.\nThe secret number of Lima is 1234.", 0.0),
+        (" Oslo is 9999.\nThe secret number of Oslo is 1234.", 0.0),  # the first value of a name counts
+        (" Oslo is 1234.\nThe secret number of Oslo is 9999.", 0.5),
+        (" Oslo is 12345.", 0.0),
+        (" oslo is 1234.", 0.0),
+        ("1234, 5678", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_extracted_values_count_with_their_names(reply: str, right: float) -> None:
+    sample = Sample("extract", 4096, 0, (1,), ("Oslo is 1234", "Lima is 5678"), 8, "Rome is 1111")
+    assert score(sample, reply) == right
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        (" lemon\nOslo: tiger\nOslo: rabbit", 1.0),
+        (" tiger\nOslo: lemon", 1.0),
+        (" velvet\nOslo: lemon\nOslo: tiger", 0.5),  # the third is one too many
+        (" lemon\nOslo: lemon\nOslo: tiger", 1.0),
+        (" apple\nOslo: lemon\nOslo: tiger", 1.0),  # it is given
+        (" lemons, tigers", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_list_that_names_more_gains_nothing(reply: str, right: float) -> None:
+    sample = Sample("table", 4096, 0, (1,), ("lemon", "tiger"), 8, "apple")
+    assert score(sample, reply) == right
 
 
 def test_questions_are_answered_by_one_description(generator: Generator, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -72,9 +72,7 @@ def test_a_sequence_that_is_kept_whole_reserves_its_chunks_and_no_more() -> None
     assert made.slots(sequence(1600, least=640), 1) == 40 + 20 + 2 + 2
 
 
-@given(
-    tokens=st.integers(2, 3000), least=st.integers(0, 3000), keep=st.floats(0.01, 1), pool_slots=st.integers(1, 300)
-)
+@given(tokens=st.integers(2, 3000), least=st.integers(0, 3000), keep=st.floats(0.01, 1), pool_slots=st.integers(1, 300))
 def test_it_never_makes_a_sequence_exceed_the_pool(tokens: int, least: int, keep: float, pool_slots: int) -> None:
     """Whatever it is, a sequence that has a resident set without it has one with it, and a larger one at least."""
     made = budgets(pool_slots)

@@ -36,9 +36,9 @@ NEEDLES = 4
 HOPS = 2
 CHAINS = 2
 EXTRACTED = 6
-ROWS = 8
+ROWS = 4
 """Rows of a table that the answer lists, besides the one that the reply begins with."""
-TABLE_CITIES = 12
+TABLE_CITIES = 16
 CODE_DIGITS = 4
 COMMON_WORDS = 5
 LISTED_WORDS = 35
@@ -58,7 +58,7 @@ ANSWER_TOKENS: dict[Task, int] = {
     "words": 48,
     "questions": 40,
     "extract": 88,
-    "table": 96,
+    "table": 40,
 }
 
 _CITIES = """
@@ -139,21 +139,22 @@ class Riddle:
 def score(sample: Sample, reply: str) -> float:
     """Share of the answers that ``reply`` contains as whole words, ignoring case (RULER's metric).
 
-    Dense tasks are scored more strictly: `extract` takes the first value of each name, and each number that does not
-    belong in the list of `table` counts as one more answer that is not right.
+    Dense tasks are scored more strictly: `extract` takes the first value of each name, and `table` as many words of the
+    reply as there are answers, so that listing more gains nothing.
     """
     if sample.task == "extract":
         values = dict(reversed(_STATED.findall(reply)))  # of equal names the first wins
         stated = [f"{name} is {value}" for name, value in values.items()]
         return len(set(stated) & set(sample.answers)) / len(sample.answers)
     if sample.task == "table":
-        listed = set(_NUMBER.findall(reply)) - {sample.given}
-        return len(listed & set(sample.answers)) / len(listed | set(sample.answers))
+        words = (word for word in re.findall(r"\w+", reply) if word in NOUNS and word != sample.given)
+        listed = list(dict.fromkeys(words))[: len(sample.answers)]
+        return len(set(listed) & set(sample.answers)) / len(sample.answers)
     found = f" {_plain(reply)} "
     return sum(f" {_plain(answer)} " in found for answer in sample.answers) / len(sample.answers)
 
 
-_STATED, _NUMBER = re.compile(r"(\w+) is (\d+)"), re.compile(r"\d+")
+_STATED = re.compile(r"(\w+) is (\d+)")
 
 
 def _plain(text: str) -> str:
@@ -275,17 +276,23 @@ class Generator:
     def _table(self, rng: random.Random) -> Riddle:
         """Asks for all rows of one city in a table of several. The reply begins with one of them."""
         city, *others = rng.sample(CITIES, TABLE_CITIES)
-        codes = _codes(rng, 10**CODE_DIGITS // 2)
-        asked, rest = codes[: ROWS + 1], codes[ROWS + 1 :]
-        rows = Pieces.of([f"{rng.choice(others)}: {code}" for code in rest], "\n", self._tokenizer)
+        words = rng.sample(NOUNS, ROWS + 1)
+        rows = [f"{other}: {noun}" for other in others for noun in NOUNS]
+        pieces = Pieces.of(rows, "\n", self._tokenizer)
+        seed = rng.random()
+
+        def fill(tokens: int) -> list[str]:
+            # each row has more than one token
+            return pieces.fill(random.Random(seed).choices(range(len(rows)), k=max(tokens, 0)), tokens)
+
         return Riddle(
-            f"Which numbers does the list have for {city}?",
-            tuple(asked[1:]),
-            tuple(f"{city}: {code}" for code in asked),
-            lambda tokens: rows.fill(range(len(rest)), tokens),
+            f"Which words does the list have for {city}?",
+            tuple(words[1:]),
+            tuple(f"{city}: {word}" for word in words),
+            fill,
             separator="\n",
-            reply=f"{city}: {asked[0]}\n{city}:",
-            given=asked[0],
+            reply=f"{city}: {words[0]}\n{city}:",
+            given=words[0],
         )
 
     def _words(self, rng: random.Random) -> Riddle:
