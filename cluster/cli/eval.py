@@ -290,10 +290,10 @@ def _run(
     path = resolve_model(model, lambda text: say(text, 0, 0))
     generator = Generator(load_tokenizer(path), prose=args.prose, seed=args.seed)
     identity = _identity(args, config, generator, server, model, path)
-    weights = {}
+    weights: dict[str, Any] = {}
     if server is None and any(_trained(column) for column in plan.columns):
         weights = {"trained_indexer": _trained_digest(config, path)}
-    of_columns = {
+    of_columns: dict[str, dict[str, Any]] = {
         column.name: {"min_resident_tokens": column.min_resident_tokens} | (weights if _trained(column) else {})
         for column in plan.columns
     }

@@ -48,7 +48,7 @@ def main() -> None:
     longest, largest = max(args.resident_tokens) // CHUNK_TOKENS, max(args.batch)
     pool = HotPool(backbone.layout, largest * (longest + 1), backbone.device)
     pool.view("kv").normal_(std=0.5)
-    scorer = backbone.architecture.choose_scorer(IndexerConfig(manifest="none"), model_name(args.model), backbone)
+    scorer = backbone.architecture.choose_scorer(IndexerConfig(), model_name(args.model), backbone)
     runner = ModelRunner(backbone, pool, None, scorer.spec, max_rows=largest)
     if device.type == "cuda":
         runner.warm_up(max_batch_size=largest, max_chunks=longest + 3, cuda_graphs=True, torch_compile=True)
