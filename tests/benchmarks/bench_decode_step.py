@@ -104,7 +104,13 @@ def main() -> None:
     runner = ModelRunner(backbone, pool, None, spec, max_rows=largest)
     sequences = [decoding(backbone, pool, f"s{i}", args.context, resident) for i in range(largest)]
     start = time.perf_counter()
-    runner.warm_up(max_batch_size=largest, max_chunks=resident + 3, cuda_graphs=True, torch_compile=not args.no_compile)
+    runner.warm_up(
+        max_batch_size=largest,
+        max_step_tokens=largest,
+        max_chunks=resident + 3,
+        cuda_graphs=True,
+        torch_compile=not args.no_compile,
+    )
     warm_up_s = time.perf_counter() - start
     weights = weight_bytes(backbone.model)
     rows = []

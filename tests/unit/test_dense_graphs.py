@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from forecache.workers.core.sequence import TokenSequence
 from forecache.workers.core.step_plan import Plan
 from forecache.workers.llm import LLM
+from forecache.workers.models.step.graphs import batch_buckets, token_buckets
 from forecache.workers.models.step.in_flight_step import RunningStep
 
 SETTINGS: dict[str, Any] = {
@@ -173,3 +176,15 @@ def test_steps_that_read_outside_the_pool_have_no_fixed_shape(tiny_model: Path, 
     assert logits.keys() == expected.keys()
     for key, row in logits.items():
         torch.testing.assert_close(row, expected[key], rtol=1e-4, atol=tolerance(key, expected[key]))
+
+
+@given(st.integers(1, 300), st.integers(1, 20_000))
+def test_some_graph_is_large_enough_and_none_is_larger_than_needed(rows: int, tokens: int) -> None:
+    for buckets, largest in ((batch_buckets(rows), rows), (token_buckets(tokens), tokens)):
+        assert buckets == sorted(set(buckets))
+        assert buckets[-1] >= largest and all(size < largest for size in buckets[:-1])
+    # padding: at most a third of a step's tokens, and eight rows or a fifth of a batch
+    for size, before in zip(token_buckets(tokens)[1:], token_buckets(tokens), strict=False):
+        assert size - before <= size / 3 + 1
+    for size, before in zip(batch_buckets(rows)[1:], batch_buckets(rows), strict=False):
+        assert size - before <= max(8, size / 5)

@@ -104,7 +104,9 @@ def test_steps_of_fixed_shape_compute_what_others_do(path: Path, arena_dir: Path
     with open_llm(path, arena_dir, device) as llm:
         runner: Any = llm.engine._runner
         if device == "cpu":
-            runner.warm_up(max_batch_size=ROWS, max_chunks=CHUNKS, cuda_graphs=True, torch_compile=False)
+            runner.warm_up(
+                max_batch_size=ROWS, max_step_tokens=64, max_chunks=CHUNKS, cuda_graphs=True, torch_compile=False
+            )
         else:
             assert runner._fixed.count == 2, "a graph each for 2 and 8 rows"
         compared = Compared(llm)

@@ -14,7 +14,14 @@ from torch import Tensor
 from forecache.workers.core.step_plan import DecodeRow, DecodeRows
 from forecache.workers.models.dense.attention import QueryCapture, StepBatch
 from forecache.workers.models.dense.streamed_past import Store
-from forecache.workers.models.step.graphs import BlockTables, HostInputs, StepGraphs, batch_buckets, input_tokens
+from forecache.workers.models.step.graphs import (
+    BlockTables,
+    HostInputs,
+    OutputBuffers,
+    StepGraphs,
+    batch_buckets,
+    input_tokens,
+)
 from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
@@ -50,6 +57,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         *,
         max_batch_size: int,
         max_chunks: int,
+        outputs: OutputBuffers,
         histories: HiddenHistory | None = None,
     ) -> None:
         super().__init__(batch_buckets(max_batch_size), LINE + 1, [max_chunks], pool.kv.device)
@@ -58,6 +66,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         self._pool = pool
         self._heads = heads
         self._last_tokens = last_tokens
+        self._outputs = outputs
         self._histories = histories
         self._inputs[SLOT] = -1
         self._block_tables = BlockTables(self._tables[0])
@@ -115,10 +124,17 @@ class DecodeGraphs(StepGraphs[Replayed]):
             use_cache=False,
             forecache=batch,
         )
-        logits = output.logits[0].float()
+        kept = self._outputs
+        logits = kept.keep("logits", output.logits[0].float())
         best, tokens = logits.max(dim=-1)
         self._last_tokens[:bucket] = tokens
-        return Replayed(logits, tokens, best, capture.queries, non_finite)
+        return Replayed(
+            logits,
+            kept.keep("tokens", tokens),
+            kept.keep("best", best),
+            kept.keep_all("queries", capture.queries),
+            kept.keep("non_finite", non_finite),
+        )
 
     def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
         histories = self._histories

@@ -20,7 +20,7 @@ from torch import Tensor
 from forecache.workers.core.step_plan import DecodeRow, DecodeRows
 from forecache.workers.models.dense.attention import ProbeCapture, PromptRows, QueryCapture, StepBatch
 from forecache.workers.models.dense.streamed_past import Store
-from forecache.workers.models.step.graphs import BlockTables, StepGraphs, input_tokens, token_buckets
+from forecache.workers.models.step.graphs import BlockTables, OutputBuffers, StepGraphs, input_tokens, token_buckets
 from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, LINE, CONTEXT_LEN, PAST_LEN, START, LOGITS_ROW, PROBE_ROW = range(11)
@@ -92,6 +92,7 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         max_rows: int,
         max_chunks: int,
         max_prompt_chunks: int,
+        outputs: OutputBuffers,
         histories: HiddenHistory | None = None,
     ) -> None:
         buckets = token_buckets(max(max_tokens, max_rows + 1))
@@ -105,6 +106,7 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         self._pool = pool
         self._heads = heads
         self._last_tokens = last_tokens
+        self._outputs = outputs
         self._histories = histories
         self._inputs[SLOT] = self._inputs[SOURCE] = -1
         self._decode_tables = BlockTables(self._tables[0])
@@ -215,10 +217,18 @@ class MixedGraphs(StepGraphs[MixedOutput]):
             logits_to_keep=batch.logits_rows,
             forecache=batch,
         )
-        logits = output.logits[0].float()
+        kept = self._outputs
+        logits = kept.keep("logits", output.logits[0].float())
         best, tokens = logits.max(dim=-1)
         self._last_tokens[:most] = tokens
-        return MixedOutput(logits, best, capture.queries, non_finite, probe.queries, probe.lse)
+        return MixedOutput(
+            logits,
+            kept.keep("best", best),
+            kept.keep_all("queries", capture.queries),
+            kept.keep("non_finite of mixed steps", non_finite),
+            kept.keep_all("probe queries", probe.queries),
+            kept.keep_all("probe lse", probe.lse),
+        )
 
     def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
         histories = self._histories

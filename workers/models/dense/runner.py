@@ -29,6 +29,7 @@ from forecache.workers.models.dense.prompt_probe import ChunkMass, MassProbe, Pr
 from forecache.workers.models.dense.remote_past import RemotePast
 from forecache.workers.models.dense.streamed_past import PastReader, PieceBuffers, Store, StreamedPast
 from forecache.workers.models.step.architecture import Backbone
+from forecache.workers.models.step.graphs import OutputBuffers
 from forecache.workers.models.step.hidden_history import SPARE_LINE, HiddenHistory
 from forecache.workers.models.step.in_flight_step import CapturedTensors
 from forecache.workers.models.step.packing import PackedStep, pack, padded, put
@@ -166,6 +167,7 @@ class ModelRunner(Runner):
             self._forward(self._padding(tokens))
             first.append(compiled_graphs())
         if cuda_graphs is not False:
+            outputs = OutputBuffers()
             self._graphs = DecodeGraphs(
                 self._model,
                 self._hot,
@@ -173,6 +175,7 @@ class ModelRunner(Runner):
                 self._last_tokens,
                 max_batch_size=max_batch_size,
                 max_chunks=max_chunks,
+                outputs=outputs,
                 histories=self._histories,
             )
             self._mixed = MixedGraphs(
@@ -184,6 +187,7 @@ class ModelRunner(Runner):
                 max_rows=max_batch_size,
                 max_chunks=max_chunks,
                 max_prompt_chunks=-(-self._backbone.max_model_len // self._spec.chunk_tokens),
+                outputs=outputs,
                 histories=self._histories,
             )
         if torch_compile:

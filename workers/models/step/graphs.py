@@ -7,7 +7,7 @@ computes in buffers that stand until the next replay.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
@@ -30,8 +30,10 @@ def token_buckets(max_tokens: int) -> list[int]:
 
 
 def batch_buckets(max_batch_size: int) -> list[int]:
-    """Batch sizes to capture: 2, 4, 8, then every 8, up to ``max_batch_size`` rounded up."""
-    return [size for size in (2, 4) if size < max_batch_size] + list(range(8, max_batch_size + 8, 8))
+    """Batch sizes to capture: 2, 4, every 8 to 64, every 16 to 128, then every 32, up to the first that is at least
+    ``max_batch_size``."""
+    sizes = [2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_batch_size + 32, 32)]
+    return [size for size, before in zip(sizes, [0, *sizes], strict=False) if before < max_batch_size]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,27 @@ class StepGraphs(ABC, Generic[Output]):
         with torch.cuda.graph(graph, pool=memory, capture_error_mode=self.capture_error_mode):
             output = self._forward(bucket)
         self._graphs[bucket] = CapturedGraph(graph, output)
+
+
+class OutputBuffers:
+    """Device memory that all graphs leave their outputs in. Else every graph would keep outputs of its own."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[object, Tensor] = {}
+
+    def keep(self, name: object, output: Tensor) -> Tensor:
+        """Copy ``output`` into the first rows of the buffer ``name``, and return these.
+
+        The largest output comes first where graphs are captured: a captured buffer can't be replaced by a larger one.
+        """
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < len(output):
+            buffer = self._buffers[name] = torch.empty_like(output)
+        return buffer[: len(output)].copy_(output)
+
+    def keep_all(self, name: str, outputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """:meth:`keep` the outputs of several layers."""
+        return {layer: self.keep((name, layer), output) for layer, output in outputs.items()}
 
 
 class BlockTables:

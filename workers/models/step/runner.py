@@ -13,6 +13,7 @@ from forecache.workers.core.step_plan import Capture, Plan
 from forecache.workers.errors import ChunkLostError
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.models.step.cold_reads import ColdReads
+from forecache.workers.models.step.graphs import batch_buckets
 from forecache.workers.models.step.in_flight_step import CapturedTensors, Probe, RunningStep, Written
 from forecache.workers.models.step.logits import LogitAdjuster, logprobs_of
 from forecache.workers.models.step.sampler import draw_rows, sample
@@ -60,7 +61,7 @@ class Runner(ABC):
     def __init__(self, vocab: int, device: torch.device, arena: Arena | None, max_rows: int) -> None:
         self._device = device
         self._arena = arena
-        self._last_tokens = torch.zeros(max_rows + 8, dtype=torch.int64, device=device)
+        self._last_tokens = torch.zeros(batch_buckets(max_rows)[-1], dtype=torch.int64, device=device)
         self._last_rows: dict[str, int] = {}
         self._adjuster = LogitAdjuster(vocab, device)
 
