@@ -7,7 +7,9 @@ K/V once for the group. It reads the past from the pool through the block table,
 the diagonal, by online softmax (FlashAttention-2, arXiv 2307.08691). Only the last blocks of either part are masked.
 
 The grid depends on shapes only. A program finds its sequence in ``starts``: tokens before the first sequence and after
-the last count as sequences too, and tile numbers leave room for one tile more than a sequence's tokens fill.
+the last count as sequences too, and tile numbers leave room for one tile more than a sequence's tokens fill. Where
+there are too few tiles for all multiprocessors, several programs share the past of a tile, and a second kernel merges
+their results.
 """
 
 # Kernel arguments are not Python values: no types; compile-time constants are upper case.
@@ -171,7 +173,7 @@ def read_factors(k_scale, v_scale, slot, o_scale, scale_slot_stride, scale_log2e
     return factor, v_factor
 
 
-@triton.jit(do_not_specialize=["layer", "tokens", "sequences", "table_stride"])
+@triton.jit(do_not_specialize=["layer", "tokens", "sequences", "splits", "table_stride"])
 def _prefill_kernel(
     q,  # [tokens, heads, HEAD_DIM]
     k,  # [tokens, kv_heads, HEAD_DIM]
@@ -186,12 +188,13 @@ def _prefill_kernel(
     starts,  # [sequences + 1]
     k_scale,  # [slots, layers, kv_heads]
     v_scale,  # [slots, layers, kv_heads]
-    out,  # [tokens, heads, HEAD_DIM]
-    lse,  # [tokens, heads] float32
+    out,  # [tokens, heads, HEAD_DIM]; float32 [splits, tokens, heads, HEAD_DIM] of more than one split
+    lse,  # float32 [tokens, heads], or [splits, tokens, heads]
     scale_log2e,
     tokens,
     sequences,
     kv_heads,
+    splits,
     q_token_stride,
     q_head_stride,
     k_token_stride,
@@ -222,10 +225,11 @@ def _prefill_kernel(
     TILE_TOKENS: tl.constexpr = ROWS // HEAD_TILE
     SLICES: tl.constexpr = (GROUP + HEAD_TILE - 1) // HEAD_TILE
     BLOCKS_PER_CHUNK: tl.constexpr = (CHUNK_TOKENS + BLOCK - 1) // BLOCK
-    # All heads of a tile before the next tile, and the last tile, which has most keys, first.
+    # All heads and splits of a tile before the next tile, and the last tile, which has most keys, first.
     columns = kv_heads * SLICES
-    i_tile = tl.num_programs(0) // columns - 1 - tl.program_id(0) // columns
     i_column = tl.program_id(0) % columns
+    i_split = tl.program_id(0) // columns % splits
+    i_tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (columns * splits)
     i_head, i_slice = i_column // SLICES, i_column % SLICES
     i_segment, begin, end, first_token = find_tile(starts, i_tile, tokens, sequences, TILE_TOKENS)
     length = end - begin
@@ -241,6 +245,7 @@ def _prefill_kernel(
     o_token = (begin + o_own).to(tl.int64)
     o_query = i_head * GROUP + o_group
     o_lse = o_token * (kv_heads * GROUP) + o_query
+    o_lse += i_split.to(tl.int64) * tokens * (kv_heads * GROUP)
     p_out = out + o_lse[:, None] * HEAD_DIM + o_dim[None, :]
     if (i_segment == 0) | (i_segment > sequences):
         tl.store(p_out, tl.zeros([ROWS, HEAD_PAD], out.dtype.element_ty), mask=m_rows)
@@ -275,13 +280,18 @@ def _prefill_kernel(
         full_blocks = past_len // (BLOCK * PAGES) * PAGES
     else:
         full_blocks = 0
+    share = tl.cdiv(blocks, PAGES * splits) * PAGES
+    first_block = i_split * share
+    blocks = tl.minimum(blocks, first_block + share)
+    full_blocks = tl.minimum(full_blocks, blocks)
     # Slots are loaded one iteration ahead: a load that depends on one of the same iteration would keep Triton's
     # pipeliner from having more than one block of K and V in flight.
-    next_slot = tl.load(p_table, mask=full_blocks > 0, other=0)
+    m_full = first_block < full_blocks
+    next_slot = tl.load(p_table + first_block // BLOCKS_PER_CHUNK, mask=m_full, other=0)
     next_slot_2 = next_slot
     if PAGES == 2:
-        next_slot_2 = tl.load(p_table + 1 // BLOCKS_PER_CHUNK, mask=full_blocks > 0, other=0)
-    for i_block in range(0, full_blocks, PAGES):
+        next_slot_2 = tl.load(p_table + (first_block + 1) // BLOCKS_PER_CHUNK, mask=m_full, other=0)
+    for i_block in range(first_block, full_blocks, PAGES):
         slot, slot_2 = next_slot, next_slot_2
         i_next = tl.minimum(i_block + PAGES, full_blocks - PAGES)
         next_slot = tl.load(p_table + i_next // BLOCKS_PER_CHUNK)
@@ -306,7 +316,7 @@ def _prefill_kernel(
             b_max, b_sum, b_out = attend_block(
                 b_q, b_k, b_v, factor, v_factor, True, b_max, b_sum, b_out, False, HAS_SCALES
             )
-    for i_block in tl.range(full_blocks, blocks, num_stages=1):
+    for i_block in tl.range(tl.maximum(first_block, full_blocks), blocks, num_stages=1):
         i_chunk = i_block // BLOCKS_PER_CHUNK
         offset = i_block % BLOCKS_PER_CHUNK * BLOCK
         m_page = offset + o_page < tl.minimum(CHUNK_TOKENS, past_len - i_chunk * CHUNK_TOKENS)
@@ -324,6 +334,9 @@ def _prefill_kernel(
     p_v = v + begin.to(tl.int64) * v_token_stride + i_head * v_head_stride
     o_key = tl.arange(0, OWN_BLOCK)
     visible = (first_token + 1) // OWN_BLOCK * OWN_BLOCK  # keys in blocks that all rows see
+    last = tl.minimum(length, first_token + TILE_TOKENS)
+    if i_split < splits - 1:  # the last split reads the sequence's own keys
+        visible, last = 0, 0
     for i_key in range(0, visible, OWN_BLOCK):
         b_k = read_block(
             p_k, k_blocks, begin + i_key, i_head, 0, k_token_stride, o_key >= 0,
@@ -336,7 +349,6 @@ def _prefill_kernel(
         b_max, b_sum, b_out = attend_block(b_q, b_k, b_v, scale_log2e, 1.0, True, b_max, b_sum, b_out, False, False)
         p_k += OWN_BLOCK * k_token_stride
         p_v += OWN_BLOCK * v_token_stride
-    last = tl.minimum(length, first_token + TILE_TOKENS)
     for i_key in tl.range(visible, last, OWN_BLOCK, num_stages=1):
         m_key = i_key + o_key < length
         b_k = read_block(
@@ -352,8 +364,45 @@ def _prefill_kernel(
         p_k += OWN_BLOCK * k_token_stride
         p_v += OWN_BLOCK * v_token_stride
 
+    b_sum = tl.where(b_sum > 0, b_sum, 1.0)  # a split without keys has out 0, lse -inf
     tl.store(p_out, (b_out / b_sum[:, None]).to(out.dtype.element_ty), mask=m_rows)
     tl.store(lse + o_lse, (b_max + tl.log2(b_sum)) * LN_2, mask=m_row)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _merge_splits_kernel(
+    part_out,  # [splits, rows, HEAD_DIM] float32
+    part_lse,  # [splits, rows]
+    out,  # [rows, HEAD_DIM]
+    lse,  # [rows]
+    rows,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_dim = tl.arange(0, HEAD_PAD)
+    m_row = o_row < rows
+    m_tile = m_row[:, None] & (o_dim < HEAD_DIM)[None, :]
+    b_max = tl.full([ROWS], -float("inf"), tl.float32)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    b_out = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+    for _ in range(splits):
+        b_lse = tl.load(part_lse + o_row, mask=m_row, other=-float("inf"))
+        b_part = tl.load(part_out + o_row[:, None] * HEAD_DIM + o_dim[None, :], mask=m_tile, other=0.0)
+        b_new_max = tl.maximum(b_max, b_lse)
+        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+        b_keep, b_weight = tl.exp(b_max - b_shift), tl.exp(b_lse - b_shift)
+        b_sum = b_sum * b_keep + b_weight
+        b_out = b_out * b_keep[:, None] + b_part * b_weight[:, None]
+        b_max = b_new_max
+        o_row += rows
+    o_row -= splits.to(tl.int64) * rows
+    b_sum = tl.where(b_sum > 0, b_sum, 1.0)
+    p_out = out + o_row[:, None] * HEAD_DIM + o_dim[None, :]
+    tl.store(p_out, (b_out / b_sum[:, None]).to(out.dtype.element_ty), mask=m_tile)
+    tl.store(lse + o_row, b_max + tl.log(b_sum), mask=m_row)
 
 
 def ragged_prefill(
@@ -370,8 +419,12 @@ def ragged_prefill(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     config: PrefillConfig | None = None,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.ragged_prefill`; ``scale`` is positive. ``config``: launch settings instead of the tuned ones."""
+    """See `reference.ragged_prefill`; ``scale`` is positive.
+
+    ``config``, ``splits``: launch settings, and how many programs share the past of a tile, instead of the tuned ones.
+    """
     checks.ragged(q, k, v, kv, layer, block_table, past_lens, starts, k_scale, v_scale)
     assert scale > 0, f"the scale of logits is {scale}, not positive"
     tokens, heads, head_dim = q.shape
@@ -410,8 +463,17 @@ def ragged_prefill(
         "HAS_SCALES": k_scale is not None,
         "DESCRIPTORS": descriptors,
     }
-    tiles = tokens // (config.rows // head_tile) + sequences + 2
-    _prefill_kernel[(tiles * kv_heads * triton.cdiv(group, head_tile),)](
+    tile_tokens, columns = config.rows // head_tile, kv_heads * triton.cdiv(group, head_tile)
+    tiles = tokens // tile_tokens + sequences + 2
+    if splits is None:
+        places = tuning.multiprocessors(q.device) * max(1, 8 // config.num_warps)
+        past_tokens = block_table.shape[1] * chunk_tokens
+        splits = tuning.prefill_splits(triton.cdiv(tokens, tile_tokens) * columns, past_tokens, places)
+    part_out, part_lse = out, lse
+    if splits > 1:
+        part_out = torch.empty((splits, tokens, heads, head_dim), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, tokens, heads), dtype=torch.float32, device=q.device)
+    _prefill_kernel[(tiles * columns * splits,)](
         q,
         k,
         v,
@@ -423,12 +485,13 @@ def ragged_prefill(
         starts,
         k_scale,
         v_scale,
-        out,
-        lse,
+        part_out,
+        part_lse,
         scale / math.log(2),
         tokens,
         sequences,
         kv_heads,
+        splits,
         *q.stride()[:2],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -439,6 +502,11 @@ def ragged_prefill(
         num_stages=config.num_stages,
         **constants,
     )
+    if splits > 1:
+        rows, rows_per_program = tokens * heads, max(1, 4096 // head_pad)
+        _merge_splits_kernel[(triton.cdiv(rows, rows_per_program),)](
+            part_out, part_lse, out, lse, rows, splits, HEAD_DIM=head_dim, HEAD_PAD=head_pad, ROWS=rows_per_program
+        )
     return out, lse
 
 

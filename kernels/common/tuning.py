@@ -13,6 +13,7 @@ import torch
 
 _WAVE_EFFICIENCY = 0.95
 _LARGE_GROUP = 32
+_LEAST_SPLIT_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ def prefill_config(dtype: torch.dtype, head_dim: int, family: str) -> PrefillCon
     """Settings for queries of ``dtype`` on a GPU of ``family``."""
     key = (family, dtype.itemsize, max(64, 1 << (head_dim - 1).bit_length()))
     return _PREFILL.get(key, _PREFILL_DEFAULT)
+
+
+@cache
+def prefill_splits(programs: int, past_tokens: int, places: int) -> int:
+    """Number of programs that share the past of a tile, ``past_tokens`` at most, where there would be ``programs`` on a
+    GPU that runs ``places`` at once. It depends on shapes only, so that a captured CUDA graph serves every length.
+    """
+    return max(1, min(places // programs, past_tokens // _LEAST_SPLIT_TOKENS))
 
 
 @cache

@@ -134,7 +134,7 @@ def prefill(dtype, head_dim, group, q_dtype=BF16, **options):
 
 
 def prefills():
-    prefill(BF16, 128, 4, config=tuning.PREFILL_VARIANTS["wide-tma"])
+    prefill(BF16, 128, 4, config=tuning.PREFILL_VARIANTS["wide-tma"], splits=2)
     prefill(FP8, 128, 4)
     prefill(BF16, 96, 3)
     prefill(torch.float32, 64, 1, torch.float32)
@@ -169,7 +169,7 @@ def streams():
         ("csa", 13),
         ("splits", 10),
         ("streams", 10),
-        ("prefills", 4),
+        ("prefills", 5),
         ("masses", 3),
     ],
 )

@@ -72,3 +72,12 @@ def test_h100_settings_fit_shared_memory_and_cover_latency(dtype: torch.dtype, h
 def test_unknown_gpus_get_small_blocks() -> None:
     config = tuning.decode_config(torch.bfloat16, 128, 4, "other")
     assert config.block_tokens * 128 * 2 * 2 * config.num_stages * config.programs_per_sm <= 100 * 1024
+
+
+@pytest.mark.parametrize("programs", [1, 8, 64, 131, 133, 2048])
+@pytest.mark.parametrize("past_tokens", [0, 64, 4096, 131072])
+def test_splits_of_a_past_fit_the_gpu_at_once(programs: int, past_tokens: int) -> None:
+    splits = tuning.prefill_splits(programs, past_tokens, 132)
+    assert splits == 1 or (programs * splits <= 132 and past_tokens >= 2048 * splits)
+    if programs == 8 and past_tokens == 131072:
+        assert splits == 16

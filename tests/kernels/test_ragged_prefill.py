@@ -150,16 +150,27 @@ def make_case(
 def ragged(shape: Shape) -> list[Part]:
     """No past and a part of a chunk, an empty sequence, whole chunks and one token, chunks and a part of one."""
     chunk, group = shape.chunk_tokens, shape.heads // shape.kv_heads
-    few, many = (max(1, 4 * n // max(4, group)) for n in (19, 37))  # the interpreter is slow
+    few, many = (max(1, 4 * n // max(4, group)) for n in (11, 29))  # the interpreter is slow
     return [Part(0, few), Part(chunk + 5, 0), Part(2 * chunk, 1), Part(3 * chunk + chunk // 2 + 1, many), Part(1, 2)]
 
 
-@pytest.fixture(params=["reference", *CONFIGS])
-def prefill(request: pytest.FixtureRequest) -> Prefill:
+KERNELS = {
+    "reference": reference.ragged_prefill,
+    **{name: partial(triton_kernel.ragged_prefill, config=config) for name, config in CONFIGS.items()},
+    "splits": partial(triton_kernel.ragged_prefill, config=CONFIGS["two-pages"], splits=3),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def any_prefill(request: pytest.FixtureRequest) -> Prefill:
     """`ragged_prefill` in all its forms."""
-    if request.param == "reference":
-        return reference.ragged_prefill
-    return partial(triton_kernel.ragged_prefill, config=CONFIGS[request.param])
+    return KERNELS[request.param]
+
+
+@pytest.fixture(params=["reference", "splits"])
+def prefill(request: pytest.FixtureRequest) -> Prefill:
+    """The reference, and the Triton kernels with most of their code in use: the interpreter is slow."""
+    return KERNELS[request.param]
 
 
 def check(
@@ -179,24 +190,24 @@ def check(
     ids=str,
 )
 def test_packed_prompts_equal_float64(
-    prefill: Prefill,
+    any_prefill: Prefill,
     shape: Shape,
     dtype: torch.dtype,
     device: torch.device,
     poisoned: Poison,
     relative_error: Error,
 ) -> None:
-    if INTERPRETED and dtype == torch.bfloat16 and prefill is not reference.ragged_prefill:
+    if INTERPRETED and dtype == torch.bfloat16 and any_prefill is not reference.ragged_prefill:
         pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot; runs on a GPU")
     case = make_case(shape, ragged(shape), dtype, device, before=3, after=5)
     with poisoned():
-        result = prefill(*case.arguments())
+        result = any_prefill(*case.arguments())
     check(case, result, relative_error, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_random_lengths_equal_float64(
-    prefill: Prefill, number: int, device: torch.device, poisoned: Poison, relative_error: Error
+    any_prefill: Prefill, number: int, device: torch.device, poisoned: Poison, relative_error: Error
 ) -> None:
     torch.manual_seed(number)
     shape = SHAPES[number % len(SHAPES)]
@@ -206,7 +217,7 @@ def test_random_lengths_equal_float64(
     parts = [Part(*lengths) for lengths in zip(past.tolist(), tokens.tolist(), strict=True)]
     case = make_case(shape, parts, torch.float32, device, before=before, after=after, max_chunks=5)
     with poisoned():
-        result = prefill(*case.arguments())
+        result = any_prefill(*case.arguments())
     check(case, result, relative_error, 1e-5)
 
 
@@ -369,7 +380,7 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
 
 def test_reference_and_triton_take_the_same_arguments() -> None:
     ours, theirs = (inspect.signature(m.ragged_prefill).parameters for m in (reference, triton_kernel))
-    assert [*ours, "config"] == [*theirs] and [*ours] == [*inspect.signature(ops.ragged_prefill).parameters]
+    assert [*ours, "config", "splits"] == [*theirs] and [*ours] == [*inspect.signature(ops.ragged_prefill).parameters]
 
 
 @pytest.mark.gpu
@@ -402,6 +413,19 @@ def test_tuned_settings_at_gpu_sizes(
     with poisoned():
         result = triton_kernel.ragged_prefill(*case.arguments(), config=config)
     check(case, result, relative_error, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("tokens", [1, 60, 300])
+def test_few_tokens_share_a_long_past_among_programs(
+    tokens: int, device: torch.device, poisoned: Poison, relative_error: Error
+) -> None:
+    shape = Shape(32, 8, 128, 64)
+    case = make_case(shape, [Part(20000, tokens), Part(30, 2)], torch.bfloat16, device, after=3)
+    with poisoned():
+        result = triton_kernel.ragged_prefill(*case.arguments())
+    check(case, result, relative_error, 1e-2)
 
 
 @pytest.mark.gpu
