@@ -274,7 +274,7 @@ class ServeConfig(BaseModel):
         if not isinstance(values, dict):
             return values
         return {
-            name: {k: parse_bytes(v) if str(k).endswith("_bytes") else v for k, v in value.items()}
+            name: {k: parse_bytes(v) if str(k).endswith("_bytes") and v != "auto" else v for k, v in value.items()}
             if isinstance(value, dict)
             else value
             for name, value in values.items()
@@ -326,7 +326,7 @@ def _default_text(field: FieldInfo, path: tuple[str, ...]) -> str:
     default = field.get_default(call_default_factory=True, validated_data={})
     if default is None:
         return ""
-    if path[-1].endswith("_bytes") and default % 2**20 == 0:
+    if path[-1].endswith("_bytes") and default != "auto" and default % 2**20 == 0:
         return f" (default: {default >> 30}GiB)" if default % 2**30 == 0 else f" (default: {default >> 20}MiB)"
     return f" (default: {default:.4g})" if isinstance(default, float) else f" (default: {default})"
 
@@ -406,7 +406,8 @@ def sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     path = tuple(str(part) for part in first["loc"])
     flags = {setting: flag for flag, setting, _ in settings()}
-    name = flags.get(path) or ".".join(path)
+    # behind a setting of several types comes the type that was tried
+    name = flags.get(path) or flags.get(path[:2]) or ".".join(path)
     if first["type"] == "extra_forbidden":
         return f"there is no setting named {name}"
     message = first["msg"].removeprefix("Value error, ")

@@ -25,13 +25,13 @@ port: 8000
 engine:
   model: /models/llama-3.1-8b
   keep_ratio: 0.135
-  hot_bytes: 40GiB
 memory:
-  cold_bytes: 92GiB
+  cold_bytes: 92GiB # default: chosen by what is free
 ```
 
-Sizes are bytes, or a number with a unit: `512MB`, `4GiB`. Times are seconds. An unknown setting, or a value out of
-range, stops the start with a message that names the flag.
+Sizes are bytes, or a number with a unit: `512MB`, `4GiB`. Where a size may be `auto`, the start chooses it and says what
+it chose: see [Operations](operations.md#sizes). Times are seconds. An unknown setting, or a value out of range, stops
+the start with a message that names the flag.
 """
 
 RANGE_SIGNS = (
@@ -76,24 +76,33 @@ def _row(flag: str, path: tuple[str, ...], field: FieldInfo) -> str:
 
 def _values(name: str, field: FieldInfo) -> str:
     """What may be written: the choices, or the type and its range."""
-    kind = _plain_type(field.annotation)
+    kind, auto = _plain_type(field.annotation), ""
+    bounds_of = list(field.metadata)
+    if get_origin(kind) in (Union, types.UnionType):
+        # a number, or the word auto
+        number, word = get_args(kind)
+        kind, auto = get_args(number)[0], f", or `{get_args(word)[0]}`"
+        bounds_of += [bound for part in get_args(number)[1:] for bound in part.metadata]
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     is_size = name.endswith("_bytes")
     bounds = [
         f"{sign} {_number(value, is_size)}"
-        for constraint in field.metadata
+        for constraint in bounds_of
         for bound, sign in RANGE_SIGNS
         if isinstance(constraint, bound)
         for value in [getattr(constraint, bound.__name__.lower())]
     ]
-    return " ".join(["size" if is_size else TYPE_NAMES[kind], ", ".join(bounds)]).strip()
+    return " ".join(["size" if is_size else TYPE_NAMES[kind], ", ".join(bounds)]).strip() + auto
 
 
 def _plain_type(annotation: Any) -> Any:
     """The type without ``None`` and without validators."""
     if get_origin(annotation) in (Union, types.UnionType):
-        (annotation,) = (part for part in get_args(annotation) if part is not types.NoneType)
+        parts = [part for part in get_args(annotation) if part is not types.NoneType]
+        if len(parts) > 1:
+            return annotation
+        (annotation,) = parts
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 

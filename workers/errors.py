@@ -32,6 +32,10 @@ class OverloadedError(ForecacheError):
     """There is no room now; the same request may succeed later."""
 
 
+class MemorySizeError(ForecacheError):
+    """A size of hot or cold memory does not fit the device or the machine; the message names one that does."""
+
+
 class ArenaError(ForecacheError):
     """The shared-memory arena can't be created, mapped or trusted."""
 

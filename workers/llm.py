@@ -27,6 +27,7 @@ from forecache.workers.core.requests import (
 from forecache.workers.engine.build import build_engine, build_gpu_indexer, load_model
 from forecache.workers.errors import ForecacheError
 from forecache.workers.memory.arena.arena import Arena, remove_abandoned
+from forecache.workers.memory.arena.cold_size import auto_cold_bytes, cold_share
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.config import MemoryConfig
 
@@ -77,7 +78,6 @@ class LLM:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         loaded = load_model(config, memory, indexer, skip_tokenizer=skip_tokenizer)
-        self.config = loaded.config
         self.model_path = loaded.path
         self.tokenizer = loaded.tokenizer
         self.backbone = backbone = loaded.backbone
@@ -85,6 +85,16 @@ class LLM:
         self.scorer = loaded.scorer
         self.index_spec = spec = loaded.scorer.spec
         remove_abandoned(memory.arena_dir)
+        device_type = backbone.device.type
+        cold_bytes = memory.cold_bytes
+        if cold_bytes == "auto":
+            cold_bytes = auto_cold_bytes(
+                memory.arena_dir,
+                share=cold_share(device_type),
+                most_bytes=loaded.config.for_device(device_type).contexts_bytes(
+                    backbone.max_model_len, self.cold_layout.nbytes + spec.nbytes
+                ),
+            )
         with ExitStack() as cleanup:  # if a later part fails, those made before it are closed
             self._arena = Arena.create(
                 memory.arena_dir,
@@ -92,7 +102,7 @@ class LLM:
                 layout=self.cold_layout,
                 index_nbytes=spec.nbytes,
                 index_fingerprint=spec.fingerprint,
-                capacity_bytes=memory.cold_bytes,
+                capacity_bytes=cold_bytes,
             )
             cleanup.callback(self._arena.close)
             cleanup.callback(self._arena.unlink)
@@ -107,7 +117,7 @@ class LLM:
             self.engine = build_engine(
                 backbone,
                 self.tokenizer,
-                self.config,
+                loaded.config,
                 selection or SelectionConfig(),
                 self.memory,
                 self._indexer,
@@ -116,6 +126,7 @@ class LLM:
                 query_encoder=self.scorer.query_encoder,
             )
             cleanup.callback(self.engine.close)
+            self.config = self.engine.config
             self._cleanup = cleanup.pop_all()
         self._ids = itertools.count()
 

@@ -1,6 +1,7 @@
 """`forecache doctor`: checks what a server needs of this machine."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ from rich.table import Table
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.launch.redis_server import find_redis_server
 from forecache.workers.errors import ForecacheError
+from forecache.workers.free_memory import available_bytes, room_bytes
+from forecache.workers.memory.arena.cold_size import CPU_SHARE, LEAST_BYTES, MOST_BYTES, ROOM_SHARE
 
 Verdict = Literal["ok", "note", "will not work"]
 
@@ -45,7 +48,8 @@ def findings(config: ServeConfig) -> Iterator[Finding]:
     yield check_gpu()
     yield check_cpu()
     yield check_memory(config)
-    yield check_shared_memory(config.memory.arena_dir, config.memory.cold_bytes + config.object_store_bytes)
+    least = LEAST_BYTES if config.memory.cold_bytes == "auto" else config.memory.cold_bytes
+    yield check_shared_memory(config.memory.arena_dir, math.ceil(least / ROOM_SHARE) + config.object_store_bytes)
     yield check_redis_server()
     yield check_model(config.engine.model)
 
@@ -117,20 +121,23 @@ def check_cpu() -> Finding:
 
 
 def check_memory(config: ServeConfig) -> Finding:
-    """Check that cold memory, the hot pool (on a CPU) and the model fit the available memory."""
-    available = available_bytes(Path("/proc/meminfo").read_text())
-    wanted = config.memory.cold_bytes + config.engine.hot_bytes + 2 * GIB
+    """Check that cold memory, the hot pool (on a CPU) and the model fit the available memory, within the limits of a
+    container."""
+    available, wanted = available_bytes(), 2 * GIB + config.object_store_bytes
+    for size in (config.memory.cold_bytes, config.engine.hot_bytes):
+        wanted += 0 if size == "auto" else size
     found = f"{available / GIB:.1f} GiB available"
     if available < wanted:
-        remedy = f"the default settings use up to {wanted / GIB:.0f} GiB: lower --cold-bytes or --hot-bytes"
+        remedy = (
+            f"model and server need {wanted / GIB:.1f} GiB with these settings: free memory, raise the container's "
+            "limit, or lower --cold-bytes and --hot-bytes, where you set them"
+        )
         return Finding("memory", "note", found, remedy)
+    if config.memory.cold_bytes == "auto" and config.memory.arena_dir.is_dir():
+        room = room_bytes(config.memory.arena_dir) - config.object_store_bytes
+        cold = min(CPU_SHARE * (available - 2 * GIB), ROOM_SHARE * max(room, 0), MOST_BYTES)
+        found += f", of which up to {cold / GIB:.1f} GiB for cold memory"
     return Finding("memory", "ok", found)
-
-
-def available_bytes(meminfo: str) -> int:
-    """``MemAvailable`` in bytes, from the text of `/proc/meminfo`."""
-    line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
 
 
 def check_shared_memory(directory: Path, needed_bytes: int) -> Finding:
@@ -142,8 +149,8 @@ def check_shared_memory(directory: Path, needed_bytes: int) -> Finding:
     found = f"{usage.total / GIB:.2f} GiB, {usage.free / GIB:.2f} GiB free"
     if usage.free < needed_bytes:
         remedy = (
-            f"the default settings need {needed_bytes / GIB:.2f} GiB: lower --cold-bytes, or enlarge it "
-            "(containers: --shm-size, or a memory-backed emptyDir)"
+            f"these settings need {needed_bytes / GIB:.2f} GiB or more: enlarge it (containers: --shm-size, or a "
+            "memory-backed emptyDir), or lower --cold-bytes, if you set it"
         )
         return Finding(subject, "will not work", found, remedy)
     return Finding(subject, "ok", found)

@@ -118,6 +118,8 @@ def _serve(args: argparse.Namespace) -> int:
 
             def ready(cluster: serving.Running) -> None:
                 say("serving" if as_json else "")
+                for sizes in cluster.sizes:
+                    logger.info("sizes: %s", sizes) if as_json else print(f"sizes: {sizes}", file=sys.stderr)
                 for note in cluster.notes:
                     logger.warning(note) if as_json else print(f"note: {note}", file=sys.stderr)
                 print(f"forecache serves {config.model_name} at {cluster.url}/v1", flush=True)

@@ -34,6 +34,7 @@ from forecache.cluster.observe.telemetry import ClusterTelemetry
 from forecache.cluster.tenants import Tenants
 from forecache.cluster.tiers import Tiers
 from forecache.workers.core.config import WorkerSettings
+from forecache.workers.core.stats import WorkerSizes
 from forecache.workers.engine.worker import DecodeWorker
 from forecache.workers.memory.arena.arena import remove_abandoned
 from forecache.workers.memory.config import MemoryConfig
@@ -47,6 +48,7 @@ POLL_S = 0.2
 DRAIN_ANSWER_S = 1.0
 """Longest wait for one answer of the ingresses while draining; a second signal is handled in between."""
 ROUTING_STATS_PERIOD_S = 2.0
+SIZES_ANSWER_S = 10.0
 
 NO_PROXIES = {"no_grpc_proxy": "localhost,0.0.0.0/0,::/0"}
 """Environment of processes that Serve connects by gRPC. gRPC would send these connections through ``http_proxy``, where
@@ -67,10 +69,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Running:
-    """A cluster that serves at ``url``; ``notes`` are sentences that its operator should read."""
+    """A cluster that serves at ``url``; ``notes`` are sentences that its operator should read, ``sizes`` says what its
+    workers keep in memory."""
 
     url: str
     notes: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the operator asked for it
@@ -100,6 +104,7 @@ def running(
     path = resolve_model(config.engine.model, say, config.engine.load_format)
     config = preflight.settle(path, config)
     model = preflight.check_model(path, config)
+    config = model.sized(config)
     preflight.check_tokenizer(path)
     tenants = Tenants.load(config.limits.api_keys_file)
     port = config.port or machine.free_port(config.host)
@@ -126,6 +131,7 @@ def running(
         bound = application(settings, model, tenants, tiers, WorkerSettings(
             engine=config.engine, memory=_memory(config), selection=config.selection, indexer=config.indexer,
             namespace=NAMESPACE, run=run, redis_url=redis_url, telemetry=cluster_telemetry(config),
+            workers=config.workers,
         ), ingress_class, worker_class)  # fmt: skip
         serve.run_many(
             [serve.RunTarget(bound, name=APPLICATION, route_prefix="/")],
@@ -138,7 +144,15 @@ def running(
         _wait_until_running(config.start_deadline_s)
         stack.callback(_drain, config.limits.drain_deadline_s, hurry or threading.Event(), say)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "") else config.host
-        yield Running(f"http://{f'[{host}]' if ':' in host else host}:{port}", preflight.notes(model, config))
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        yield Running(url, preflight.notes(model, config), _sizes())
+
+
+def _sizes() -> tuple[str, ...]:
+    """What the workers' memory was sized to, each size once."""
+    workers = serve.get_deployment_handle("DecodeWorker", APPLICATION)
+    answers = workers.broadcast("sizes").results(timeout_s=SIZES_ANSWER_S, return_exceptions=True)
+    return tuple(dict.fromkeys(str(sizes) for sizes in answers if isinstance(sizes, WorkerSizes)))
 
 
 def _memory(config: ServeConfig) -> MemoryConfig:

@@ -11,6 +11,7 @@ from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.tenants import Tenants
 from forecache.workers.masking import mask_secrets
+from forecache.workers.memory.arena.cold_size import CPU_SHARE, auto_cold_bytes
 
 CONNECT_S = 3.0
 GCS_ANSWER_S = 5.0
@@ -21,12 +22,19 @@ def check(config: ServeConfig) -> None:
 
     Raises:
         StartError: what is wrong and what to change.
+        MemorySizeError: memory or `--arena-dir` is too small for any cold memory.
     """
     if config.address is not None:
         check_ray(config.address)
     check_port(config.host, config.port)
-    cold_bytes = config.memory.cold_bytes + (config.memory.record_bytes if config.address is not None else 0)
-    check_arena_dir(config.memory.arena_dir, cold_bytes, config.object_store_bytes, config.address)
+    memory, store_bytes = config.memory, config.object_store_bytes
+    if memory.cold_bytes != "auto":
+        cold_bytes = memory.cold_bytes + (memory.record_bytes if config.address is not None else 0)
+        check_arena_dir(memory.arena_dir, cold_bytes, store_bytes, config.address)
+    else:
+        _check_writable(memory.arena_dir, "--arena-dir")
+        if config.address is None:
+            auto_cold_bytes(memory.arena_dir, share=CPU_SHARE, claimed_room=store_room(memory.arena_dir, store_bytes))
     if config.memory.disk_bytes:
         check_disk_dir(config.memory.disk_dir, config.memory.disk_bytes)
     Tenants.load(config.limits.api_keys_file)
@@ -136,15 +144,20 @@ def check_arena_dir(directory: Path, cold_bytes: int, object_store_bytes: int, a
     A Ray that we start puts its object store into `/dev/shm` too. Sizes are in bytes.
     """
     _check_writable(directory, "--arena-dir")
-    shared = address is None and directory.stat().st_dev == Path("/dev/shm").stat().st_dev
-    needed = cold_bytes + (object_store_bytes if shared else 0)
+    store_bytes = 0 if address is not None else store_room(directory, object_store_bytes)
+    needed = cold_bytes + store_bytes
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise StartError(
             f"{directory} is too small: {_gib(needed)} needed ({needed} bytes: --cold-bytes {cold_bytes}"
-            f"{f' and {object_store_bytes} for Ray' if shared else ''}), {_gib(free)} free; lower --cold-bytes, make "
+            f"{f' and {store_bytes} for Ray' if store_bytes else ''}), {_gib(free)} free; lower --cold-bytes, make "
             f"{directory} larger, or choose another memory-backed --arena-dir"
         )
+
+
+def store_room(directory: Path, object_store_bytes: int) -> int:
+    """Bytes that the object store of a Ray on this machine takes of the file system of ``directory``."""
+    return object_store_bytes if directory.stat().st_dev == Path("/dev/shm").stat().st_dev else 0
 
 
 def _gib(nbytes: int) -> str:

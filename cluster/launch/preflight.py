@@ -2,19 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from forecache.cluster.config import ServeConfig
 from forecache.cluster.errors import StartError
 from forecache.cluster.launch import machine
 from forecache.indexer.records.manifest import ManifestError
 from forecache.workers.errors import UnsupportedModelError
+from forecache.workers.memory.arena.cold_size import auto_cold_bytes, cold_share
 
 if TYPE_CHECKING:
     from forecache.indexer.records.index_spec import IndexSpec
     from forecache.workers.memory.format.layout import ChunkLayout
     from forecache.workers.models.step.architecture import ExpectedScorer
 
+WORKER_BYTES = 1 << 30
+"""Memory of a worker besides weights and chunks: PyTorch, the tokenizer, code."""
 NO_MANIFEST = (
     "{0} has no manifest of retrieval heads: forecache chooses its chunks by bounds, which finds much less. "
     "Make one with `forecache indexer calibrate --model {0} --out FILE`, and serve with --indexer-manifest FILE."
@@ -73,6 +76,14 @@ class ModelFacts:
     """Digest of the trained indexer that workers will use; None without one."""
     cold_limit: int | None = None
     """``max_model_len``, if cold memory limits it and not the model."""
+    cold_bytes: int | None = None
+    """Cold memory of this machine; None on a joined cluster, where each node has its own."""
+
+    def sized(self, config: ServeConfig) -> ServeConfig:
+        """``config`` with this size of cold memory."""
+        if self.cold_bytes is None:
+            return config
+        return config.model_copy(update={"memory": config.memory.model_copy(update={"cold_bytes": self.cold_bytes})})
 
 
 def check_model(path: Path, config: ServeConfig) -> ModelFacts:
@@ -82,6 +93,7 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
         UnsupportedModelError: it is not a decoder, its weight files can't be read, `--max-model-len` is more than it
             supports, or it does not support `--fallback`.
         ArenaError: `--cold-bytes` is too small for one chunk.
+        MemorySizeError: `--cold-bytes` is auto, and this machine has too little memory.
         StartError: `--indexer-manifest` is not a manifest, or belongs to another model.
     """
     from forecache.workers.models.backbone import load_config  # imports transformers, which takes seconds
@@ -105,10 +117,15 @@ def check_model(path: Path, config: ServeConfig) -> ModelFacts:
         )
     limit = wanted or own_limit
     scorer, layout = _expected_scorer(model, config), _layout(model, config)
-    # nodes of a joined cluster may have other devices and dtypes: their workers check for themselves
-    cold = _cold_tokens(layout, scorer.spec, config) if config.address is None else limit
+    if config.address is not None:
+        # its nodes may have other devices, dtypes and sizes: their workers check for themselves
+        return ModelFacts(limit, scorer.informed, layout.nbytes, scorer.digest)
+    cold_bytes = config.memory.cold_bytes
+    if cold_bytes == "auto":
+        cold_bytes = _auto_cold_bytes(model, layout, scorer.spec, limit, config)
+    cold = _cold_tokens(layout, scorer.spec, config.memory.cold_dtype, cold_bytes)
     cold_limit = cold if cold < limit else None
-    return ModelFacts(min(cold, limit), scorer.informed, layout.nbytes, scorer.digest, cold_limit)
+    return ModelFacts(min(cold, limit), scorer.informed, layout.nbytes, scorer.digest, cold_limit, cold_bytes)
 
 
 def check_tokenizer(path: Path) -> None:
@@ -163,10 +180,30 @@ def _layout(model: Any, config: ServeConfig) -> "ChunkLayout":
     return expected_layout(model, chunk_tokens=config.engine.chunk_tokens, dtype=dtype)
 
 
-def _cold_tokens(layout: "ChunkLayout", spec: "IndexSpec", config: ServeConfig) -> int:
+def _auto_cold_bytes(
+    model: Any, layout: "ChunkLayout", spec: "IndexSpec", max_model_len: int, config: ServeConfig
+) -> int:
+    """Cold memory of this machine, where models, Ray and Redis have theirs."""
+    from forecache.workers.models.backbone import expected_weight_bytes, pick_device, pick_dtype
+
+    device, directory = pick_device(config.engine.device), config.memory.arena_dir
+    weights = expected_weight_bytes(model, pick_dtype(config.engine.dtype, device))
+    claimed = config.workers * (weights + WORKER_BYTES) + config.object_store_bytes
+    if config.redis_url is None:
+        claimed += config.redis_bytes
+    engine = config.engine.for_device(device.type)
+    return auto_cold_bytes(
+        directory,
+        share=cold_share(device.type),
+        claimed_bytes=claimed,
+        claimed_room=machine.store_room(directory, config.object_store_bytes),
+        most_bytes=engine.contexts_bytes(max_model_len, layout.nbytes + spec.nbytes),
+    )
+
+
+def _cold_tokens(layout: "ChunkLayout", spec: "IndexSpec", cold_dtype: Literal["auto", "fp8"], cold_bytes: int) -> int:
     """Tokens that the arena of one node holds, which limits every request."""
     from forecache.workers.memory.arena.arena import describe
     from forecache.workers.memory.format.layout import cold_layout
 
-    cold = cold_layout(layout, config.memory.cold_dtype)
-    return describe(cold, spec.nbytes, "", config.memory.cold_bytes).slots * layout.chunk_tokens
+    return describe(cold_layout(layout, cold_dtype), spec.nbytes, "", cold_bytes).slots * layout.chunk_tokens

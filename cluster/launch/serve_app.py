@@ -97,5 +97,6 @@ def build(arguments: Arguments) -> Application:
     settings = WorkerSettings(
         engine=config.engine, memory=config.memory, selection=config.selection, indexer=config.indexer,
         namespace=NAMESPACE, run=run, redis_url=config.redis_url, telemetry=cluster_telemetry(config),
+        workers=config.workers,
     )  # fmt: skip
     return application(config, model, tenants, tiers, settings, SupervisedIngress)

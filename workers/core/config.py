@@ -1,17 +1,19 @@
 """Settings of a worker: those of its engine, and what it gets besides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
 from forecache.indexer.serving.telemetry import SILENCE, Telemetry
 from forecache.workers.core.requests import Policy
-from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.config import Auto, MemoryConfig
 
 LoadFormat = Literal["auto", "dummy"]
 KvDtype = Literal["auto", "fp8"]
+GPU_BATCH_SIZE, CPU_BATCH_SIZE = 256, 16
 
 
 class EngineConfig(BaseModel):
@@ -78,8 +80,21 @@ class EngineConfig(BaseModel):
         le=1,
         description="lowest coverage (share of retrieval-event mass on resident chunks) that --fallback accepts",
     )
-    hot_bytes: int = Field(1 << 30, gt=0, description="size of one worker's hot pool on its device")
-    max_batch_size: int = Field(16, ge=1, description="most sequences decoded together")
+    hot_bytes: Annotated[int, Field(gt=0)] | Auto = Field(
+        "auto",
+        description="size of one worker's hot pool on its device; auto: on a GPU what gpu_memory_utilization leaves "
+        "after weights, activations and CUDA graphs; on a CPU half of the memory that weights and cold memory leave",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of the GPU's whole memory that one worker may use, when hot_bytes is auto",
+    )
+    max_batch_size: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto",
+        description="most sequences decoded together; auto: 256 on a GPU, 16 on a CPU, fewer if memory holds fewer",
+    )
     prefill_chunk_tokens: int | None = Field(
         None, ge=16, description="most prompt tokens per step; default: 8192 on a GPU, 512 on a CPU"
     )
@@ -129,8 +144,22 @@ class EngineConfig(BaseModel):
             "prefill_chunk_tokens": 8192 if gpu else 512,
             "prefill_slice_s": 0.05 if gpu else 0.25,
             "overlap_steps": gpu,
+            "max_batch_size": GPU_BATCH_SIZE if gpu else CPU_BATCH_SIZE,
         }
-        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
+        unset = (None, "auto")
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) in unset})
+
+    def contexts_bytes(self, max_model_len: int, chunk_bytes: int) -> int:
+        """Bytes that the longest contexts of two batches take: one runs, one is kept for reuse. More memory than that
+        is not chosen for ``hot_bytes: auto`` and ``cold_bytes: auto``."""
+        chunks = max_model_len // self.chunk_tokens + 2
+        return 2 * self.batch_size * chunks * chunk_bytes
+
+    @property
+    def batch_size(self) -> int:
+        """:attr:`max_batch_size`, which must have been chosen by now."""
+        assert self.max_batch_size != "auto", "call for_device first"
+        return self.max_batch_size
 
 
 @dataclass(frozen=True)
@@ -141,6 +170,7 @@ class WorkerSettings:
         namespace: Ray namespace of the cluster's actors.
         run: identifies this start of the cluster; part of the names of its actors and arenas.
         redis_url: where memory tiers find each other's chunks; ``None``: on one node only.
+        workers: workers of the cluster at most.
     """
 
     engine: EngineConfig
@@ -151,6 +181,12 @@ class WorkerSettings:
     run: str
     redis_url: str | None = field(default=None, repr=False)
     telemetry: Telemetry = SILENCE
+    workers: int = 1
+
+    def sharers(self, node: Mapping[str, Any]) -> int:
+        """Workers that may share ``node``, an entry of ``ray.nodes()``."""
+        places = int(node["Resources"].get("GPU" if self.num_gpus else "CPU", 1))
+        return max(min(self.workers, places), 1)
 
     def actor_name(self, kind: str, node_id: str) -> str:
         """Name of a node's ``kind`` actor ("tier", "indexer0", …), and of the tier's arena."""

@@ -81,6 +81,25 @@ class ScorerStats:
 
 
 @dataclass(frozen=True)
+class WorkerSizes:
+    """Memory that a worker has: ``hot_bytes`` of its own pool, ``cold_bytes`` of its node's arena, which all workers of
+    the node share, each with the tokens that it holds; ``batch_size``: most sequences decoded together."""
+
+    hot_bytes: int
+    hot_tokens: int
+    cold_bytes: int
+    cold_tokens: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"hot pool {self.hot_bytes / 2**30:.2f} GiB ({self.hot_tokens} tokens), "
+            f"cold memory {self.cold_bytes / 2**30:.2f} GiB per node ({self.cold_tokens} tokens), "
+            f"batches of up to {self.batch_size}"
+        )
+
+
+@dataclass(frozen=True)
 class WorkerStats:
     """One worker's numbers; ``tier`` is ``None`` if its memory tier does not answer."""
 

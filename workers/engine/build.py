@@ -18,6 +18,7 @@ from forecache.workers.engine.detokenize import OutputProcessor
 from forecache.workers.engine.engine import Engine
 from forecache.workers.engine.pulse import Pulse
 from forecache.workers.engine.scheduler import Scheduler
+from forecache.workers.engine.sizes import check_after_capture, choose_sizes
 from forecache.workers.engine.snapshots import Snapshots, state_layout
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.client.protocol import ColdMemory
@@ -30,6 +31,7 @@ from forecache.workers.models.backbone import load_backbone, load_config
 from forecache.workers.models.loader import model_name, resolve_model
 from forecache.workers.models.registry import architecture_of
 from forecache.workers.models.step.architecture import Backbone, ChosenScorer, QueryEncoder
+from forecache.workers.models.step.runner import Runner
 from forecache.workers.models.tokenizer import eos_token_ids, load_tokenizer
 from forecache.workers.models.verify import verify_backbone
 from forecache.workers.residency.budgets import Reservations
@@ -109,6 +111,7 @@ def build_engine(
     name: str = "local",
     cold_layout: ChunkLayout | None = None,
     query_encoder: QueryEncoder | None = None,
+    sharers: int = 1,
 ) -> Engine:
     """An engine for ``backbone`` over ``memory`` and ``indexer``, which stay the caller's to close.
 
@@ -118,23 +121,31 @@ def build_engine(
         name: prefix of the names under which the engine holds chunks in cold memory; unique among its engines.
         cold_layout: layout of a chunk in cold memory; ``None``: as in the hot pool.
         query_encoder: the model's half of a trained indexer.
+        sharers: workers on a CPU that share this machine's memory.
+
+    Raises :class:`MemorySizeError` if ``config`` leaves sizes open and memory is too small for the least.
     """
-    config = config.for_device(backbone.device.type)
     on_gpu = backbone.device.type == "cuda"
     arena, cold = memory.arena, cold_layout or backbone.layout
-    pool = HotPool(backbone.layout, config.hot_bytes // backbone.layout.nbytes, backbone.device)
     registered = RegisteredMemory(arena.chunks) if on_gpu else None
-    runner = backbone.architecture.make_runner(
-        backbone,
-        pool,
-        arena,
-        spec,
-        max_rows=config.max_batch_size,
-        cold_layout=cold,
-        query_encoder=query_encoder,
-        snapshot_tokens=config.snapshot_tokens,
-        spread=memory.spread,
-    )
+
+    def make_runner(pool: HotPool, rows: int) -> Runner:
+        return backbone.architecture.make_runner(
+            backbone,
+            pool,
+            arena,
+            spec,
+            max_rows=rows,
+            cold_layout=cold,
+            query_encoder=query_encoder,
+            snapshot_tokens=config.snapshot_tokens,
+            spread=memory.spread,
+        )
+
+    sizes = choose_sizes(config, backbone, make_runner, sharers=sharers)
+    config = sizes.config
+    pool = HotPool(backbone.layout, sizes.hot_bytes // backbone.layout.nbytes, backbone.device)
+    runner = make_runner(pool, config.batch_size)
     pulse, counters = Pulse(), EngineCounters()
     states = state_layout(runner, cold.nbytes, config.snapshot_tokens // config.chunk_tokens)
     prefetcher = Prefetcher(pool, memory, runner.index_record, cold, states, pulse.progress)
@@ -145,12 +156,13 @@ def build_engine(
     snapshots = Snapshots(runner, states, prefetcher, arena)
     if on_gpu:
         runner.warm_up(
-            max_batch_size=config.max_batch_size,
+            max_batch_size=config.batch_size,
             max_step_tokens=scheduler.max_step_tokens,
             max_chunks=windows.budgets.widest_table(backbone.max_model_len),
             cuda_graphs=config.cuda_graphs,
             torch_compile=config.torch_compile,
         )
+        check_after_capture(sizes, backbone.device)
     eos = eos_token_ids(backbone.config, backbone.model.generation_config, tokenizer)
     return Engine(
         name=name,

@@ -85,7 +85,7 @@ class Scheduler:
         assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "call for_device first"
         self._prefill_chunk_tokens = config.prefill_chunk_tokens
         self._prefill_slice_s = config.prefill_slice_s
-        self.max_step_tokens = config.prefill_chunk_tokens + config.max_batch_size
+        self.max_step_tokens = config.prefill_chunk_tokens + config.batch_size
         self._steps = 0
         self._lane_opens_s = 0.0
         self.rate = PrefillRate(linear_equal)
@@ -126,7 +126,7 @@ class Scheduler:
         ``releasing_slots``: arena slots that cold memory still reserves for sequences that have left.
         """
         admitted: list[TokenSequence] = []
-        while self.waiting and len(self.running) < self._config.max_batch_size:
+        while self.waiting and len(self.running) < self._config.batch_size:
             seq = self.waiting[0]
             cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in [*self.running, seq])
             if seq.residency.reserved_slots > self._reservations.spare_slots or cold > self._cold_slots:

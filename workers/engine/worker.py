@@ -29,13 +29,14 @@ from forecache.workers.core.requests import (
     RequestNews,
     TokenEvent,
 )
-from forecache.workers.core.stats import ScorerStats, WorkerStats
+from forecache.workers.core.stats import ScorerStats, WorkerSizes, WorkerStats
 from forecache.workers.core.worker_report import Reporter
 from forecache.workers.engine.async_engine import AsyncEngine
 from forecache.workers.engine.build import LoadedModel, build_engine, build_gpu_indexer, load_model
 from forecache.workers.engine.channels import Channels
 from forecache.workers.errors import ArenaError, ChunkLostError, InvalidRequestError, OverloadedError
 from forecache.workers.memory.arena.arena import Arena
+from forecache.workers.memory.arena.cold_size import cold_share
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.client.memory import RemoteMemory
 from forecache.workers.memory.client.peers import RemotePeers
@@ -67,7 +68,6 @@ class DecodeWorker:
         self._scorer = model.scorer
         self._tier_id = settings.actor_name("tier", self._node_id)
         fingerprint = chunk_fingerprint(backbone.layout, cold)
-        self._reporter = Reporter(fingerprint, self._tier_id, cold.nbytes, config.max_batch_size)
         memory = settings.memory
         [node] = [node for node in ray.nodes() if node["NodeID"] == self._node_id]  # type: ignore[no-untyped-call]
         if not gives_memory(node, memory):
@@ -75,9 +75,12 @@ class DecodeWorker:
                 f"this node has no memory tier, because it lacks the Ray resource {memory.tier_resource!r}: start Ray "
                 "there with --resources, or unset --tier-resource"
             )
+        sharers, device_type = settings.sharers(node), backbone.device.type
+        weights = sum(weight.nbytes for weight in backbone.model.parameters())
         tiers = TierSettings(
-            memory, cold, spec.nbytes, spec.fingerprint, settings.namespace, settings.redis_url, settings.telemetry
-        )
+            memory, cold, spec.nbytes, spec.fingerprint, settings.namespace, settings.redis_url, settings.telemetry,
+            cold_share(device_type), (sharers - 1) * weights,
+        )  # fmt: skip
         self._memory = RemoteMemory(
             lambda: start_tier(tiers, self._tier_id, self._node_id),
             memory.call_deadline_s,
@@ -96,6 +99,15 @@ class DecodeWorker:
             self._worker_id,
             cold,
             model.scorer.query_encoder,
+            sharers,
+        )
+        self._reporter = Reporter(fingerprint, self._tier_id, cold.nbytes, engine.config.batch_size)
+        self._sizes = WorkerSizes(
+            hot_bytes=engine.pool.num_slots * backbone.layout.nbytes,
+            hot_tokens=engine.pool.num_slots * config.chunk_tokens,
+            cold_bytes=self._memory.arena.description.file_bytes,
+            cold_tokens=self._memory.arena.slots * config.chunk_tokens,
+            batch_size=engine.config.batch_size,
         )
         self._channels = Channels(self._worker_id)
         self._engine = AsyncEngine(engine, niceness=CPU_NICENESS if backbone.device.type == "cpu" else 0)
@@ -141,6 +153,10 @@ class DecodeWorker:
     async def stats(self) -> WorkerStats:
         """This worker's numbers now."""
         return replace(self._own_stats(), tier=await asyncio.to_thread(self._tier_stats))
+
+    def sizes(self) -> WorkerSizes:
+        """What this worker's memory was sized to at its start."""
+        return self._sizes
 
     def metrics_target(self) -> MetricsTarget | None:
         return self._telemetry.target

@@ -1,6 +1,5 @@
 """Evaluation in this process: an `LLM` with memory for what the tasks need."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from forecache.indexer.serving.config import IndexerConfig, SelectionConfig
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.evaluation.evaluate import Answer, Column
 from forecache.workers.evaluation.ruler import Sample
+from forecache.workers.free_memory import available_bytes, room_bytes
 from forecache.workers.llm import LLM
 from forecache.workers.memory.config import MemoryConfig
 from forecache.workers.models.backbone import load_config, pick_device, pick_dtype
@@ -82,31 +82,27 @@ def open_engine(
     path = resolve_model(config.model)
     config = config.for_model(architecture_of(load_config(path).model_type).chunk_tokens)
     device = pick_device(config.device)
+    config = config.model_copy(update={"max_batch_size": config.for_device(device.type).batch_size})
     context_bytes = _context_bytes(path, config, longest)
     group_bytes = min(samples, _group_size(config, device)) * context_bytes
-    cold_bytes = min(group_bytes, _share(shutil.disk_usage(memory.arena_dir).free))
+    cold_bytes = min(group_bytes, _share(room_bytes(memory.arena_dir)))
     on_gpu = device.type == "cuda"
-    free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else _available_bytes() - cold_bytes
+    free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes() - cold_bytes
     settings: dict[str, Any] = {
         "late_policy": LATE_POLICY,
         "prefill_slice_s": PREFILL_SLICE_S,
-        "hot_bytes": min(config.max_batch_size * context_bytes, _share(free_bytes)),
+        "hot_bytes": min(config.batch_size * context_bytes, _share(free_bytes)),
     }
     cold: dict[str, Any] = {"cold_bytes": cold_bytes}
-    settings.update(config.model_dump(include=config.model_fields_set - {"model"}))
-    cold.update(memory.model_dump(include=memory.model_fields_set))
+    given = {name for name in config.model_fields_set - {"model"} if getattr(config, name) != "auto"}
+    settings.update(config.model_dump(include=given))
+    cold.update(memory.model_dump(include={n for n in memory.model_fields_set if getattr(memory, n) != "auto"}))
     return LLM(config.model, selection=selection, indexer=indexer, **settings, **cold)
 
 
 def _group_size(config: EngineConfig, device: torch.device) -> int:
     """Largest number of samples per call."""
-    return config.max_batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
-
-
-def _available_bytes() -> int:
-    """Memory that is available without swapping (``MemAvailable`` of Linux)."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return config.batch_size * (GROUP_BATCHES if device.type == "cuda" else 1)
 
 
 def _share(free_bytes: int) -> int:

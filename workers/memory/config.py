@@ -1,11 +1,15 @@
 """Settings of the memory tier."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from forecache.workers.memory.arena.ledger import PinLimits
+
+Auto = Literal["auto"]
+RECORDS_SHARE = 16
+"""Memory for index records of other nodes, unless it is set: this fraction of cold memory."""
 
 
 class MemoryConfig(BaseModel):
@@ -13,7 +17,11 @@ class MemoryConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    cold_bytes: int = Field(4 << 30, gt=0, description="CPU memory for cold chunks on each node")
+    cold_bytes: Annotated[int, Field(gt=0)] | Auto = Field(
+        "auto",
+        description="CPU memory for cold chunks on each node; auto: 0.7 of the available memory where models run on "
+        "GPUs, 0.5 on CPUs; at most 0.9 of the free room of arena_dir, and 256GiB",
+    )
     remote_index_bytes: int | None = Field(
         None,
         ge=0,
@@ -69,6 +77,12 @@ class MemoryConfig(BaseModel):
         return PinLimits(self.max_pinned_fraction, self.max_tenant_pinned_fraction)
 
     @property
+    def cold_size(self) -> int:
+        """:attr:`cold_bytes`, which must have been chosen by now."""
+        assert self.cold_bytes != "auto", "choose a size first"
+        return self.cold_bytes
+
+    @property
     def record_bytes(self) -> int:
         """:attr:`remote_index_bytes`, or its default."""
-        return self.cold_bytes // 16 if self.remote_index_bytes is None else self.remote_index_bytes
+        return self.cold_size // RECORDS_SHARE if self.remote_index_bytes is None else self.remote_index_bytes

@@ -1,5 +1,6 @@
 """A loaded model and what the engine needs to know of it."""
 
+import copy
 import json
 from hashlib import blake2b
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -54,6 +56,13 @@ def kv_number(kv_dtype: KvDtype, dtype: torch.dtype) -> torch.dtype:
 def expected_layout(config: Any, *, chunk_tokens: int, dtype: torch.dtype) -> ChunkLayout:
     """The chunks of a model with this configuration, before its weights are known; K/V are stored in ``dtype``."""
     return architecture_of(config.model_type).chunk_layout(config, chunk_tokens=chunk_tokens, dtype=dtype)
+
+
+def expected_weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a model with this configuration, if all are kept in ``dtype``."""
+    with explained(str(config.model_type), "can't be built"), torch.device("meta"), no_init_weights():
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-untyped-call]
+    return sum(int(weight.numel()) for weight in model.parameters()) * dtype.itemsize
 
 
 def load_config(path: Path) -> Any:

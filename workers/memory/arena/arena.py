@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from forecache.workers.errors import ArenaError, ArenaMissingError, ChunkLostError
+from forecache.workers.free_memory import room_bytes
 from forecache.workers.memory.arena.headers import FIRST_WRITER, HEADER, NO_WRITER, OWNER, RETIRED, Headers
 from forecache.workers.memory.arena.owned_file import (
     create_owned,
@@ -136,7 +137,7 @@ class Arena:
                 os.ftruncate(fd, 0)  # free what was reserved before it failed, so that the message counts it as free
                 raise ArenaError(
                     f"can't reserve the arena {path}: {description.file_bytes} bytes needed, "
-                    f"{_free_bytes(directory)} bytes free in {directory} ({error.strerror}). "
+                    f"{room_bytes(directory)} bytes free in {directory} ({error.strerror}). "
                     "Lower --cold-bytes or choose another --arena-dir."
                 ) from error
             text = json.dumps(asdict(description)).encode()
@@ -446,11 +447,6 @@ def _read_description(path: Path, fd: int) -> ArenaDescription:
     if os.fstat(fd).st_size != description.file_bytes:
         raise ArenaMissingError(f"{path} has {os.fstat(fd).st_size} bytes, not {description.file_bytes}: delete it")
     return description
-
-
-def _free_bytes(directory: Path) -> int:
-    stat = os.statvfs(directory)
-    return stat.f_bavail * stat.f_frsize
 
 
 def _digests(chunk: npt.NDArray[np.uint8] | None, index: npt.NDArray[np.uint8]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ import atexit
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from forecache.indexer.serving.telemetry import SILENCE, MetricsTarget, Telemetry
 from forecache.workers.errors import ArenaError
-from forecache.workers.memory.arena.arena import FILE_PREFIX, Arena, describe, remove_abandoned
+from forecache.workers.memory.arena.arena import (
+    FILE_PREFIX,
+    Arena,
+    ArenaDescription,
+    describe,
+    remove_abandoned,
+)
+from forecache.workers.memory.arena.cold_size import CPU_SHARE, auto_cold_bytes
+from forecache.workers.memory.arena.headers import HEADER
 from forecache.workers.memory.arena.ledger import PinShare, tenant_of
 from forecache.workers.memory.arena.stats import TierStats
 from forecache.workers.memory.arena.store import ArenaStore
 from forecache.workers.memory.arena.writers import WriterNews
 from forecache.workers.memory.client.peers import RemotePeers
-from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.config import RECORDS_SHARE, MemoryConfig
 from forecache.workers.memory.format.chunk_batch import ChunkBatch, LayerBatch, RecordBatch
 from forecache.workers.memory.format.hold_id import request_of, worker_of
 from forecache.workers.memory.format.keys import ChunkKey
@@ -40,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TierSettings:
-    """Settings that all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record.
+    """Settings that all tiers of a cluster share. ``index_nbytes``: bytes of a chunk's index record. ``cold_share`` and
+    ``claimed_bytes`` are for ``cold_bytes: auto``, see :func:`.cold_size.cold_bytes_within`.
 
     Tiers find each other through the catalog at ``redis_url`` and as actors of ``namespace``, named by their ids.
     Without either, each tier is alone.
@@ -53,6 +62,8 @@ class TierSettings:
     namespace: str | None = None
     redis_url: str | None = field(default=None, repr=False)
     telemetry: Telemetry = SILENCE
+    cold_share: float = CPU_SHARE
+    claimed_bytes: int = 0
 
 
 LANES = {"catalog": 16, "lookups": 16, "remote": 16, "peers": 8, "peers_at_once": 4}
@@ -80,8 +91,14 @@ class MemoryTier:
         self._settings = settings
         node_id = ray.get_runtime_context().get_node_id()
         spreads = settings.redis_url is not None and settings.namespace is not None
-        records = config.record_bytes if spreads else 0
-        self._arena = _open_arena(settings, tier_id, config.arena_dir, config.cold_bytes, records)
+        self._arena = _open_arena(
+            settings,
+            tier_id,
+            config.arena_dir,
+            lambda: _arena_size(settings, spreads=spreads),
+            any_size=config.cold_bytes == "auto",
+        )
+        logger.info("cold memory: %d bytes for %d chunks", self._arena.description.file_bytes, self._arena.slots)
         self._disk: ArenaStore | None = None
         self._publisher: CatalogPublisher | None = None
         self._exchange: ChunkExchange | None = None
@@ -95,7 +112,7 @@ class MemoryTier:
             self._store = ArenaStore(self._arena, self._changed, config.pin_limits)
             self._sessions = SessionPins(self._store, catalog, config.session_bytes)
             if config.disk_bytes:
-                on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, config.disk_bytes)
+                on_disk = _open_arena(settings, f"{tier_id}-disk", config.disk_dir, lambda: (config.disk_bytes, 0))
                 self._disk = ArenaStore(on_disk, listener=self._disk_changed)
             if settings.namespace is not None:
                 peers = RemotePeers(settings.namespace, config.call_deadline_s)
@@ -409,9 +426,17 @@ def start_tier(settings: TierSettings, tier_id: str, node_id: str) -> "ActorHand
 
 
 def _open_arena(
-    settings: TierSettings, name: str, directory: Path, capacity_bytes: int, record_bytes: int = 0
+    settings: TierSettings, name: str, directory: Path, size: Callable[[], tuple[int, int]], *, any_size: bool = False
 ) -> Arena:
-    wanted = describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, capacity_bytes, record_bytes)
+    """The arena of a former life of this tier, if it fits, or a new one.
+
+    ``size``: its bytes for chunks and for records of other nodes' chunks, asked for once dead arenas are removed.
+    ``any_size``: an arena of a former life fits whatever its size.
+    """
+
+    def describe_with(sizes: tuple[int, int]) -> ArenaDescription:
+        return describe(settings.layout, settings.index_nbytes, settings.index_fingerprint, *sizes)
+
     path = directory / f"{FILE_PREFIX}{name}"
     if path.exists():
         try:
@@ -420,11 +445,15 @@ def _open_arena(
             # An unfinished or damaged file is deleted below. If its owner lives, create raises.
             logger.warning("%s is not adopted: %s", path, error)
         else:
-            if arena.description == wanted:
+            found = arena.description
+            chunk_bytes = replace(found, record_slots=0).file_bytes
+            same = chunk_bytes, found.record_slots * (settings.index_nbytes + HEADER.itemsize)
+            if found == describe_with(same if any_size else size()):
                 remove_abandoned(directory)
                 return arena
             arena.close()
     remove_abandoned(directory)
+    capacity_bytes, record_bytes = size()
     return Arena.create(
         directory,
         name,
@@ -434,3 +463,24 @@ def _open_arena(
         capacity_bytes=capacity_bytes,
         record_bytes=record_bytes,
     )
+
+
+def _arena_size(settings: TierSettings, *, spreads: bool) -> tuple[int, int]:
+    """Bytes of this node's arena for chunks, and for records of other nodes' chunks.
+
+    Raises :class:`MemorySizeError` if both are left open and the node has too little memory.
+    """
+    config = settings.config
+    if config.cold_bytes != "auto":
+        return config.cold_bytes, config.record_bytes if spreads else 0
+    given = (config.remote_index_bytes or 0) if spreads else 0
+    size = auto_cold_bytes(
+        config.arena_dir,
+        share=settings.cold_share,
+        claimed_bytes=settings.claimed_bytes + given,
+        claimed_room=given,
+    )
+    if not spreads or config.remote_index_bytes is not None:
+        return size, given
+    records = size // (RECORDS_SHARE + 1)
+    return size - records, records
