@@ -29,8 +29,8 @@ memory:
   cold_bytes: 92GiB # default: chosen by what is free
 ```
 
-Sizes are bytes, or a number with a unit: `512MB`, `4GiB`. Where a size may be `auto`, the start chooses it and says what
-it chose: see [Operations](operations.md#sizes). Times are seconds. An unknown setting, or a value out of range, stops
+Sizes are bytes, or a number with a unit: `512MB`, `4GiB`. Where a size may be `auto`, the start chooses it and says
+what it chose: see [Operations](operations.md#sizes). Times are seconds. An unknown setting, or a value out of range, stops
 the start with a message that names the flag.
 """
 
