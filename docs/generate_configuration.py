@@ -30,8 +30,8 @@ memory:
 ```
 
 Sizes are bytes, or a number with a unit: `512MB`, `4GiB`. Where a size may be `auto`, the start chooses it and says
-what it chose: see [Operations](operations.md#sizes). Times are seconds. An unknown setting, or a value out of range, stops
-the start with a message that names the flag.
+what it chose: see [Operations](operations.md#sizes). Times are seconds. An unknown setting, or a value out of range,
+stops the start with a message that names the flag.
 """
 
 RANGE_SIGNS = (
