@@ -139,10 +139,11 @@ def test_batches_by_device() -> None:
     assert EngineConfig(max_batch_size=3).for_device("cuda").batch_size == 3
 
 
-def test_graphs_keep_their_logits() -> None:
-    buckets = [2, 4, 8, 16]
-    assert graph_bytes(16, 1000, 0) >= sum(buckets) * 1000 * 4
-    assert graph_bytes(256, 128256, 0) > graph_bytes(16, 128256, 0)
+def test_graphs_keep_logits_and_the_activations_of_the_largest_step() -> None:
+    config = EngineConfig().for_device("cuda")
+    assert graph_bytes(config, 16, 1000, 5 << 30) >= 2 * 16 * 1000 * 4 + (5 << 30)
+    assert graph_bytes(config, 256, 128256, 0) > graph_bytes(config, 16, 128256, 0)
+    assert graph_bytes(config.model_copy(update={"cuda_graphs": False}), 256, 128256, 5 << 30) == 0
 
 
 def test_an_engine_without_any_size(tiny_model: Path) -> None:

@@ -17,7 +17,7 @@ from forecache.workers.memory.format.keys import root_key
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.pool_size import DeviceMemory, check_pool_fits, cpu_pool_bytes, gpu_pool_bytes
 from forecache.workers.models.step.architecture import Backbone
-from forecache.workers.models.step.graphs import batch_buckets
+from forecache.workers.models.step.graphs import batch_buckets, token_buckets
 from forecache.workers.models.step.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -164,20 +164,24 @@ def _measure(config: EngineConfig, backbone: Backbone, make_runner: MakeRunner, 
         own=torch.cuda.memory_reserved(device),
         runner=kept[0],
         activations=peak,
-        graphs=0 if config.cuda_graphs is False else graph_bytes(rows, int(backbone.config.vocab_size), peak),
+        graphs=graph_bytes(config, rows, int(backbone.config.vocab_size), peak),
     )
     logger.info("memory of %s before the hot pool: %s", device, memory)
     return memory
 
 
-def graph_bytes(rows: int, vocab: int, activations: int) -> int:
-    """An estimate of what CUDA graphs of decode steps take, for batches of up to ``rows`` sequences.
+def graph_bytes(config: EngineConfig, rows: int, vocab: int, activations: int) -> int:
+    """An estimate of what CUDA graphs take: of decode steps of up to ``rows`` sequences, and of steps with prompts.
 
-    Graphs share the memory of their activations, which a step of ``rows`` tokens needs an eighth of at most, since the
-    largest step has many times as many tokens. Each keeps its logits, float32 [rows, vocab], and its kernels.
+    Graphs of one kind share the memory of their activations, and it is theirs alone. Those with prompts need as much as
+    the largest step, and those of decode steps an eighth of it at most, having many times fewer tokens. Both keep
+    logits, float32 [rows, vocab].
     """
-    buckets = batch_buckets(rows)
-    return sum(buckets) * vocab * 4 + len(buckets) * GRAPH_BYTES + activations // 8
+    assert config.prefill_chunk_tokens is not None, "call for_device first"
+    if config.cuda_graphs is False:
+        return 0
+    graphs = len(batch_buckets(rows)) + len(token_buckets(config.prefill_chunk_tokens + rows))
+    return graphs * GRAPH_BYTES + activations + activations // 8 + 2 * rows * vocab * 4
 
 
 def _rows_with_states(backbone: Backbone, rows: int) -> int:
