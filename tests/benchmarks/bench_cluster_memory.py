@@ -1,4 +1,4 @@
-"""What the memory of a cluster costs as it grows, and what a chunk of another node costs beside one of this node.
+"""Cost of catalog look-ups in growing clusters, and of fetching chunks from another node instead of this one.
 
     python tests/benchmarks/bench_cluster_memory.py --out DIR [--rows growth fetch] [--chunks N …] [--tiers N …]
 
@@ -123,7 +123,7 @@ def growth(chunks: int, tiers: int, facts: str) -> Growth:
 
 
 class Client:
-    """A worker beside a tier."""
+    """A worker's memory client on a tier's node."""
 
     def __init__(self, tier: Any) -> None:
         self._memory = RemoteMemory(lambda: tier, deadline_s=60)

@@ -1,4 +1,4 @@
-"""Time of predictions, from the question to the last answer, beside the time that reading their index records takes.
+"""Time of predictions, from the request to the last result, compared with the time of reading their index records.
 
     python tests/benchmarks/bench_indexer.py --out DIR [--contexts 131072] [--sequences 1 8] [--where cpu hbm host]
     python tests/benchmarks/bench_indexer.py --out DIR --checkpoint indexer/checkpoints/smollm2-135m.safetensors

@@ -1,4 +1,4 @@
-"""How long a running stream is paused while others send what is costly to read or to answer.
+"""Pauses of a running stream while other clients send requests that are costly to parse or to answer.
 
     python tests/benchmarks/bench_ingress_pauses.py [--only NAME …] [--tokenizer DIRECTORY]
 

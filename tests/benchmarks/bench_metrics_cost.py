@@ -1,11 +1,11 @@
-"""What metrics cost decode: one engine, its `/metrics` scraped and not scraped in turns.
+"""Cost of metrics for decode: one engine whose `/metrics` is scraped in every other window.
 
     python tests/benchmarks/bench_metrics_cost.py --out DIR [--model smollm2-135m] [--requests 4] [--interval-s 5]
 
-The engine runs as a worker's does, with the server of `/metrics` beside it in its process, and an ingress' histograms
+The engine runs as in a worker, with the `/metrics` server in the same process, and an ingress' histograms
 are fed by every event. Windows of ``--seconds`` alternate within one run, so that whatever else the machine does meets
 both: in the ones a scraper asks every ``--interval-s`` (ours in `grafana/` asks every 15 s, so this is an upper
-bound), in the others nobody asks and no event is observed. ``cost`` is 1 - scraped / silent, of each pair of
+bound), in the others it is idle and no event is observed. ``cost`` is 1 - scraped / silent, of each pair of
 neighbours; reported are its median and a 95 % interval of the median (bootstrap over the pairs).
 """
 

@@ -5,7 +5,7 @@
 Stages: *engine*, from a token's making to its leaving the worker's coroutine (the engine's thread → the event loop);
 *router*, from there to the ingress, through Ray Serve's handle; *HTTP*, from there to the client's socket: the event's
 text, the web framework, Serve's proxy. `together`: the tokens of all streams come at once, as those of a batch do, and
-the last of them waits for the others; `apart`: they are spread over the step. The client runs beside the server.
+the last of them waits for the others; `apart`: they are spread over the step. The client runs on the same machine.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ten times what a server can take, for two minutes: how fast it refuses, what that costs those it let in, its memory.
+"""Ten times a server's capacity for two minutes: time to a refusal, slowdown of admitted requests, and memory.
 
     python tests/benchmarks/bench_overload.py [--factor 10] [--baseline-s 60] [--overload-s 120] [--out FILE.json]
 
@@ -6,7 +6,7 @@ A real server (`forecache serve`, the default model) lets in `--batch` running a
 many closed-loop clients as that, each with its next request as soon as the last is answered, or when a refusal said
 to come again: the capacity in requests per second, and the time between tokens at that concurrency. Then Poisson
 arrivals at `--factor` times the capacity, of which most are refused: the same figure of the admitted ones, the time to
-a refusal, and the memory of all processes. Other work on the machine is part of all times: its load stands beside them.
+a refusal, and the memory of all processes. Other work on the machine affects all times, so its load is reported too.
 """
 
 import argparse
@@ -159,7 +159,7 @@ async def watch(phase: Phase, root: int) -> None:
 async def measure(clients: Clients, args: argparse.Namespace, root: int, console: Console) -> list[Phase]:
     concurrency = args.batch + args.queue
     phases = []
-    # what starts up, or is compiled or cached once, is nobody's latency
+    # leave the costs of start, compilation and first use out of the latencies
     await clients.closed_loop(Phase("warm-up"), concurrency, args.baseline_s / 4)
     for name in ("admitted alone", "overload"):
         phase = Phase(name)

@@ -1,4 +1,4 @@
-"""Decode speed of a session whose chunks lie on another node, beside one that has all of them at hand.
+"""Decode speed of a session whose chunks are on another node, compared with one whose chunks are local.
 
     python tests/benchmarks/bench_remote_session.py --out DIR
 

@@ -1,4 +1,4 @@
-"""A token of one stream, in process and served: what the cluster makes of the same engine.
+"""Time between tokens of one stream, in process and served: what the cluster adds to the same engine.
 
     python tests/benchmarks/bench_served.py [--words 1200] [--tokens 200] [--threads N] [--set early_wait_s=0 …]
         [--out FILE]

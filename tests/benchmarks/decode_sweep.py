@@ -67,7 +67,7 @@ def candidates(kind: DecodeShape, quick: bool) -> list[DecodeConfig]:
 
 
 def compile_one(kind: DecodeShape, config: DecodeConfig) -> None:
-    """Leave a candidate's kernels in Triton's cache on disk; run in processes of their own."""
+    """Leave a candidate's kernels in Triton's cache on disk; run in separate processes."""
     inputs = DecodeInputs.make(replace(kind, batch=1, context_tokens=2 * CHUNK_TOKENS), torch.device("cuda"), 1 << 20)
     try:
         inputs.call(partial(sparse_decode, config=config), 0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes of models, facts of the machine, timing, rows that are written as they come."""
+"""Shared by the benchmarks: shapes of models, facts about the machine, timing, and files of rows."""
 
 import csv
 import statistics

@@ -16,7 +16,7 @@ class Row:
       brought in by scores that a turn recalled, ``turnover_per_window`` the same for each window that passed;
       ``stall_s`` is time the engine waited for copies; ``loss_to_recall`` is of tokens per second, against turnover 0.
     - ``copy_share``: device time of all that only moves K/V, over the time of the prefill steps it was seen in; it may
-      run beside the rest.
+      run in parallel to the rest.
     - ``ttft``: time to first token; ``floor_s``, of a resumed session: its bytes over ``host_copy_gb_per_s``.
     """
 

@@ -1,4 +1,4 @@
-"""A client that costs little: HTTP/1.1 over asyncio sockets, for streams of events beside the server of them."""
+"""A cheap HTTP/1.1 client over asyncio sockets, for event streams from a server on the same machine."""
 
 import asyncio
 import json

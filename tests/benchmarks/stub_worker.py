@@ -1,6 +1,6 @@
 """A worker that computes nothing: its engine gives every stream a token in each step, at a steady pace.
 
-Each token's text is when it was made, when the worker handed it over, and when the ingress had it: seconds of
+Each token's text has the times at which it was made, left the worker and reached the ingress: seconds of
 ``time.monotonic``, which on Linux is the same for all processes of a machine.
 """
 

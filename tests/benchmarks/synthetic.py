@@ -1,4 +1,4 @@
-"""What stands in for long prompts and changing needs: stored chunks that nobody computed, turnover that is imposed."""
+"""Synthetic long prompts (stored chunks of random K/V), and synthetic predictions with a given turnover."""
 
 import threading
 import time
@@ -48,11 +48,11 @@ class _Chosen:
 
 
 class SyntheticIndexer:
-    """Asks ``inner`` for every prediction, which costs what it costs, and answers with another one.
+    """Requests every prediction from ``inner``, at its real cost, and returns another one.
 
-    With ``turnover`` 0.2, a fifth of the chunks that scores bring in (the resident set without sinks and recency) is
-    new in every turn, the ones longest away first, so that they are cold. A sequence's first answer follows the true
-    scores. ``turnover`` ``None`` hands on what ``inner`` says.
+    With ``turnover`` 0.2, a fifth of the chunks chosen by score (the resident set without sinks and recency) is
+    new in every set, those absent longest first, so that they are cold. A sequence's first prediction has the true
+    scores. With ``turnover`` ``None`` all predictions are those of ``inner``.
     """
 
     def __init__(self, inner: Indexer, keep_ratio: float, selection: SelectionConfig) -> None:

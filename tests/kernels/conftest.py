@@ -1,4 +1,4 @@
-"""What kernel tests share."""
+"""Fixtures of the kernel tests."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
 """Chunks to and from fp8, and new tokens into fp8 chunks whose scales grow, reference and Triton.
 
-Triton's interpreter rounds to fp8 by a rule of its own. So most inputs are made of numbers that need no rounding, and
-results are compared bit by bit; those that are rounded run in the reference and on a GPU.
+Triton's interpreter rounds to fp8 differently from the GPU. So most inputs need no rounding, and results are compared
+bit by bit; inputs that are rounded run in the reference and on a GPU.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Numbers that are infinite, or none, are found where they are written; reference and Triton."""
+"""Infinities and NaNs are marked when they are written; reference and Triton."""
 
 from types import SimpleNamespace
 from typing import Any

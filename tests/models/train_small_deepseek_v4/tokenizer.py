@@ -10,7 +10,7 @@ from forecache.workers.evaluation import corpus
 from forecache.workers.evaluation.ruler import CITIES, NOUNS, PEOPLE
 
 PIECES = r"\n\n| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s"
-"""An empty line is a piece of its own, and words and numbers take the space before them."""
+"""An empty line is a separate piece, and words and numbers include the space before them."""
 TEXT_TOKENS = 1024
 """Tokens learnt from text; names and numbers come on top."""
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>")

@@ -189,8 +189,8 @@ class Arena:
         return locked_bytes(self._fd)
 
     def living(self, writers: Set[int]) -> Set[int]:
-        """Those of ``writers`` that may still write (owner only): their process, or a child that it forked, has the
-        file mapped."""
+        """The ``writers`` that may still write: their process, or a child that it forked, has the file mapped. Owner
+        only."""
         if self._fd < 0:
             return writers  # closed: the locks can't be read
         return {writer for writer in writers if writer == OWNER or is_byte_locked(self._fd, writer)}

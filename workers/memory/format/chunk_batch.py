@@ -41,7 +41,7 @@ class ChunkBatch:
         )
 
     def only(self, rows: npt.NDArray[np.bool_]) -> "ChunkBatch":
-        """Those of ``rows``, bool ``[n]``."""
+        """The chunks of ``rows``, bool ``[n]``."""
         if rows.all():
             return self
         keys = tuple(key for key, row in zip(self.keys, rows.tolist(), strict=True) if row)
@@ -50,7 +50,7 @@ class ChunkBatch:
         )
 
     def sound(self) -> "ChunkBatch":
-        """Those whose bytes have the checksums they came with."""
+        """The chunks whose bytes have the checksums that they came with."""
         digests = [
             (xxhash.xxh3_64_intdigest(chunk), xxhash.xxh3_64_intdigest(index))
             for chunk, index in zip(self.chunks, self.index, strict=True)
@@ -73,7 +73,7 @@ class RecordBatch:
         return cls(batch.keys, batch.index, batch.checksums[:, 1])
 
     def sound(self) -> "RecordBatch":
-        """Those whose bytes have the checksums they came with."""
+        """The chunks whose bytes have the checksums that they came with."""
         digests = np.array([xxhash.xxh3_64_intdigest(record) for record in self.index], np.uint64)
         rows = digests == self.checksums
         keys = tuple(key for key, row in zip(self.keys, rows.tolist(), strict=True) if row)

@@ -43,8 +43,10 @@ class SessionPins:
         self.publish([session_id])
 
     def told(self, record: SessionRecord) -> int:
-        """As :meth:`set`, for a record that was in the catalog before this tier was told of it. Ignores a late one: if
-        the session has a newer record, or has ended, its pin would never end."""
+        """:meth:`set` for a record that was in the catalog before this tier knew of it.
+
+        A late record is ignored: if the session has a newer one, or has ended, its pin would never end.
+        """
         with suppress(CatalogUnavailableError):  # use the record as it is
             entered = self._catalog.session(record.session_id)
             if entered is None or entered.changed_unix_s > record.changed_unix_s:

@@ -159,7 +159,7 @@ class ServedAttention(DeepseekV4Attention):
 
 
 class _Inputs:
-    """What the parts of one layer share: projections of all packed tokens, made when first asked for."""
+    """Inputs of one layer's parts: projections of all packed tokens, computed when first needed."""
 
     def __init__(
         self, layer: ServedAttention, hidden: Tensor, residual: Tensor, rotary: tuple[Tensor, Tensor], kv: Tensor
@@ -196,7 +196,7 @@ def _projected(compressor: Any, hidden: Tensor) -> Tensor:
 
 
 def _recent(ring: Tensor, lines: Tensor, stops: Tensor) -> Tensor:
-    """What ``ring`` [lines, length, width] holds of the positions before ``stops``, in order: [n, length, width]."""
+    """The last rows of ``ring`` [lines, length, width] before the positions ``stops``, in order: [n, length, width]."""
     length = ring.shape[1]
     places = (stops.unsqueeze(1) + torch.arange(-length, 0, device=ring.device)) % length
     return ring[lines.unsqueeze(1), places]
@@ -263,7 +263,7 @@ def _mark_stream(batch: V4Batch, stream: V4Stream, entries: Tensor) -> None:
 
 
 def _store_hca(batch: V4Batch, closed: Any, number: int, entries: Tensor) -> None:
-    """They stay with the sequence, and travel in the chunk."""
+    """Store HCA entries in the sequence's pages, and in the chunk."""
     assert batch.hca is not None
     batch.hca[closed.slots, number, closed.places] = entries
     batch.states.pages[closed.pages, number, closed.page_places] = entries

@@ -67,7 +67,7 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
 
     @property
     def count(self) -> int:
-        """Graphs that there are."""
+        """The number of captured graphs."""
         return len(self._graphs)
 
     def run(self, rows: Sequence[FixedRow]) -> Tensor | None:
@@ -88,7 +88,7 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
         return logits[: len(rows)]
 
     def _fill(self, host: HostInputs, rows: Sequence[FixedRow], bucket: int) -> None:
-        """Rows that are missing in ``bucket`` repeat the first."""
+        """Copy ``rows`` into the inputs; padding rows of ``bucket`` repeat the first."""
         rows = [*rows, *[rows[0]] * (bucket - len(rows))]
         values = [
             (row.token, row.source, row.position, row.line, row.slot, row.page, row.entries, row.history)

@@ -48,7 +48,7 @@ class StepLayout:
         self._device = pool.memory.device
 
     def rows(self, sequences: Sequence[TokenSequence]) -> V4Rows:
-        """Decode rows, one of each of ``sequences``, over their resident sets."""
+        """The decode rows of ``sequences``, over their resident sets."""
         shape, device = self._shape, self._device
         lines = [self._states.line(seq, seq.num_computed + 1) for seq in sequences]
         positions = [seq.num_computed for seq in sequences]
@@ -67,7 +67,7 @@ class StepLayout:
         )
 
     def fixed_row(self, seq: TokenSequence, source: int | None, history: int) -> FixedRow:
-        """The decode row of ``seq``, whose token is the one of row ``source`` of the step before, or known."""
+        """The decode row of ``seq``. Its token is known, or drawn by row ``source`` of the step before."""
         at, size, shape = seq.num_computed, self._chunk_tokens, self._shape
         # with a page for the HCA entry that is being filled
         line = self._states.line(seq, (at // shape.hca_rate + 1) * shape.hca_rate)
@@ -109,7 +109,7 @@ class StepLayout:
         return Places(*put(columns, self._device).unbind(0))
 
     def stream(self, part: StreamPart, start: int, keep: Sequence[int], probe: EntryProbe | None) -> V4Stream:
-        """``part`` as packed tokens from ``start``; snapshots are wanted behind the positions ``keep``."""
+        """``part`` as packed tokens, the first at ``start``; snapshots are wanted after the positions ``keep``."""
         seq, first, stop = part.sequence, part.sequence.num_computed, part.sequence.num_computed + part.tokens
         line, shape = self._states.line(seq, stop), self._shape
         return V4Stream(
@@ -130,7 +130,7 @@ class StepLayout:
         return self._places([(0, *self._entry(seq, line, number, rate)) for number in numbers])
 
     def past(self, seq: TokenSequence, stop: int) -> StreamPast:
-        """Where the chunks of ``seq`` are now, up to the one of token ``stop - 1``."""
+        """Find the chunks of ``seq`` up to the one of token ``stop - 1``: in the pool, or in the arena."""
         hot: list[tuple[int, int]] = []
         cold: list[Chunk] = []
         for chunk in seq.chunks:

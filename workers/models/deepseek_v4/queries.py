@@ -40,14 +40,16 @@ class RetrieverQueries:
         )
 
     def ask(self, seq: TokenSequence, position: int) -> tuple[Tensor, Tensor]:
-        """Queries, float32 [steps · query heads, index dim], and their weights, float32 [steps · query heads], at the
-        last steps up to ``position``, which was computed."""
+        """The queries, float32 [steps · query heads, index dim], and their weights, float32 [steps · query heads].
+
+        They are those of the last steps up to ``position``, which was computed.
+        """
         asked = [self.of_layer(seq, position, number) for number in self.targets]
         queries = torch.cat([q for q, _ in asked], 1).flatten(0, 1)
         return queries, torch.cat([w for _, w in asked], 1).flatten()
 
     def of_layer(self, seq: TokenSequence, position: int, number: int) -> tuple[Tensor, Tensor]:
-        """Of CSA layer ``number``: float32 [steps, heads, index dim] and [steps, heads]."""
+        """The queries and weights for CSA layer ``number``: float32 [steps, heads, index dim] and [steps, heads]."""
         steps = self.histories.length(seq, position)
         hidden = self.histories.last(seq, position, steps)[:, self.targets.index(number)]
         positions = torch.arange(position + 1 - steps, position + 1, device=hidden.device)
@@ -55,7 +57,7 @@ class RetrieverQueries:
         return q.float(), w.float()
 
     def probe(self, seq: TokenSequence, stop: int, chunks: int) -> "EntryProbe":
-        """For the step that computes the prompt's last token, ``stop - 1``."""
+        """A probe for the step that computes the prompt's last token, ``stop - 1``."""
         return EntryProbe(self, self._spec, seq, stop, chunks)
 
 
@@ -69,7 +71,7 @@ class EntryProbe:
         self._logits: Tensor | None = None
 
     def see(self, number: int, keys: Tensor) -> None:
-        """Index keys [entries, index dim] of CSA layer ``number``, whose input was kept."""
+        """Score the index keys [entries, index dim] of CSA layer ``number``, whose input was kept."""
         if number not in self._queries.targets:
             return
         q, w = self._queries.of_layer(self._seq, self._stop - 1, number)

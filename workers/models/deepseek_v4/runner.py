@@ -111,7 +111,7 @@ class DeepseekV4Runner(Runner):
 
     @torch.inference_mode()
     def fixed_steps(self, buckets: Sequence[int], max_chunks: int) -> FixedSteps:
-        """Decode steps of as many rows as ``buckets`` say; captured now, so no sequence may be known yet."""
+        """Make decode steps of fixed shape for ``buckets`` rows, and capture them. No sequence may exist yet."""
         nothing = torch.zeros(0, dtype=torch.int64, device=self._device)
         return FixedSteps(
             self._model,
@@ -151,7 +151,7 @@ class DeepseekV4Runner(Runner):
 
     @torch.inference_mode()
     def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:
-        """``seq``, whose chunks are known, goes on behind them with ``snapshot``."""
+        """Let ``seq`` continue from ``snapshot``, after its known chunks."""
         stop = len(seq.chunks) * self._chunk_tokens
         hca = None
         if "hca" in self._hot:
@@ -198,7 +198,7 @@ class DeepseekV4Runner(Runner):
         )
 
     def _fixed_rows(self, plan: Plan) -> list[FixedRow]:
-        """The rows of ``plan`` for a step of fixed shape; none where it is of another."""
+        """The rows of ``plan`` for a step of fixed shape; empty if the plan does not fit one."""
         if plan.streams:
             return []
         return [
@@ -224,8 +224,11 @@ class DeepseekV4Runner(Runner):
         return sorted(wanted)
 
     def _keep_snapshots(self, plan: Plan, streams: Sequence[V4Stream]) -> None:
-        """Of each sequence those of its newest step that took any. A decode step may come to nothing, since the token
-        before it turns out to be the last: until the next one the newest older snapshot stays too."""
+        """Keep the snapshots of the newest step of each sequence that made any.
+
+        A decode step may be discarded, if the token before it turns out to be the last. So the newest older snapshot is
+        kept until the next step.
+        """
         for seq in plan.decode:
             stop, kept = seq.num_computed + 1, self._snapshots.get(seq.request_id, {})
             while len(kept) > 1:
@@ -238,7 +241,7 @@ class DeepseekV4Runner(Runner):
                 self._snapshots[part.sequence.request_id] = stream.snapshots()
 
     def _captured(self, request: Capture, forward: Forward) -> CapturedTensors:
-        """What level 1 is asked with, and records."""
+        """The queries for choosing chunks, and the records of chunks that are not stored."""
         records = torch.zeros((0, self._spec.nbytes), dtype=torch.uint8)
         if request.local_slots:
             records = torch.stack([self.index_record(slot) for slot in request.local_slots])

@@ -20,7 +20,7 @@ FIRST_PAGES = 16
 
 @dataclass
 class Line:
-    """Where the state of a sequence lies: ``number`` of its line, ``pages`` of its HCA entries, in order."""
+    """The place of a sequence's state: its line ``number``, and the ``pages`` of its HCA entries in order."""
 
     number: int
     pages: list[int]
@@ -72,7 +72,7 @@ class SequenceStates:
         return self._free_pages.pop()
 
     def forget(self, seq: TokenSequence) -> None:
-        """``seq`` left, or starts over; a step of it may still be under way."""
+        """``seq`` has left, or starts over; one of its steps may still run."""
         line = self._lines.pop(seq.request_id, None)
         if line is not None:
             # safe while a step runs: the next owner writes to them in a later step
@@ -80,7 +80,7 @@ class SequenceStates:
             self._free_pages += line.pages
 
     def wipe(self, seq: TokenSequence) -> None:
-        """Zeros for all that is kept of ``seq``."""
+        """Zero the state of ``seq``."""
         line = self._lines.get(seq.request_id)
         if line is not None:
             for ring in (self.window, self.csa, self.index, self.hca):
@@ -89,7 +89,7 @@ class SequenceStates:
                 self.pages[page].zero_()
 
     def rings(self) -> list[tuple[Tensor, int]]:
-        """What snapshots hold: each ring, and of how many last positions."""
+        """The rings that a snapshot contains, each with its number of last positions."""
         return [(self.window, self.shape.window), (self.csa, self.shape.csa_rate), (self.index, self.shape.csa_rate)]
 
     @property
@@ -98,7 +98,7 @@ class SequenceStates:
         return sum(ring[0, :, 0].nbytes * last for ring, last in self.rings())
 
     def snapshot(self, line: Line, stop: int) -> Tensor:
-        """The state behind position ``stop - 1``, the last one that was computed; the end of a chunk: uint8 [n]."""
+        """The state after position ``stop - 1``, the last computed one, which ends a chunk: uint8 [n]."""
         parts = []
         for ring, last in self.rings():
             places = torch.arange(stop - last, stop, device=ring.device) % ring.shape[2]
@@ -106,8 +106,11 @@ class SequenceStates:
         return pack(parts)
 
     def restore(self, seq: TokenSequence, stop: int, snapshot: Tensor, hca: Tensor | None) -> None:
-        """``seq`` goes on at ``stop``: ``snapshot`` uint8 [at least n] as of :meth:`snapshot`, ``hca`` [HCA layers,
-        entries before ``stop``, head_dim]."""
+        """Let ``seq`` continue at ``stop``.
+
+        ``snapshot``: uint8 [at least n], from :meth:`snapshot`. ``hca``: [HCA layers, entries before ``stop``,
+        head_dim].
+        """
         assert seq.request_id not in self._lines, f"{seq.request_id} has a state already"
         line = self._lines[seq.request_id] = Line(self._free.pop(), [])
         start = 0
@@ -127,7 +130,7 @@ class SequenceStates:
                 self.pages[page, :, : piece.shape[1]] = piece.to(self.pages.device)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when a line or a page is lost, or belongs to two."""
+        """Raise ``AssertionError`` if a line or a page is lost, or belongs to two sequences."""
         lines = sorted([*self._free, *(line.number for line in self._lines.values())])
         assert lines == list(range(len(self.window))), f"lines {lines} of {len(self.window)}"
         pages = sorted([*self._free_pages, *(page for line in self._lines.values() for page in line.pages)])

@@ -28,7 +28,7 @@ READS_AHEAD = 3
 
 @dataclass(frozen=True)
 class RemoteChunks:
-    """Of one sequence, in order. ``layout`` is that of cold memory."""
+    """Chunks of one sequence on other nodes, in order. ``layout``: that of cold memory."""
 
     request_id: str
     holder: str

@@ -213,11 +213,11 @@ class Architecture(ABC):
         snapshot_tokens: int = 4096,
         spread: "RemoteSpread | None" = None,
     ) -> Runner:
-        """What computes the steps of ``backbone``, with chunks in ``pool`` and, if cold, in ``arena``.
+        """Make the runner for ``backbone``, with chunks in ``pool`` and, if cold, in ``arena``.
 
         ``spec``: the index records. ``max_rows``: most sequences in a batch. ``cold_layout``: the arena's layout, if it
-        is not the pool's. ``query_encoder``: of the trained indexer. ``snapshot_tokens``: tokens between two snapshots
-        of a sequence's state. ``spread``: reads chunks on other nodes.
+        differs from the pool's. ``query_encoder``: of the trained indexer. ``snapshot_tokens``: tokens between two
+        snapshots of a sequence's state. ``spread``: reads chunks on other nodes.
         """
 
     @abstractmethod

@@ -19,9 +19,9 @@ from forecache.workers.memory.format.slots import SlotRef
 
 @dataclass(frozen=True)
 class ColdReads:
-    """Of the chunks of one sequence, ``numbers``, with their ``keys`` and places ``refs``: n of each.
+    """Chunks of one sequence that a step read from the arena: ``numbers``, ``keys`` and slots ``refs``, n of each.
 
-    ``sums``: int64 [n] on a GPU, to which reading adds each chunk's `ops.slot_checksums`; ``None`` on a CPU.
+    ``sums``: int64 [n] on a GPU, to which every read adds the chunk's `ops.slot_checksums`; ``None`` on a CPU.
     """
 
     request_id: str
@@ -32,7 +32,7 @@ class ColdReads:
 
     @classmethod
     def of(cls, request_id: str, chunks: Iterable[Chunk], sums: Tensor | None = None) -> "ColdReads":
-        """Of ``chunks``, which lie in the arena of this node."""
+        """The reads of ``chunks``, which are stored in this node's arena."""
         read = [(chunk.number, chunk.key, chunk.ref) for chunk in chunks if chunk.ref is not None]
         return cls(
             request_id,
@@ -43,9 +43,9 @@ class ColdReads:
         )
 
     def damaged(self, sums: npt.NDArray[np.int64] | None, arena: Arena | None) -> list[int]:
-        """Numbers of the chunks whose bytes were not those that were stored; ``sums``: those on the GPU, on the host.
+        """The numbers of the chunks whose bytes differ from the stored ones. ``sums``: the GPU's sums, on the host.
 
-        Costs one more read of each chunk on a CPU, and of those whose writer had no GPU.
+        Costs one more read of each chunk on a CPU, and of each chunk whose writer had no GPU.
         """
         if not self.refs:
             return []

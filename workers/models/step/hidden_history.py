@@ -20,8 +20,11 @@ SPARE_LINE = 0
 
 @dataclass(frozen=True)
 class HiddenRows:
-    """Which packed tokens of a step are kept, and where: ``rows`` int64 [n], None: all; ``lines`` and ``places`` int64
-    [n], in ``ring``. ``layers``: layer → its number in the ring."""
+    """Where the packed tokens of a step are kept.
+
+    ``rows``: int64 [n], None for all; ``lines``, ``places``: int64 [n], in ``ring``. ``layers``: layer → its number in
+    the ring.
+    """
 
     ring: Tensor
     layers: dict[int, int]
@@ -30,7 +33,7 @@ class HiddenRows:
     places: Tensor
 
     def keep(self, layer: int, hidden: Tensor) -> None:
-        """``hidden`` [tokens, hidden], the input of the attention of ``layer``."""
+        """Store ``hidden`` [tokens, hidden], the input of the attention of ``layer``."""
         kept = hidden if self.rows is None else hidden[self.rows]
         self.ring[:, :, self.layers[layer]][self.lines, self.places] = kept.to(self.ring.dtype)
 
@@ -64,9 +67,9 @@ class HiddenHistory:
             modules[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
 
     def begin(self, seq: TokenSequence, first: int, stop: int) -> tuple[int, range]:
-        """A step is about to compute positions ``first`` to ``stop`` of ``seq``: the line for them, and those to keep.
+        """Prepare a step over positions ``first`` to ``stop`` of ``seq``; returns its line, and the positions to keep.
 
-        Steps that are computed again, since the step before was aborted, replace what that one left.
+        A step that repeats an aborted one overwrites its values.
         """
         # of a prompt only the end matters
         first = max(first, stop - self.steps, seq.prefill_target - self.steps)
@@ -82,7 +85,7 @@ class HiddenHistory:
         return kept.line, range(first, stop)
 
     def rows(self, kept: list[tuple[int, int, int]]) -> HiddenRows | None:
-        """``kept``: packed token, line and position of each hidden state that is to be kept."""
+        """The places of the hidden states to keep. ``kept``: (packed token, line, position) of each."""
         if not kept:
             return None
         columns = torch.tensor(kept, dtype=torch.int64).T.contiguous()
@@ -90,7 +93,7 @@ class HiddenHistory:
         return HiddenRows(self.ring, self.layers, rows, lines, positions % self.steps)
 
     def length(self, seq: TokenSequence, position: int) -> int:
-        """How many steps up to ``position``, the last one begun, are kept: 1 to ``steps``."""
+        """The number of kept steps up to ``position``, the last one begun: 1 to ``steps``."""
         kept = self._kept[seq.request_id]
         assert kept.first <= position < kept.stop, f"{seq.request_id} has no history at {position}: {kept}"
         return position + 1 - kept.first
@@ -102,14 +105,14 @@ class HiddenHistory:
         return self.ring[self._kept[seq.request_id].line].index_select(0, places)
 
     def forget(self, seq: TokenSequence) -> None:
-        """``seq`` left, or starts over; a step of it may still be under way."""
+        """``seq`` has left, or starts over; one of its steps may still run."""
         kept = self._kept.pop(seq.request_id, None)
         if kept is not None:
             # safe while a step runs: the line's next owner writes to it in a later step
             self._free.append(kept.line)
 
     def check_integrity(self) -> None:
-        """Raise ``AssertionError`` when a line is lost, or belongs to two."""
+        """Raise ``AssertionError`` if a line is lost, or belongs to two sequences."""
         lines = sorted([*self._free, *(kept.line for kept in self._kept.values())])
         assert lines == list(range(1, len(self.ring))), f"lines {lines} of {len(self.ring)}"
 

@@ -20,8 +20,10 @@ from forecache.workers.models.step.logits import Logprobs
 
 @dataclass(frozen=True)
 class CapturedTensors:
-    """What a :class:`.step_plan.Capture` asked for, on the device; ``hidden`` float16 [target layers, hidden] and
-    ``steps`` of a trained indexer's history; ``weights`` float32 [query heads] where index keys are those of entries.
+    """The tensors that a :class:`.step_plan.Capture` requests, on the device.
+
+    ``hidden``, float16 [target layers, hidden], and ``steps`` belong to a trained indexer's history; ``weights``,
+    float32 [query heads], to index keys of entries.
     """
 
     queries: Tensor
@@ -42,7 +44,7 @@ class CapturedTensors:
         )
 
     def answer(self, request: Capture) -> Captured:
-        """On the host."""
+        """As :class:`Captured`, after :meth:`to_host` and the end of the step."""
         state = None
         if self.hidden is not None:
             state = StepState(request.position, self.steps, self.hidden.numpy())
@@ -51,7 +53,7 @@ class CapturedTensors:
 
 
 class Probe(Protocol):
-    """``mass``: float32 [chunks], how much the last tokens of a prompt look at each."""
+    """The attention of a prompt's last tokens. ``mass``: float32 [chunks]."""
 
     @property
     def mass(self) -> Tensor: ...
@@ -59,8 +61,11 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """What a step has written: ``sequences``, with how often each had started over, and of the packed tokens those of
-    each; ``non_finite``: uint8 [tokens], which of these are infinite or no number."""
+    """The tokens that a step computed.
+
+    ``sequences``: each with the number of its restarts so far; ``tokens``: the packed tokens of each; ``non_finite``:
+    uint8 [tokens], marks those with infinity or NaN.
+    """
 
     sequences: tuple[tuple[TokenSequence, int], ...]
     tokens: tuple[slice, ...]
@@ -68,7 +73,7 @@ class Written:
 
     @classmethod
     def by(cls, plan: Plan, non_finite: Tensor) -> "Written":
-        """By ``plan``, whose decode rows come first."""
+        """The tokens of ``plan``, its decode rows first."""
         sequences = [*plan.decode, *(part.sequence for part in plan.streams)]
         ends = [*itertools.accumulate([*(1 for _ in plan.decode), *(part.tokens for part in plan.streams)])]
         tokens = (slice(start, stop) for start, stop in itertools.pairwise([0, *ends]))
@@ -76,8 +81,10 @@ class Written:
 
 
 class RunningStep:
-    """What :meth:`.runner.Runner.launch` has enqueued. ``logits``: float32 [sampled, vocab], on the device,
-    until the next launch."""
+    """A step that :meth:`.runner.Runner.launch` has enqueued.
+
+    ``logits``: float32 [sampled, vocab], on the device, valid until the next launch.
+    """
 
     def __init__(
         self,
@@ -112,7 +119,7 @@ class RunningStep:
             self._done.record(torch.cuda.current_stream(tokens.device))
 
     def result(self) -> StepOutput:
-        """Wait until the step is over."""
+        """Wait for the end of the step; returns its results."""
         if self._done is not None:
             self._done.synchronize()
         tokens, best = self._tokens.tolist(), self._best.tolist()
@@ -135,7 +142,7 @@ class RunningStep:
         return StepOutput(sampled, captured, masses, damaged, tuple(self._scored), self._non_finite(sampled))
 
     def _non_finite(self, sampled: Sequence[Sampled]) -> tuple[NonFinite, ...]:
-        """Sequences of which the step has computed something that is not finite, and what: each once."""
+        """The sequences for which the step computed infinity or NaN, each once, with a description."""
         found: dict[str, NonFinite] = {}
         for drawn in sampled:
             if not math.isfinite(drawn.best):

@@ -37,7 +37,10 @@ class LogitAdjuster:
         self._counts = torch.zeros(0, vocab, device=device)
 
     def adjust(self, logits: Tensor, sequences: Sequence[TokenSequence]) -> Tensor:
-        """``logits``, float32 [rows, vocab], as ``sequences`` want theirs; the same tensor where none asks for more."""
+        """Apply the biases, penalties and masks of ``sequences`` to ``logits``, float32 [rows, vocab].
+
+        Returns the same tensor if no sequence has any.
+        """
         weighed = [i for i, seq in enumerate(sequences) if seq.weighs_logits]
         masked = [i for i, seq in enumerate(sequences) if seq.matcher is not None]
         if not weighed and not masked:
@@ -64,8 +67,10 @@ class LogitAdjuster:
         return logits
 
     def drawn(self, tokens: Tensor, sequences: Sequence[TokenSequence], positions: Sequence[int]) -> None:
-        """``tokens``, int64 [rows], were drawn for ``sequences``, to stand at ``positions``: count them, but for those
-        where a token stands already, of which an answer that is made once more knows."""
+        """Count ``tokens``, int64 [rows], drawn for ``sequences`` at ``positions``.
+
+        Replayed tokens are not counted again: their position holds a token already.
+        """
         counted = [
             (i, self._places[seq.request_id].row)
             for i, (seq, position) in enumerate(zip(sequences, positions, strict=True))
@@ -76,7 +81,7 @@ class LogitAdjuster:
             self._counts[places, tokens[rows]] += 1
 
     def forget(self, request_id: str) -> None:
-        """The request is over."""
+        """Free the request's row."""
         place = self._places.pop(request_id, None)
         if place is not None:
             self._free.append(place.row)
@@ -90,7 +95,7 @@ class LogitAdjuster:
         return place.row
 
     def _fill(self, row: int, seq: TokenSequence) -> None:
-        """What ``seq`` starts from. Its tokens are all known to the host here: it has just been prefilled."""
+        """Set the biases and counts of ``seq``. The host knows all its tokens, since it was just prefilled."""
         self._bias[row].zero_()
         self._counts[row].zero_()
         if seq.sampling.logit_bias:
@@ -116,8 +121,11 @@ class LogitAdjuster:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of ``rows`` of a step: ``drawn`` float32 [rows, 1], ``top`` float32 and ``tokens`` int64 [rows, most]; row ``i``
-    asked for the first ``counts[i]`` of these."""
+    """Log-probabilities of some ``rows`` of a step.
+
+    ``drawn``: float32 [rows, 1]; ``top``: float32, and ``tokens``: int64 [rows, most]. Row ``i`` asked for the first
+    ``counts[i]`` of these.
+    """
 
     rows: tuple[int, ...]
     counts: tuple[int, ...]
@@ -129,14 +137,15 @@ class Logprobs:
         return Logprobs(self.rows, self.counts, move(self.drawn), move(self.top), move(self.tokens))
 
     def of(self, index: int, token: int) -> TokenLogprobs:
-        """Of the ``index``-th of the rows, on the host, where ``token`` was drawn."""
+        """The log-probabilities of the ``index``-th row, on the host, where ``token`` was drawn."""
         count = self.counts[index]
         pairs = zip(self.tokens[index, :count].tolist(), self.top[index, :count].tolist(), strict=True)
         return TokenLogprobs(token, float(self.drawn[index, 0]), tuple(pairs))
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, sequences: Sequence[TokenSequence]) -> Logprobs | None:
-    """Of the rows of ``logits``, float32 [rows, vocab], that want it, with their drawn ``tokens``, int64 [rows]."""
+    """The log-probabilities of the rows of ``logits``, float32 [rows, vocab], that ask for them. ``tokens``: the drawn
+    ones, int64 [rows]."""
     rows = [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None]
     if not rows:
         return None

@@ -122,11 +122,11 @@ class Runner(ABC):
         cuda_graphs: bool | None,
         torch_compile: bool,
     ) -> None:
-        """On a GPU, before the first request."""
+        """Prepare kernels and graphs on a GPU, before the first request."""
 
     @abstractmethod
     def index_record(self, slot: int) -> Tensor:
-        """What the indexer scores of the completed chunk in ``slot``: uint8 [spec.nbytes]. Called by another thread."""
+        """The index record of the completed chunk in ``slot``: uint8 [spec.nbytes]. Called by another thread."""
 
     @property
     def snapshot_nbytes(self) -> int:
@@ -138,14 +138,13 @@ class Runner(ABC):
         return None
 
     def resume(self, seq: TokenSequence, snapshot: Tensor) -> None:  # noqa: B027 - nothing to do without state
-        """``seq``, whose chunks are known and of which nothing is computed, continues behind them."""
+        """Let ``seq`` continue after its known chunks, of which this runner has computed nothing."""
 
     def wipe(self, seq: TokenSequence) -> None:  # noqa: B027 - nothing to do without state
-        """The last step computed something of ``seq`` that is not finite: zero its state outside chunks. It is
-        forgotten next."""
+        """Zero the state of ``seq`` outside its chunks: its last step was not finite. :meth:`forget` follows."""
 
     def forget(self, seq: TokenSequence) -> None:
-        """``seq`` left, or starts over."""
+        """``seq`` has left, or starts over."""
         self._adjuster.forget(seq.request_id)
 
     def check_integrity(self) -> None:  # noqa: B027 - nothing to do without state
