@@ -107,12 +107,12 @@ class LLM:
             cleanup.callback(self._arena.close)
             cleanup.callback(self._arena.unlink)
             self.memory = ArenaStore(self._arena)
-            own: Indexer
+            local_indexer: Indexer
             if indexer.device_type(backbone.device.type) == "cuda":
-                own = build_gpu_indexer(loaded, indexer, self._arena)
+                local_indexer = build_gpu_indexer(loaded, indexer, self._arena)
             else:
-                own = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, self.scorer.lookahead)
-            self._indexer = wrap_indexer(own)
+                local_indexer = LocalIndexer(spec, indexer.threads, lambda _path: self._arena, self.scorer.lookahead)
+            self._indexer = wrap_indexer(local_indexer)
             cleanup.callback(self._indexer.close)
             self.engine = build_engine(
                 backbone,

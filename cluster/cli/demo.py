@@ -94,8 +94,8 @@ def _server(model: str, hot_bytes: int, keep_ratio: float, console: Console) -> 
                 found_url = _wait_for_url(process.stdout)
             if found_url is None:
                 log.seek(0)
-                said = log.read().strip().splitlines() or ["it printed no reason"]
-                raise StartError(f"the server did not start: {said[-1]}")
+                printed = log.read().strip().splitlines() or ["it printed no reason"]
+                raise StartError(f"the server did not start: {printed[-1]}")
             yield found_url
         finally:
             with console.status("stopping the cluster"):

@@ -363,8 +363,8 @@ def _wait_until_running(deadline_s: float) -> None:
         if application is not None:
             if application.status == ApplicationStatus.RUNNING:
                 return
-            told = [application.message, *(d.message for d in application.deployments.values())]
-            messages = "\n".join(text for text in told if text)
+            reported = [application.message, *(d.message for d in application.deployments.values())]
+            messages = "\n".join(text for text in reported if text)
             if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise StartError(_reason(messages))
         time.sleep(POLL_S)
@@ -375,10 +375,10 @@ def _wait_until_running(deadline_s: float) -> None:
 
 
 def _reason(message: str) -> str:
-    """The message of our own error in a traceback that Serve returns as text, or else its last line."""
-    ours = re.findall(r"forecache\.[\w.]+Error: (.+)", message)
-    if ours:
-        return str(ours[-1])
+    """The message of forecache's error in a traceback that Serve returns as text, else the last line."""
+    errors = re.findall(r"forecache\.[\w.]+Error: (.+)", message)
+    if errors:
+        return str(errors[-1])
     lines = [line for line in message.splitlines() if line.strip()]
     return f"a worker can't start: {lines[-1] if lines else 'no reason given'}; see /tmp/ray/session_latest/logs"
 

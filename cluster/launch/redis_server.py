@@ -144,10 +144,10 @@ class EmbeddedRedis:
                     if self._process.poll() is None and time.monotonic() < deadline:
                         time.sleep(0.02)
                         continue
-                    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                    printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                     raise RedisStartError(
-                        f"the embedded Redis server ({self._binary}) did not start: {said[-1] if said else error}; "
-                        "use your own with --redis-url"
+                        f"the embedded Redis server ({self._binary}) did not start: "
+                        f"{printed[-1] if printed else error}; use your own with --redis-url"
                     ) from error
 
     @property

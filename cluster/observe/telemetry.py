@@ -52,9 +52,9 @@ class ClusterTelemetry:
     ) -> RunningTelemetry:
         """Like :meth:`start`, with an existing registry."""
         logs.configure(self.config, component, process)
-        own = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        host = self.host or own
-        address = own if host in ANY_HOST else host
+        node_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        host = self.host or node_ip
+        address = node_ip if host in ANY_HOST else host
         address = f"[{address}]" if ":" in address else address
         target = MetricsTarget(f"{address}:{self._serve(registry, host)}", component, process, node)
         logger.info("%s serves its metrics at %s", component, target.address)

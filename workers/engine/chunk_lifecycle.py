@@ -56,9 +56,10 @@ class ChunkLifecycle:
             # what is stored
             seq.fresh_tokens = self._windows.fresh_tokens
         self._asked[seq.holder] = keys = () if seq.scores_prompt else tuple(seq.reusable_keys())
-        behind = seq.session_keys if partial and seq.cache.session_id is not None and not seq.scores_prompt else None
+        has_session = partial and seq.cache.session_id is not None and not seq.scores_prompt
+        session_keys = seq.session_keys if has_session else None
         # a restarted sequence regains its quota once its old hold is released
-        self._prefetcher.find_prefix(seq.holder, keys, behind, seq.cold_slots, after_stores=seq.restarts > 0)
+        self._prefetcher.find_prefix(seq.holder, keys, session_keys, seq.cold_slots, after_stores=seq.restarts > 0)
 
     @property
     def releasing_slots(self) -> int:
@@ -82,10 +83,10 @@ class ChunkLifecycle:
         if held.failure:
             return seq
         seq.quota = held.quota
-        own = len(held.refs) - len(held.others)
-        refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:own], itertools.repeat(None))
-        only_held = bool(held.others) or self._snapshots.layout is not None
-        for key, ref in zip(keys[:own] if only_held else keys, refs, strict=False):
+        exact = len(held.refs) - len(held.session_keys)
+        refs: Iterator[SlotRef | None] = itertools.chain(held.refs[:exact], itertools.repeat(None))
+        only_held = bool(held.session_keys) or self._snapshots.layout is not None
+        for key, ref in zip(keys[:exact] if only_held else keys, refs, strict=False):
             slot = self._pool.lookup(key)
             if ref is None and slot is None:
                 break
@@ -96,7 +97,7 @@ class ChunkLifecycle:
                 # hot, and still being written back: it must stay hot until cold memory holds it for this sequence too
                 self._pool.mark_dirty(slot)
                 self._prefetcher.write_back(seq.holder, key, slot)
-        for key, ref in zip(held.others, held.refs[own:], strict=True):
+        for key, ref in zip(held.session_keys, held.refs[exact:], strict=True):
             seq.stored_at(seq.complete_chunk(key, exact=False), ref)
         self._snapshots.resume(seq, held.state)
         seq.num_computed = len(seq.chunks) * seq.chunk_tokens

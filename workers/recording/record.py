@@ -160,8 +160,8 @@ def _record_shard(
 def _end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a reply."""
     generation: Any = backbone.model.generation_config
-    own = getattr(generation, "eos_token_id", None)
-    ends = own if isinstance(own, list) else [own]
+    eos = getattr(generation, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
     return sorted({int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None})
 
 

@@ -12,17 +12,17 @@ RecallItem = CopyItem
 
 @dataclass(frozen=True)
 class PrefixHeld:
-    """The longest stored run of the asked keys is held for ``holder``; ``refs`` are its slots.
+    """The longest stored prefix is held for ``holder``, in the slots ``refs``.
 
-    The last of them are those of ``others``, the keys asked for behind that run. ``state``: slots of the snapshot's
-    pieces, for models with a state. ``failure``: cold memory has no room for what ``holder`` may need, so it holds
-    nothing; ``too_large``: nor would an empty one have. ``quota``: its slots on this node, if it is spread over
+    ``session_keys``: keys of its last chunks, which only the session may use. ``state``: slots of the snapshot's
+    pieces, for models with a state. ``failure``: cold memory has no room for the sequence, so nothing is held;
+    ``too_large``: even empty cold memory would not have it. ``quota``: its slots on this node, if it is spread over
     several.
     """
 
     holder: str
     refs: tuple[SlotRef, ...]
-    others: tuple[ChunkKey, ...] = ()
+    session_keys: tuple[ChunkKey, ...] = ()
     failure: str = ""
     overloaded: bool = True
     too_large: bool = False

@@ -28,7 +28,13 @@ from forecache.workers.memory.hot.completions import Completion, PrefixHeld, Rec
 from forecache.workers.memory.hot.copies import BATCH_CHUNKS, Copied, Copies, CopyItem, CpuCopies, IndexRecord, Mark
 from forecache.workers.memory.hot.cuda_copies import CudaCopies
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.memory.hot.prefix_search import Behind, PrefixSearch, try_drop, try_record_session, try_release
+from forecache.workers.memory.hot.prefix_search import (
+    PrefixSearch,
+    SessionKeys,
+    try_drop,
+    try_record_session,
+    try_release,
+)
 from forecache.workers.memory.hot.remote_chunks import RemoteTransfers
 from forecache.workers.memory.hot.snapshot_store import SnapshotStore
 
@@ -109,15 +115,19 @@ class Prefetcher:
         self,
         holder: str,
         keys: Sequence[ChunkKey],
-        behind: Behind | None = None,
+        session_keys: SessionKeys | None = None,
         chunks: int = 0,
         *,
         after_stores: bool = False,
     ) -> None:
-        """Search for the longest stored run of ``keys``, then of the keys that ``behind`` returns for what follows it,
-        and reserve a quota of ``chunks`` in all. Answered by :class:`PrefixHeld`. ``after_stores``: start once all
-        earlier write-backs and releases are done."""
-        self._prefix_search.start(holder, tuple(keys), behind, chunks, self._post_store if after_stores else None)
+        """Search for the longest stored prefix, and reserve a quota of ``chunks`` in all; see :class:`PrefixHeld`.
+
+        Args:
+            keys: chunks that any request may use.
+            session_keys: returns the keys of the session's chunks that follow so many chunks of ``keys``.
+            after_stores: start after all earlier write-backs and releases.
+        """
+        self._prefix_search.start(holder, tuple(keys), session_keys, chunks, self._post_store if after_stores else None)
 
     def recall(self, items: Sequence[RecallItem], holder: str = "") -> int:
         """Copy held cold chunks into referenced slots, first item first; answered by :class:`Recalled`. ``holder`` is
@@ -328,9 +338,9 @@ class Prefetcher:
             self._give_up(jobs, error)
 
     def _give_up(self, jobs: list[_WriteBack], error: ForecacheError) -> None:
-        said, overloaded = f"a chunk could not be stored: {error}", isinstance(error, OverloadedError)
+        failure, overloaded = f"a chunk could not be stored: {error}", isinstance(error, OverloadedError)
         for job in jobs:
-            self._completions.put(WrittenBack(job.holder, job.key, job.slot, None, said, overloaded))
+            self._completions.put(WrittenBack(job.holder, job.key, job.slot, None, failure, overloaded))
 
     def _post_first(self, jobs: Sequence[_WriteBack]) -> None:
         with self._posted:

@@ -29,7 +29,7 @@ NEAR_SEARCHES, FETCHING_SEARCHES = 4, 2
 """Concurrent searches of one worker. A fetching one occupies a thread of the memory tier meanwhile."""
 T = TypeVar("T")
 
-Behind = Callable[[int], Sequence[ChunkKey]]
+SessionKeys = Callable[[int], Sequence[ChunkKey]]
 """Length of a stored run of keys -> other keys for the chunks that follow it."""
 
 
@@ -55,10 +55,10 @@ class _LocalMemory:
 
 @dataclass(frozen=True)
 class _Found:
-    """A prefix: its slots (the last of them those of ``others``), and the pieces of the snapshot behind it."""
+    """A prefix: its slots, the last of which belong to ``session_keys``, and the pieces of the snapshot at its end."""
 
     refs: Sequence[SlotRef] = ()
-    others: tuple[ChunkKey, ...] = ()
+    session_keys: tuple[ChunkKey, ...] = ()
     state: Sequence[SlotRef] = ()
 
 
@@ -68,7 +68,7 @@ class _Search:
 
     holder: str
     keys: tuple[ChunkKey, ...]
-    behind: Behind | None
+    session_keys: SessionKeys | None
     chunks: int
     done: "Future[None]" = field(default_factory=Future)
 
@@ -127,12 +127,12 @@ class PrefixSearch:
         self,
         holder: str,
         keys: tuple[ChunkKey, ...],
-        behind: Behind | None,
+        session_keys: SessionKeys | None,
         chunks: int,
         when: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Start a search. ``when``: posts the function that starts it, for a search that must not start at once."""
-        search = _Search(holder, keys, behind, chunks)
+        search = _Search(holder, keys, session_keys, chunks)
         with self._lock:
             self._locating.add(holder)
 
@@ -275,21 +275,28 @@ class PrefixSearch:
             found = _Found()
         self._settle(
             PrefixHeld(
-                holder, tuple(found.refs), found.others, failure, not too_large, too_large, quota, tuple(found.state)
+                holder,
+                tuple(found.refs),
+                found.session_keys,
+                failure,
+                not too_large,
+                too_large,
+                quota,
+                tuple(found.state),
             )
         )
         self._finish(search.done)
 
     def _find_all(self, places: HoldsChunks, search: _Search) -> _Found:
         refs = self._find(places, search.holder, search.keys)
-        others: tuple[ChunkKey, ...] = ()
-        if search.behind is not None and len(refs) < len(search.keys):
-            others = tuple(search.behind(len(refs)))
-            more = self._find(places, search.holder, others)
-            refs, others = [*refs, *more], others[: len(more)]
+        session_keys: tuple[ChunkKey, ...] = ()
+        if search.session_keys is not None and len(refs) < len(search.keys):
+            session_keys = tuple(search.session_keys(len(refs)))
+            more = self._find(places, search.holder, session_keys)
+            refs, session_keys = [*refs, *more], session_keys[: len(more)]
         if self._states is None:
-            return _Found(refs, others)
-        return _Found(*self._states.cut_prefix(places, search.holder, search.keys, refs, others))
+            return _Found(refs, session_keys)
+        return _Found(*self._states.cut_prefix(places, search.holder, search.keys, refs, session_keys))
 
     def _wait_for_room(self, ask: Callable[[], T], poll_s: float, end_s: float) -> T:
         """Call ``ask``, and repeat it for a while when there is no room: other sequences may end."""

@@ -181,13 +181,13 @@ class RemoteTransfers:
     def _move_out(self, holder: str, seq: _Sequence, news: Sequence[WrittenBack]) -> None:
         try:
             refs = self._spread.move_out(holder, [done.key for done in news])
-            said = "a chunk could not be stored: no node has room for it"
+            failure = "a chunk could not be stored: no node has room for it"
         except ChunkLostError as error:
-            refs, said = [None] * len(news), f"a chunk could not be stored: {error}"
+            refs, failure = [None] * len(news), f"a chunk could not be stored: {error}"
         self._progress()
         for done, ref in zip(news, refs, strict=True):
             if ref is None:
-                done = replace(done, failure=said, overloaded=True)
+                done = replace(done, failure=failure, overloaded=True)
             self._settle(replace(done, ref=ref))
         self._resume(seq)
 

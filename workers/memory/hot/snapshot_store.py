@@ -1,4 +1,4 @@
-"""Snapshots of sequences' states in cold memory: cut into pieces of a chunk's size, under their own keys.
+"""Snapshots of sequences' states in cold memory: cut into pieces of a chunk's size, under separate keys.
 
 A piece is stored, held, evicted, moved and fetched like any chunk. Its key derives from the key of the chunk that the
 snapshot follows. A lost snapshot costs the recomputation of the tokens since the one before.
@@ -46,16 +46,18 @@ class SnapshotStore:
         holder: str,
         keys: Sequence[ChunkKey],
         refs: list[SlotRef],
-        others: tuple[ChunkKey, ...],
+        session_keys: tuple[ChunkKey, ...],
     ) -> tuple[list[SlotRef], tuple[ChunkKey, ...], Sequence[SlotRef]]:
-        """Shorten a prefix at ``refs``, whose last chunks have the keys ``others``, to the last chunk with a snapshot
-        behind it. Returns the slots, the rest of ``others``, and the slots of the snapshot's pieces."""
-        own = len(refs) - len(others)
+        """Shorten a prefix at ``refs``, whose last chunks have ``session_keys``, to the last chunk with a snapshot.
+
+        Returns the slots, the rest of ``session_keys``, and the slots of the snapshot's pieces.
+        """
+        exact = len(refs) - len(session_keys)
         try:
-            count, state = self.find(memory, holder, [*keys[:own], *others]) if refs else (0, [])
+            count, state = self.find(memory, holder, [*keys[:exact], *session_keys]) if refs else (0, [])
         except ChunkLostError:
             return [], (), ()  # the memory tier is gone, and the prefix with it
-        return refs[:count], others[: max(count - own, 0)], state
+        return refs[:count], session_keys[: max(count - exact, 0)], state
 
     def find(self, memory: HoldsChunks, holder: str, chunks: Sequence[ChunkKey]) -> tuple[int, list[SlotRef]]:
         """The longest run of ``chunks``, from the first, with a snapshot behind it, and the slots of its pieces, which
