@@ -152,13 +152,14 @@ class LLM:
         session_id: str | None = None,
         window_steps: int | None = None,
         min_resident_tokens: int | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         """Complete every prompt in one batch; answers come in the prompts' order.
 
         Args:
             prompts: texts, or token ids.
 
-        :class:`SamplingParams` and :class:`CacheOptions` describe the other arguments.
+        :class:`SamplingParams`, :class:`CacheOptions` and :class:`GenerateRequest` describe the other arguments.
 
         Raises :class:`forecache.workers.errors.InvalidRequestError` before any prompt runs if one can't be served.
         """
@@ -171,7 +172,7 @@ class LLM:
         done: dict[str, Completion] = {}
         try:
             for prompt in prompts:
-                ids.append(self._add(prompt, sampling, cache))  # noqa: PERF401 - if a later one is refused, these are cancelled
+                ids.append(self._add(prompt, sampling, cache, priority))  # noqa: PERF401 - if a later one is refused, these are cancelled
             tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
             texts = dict.fromkeys(ids, "")
             logprobs_of: dict[str, tuple[TokenLogprobs, ...]] = dict.fromkeys(ids, ())
@@ -199,7 +200,7 @@ class LLM:
             raise
         return [done[request_id] for request_id in ids]
 
-    def _add(self, prompt: str | Sequence[int], sampling: SamplingParams, cache: CacheOptions) -> str:
+    def _add(self, prompt: str | Sequence[int], sampling: SamplingParams, cache: CacheOptions, priority: int) -> str:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ForecacheError(
@@ -209,7 +210,7 @@ class LLM:
         else:
             tokens = list(prompt)
         request_id = f"local-{next(self._ids)}"
-        request = GenerateRequest(request_id, tuple(tokens), sampling, cache)
+        request = GenerateRequest(request_id, tuple(tokens), sampling, cache, priority=priority)
         self.engine.add_request(request, matcher=self.engine.grammars.matcher(sampling))
         return request_id
 

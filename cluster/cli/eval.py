@@ -52,7 +52,8 @@ KI = 1024
 NOT_IN_ANSWERS = {
     *("model", "device", "dtype", "keep_ratio", "seed"),  # recorded separately
     *("policy", "min_resident_tokens"),  # part of a column
-    *("max_model_len", "hot_bytes", "max_batch_size", "prefill_chunk_tokens", "prefill_slice_s", "threads"),
+    *("max_model_len", "hot_bytes", "max_batch_size", "max_step_tokens", "inter_token_target_s", "threads"),
+    *("max_long_partial_prefills", "long_prefill_token_threshold"),
     *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that do not change answers: a run may continue with other values."""

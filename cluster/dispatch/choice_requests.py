@@ -43,6 +43,7 @@ class ChoiceRequests:
     cache: CacheOptions
     show_chunks: bool = False
     traceparent: str = ""
+    priority: int = 0
 
     @property
     def count(self) -> int:
@@ -60,4 +61,5 @@ class ChoiceRequests:
             self.cache,
             show_chunks=self.show_chunks,
             traceparent=self.traceparent,
+            priority=self.priority,
         )

@@ -235,7 +235,14 @@ class Api:
             raise
         try:
             requests = ChoiceRequests(
-                answer.id, prompts, per_prompt, request.sampling, cache, request.show_chunks, record.traceparent
+                answer.id,
+                prompts,
+                per_prompt,
+                request.sampling,
+                cache,
+                request.show_chunks,
+                record.traceparent,
+                request.priority,
             )
             return CompletionStream(requests, self._workers, ticket, record, deadline_s=min(limits_s, default=None))
         except BaseException:  # from here on the stream closes both

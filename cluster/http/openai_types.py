@@ -51,6 +51,8 @@ _NEUTRAL: dict[str, Any] = {
     "web_search_options": (None,),
 }
 
+PRIORITY_LIMIT = 2**31
+
 
 def _encodable(text: str) -> str:
     """Refuse unpaired surrogates: JSON can contain them, but they are not Unicode, and tokenizers fail on them."""
@@ -196,6 +198,7 @@ class _Request(Strict):
     stop: Annotated[tuple[Stop, ...], BeforeValidator(_stop_tuple)] = Field((), max_length=MAX_STOP, fail_fast=True)
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
+    priority: int | None = Field(None, ge=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)
     forecache: ForecacheOptions | None = None
 
     @model_validator(mode="before")

@@ -84,6 +84,7 @@ class ReadRequest:
     scored: bool
     tools: bool
     timeout_s: float | None
+    priority: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class RequestReader:
             scored=request.logprobs_wanted() is not None,
             tools=isinstance(request, ChatCompletionRequest) and bool(request.tools_in_use),
             timeout_s=request.timeout_s,
+            priority=request.priority or 0,
         )
 
     def _encode(self, request: ChatCompletionRequest | CompletionRequest) -> list[EncodedPrompt]:

@@ -158,7 +158,7 @@ def engine_settings(args: argparse.Namespace, longest: int) -> dict[str, Any]:
             "threads": 1,
             "chunk_tokens": 16,
             "window_steps": 16,
-            "prefill_chunk_tokens": 256,
+            "max_step_tokens": 256,
             "hot_bytes": 66 * TINY_CHUNK_BYTES,
             "cold_bytes": 4 << 20,
         }

@@ -115,7 +115,7 @@ def mixed_steps(
     logits: Rows = {}
     sequences: dict[str, TokenSequence] = {}
     steps = count = 0
-    settings = {**SETTINGS, "prefill_chunk_tokens": 48}
+    settings = {**SETTINGS, "max_step_tokens": 48}
     with LLM(str(path), skip_tokenizer=True, arena_dir=arena_dir, device="cpu", **settings) as llm:
         runner: Any = llm.engine._runner
         launch = runner.launch

@@ -162,7 +162,7 @@ def test_full_attention_streams_through_a_small_pool(
 def test_prefill_in_small_steps_beside_running_streams(
     tiny_model: Path, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    with open_llm(tiny_model, prefill_chunk_tokens=24) as llm:
+    with open_llm(tiny_model, max_step_tokens=24) as llm:
         assert run(llm, prompts) == expected
 
 
@@ -260,7 +260,7 @@ def test_sampling_does_not_depend_on_the_batch(tiny_model: Path, prompts: list[l
 
 
 def test_cancelled_in_every_state(tiny_model: Path, prompts: list[list[int]]) -> None:
-    with open_llm(tiny_model, keep_ratio=0.2, prefill_chunk_tokens=32) as llm:
+    with open_llm(tiny_model, keep_ratio=0.2, max_step_tokens=32) as llm:
         for steps in range(30):
             llm.engine.add_request(GenerateRequest("r", tuple(prompts[2]), SamplingParams(max_tokens=30)))
             events: list[TokenEvent] = []

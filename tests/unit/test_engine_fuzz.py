@@ -92,7 +92,7 @@ def settings_of(draw: random.Random) -> dict[str, Any]:
         "late_policy": draw.choice(["keep", "wait"]),
         "overlap_steps": draw.random() < 0.5,
         "max_batch_size": draw.randint(1, 6),
-        "prefill_chunk_tokens": draw.choice([16, 24, 50, 128, 512]),
+        "max_step_tokens": draw.choice([16, 24, 50, 128, 512]),
         "early_wait_s": draw.choice([0.0, 0.01]),
         "cold_bytes": (2 << 20) + draw.choice([30, 60, 400]) * CHUNK_BYTES,
         "max_restarts": 100,

@@ -73,7 +73,7 @@ def test_a_full_cold_memory_ends_who_could_not_store_and_not_who_shares_the_pref
         return reserve(self, holder, keys)
 
     monkeypatch.setattr(ArenaStore, "reserve_slots", full_for_the_first)
-    with open_llm(tiny_model, prefill_chunk_tokens=32) as llm:
+    with open_llm(tiny_model, max_step_tokens=32) as llm:
         add(llm, "first", prompts[2], 8)
         while llm.engine.pool.dirty < 5:
             llm.engine.step()
@@ -191,7 +191,7 @@ def test_chunks_given_away_under_a_streamed_sequence_are_noticed(
 ) -> None:
     """A restarted tier knows no holds, and gives the slots to others."""
     prompt = prompts[2]
-    with open_llm(tiny_model, hot_chunks=4, prefill_chunk_tokens=16) as llm:
+    with open_llm(tiny_model, hot_chunks=4, max_step_tokens=16) as llm:
         add(llm, "a", prompt, 30, "full")
         tokens: list[int] = []
         stolen = False

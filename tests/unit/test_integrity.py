@@ -79,7 +79,7 @@ class Architecture:
             "min_resident_tokens": 0,
             "dtype": "float32",
             "chunk_tokens": self.chunk_tokens,
-            "prefill_chunk_tokens": self.chunk_tokens,
+            "max_step_tokens": self.chunk_tokens,
             "cold_bytes": 16 << 20,
             "hot_bytes": hot_chunks * nbytes,
             "threads": 1,

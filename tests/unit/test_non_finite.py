@@ -166,10 +166,10 @@ def path(request: pytest.FixtureRequest, tiny_model: Path, tiny_dsv4: Path) -> P
 def test_one_step_of_a_prompt(path: Path, kind: str, device: str) -> None:
     """The step is repeated without an effect on the client, and the prefix stays usable."""
     prompt = prompt_of(300, 1)
-    with open_llm(path, device, prefill_chunk_tokens=128) as llm:
+    with open_llm(path, device, max_step_tokens=128) as llm:
         add(llm, "before", prompt, 6)
         expected, _ = finish(llm)["before"]
-    with open_llm(path, device, prefill_chunk_tokens=128) as llm:
+    with open_llm(path, device, max_step_tokens=128) as llm:
         fault = Fault(
             llm,
             module_of(llm, kind),
@@ -341,7 +341,7 @@ def test_a_chunk_that_a_wrong_step_completes_is_never_found(path: Path, overlap:
 
 def test_a_step_that_read_a_damaged_chunk_may_be_wrong_as_well(tiny_model: Path) -> None:
     """The sequence starts over because the chunk was lost, and its released slots must not keep the step's values."""
-    with open_llm(tiny_model, prefill_chunk_tokens=64) as llm:
+    with open_llm(tiny_model, max_step_tokens=64) as llm:
         pool = llm.engine.pool
         fault = Fault(llm, module_of(llm, "v_proj"), float("nan"), lambda plan: 5 if armed else None)
         armed = list[int]()

@@ -152,6 +152,7 @@ def test_neutral_openai_fields_pass(field: dict[str, Any]) -> None:
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"top_p": 1.5}, "top_p", "invalid_value"),
         ({"top_k": -1}, "top_k", "invalid_value"),
+        ({"priority": 2**31}, "priority", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),

@@ -112,7 +112,7 @@ def test_a_hot_chunk_that_another_one_writes_back_stays_until_it_is_written_back
     monkeypatch.setattr(ArenaStore, "reserve_slots", second_later)
     monkeypatch.setattr(ArenaStore, "commit", first_later)
     prompt = prompts[1]
-    with open_llm(tiny_model, prefill_chunk_tokens=512) as llm:
+    with open_llm(tiny_model, max_step_tokens=512) as llm:
         pool = llm.engine.pool
         add(llm, "first", prompt, 1)
         while "first" in llm.engine._sequences:

@@ -1,6 +1,5 @@
 """Admission and step plans: reservations fit the pool, requests start in order, decode goes on during prefill."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.requests import GenerateRequest, Policy, SamplingParams
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
-from forecache.workers.engine.scheduler import STREAMED_SHARE, PrefillRate, Scheduler
+from forecache.workers.engine.scheduler import STREAMED_SHARE, Scheduler
+from forecache.workers.engine.step_cost import StepWork
 from forecache.workers.llm import LLM
 from forecache.workers.memory.format.keys import root_key
 from forecache.workers.residency.budgets import Reservations
@@ -37,7 +37,7 @@ def opened(model: Path, tmp_path: Path, **settings: Any) -> Iterator[LLM]:
         "window_steps": 32,
         "hot_bytes": SLOTS * CHUNK_BYTES,
         "max_batch_size": 4,
-        "prefill_chunk_tokens": 128,
+        "max_step_tokens": 128,
     }
     with LLM(str(model), skip_tokenizer=True, arena_dir=tmp_path, **(defaults | settings)) as llm:
         yield llm
@@ -77,9 +77,10 @@ class Bench:
         resumed: int = 0,
         prompt_logprobs: bool = False,
         matcher: Matcher | None = None,
+        priority: int = 0,
     ) -> TokenSequence:
         sampling = SamplingParams(max_tokens=answer, prompt_logprobs=prompt_logprobs)
-        request = GenerateRequest(name, (5,) * prompt, sampling, resume_token_ids=(5,) * resumed)
+        request = GenerateRequest(name, (5,) * prompt, sampling, resume_token_ids=(5,) * resumed, priority=priority)
         seq = TokenSequence(
             request,
             holder=name,
@@ -148,39 +149,6 @@ def finish_prefill(seq: TokenSequence) -> None:
     seq.state = State.DECODE
 
 
-@given(
-    linear=st.floats(1, 1e5),
-    past=st.integers(0, 200_000),
-    tokens=st.integers(1, 8192),
-    duration_s=st.floats(1e-3, 1e3),
-)
-def test_what_took_a_time_fits_in_that_time(linear: float, past: int, tokens: int, duration_s: float) -> None:
-    rate = PrefillRate(linear)
-    rate.observe(tokens, past, duration_s)
-    fitting = rate.tokens_in(duration_s, past)
-    assert fitting is not None
-    assert abs(fitting - tokens) <= 1
-    further = rate.tokens_in(duration_s, past + 1000)
-    assert further is not None
-    assert further <= fitting
-
-
-def test_nothing_is_known_of_the_rate_before_a_step() -> None:
-    assert PrefillRate(10.0).tokens_in(1.0, 0) is None
-
-
-def test_the_rate_follows_what_is_seen() -> None:
-    rate = PrefillRate(1000.0)
-    rate.observe(100, 0, 1.0)
-    first = rate.work_per_s
-    assert first == 100 * 1050
-    for _ in range(20):
-        rate.observe(100, 0, 2.0)
-    assert rate.work_per_s == pytest.approx(first / 2, rel=1e-3)
-    rate.observe(100, 0, 0.0)  # a clock that did not move is no reason to divide by zero
-    assert rate.work_per_s is not None
-
-
 def test_a_budget_is_reserved_with_room_for_a_turn(bench: Bench) -> None:
     seq = bench.add("a", 640, answer=16, keep=0.25)
     bench.admit()
@@ -231,6 +199,30 @@ def test_one_that_starts_over_goes_first(bench: Bench) -> None:
     bench.scheduler.remove(again)
     bench.scheduler.add(again, first=True)
     assert bench.admit() == ["b", "a"]
+
+
+def test_lower_priorities_go_first(llm: LLM) -> None:
+    bench = Bench(llm, max_batch_size=3)
+    for name, priority in (("a", 5), ("b", 0), ("c", -3), ("d", 5), ("e", 0), ("f", -3)):
+        bench.add(name, 16, priority=priority)
+    assert bench.admit() == ["c", "f", "b"]
+    late = bench.add("late", 16, priority=-9)
+    assert bench.admit() == ["c", "f", "b"]  # what runs keeps its place
+    assert [seq.request_id for seq in bench.scheduler.waiting] == ["late", "e", "a", "d"]
+    bench.leave(bench.scheduler.running[1])
+    assert bench.admit() == ["c", "b", "late"]
+    assert [part[0] for part in parts(bench.scheduler.next_plan())] == ["late", "c", "b"]
+    bench.leave(late)
+    bench.close()
+
+
+def test_one_that_starts_over_goes_first_of_its_priority(bench: Bench) -> None:
+    for name, priority in (("first", 0), ("a", 1), ("b", 1), ("c", 1)):
+        bench.add(name, 16, priority=priority)
+    for again in (bench.scheduler.waiting[2], bench.scheduler.waiting[3]):
+        bench.scheduler.remove(again)
+        bench.scheduler.add(again, first=True)
+    assert [seq.request_id for seq in bench.scheduler.waiting] == ["first", "c", "b", "a"]
 
 
 def test_a_batch_has_a_size(bench: Bench) -> None:
@@ -311,28 +303,31 @@ def test_the_first_set_is_chosen_by_the_last_tokens_of_a_prompt_however_it_is_cu
 
 
 def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(bench: Bench) -> None:
-    """Nor does a long one starve beside short ones that keep coming: it has at least every other step."""
+    """Nor does a long one starve when short ones keep coming: it has a part of every other step."""
     long = bench.add("long", 3000)
     bench.admit()
-    bench.scheduler.next_plan()
-    short = bench.add("short", 100)
-    bench.admit()
-    steps = 0
-    while short.num_computed < short.prompt_len:
-        for part in bench.scheduler.next_plan().streams:
-            part.sequence.num_computed += part.tokens
-        steps += 1
-        assert steps <= 2
-    turns = []
-    for number in range(12):
-        if short.num_computed >= short.prompt_len:
-            bench.leave(short)
-            short = bench.add(f"short {number}", 100)
-            bench.admit()
-        streams = bench.scheduler.next_plan().streams
-        turns.append(streams[0].sequence)
-        streams[0].sequence.num_computed += streams[0].tokens
-    assert turns.count(long) == 6 and long not in [b for a, b in itertools.pairwise(turns) if a is long]
+    assert parts(bench.scheduler.next_plan()) == [("long", 128)]
+    steps = []
+    for number in range(6):
+        short = bench.add(f"short {number}", 100)
+        bench.admit()
+        plan = bench.scheduler.next_plan()
+        steps.append(parts(plan))
+        bench.compute(plan)
+        if short.num_computed < short.prompt_len:
+            plan = bench.scheduler.next_plan()
+            steps.append(parts(plan))
+            bench.compute(plan)
+        assert short.num_computed == short.prompt_len
+        bench.leave(short)
+    assert steps[:4] == [
+        [("short 0", 100)],
+        [("short 1", 96), ("long", 32)],
+        [("short 1", 4)],
+        [("short 2", 96), ("long", 32)],
+    ]
+    assert sum(name == "long" for step in steps for name, _ in step) == 5
+    assert long.num_computed == 5 * 32
 
 
 def test_a_step_of_prefill_stays_within_the_reservation(bench: Bench) -> None:
@@ -344,18 +339,28 @@ def test_a_step_of_prefill_stays_within_the_reservation(bench: Bench) -> None:
     assert part.tokens == CHUNK
 
 
-def test_prefill_beside_a_stream_takes_its_share_of_time(bench: Bench, llm: LLM) -> None:
+def test_a_step_with_a_decode_row_takes_the_target(bench: Bench, llm: LLM) -> None:
     running, coming = bench.add("a", 40), bench.add("b", 600)
     bench.admit()
     finish_prefill(running)
     plan = bench.scheduler.next_plan()
     assert plan.decode == (running,)
-    assert [part.tokens for part in plan.streams] == [16]  # the least, while the rate is unknown
-    bench.scheduler.rate.observe(50, 0, llm.engine.config.prefill_slice_s)
+    assert parts(plan) == [("b", 16)]  # the least, while no duration is known
+    target_s = llm.engine.config.inter_token_target_s
+    assert target_s is not None
+    cost = bench.scheduler.cost
+    for tokens in (20, 40, 80, 100) * 10:
+        cost.observe(StepWork(1).with_slice(tokens, 0), target_s * (0.2 + tokens / 100))
     plan = bench.scheduler.next_plan()
-    assert [(part.sequence, part.tokens) for part in plan.streams] == [(coming, 50)]
-    bench.scheduler.rate.work_per_s = 1.0  # a very slow machine goes on nevertheless
-    assert [part.tokens for part in bench.scheduler.next_plan().streams] == [16]
+    assert plan.decode == (running,)
+    ((name, tokens),) = parts(plan)
+    assert name == "b" and 70 <= tokens <= 80
+    assert cost.duration_s(StepWork(1).with_slice(tokens, 0)) <= target_s
+    for tokens in (10, 20, 40, 60) * 20:  # a slow machine goes on nevertheless, in slices that are worth their steps
+        cost.observe(StepWork(1).with_slice(tokens, 0), target_s * (10 + tokens / 2))
+    ((_, tokens),) = parts(bench.scheduler.next_plan())
+    assert 26 <= tokens <= 34  # 1.5 times 10 targets
+    assert coming.num_computed == 0
 
 
 def test_a_streamed_sequence_takes_a_share_of_the_steps(bench: Bench) -> None:
@@ -444,8 +449,10 @@ def test_nothing_to_do_is_an_empty_plan(bench: Bench) -> None:
     assert bench.scheduler.next_plan().tokens == 0
 
 
-FAST = 1e12
-"""Work in a second of a machine on which every prompt fits in any time."""
+def known_as_fast(bench: Bench) -> None:
+    """Every prompt fits in any time."""
+    for tokens in (100, 1000):
+        bench.scheduler.cost.observe(StepWork(1).with_slice(tokens, 0), tokens * 1e-9)
 
 
 def parts(plan: Plan) -> list[tuple[str, int]]:
@@ -481,7 +488,7 @@ def test_what_fills_the_pool_to_its_last_slot_fits(bench: Bench) -> None:
 
 
 def test_a_streamed_prompt_is_promised_the_whole_pool_where_its_steps_are_large(llm: LLM) -> None:
-    bench = Bench(llm, prefill_chunk_tokens=2 * SLOTS * CHUNK)
+    bench = Bench(llm, max_step_tokens=2 * SLOTS * CHUNK)
     seq = bench.add("a", SLOTS * CHUNK - 16, policy="full")
     assert (seq.max_chunks, seq.residency.streamed, seq.residency.reserved_slots) == (SLOTS, True, SLOTS)
     bench.close()
@@ -513,27 +520,19 @@ def test_what_was_prefilled_is_counted_from_nothing(bench: Bench) -> None:
     assert (scheduler.prefilled_tokens, scheduler.prefilled_prompts, scheduler.prefill_s) == (130, 1, 2.5)
 
 
-def test_the_rate_is_that_of_steps_with_one_prompt(bench: Bench) -> None:
+def test_costs_are_learned_from_steps_of_decode_rows_and_prompts_alone(bench: Bench) -> None:
     first, second = bench.add("a", 100), bench.add("b", 100)
+    row = bench.add("row", 20)
     bench.admit()
+    finish_prefill(row)
     first.num_computed = 32
-    rate = bench.scheduler.rate
-    bench.scheduler.observe(Plan((), ()), 1.0)
-    bench.scheduler.observe(Plan((), (StreamPart(first, 50), StreamPart(second, 50))), 1.0)
-    bench.scheduler.observe(Plan((), (StreamPart(first, 1),)), 1.0)
-    assert rate.work_per_s is None
-    bench.scheduler.observe(Plan((), (StreamPart(first, 2),)), 0.5)
-    assert rate.work_per_s == 2 * (100 + 32 + 1) / 0.5
-
-
-def test_a_rate_is_the_mean_of_what_was_and_what_is(bench: Bench) -> None:
-    rate = bench.scheduler.rate
-    rate.observe(100, 0, 1.0)  # 100 · (100 + 50)
-    rate.observe(100, 100, 1.0)  # 100 · (100 + 100 + 50)
-    assert rate.work_per_s == (15_000 + 25_000) / 2
-    rate = PrefillRate(0.0)
-    rate.observe(2, 0, 0.0)  # as if it had taken a microsecond
-    assert rate.work_per_s == pytest.approx(2e6)
+    scheduler = bench.scheduler
+    for plan in (Plan((), ()), Plan((row,), ()), Plan((), (StreamPart(row, 1), StreamPart(first, 50)))):
+        scheduler.observe(plan, 1.0)
+        assert not scheduler.cost.known
+    scheduler.observe(Plan((row,), (StreamPart(first, 50), StreamPart(second, 30))), 0.5)
+    work = StepWork(rows=1, tokens=80, attention=50 * (32 + 25) + 30 * 15, past=32)
+    assert scheduler.cost.duration_s(work) == pytest.approx(0.5)
 
 
 def test_a_streamed_sequence_has_every_fourth_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,57 +617,76 @@ def test_a_step_opens_the_slots_that_it_writes_and_no_others(bench: Bench) -> No
 
 
 def test_prompts_share_a_step_as_far_as_it_goes(bench: Bench) -> None:
-    bench.scheduler.rate.work_per_s = FAST
-    first, second, third = bench.add("a", 100), bench.add("b", 200), bench.add("c", 300)
+    first, second, third = bench.add("a", 100), bench.add("b", 120), bench.add("c", 30)
     bench.admit()
     plan = bench.scheduler.next_plan()
     assert parts(plan) == [("a", 100), ("b", 28)]
     bench.compute(plan)
     bench.leave(first)
     second.prefill_target = second.num_computed + 10
-    plan = bench.scheduler.next_plan()  # the shortest first; two at most
-    assert parts(plan) == [("b", 10), ("c", 118)]
+    plan = bench.scheduler.next_plan()
+    assert parts(plan) == [("b", 10), ("c", 30)]
     bench.compute(plan)
     bench.leave(second)
-    one, other = bench.add("d", 7), bench.add("e", 9)
+    bench.leave(third)
+    for number in range(4):
+        bench.add(f"{number}", 7 + number)
     bench.admit()
-    third.prefill_target = third.num_computed + 5
-    assert parts(bench.scheduler.next_plan()) == [("c", 5), ("d", 7)]
-    assert parts(bench.scheduler.next_plan()) == [("c", 5), ("d", 7)]
-    bench.leave(one)
-    bench.leave(other)
+    assert parts(bench.scheduler.next_plan()) == [("0", 7), ("1", 8), ("2", 9), ("3", 10)]
 
 
-def test_the_first_step_is_of_the_prompt_that_came_first(bench: Bench) -> None:
+def test_one_long_prompt_advances_after_the_other(bench: Bench, llm: LLM) -> None:
     bench.add("long", 300)
-    bench.add("short", 140)
+    bench.add("longer", 400)
     bench.admit()
-    assert [parts(bench.scheduler.next_plan()) for _ in range(3)] == [
+    steps = []
+    for _ in range(6):
+        plan = bench.scheduler.next_plan()
+        steps.append(parts(plan))
+        bench.compute(plan)
+        for part in plan.streams:
+            if part.sequence.num_computed >= part.sequence.prompt_len:
+                bench.leave(part.sequence)
+    assert steps == [
         [("long", 128)],
-        [("short", 128)],
         [("long", 128)],
+        [("long", 44)],
+        *[[("longer", 128)]] * 3,
     ]
+    both = Bench(llm, max_long_partial_prefills=2, long_prefill_token_threshold=20, max_step_tokens=64)
+    for name, prompt in (("a", 40), ("b", 30), ("c", 25)):
+        both.add(name, prompt)
+    both.admit()
+    assert parts(both.scheduler.next_plan()) == [("a", 40)]  # nothing is known of how long "b" would delay it
+    known_as_fast(both)
+    assert parts(both.scheduler.next_plan()) == [("a", 40), ("b", 24)]
+    both.close()
 
 
 def test_the_last_token_of_a_step_is_another_prompts(bench: Bench) -> None:
-    bench.scheduler.rate.work_per_s = FAST
-    for name, prompt in (("a", 127), ("b", 200)):
+    for name, prompt in (("a", 127), ("b", 100)):
         bench.add(name, prompt)
     bench.admit()
     assert parts(bench.scheduler.next_plan()) == [("a", 127), ("b", 1)]
 
 
-def test_a_prompt_beside_a_decode_row_is_alone_in_its_step(bench: Bench) -> None:
-    bench.scheduler.rate.work_per_s = FAST
-    row, *_ = (bench.add(name, 32) for name in "abc")
+def test_prompts_are_packed_into_a_step_with_a_decode_row(bench: Bench) -> None:
+    known_as_fast(bench)
+    row, *_ = (bench.add(name, 32) for name in "abcd")
     bench.admit()
     finish_prefill(row)
     plan = bench.scheduler.next_plan()
-    assert plan.decode == (row,) and parts(plan) == [("b", 32)]
+    assert plan.decode == (row,)
+    assert parts(plan) == [("b", 32), ("c", 32), ("d", 32)]
+    bench.scheduler.remove(row)
+    bench.add("e", 32)
+    bench.admit()
+    assert parts(bench.scheduler.next_plan()) == [(name, 32) for name in "bcde"]
+    bench.scheduler.running.append(row)
+    assert parts(bench.scheduler.next_plan())[-1] == ("e", 31)  # the decode row is one of the step's 128 tokens
 
 
 def test_the_first_of_two_prompts_may_use_the_spare_slots(bench: Bench) -> None:
-    bench.scheduler.rate.work_per_s = FAST
     first, second = bench.add("a", 100), bench.add("b", 100)
     bench.admit()
     first.residency.reserved_slots, second.residency.reserved_slots = 1, 1
@@ -744,7 +762,7 @@ def wide(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_large_steps_of_prefill_are_of_round_size(wide: LLM) -> None:
-    bench = Bench(wide, prefill_chunk_tokens=2500)
+    bench = Bench(wide, max_step_tokens=2500)
     seq = bench.add("a", 5000, keep=0.1)
     bench.admit()
     steps = []
@@ -759,7 +777,7 @@ def test_large_steps_of_prefill_are_of_round_size(wide: LLM) -> None:
     bench.compute(bench.scheduler.next_plan())
     assert parts(bench.scheduler.next_plan()) == [("b", 3500 - 2048)]  # a last one is as large as it is
     bench.leave(seq)
-    small = Bench(wide, prefill_chunk_tokens=1000)
+    small = Bench(wide, max_step_tokens=1000)
     small.add("c", 5000, keep=0.1)
     small.admit()
     assert parts(small.scheduler.next_plan()) == [("c", 1000)]
@@ -768,7 +786,7 @@ def test_large_steps_of_prefill_are_of_round_size(wide: LLM) -> None:
 
 
 def test_prompts_that_are_scored_go_in_small_steps(wide: LLM) -> None:
-    bench = Bench(wide, prefill_chunk_tokens=512)
+    bench = Bench(wide, max_step_tokens=512)
     seq = bench.add("a", 600, keep=0.1, prompt_logprobs=True)
     bench.admit()
     assert parts(bench.scheduler.next_plan()) == [("a", MAX_STEP_TOKENS)]
@@ -778,7 +796,7 @@ def test_prompts_that_are_scored_go_in_small_steps(wide: LLM) -> None:
 
 
 def test_a_step_beside_streams_has_a_thirty_second_of_a_whole_one_at_least(wide: LLM) -> None:
-    bench = Bench(wide, prefill_chunk_tokens=2048)
+    bench = Bench(wide, max_step_tokens=2048)
     row = bench.add("a", 16)
     bench.add("b", 1000, keep=0.1)
     bench.admit()

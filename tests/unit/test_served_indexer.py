@@ -227,7 +227,7 @@ def test_behind_a_stored_prefix_the_history_is_whole(
 ) -> None:
     """An answer must not depend on which chunks are stored."""
     prompt = text(5 * CHUNK_TOKENS + 3)
-    with opened(tiny_model, checkpoint, arena_dir, device=device, prefill_chunk_tokens=32) as (llm, recorder):
+    with opened(tiny_model, checkpoint, arena_dir, device=device, max_step_tokens=32) as (llm, recorder):
         first = llm.generate([prompt], max_tokens=60, ignore_eos=True)[0]
         recorder.requests.clear()
         recorder.answers.clear()

@@ -165,7 +165,7 @@ def test_a_pool_that_does_not_fit_is_refused(tiny_model: Path) -> None:
 def test_the_largest_step_runs_before_there_is_a_pool(tiny_model: Path, step_tokens: int, rows: int) -> None:
     """With as many tokens as a step may have, over several prompts where one context is too short for them."""
     backbone = load_backbone(tiny_model, device="cpu", chunk_tokens=16)
-    config = EngineConfig(prefill_chunk_tokens=step_tokens, chunk_tokens=16).for_device("cpu")
+    config = EngineConfig(max_step_tokens=step_tokens, chunk_tokens=16).for_device("cpu")
     spec = backbone.architecture.choose_scorer(ServeConfig().indexer, "tiny", backbone).spec
     pools: list[HotPool] = []
 

@@ -95,14 +95,25 @@ class EngineConfig(BaseModel):
         "auto",
         description="most sequences decoded together; auto: 256 on a GPU, 16 on a CPU, fewer if memory holds fewer",
     )
-    prefill_chunk_tokens: int | None = Field(
-        None, ge=16, description="most prompt tokens per step; default: 8192 on a GPU, 512 on a CPU"
+    max_step_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="most tokens per step: one for each decoding request, then prompt tokens (at least 16, where any "
+        "are left); default: 8192 on a GPU, 512 on a CPU",
     )
-    prefill_slice_s: float | None = Field(
+    inter_token_target_s: float | None = Field(
         None,
         gt=0,
-        description="target duration of a prefill step while other requests decode; default: 0.05 on a GPU, 0.25 on "
-        "a CPU",
+        description="target duration of a step with prompt tokens while other requests decode; exceeded where a "
+        "shorter step would mostly be fixed cost; default: 0.1 on a GPU, 0.25 on a CPU",
+    )
+    max_long_partial_prefills: int = Field(
+        1, ge=1, description="most long prompts that advance at once; shorter ones pass those that wait"
+    )
+    long_prefill_token_threshold: int | None = Field(
+        None,
+        ge=1,
+        description="a prompt is long while it has more tokens left to compute; default: max_step_tokens",
     )
     cuda_graphs: bool | None = Field(
         None,
@@ -141,13 +152,17 @@ class EngineConfig(BaseModel):
         """With the defaults that depend on the device type, ``cuda`` or ``cpu``."""
         gpu = device == "cuda"
         defaults = {
-            "prefill_chunk_tokens": 8192 if gpu else 512,
-            "prefill_slice_s": 0.05 if gpu else 0.25,
+            "max_step_tokens": 8192 if gpu else 512,
+            "inter_token_target_s": 0.1 if gpu else 0.25,
             "overlap_steps": gpu,
             "max_batch_size": GPU_BATCH_SIZE if gpu else CPU_BATCH_SIZE,
         }
         unset = (None, "auto")
-        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) in unset})
+        update = {name: value for name, value in defaults.items() if getattr(self, name) in unset}
+        made = self.model_copy(update=update)
+        if made.long_prefill_token_threshold is None:
+            made = made.model_copy(update={"long_prefill_token_threshold": made.max_step_tokens})
+        return made
 
     def contexts_bytes(self, max_model_len: int, chunk_bytes: int) -> int:
         """Bytes that the longest contexts of two batches take: one runs, one is kept for reuse. More memory than that

@@ -73,6 +73,7 @@ class GenerateRequest:
         show_chunks: events also carry a :class:`ChunkView`.
         traceparent: parent span (W3C trace context); empty: not traced.
         client_id: the client whose channel may carry the events; empty: the call that sent the request returns them.
+        priority: a worker admits requests and computes prompts with lower values first.
     """
 
     request_id: str
@@ -83,6 +84,7 @@ class GenerateRequest:
     show_chunks: bool = False
     traceparent: str = ""
     client_id: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True)

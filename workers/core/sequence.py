@@ -85,6 +85,7 @@ class TokenSequence:
         root: the parent key of its first chunk.
         keep_ratio, policy, min_resident_tokens: the request's, or the server's where the request names none.
         state: where it is; see :class:`State`.
+        place: in the queue and among the prompts: its priority, then its arrival.
         token_ids: the prompt, then the generated tokens that the host has read.
         prompt_len: tokens of the prompt.
         num_computed: tokens whose K/V is in chunks; the token of a launched decode step counts.
@@ -131,6 +132,7 @@ class TokenSequence:
         self.policy = policy
         self.min_resident_tokens = min_resident_tokens
         self.state = State.WAITING
+        self.place = request.priority, 0
         self.token_ids = [*request.prompt_token_ids, *request.resume_token_ids]
         self.prompt_len = len(request.prompt_token_ids)
         self.num_computed = 0

@@ -1,14 +1,14 @@
-"""Which sequences run in the next step: admission by hot and cold memory, decode rows, prefill slices."""
+"""Which sequences run in the next step: admission by hot and cold memory, decode rows, slices of prompts."""
 
-import math
 import time
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
 
 from forecache.workers.core.config import EngineConfig
 from forecache.workers.core.prompt_logprobs import MAX_STEP_TOKENS
 from forecache.workers.core.sequence import State, TokenSequence
 from forecache.workers.core.step_plan import Plan, StreamPart
+from forecache.workers.engine.prompt_slices import Prompt, StepLimits, slices_of_step
+from forecache.workers.engine.step_cost import StepCost, StepWork
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.residency.budgets import Reservations
 from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
@@ -17,55 +17,15 @@ STREAMED_SHARE = 4
 """While other sequences run, at most every fourth step includes a streamed sequence, one at a time, and such steps take
 at most a fourth of the time."""
 
-RATE_SMOOTHING = 0.5
-"""Weight of the newest step in the moving average of the prefill rate."""
-
-LEAST_TOKENS, LEAST_SHARE = 16, 32
-"""While other sequences decode, a prefill step has at least this many tokens, and this fraction of a full step."""
-
-PREFILL_QUANTUM = 1024
-"""Larger prefill steps are a multiple of this many tokens: attention kernels are tuned for round numbers of queries,
-and cuDNN builds a plan for each number that it has not seen."""
-
-
-@dataclass
-class PrefillRate:
-    """How many prompt tokens fit in a given time, learned from the steps so far.
-
-    The work of a token after ``past`` others is proportional to ``linear_equal`` + past: at a past of ``linear_equal``
-    tokens attention costs as much as the rest of the model.
-    """
-
-    linear_equal: float
-    work_per_s: float | None = None
-
-    def observe(self, tokens: int, past: int, duration_s: float) -> None:
-        """Learn that a step of ``tokens`` after ``past`` others took ``duration_s``."""
-        rate = self._work(tokens, past) / max(duration_s, 1e-6)
-        self.work_per_s = (
-            rate if self.work_per_s is None else (RATE_SMOOTHING * rate + (1 - RATE_SMOOTHING) * self.work_per_s)
-        )
-
-    def tokens_in(self, duration_s: float, past: int) -> int | None:
-        """Tokens after ``past`` others that take about ``duration_s``; ``None`` before the first :meth:`observe`."""
-        if self.work_per_s is None:
-            return None
-        # the positive root of _work(tokens, past) = work
-        base = self.linear_equal + past
-        return int(math.sqrt(base * base + 2 * self.work_per_s * duration_s) - base)
-
-    def _work(self, tokens: int, past: int) -> float:
-        return tokens * (self.linear_equal + past + tokens / 2)
-
 
 class Scheduler:
-    """Owns the queue, admits first come first served, and plans steps.
+    """Owns the queue, admits by priority and arrival, and plans steps.
 
-    Of the admitted prompts, every other prefill step goes to the one with the fewest tokens left.
+    A running sequence keeps its place until it ends, whatever the priority of those that wait.
 
     Args:
         cold_slots: slots of this node's arena.
-        linear_equal: see :class:`PrefillRate`.
+        linear_equal: see :class:`.step_cost.StepCost`.
     """
 
     def __init__(
@@ -77,19 +37,28 @@ class Scheduler:
         cold_slots: int,
         linear_equal: float,
     ) -> None:
+        assert config.max_step_tokens is not None and config.inter_token_target_s is not None, "call for_device first"
+        assert config.long_prefill_token_threshold is not None, "call for_device first"
+        self._limits = StepLimits(
+            max_tokens=config.max_step_tokens,
+            target_s=config.inter_token_target_s,
+            long_tokens=config.long_prefill_token_threshold,
+            max_long=config.max_long_partial_prefills,
+            chunk_tokens=config.chunk_tokens,
+        )
         self._config = config
         self._pool = pool
         self._windows = windows
         self._reservations = reservations
         self._cold_slots = cold_slots
-        assert config.prefill_chunk_tokens is not None and config.prefill_slice_s is not None, "call for_device first"
-        self._prefill_chunk_tokens = config.prefill_chunk_tokens
-        self._prefill_slice_s = config.prefill_slice_s
-        self.max_step_tokens = config.prefill_chunk_tokens + config.batch_size
+        self.max_step_tokens = max(self._limits.max_tokens, config.batch_size + self._limits.least_tokens)
+        """Most tokens of a step, decode rows included."""
         self._steps = 0
         self._lane_opens_s = 0.0
-        self.rate = PrefillRate(linear_equal)
-        self.waiting: deque[TokenSequence] = deque()
+        self._long_yielded = False
+        self._arrivals = self._returns = 0
+        self.cost = StepCost(linear_equal)
+        self.waiting: list[TokenSequence] = []
         self.running = reservations.running
         self.stalled = False
         """The last plan lacks tokens because the pool had no free slot."""
@@ -99,7 +68,7 @@ class Scheduler:
         """Duration of steps that prefill, with the decode rows in them."""
 
     def add(self, seq: TokenSequence, *, first: bool = False) -> None:
-        """Queue ``seq``, of which nothing is computed; ``first``: at the head of the queue.
+        """Queue ``seq``, of which nothing is computed; ``first``: before all others of its priority.
 
         An answer that another worker, or an earlier try, began over partial resident sets is decoded again if runs have
         to be reproducible. Else it is prefilled, which is faster and exact.
@@ -109,9 +78,11 @@ class Scheduler:
         if partial and self._config.late_policy == "wait":
             seq.replay()
         if first:
-            self.waiting.appendleft(seq)
+            self._returns += 1
         else:
-            self.waiting.append(seq)
+            self._arrivals += 1
+        seq.place = seq.request.priority, -self._returns if first else self._arrivals
+        insort(self.waiting, seq, key=lambda other: other.place)
 
     def remove(self, seq: TokenSequence) -> None:
         """Take ``seq`` out of the queue or the running sequences."""
@@ -131,7 +102,7 @@ class Scheduler:
             cold = releasing_slots + sum(other.slots_here(self._cold_slots) for other in [*self.running, seq])
             if seq.residency.reserved_slots > self._reservations.spare_slots or cold > self._cold_slots:
                 break
-            self.waiting.popleft()
+            del self.waiting[0]
             self.running.append(seq)
             seq.state = State.LOCATING
             admitted.append(seq)
@@ -142,17 +113,15 @@ class Scheduler:
         residency = seq.residency
         need = self._windows.budgets.slots(seq, residency.widening)
         residency.streamed = need > self._pool.num_slots
-        prefill = self._prefill_chunk_tokens // seq.chunk_tokens + 1
+        prefill = self._limits.max_tokens // seq.chunk_tokens + 1
         streamed = min(seq.max_chunks + 1, prefill, self._pool.num_slots)
         residency.reserved_slots = streamed if residency.streamed else need
 
     def observe(self, plan: Plan, duration_s: float) -> None:
         """Learn that ``plan`` took ``duration_s``. Call it before the plan's tokens are counted."""
-        if len(plan.streams) == 1 and plan.streams[0].tokens > 1:
-            part = plan.streams[0]
-            self.rate.observe(part.tokens, part.sequence.num_computed, duration_s)
         prefills = [part for part in plan.streams if part.sequence.state is State.PREFILL]
         if prefills:
+            self._learn(plan, prefills, duration_s)
             self.prefilled_tokens += sum(part.tokens for part in prefills)
             self.prefilled_prompts += sum(part.draws for part in prefills)
             self.prefill_s += duration_s
@@ -164,28 +133,43 @@ class Scheduler:
         self._steps += 1
         self.stalled = False
         ready = [seq for seq in self.running if self._may_decode(seq)]
-        prefilling = [seq for seq in self.running if seq.state is State.PREFILL]
-        if self._steps % 2 == 0:
-            # a short prompt does not wait for all of a long one, which goes on in every other step
-            prefilling.sort(key=lambda seq: seq.prefill_target - seq.num_computed)
         decode = [seq for seq in ready if not seq.residency.streamed and self._open(seq, 1)]
         streams = [StreamPart(seq, 1) for seq in self._lane(ready) if self._open(seq, 1)]
-        budget = self._prefill_chunk_tokens
-        # prefill may borrow spare slots: a completed chunk needs its slot only until it is written back
-        spare = self._reservations.spare_slots
-        for seq in prefilling:
-            if budget < 1:
-                break  # the step is full
-            slots = seq.residency.reserved_slots + spare
-            tokens = self._open(seq, self._prefill_tokens(seq, budget, slots, shared=bool(decode or streams)))
-            if tokens:
-                streams.append(StreamPart(seq, tokens, self._probe_tokens(seq, tokens)))
-                budget -= tokens
-                spare = 0
-                if decode or len(streams) > 1:
-                    break
+        streams += self._prefill(rows=len(decode) + len(streams))
         captures = [self._windows.capture(row, seq) for row, seq in enumerate(decode)]
         return Plan(tuple(decode), tuple(streams), tuple(capture for capture in captures if capture is not None))
+
+    def _prefill(self, rows: int) -> list[StreamPart]:
+        """The prompts' part of a step in which ``rows`` sequences decode."""
+        prompts = [seq for seq in self.running if seq.state is State.PREFILL]
+        if not prompts:
+            return []
+        slices = slices_of_step(
+            [_prompt(seq) for seq in prompts],
+            self._limits,
+            self.cost,
+            rows=rows,
+            # a completed chunk needs its slot only until it is written back, so spare ones can be borrowed
+            spare_slots=self._reservations.spare_slots,
+            long_yields=not self._long_yielded,
+        )
+        parts = []
+        for part in slices:
+            seq = prompts[part.prompt]
+            if tokens := self._open(seq, part.tokens):
+                parts.append(StreamPart(seq, tokens, self._probe_tokens(seq, tokens)))
+        long = [seq for seq in prompts if seq.prefill_target - seq.num_computed > self._limits.long_tokens]
+        self._long_yielded = bool(long) and not any(part.sequence in long for part in parts)
+        return parts
+
+    def _learn(self, plan: Plan, prefills: list[StreamPart], duration_s: float) -> None:
+        """Learn what a step costs, except from a streamed sequence, whose steps are of another kind."""
+        if len(prefills) < len(plan.streams):
+            return
+        work = StepWork(len(plan.decode))
+        for part in prefills:
+            work = work.with_slice(part.tokens, part.sequence.num_computed)
+        self.cost.observe(work, duration_s)
 
     @property
     def streams_next(self) -> bool:
@@ -230,25 +214,6 @@ class Scheduler:
         first = max(seq.num_computed, seq.prefill_target - PROBE_TOKENS)
         return max(seq.num_computed + tokens - first, 0)
 
-    def _prefill_tokens(self, seq: TokenSequence, budget: int, slots: int, *, shared: bool) -> int:
-        """Prompt tokens of ``seq`` in the next step.
-
-        Alone in a step it gets as many as ``budget``, in tokens, and the hot ``slots`` for its chunks allow; such a
-        step can be aborted between layers. A step ``shared`` with other sequences should take ``prefill_slice_s``.
-        """
-        tokens = min(seq.prefill_target - seq.num_computed, budget)
-        if seq.scores_prompt:
-            tokens = min(tokens, MAX_STEP_TOKENS)
-        if shared:
-            fitting = self.rate.tokens_in(self._prefill_slice_s, seq.num_computed)
-            # fewer would take as long: every step reads all weights, and the streamed past of a long prompt
-            least = max(LEAST_TOKENS, self._prefill_chunk_tokens // LEAST_SHARE)
-            tokens = min(tokens, max(fitting or 0, least))
-        tokens = min(tokens, slots * seq.chunk_tokens - seq.tail_tokens)
-        if tokens < seq.prefill_target - seq.num_computed and tokens > PREFILL_QUANTUM:
-            tokens -= tokens % PREFILL_QUANTUM
-        return tokens
-
     def _open(self, seq: TokenSequence, tokens: int) -> int:
         """Allocate slots for the next ``tokens`` of ``seq``; returns how many tokens have slots."""
         first, last = (
@@ -264,3 +229,16 @@ class Scheduler:
                     return max(0, number * seq.chunk_tokens - seq.num_computed)
                 seq.open_slots[number] = slot
         return tokens
+
+
+def _prompt(seq: TokenSequence) -> Prompt:
+    priority, arrival = seq.place
+    return Prompt(
+        left=seq.prefill_target - seq.num_computed,
+        past=seq.num_computed,
+        priority=priority,
+        arrival=arrival,
+        slots=seq.residency.reserved_slots,
+        tail=seq.tail_tokens,
+        most_tokens=MAX_STEP_TOKENS if seq.scores_prompt else seq.prefill_target,
+    )

@@ -106,8 +106,8 @@ def run_largest_step(config: EngineConfig, backbone: Backbone, make_runner: Make
 
     It computes as many prompt tokens as a step may have, and draws a token for each of ``rows`` sequences.
     """
-    assert config.prefill_chunk_tokens is not None, "call for_device first"
-    size, left = config.chunk_tokens, config.prefill_chunk_tokens
+    assert config.max_step_tokens is not None, "call for_device first"
+    size, left = config.chunk_tokens, config.max_step_tokens
     lengths: list[int] = []
     for rest in range(min(rows, left), 0, -1):
         # one token for each that follows, and the others as early as contexts allow
@@ -177,10 +177,10 @@ def graph_bytes(config: EngineConfig, rows: int, vocab: int, activations: int) -
     the largest step, and those of decode steps an eighth of it at most, having many times fewer tokens. Both keep
     logits, float32 [rows, vocab].
     """
-    assert config.prefill_chunk_tokens is not None, "call for_device first"
+    assert config.max_step_tokens is not None, "call for_device first"
     if config.cuda_graphs is False:
         return 0
-    graphs = len(batch_buckets(rows)) + len(token_buckets(config.prefill_chunk_tokens + rows))
+    graphs = len(batch_buckets(rows)) + len(token_buckets(config.max_step_tokens + rows))
     return graphs * GRAPH_BYTES + activations + activations // 8 + 2 * rows * vocab * 4
 
 

@@ -25,7 +25,7 @@ GROUP_BATCHES = 2
 """Batches per call on a GPU: some samples prefill while others decode."""
 LATE_POLICY = "wait"
 """Otherwise answers would depend on the machine's speed."""
-PREFILL_SLICE_S = 1.0
+INTER_TOKEN_TARGET_S = 1.0
 """Long, since no client waits for tokens during prefill."""
 
 
@@ -90,7 +90,7 @@ def open_engine(
     free_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else available_bytes() - cold_bytes
     settings: dict[str, Any] = {
         "late_policy": LATE_POLICY,
-        "prefill_slice_s": PREFILL_SLICE_S,
+        "inter_token_target_s": INTER_TOKEN_TARGET_S,
         "hot_bytes": min(config.batch_size * context_bytes, _share(free_bytes)),
     }
     cold: dict[str, Any] = {"cold_bytes": cold_bytes}
