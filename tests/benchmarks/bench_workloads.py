@@ -321,16 +321,18 @@ def start(args: argparse.Namespace, path: str, manifest: Path | None, config: An
     if torch.cuda.is_available():
         shared["dtype"] = "bfloat16"
     held = HELD_ROW in args.rows
-    gpu_bytes = int(args.gpu_gib * GIB) if held and torch.cuda.is_available() else None
+    if held and torch.cuda.is_available():  # a share of the whole memory, for both engines
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        shared["gpu_memory_utilization"] = round(args.gpu_gib * GIB / total_bytes, 4)
     if args.child == "forecache":
         settings = shared | dict(setting.split("=", 1) for setting in args.set)
-        return ForecacheEngine(args.model or path, manifest, gpu_bytes, settings)
+        return ForecacheEngine(args.model or path, manifest, settings)
     offload_bytes = None
     if held:
         tokens = sum(session.tokens for row in sessions for session in row)
         offload_bytes = int((args.offload_gib or OFFLOAD_MARGIN * tokens * kv_bytes(config) / GIB) * GIB)
     given = {name: json.loads(value) for name, value in (setting.split("=", 1) for setting in args.vllm_set)}
-    return VllmEngine(path, gpu_bytes, offload_bytes, shared | given)
+    return VllmEngine(path, offload_bytes, shared | given)
 
 
 def kv_bytes(config: Any) -> int:

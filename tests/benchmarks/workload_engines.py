@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from workload_rows import Prompts, Session, percentiles
 
 from forecache.indexer.serving.config import IndexerConfig
@@ -54,12 +53,10 @@ class ForecacheEngine:
     Args:
         model: directory of the model.
         manifest: its retrieval heads; ``None``: those that forecache has for this model.
-        gpu_bytes: GPU memory it may use; a plain allocation holds back the rest. ``None``: all.
         settings: fields of the engine's and the memory's configuration.
     """
 
-    def __init__(self, model: str, manifest: Path | None, gpu_bytes: int | None, settings: dict[str, Any]) -> None:
-        self._held_back = None if gpu_bytes is None else hold_back(gpu_bytes)
+    def __init__(self, model: str, manifest: Path | None, settings: dict[str, Any]) -> None:
         indexer = IndexerConfig() if manifest is None else IndexerConfig(manifest=str(manifest))
         self.llm = LLM(model, skip_tokenizer=True, indexer=indexer, **settings)
         self.keep_ratio = self.llm.config.keep_ratio
@@ -90,14 +87,12 @@ class ForecacheEngine:
 
     def close(self) -> None:
         self.llm.close()
-        self._held_back = None
 
 
 class VllmEngine:
     """vLLM's engine, in this process, with the defaults of its server.
 
     Args:
-        gpu_bytes: GPU memory it may use; ``None``: its default share.
         offload_bytes: CPU memory for K/V; ``None``: it offloads nothing.
         arguments: fields of vLLM's ``EngineArgs``, over those given here.
     """
@@ -108,8 +103,6 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         given: dict[str, Any] = {"model": model, "skip_tokenizer_init": True, "disable_log_stats": True}
-        if gpu_bytes is not None:
-            given["gpu_memory_utilization"] = gpu_bytes / torch.cuda.get_device_properties(0).total_memory
         if offload_bytes is not None:
             given["kv_offloading_size"] = offload_bytes / GIB
         self._engine: Any = LLMEngine.from_engine_args(
@@ -141,14 +134,6 @@ class VllmEngine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
-
-
-def hold_back(gpu_bytes: int) -> torch.Tensor:
-    """Allocate all free memory of the GPU but ``gpu_bytes``, for as long as the tensor lives."""
-    free, _ = torch.cuda.mem_get_info()
-    if free < gpu_bytes:
-        raise ValueError(f"the GPU has {free / GIB:.1f} GiB free, less than {gpu_bytes / GIB:.1f}: end what uses it")
-    return torch.empty(free - gpu_bytes, dtype=torch.uint8, device="cuda")
 
 
 @dataclass

@@ -115,7 +115,7 @@ def test_the_driver_sends_turns_in_order_and_the_answers_are_the_engines(
 ) -> None:
     settings = dict(setting.split("=") for setting in SMALL)
     engine = scripts["workload_engines"].ForecacheEngine(
-        str(tiny_model), None, None, {**settings, "arena_dir": str(arena_dir)}
+        str(tiny_model), None, {**settings, "arena_dir": str(arena_dir)}
     )
     engine.keep_ratio = 1.0
     turns = (rows.Turn(150, 5), rows.Turn(20, 4), rows.Turn(10, 3))
@@ -153,7 +153,7 @@ def test_a_prompt_beside_streams_is_sent_when_they_decode(
 ) -> None:
     settings = dict(setting.split("=") for setting in SMALL)
     engine = scripts["workload_engines"].ForecacheEngine(
-        str(tiny_model), None, None, {**settings, "arena_dir": str(arena_dir)}
+        str(tiny_model), None, {**settings, "arena_dir": str(arena_dir)}
     )
     sizes = rows.SIZES["small"]
     sessions = rows.sessions_of("2@700", sizes, 0, None)
@@ -179,7 +179,7 @@ def test_a_refused_request_is_an_error_of_the_row_and_ends_its_session(
 ) -> None:
     settings = dict(setting.split("=") for setting in SMALL)
     engine = scripts["workload_engines"].ForecacheEngine(
-        str(tiny_model), None, None, {**settings, "arena_dir": str(arena_dir)}
+        str(tiny_model), None, {**settings, "arena_dir": str(arena_dir)}
     )
     too_long = rows.Session((rows.Turn(4000, 5), rows.Turn(5, 5)))
     try:
