@@ -207,7 +207,7 @@ def test_packed_prompts_equal_float64(
 
 @pytest.mark.parametrize("number", range(3))
 def test_random_lengths_equal_float64(
-    any_prefill: Prefill, number: int, device: torch.device, poisoned: Poison, relative_error: Error
+    prefill: Prefill, number: int, device: torch.device, poisoned: Poison, relative_error: Error
 ) -> None:
     torch.manual_seed(number)
     shape = SHAPES[number % len(SHAPES)]
@@ -217,7 +217,7 @@ def test_random_lengths_equal_float64(
     parts = [Part(*lengths) for lengths in zip(past.tolist(), tokens.tolist(), strict=True)]
     case = make_case(shape, parts, torch.float32, device, before=before, after=after, max_chunks=5)
     with poisoned():
-        result = any_prefill(*case.arguments())
+        result = prefill(*case.arguments())
     check(case, result, relative_error, 1e-5)
 
 
