@@ -54,7 +54,7 @@ NOT_IN_ANSWERS = {
     *("policy", "min_resident_tokens"),  # part of a column
     *("max_model_len", "hot_bytes", "max_batch_size", "max_step_tokens", "inter_token_target_s", "threads"),
     *("max_long_partial_prefills", "long_prefill_token_threshold"),
-    *("cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
+    *("gpu_memory_utilization", "cuda_graphs", "torch_compile", "overlap_steps", "early_wait_s"),
 }
 """Settings of the engine that do not change answers: a run may continue with other values."""
 DEFAULT_COLUMNS = ("full", "lookahead", "training-free", "recency", "random")

@@ -1,5 +1,6 @@
 """Sizes that are chosen fit what is free, grow with it, and a refusal names a size that fits."""
 
+import gc
 import re
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from forecache.workers.engine.sizes import LEAST_CHUNKS, graph_bytes, run_larges
 from forecache.workers.errors import MemorySizeError
 from forecache.workers.free_memory import available_bytes, room_bytes
 from forecache.workers.llm import LLM
+from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.arena.cold_size import (
     CPU_SHARE,
     GPU_SHARE,
@@ -27,8 +29,10 @@ from forecache.workers.memory.arena.cold_size import (
     cold_bytes_within,
 )
 from forecache.workers.memory.config import MemoryConfig
+from forecache.workers.memory.format.layout import attention_layout
 from forecache.workers.memory.hot.pool import HotPool
 from forecache.workers.memory.hot.pool_size import DeviceMemory, check_pool_fits, cpu_pool_bytes, gpu_pool_bytes
+from forecache.workers.memory.tier.actor import TierSettings, _open_arena
 from forecache.workers.models.backbone import expected_weight_bytes, load_backbone, load_config
 from forecache.workers.models.step.runner import Runner
 
@@ -209,6 +213,25 @@ def test_workers_that_share_a_node() -> None:
     assert settings_of(2).sharers({"Resources": {"CPU": 3.0}}) == 2
     assert settings_of(8).sharers({"Resources": {"CPU": 3.0}}) == 3
     assert settings_of(8).sharers({"Resources": {}}) == 1
+
+
+def test_a_tier_that_restarts_keeps_the_size_that_was_chosen(tmp_path: Path) -> None:
+    """What is free then is less by its own arena, whose chunks would be lost with another size."""
+    layout = attention_layout("m", layers=2, kv_heads=1, head_dim=16, chunk_tokens=16, dtype=torch.float32)
+    tier = TierSettings(MemoryConfig(arena_dir=tmp_path), layout, 128, "index")
+
+    def slots(chunk_bytes: int, *, any_size: bool) -> tuple[int, int]:
+        arena = _open_arena(tier, "tier", tmp_path, lambda: (chunk_bytes, 1 << 16), any_size=any_size)
+        arena.close()
+        del arena
+        gc.collect()
+        [file] = tmp_path.glob("forecache-*")
+        return Arena.attach(file).slots, Arena.attach(file).record_slots
+
+    first = slots(4 << 20, any_size=True)
+    assert slots(8 << 20, any_size=True) == first
+    chunks, records = slots(8 << 20, any_size=False)
+    assert chunks > first[0] and records == first[1]
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def gpu_pool_bytes(memory: DeviceMemory, utilization: float, least: int) -> int:
             f"--gpu-memory-utilization {utilization:g} leaves {max(wanted - taken, 0)} bytes for the hot pool, which "
             f"needs at least {least}: weights take {memory.own}, states {memory.runner}, the largest step "
             f"{memory.activations} and CUDA graphs {memory.graphs} of {memory.total}. {advice}lower "
-            "--prefill-chunk-tokens or --max-batch-size, or serve a smaller model."
+            "--max-step-tokens or --max-batch-size, or serve a smaller model."
         )
     return wanted - taken
 
