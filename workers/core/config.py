@@ -46,7 +46,7 @@ class EngineConfig(BaseModel):
         description="share of a sequence's chunks that is resident during decode; 1: all, which is exact",
     )
     min_resident_tokens: int = Field(
-        0,
+        2048,
         ge=0,
         description="tokens that stay resident whatever the keep ratio, as far as the hot pool holds them: contexts up "
         "to it are attended whole, which is exact; 0: the keep ratio alone decides",
