@@ -98,6 +98,20 @@ def test_a_slot_that_has_failed_twice_is_never_used_again(store: ArenaStore, cap
     successor.check_integrity()
 
 
+def test_a_writer_that_finds_its_own_bytes_wrong_is_believed(store: ArenaStore) -> None:
+    """Also where the slot holds what was sealed: the writer knows its source, the store only the seal."""
+    for key in KEYS[1:SLOTS]:
+        put(store, "others", key)
+    for _ in range(2):
+        [place] = store.reserve_slots("w", [KEYS[0]])
+        chunk, index = np.full(LAYOUT.nbytes, 7, np.uint8), np.full(INDEX_NBYTES, 7, np.uint8)
+        store.arena.put(place.ref, KEYS[0], chunk, index)
+        store.drop(KEYS[0], place.ref)
+        store.release("w")
+        store.check_integrity()
+    assert store.stats().bad_slots == 1
+
+
 def test_slots_may_turn_out_bad_after_they_were_promised(store: ArenaStore) -> None:
     store.reserve_quota("a", SLOTS)
     fail(store, KEYS[0])
