@@ -246,6 +246,22 @@ def _equivalents() -> dict[str, set[str]]:
     return found
 
 
+class _WantedThreads(threading.local):
+    """torch's number of threads as tests set and read it, per thread; a new thread takes over the last one that was
+    set. torch itself keeps one thread."""
+
+    last = 1
+
+    def __init__(self) -> None:
+        self._threads = _WantedThreads.last
+
+    def set(self, threads: int) -> None:
+        self._threads = _WantedThreads.last = threads
+
+    def get(self) -> int:
+        return self._threads
+
+
 def score(module: str, *, workers: int, before: Score | None = None) -> Score:
     """Run all mutants of ``module``, a key of `MODULES`, in a new process.
 
@@ -257,7 +273,8 @@ def score(module: str, *, workers: int, before: Score | None = None) -> Score:
         import torch
 
         torch.set_num_threads(1)  # a fork has none of the threads that torch would wait for
-        torch.set_num_threads = lambda threads: None
+        wanted = _WantedThreads()
+        torch.set_num_threads, torch.get_num_threads = wanted.set, wanted.get
         plugin = _Mutation(module, workers, before)
         options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu and not cluster", f"--rootdir={ROOT}", "--capture=no"]
         with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
