@@ -13,6 +13,9 @@ chunk, so that a past of any length costs no prefill. The steps are the engine's
 - kernels, and calls that launch them (one launches all kernels of a CUDA graph), of one step under torch.profiler; and
   the operators with the most host time of their own.
 
+Stored contexts lie in cold memory, so steps with prompt tokens read them there, and are no CUDA graphs. With
+``--set keep_ratio=1`` decode rows bring their contexts into the hot pool, and a prompt over one of them is a graph.
+
 A step beside decode rows takes all `--prompt-tokens` only if the engine's target for the time between tokens allows it:
 raise that target with `--set` to see such a step. The printed number of prompt tokens is that of the step measured.
 The model has random weights in the shape of `--shape`.

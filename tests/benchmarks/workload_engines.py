@@ -97,7 +97,7 @@ class VllmEngine:
         arguments: fields of vLLM's ``EngineArgs``, over those given here.
     """
 
-    def __init__(self, model: str, gpu_bytes: int | None, offload_bytes: int | None, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: str, offload_bytes: int | None, arguments: dict[str, Any]) -> None:
         from vllm import EngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine

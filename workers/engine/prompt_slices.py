@@ -16,8 +16,8 @@ LONG_SHARE = 4
 """Short prompts leave this fraction of a step to the long ones that advance, so that a long prompt never starves."""
 
 QUANTUM = 1024
-"""Larger parts of a prompt are a multiple of this many tokens: attention kernels are tuned for round numbers of
-queries, and cuDNN builds a plan for each number that it has not seen."""
+"""A part of a prompt ends where the step's tokens are a multiple of this many, unless it is smaller: CUDA graphs have
+round numbers of tokens, and padding costs as much as tokens do."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,9 @@ class _Step:
             tokens = min(tokens, self._timely(prompt, long=long, shares=shares))
         chunk_tokens = self._limits.chunk_tokens
         tokens = min(tokens, (prompt.slots + self._spare_slots) * chunk_tokens - prompt.tail)
-        if QUANTUM < tokens < prompt.left:
-            tokens -= tokens % QUANTUM
+        beyond = (self._rows + self._work.tokens + tokens) % QUANTUM
+        if tokens < prompt.left and tokens - beyond >= QUANTUM // 2:
+            tokens -= beyond
         if tokens < 1:
             return
         borrowed = -(-(prompt.tail + tokens) // chunk_tokens) - prompt.slots

@@ -88,7 +88,9 @@ def check_after_capture(sizes: EngineSizes, device: torch.device) -> None:
     memory = sizes.memory
     if memory is None:
         return
-    left, utilization = _free_bytes(device), sizes.config.gpu_memory_utilization
+    _release(device)
+    # not what PyTorch keeps for graphs: eager steps can't use it
+    left, utilization = torch.cuda.mem_get_info(device)[0], sizes.config.gpu_memory_utilization
     graphs = memory.free - (left + sizes.hot_bytes + memory.runner)
     logger.info("CUDA graphs took %d bytes, %d were reserved; %d bytes are free", graphs, memory.graphs, left)
     if left < memory.activations:

@@ -193,7 +193,8 @@ def _finish_stream(
     probe = stream.probe if stream.probe is not None and stream.probe.begin(layer, q[own]) else None
 
     def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        assert batch.past is not None
+        if batch.past is None:
+            return
         for chunks, past_k, past_v in batch.past.read(stream.number, layer):
             if probe is not None:
                 probe.see(layer, chunks, past_k)

@@ -30,6 +30,9 @@ TOKEN, SOURCE, POSITION, SLOT, OFFSET, LINE, CONTEXT_LEN, PAST_LEN, START, LOGIT
 MAX_PROBED_TOKENS = 1024
 """Probed prompt tokens of one step."""
 
+MAX_PROMPTS = 32
+"""Prompts of one step. The attention kernel starts programs for so many in every layer, even if there are fewer."""
+
 MAX_ATTENDED_PAIRS = 8192 * 131072
 """Pairs of a new token and a past one in a step: more take a second or longer, even on fast devices."""
 
@@ -99,6 +102,7 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         widths = [max_chunks, max_prompt_chunks]
         super().__init__(buckets, PROBE_ROW + 1, widths, pool.kv.device, table_rows=max_rows)
         self.max_rows = max_rows
+        self.max_prompts = min(max_rows, MAX_PROMPTS)
         self.max_chunks = max_chunks
         self.max_prompt_chunks = max_prompt_chunks
         self._max_probed = min(MAX_PROBED_TOKENS, buckets[-1])
@@ -118,7 +122,8 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         """Whether a graph is large enough for a step of ``rows`` and ``prompts`` with logits of so many tokens."""
         return (
             len(rows) + sum(one.stop - one.start for one in prompts) <= self._buckets[-1]
-            and max(len(rows), len(prompts), logits_rows) <= self.max_rows
+            and max(len(rows), logits_rows) <= self.max_rows
+            and len(prompts) <= self.max_prompts
             and all(len(row.table) <= self.max_chunks for row in rows)
             and all(len(one.slots) <= self.max_prompt_chunks for one in prompts)
             and sum(one.probed for one in prompts) <= self._max_probed
@@ -177,10 +182,10 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         # padding rows attend to nothing; padding sequences are empty and follow the last prompt
         inputs[CONTEXT_LEN, : self.max_rows] = 0
         inputs[CONTEXT_LEN, : len(rows)] = [row.context_len for row in rows]
-        inputs[PAST_LEN, : self.max_rows] = 0
+        inputs[PAST_LEN, : self.max_prompts] = 0
         inputs[PAST_LEN, : len(prompts)] = [one.past_len for one in prompts]
         inputs[START, : len(prompts)] = [one.start for one in prompts]
-        inputs[START, len(prompts) : self.max_rows + 1] = prompts[-1].stop if prompts else count
+        inputs[START, len(prompts) : self.max_prompts + 1] = prompts[-1].stop if prompts else count
         inputs[LOGITS_ROW, : self.max_rows] = 0
         inputs[LOGITS_ROW, : len(logits_rows)] = logits_rows
         inputs[PROBE_ROW, : self._max_probed] = 0
@@ -201,9 +206,9 @@ class MixedGraphs(StepGraphs[MixedOutput]):
             pool=self._pool,
             decode=DecodeRows(self._tables[0][:decode_rows], self._inputs[CONTEXT_LEN, :decode_rows].to(torch.int32)),
             prompts=PromptRows(
-                self._tables[1],
-                self._inputs[PAST_LEN, :most].to(torch.int32),
-                self._inputs[START, : most + 1].to(torch.int32),
+                self._tables[1][: self.max_prompts],
+                self._inputs[PAST_LEN, : self.max_prompts].to(torch.int32),
+                self._inputs[START, : self.max_prompts + 1].to(torch.int32),
             ),
             capture=capture,
             probe=probe,

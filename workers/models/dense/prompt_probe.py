@@ -12,6 +12,9 @@ from forecache.kernels.attention import ops
 from forecache.workers.models.dense.streamed_past import Store
 from forecache.workers.models.step.packing import padded, put
 
+PIECE_TOKENS = 16384
+"""Tokens of the hot past that are gathered at once."""
+
 
 @dataclass(frozen=True)
 class ChunkMass:
@@ -118,9 +121,13 @@ class MassProbe:
     def finish(self, layer: int, pool: Store, lse: Tensor) -> None:
         """The layer is over: its new keys are in ``pool``. ``lse``: float32 [tokens, heads], of the whole attention."""
         assert self._q is not None
-        k, _ = ops.gather_layer(pool.kv, layer, self._slots, scale=pool.scale, dtype=self._q.dtype)
-        logits = self._logits(layer, k).masked_fill(self._later, -torch.inf)
-        self._seen.append((self._numbers, self._by_chunk(logits)))
+        size = max(PIECE_TOKENS // self.chunk_tokens, 1)
+        for first in range(0, len(self._numbers), size):
+            piece = slice(first, first + size)
+            k, _ = ops.gather_layer(pool.kv, layer, self._slots[piece], scale=pool.scale, dtype=self._q.dtype)
+            later = self._later[:, first * self.chunk_tokens : (first + size) * self.chunk_tokens]
+            logits = self._logits(layer, k).masked_fill(later, -torch.inf)
+            self._seen.append((self._numbers[piece], self._by_chunk(logits)))
         whole = lse[-self.queries :][:, self.heads[layer]].T.unsqueeze(-1)
         for chunks, chunk_lse in self._seen:
             mass = (chunk_lse - whole).exp().amax(dim=(0, 1)).round(decimals=3)

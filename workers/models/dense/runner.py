@@ -33,7 +33,7 @@ from forecache.workers.models.step.graphs import OutputBuffers
 from forecache.workers.models.step.hidden_history import SPARE_LINE, HiddenHistory
 from forecache.workers.models.step.in_flight_step import CapturedTensors
 from forecache.workers.models.step.packing import PackedStep, pack, padded, put
-from forecache.workers.models.step.runner import Forward, Runner
+from forecache.workers.models.step.runner import Forward, PastLostError, Runner, StepAbortedError
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,9 @@ class ModelRunner(Runner):
             layers = lookahead.manifest.target_layers
             self._histories = HiddenHistory(self._model, layers, lookahead.steps, max_rows)
         self._buffers: PieceBuffers | None = None
+        if self._device.type == "cuda" and (arena is not None or remote is not None):
+            # at once, so that they are counted before the hot pool is sized
+            self._buffers = PieceBuffers(geometry.kv_heads, geometry.head_dim, backbone.dtype, self._device)
 
     def _forward_plan(self, plan: Plan, aborted: Callable[[], bool]) -> Forward:
         if self._graphs is not None and not plan.streams:
@@ -104,7 +107,12 @@ class ModelRunner(Runner):
             if part.probe
         }
         batch = self._lay_out(plan, packed, pasts, probes, aborted)
-        logits = self._forward(batch)
+        try:
+            logits = self._forward(batch)
+        except (StepAbortedError, PastLostError):
+            if batch.past is not None:
+                batch.past.abandon()
+            raise
         queries = {} if batch.capture is None else batch.capture.queries
         assert batch.non_finite is not None
         cold = [past.cold for past in pasts]
@@ -307,7 +315,7 @@ class ModelRunner(Runner):
             decode=self._decode_rows(plan.decode) if plan.decode else None,
             prompts=self._prompt_rows(plan.streams, pasts, packed) if plan.streams else None,
             streams=tuple(streams),
-            past=self._past_reader(pasts) if streams else None,
+            past=self._past_reader(pasts) if any(past.segments for past in pasts) else None,
             capture=capture,
             hidden=None if self._histories is None else self._histories.rows(packed.kept),
             non_finite=torch.zeros(len(packed.tokens) + padding, dtype=torch.uint8, device=self._device),
@@ -329,11 +337,8 @@ class ModelRunner(Runner):
         return StreamedPast.of(seq, self._pool, self._arena, self._hot, self._cold, self._device, self._remote)
 
     def _past_reader(self, pasts: Sequence[StreamedPast]) -> PastReader:
-        geometry = self._backbone.geometry
-        if self._device.type == "cuda" and self._buffers is None:
-            self._buffers = PieceBuffers(geometry.kv_heads, geometry.head_dim, self._backbone.dtype, self._device)
         segments = [past.segments for past in pasts]
-        return PastReader(segments, geometry.layers, self._backbone.dtype, self._buffers)
+        return PastReader(segments, self._backbone.geometry.layers, self._backbone.dtype, self._buffers)
 
     def _prompt_rows(
         self, streams: Sequence[StreamPart], pasts: Sequence[StreamedPast], packed: PackedStep

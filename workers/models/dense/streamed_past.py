@@ -177,6 +177,12 @@ class PastReader:
             else:
                 yield from self._take(piece, self._buffers)
 
+    def abandon(self) -> None:
+        """The step is not computed to its end: order the piece that is gathered ahead before what comes next, which may
+        reuse the memory of its slots."""
+        if self._buffers is not None:
+            torch.cuda.current_stream(self._buffers.stream.device).wait_stream(self._buffers.stream)
+
     def _gather(self, piece: _Piece, layer: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if piece.segment.remote is not None:
             return self._remote.take(self._dtype, out, piece.chunks.device)

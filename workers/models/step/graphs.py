@@ -9,6 +9,7 @@ computes in buffers that stand until the next replay.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -23,10 +24,10 @@ Output = TypeVar("Output")
 
 
 def token_buckets(max_tokens: int) -> list[int]:
-    """Token counts to capture: powers of two from 128 and the sizes half-way between them, up to ``max_tokens``."""
-    sizes = [128 << power for power in range(max(max_tokens // 128, 1).bit_length())]
-    between = [size * 3 // 2 for size in sizes]
-    return [*(size for size in sorted([*sizes, *between]) if size < max_tokens), max_tokens]
+    """Token counts to capture: 128 to 1024 with one size between two powers of two, every 512 to 4096, then every
+    1024, up to ``max_tokens``."""
+    sizes = [128, 192, 256, 384, 512, 768, *range(1024, 4096, 512), *range(4096, max_tokens, 1024)]
+    return [*(size for size in sizes if size < max_tokens), max_tokens]
 
 
 def batch_buckets(max_batch_size: int) -> list[int]:
@@ -107,7 +108,7 @@ class StepGraphs(ABC, Generic[Output]):
 
     def _capture(self, bucket: int) -> None:
         """Capture the step of ``bucket`` rows. Start with the largest: the others then fit the memory that it took."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -116,7 +117,7 @@ class StepGraphs(ABC, Generic[Output]):
         torch.cuda.synchronize(self._device)
         memory = next((other.graph.pool() for other in self._graphs.values()), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode=self.capture_error_mode):
+        with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode=self.capture_error_mode):
             output = self._forward(bucket)
         self._graphs[bucket] = CapturedGraph(graph, output)
 
@@ -157,6 +158,12 @@ class BlockTables:
                 self._versions[index] = version
                 host.numpy()[index, : len(slots)] = slots
                 self.table[index, : len(slots)].copy_(host[index, : len(slots)], non_blocking=True)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def input_tokens(tokens: Tensor, source: Tensor, last_tokens: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class HiddenHistory:
         self._kept: dict[str, _Kept] = {}
         modules = attention_modules(model)
         for layer in layers:
-            modules[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
+            if _keep_input not in modules[layer]._forward_pre_hooks.values():  # another history may have come before
+                modules[layer].register_forward_pre_hook(_keep_input, with_kwargs=True)
 
     def begin(self, seq: TokenSequence, first: int, stop: int) -> tuple[int, range]:
         """Prepare a step over positions ``first`` to ``stop`` of ``seq``; returns its line, and the positions to keep.
