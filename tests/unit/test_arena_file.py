@@ -181,13 +181,13 @@ def test_a_file_that_can_not_be_reserved_leaves_nothing(
     free_bytes = stat.f_bavail * stat.f_frsize
 
     opened, sizes = list[int](), list[int]()
-    free_bytes_now = arena_module._free_bytes
+    free_bytes_now = arena_module.room_bytes
 
     def told_free(directory: Path) -> int:
         sizes.append(os.fstat(opened[0]).st_size)
         return free_bytes_now(directory)
 
-    monkeypatch.setattr(arena_module, "_free_bytes", told_free)
+    monkeypatch.setattr(arena_module, "room_bytes", told_free)
 
     def refuse(fd: int, offset: int, length: int) -> None:
         assert (offset, length) == (0, 2 * MIB + SLOTS * NBYTES)

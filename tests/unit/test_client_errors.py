@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+import torch
 from fake_workers import ONE_TRY, Errors, Workers, stream_over
 from fastapi.testclient import TestClient
 
@@ -35,6 +36,7 @@ from forecache.workers.core.requests import GenerateRequest, TokenEvent
 from forecache.workers.errors import CatalogUnavailableError, ForecacheError, InvalidRequestError
 from forecache.workers.masking import mask_places, mask_secrets
 from forecache.workers.memory.tier.catalog import Catalog
+from forecache.workers.models.dense.probe import _FirstCallError
 from forecache.workers.models.tokenizer import load_tokenizer
 
 PASSWORD, KEY, FILE = "hunter2/s3cr@t", new_key()[0], "tenants-of-acme"
@@ -91,6 +93,10 @@ def _error_types() -> list[type[BaseException]]:
 def _made(kind: type[BaseException]) -> BaseException:
     if kind is RefusedError:
         return RefusedError(from_exception(InvalidRequestError(PLANTED)))
+    if kind is _FirstCallError:
+        first_call = _FirstCallError(*[torch.zeros(1, 1, 1, 1)] * 3, None)
+        first_call.args = (PLANTED,)
+        return first_call
     for arguments in ((PLANTED,), (PLANTED, 1.0), (PLANTED, "param")):
         try:
             return kind(*arguments)

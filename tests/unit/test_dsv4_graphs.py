@@ -14,6 +14,7 @@ from forecache.workers.llm import LLM
 from forecache.workers.models.deepseek_v4.graph import FixedSteps, run_model
 from forecache.workers.models.step.in_flight_step import RunningStep
 from forecache.workers.models.step.runner import Forward
+from forecache.workers.residency.window import WindowCycle
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ROWS, CHUNKS = 4, 12
@@ -26,6 +27,12 @@ def path(tmp_path_factory: pytest.TempPathFactory, make_deepseek_v4: Callable[..
     directory = tmp_path_factory.mktemp("tiny-deepseek-v4")
     make_deepseek_v4(directory)
     return directory
+
+
+@pytest.fixture
+def always_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sets predicted, and queries captured, also while all chunks are kept."""
+    monkeypatch.setattr(WindowCycle, "_keeps_all", lambda self, seq: False)
 
 
 @pytest.fixture
@@ -98,7 +105,7 @@ class Compared:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.usefixtures("small_pages")
+@pytest.mark.usefixtures("small_pages", "always_predicts")
 def test_steps_of_fixed_shape_compute_what_others_do(path: Path, arena_dir: Path, device: str) -> None:
     """Three of four rows and one of two, resident sets that change, over ends of chunks and through growing pages."""
     with open_llm(path, arena_dir, device) as llm:

@@ -121,7 +121,6 @@ def test_what_a_prediction_wanted_stays_in_the_first_window(
     """Predictions are for boundaries 2, 4, 8 and so on: with windows of 8 steps the fourth is of the second window."""
     settings: dict[str, Any] = {
         "keep_ratio": 0.4,
-        "min_resident_tokens": 0,
         "window_steps": window_steps,
         "late_policy": "wait",
     }

@@ -105,8 +105,8 @@ async def test_one_silent_ingress_does_not_erase_what_the_others_have_let_in(mon
     heard, told = list[list[str]](), asyncio.Event()
 
     class Heard(Admission):
-        def hear(self, others: Any) -> None:
-            heard.append([one.ingress for one in others])
+        def set_remote_usage(self, usages: Any) -> None:
+            heard.append([one.ingress for one in usages])
             told.set()
 
     here = SimpleNamespace(deployment="Ingress", app_name="a", replica_id=SimpleNamespace(unique_id="me"))

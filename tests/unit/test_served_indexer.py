@@ -33,7 +33,7 @@ from forecache.workers.llm import LLM
 from forecache.workers.models.backbone import load_backbone
 from forecache.workers.recording.documents import Recipe
 from forecache.workers.recording.record import describe, make_seed_weights, query_projection
-from forecache.workers.residency.window import PROBE_TOKENS
+from forecache.workers.residency.window import PROBE_TOKENS, WindowCycle
 
 CHUNK_TOKENS = 16
 HISTORY = (0, 2, 5, 20)
@@ -45,6 +45,13 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def always_predicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sets predicted also while all chunks are kept. The engine would skip that, but only such steps are exact, so
+    that transformers gives the same states."""
+    monkeypatch.setattr(WindowCycle, "_keeps_all", lambda self, seq: False)
 
 
 @pytest.fixture(scope="module")
@@ -379,11 +386,11 @@ def test_before_anything_is_loaded_it_is_known_who_will_serve(
 
 
 def test_the_evaluation_s_columns() -> None:
-    parse = _parser().parse_args
-    assert [c.name for c in _columns(parse(["--out", "x"]))] == [
+    parse, config = _parser().parse_args, ServeConfig()
+    assert [c.name for c in _columns(parse(["--out", "x"]), config)] == [
         "full", "lookahead", "training-free", "recency", "random",
     ]  # fmt: skip
-    over_http = _columns(parse(["--out", "x", "--url", "http://there"]))
+    over_http = _columns(parse(["--out", "x", "--url", "http://there"]), config)
     assert [c.name for c in over_http] == ["full", "lookahead", "recency", "random"], "a server has one indexer"
-    (free,) = _columns(parse(["--out", "x", "--columns", "training-free"]))
+    (free,) = _columns(parse(["--out", "x", "--columns", "training-free"]), config)
     assert IndexerConfig().model_copy(update=dict(free.indexer)).checkpoint == "none"
