@@ -21,8 +21,14 @@ from forecache.workers.llm import LLM
 LENGTHS = (150, 61, 97, 3, 200, 17, 33)
 ANSWER_TOKENS = 20
 VOCABULARY = 256
-SETTINGS: dict[str, Any] = {"max_step_tokens": 64, "max_batch_size": 8, "inter_token_target_s": 1000.0}
-"""The target is out of reach, so only the number of tokens limits a step."""
+SETTINGS: dict[str, Any] = {
+    "max_step_tokens": 64,
+    "max_batch_size": 8,
+    "inter_token_target_s": 1000.0,
+    "long_prefill_token_threshold": 1000,
+}
+"""The target is out of reach, so only the number of tokens limits a step; and no prompt is long enough to let others
+pass, so each step is filled in order of arrival."""
 SHAPES = pytest.mark.parametrize("fixed", [False, True], ids=["any shape", "fixed shape"])
 
 
@@ -99,7 +105,7 @@ def test_ragged_prompts_that_arrive_while_answers_run(tiny_model: Path, model: A
         for tokens in LENGTHS[:6]:
             ask(llm, f"{tokens}", prompt_of(tokens))
         run(llm, answers)
-        assert steps.mixed >= 2
+        assert steps.mixed >= 1
         assert steps.fixed == (steps.with_prompts if fixed else 0)
     for name in ("first", "second"):
         assert answers[name] == expected(model, prompt_of(40, len(name)), 60)
@@ -156,7 +162,7 @@ def test_one_of_them_is_cancelled(tiny_model: Path, model: Any, fixed: bool) -> 
 @SHAPES
 def test_one_of_them_asks_for_its_prompt_s_log_probabilities(tiny_model: Path, model: Any, fixed: bool) -> None:
     scored, found, answers = prompt_of(150), dict[int, float](), dict[str, list[int]]()
-    with opened(tiny_model, fixed=fixed, long_prefill_token_threshold=1000) as (llm, steps):
+    with opened(tiny_model, fixed=fixed) as (llm, steps):
         ask(llm, "first", prompt_of(40), max_tokens=60)
         run(llm, answers, until_tokens=3)
         ask(llm, "scored", scored, prompt_logprobs=True, logprobs=1)
