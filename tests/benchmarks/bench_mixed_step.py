@@ -1,4 +1,4 @@
-"""Prompts beside running streams, in this process: who waits how long for whom.
+"""Measures in this process how much prompts and running streams delay each other.
 
     python tests/benchmarks/bench_mixed_step.py [--model smollm2-135m] [--prompt 5148] [--long 11600] [--short 50] \
         [--streams 32] [--targets 0.05 0.1 0.2] [--skip beside behind streams] [--label new] [--out FILE] \
@@ -6,8 +6,8 @@
 
 Parts, each a row of the file per repetition:
 
-- ``beside``: one prompt of ``--prompt`` tokens alone and beside one stream, whose tokens per second are counted before
-  and meanwhile;
+- ``beside``: one prompt of ``--prompt`` tokens, alone and while one stream decodes. The stream's tokens per second are
+  counted before and during the prefill;
 - ``behind``: the first token of a short prompt alone, and behind a long prompt that arrived 1 s earlier;
 - ``streams``: p50 and p99 of the time between tokens of ``--streams`` streams while one long prompt is prefilled, for
   each of ``--targets``.

@@ -17,7 +17,7 @@ from forecache.workers.models.deepseek_v4.layout import FixedRow
 from forecache.workers.models.deepseek_v4.state import PAGE_ENTRIES
 from forecache.workers.models.deepseek_v4.step import Places, V4Batch, V4Rows
 from forecache.workers.models.step.graphs import HostInputs, StepGraphs, input_tokens
-from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
+from forecache.workers.models.step.hidden_history import HiddenHistory
 
 logger = logging.getLogger(__name__)
 
@@ -124,14 +124,13 @@ class FixedSteps(StepGraphs[tuple[Tensor, Tensor]]):
         """Logits, and what of the rows is not finite, as in :class:`.step.V4Batch`."""
         inputs = self._inputs[:, :bucket]
         histories = self._histories
-        places = inputs[POSITION] % histories.steps
         batch = replace(
             self._empty,
             token_ids=input_tokens(inputs[TOKEN], inputs[SOURCE], self._last_tokens),
             positions=inputs[POSITION],
             logits_rows=torch.arange(bucket, device=inputs.device),
             rows=self._rows(inputs, bucket),
-            hidden=HiddenRows(histories.ring, histories.layers, None, inputs[HISTORY], places),
+            hidden=histories.fixed_rows(inputs[HISTORY], inputs[POSITION]),
             non_finite=torch.zeros(bucket, dtype=torch.uint8, device=inputs.device),
         )
         return run_model(self._model, batch), batch.non_finite

@@ -205,5 +205,18 @@ def _finish_stream(
         probe.finish(layer, batch.pool, lse[own])
 
 
-# transformers calls it in every layer of a model that ModelRunner._forward runs
+def run_model(model: Any, batch: StepBatch) -> Tensor:
+    """Logits of the step ``batch``, float32 [logits rows, vocab]."""
+    output = model(
+        input_ids=batch.token_ids.unsqueeze(0),
+        position_ids=batch.positions.unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=batch.logits_rows,
+        forecache=batch,
+    )
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+# transformers calls it in every layer of a model that run_model runs
 AttentionInterface.register(ATTENTION_NAME, attend)

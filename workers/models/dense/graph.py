@@ -22,7 +22,7 @@ from forecache.workers.models.step.graphs import (
     batch_buckets,
     input_tokens,
 )
-from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
+from forecache.workers.models.step.hidden_history import HiddenHistory
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
 """Rows of the input buffer."""
@@ -30,12 +30,11 @@ TOKEN, SOURCE, POSITION, SLOT, OFFSET, CONTEXT_LEN, LINE = range(7)
 
 @dataclass(frozen=True)
 class Replayed:
-    """Buffers of the last replay: ``logits`` float32 [rows, vocab], ``tokens`` int64 and ``best`` float32 [rows] as in
+    """Buffers of the last replay: ``logits`` float32 [rows, vocab], ``best`` float32 [rows] as in
     :func:`.sampler.sample`, by layer ``queries`` [rows, heads, head_dim], and ``non_finite`` uint8 [rows] as in
     :class:`.attention.StepBatch`."""
 
     logits: Tensor
-    tokens: Tensor
     best: Tensor
     queries: dict[int, Tensor]
     non_finite: Tensor
@@ -88,8 +87,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         self._inputs.copy_(host.inputs, non_blocking=True)
         output = self._run(bucket)
         queries = {layer: q[:count] for layer, q in output.queries.items()}
-        rows_of = (output.logits[:count], output.tokens[:count], output.best[:count])
-        return Replayed(*rows_of, queries, output.non_finite[:count])
+        return Replayed(output.logits[:count], output.best[:count], queries, output.non_finite[:count])
 
     def _fill(self, host: HostInputs, rows: Sequence[DecodeRow], bucket: int) -> None:
         values = [
@@ -102,7 +100,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         padding[SOURCE] = padding[SLOT] = -1
 
     def _forward(self, bucket: int) -> Replayed:
-        inputs = self._inputs[:, :bucket]
+        inputs, histories = self._inputs[:, :bucket], self._histories
         everyone = torch.arange(bucket, device=inputs.device)
         capture = QueryCapture(everyone, self._heads)
         non_finite = torch.zeros(bucket, dtype=torch.uint8, device=inputs.device)
@@ -115,7 +113,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
             pool=self._pool,
             decode=DecodeRows(self._tables[0][:bucket], inputs[CONTEXT_LEN].to(torch.int32)),
             capture=capture,
-            hidden=self._hidden_rows(inputs),
+            hidden=None if histories is None else histories.fixed_rows(inputs[LINE], inputs[POSITION]),
             non_finite=non_finite,
         )
         output = self._model(
@@ -130,16 +128,7 @@ class DecodeGraphs(StepGraphs[Replayed]):
         self._last_tokens[:bucket] = tokens
         return Replayed(
             logits,
-            kept.keep("tokens", tokens),
             kept.keep("best", best),
             kept.keep_all("queries", capture.queries),
             kept.keep("non_finite", non_finite),
         )
-
-    def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
-        histories = self._histories
-        if histories is None:
-            return None
-        # padding rows write to the spare line
-        places = inputs[POSITION] % histories.steps
-        return HiddenRows(histories.ring, histories.layers, None, inputs[LINE], places)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from forecache.workers.core.step_plan import DecodeRow, DecodeRows
-from forecache.workers.models.dense.attention import ProbeCapture, PromptRows, QueryCapture, StepBatch
+from forecache.workers.models.dense.attention import ProbeCapture, PromptRows, QueryCapture, StepBatch, run_model
 from forecache.workers.models.dense.streamed_past import Store
 from forecache.workers.models.step.graphs import BlockTables, OutputBuffers, StepGraphs, input_tokens, token_buckets
-from forecache.workers.models.step.hidden_history import HiddenHistory, HiddenRows
+from forecache.workers.models.step.hidden_history import HiddenHistory
 
 TOKEN, SOURCE, POSITION, SLOT, OFFSET, LINE, CONTEXT_LEN, PAST_LEN, START, LOGITS_ROW, PROBE_ROW = range(11)
 """Rows of the input buffer. The first six have a value for each packed token; ``CONTEXT_LEN``, ``PAST_LEN`` and
@@ -192,7 +192,7 @@ class MixedGraphs(StepGraphs[MixedOutput]):
         inputs[PROBE_ROW, : len(probed)] = probed
 
     def _forward(self, bucket: int) -> MixedOutput:
-        inputs, most = self._inputs[:, :bucket], self.max_rows
+        inputs, most, histories = self._inputs[:, :bucket], self.max_rows, self._histories
         decode_rows = min(most, bucket)
         capture = QueryCapture(torch.arange(decode_rows, device=inputs.device), self._heads)
         probe = ProbeCapture(self._inputs[PROBE_ROW, : self._max_probed].clamp(max=bucket - 1), self._heads)
@@ -212,18 +212,11 @@ class MixedGraphs(StepGraphs[MixedOutput]):
             ),
             capture=capture,
             probe=probe,
-            hidden=self._hidden_rows(inputs),
+            hidden=None if histories is None else histories.fixed_rows(inputs[LINE], inputs[POSITION]),
             non_finite=non_finite,
         )
-        output = self._model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=batch.logits_rows,
-            forecache=batch,
-        )
         kept = self._outputs
-        logits = kept.keep("logits", output.logits[0].float())
+        logits = kept.keep("logits", run_model(self._model, batch))
         best, tokens = logits.max(dim=-1)
         self._last_tokens[:most] = tokens
         return MixedOutput(
@@ -234,9 +227,3 @@ class MixedGraphs(StepGraphs[MixedOutput]):
             kept.keep_all("probe queries", probe.queries),
             kept.keep_all("probe lse", probe.lse),
         )
-
-    def _hidden_rows(self, inputs: Tensor) -> HiddenRows | None:
-        histories = self._histories
-        if histories is None:
-            return None
-        return HiddenRows(histories.ring, histories.layers, None, inputs[LINE], inputs[POSITION] % histories.steps)

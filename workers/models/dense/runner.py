@@ -16,7 +16,7 @@ from forecache.workers.core.step_plan import Capture, DecodeRow, DecodeRows, Pla
 from forecache.workers.memory.arena.arena import Arena
 from forecache.workers.memory.format.layout import ChunkLayout
 from forecache.workers.memory.hot.pool import HotPool
-from forecache.workers.models.dense.attention import PromptRows, QueryCapture, StepBatch, StreamRows
+from forecache.workers.models.dense.attention import PromptRows, QueryCapture, StepBatch, StreamRows, run_model
 from forecache.workers.models.dense.compiled_layers import (
     MIN_TOKENS,
     check_compiled_once,
@@ -258,15 +258,7 @@ class ModelRunner(Runner):
 
     def _forward(self, batch: StepBatch) -> Tensor:
         """float32 [logits rows, vocab]."""
-        output = self._model(
-            input_ids=batch.token_ids.unsqueeze(0),
-            position_ids=batch.positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=batch.logits_rows,
-            forecache=batch,
-        )
-        logits: Tensor = output.logits[0].float()
-        return logits
+        return run_model(self._model, batch)
 
     def _decode_row(self, seq: TokenSequence) -> DecodeRow:
         awaited = seq.num_computed >= len(seq.token_ids)

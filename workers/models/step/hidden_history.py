@@ -93,6 +93,11 @@ class HiddenHistory:
         rows, lines, positions = columns.to(self.ring.device, non_blocking=True)
         return HiddenRows(self.ring, self.layers, rows, lines, positions % self.steps)
 
+    def fixed_rows(self, lines: Tensor, positions: Tensor) -> HiddenRows:
+        """Keep every packed token of a step of fixed shape: ``lines``, ``positions`` int64 [tokens]. Tokens that need
+        not be kept have :data:`SPARE_LINE`."""
+        return HiddenRows(self.ring, self.layers, None, lines, positions % self.steps)
+
     def length(self, seq: TokenSequence, position: int) -> int:
         """The number of kept steps up to ``position``, the last one begun: 1 to ``steps``."""
         kept = self._kept[seq.request_id]
